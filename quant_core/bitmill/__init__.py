@@ -1,0 +1,1 @@
+"""Bitmill: mixed-precision quantization of language models."""

@@ -1,0 +1,171 @@
+"""Exact accounting of what a bit-width map costs, and the map itself. Torch-free.
+
+For a linear of N rows and K columns in groups of c <= 128 columns, one width b per group:
+
+    codes   N * 16 * b bytes for a full group, N * b * ceil(c / 8) for the short last one
+    scales  2 * N bytes per group (fp16)
+    zeros   ceil(N * z / 8) bytes per group, z = b, but 4 where b = 1
+    order   4 * K bytes, once per distinct stored column order
+
+Every size that the allocator, the command line and the reports show comes from here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
+
+from bitmill.errors import FormatError
+from bitmill_kernels.layout import GROUP_SIZE, PLANES, WIDTHS, group_columns, zero_bits
+
+__all__ = [
+    "GROUP_SIZE",
+    "PLANES",
+    "WIDTHS",
+    "BitWidthMap",
+    "LinearShape",
+    "code_bits",
+    "group_bytes",
+    "group_columns",
+    "linear_bytes",
+    "stored_bits",
+]
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear that may be quantized: full name, N output rows, K input columns."""
+
+    name: str
+    rows: int
+    columns: int
+
+    @property
+    def weights(self) -> int:
+        """N * K."""
+        return self.rows * self.columns
+
+    @property
+    def groups(self) -> int:
+        """G = ceil(K / 128)."""
+        return -(-self.columns // GROUP_SIZE)
+
+
+class BitWidthMap(BaseModel):
+    """For every quantized linear, the width of each of its groups, in packed column order.
+
+    In JSON the widths are a string of digits, one per group: {"layers.0.mlp.up_proj": "33432"}.
+    order: the column order the groups were formed in.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    group_size: Literal[128] = 128
+    order: Literal["natural", "activation"] = "natural"
+    linears: dict[str, tuple[int, ...]]
+
+    @field_validator("linears", mode="before")
+    @classmethod
+    def _parse_digits(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            name: tuple(int(d) for d in widths)
+            if isinstance(widths, str) and widths.isdecimal()
+            else widths
+            for name, widths in value.items()
+        }
+
+    @field_validator("linears")
+    @classmethod
+    def _legal_widths(cls, linears: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        for name, widths in linears.items():
+            illegal = sorted(set(widths) - set(WIDTHS))
+            if illegal or not widths:
+                raise ValueError(
+                    f"{name}: widths {illegal or 'missing'}; one per group of {list(WIDTHS)}"
+                )
+        return linears
+
+    @field_serializer("linears")
+    def _digits(self, linears: dict[str, tuple[int, ...]]) -> dict[str, str]:
+        return {name: "".join(map(str, widths)) for name, widths in linears.items()}
+
+    def check_shapes(self, shapes: Iterable[LinearShape]) -> None:
+        """Raise `FormatError` unless the map covers exactly these linears, group for group."""
+        expected = {shape.name: shape.groups for shape in shapes}
+        missing = sorted(expected.keys() - self.linears.keys())
+        extra = sorted(self.linears.keys() - expected.keys())
+        if missing or extra:
+            raise FormatError(
+                f"bit-width map does not fit the model: {len(missing)} linears missing "
+                f"(first: {missing[:1]}), {len(extra)} unknown (first: {extra[:1]})"
+            )
+        for name, groups in expected.items():
+            if len(self.linears[name]) != groups:
+                raise FormatError(
+                    f"bit-width map gives {len(self.linears[name])} groups to {name}, "
+                    f"which has {groups}"
+                )
+
+    def to_json(self) -> str:
+        """Canonical JSON text: two spaces of indent, linears in the map's order."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> BitWidthMap:
+        """Read a map file; raises `FormatError` for anything else."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise FormatError(f"{path.name} is not a bit-width map: {error}") from error
+
+
+def group_bytes(width: int, rows: int, columns: int) -> int:
+    """Stored bytes of one group of `columns` <= 128 columns: codes, scales and zeros."""
+    codes = rows * width * (GROUP_SIZE // 8 if columns == GROUP_SIZE else -(-columns // 8))
+    return codes + 2 * rows + -(-rows * zero_bits(width) // 8)
+
+
+def linear_bytes(shape: LinearShape, widths: Sequence[int]) -> int:
+    """Stored bytes of one linear's groups, without its column order and bias."""
+    return sum(
+        group_bytes(width, shape.rows, columns)
+        for width, columns in zip(widths, group_columns(shape.columns), strict=True)
+    )
+
+
+def code_bits(shapes: Iterable[LinearShape], linears: Mapping[str, Sequence[int]]) -> float:
+    """Mean width over weights: sum(b * N * c) / sum(N * K) of the linears in the map."""
+    spent = total = 0
+    for shape in shapes:
+        if shape.name in linears:
+            columns = group_columns(shape.columns)
+            spent += shape.rows * sum(
+                b * c for b, c in zip(linears[shape.name], columns, strict=True)
+            )
+            total += shape.weights
+    return spent / total if total else 0.0
+
+
+def stored_bits(
+    shapes: Iterable[LinearShape],
+    linears: Mapping[str, Sequence[int]],
+    order_columns: int = 0,
+) -> float:
+    """Bits per weight with scales, zeros and orders: 8 * stored bytes / sum(N * K).
+
+    order_columns: total K over the distinct column orders that the checkpoint stores.
+    """
+    spent, total = 4 * order_columns, 0
+    for shape in shapes:
+        if shape.name in linears:
+            spent += linear_bytes(shape, linears[shape.name])
+            total += shape.weights
+    return 8 * spent / total if total else 0.0

@@ -1,0 +1,42 @@
+"""What a running job tells its watcher."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+STAGES = (
+    "resolve",
+    "plan",
+    "profile",
+    "allocate",
+    "refine",
+    "pack",
+    "verify",
+    "evaluate",
+    "publish",
+)
+Stage = Literal[
+    "resolve", "plan", "profile", "allocate", "refine", "pack", "verify", "evaluate", "publish"
+]
+
+
+class Progress(BaseModel):
+    """One event of a running job.
+
+    kind: "stage" (a stage started, was skipped or finished: `state`), "progress" (done of total
+    units within the stage), "metric" (name and value), "warning" (message).
+    unit: what done and total count, e.g. "block", "window".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["stage", "progress", "metric", "warning"]
+    stage: Stage
+    state: Literal["started", "skipped", "finished"] | None = None
+    done: int | None = None
+    total: int | None = None
+    unit: str | None = None
+    message: str | None = None
+    data: dict[str, Any] = {}

@@ -1,0 +1,106 @@
+"""Which bytes a set of tensors takes as safetensors files, computed from names and shapes alone.
+
+A file is 8 bytes of header length, the header (compact JSON padded with spaces to a multiple of 8)
+and the tensors, sorted by descending dtype rank, then by name, as the `safetensors` library writes
+them. Shards are filled in the order given, so the layout depends on nothing but the arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bitmill.errors import InputError
+
+METADATA = {"format": "pt"}
+MAX_SHARD_BYTES = 2_000_000_000
+INDEX_NAME = "model.safetensors.index.json"
+
+# Bytes per element, in the order of the library's `Dtype` enumeration: a later one is written first.
+_DTYPES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E5M2": 1,
+    "F8_E4M3": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+}
+_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, safetensors dtype ("F16", "U8", ...) and shape of one stored tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data."""
+        return _DTYPES[self.dtype] * math.prod(self.shape)
+
+
+def shard(
+    tensors: Sequence[TensorSpec], max_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, list[TensorSpec]]:
+    """File name -> tensors: one `model.safetensors`, or numbered shards of at most `max_bytes`.
+
+    The limit counts tensor data; a single larger tensor gets a shard of its own.
+    """
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.bytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.bytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    count = len(shards)
+    return {f"model-{i:05}-of-{count:05}.safetensors": part for i, part in enumerate(shards, 1)}
+
+
+def header_bytes(tensors: Iterable[TensorSpec]) -> int:
+    """Length of the header, the 8 bytes of its length field included."""
+    header: dict[str, object] = {"__metadata__": METADATA}
+    offset = 0
+    ordered = sorted(tensors, key=lambda t: (-_RANK[t.dtype], t.name))
+    for tensor in ordered:
+        end = offset + tensor.bytes
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8
+
+
+def checkpoint_bytes(tensors: Sequence[TensorSpec], max_bytes: int = MAX_SHARD_BYTES) -> int:
+    """Bytes of all safetensors files that hold these tensors, headers included.
+
+    Raises `InputError` for a name that stands twice.
+    """
+    names = [tensor.name for tensor in tensors]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"tensor {twice!r} stands twice; every stored tensor needs its own name")
+    return sum(
+        header_bytes(part) + sum(t.bytes for t in part)
+        for part in shard(tensors, max_bytes).values()
+    )

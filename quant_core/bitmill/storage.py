@@ -1,0 +1,116 @@
+"""Files that appear whole or not at all.
+
+A file or folder is written under a temporary name beside its target, flushed to disk and renamed;
+a crash leaves at most a name that starts with ".tmp-", which the next write of it removes.
+A full disk is reported as `ResourceError` after the temporary file is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bitmill.errors import FormatError, ResourceError
+
+_CHUNK = 4 << 20
+
+
+@contextmanager
+def disk_errors(what: Path) -> Iterator[None]:
+    """Turn a full disk or an exceeded quota into a `ResourceError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(
+                f"no space left while writing {what.name}: free some disk space and run again",
+                code="disk_full",
+            ) from error
+        raise
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file, or a folder's entries, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".tmp-{target.name}")
+
+
+def write_bytes(target: Path, data: bytes) -> None:
+    """Write a file atomically and durably."""
+    temporary = _temporary(target)
+    try:
+        with disk_errors(target):
+            with temporary.open("wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(target)
+            fsync_path(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write JSON atomically: two spaces of indent, keys in the given order."""
+    write_bytes(target, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises `FormatError` naming it where it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path.name} cannot be read as JSON: {error}") from error
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` when the block ends without an error.
+
+    An existing `target` is replaced. On an error nothing of the new folder stays.
+    """
+    temporary = _temporary(target)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with disk_errors(target):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for folder, _, files in os.walk(temporary):
+                for name in files:
+                    fsync_path(Path(folder, name))
+                fsync_path(Path(folder))
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+            fsync_path(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

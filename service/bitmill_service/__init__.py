@@ -1,0 +1,1 @@
+"""HTTP service, command line and Python client of Bitmill. Never imports torch."""

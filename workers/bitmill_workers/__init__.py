@@ -1,0 +1,1 @@
+"""Job store, supervisor and runner of the quantization service."""
