@@ -45,8 +45,10 @@ def gptq_block(
     live = scale > 0
     inverse = torch.where(live, 1.0 / scale, 0.0)
     zero = torch.where(live, zero, 0.0)
-    if backend != "auto":
-        resolve_backend(backend, w.device)
+    if resolve_backend(backend, w.device) == "triton":
+        from bitmill_kernels.gptq_triton import gptq_block_triton
+
+        return gptq_block_triton(w, u, scale, inverse, zero, max_code)
     return _gptq_block_torch(w, u, scale, inverse, zero, max_code)
 
 
