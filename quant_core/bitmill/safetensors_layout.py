@@ -18,7 +18,7 @@ METADATA = {"format": "pt"}
 MAX_SHARD_BYTES = 2_000_000_000
 INDEX_NAME = "model.safetensors.index.json"
 
-# Bytes per element, in the order of the library's `Dtype` enumeration: a later one is written first.
+# Bytes per element, in the library's `Dtype` order: a later one is written first.
 _DTYPES = {
     "BOOL": 1,
     "U8": 1,

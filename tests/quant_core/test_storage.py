@@ -1,0 +1,67 @@
+"""Files and folders appear whole or not at all."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from bitmill.errors import FormatError, ResourceError
+from bitmill.storage import (
+    atomic_folder,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_bytes,
+    write_json,
+)
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), atomic_folder(target) as folder:
+        (folder / "a").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_replaces_the_old_one_whole(tmp_path):
+    target = tmp_path / "out"
+    for name in ("a", "b"):
+        with atomic_folder(target) as folder:
+            (folder / name).write_text(name)
+    assert [p.name for p in target.iterdir()] == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_json_round_trip_and_damage(tmp_path):
+    write_json(tmp_path / "x.json", {"b": 1, "a": [1.5, None]})
+    assert read_json(tmp_path / "x.json") == {"b": 1, "a": [1.5, None]}
+    (tmp_path / "y.json").write_text("{")
+    with pytest.raises(FormatError, match=r"y\.json"):
+        read_json(tmp_path / "y.json")
+    with pytest.raises(FormatError, match=r"none\.json"):
+        read_json(tmp_path / "none.json")
+
+
+def test_digests_do_not_depend_on_key_order(tmp_path):
+    assert sha256_json({"a": 1, "b": 2}) == sha256_json(json.loads('{"b": 2, "a": 1}'))
+    write_bytes(tmp_path / "f", b"abc")
+    assert sha256_file(tmp_path / "f").startswith("ba7816bf")
+
+
+def test_a_file_over_the_size_limit_is_a_resource_error_and_leaves_nothing(tmp_path):
+    script = (
+        "import resource, signal, sys; from pathlib import Path; from bitmill.storage import *;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+        "write_bytes(Path(sys.argv[1]) / 'big', b'x' * 5000)"
+    )
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert ResourceError.__name__ in done.stderr
+    assert list(tmp_path.iterdir()) == []
