@@ -1,0 +1,99 @@
+"""The quality report of a job: what was measured, on how many tokens, with which errors. Torch-free.
+
+Perplexity is exp(mean negative log-likelihood in nats per predicted token). KL is
+KL(source || quantized) of the next-token distributions, mean nats per token. Standard errors are
+over windows.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from bitmill.errors import FormatError
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextQuality(_Closed):
+    """One model on one text. `kl` and `top1_agreement` compare with the source model."""
+
+    windows: int
+    tokens: int
+    perplexity: float
+    perplexity_se: float
+    kl: float = 0.0
+    kl_se: float = 0.0
+    top1_agreement: float = 1.0
+
+
+class QualityRow(_Closed):
+    """One line of the table: the source model, the job's result or a baseline.
+
+    code_bits and bits are as in the budget (None for the source); size is bytes of all safetensors
+    files (None where no files were written).
+    """
+
+    method: str
+    code_bits: float | None = None
+    bits: float | None = None
+    size: int | None = None
+    texts: dict[str, TextQuality]
+
+
+class LinearQuality(_Closed):
+    """What refinement reports of one linear.
+
+    relative_error: tr(R H R^T) / tr(W H W^T), R = W - W_quantized, on the inputs it was
+    quantized with. damping: fraction of mean diag(H) that the factorization needed.
+    notes: anything out of the ordinary (fallbacks, dead columns, starved experts).
+    """
+
+    name: str
+    code_bits: float
+    relative_error: float
+    damping: float | None = None
+    scale_refit_gain: float | None = None
+    asymmetric: bool | None = None
+    tokens: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+class QualityReport(_Closed):
+    """`quality.json` of a packed checkpoint.
+
+    details: what the refinement reports beyond single linears (e.g. per block losses of learning).
+    seconds: wall time of each stage of the attempt that finished.
+    """
+
+    schema_version: Literal[1] = 1
+    rows: tuple[QualityRow, ...]
+    predicted_loss: float | None = None
+    linears: tuple[LinearQuality, ...] = ()
+    blocks: tuple[dict[str, Any], ...] = ()
+    warnings: tuple[str, ...] = ()
+    seconds: dict[str, float] = {}
+
+    def row(self, method: str) -> QualityRow:
+        """The row of this method; KeyError names the rows there are."""
+        for row in self.rows:
+            if row.method == method:
+                return row
+        raise KeyError(f"{method!r}; the report has {[row.method for row in self.rows]}")
+
+    def to_json(self) -> str:
+        """JSON text with two spaces of indent."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> QualityReport:
+        """Read a report; raises `FormatError` naming the file."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise FormatError(f"{path.name} is not a quality report: {error}") from error
