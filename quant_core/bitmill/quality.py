@@ -1,4 +1,4 @@
-"""The quality report of a job: what was measured, on how many tokens, with which errors. Torch-free.
+"""The quality report of a job: what was measured, on how many tokens, how exactly. Torch-free.
 
 Perplexity is exp(mean negative log-likelihood in nats per predicted token). KL is
 KL(source || quantized) of the next-token distributions, mean nats per token. Standard errors are
