@@ -1,9 +1,9 @@
 """The job directory: one folder per finished stage, skipped while its inputs are the same.
 
-A stage works in a hidden folder `.partial-<stage>` that carries the hash of its inputs; when it ends,
-the folder is flushed and renamed to the stage's name. A killed run leaves the hidden folder: the
-next run with the same inputs goes on in it (long stages keep one file per finished decoder block
-there), a run with other inputs starts it anew.
+A stage works in a hidden folder `.partial-<stage>` that carries the hash of its inputs; when it
+ends, the folder is flushed and renamed to the stage's name. A killed run leaves the hidden folder:
+the next run with the same inputs goes on in it (long stages keep one file per finished decoder
+block there), a run with other inputs starts it anew.
 """
 
 from __future__ import annotations

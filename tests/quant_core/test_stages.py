@@ -1,6 +1,7 @@
 """Stages are skipped, resumed and redone exactly when their inputs say so."""
 
 import pytest
+
 from bitmill.errors import Cancelled
 from bitmill.stages import Workspace
 
