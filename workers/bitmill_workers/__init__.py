@@ -1,1 +1,1 @@
-"""Job store, supervisor and runner of the quantization service."""
+"""Job store, claims and leases, Celery app, supervisor, runner, fetching and artifact storage."""

@@ -1,0 +1,44 @@
+"""Profiles, maps and workers."""
+
+from __future__ import annotations
+
+from bitmill_workers.catalog import Catalog
+from bitmill_workers.db import Database
+
+
+def test_profile_is_registered_once_by_content(catalog: Catalog) -> None:
+    for model in ("first", "second"):
+        catalog.add_profile("abc", model=model, settings={"seed": 1}, path="profiles/abc")
+    record = catalog.profile("abc")
+    assert record is not None
+    assert (record.model, record.settings) == ("first", {"seed": 1})
+    assert [p.id for p in catalog.profiles()] == ["abc"]
+    assert catalog.profile("x") is None
+
+
+def test_map_id_is_the_hash_of_its_content(catalog: Catalog) -> None:
+    one = catalog.add_map({"a": "33"}, name="mine")
+    same = catalog.add_map({"a": "33"}, name="other")
+    two = catalog.add_map({"a": "34"})
+    assert same == one
+    assert two.id != one.id
+    assert sorted(m.id for m in catalog.maps()) == sorted([one.id, two.id])
+    assert [m.id for m in catalog.maps(after=min(one.id, two.id))] == [max(one.id, two.id)]
+
+
+def test_worker_counts_as_live_for_a_minute(catalog: Catalog, database: Database) -> None:
+    import sqlalchemy as sa
+
+    from bitmill_workers.tables import workers
+
+    catalog.beat("w", host="h", queues=("cpu",), device="cpu", version="1", job_id="j")
+    started = catalog.workers()[0].started_at
+    catalog.beat("w", host="h", queues=("cpu",), device="cpu", version="1", job_id=None)
+    (record,) = catalog.workers()
+    assert (record.job_id, record.queues, record.started_at) == (None, ("cpu",), started)
+    with database.write() as conn:
+        conn.execute(sa.update(workers).values(last_seen=0.0))
+    assert catalog.workers() == ()
+    assert len(catalog.workers(live=False)) == 1
+    catalog.leave("w")
+    assert catalog.workers(live=False) == ()

@@ -1,0 +1,51 @@
+"""Schema versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from bitmill_workers.db import Database
+from bitmill_workers.errors import StoreUnavailable
+from bitmill_workers.migrate import (
+    current_revision,
+    downgrade,
+    head_revision,
+    require_head,
+    upgrade,
+)
+from bitmill_workers.tables import metadata
+
+
+def test_migrations_build_exactly_the_tables_of_the_code(database: Database) -> None:
+    with database.read() as conn:
+        assert compare_metadata(MigrationContext.configure(conn), metadata) == []
+
+
+def test_upgrade_is_repeatable_and_downgrade_empties(database: Database) -> None:
+    upgrade(database)
+    assert current_revision(database) == head_revision()
+    downgrade(database, "base")
+    assert set(sa.inspect(database.engine).get_table_names()) <= {"alembic_version"}
+    upgrade(database)
+    require_head(database)
+
+
+def test_wrong_schema_is_refused(tmp_path: Path) -> None:
+    empty = Database(f"sqlite:///{tmp_path / 'empty.db'}")
+    with pytest.raises(StoreUnavailable, match="bitmill db upgrade"):
+        require_head(empty)
+    empty.close()
+
+
+def test_database_refuses_an_unknown_state(database: Database) -> None:
+    from bitmill_workers.jobs import JobStore
+    from stores import set_columns, spec
+
+    job = JobStore(database).submit(spec()).job
+    with pytest.raises(sa.exc.IntegrityError):
+        set_columns(database, job.id, state="lost")

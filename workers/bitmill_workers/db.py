@@ -1,0 +1,120 @@
+"""Engine and transactions: one code path for SQLite and PostgreSQL.
+
+SQLite: WAL, and BEGIN IMMEDIATE for every writing transaction, because a deferred one that turns
+into a writer fails with "database is locked" whatever the busy timeout is. `db_now()` is the
+database's clock on both, so leases do not depend on the clocks of workers.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import GenericFunction
+
+BUSY_TIMEOUT_S = 10.0
+
+
+class db_now(GenericFunction[float]):  # noqa: N801  (an SQL function's name)
+    """Seconds since the epoch by the database's clock."""
+
+    type = sa.Double()
+    inherit_cache = True
+
+
+@compiles(db_now, "sqlite")
+def _now_sqlite(element: db_now, compiler: Any, **_: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(db_now, "postgresql")
+def _now_postgresql(element: db_now, compiler: Any, **_: Any) -> str:
+    return "CAST(extract(epoch FROM statement_timestamp()) AS double precision)"
+
+
+class Database:
+    """A job database; safe to share between threads, not across a fork."""
+
+    def __init__(self, url: str) -> None:
+        self.url = sa.make_url(url)
+        if self.url.get_backend_name() == "sqlite":
+            self.engine = _sqlite_engine(self.url)
+        else:
+            self.engine = sa.create_engine(
+                self.url,
+                pool_pre_ping=True,
+                pool_size=5,
+                max_overflow=20,
+                pool_timeout=10,
+                connect_args={"connect_timeout": 5, "options": "-c statement_timeout=30000"},
+            )
+
+    @property
+    def dialect(self) -> Literal["sqlite", "postgresql"]:
+        """Which of the two databases this is."""
+        return cast(Literal["sqlite", "postgresql"], self.engine.dialect.name)
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """A transaction that may write; commits at the end of the block."""
+        with self.engine.connect().execution_options(bitmill_write=True) as conn, conn.begin():
+            yield conn
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A transaction that only reads: one consistent view."""
+        with self.engine.connect() as conn, conn.begin():
+            yield conn
+
+    def insert(self, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+        """An INSERT that knows ON CONFLICT."""
+        return sqlite.insert(table) if self.dialect == "sqlite" else postgresql.insert(table)
+
+    def now(self) -> float:
+        """The database's clock."""
+        with self.read() as conn:
+            return float(conn.execute(sa.select(db_now())).scalar_one())
+
+    def close(self) -> None:
+        """Close all pooled connections."""
+        self.engine.dispose()
+
+
+def _sqlite_engine(url: sa.URL) -> sa.Engine:
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+
+    @sa.event.listens_for(engine, "connect")
+    def _on_connect(connection: sqlite3.Connection, _: object) -> None:
+        connection.isolation_level = None
+        for pragma in ("synchronous=NORMAL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+        _enable_wal(connection)
+
+    @sa.event.listens_for(engine, "begin")
+    def _on_begin(conn: sa.Connection) -> None:
+        write = conn.get_execution_options().get("bitmill_write", False)
+        conn.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def _enable_wal(connection: sqlite3.Connection) -> None:
+    """Switching to WAL needs an exclusive lock, for which SQLite ignores the busy timeout."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)

@@ -1,0 +1,39 @@
+"""Errors of the job store; `code` is part of the API.
+
+BitmillError
+├── JobNotFound          no such job (HTTP 404)
+├── StateConflict        the job's state does not allow it (HTTP 409)
+├── IdempotencyMismatch  the key was used with another request (HTTP 422)
+└── StoreUnavailable     the database cannot be reached or is of another version (HTTP 503)
+"""
+
+from __future__ import annotations
+
+from bitmill.errors import BitmillError
+
+
+class JobNotFound(BitmillError):
+    """No job has this id."""
+
+    code = "job_not_found"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"there is no job {job_id!r}", param="job_id")
+
+
+class StateConflict(BitmillError):
+    """The job's state does not allow what was asked."""
+
+    code = "state_conflict"
+
+
+class IdempotencyMismatch(BitmillError):
+    """An idempotency key was used before with a different request."""
+
+    code = "idempotency_mismatch"
+
+
+class StoreUnavailable(BitmillError):
+    """The database cannot be reached, or its schema is not the one this version needs."""
+
+    code = "store_unavailable"

@@ -1,0 +1,111 @@
+"""Settings of every process that touches jobs, read from the environment (prefix BITMILL_).
+
+The embedded service needs none of them: the data folder alone decides where the database, the
+broker's files, work and artifacts lie. Production sets the database, the broker and the storage.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+TIERS = ("cpu", "gpu-24", "gpu-48", "gpu-80", "gpu-180")
+"""Queues by accelerator memory in GB, ascending; a worker serves its own and smaller ones."""
+
+
+class Settings(BaseSettings):
+    """Everything that a worker or the API process can be told; times in seconds, sizes in bytes.
+
+    lease_s: how long a claim lasts without renewal; a lost worker's job runs again after it.
+    renew_s: how often the supervisor renews, reports progress and looks for a cancel.
+    stall_s: without any progress for this long the runner's stacks are dumped and the job fails.
+    stop_grace_s: how long a stopping worker waits for a job that is just being published.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="BITMILL_", extra="ignore", frozen=True)
+
+    data: Path = Path("bitmill-data")
+    database_url: str | None = None
+    broker_url: str | None = None
+    model_roots: dict[str, Path] = {}
+    hub_endpoint: str | None = None
+    hub_token: SecretStr | None = None
+
+    worker_name: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    queues: Annotated[tuple[str, ...], NoDecode] = TIERS
+    device: str = "auto"
+    threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    runner_module: str = "bitmill_workers.runner"
+
+    lease_s: float = Field(default=90.0, gt=0)
+    renew_s: float = Field(default=20.0, gt=0)
+    stall_s: float = Field(default=3600.0, gt=0)
+    stop_grace_s: float = Field(default=5.0, ge=0)
+    resend_s: float = Field(default=60.0, gt=0)
+    reconcile_s: float = Field(default=5.0, gt=0)
+    crash_retries: int = Field(default=1, ge=0)
+    lost_retries: int = Field(default=5, ge=0)
+    handback_retries: int = Field(default=100, ge=0)
+    log_bytes: int = Field(default=4 << 20, ge=1024)
+    runner_file_bytes: int | None = Field(default=None, ge=1 << 20)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("queues", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(v.strip() for v in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("queues")
+    @classmethod
+    def _known(cls, queues: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [q for q in queues if q not in TIERS]
+        if unknown or not queues:
+            raise ValueError(f"queues {list(queues)} must be a non-empty subset of {list(TIERS)}")
+        return queues
+
+    @model_validator(mode="after")
+    def _lease_outlives_renewal(self) -> Settings:
+        if self.renew_s * 2 > self.lease_s:
+            raise ValueError(
+                f"renew_s {self.renew_s:g} must be at most half of lease_s {self.lease_s:g}"
+            )
+        return self
+
+    @property
+    def database(self) -> str:
+        """SQLAlchemy URL; SQLite in the data folder unless BITMILL_DATABASE_URL is set."""
+        return self.database_url or f"sqlite:///{self.data.resolve() / 'bitmill.db'}"
+
+    @property
+    def broker(self) -> str:
+        """Celery broker URL; files in the data folder unless BITMILL_BROKER_URL is set."""
+        return self.broker_url or "filesystem://"
+
+    @property
+    def embedded(self) -> bool:
+        """True where the broker is the data folder, which allows exactly one worker."""
+        return self.broker.startswith("filesystem")
+
+    def job_folder(self, job_id: str) -> Path:
+        """Stage cache and scratch files of a job; survives its attempts."""
+        return self.data / "jobs" / job_id
+
+    @property
+    def artifacts_folder(self) -> Path:
+        """Published files: `<job id>/<token>/...`."""
+        return self.data / "artifacts"
+
+    @property
+    def profiles_folder(self) -> Path:
+        """Sensitivity profiles: `<content hash>/...`."""
+        return self.data / "profiles"
+
+    @property
+    def hub_cache(self) -> Path:
+        """Downloaded model repositories in the Hub client's own layout."""
+        return self.data / "hub"
