@@ -1,0 +1,151 @@
+"""Every declared architecture: linears found, and the streamed forward equals transformers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from bitmill.architectures import ARCHITECTURES, architecture, block_prefix
+from bitmill.blocks import StreamedModel, weight_of
+from bitmill.errors import ModelError
+from bitmill.experts import is_expert_stack
+from bitmill.plan import make_plan
+from bitmill.spec import parse_spec
+from tiny import VOCABULARY, save_tiny
+
+SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "initializer_range": 0.1,
+}
+GROUPED = {"num_key_value_heads": 2}
+WINDOWED = GROUPED | {"head_dim": 16, "sliding_window": 8}
+EXPERTS = GROUPED | {"head_dim": 16, "num_experts_per_tok": 2}
+# model_type -> what differs from COMMON, quantized linears of a block
+COVERED: dict[str, tuple[dict[str, Any], int]] = {
+    "llama": (GROUPED, 7),
+    "mistral": (WINDOWED, 7),
+    "mixtral": (EXPERTS | {"num_local_experts": 4}, 4 + 3 * 4),
+    "qwen2": (GROUPED, 7),
+    "qwen3": (GROUPED | {"head_dim": 16}, 7),
+    "qwen3_moe": (EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48}, 4 + 3 * 4),
+    "gemma2": (WINDOWED | {"query_pre_attn_scalar": 16}, 7),
+    "gemma3_text": (WINDOWED | {"num_hidden_layers": 6}, 7),
+    "phi3": (GROUPED, 4),
+    "opt": ({"ffn_dim": 96, "word_embed_proj_dim": 32, "init_std": 0.1}, 6),
+    "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 2}, 4),
+    "bloom": ({}, 4),
+    "gpt_neox": ({}, 4),
+    "gpt2": ({"n_inner": 96}, 4),
+    "stablelm": (GROUPED, 7),
+    "starcoder2": (GROUPED, 6),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(COVERED))
+def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    changes, _ = COVERED[request.param]
+    config = AutoConfig.for_model(request.param, **(COMMON | changes))
+    return save_tiny(tmp_path_factory.mktemp("model") / request.param, config)
+
+
+def test_every_declaration_is_covered() -> None:
+    assert set(COVERED) == set(ARCHITECTURES)
+
+
+def test_streamed_forward_equals_transformers(model_folder: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    plan = make_plan(model_folder, SPEC)
+    model = StreamedModel(model_folder, plan, device=torch.device("cpu"), dtype=torch.float32)
+    tokens = torch.randint(0, VOCABULARY, (3, 33), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = reference(tokens).logits
+        hidden = model.embed(tokens)
+        for i in range(model.block_count):
+            hidden = model.run_block(i, model.load_block(i), hidden)
+        logits = model.logits(hidden)
+    assert expected.abs().max() > 1
+    assert (logits - expected).abs().max() < 1e-5
+
+
+def test_all_linears_of_the_blocks_are_found(model_folder: Path) -> None:
+    """Against transformers' own modules: every nn.Linear, Conv1D and expert matrix, no router."""
+    plan = make_plan(model_folder, SPEC)
+    reference = AutoModelForCausalLM.from_pretrained(model_folder)
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, module in reference.get_submodule(plan.block_prefix).named_modules():
+        full = f"{plan.block_prefix}.{name}"
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            expected[full] = tuple(weight_of(module).shape)
+        elif is_expert_stack(module):
+            count, double, hidden = module.gate_up_proj.shape
+            for e in range(count):
+                expected[f"{full}.{e}.gate_proj"] = (double // 2, hidden)
+                expected[f"{full}.{e}.up_proj"] = (double // 2, hidden)
+                expected[f"{full}.{e}.down_proj"] = (hidden, double // 2)
+    assert {li.name: (li.rows, li.columns) for li in plan.linears} == expected
+    per_block = COVERED[plan.model_type][1]
+    assert [len(plan.block_linears(i)) for i in range(plan.block_count)] == (
+        [per_block] * plan.block_count
+    )
+
+
+def test_plan_and_source_agree_on_every_weight(model_folder: Path) -> None:
+    plan = make_plan(model_folder, SPEC)
+    reference = AutoModelForCausalLM.from_pretrained(model_folder)
+    model = StreamedModel(model_folder, plan, device=torch.device("cpu"), dtype=torch.float32)
+    block = model.load_block(1)
+    for name, module in model.linears(block, 1).items():
+        from_source = model.source.weight(plan.by_name[name])
+        assert torch.equal(weight_of(module), from_source)
+        parent, _, leaf = name.rpartition(".")
+        if ".experts." not in name:
+            own = getattr(reference.get_submodule(parent), leaf)
+            assert torch.equal(weight_of(own), from_source)
+
+
+def test_siblings_read_the_same_input(model_folder: Path) -> None:
+    """Groups come in execution order, and members of a group see the very same tensor."""
+    plan = make_plan(model_folder, SPEC)
+    model = StreamedModel(model_folder, plan, device=torch.device("cpu"), dtype=torch.float32)
+    block = model.load_block(0)
+    modules = model.linears(block, 0)
+    inputs: dict[str, torch.Tensor] = {}
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+    tokens = torch.randint(0, VOCABULARY, (4, 40), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        model.run_block(0, block, model.embed(tokens))
+    groups = plan.input_groups(0)
+    assert sorted(name for group in groups for name in group) == sorted(modules)
+    for group in groups:
+        assert all(torch.equal(inputs[group[0]], inputs[name]) for name in group)
+    first = list(inputs)[: len(groups[0])]
+    assert set(first) == set(groups[0])
+
+
+def test_unknown_model_type_lists_the_known_ones() -> None:
+    with pytest.raises(ModelError, match=r"'mamba' is not supported.*llama.*opt") as caught:
+        architecture("mamba")
+    assert caught.value.code == "unsupported_architecture"
+
+
+def test_missing_blocks_are_counted() -> None:
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    assert block_prefix(names, 3) == "model.layers"
+    with pytest.raises(ModelError, match=r"promises 4 decoder blocks.*model\.layers \(3\)"):
+        block_prefix(names, 4)
