@@ -1,1 +1,56 @@
-"""Bitmill: mixed-precision quantization of language models."""
+"""Bitmill: mixed-precision quantization of language models to exactly the size asked for.
+
+Importing this package loads no tensor library; a name loads its module at first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "BitWidthMap": "bits",
+    "BitmillError": "errors",
+    "Budget": "spec",
+    "JobSpec": "spec",
+    "Manifest": "manifest",
+    "PackedTensor": "packed",
+    "QuantizedLinear": "linear",
+    "QuantizedWeight": "packed",
+    "check_folder": "manifest",
+    "load": "loading",
+    "load_tokenizer": "loading",
+    "parse_spec": "spec",
+    "read_slim_map": "slim_maps",
+    "verify_folder": "verify",
+}
+
+__all__ = [
+    "BitWidthMap",
+    "BitmillError",
+    "Budget",
+    "JobSpec",
+    "Manifest",
+    "PackedTensor",
+    "QuantizedLinear",
+    "QuantizedWeight",
+    "__version__",
+    "check_folder",
+    "load",
+    "load_tokenizer",
+    "parse_spec",
+    "read_slim_map",
+    "verify_folder",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -74,21 +74,29 @@ def shard(
     return {f"model-{i:05}-of-{count:05}.safetensors": part for i, part in enumerate(shards, 1)}
 
 
-def header_bytes(tensors: Iterable[TensorSpec]) -> int:
-    """Length of the header, the 8 bytes of its length field included."""
-    header: dict[str, object] = {"__metadata__": METADATA}
+def header(tensors: Iterable[TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """First bytes of a file, the 8 bytes of the header's length included, and the place of each
+    tensor's data in the file."""
+    entries: dict[str, object] = {"__metadata__": METADATA}
+    offsets: dict[str, int] = {}
     offset = 0
-    ordered = sorted(tensors, key=lambda t: (-_RANK[t.dtype], t.name))
-    for tensor in ordered:
-        end = offset + tensor.bytes
-        header[tensor.name] = {
+    for tensor in sorted(tensors, key=lambda t: (-_RANK[t.dtype], t.name)):
+        offsets[tensor.name] = offset
+        entries[tensor.name] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
+            "data_offsets": [offset, offset + tensor.bytes],
         }
-        offset = end
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8
+        offset += tensor.bytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    first = len(text).to_bytes(8, "little") + text
+    return first, {name: len(first) + start for name, start in offsets.items()}
+
+
+def header_bytes(tensors: Iterable[TensorSpec]) -> int:
+    """Length of the header, the 8 bytes of its length field included."""
+    return len(header(tensors)[0])
 
 
 def checkpoint_bytes(tensors: Sequence[TensorSpec], max_bytes: int = MAX_SHARD_BYTES) -> int:

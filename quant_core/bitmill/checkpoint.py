@@ -1,0 +1,280 @@
+"""A packed Hugging Face folder: writing it tensor by tensor, and reading it with every check.
+
+Writing needs no more memory than one linear: the place of every tensor is known from names and
+shapes alone (`safetensors_layout`), so each is written where it belongs, in whatever order the
+caller supplies them. The files' bytes therefore depend on the tensors only, and their size is
+the predicted one.
+
+Reading trusts nothing: format version, names, shapes, dtypes, scales, zeros, column orders and
+padding bits are checked, and a FormatError names the tensor at fault.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from bitmill.bits import BitWidthMap, LinearShape
+from bitmill.errors import FormatError, ModelError
+from bitmill.headers import TensorHeader, read_headers, safetensors_files
+from bitmill.model_config import sanitize
+from bitmill.packed import PackedTensor, QuantizedWeight, check_order
+from bitmill.packed_config import PackedConfig
+from bitmill.safetensors_layout import (
+    INDEX_NAME,
+    MAX_SHARD_BYTES,
+    TensorSpec,
+    header,
+    shard,
+)
+from bitmill.storage import disk_errors, read_json, write_bytes, write_json
+from bitmill.stored_tensors import linear_tensors
+
+CONFIG_NAME = "config.json"
+MAP_NAME = "bit_width_map.json"
+COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    source: Path,
+    tensors: Sequence[TensorSpec],
+    bit_widths: BitWidthMap,
+    linear: Callable[[str], QuantizedWeight],
+    other: Callable[[str], Tensor],
+    orders: Mapping[str, str | None] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_linear: Callable[[str], None] | None = None,
+) -> dict[str, str]:
+    """Write a packed model into the existing, empty `folder`.
+
+    source: folder of the source model; its config and tokenizer are taken over
+    tensors: what `stored_tensors` gives for this map, in that order
+    linear, other: supply a quantized linear by its name, any other tensor by its own; each is
+        asked for once and may be dropped after
+    orders: name of the tensor that holds a linear's column order
+    on_linear: told the name of every linear written
+
+    Returns the hex SHA-256 of every stored tensor's bytes by name. Raises FormatError where what
+    is supplied differs from `tensors`, ResourceError where the disk is full.
+    """
+    config = PackedConfig.from_map(bit_widths, orders)
+    with disk_errors(folder), _ShardWriter(folder, tensors, max_shard_bytes) as writer:
+        for packed in config.linears.values():
+            weight = PackedTensor.pack(linear(packed.name))
+            for name, tensor in weight.tensors(packed.name, owns_order=packed.owns_order).items():
+                writer.write(name, tensor)
+            if on_linear:
+                on_linear(packed.name)
+        for name in writer.missing():
+            writer.write(name, other(name))
+    with disk_errors(folder):
+        copy_companions(source, folder)
+    write_bytes(folder / MAP_NAME, bit_widths.to_json().encode())
+    write_packed_config(source, folder, config)
+    return writer.digests
+
+
+def write_packed_config(source: Path, folder: Path, config: PackedConfig) -> None:
+    """Write config.json: the source's without keys that name code, and with the packed format."""
+    settings = sanitize(read_json(source / CONFIG_NAME))
+    if settings.get("quantization_config"):
+        raise ModelError(
+            f"{CONFIG_NAME} of the source has a quantization_config already: "
+            "give the model that was quantized, not its quantized copy",
+            code="already_quantized",
+            param="quantization_config",
+        )
+    write_json(folder / CONFIG_NAME, settings | {"quantization_config": config.to_dict()})
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the tokenizer, generation settings and licence of a model."""
+    for pattern in COPIED_FILES:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+class _ShardWriter:
+    """Open shard files with their headers written; tensors go to their places in any order."""
+
+    def __init__(self, folder: Path, tensors: Sequence[TensorSpec], max_bytes: int) -> None:
+        self.digests: dict[str, str] = {}
+        self._folder = folder
+        self._specs = {spec.name: spec for spec in tensors}
+        self._shards = shard(tensors, max_bytes)
+        self._places: dict[str, tuple[BinaryIO, int]] = {}
+        self._files: list[BinaryIO] = []
+
+    def __enter__(self) -> _ShardWriter:
+        for file_name, part in self._shards.items():
+            first, offsets = header(part)
+            file = (self._folder / file_name).open("wb")
+            self._files.append(file)
+            file.write(first)
+            self._places.update({name: (file, offset) for name, offset in offsets.items()})
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for file in self._files:
+            file.close()
+        if kind is None:
+            self._write_index()
+
+    def missing(self) -> Iterator[str]:
+        """Names not written so far, in the order of the files."""
+        return (name for name in self._specs if name not in self.digests)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        spec = self._specs.get(name)
+        if spec is None or name in self.digests:
+            problem = "was written already" if name in self.digests else "has no place in the plan"
+            raise FormatError(f"tensor {name} {problem}", param=name)
+        if tensor.dtype != DTYPES[spec.dtype] or tuple(tensor.shape) != spec.shape:
+            raise FormatError(
+                f"tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}: "
+                f"the plan says {spec.dtype} of shape {spec.shape}",
+                param=name,
+            )
+        data = tensor_bytes(tensor)
+        file, offset = self._places[name]
+        file.seek(offset)
+        file.write(data)
+        self.digests[name] = hashlib.sha256(data).hexdigest()
+
+    def _write_index(self) -> None:
+        if len(self._shards) > 1:
+            total = sum(spec.bytes for spec in self._specs.values())
+            places = {spec.name: name for name, part in self._shards.items() for spec in part}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            write_json(self._folder / INDEX_NAME, index)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Little-endian bytes of a tensor of any dtype, row-major."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True)
+class PackedCheckpoint:
+    """A packed folder whose config and headers were read; tensors are read on demand."""
+
+    folder: Path
+    config: PackedConfig
+    headers: dict[str, TensorHeader]
+
+    @classmethod
+    def open(cls, folder: Path) -> PackedCheckpoint:
+        """Read config.json and the safetensors headers.
+
+        Raises FormatError for a config that is not of a packed model, ModelError for safetensors
+        files that are missing or damaged.
+        """
+        settings = read_json(folder / CONFIG_NAME)
+        quantization = settings.get("quantization_config") if isinstance(settings, dict) else None
+        if not isinstance(quantization, dict):
+            raise FormatError(
+                f"{folder.name} is not a packed model: {CONFIG_NAME} has no quantization_config",
+                param=CONFIG_NAME,
+            )
+        return cls(folder, PackedConfig.from_dict(quantization), read_headers(folder))
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all safetensors files."""
+        return sum(file.stat().st_size for file in safetensors_files(self.folder))
+
+    def check_linears(self, shapes: Sequence[LinearShape]) -> None:
+        """Compare the stored linears' headers with the model's shapes, by name.
+
+        Raises FormatError naming the first tensor that is missing, superfluous or of another
+        dtype or shape.
+        """
+        by_name = {shape.name: shape for shape in shapes}
+        for name, packed in self.config.linears.items():
+            if name not in by_name:
+                raise FormatError(f"linear {name} is not in the model", param=name)
+            expected = linear_tensors(by_name[name], packed.widths, owns_order=packed.owns_order)
+            for spec in expected:
+                _check_header(self.headers.get(spec.name), spec)
+            self._check_no_others(name, {spec.name for spec in expected})
+
+    def tensor(self, name: str) -> Tensor:
+        """A stored tensor by its name, on the CPU. Raises FormatError where it is missing."""
+        if name not in self.headers:
+            raise FormatError(f"tensor {name} is missing from the checkpoint", param=name)
+        path = self.folder / self.headers[name].file
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def linear(self, shape: LinearShape) -> PackedTensor:
+        """The packed tensors of one linear, its column order included, checked in full."""
+        packed = self.config.linears.get(shape.name)
+        if packed is None:
+            raise FormatError(f"linear {shape.name} is not quantized here", param=shape.name)
+        order = self.tensor(packed.order) if packed.order else None
+        if order is not None:
+            check_order(order, shape.columns, packed.order or "")
+        names = [spec.name for spec in linear_tensors(shape, packed.widths)]
+        tensors = {name: self.tensor(name) for name in names if name in self.headers}
+        return PackedTensor.from_tensors(
+            shape.name, tensors, shape.rows, shape.columns, packed.widths, order
+        )
+
+    def _check_no_others(self, linear: str, expected: set[str]) -> None:
+        prefix = f"{linear}."
+        for name in self.headers:
+            if name.startswith(prefix) and name not in expected | {f"{linear}.bias"}:
+                raise FormatError(f"tensor {name} does not belong to the format", param=name)
+
+
+def read_bit_width_map(folder: Path) -> BitWidthMap:
+    """The bit-width map of a packed folder. Raises FormatError where it is missing or damaged."""
+    return BitWidthMap.load(folder / MAP_NAME)
+
+
+def _check_header(found: TensorHeader | None, spec: TensorSpec) -> None:
+    if found is None:
+        raise FormatError(f"tensor {spec.name} is missing from the checkpoint", param=spec.name)
+    if found.dtype != spec.dtype or found.shape != spec.shape:
+        raise FormatError(
+            f"tensor {spec.name} is {found.dtype} of shape {found.shape}: "
+            f"the format says {spec.dtype} of shape {spec.shape}",
+            param=spec.name,
+        )

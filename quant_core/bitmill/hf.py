@@ -1,0 +1,143 @@
+"""Packed checkpoints in transformers: `import bitmill.hf`, then `from_pretrained` as usual.
+
+transformers finds quantizers in a registry and has no entry point for packages, so this module
+registers one when it is imported. Without the import transformers only warns and fills every
+quantized linear with random numbers; `bitmill.load` imports it and refuses such a model.
+
+Loading replaces each linear named in `quantization_config` by an empty `QuantizedLinear` on the
+meta device, lets transformers read the tensors, then hands out the shared column orders.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Conv1D, PreTrainedModel
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitmill.bits import LinearShape
+from bitmill.errors import FormatError
+from bitmill.linear import QuantizedLinear
+from bitmill.packed_config import QUANT_METHOD, PackedConfig, PackedLinear
+
+
+@register_quantization_config(QUANT_METHOD)
+class BitmillConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed model; its attributes are exactly the stored keys."""
+
+    def __init__(self, **stored: Any) -> None:
+        self.__dict__.update(PackedConfig.from_dict(stored).to_dict())
+
+    def packed(self) -> PackedConfig:
+        """The checked, typed form."""
+        return PackedConfig.from_dict(self.to_dict())
+
+
+@register_quantizer(QUANT_METHOD)
+class BitmillQuantizer(HfQuantizer):
+    """Swaps linears for `QuantizedLinear`; only packed checkpoints can be loaded."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_: Any
+    ) -> None:
+        modules = dict(model.named_modules())
+        for linear in self.quantization_config.packed().linears.values():
+            name = local_name(linear.name, model)
+            if not isinstance(modules.get(name), nn.Linear | Conv1D):
+                raise FormatError(
+                    f"linear {linear.name} of the checkpoint is not in the model "
+                    f"{type(model).__name__}: load it with the class it was made from",
+                    param=linear.name,
+                )
+            model.set_submodule(name, _empty_twin(modules[name], linear, dtype))
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_: Any
+    ) -> PreTrainedModel:
+        for linear in self.quantization_config.packed().linears.values():
+            if linear.order is not None and not linear.owns_order:
+                order = model.get_buffer(local_name(linear.order, model))
+                module = model.get_submodule(local_name(linear.name, model))
+                module.share_order(order.to(module.scales.device))
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+        for name, module in quantized_linears(model).items():
+            model.set_submodule(name, _plain_linear(module, dtype or torch.float32))
+        return model
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the packed tensors back, byte for byte."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed codes cannot be trained."""
+        return False
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The packed linears of a model by their module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def plain_shapes(model: nn.Module) -> list[LinearShape]:
+    """Shapes of all linears of a model that is not packed."""
+    return [
+        LinearShape(name, *_rows_columns(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+
+
+def local_name(name: str, model: PreTrainedModel) -> str:
+    """A name of the checkpoint as the model has it: a headless base model lacks the prefix."""
+    prefix = f"{model.base_model_prefix}."
+    headless = model.base_model_prefix and not hasattr(model, model.base_model_prefix)
+    return name.removeprefix(prefix) if headless else name
+
+
+def _rows_columns(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(N, K) of a linear; a Conv1D holds its weight transposed."""
+    first, second = module.weight.shape
+    return (second, first) if isinstance(module, Conv1D) else (first, second)
+
+
+def _empty_twin(
+    module: nn.Linear | Conv1D, linear: PackedLinear, dtype: torch.dtype | None
+) -> QuantizedLinear:
+    rows, columns = _rows_columns(module)
+    order = None
+    if linear.order is not None:
+        order = "own" if linear.owns_order else "shared"
+    try:
+        return QuantizedLinear(
+            columns,
+            rows,
+            linear.widths,
+            bias=module.bias is not None,
+            order=order,
+            dtype=dtype,
+            device="meta",
+        )
+    except ValueError as error:
+        raise FormatError(f"linear {linear.name}: {error}", param=linear.name) from error
+
+
+def _plain_linear(module: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(
+        module.in_features, module.out_features, bias=module.bias is not None, device="meta"
+    )
+    linear.weight = nn.Parameter(module.dequantize().to(dtype), requires_grad=False)
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+    return linear

@@ -1,0 +1,100 @@
+"""The packed module computes what its dequantized weight computes, and keeps its buffers intact."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+
+import bitmill.linear
+from bitmill.errors import FormatError
+from bitmill.linear import QuantizedLinear
+from bitmill.packed import PackedTensor
+from weights import random_weight
+
+
+def module_of(N: int, K: int, widths: tuple[int, ...], **options: bool) -> QuantizedLinear:
+    weight = random_weight(N, K, widths, **options)
+    return QuantizedLinear.from_packed(PackedTensor.pack(weight))
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["natural", "ordered"])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float16, 1e-3)])
+def test_forward_equals_the_dequantized_forward(
+    dtype: torch.dtype, limit: float, ordered: bool
+) -> None:
+    weight = random_weight(24, 300, (3, 1, 5), ordered=ordered)
+    bias = torch.linspace(-1, 1, 24)
+    module = QuantizedLinear.from_packed(PackedTensor.pack(weight), bias=bias)
+    x = torch.randn(2, 3, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
+    y = module(x)
+    expected = x.double() @ weight.dequantize().double().t() + bias.double()
+    assert y.dtype == dtype
+    assert y.shape == (2, 3, 24)
+    assert (y.double() - expected).norm() / expected.norm() < limit
+
+
+def test_state_dict_has_the_names_of_the_format() -> None:
+    weight = random_weight(8, 296, (3, 4, 2), ordered=True)
+    packed = PackedTensor.pack(weight)
+    module = QuantizedLinear.from_packed(packed, bias=torch.zeros(8))
+    expected = {name.removeprefix("x.") for name in packed.tensors("x")} | {"bias"}
+    assert module.state_dict().keys() == expected
+
+
+def test_an_order_of_another_linear_is_used_but_not_stored() -> None:
+    weight = random_weight(8, 256, (3, 4), ordered=True)
+    assert weight.order is not None
+    module = QuantizedLinear(256, 8, (3, 4), order="shared")
+    module.fill(PackedTensor.pack(weight).tensors("", owns_order=False))
+    module.share_order(weight.order)
+    assert "order" not in module.state_dict()
+    assert torch.equal(module.dequantize(), weight.dequantize())
+
+
+def test_casting_a_model_leaves_scales_and_codes_as_stored() -> None:
+    module = module_of(8, 128, (4,), ordered=True)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    x = torch.ones(1, 128)
+    expected = module(x)
+    torch.nn.Sequential(module).to(torch.bfloat16).to(torch.float64)
+    for name, tensor in module.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name])
+    assert torch.equal(module(x), expected)
+
+
+def test_new_tensors_replace_the_cached_weight() -> None:
+    module = module_of(8, 128, (4,))
+    x = torch.ones(1, 128)
+    old = module(x)
+    module.fill(PackedTensor.pack(random_weight(8, 128, (4,), seed=9)).tensors(""))
+    assert not torch.equal(module(x), old)
+
+
+def test_a_copy_is_independent() -> None:
+    module = module_of(8, 128, (4,))
+    x = torch.ones(1, 128)
+    expected = module(x)
+    twin = copy.deepcopy(module)
+    module.scales.zero_()
+    assert torch.equal(twin(x), expected)
+
+
+def test_illegal_buffers_stop_the_first_forward() -> None:
+    module = module_of(8, 128, (4,))
+    module.scales[0, 3] = float("nan")
+    with pytest.raises(FormatError, match=r"scales holds nan for group 0, row 3"):
+        module(torch.ones(1, 128))
+
+
+def test_the_dequantized_copy_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    bitmill.linear._say_dense.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="bitmill.linear"):
+        for _ in range(2):
+            module_of(8, 128, (4,))(torch.ones(1, 128))
+    assert [r.message for r in caplog.records if "dequantized copy" in r.message] == [
+        caplog.records[0].message
+    ]

@@ -1,0 +1,123 @@
+"""Quantized weights and small packed models for tests of the format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from bitmill.bits import BitWidthMap
+from bitmill.budget import checkpoint_tensors, order_owners
+from bitmill.checkpoint import write_checkpoint
+from bitmill.packed import QuantizedWeight
+from bitmill.plan import Plan, make_plan
+from bitmill.spec import Budget, JobSpec, PathModel
+from bitmill_kernels.layout import GROUP_SIZE, zero_bits
+
+
+def random_weight(
+    N: int, K: int, widths: tuple[int, ...], *, ordered: bool = False, seed: int = 0
+) -> QuantizedWeight:
+    """Every legal value occurs: codes and zeros uniform over their ranges, scales in (0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(shape: tuple[int, ...], bits: int) -> torch.Tensor:
+        return torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8)
+
+    starts = range(0, K, GROUP_SIZE)
+    codes = [integers((N, min(GROUP_SIZE, K - s)), w) for s, w in zip(starts, widths, strict=True)]
+    zeros = [integers((N,), zero_bits(width)) for width in widths]
+    scales = torch.rand(len(widths), N, generator=generator).clamp_min(0.01).half()
+    order = torch.randperm(K, generator=generator).int() if ordered else None
+    return QuantizedWeight(torch.cat(codes, 1), scales, torch.stack(zeros), widths, order)
+
+
+def rounded_weight(
+    weight: torch.Tensor, widths: tuple[int, ...], order: torch.Tensor | None = None
+) -> QuantizedWeight:
+    """`weight` f32 [N, K] rounded to the min-max grid of each row and group (widths >= 2)."""
+    columns = weight if order is None else weight[:, order.long()]
+    codes, scales, zeros = [], [], []
+    for part, width in zip(columns.split(GROUP_SIZE, dim=1), widths, strict=True):
+        low, high = part.amin(1).clamp_max(0), part.amax(1).clamp_min(0)
+        scale = ((high - low) / (2**width - 1)).half()
+        step = scale.float().clamp_min(1e-8)
+        zero = (-low / step).round().clamp(0, 2**width - 1)
+        code = (part / step[:, None] + zero[:, None]).round().clamp(0, 2**width - 1)
+        codes.append(code.to(torch.uint8))
+        scales.append(scale)
+        zeros.append(zero.to(torch.uint8))
+    grid = torch.stack(scales), torch.stack(zeros)
+    return QuantizedWeight(torch.cat(codes, 1), *grid, widths, order)
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """A packed folder with everything that went into it."""
+
+    folder: Path
+    source: Path
+    plan: Plan
+    map: BitWidthMap
+    weights: dict[str, QuantizedWeight]
+    tensor_hashes: dict[str, str]
+
+    @property
+    def code_hashes(self) -> dict[str, str]:
+        """Digest of every linear's codes."""
+        return {name: weight.codes_sha256() for name, weight in self.weights.items()}
+
+
+def pack_model(
+    source: Path,
+    folder: Path,
+    *,
+    order: Literal["natural", "activation"] = "natural",
+    **options: Any,
+) -> PackedModel:
+    """Round the linears of a small model to mixed widths and write the packed folder.
+
+    With `order="activation"` a random column order stands for the measured one.
+    """
+    spec = JobSpec(model=PathModel(path=str(source)), budget=Budget(code_bits=8))
+    plan = make_plan(source, spec)
+    owners = order_owners(plan, order)
+    stored = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    shuffled: dict[str, torch.Tensor] = {}
+    weights, widths = {}, {}
+    for place, linear in enumerate(plan.linears):
+        owner = owners.get(linear.name)
+        if owner is not None and owner not in shuffled:
+            shuffled[owner] = torch.randperm(linear.columns, generator=generator).int()
+        matrix = stored[f"{linear.name}.weight"].float()
+        cycle = (3, 4, 2, 6, 8, 5)
+        chosen = tuple(cycle[(place + group) % 6] for group in range(linear.shape.groups))
+        widths[linear.name] = chosen
+        weights[linear.name] = rounded_weight(matrix, chosen, shuffled.get(owner or ""))
+    bit_widths = BitWidthMap(order=order, linears=widths)
+    folder.mkdir(parents=True, exist_ok=True)
+    hashes = write_checkpoint(
+        folder,
+        source=source,
+        tensors=checkpoint_tensors(plan, widths, order),
+        bit_widths=bit_widths,
+        orders={name: f"{owner}.order" for name, owner in owners.items()},
+        linear=weights.__getitem__,
+        other=stored.__getitem__,
+        **options,
+    )
+    return PackedModel(folder, source, plan, bit_widths, weights, hashes)
+
+
+def dequantized_model(packed: PackedModel, dtype: torch.dtype = torch.float32) -> Any:
+    """The source model with every quantized weight replaced by its dequantized value."""
+    model = AutoModelForCausalLM.from_pretrained(packed.source, dtype=dtype).eval()
+    with torch.no_grad():
+        for name, weight in packed.weights.items():
+            model.get_submodule(name).weight.copy_(weight.dequantize())
+    return model
