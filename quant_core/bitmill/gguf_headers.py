@@ -1,8 +1,8 @@
 """Safe reading of GGUF headers: settings, and tensors under their Hugging Face names. Torch-free.
 
 A GGUF file (versions 2 and 3, little-endian) is the magic "GGUF", u32 version, u64 tensor count,
-u64 setting count, the settings (string key, u32 type, value) and per tensor a string name, u32 rank,
-u64 sizes (innermost first), u32 type, u64 offset. The `gguf` package parses every value into numpy
+u64 setting count, the settings (string key, u32 type, value) and per tensor a string name, u32
+rank, u64 sizes (innermost first), u32 type, u64 offset. The `gguf` package parses every value into numpy
 views, which takes seconds and trusts all counts; a plan needs few settings and must survive
 strangers' files, so this reader bounds every count and skips what it does not need.
 """
@@ -77,7 +77,7 @@ _BLOCK = re.compile(r"blk\.(\d{1,4})\.(\w+)\.(weight|bias)")
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """settings: scalar values, and the length of arrays; tensors: GGUF name -> shape, outer first."""
+    """settings: scalars, strings and the lengths of arrays; tensors: GGUF name -> shape [N, K]."""
 
     settings: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
@@ -143,7 +143,7 @@ class _Cursor:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Settings and tensor shapes of a GGUF file; raises `ModelError` (bad_gguf) naming the defect."""
+    """Settings and tensor shapes of a GGUF file; `ModelError` (bad_gguf) names a defect."""
     if not path.is_file():
         raise ModelError(f"there is no file {path.name}", code="missing_file", param=path.name)
     with path.open("rb") as handle:
