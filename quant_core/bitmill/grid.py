@@ -1,0 +1,252 @@
+"""Affine grids: one scale and one zero point per output row and group of columns.
+
+    w ~ s (q - z)      q in 0..2^b - 1, s >= 0 exact in fp16
+                       z integer in 0..2^b - 1; at width 1: z in {0, 1/8, ..., 15/8}
+
+A grid is chosen to make sum_j h_j (w_j - s (q_j - z))^2 small, where h_j weighs column j
+(usually the diagonal of the Hessian). `clip_search` tries, in this order, and keeps the best:
+
+1. ranges shrunk on both sides, p (max - min) for p from 1 down to 0.3 (GPTQ's own grid is p = 1);
+2. lower and upper end apart: other zero points, with scales around the best one;
+3. alternating least squares: s = sum h w v / sum h v^2 with v = q - z, new codes, again.
+
+Width 1 has two levels that need not include 0. They start from the exact weighted two-means split
+of the row, found by sorting, then every storable zero point gets its own least squares.
+
+Scales are rounded through fp16 before any error is measured, so the error measured is the error
+stored. A range whose scale rounds to 0 gets scale 0, zero 0 and codes 0; a scale beyond fp16 is an
+error. Given up: the exact optimum over (s, z, q), which costs a sort per row for every width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import NumericalError
+
+ONE_BIT_ZERO_STEPS = 8
+"""Stored zero points of width 1 count eighths of a step."""
+
+FP16_MAX = 65504.0
+
+
+class Grid(NamedTuple):
+    """Scale f32 [N], exact in fp16, and zero f32 [N], in codes (eighths at width 1)."""
+
+    scale: Tensor
+    zero: Tensor
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """How `clip_search` looks for a grid; `ClipSettings.min_max()` turns the search off."""
+
+    smallest_shrink: float = 0.3
+    shrinks: int = 36
+    zero_offsets: tuple[int, ...] = (-2, -1, 1, 2)
+    zero_scales: tuple[float, ...] = (0.8, 0.87, 0.94, 1.0, 1.06, 1.13, 1.2)
+    least_squares: int = 4
+
+    @classmethod
+    def min_max(cls) -> ClipSettings:
+        """The plain min-max grid of GPTQ: no shrinking, no refinement."""
+        return cls(shrinks=1, zero_offsets=(), least_squares=0)
+
+    @classmethod
+    def shrink_only(cls) -> ClipSettings:
+        """Both ends shrunk by one factor, nothing else."""
+        return cls(zero_offsets=(), least_squares=0)
+
+
+def max_code(width: int) -> int:
+    """Largest code of a width: 2^b - 1."""
+    return (1 << width) - 1
+
+
+def stored_zero(zero: Tensor, width: int) -> Tensor:
+    """Zero points as the format stores them: u8, in eighths at width 1."""
+    return (zero * ONE_BIT_ZERO_STEPS if width == 1 else zero).round().to(torch.uint8)
+
+
+def real_zero(stored: Tensor, width: int) -> Tensor:
+    """Inverse of `stored_zero`: f32, in codes."""
+    zero = stored.float()
+    return zero / ONE_BIT_ZERO_STEPS if width == 1 else zero
+
+
+def round_scale(scale: Tensor) -> Tensor:
+    """The nearest fp16 value of each scale, as f32.
+
+    Raises NumericalError where a scale does not fit fp16.
+    """
+    rounded = scale.to(torch.float16).to(torch.float32)
+    if not bool(torch.isfinite(rounded).all()):
+        raise NumericalError(
+            f"a scale of {float(scale.abs().max()):.4g} does not fit fp16 (largest {FP16_MAX:g}); "
+            "the weights are too large to quantize: check the source checkpoint",
+            code="scale_overflow",
+        )
+    return rounded
+
+
+def nearest_codes(W: Tensor, grid: Grid, width: int) -> Tensor:
+    """Codes of W [N, C] on its grid, f32 [N, C] holding integers 0..2^b - 1."""
+    return _codes(W, grid.scale[:, None], grid.zero[:, None], width)
+
+
+def values(codes: Tensor, grid: Grid) -> Tensor:
+    """Real values s (q - z) of codes [N, C], f32."""
+    return grid.scale[:, None] * (codes.float() - grid.zero[:, None])
+
+
+def clip_search(
+    W: Tensor,
+    width: int,
+    weight: Tensor | None = None,
+    *,
+    settings: ClipSettings | None = None,
+) -> Grid:
+    """The grid of every row of W f32 [N, C] that makes the weighted squared error small.
+
+    `weight` f32 [C] >= 0 weighs the columns; None, or all zero, weighs them alike. Never worse
+    than the min-max grid under that weight. Raises NumericalError on fp16 overflow.
+    """
+    settings = settings or ClipSettings()
+    h = column_weight(W, weight)
+    if width == 1 and settings.least_squares:
+        return _best(W, _two_level_candidates(W, h, settings.least_squares), width, h)
+    lo, hi = W.amin(1).clamp(max=0.0), W.amax(1).clamp(min=0.0)
+    grid = _best(W, _shrunk_candidates(lo, hi, width, settings), width, h)
+    if settings.zero_offsets and width > 1:
+        grid = _best(W, _moved_candidates(grid, width, settings), width, h)
+    for _ in range(settings.least_squares):
+        grid = _best(W, _least_squares_candidates(W, grid, width, h), width, h)
+    return grid
+
+
+def column_weight(W: Tensor, weight: Tensor | None) -> Tensor:
+    """The weight f32 [C] divided by its mean; ones where None or all zero."""
+    if weight is None:
+        return W.new_ones(W.shape[1])
+    mean = weight.mean()
+    return torch.where(mean > 0, weight / mean, torch.ones_like(weight))
+
+
+def pick(candidates: Grid, errors: Tensor) -> Grid:
+    """The candidate [N] of least error from candidates [N, P] with errors [N, P]."""
+    best = errors.argmin(1, keepdim=True)
+    return Grid(candidates.scale.gather(1, best)[:, 0], candidates.zero.gather(1, best)[:, 0])
+
+
+def weighted_errors(W: Tensor, candidates: Grid, width: int, h: Tensor) -> Tensor:
+    """sum_j h_j (w_j - ŵ_j)^2 for every row and candidate, f32 [N, P], in bounded memory."""
+    rows = max(1, chunk_elements(W.device) // (candidates.scale.shape[1] * W.shape[1]))
+    parts = []
+    for start in range(0, W.shape[0], rows):
+        part = slice(start, start + rows)
+        w = W[part, None, :]
+        scale, zero = candidates.scale[part, :, None], candidates.zero[part, :, None]
+        error = w - scale * (_codes(w, scale, zero, width) - zero)
+        parts.append(error.square() @ h)
+    return torch.cat(parts)
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Elements of one temporary: small enough for a CPU's cache, large enough for a GPU."""
+    return 1 << 25 if device.type == "cuda" else 1 << 18
+
+
+def legal_candidates(scale: Tensor, zero: Tensor, width: int) -> Grid:
+    """Scales rounded through fp16, zero points made storable; a zero scale takes zero 0."""
+    scale = round_scale(scale)
+    steps = ONE_BIT_ZERO_STEPS if width == 1 else 1
+    top = 15 if width == 1 else max_code(width)
+    zero = (zero * steps).round().clamp(0, top) / steps
+    return Grid(scale, torch.where(scale > 0, zero, torch.zeros_like(zero)))
+
+
+def _codes(w: Tensor, scale: Tensor, zero: Tensor, width: int) -> Tensor:
+    inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
+    return (w * inverse + zero).round().clamp_(0, max_code(width))
+
+
+def _best(W: Tensor, candidates: Grid, width: int, h: Tensor) -> Grid:
+    return pick(candidates, weighted_errors(W, candidates, width, h))
+
+
+def _shrunk_candidates(lo: Tensor, hi: Tensor, width: int, settings: ClipSettings) -> Grid:
+    """Ranges p [lo, hi]; the zero point does not depend on p."""
+    p = torch.linspace(1.0, settings.smallest_shrink, settings.shrinks, device=lo.device)
+    step = (hi - lo) / max_code(width)
+    zero = torch.where(step > 0, -lo / step, torch.zeros_like(step))
+    return legal_candidates(step[:, None] * p, zero[:, None].expand(-1, len(p)), width)
+
+
+def _moved_candidates(grid: Grid, width: int, settings: ClipSettings) -> Grid:
+    """The grid itself first, then every other zero point with scales around its own."""
+    scales = torch.tensor(settings.zero_scales, device=grid.scale.device)
+    offsets = torch.tensor(settings.zero_offsets, device=grid.scale.device, dtype=torch.float32)
+    scale = (grid.scale[:, None, None] * scales).expand(-1, len(offsets), -1).flatten(1)
+    zero = (grid.zero[:, None, None] + offsets[:, None]).expand(-1, -1, len(scales)).flatten(1)
+    return legal_candidates(
+        torch.cat([grid.scale[:, None], scale.clamp(max=FP16_MAX)], 1),
+        torch.cat([grid.zero[:, None], zero], 1),
+        width,
+    )
+
+
+def _least_squares_candidates(W: Tensor, grid: Grid, width: int, h: Tensor) -> Grid:
+    """The grid itself and the one whose scale is the least-squares fit to its codes."""
+    v = nearest_codes(W, grid, width) - grid.zero[:, None]
+    fitted = _fitted_scale((W * v) @ h, v.square() @ h, grid.scale)
+    return legal_candidates(
+        torch.stack([grid.scale, fitted], 1), grid.zero[:, None].expand(-1, 2), width
+    )
+
+
+def _fitted_scale(product: Tensor, square: Tensor, fallback: Tensor) -> Tensor:
+    """product / square where that is a legal scale, else the fallback."""
+    fitted = product / square
+    legal = (square > 0) & (fitted > 0) & (fitted <= FP16_MAX)
+    return torch.where(legal, fitted, fallback)
+
+
+def _two_level_candidates(W: Tensor, h: Tensor, iterations: int) -> Grid:
+    """Every zero point of width 1 with its least-squares scale, from two starts: [N, 32]."""
+    low, high = _two_means(W, h)
+    zero = torch.arange(16, device=W.device, dtype=torch.float32) / ONE_BIT_ZERO_STEPS
+    zero = zero.repeat(2).expand(W.shape[0], -1)
+    gap, reach = high - low, torch.maximum(high.abs(), low.abs())
+    scale = torch.cat([gap[:, None].expand(-1, 16), reach[:, None].expand(-1, 16)], 1)
+    rows = max(1, chunk_elements(W.device) // (32 * W.shape[1]))
+    parts = []
+    for start in range(0, W.shape[0], rows):
+        part = slice(start, start + rows)
+        s, z, w = scale[part], zero[part], W[part, None, :]
+        for _ in range(iterations):
+            v = _codes(w, s[..., None], z[..., None], 1) - z[..., None]
+            s = _fitted_scale((w * v) @ h, v.square() @ h, s)
+        parts.append(s)
+    return legal_candidates(torch.cat(parts), zero, 1)
+
+
+def _two_means(W: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted means below and above the split of least squared error, each f32 [N]."""
+    if W.shape[1] == 1:
+        return W[:, 0].clamp(max=0.0), W[:, 0].clamp(min=0.0)
+    ordered, index = W.sort(1)
+    weight = h[index]
+    mass, moment = weight.cumsum(1), (weight * ordered).cumsum(1)
+    left_mass, left = mass[:, :-1], moment[:, :-1]
+    right_mass, right = mass[:, -1:] - left_mass, moment[:, -1:] - left
+    tiny = torch.finfo(torch.float32).tiny
+    explained = left.square() / left_mass.clamp(min=tiny)
+    explained = explained + right.square() / right_mass.clamp(min=tiny)
+    best = explained.argmax(1, keepdim=True)
+    low = (left / left_mass.clamp(min=tiny)).gather(1, best)[:, 0]
+    high = (right / right_mass.clamp(min=tiny)).gather(1, best)[:, 0]
+    return low, torch.maximum(high, low)

@@ -1,0 +1,136 @@
+"""Second moments of a linear's inputs, and the factor that GPTQ needs from them.
+
+    H = sum_t a_t x_t x_t^T / sum_t a_t          a_t = 1, or a weight per token
+    H + damping * mean(diag H) * I = (U^T U)^-1  U upper triangular
+
+`HessianAccumulator` takes the inputs batch by batch and sums in fp32. A token weight (for example
+the squared gradient of the loss at the linear's output) makes H the curvature of the loss instead
+of the layer's own error.
+
+U comes from one Cholesky factorization and one triangular solve: with J the reversal of rows and
+columns, J H J = M M^T gives H^-1 = (J M^-1 J)^T (J M^-1 J), and J M^-1 J is upper triangular. The
+usual route (Cholesky, inverse, Cholesky again) does three times the work and loses more digits.
+
+Damping climbs a ladder until the factorization succeeds; every rung that failed is kept for the
+report, and past the last rung the linear is refused by name. Columns whose input was zero in every
+calibration token are counted: damping alone carries them, so they are rounded to the nearest code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import CalibrationError, NumericalError
+from bitmill_kernels.hessian import hessian_update
+
+DAMPING_LADDER = (0.005, 0.01, 0.05, 0.1)
+"""Damping as a share of the mean of diag H."""
+
+NAMED_ROWS = 8
+
+
+class HessianAccumulator:
+    """Weighted mean of x x^T over calibration tokens, fp32 [K, K] on one device.
+
+    `name` is the linear (or input) that messages speak of.
+    """
+
+    def __init__(self, columns: int, device: torch.device | str, *, name: str = "input") -> None:
+        self.name = name
+        self.tokens = 0
+        self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self._mass = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Adds inputs x [T, K] (bf16, fp16 or f32), weighted by f32 [T] >= 0 where given.
+
+        Raises CalibrationError naming the token rows that are not finite.
+        """
+        check_rows(x, self.name, self.tokens)
+        hessian_update(self._sum, x, weight)
+        self._mass += x.shape[0] if weight is None else weight.double().sum()
+        self.tokens += x.shape[0]
+
+    def mean(self) -> Tensor:
+        """H f32 [K, K], symmetric; zero where no token (an expert's, say) was added."""
+        mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny)
+        return symmetric(self._sum / mass.float())
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """Upper U f32 [K, K] with (U^T U)^-1 = H + damping * mean(diag H) * I.
+
+    dead: columns that no calibration token touched; failed: damping rungs whose Cholesky failed.
+    """
+
+    upper: Tensor
+    damping: float
+    dead: int
+    failed: tuple[float, ...]
+
+
+def symmetric(H: Tensor) -> Tensor:
+    """H with its upper triangle mirrored: sums over tokens differ in their last bits."""
+    upper = H.triu()
+    return upper + upper.triu(1).T
+
+
+def activation_order(H: Tensor) -> Tensor:
+    """Columns by descending diag(H), i64 [K]; equal columns keep their order."""
+    return torch.argsort(H.diagonal(), descending=True, stable=True)
+
+
+def damped(H: Tensor, damping: float) -> Tensor:
+    """A copy of H with damping * mean(diag H) on its diagonal; the identity where H is zero."""
+    mean = H.diagonal().mean()
+    result = H.clone()
+    result.diagonal().add_(torch.where(mean > 0, damping * mean, torch.ones_like(mean)))
+    return result
+
+
+def factor(H: Tensor, *, ladder: tuple[float, ...] = DAMPING_LADDER, name: str = "input") -> Factor:
+    """The GPTQ factor of H f32 [K, K], which is left as it was.
+
+    Raises NumericalError, naming the linear, if H is not finite or no rung of the ladder succeeds.
+    """
+    if not bool(torch.isfinite(H).all()):
+        raise NumericalError(
+            f"the Hessian of {name} is not finite: its inputs are too large for fp32 sums; "
+            "check the source model's activations",
+            code="hessian_not_finite",
+            param=name,
+        )
+    dead = int((H.diagonal() <= 0).sum())
+    failed: list[float] = []
+    for damping in ladder:
+        lower, info = torch.linalg.cholesky_ex(damped(H, damping).flip(0, 1))
+        if int(info) == 0:
+            eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+            upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+            return Factor(upper.contiguous(), damping, dead, tuple(failed))
+        failed.append(damping)
+    raise NumericalError(
+        f"the Hessian of {name} ({len(H)} columns, {dead} dead) is not positive definite even with "
+        f"damping {ladder[-1]:.1%}: use more calibration tokens or method 'rtn'",
+        code="hessian_not_positive",
+        param=name,
+    )
+
+
+def check_rows(x: Tensor, name: str, first_row: int = 0) -> None:
+    """Raises CalibrationError if a token row of x [T, K] is not finite, naming the rows."""
+    bad = ~torch.isfinite(x).all(1)
+    if not bool(bad.any()):
+        return
+    rows = (bad.nonzero()[:, 0] + first_row).tolist()
+    more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+    raise CalibrationError(
+        f"{len(rows)} of {len(x)} calibration tokens give non-finite inputs to {name}: tokens "
+        f"{rows[:NAMED_ROWS]}{more}; leave that text out or run the model in a wider dtype",
+        code="non_finite_calibration",
+        param=name,
+    )

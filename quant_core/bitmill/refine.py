@@ -1,0 +1,231 @@
+"""Refinement of one decoder block: true-sequential, on the outputs of the quantized prefix.
+
+Linears are taken in stages of those that can be observed together ([q, k, v], [o], [gate, up],
+[down]). For each stage the block is run with everything before the stage already quantized, so
+that linears of later stages see, and answer to, the error of earlier ones.
+
+With `asymmetric` the source model runs beside it, and each linear's target moves by the
+least-squares share of what its output lacks (`input_statistics.py`, `gptq.py`). That is kept per
+linear only where the error on held-out tokens, mean |y' - x ŵ^T|^2, falls. A linear that adds
+straight to the residual stream may also work against what the prefix has already lost there
+(`asymmetric="residual"`); which linears do is found by running the block, not from a list.
+
+At return the block computes with the dequantized weights. Given up: re-measuring q, k and v after
+each other, which read the same input and do not see each other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Tensor, nn
+
+from bitmill.blocks import StreamedModel, set_weight, weight_of
+from bitmill.gptq import Curvature, GptqSettings, check_weights, quantize_gptq
+from bitmill.input_statistics import (
+    BlockState,
+    InputStatistics,
+    Stream,
+    collect,
+    residual_writers,
+)
+from bitmill.packed import QuantizedWeight
+from bitmill.refinement_report import BlockReport, LinearReport
+from bitmill.rtn import quantize_rtn
+
+Refined = tuple[QuantizedWeight, LinearReport]
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """Every part has a switch.
+
+    true_sequential: each stage sees the quantized stages before it, else the block's own floats
+    asymmetric: "off", "inputs" (y' of the linear alone) or "residual" (of the stream, where the
+    linear adds to it); it needs the source stream and held-out tokens; strengths are tried beside 0
+    batch: sequences per run of the block
+    """
+
+    method: Literal["rtn", "gptq"] = "gptq"
+    gptq: GptqSettings = field(default_factory=GptqSettings)
+    true_sequential: bool = True
+    asymmetric: Literal["off", "inputs", "residual"] = "off"
+    strengths: tuple[float, ...] = (1.0,)
+    batch: int = 8
+
+
+def refine_block(
+    model: StreamedModel,
+    index: int,
+    block: nn.Module,
+    stream: Stream,
+    widths: Mapping[str, tuple[int, ...]],
+    *,
+    settings: RefineSettings | None = None,
+    orders: Mapping[str, Tensor] | None = None,
+    held_out: Stream | None = None,
+    token_weights: Mapping[str, Tensor] | None = None,
+    on_linear: Callable[[LinearReport], None] | None = None,
+) -> tuple[dict[str, QuantizedWeight], BlockReport]:
+    """Quantizes every linear of block `index` that `widths` names (full names).
+
+    stream: calibration block inputs; held_out: others, for choosing. orders: name -> i64 [K],
+    packed column k is input column orders[name][k]; linears reading one input share one order.
+    token_weights: name -> f32 [S, T] >= 0, how much each calibration token counts for a linear.
+
+    Raises CalibrationError, naming the linear, where calibration gives non-finite inputs, and
+    NumericalError where a factorization fails past the last damping.
+    """
+    settings = settings or RefineSettings()
+    _check_streams(settings, stream, held_out)
+    job = _BlockJob(
+        _block_state(model, index, block, stream, settings),
+        widths,
+        settings,
+        orders or {},
+        token_weights or {},
+    )
+    done: dict[str, Refined] = {}
+    for stage in job.stages():
+        refined = job.refine_stage(stage, stream, held_out)
+        done |= refined
+        if settings.true_sequential:
+            job.install(refined)
+        if on_linear:
+            for _, report in refined.values():
+                on_linear(report)
+    if not settings.true_sequential:
+        job.install(done)
+    weights = {name: weight for name, (weight, _) in done.items()}
+    return weights, BlockReport(index, tuple(report for _, report in done.values()))
+
+
+@dataclass(frozen=True, eq=False)
+class _BlockJob:
+    state: BlockState
+    widths: Mapping[str, tuple[int, ...]]
+    settings: RefineSettings
+    orders: Mapping[str, Tensor]
+    token_weights: Mapping[str, Tensor]
+
+    def stages(self) -> Iterator[list[list[str]]]:
+        """Stages of input groups, without the linears that keep the source's precision."""
+        for stage in self.state.model.plan.input_stages(self.state.index):
+            groups = [[name for name in group if name in self.widths] for group in stage]
+            if any(groups):
+                yield [group for group in groups if group]
+
+    def refine_stage(
+        self, groups: Sequence[Sequence[str]], stream: Stream, held_out: Stream | None
+    ) -> dict[str, Refined]:
+        batch = self.settings.batch
+        seen = collect(self.state, groups, stream, batch=batch, token_weights=self.token_weights)
+        unseen: dict[str, InputStatistics] = {}
+        if self.settings.asymmetric != "off" and held_out is not None:
+            unseen = collect(self.state, groups, held_out, batch=batch)
+        result: dict[str, Refined] = {}
+        for group in groups:
+            result |= self._refine_group(group, seen, unseen)
+        return result
+
+    def _refine_group(
+        self,
+        group: Sequence[str],
+        seen: Mapping[str, InputStatistics],
+        unseen: Mapping[str, InputStatistics],
+    ) -> dict[str, Refined]:
+        """Linears that share H (and so the order) share its factorization."""
+        prepared: dict[int, Curvature] = {}
+        result = {}
+        for name in group:
+            W = self._weight(name)
+            statistics = seen[name]
+            if self.settings.method == "rtn":
+                result[name] = self._rtn(name, W, statistics)
+                continue
+            key = id(statistics.H)
+            if key not in prepared:
+                prepared[key] = Curvature.prepare(
+                    statistics.H,
+                    self.orders.get(name),
+                    damping=self.settings.gptq.damping,
+                    name=name,
+                )
+            result[name] = self._gptq(name, W, statistics, prepared[key], unseen.get(name))
+        return result
+
+    def _weight(self, name: str) -> Tensor:
+        W = weight_of(self.state.linears[name]).detach().float()
+        check_weights(W, name)
+        return W
+
+    def _rtn(self, name: str, W: Tensor, statistics: InputStatistics) -> Refined:
+        return quantize_rtn(
+            W,
+            self.widths[name],
+            H=statistics.H,
+            order=self.orders.get(name),
+            clip=self.settings.gptq.clip,
+            name=name,
+        )
+
+    def _gptq(
+        self,
+        name: str,
+        W: Tensor,
+        statistics: InputStatistics,
+        curvature: Curvature,
+        unseen: InputStatistics | None,
+    ) -> Refined:
+        """The plain solution, or the corrected one of least held-out error where it beats that."""
+
+        def attempt(strength: float) -> Refined:
+            return quantize_gptq(
+                W,
+                curvature,
+                self.widths[name],
+                settings=self.settings.gptq,
+                shift=statistics.shift if strength else None,
+                strength=strength,
+                name=name,
+            )
+
+        plain = attempt(0.0)
+        if statistics.shift is None or unseen is None or unseen.shift is None:
+            return plain
+        scale = unseen.error(W) or 1.0
+        tried = [plain, *(attempt(strength) for strength in self.settings.strengths)]
+        errors = [unseen.error(W - weight.dequantize().to(W.device)) / scale for weight, _ in tried]
+        best = min(range(len(tried)), key=errors.__getitem__)
+        weight, report = tried[best]
+        return weight, replace(report, held_out_error=errors[best], held_out_symmetric=errors[0])
+
+    def install(self, refined: Mapping[str, Refined]) -> None:
+        """Writes dequantized weights into the block."""
+        for name, (weight, _) in refined.items():
+            set_weight(self.state.linears[name], weight.dequantize())
+
+
+def _check_streams(settings: RefineSettings, stream: Stream, held_out: Stream | None) -> None:
+    if settings.asymmetric == "off":
+        return
+    if stream.source is None or held_out is None or held_out.source is None:
+        raise ValueError(
+            f"asymmetric {settings.asymmetric!r} needs the source model's block inputs for both "
+            "the calibration and the held-out tokens: give them, or use 'off'"
+        )
+
+
+def _block_state(
+    model: StreamedModel, index: int, block: nn.Module, stream: Stream, settings: RefineSettings
+) -> BlockState:
+    linears = model.linears(block, index)
+    source = None if settings.asymmetric == "off" else copy.deepcopy(block)
+    state = BlockState(model, index, block, source, linears)
+    if settings.asymmetric == "residual":
+        writers = residual_writers(model, index, block, stream.hidden[:1])
+        state = replace(state, writers=writers)
+    return state

@@ -1,0 +1,70 @@
+"""Round to nearest: every group takes its grid and each weight its nearest code.
+
+    q = clamp(round(w / s + z), 0, 2^b - 1)
+
+The floor that every other method is compared with. With a Hessian its diagonal weighs the clip
+search; without one the columns weigh alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bitmill.codes import LinearCodes, group_slices, output_error
+from bitmill.grid import ClipSettings, clip_search, nearest_codes
+from bitmill.packed import QuantizedWeight
+from bitmill.refinement_report import LinearReport
+
+
+def quantize_rtn(
+    W: Tensor,
+    widths: Sequence[int],
+    *,
+    H: Tensor | None = None,
+    order: Tensor | None = None,
+    clip: ClipSettings | None = None,
+    name: str = "linear",
+) -> tuple[QuantizedWeight, LinearReport]:
+    """Codes, grids and report of one linear by rounding alone.
+
+    W f32 [N, K], H f32 [K, K] or None, in source column order; order i64 [K]: packed column k is
+    source column order[k]. Without H the report's errors are those of the weights themselves.
+    """
+    if order is not None:
+        order = order.to(W.device)
+        W = W[:, order]
+        H = None if H is None else H[order][:, order]
+    weight = None if H is None else H.diagonal()
+    codes = round_to_nearest(W, tuple(widths), weight, clip or ClipSettings())
+    plain = round_to_nearest(W, tuple(widths), None, ClipSettings.min_max())
+    metric = torch.eye(W.shape[1], device=W.device) if H is None else H
+    total = output_error(W, metric) or 1.0
+    error = output_error(W - codes.values(), metric) / total
+    report = LinearReport(
+        name=name,
+        method="rtn",
+        rows=W.shape[0],
+        columns=W.shape[1],
+        widths="".join(map(str, widths)),
+        error_rounding=output_error(W - plain.values(), metric) / total,
+        error_solver=error,
+        error=error,
+    )
+    return codes.finish(order), report
+
+
+def round_to_nearest(
+    W: Tensor, widths: tuple[int, ...], weight: Tensor | None, clip: ClipSettings
+) -> LinearCodes:
+    """Nearest codes of W f32 [N, K] in packed order; weight f32 [K] weighs the clip search."""
+    codes, grids = [], []
+    for group, part in group_slices(W.shape[1]):
+        block = W[:, part].contiguous()
+        h = None if weight is None else weight[part]
+        grid = clip_search(block, widths[group], h, settings=clip)
+        codes.append(nearest_codes(block, grid, widths[group]))
+        grids.append(grid)
+    return LinearCodes.join(codes, grids, widths)
