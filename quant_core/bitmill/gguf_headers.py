@@ -2,8 +2,8 @@
 
 A GGUF file (versions 2 and 3, little-endian) is the magic "GGUF", u32 version, u64 tensor count,
 u64 setting count, the settings (string key, u32 type, value) and per tensor a string name, u32
-rank, u64 sizes (innermost first), u32 type, u64 offset. The `gguf` package parses every value into numpy
-views, which takes seconds and trusts all counts; a plan needs few settings and must survive
+rank, u64 sizes (innermost first), u32 type, u64 offset. The `gguf` package parses every value into
+numpy views, which takes seconds and trusts all counts; a plan needs few settings and must survive
 strangers' files, so this reader bounds every count and skips what it does not need.
 """
 
