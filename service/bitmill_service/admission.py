@@ -1,0 +1,154 @@
+"""What is refused before a job exists: bad references, impossible budgets, unsafe files.
+
+Everything that config and headers alone can tell is told here, within seconds and without a
+runner. A Hub that does not answer is no ground for refusal; the worker will try again.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+from bitmill.allocate import check_budget
+from bitmill.bits import BitWidthMap, group_columns
+from bitmill.budget import footprint
+from bitmill.errors import CalibrationError, ModelError
+from bitmill.plan import Plan, make_plan
+from bitmill.spec import FileText, HubModel, InlineMap, JobSpec, UploadedMap
+from bitmill_service.context import Context
+from bitmill_service.hub_headers import fetch_headers
+from bitmill_service.problems import ProblemError
+from bitmill_service.schemas import PlanView, SizeView
+from bitmill_workers.fetch import check_model, local_model, resolve_path
+
+_FLOAT = 4
+
+
+def admit(context: Context, spec: JobSpec) -> None:
+    """Raise what is wrong with a specification, as far as it can be known before it runs."""
+    waiting = context.jobs.counts().get("queued", 0)
+    if waiting >= context.settings.max_queued:
+        raise ProblemError(
+            "too_many_jobs",
+            f"{waiting} jobs are waiting, at most {context.settings.max_queued} may",
+            headers={"Retry-After": "60"},
+        )
+    _check_calibration(context, spec)
+    given = _given_map(context, spec)
+    if isinstance(spec.model, HubModel):
+        check_model(spec.model, context.settings)
+    else:
+        check_budget(_local_plan(context, spec), spec, given)
+
+
+def plan_job(context: Context, spec: JobSpec) -> PlanView:
+    """The plan of a specification, after everything that `admit` checks."""
+    _check_calibration(context, spec)
+    given = _given_map(context, spec)
+    if isinstance(spec.model, HubModel):
+        check_model(spec.model, context.settings)
+        with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as folder:
+            fetch_headers(spec.model, context.settings, Path(folder))
+            plan = make_plan(Path(folder), spec)
+    else:
+        plan = _local_plan(context, spec)
+    check_budget(plan, spec, given)
+    return plan_view(plan, spec)
+
+
+def plan_view(plan: Plan, spec: JobSpec) -> PlanView:
+    """Counts, the range of sizes that the legal widths allow, and what a runner needs."""
+    widths = spec.allocation.legal_widths
+    return PlanView(
+        model_type=plan.model_type,
+        blocks=plan.block_count,
+        linears=len(plan.linears),
+        groups=sum(shape.groups for shape in plan.shapes),
+        weights=plan.weights,
+        fused=[plan.input_groups(block) for block in range(min(1, plan.block_count))],
+        smallest=_uniform_size(plan, spec, min(widths)),
+        largest=_uniform_size(plan, spec, max(widths)),
+        device_bytes=_device_bytes(plan, spec),
+    )
+
+
+def _local_plan(context: Context, spec: JobSpec) -> Plan:
+    folder = local_model(spec.model, context.settings)
+    return make_plan(folder, spec, gguf=spec.model.file)
+
+
+def _uniform_size(plan: Plan, spec: JobSpec, width: int) -> SizeView:
+    linears = {s.name: (width,) * len(group_columns(s.columns)) for s in plan.shapes}
+    cost = footprint(plan, BitWidthMap(order=spec.allocation.order, linears=linears))
+    return SizeView(width=width, code_bits=cost.code_bits, bits=cost.bits, size=cost.size)
+
+
+def _device_bytes(plan: Plan, spec: JobSpec) -> int:
+    """Accelerator memory that refinement holds at once, an estimate from below.
+
+    The largest block in fp32, its largest Hessian twice (itself and its factor), the head's
+    weight, and one calibration window's hidden states and logits.
+    """
+    blocks = [
+        sum(linear.shape.weights for linear in plan.block_linears(block))
+        for block in range(plan.block_count)
+    ]
+    hessian = max(linear.columns for linear in plan.linears) ** 2
+    head = plan.vocab_size * plan.hidden_size
+    window = spec.calibration.length * (plan.hidden_size + plan.vocab_size)
+    return math.ceil(_FLOAT * (max(blocks) + 2 * hessian + head + window))
+
+
+def _check_calibration(context: Context, spec: JobSpec) -> None:
+    """A file must lie below an allowed root and hold at least a byte for every token."""
+    text = spec.calibration.text
+    if not isinstance(text, FileText):
+        return
+    try:
+        place, root = resolve_path(text.path, context.settings.model_roots)
+    except ModelError as error:
+        raise CalibrationError(
+            error.message, code=error.code, param="calibration.text.path"
+        ) from error
+    if not place.is_file() or not place.resolve().is_relative_to(root):
+        raise CalibrationError(
+            f"there is no file {text.path!r}",
+            code="text_not_found",
+            param="calibration.text.path",
+        )
+    size = place.stat().st_size
+    if size < spec.calibration.length:
+        raise CalibrationError(
+            f"calibration text {text.path!r} has {size} bytes, which cannot hold one sequence of "
+            f"{spec.calibration.length} tokens: give a longer text or a smaller length",
+            code="text_too_short",
+            param="calibration.text",
+        )
+
+
+def _given_map(context: Context, spec: JobSpec) -> BitWidthMap | None:
+    """The map that the specification names, where it can be read here."""
+    reference = spec.allocation.map
+    if reference is None:
+        return None
+    if isinstance(reference, InlineMap):
+        return reference.map
+    if isinstance(reference, UploadedMap):
+        record = context.catalog.map(reference.map_id)
+        if record is None:
+            raise ProblemError(
+                "map_not_found",
+                f"there is no map {reference.map_id!r}",
+                param="allocation.map.map_id",
+            )
+        return BitWidthMap.model_validate(record.map)
+    job = context.jobs.get(reference.job_id)
+    file = context.jobs.artifact(job.id, "bit_width_map.json")
+    if file is None:
+        raise ProblemError(
+            "map_not_found",
+            f"job {job.id} is {job.shown_state} and has no bit-width map",
+            param="allocation.map.job_id",
+        )
+    return BitWidthMap.model_validate_json(context.artifacts.read(file))

@@ -1,0 +1,88 @@
+"""The HTTP application: `create_app(settings)`.
+
+The app owns a connection to the job store and nothing else: it starts no worker, so any number of
+replicas can serve the same database. `bitmill serve` (`embedded.py`) puts a worker beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from bitmill_service import problems
+from bitmill_service.context import Context
+from bitmill_service.metrics import new_registry
+from bitmill_service.middleware import RequestContext
+from bitmill_service.routes import health, job_outputs, jobs, maps, profiles
+from bitmill_service.settings import ServiceSettings
+from bitmill_workers.app import Dispatcher
+from bitmill_workers.artifacts import open_artifacts
+from bitmill_workers.catalog import Catalog
+from bitmill_workers.db import Database
+from bitmill_workers.jobs import JobStore
+from bitmill_workers.migrate import require_head
+
+_DESCRIPTION = """Turns a language model into a mixed-precision checkpoint of exactly the size \
+asked for: submit a job, follow its events, download the bit-width map and the packed checkpoint.
+
+Errors are `application/problem+json` (RFC 9457) with a stable `code`, the `param` at fault and a \
+`hint` what to do."""
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Refuse a database of another version; send wake-ups while the app runs."""
+    context: Context = app.state.context
+    await run_in_threadpool(require_head, context.database)
+    dispatcher = Dispatcher(context.settings, context.jobs.mark_sent)
+    context.notify = dispatcher.notify
+    yield
+    context.stopping.set()
+    await run_in_threadpool(dispatcher.close)
+    context.database.close()
+
+
+def make_context(settings: ServiceSettings) -> Context:
+    """Connect the stores; creates the data folder, does not touch the schema."""
+    settings.data.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.database)
+    store, catalog = JobStore(database), Catalog(database)
+    return Context(
+        settings=settings,
+        database=database,
+        jobs=store,
+        catalog=catalog,
+        artifacts=open_artifacts(settings),
+        registry=new_registry(store, catalog, settings),
+    )
+
+
+def create_app(settings: ServiceSettings | None = None) -> FastAPI:
+    """The application for these settings; from the environment where none are given.
+
+    Starting it raises `StoreUnavailable` where the database is not of this version.
+    """
+    context = make_context(settings or ServiceSettings())
+    app = FastAPI(
+        title="Bitmill",
+        version=health.VERSION,
+        description=_DESCRIPTION,
+        lifespan=_lifespan,
+        max_body_size=context.settings.max_body,
+    )
+    app.state.context = context
+    problems.install(app)
+    app.add_middleware(RequestContext, registry=context.registry)
+    for router in (
+        jobs.router,
+        job_outputs.streams,
+        job_outputs.router,
+        profiles.router,
+        maps.router,
+        health.router,
+    ):
+        app.include_router(router)
+    return app

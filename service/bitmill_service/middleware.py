@@ -1,0 +1,69 @@
+"""What every request passes through: an id, metrics and safe headers. Plain ASGI.
+
+The id is the client's `X-Request-ID` where it is short and printable, else a random one; it is in
+the answer, in every problem document and in the log. Metrics are labelled with the route's
+template, never with the path a client chose.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_REQUEST_ID = re.compile(r"[\w.-]{1,64}")
+_SAFE = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+}
+
+
+class RequestContext:
+    """Gives each request its id and counts it when its answer is complete."""
+
+    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+        self.app = app
+        self.seconds = Histogram(
+            "bitmill_http_request_seconds",
+            "Time until the answer was complete",
+            ("method", "route", "status"),
+            registry=registry,
+            buckets=(0.005, 0.02, 0.1, 0.5, 2, 10, 60),
+        )
+        self.sent = Counter(
+            "bitmill_http_sent_bytes_total", "Bytes of answers", ("route",), registry=registry
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        started, status, sent = time.perf_counter(), 500, 0
+
+        async def observe(message: Message) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                for name, value in _SAFE.items():
+                    headers.setdefault(name, value)
+            else:
+                sent += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, observe)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            elapsed = time.perf_counter() - started
+            self.seconds.labels(scope["method"], route, status).observe(elapsed)
+            self.sent.labels(route).inc(sent)

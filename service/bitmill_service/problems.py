@@ -1,0 +1,226 @@
+"""Errors as RFC 9457 `application/problem+json`: one table from the error tree to HTTP.
+
+    {"type": "urn:bitmill:error:<code>", "title", "status", "detail", "code", "param",
+     "hint", "request_id"}
+
+`code` is stable and meant for programs; `detail` names the value and the limit and may be
+reworded; `hint` says what to do. A failure that nobody planned answers 500 with code `internal`
+and the request id to look up in the log: a stack trace never leaves the process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from bitmill.errors import (
+    BitmillError,
+    BudgetError,
+    CalibrationError,
+    Cancelled,
+    FormatError,
+    InputError,
+    ModelError,
+    NumericalError,
+    ResourceError,
+    SpecError,
+    VerificationError,
+)
+
+MEDIA_TYPE = "application/problem+json"
+
+# The most specific class wins; `CODES` below overrides a class for single codes.
+_CLASSES: tuple[tuple[type[BitmillError], int, str], ...] = (
+    (BudgetError, 422, "Raise the budget, allow a smaller width or quantize fewer linears."),
+    (ModelError, 422, "Check the model reference, and that the folder holds safetensors or GGUF."),
+    (CalibrationError, 422, "Give a longer calibration text, or fewer or shorter sequences."),
+    (FormatError, 422, "Check that the file is complete and of a supported version."),
+    (SpecError, 422, "Correct the field named in `param`; /docs lists every field."),
+    (InputError, 422, "Correct the request as `detail` says."),
+    (ResourceError, 507, "Free disk space or memory on the server, then retry."),
+    (NumericalError, 500, "Report this with the job's log; other calibration data may help."),
+    (VerificationError, 500, "Report this with the job's log; do not use the checkpoint."),
+    (Cancelled, 409, "Retry the job if it should run after all."),
+    (BitmillError, 500, "Report this with the request id."),
+)
+
+CODES: Mapping[str, tuple[int, str]] = {
+    "not_found": (404, "Check the id or path; list the collection to see what exists."),
+    "method_not_allowed": (405, "Use one of the methods in the Allow header."),
+    "not_acceptable": (406, "Ask for application/json or text/event-stream."),
+    "malformed_request": (400, "Send a well-formed request; /docs shows an example."),
+    "payload_too_large": (413, "Send a smaller body."),
+    "unsupported_media_type": (415, "Send Content-Type: application/json."),
+    "range_not_satisfiable": (416, "Ask for a range within the size in Content-Range."),
+    "job_not_found": (404, "List the jobs with GET /v1/jobs."),
+    "job_not_finished": (409, "Follow GET /v1/jobs/{id}/events until the job has finished."),
+    "no_such_output": (404, "The job did not produce this; its `result` and `error` say why."),
+    "job_finished": (409, "Nothing to cancel: the job has finished; DELETE removes it."),
+    "state_conflict": (409, "Look at the job's state and try again."),
+    "idempotency_mismatch": (422, "Use a new Idempotency-Key for a different request."),
+    "idempotency_deleted": (409, "Use a new Idempotency-Key."),
+    "store_unavailable": (503, "Try again soon; the server's log says what is wrong."),
+    "file_not_found": (404, "List the job's files with GET /v1/jobs/{id}/files."),
+    "file_missing": (410, "The stored file is gone or damaged: retry the job."),
+    "profile_not_found": (404, "List the profiles with GET /v1/profiles."),
+    "map_not_found": (404, "List the maps with GET /v1/bit-width-maps."),
+    "hub_unreachable": (502, "Try again later, or check the server's HF_ENDPOINT."),
+    "too_many_jobs": (429, "Wait until queued jobs have finished."),
+    "internal": (500, "Report this with the request id; the server's log holds the cause."),
+}
+
+_HTTP_CODES = {
+    400: "malformed_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    406: "not_acceptable",
+    413: "payload_too_large",
+    415: "unsupported_media_type",
+    416: "range_not_satisfiable",
+}
+
+_log = logging.getLogger(__name__)
+
+
+class ProblemError(Exception):
+    """A refusal made by the HTTP layer itself; `code` must be a key of `CODES`."""
+
+    def __init__(
+        self,
+        code: str,
+        detail: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.hint = CODES[code]
+        self.code, self.detail, self.param, self.headers = code, detail, param, headers
+
+
+def status_and_hint(error: BitmillError) -> tuple[int, str]:
+    """HTTP status and advice for a deliberate error of the layers below."""
+    if error.code in CODES:
+        return CODES[error.code]
+    return next((status, hint) for kind, status, hint in _CLASSES if isinstance(error, kind))
+
+
+def problem_body(
+    request: Request, *, status: int, code: str, detail: str, hint: str, param: str | None = None
+) -> dict[str, Any]:
+    """The members of a problem document."""
+    return {
+        "type": f"urn:bitmill:error:{code}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "code": code,
+        "param": param,
+        "hint": hint,
+        "request_id": getattr(request.state, "request_id", None),
+    }
+
+
+def _respond(
+    request: Request,
+    *,
+    status: int,
+    code: str,
+    detail: str,
+    hint: str,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    body = problem_body(request, status=status, code=code, detail=detail, hint=hint, param=param)
+    return JSONResponse(body, status, headers=dict(headers or {}), media_type=MEDIA_TYPE)
+
+
+async def _on_problem(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ProblemError)
+    return _respond(
+        request,
+        status=error.status,
+        code=error.code,
+        detail=error.detail,
+        hint=error.hint,
+        param=error.param,
+        headers=error.headers,
+    )
+
+
+async def _on_bitmill_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, BitmillError)
+    status, hint = status_and_hint(error)
+    if status >= 500:
+        _log.error("%s: %s", error.code, error.message)
+    return _respond(
+        request,
+        status=status,
+        code=error.code,
+        detail=error.message,
+        hint=hint,
+        param=error.param,
+    )
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = _HTTP_CODES.get(error.status_code, "internal")
+    return _respond(
+        request,
+        status=error.status_code,
+        code=code,
+        detail=f"{request.method} {request.url.path}: {error.detail}",
+        hint=CODES[code][1],
+        headers=error.headers,
+    )
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    """A body, query, header or path parameter that breaks a rule; the first one is named."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        status, code, where = 400, "malformed_request", "body"
+        detail = f"the body is not JSON: {first['ctx']['error']} at byte {first['loc'][-1]}"
+    else:
+        status = 422
+        code = "invalid_spec" if first["loc"][0] == "body" else "invalid_request"
+        where = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])
+        detail = f"{where}: {first['msg']}"
+    return _respond(
+        request,
+        status=status,
+        code=code,
+        detail=detail,
+        hint="Correct the parameter named in `param`; /docs lists every parameter.",
+        param=where,
+    )
+
+
+async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
+    request_id = getattr(request.state, "request_id", None)
+    _log.error("request %s failed", request_id, exc_info=error)
+    return _respond(
+        request,
+        status=500,
+        code="internal",
+        detail="the server failed on this request",
+        hint=CODES["internal"][1],
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers, so that every error answer of `app` is a problem document."""
+    app.add_exception_handler(ProblemError, _on_problem)
+    app.add_exception_handler(BitmillError, _on_bitmill_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(Exception, _on_surprise)

@@ -1,0 +1,250 @@
+"""What the API answers, and what the client returns: one set of types for both sides.
+
+Readers ignore members they do not know, so an older client works with a newer service. Times are
+UTC, RFC 3339. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bitmill.bits import BitWidthMap
+from bitmill.spec import Allocation, Budget, Closed
+
+State = Literal["queued", "running", "cancelling", "finalizing", "succeeded", "failed", "cancelled"]
+TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class View(BaseModel):
+    """Base of everything the API answers."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class JobError(View):
+    """Why a job failed: `code` is stable, `message` says what to do."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class JobProgress(View):
+    """How far the current stage is: `done` of `total` units."""
+
+    stage: str
+    done: int
+    total: int
+    unit: str
+
+
+class JobLinks(View):
+    """Paths of a job's parts."""
+
+    self: str
+    events: str
+    logs: str
+    cancel: str
+    retry: str
+    bit_width_map: str
+    report: str
+    files: str
+
+
+class JobView(View):
+    """One job. `eta` is a guess of when it finishes; null until there is ground for one."""
+
+    id: str
+    state: State
+    stage: str | None = None
+    progress: JobProgress | None = None
+    eta: datetime | None = None
+    queue_position: int | None = None
+    attempt: int = 0
+    label: str | None = None
+    model: dict[str, Any]
+    spec: dict[str, Any]
+    created_at: datetime
+    started_at: datetime | None = None
+    finalizing_at: datetime | None = None
+    finished_at: datetime | None = None
+    cancel_requested_at: datetime | None = None
+    error: JobError | None = None
+    result: dict[str, Any] | None = None
+    profile_id: str | None = None
+    parent_id: str | None = None
+    links: JobLinks
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the job's state can no longer change."""
+        return self.state in TERMINAL
+
+
+class JobPage(View):
+    """Jobs, newest first; pass `next` as `after` for the following page."""
+
+    jobs: list[JobView]
+    next: str | None = None
+
+
+class EventView(View):
+    """One event of a job. `seq` counts from 1 without gaps."""
+
+    seq: int
+    at: datetime
+    kind: str
+    data: dict[str, Any]
+
+
+class EventPage(View):
+    """Events after `after`; `end` says that no event will ever follow `next_after`."""
+
+    events: list[EventView]
+    next_after: int
+    end: bool
+
+
+class LogPage(View):
+    """A piece of the job's log from byte `offset`; ask again from `next_offset` until `end`."""
+
+    offset: int
+    next_offset: int
+    text: str
+    end: bool
+
+
+class FileView(View):
+    """One file of a finished job: its path within the checkpoint folder, bytes and hex SHA-256."""
+
+    path: str
+    size: int
+    sha256: str
+    url: str
+
+
+class FileList(View):
+    """All files of a finished job."""
+
+    job_id: str
+    files: list[FileView]
+    total_size: int
+
+
+class SizeView(View):
+    """What one width everywhere costs, in the units of the three budgets."""
+
+    width: int
+    code_bits: float
+    bits: float
+    size: int
+
+
+class PlanView(View):
+    """What a job would work on: nothing was created.
+
+    weights: quantized weights in all. smallest, largest: the legal widths' range. fused: linears
+    of the first block that read the same input. device_bytes: estimate of the accelerator memory
+    that one block's refinement holds.
+    """
+
+    model_type: str
+    blocks: int
+    linears: int
+    groups: int
+    weights: int
+    fused: list[list[list[str]]]
+    smallest: SizeView
+    largest: SizeView
+    device_bytes: int
+
+
+class ProfileView(View):
+    """A stored sensitivity profile; `id` is its content hash.
+
+    widths, linears and groups are counted when one profile is asked for, not in lists.
+    """
+
+    id: str
+    created_at: datetime
+    model: str
+    settings: dict[str, Any]
+    widths: tuple[int, ...] | None = None
+    linears: int | None = None
+    groups: int | None = None
+
+
+class ProfilePage(View):
+    """Stored profiles by id; pass `next` as `after` for the following page."""
+
+    profiles: list[ProfileView]
+    next: str | None = None
+
+
+class AllocationRequest(Closed):
+    """A budget to spend on a stored profile.
+
+    curve: further budgets of the same kind; each gives one point of size against predicted loss.
+    """
+
+    budget: Budget
+    allocation: Allocation | None = None
+    curve: tuple[float, ...] = Field(default=(), max_length=64)
+
+
+class CurvePoint(View):
+    """One budget and what it buys; an impossible budget has an `error` instead."""
+
+    budget: float
+    code_bits: float | None = None
+    bits: float | None = None
+    size: int | None = None
+    predicted_loss: float | None = None
+    error: str | None = None
+
+
+class AllocationView(View):
+    """A bit-width map made from a profile: exact cost and predicted increase of the loss."""
+
+    profile_id: str
+    map: BitWidthMap
+    code_bits: float
+    bits: float
+    size: int
+    predicted_loss: float | None
+    curve: list[CurvePoint] = []
+
+
+class MapView(View):
+    """A stored bit-width map; `id` is its content hash, `histogram` counts groups per width."""
+
+    id: str
+    created_at: datetime
+    linears: int
+    groups: int
+    histogram: dict[str, int]
+    name: str | None = None
+
+
+class MapPage(View):
+    """Stored maps by id; pass `next` as `after` for the following page."""
+
+    maps: list[MapView]
+    next: str | None = None
+
+
+class Health(View):
+    """Whether the process answers, and which version it is."""
+
+    status: Literal["ok"]
+    version: str
+
+
+class Readiness(View):
+    """Whether the service can take jobs; `checks` names each part and its state."""
+
+    ready: bool
+    checks: dict[str, str]

@@ -1,0 +1,27 @@
+"""Settings of the API process: the workers' settings and how HTTP is served.
+
+Read from the environment (prefix BITMILL_) or given by the command line; frozen.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from bitmill_workers.settings import Settings
+
+
+class ServiceSettings(Settings):
+    """What `bitmill serve` and `create_app` can be told; sizes in bytes, times in seconds.
+
+    max_body: largest request body; bit-width maps of large models are the largest ones.
+    event_poll_s: how often an event stream looks for news.
+    max_queued: refuse new jobs (429) while so many wait.
+    hub_check_s: how long submitting may wait for the Hub to confirm a repository.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8737, ge=0, le=65535)
+    max_body: int = Field(default=16 << 20, ge=1024)
+    event_poll_s: float = Field(default=0.5, gt=0)
+    max_queued: int = Field(default=1000, ge=1)
+    hub_check_s: float = Field(default=5.0, gt=0)

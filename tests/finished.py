@@ -1,0 +1,73 @@
+"""Jobs brought to any state through the store itself, with real published files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from bitmill.manifest import write_manifest
+from bitmill.spec import JobSpec, parse_spec
+from bitmill_service.context import Context
+from bitmill_workers.leases import LeaseStore
+from bitmill_workers.records import JobRecord
+
+MAP = {
+    "schema_version": 1,
+    "group_size": 128,
+    "order": "natural",
+    "linears": {"model.layers.0.mlp.up_proj": "33", "model.layers.0.mlp.down_proj": "24"},
+}
+REPORT = {"schema_version": 1, "rows": []}
+
+
+def spec_json(**changes: Any) -> dict[str, Any]:
+    """A legal specification for the model `models/tiny`."""
+    return {
+        "model": {"source": "path", "path": "models/tiny"},
+        "budget": {"code_bits": 3},
+        "allocation": {"method": "uniform", "order": "natural"},
+    } | changes
+
+
+@dataclass
+class Stack:
+    """A serving API: its address and its stores."""
+
+    url: str
+    context: Context
+
+    @property
+    def leases(self) -> LeaseStore:
+        return LeaseStore(self.context.database, lease_s=60)
+
+    def queued(self, **changes: Any) -> JobRecord:
+        """A queued job that no request made."""
+        spec: JobSpec = parse_spec(spec_json(**changes))
+        return self.context.jobs.submit(spec).job
+
+    def running(self, **changes: Any) -> JobRecord:
+        """A job that a worker has claimed."""
+        job = self.leases.claim(self.queued(**changes).id, "test", ("cpu",))
+        assert job is not None
+        return job
+
+    def failed(self, **changes: Any) -> JobRecord:
+        """A job that failed with the code `invalid_model`."""
+        job = self.running(**changes)
+        assert self.leases.fail(job.id, job.token, "invalid_model", "it is broken", param="model")
+        return self.context.jobs.get(job.id)
+
+    def succeeded(self, weights: bytes = b"weights" * 1000, **changes: Any) -> JobRecord:
+        """A job with a map, a report and a weight file of these bytes."""
+        job = self.running(**changes)
+        folder = self.context.artifacts.attempt_folder(job.id, job.token)
+        folder.mkdir(parents=True)
+        (folder / "bit_width_map.json").write_text(json.dumps(MAP))
+        (folder / "quality.json").write_text(json.dumps(REPORT))
+        (folder / "model.safetensors").write_bytes(weights)
+        write_manifest(folder)
+        assert self.leases.finalize(job.id, job.token)
+        files = self.context.artifacts.publish(job.id, job.token, lambda done, total: None)
+        assert self.leases.finish(job.id, job.token, {"code_bits": 3.0}, files)
+        return self.context.jobs.get(job.id)

@@ -1,0 +1,52 @@
+"""A real API on a real database, without a worker; jobs are moved by hand through the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from bitmill_service.client import Client
+from bitmill_service.main import create_app
+from bitmill_service.settings import ServiceSettings
+from bitmill_workers.migrate import upgrade
+from finished import Stack
+from serving import serve
+from tiny import tiny_llama
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with one tiny model, `tiny`."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_llama(root / "tiny")
+    return root
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Stack]:
+    """The API of one module, serving."""
+    settings = ServiceSettings(
+        data=tmp_path_factory.mktemp("data"),
+        model_roots={"models": models},
+        event_poll_s=0.05,
+        max_body=1 << 20,
+    )
+    app = create_app(settings)
+    upgrade(app.state.context.database)
+    with serve(app) as url:
+        yield Stack(url, app.state.context)
+
+
+@pytest.fixture(scope="module")
+def http(stack: Stack) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=stack.url, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(stack: Stack) -> Iterator[Client]:
+    with Client(stack.url, sleep=lambda _: None) as opened:
+        yield opened
