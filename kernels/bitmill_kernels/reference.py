@@ -5,6 +5,7 @@
     GPTQ:    q_j = clamp(round(w_j / scale + zero)), e_j = w_j - scale * (q_j - zero),
              w_i -= e_j * u[j, i] for i > j  (arXiv 2210.17323, algorithm 1; rows of u already
              divided by their diagonal)
+    descent: q_j = clamp(round(q_j + g_j / (scale * H_jj))), g_i -= change_j * H[j, i] for i > j
     Hessian: H += sum_t weight[t] * x[t]^T x[t]
 
 Nothing here is fast: whole matrices, one column at a time. The zero point of width 1 is stored
@@ -73,6 +74,22 @@ def gptq_block(
         error[:, j] = w[:, j] - scale * (code - zero)
         w[:, j + 1 :] -= error[:, j, None] * u[j, j + 1 :]
     return codes, error
+
+
+def descend_block(
+    codes: Tensor, slope: Tensor, H: Tensor, scale: Tensor, max_code: int
+) -> tuple[Tensor, Tensor]:
+    """Right-looking sweep; arguments and results as in `code_descent.descend_block`."""
+    codes, g = codes.clone(), slope.clone()
+    change = torch.zeros_like(g)
+    for j in range(codes.shape[1]):
+        live = (scale > 0) & (H[j, j] > 0)
+        step = torch.where(live, g[:, j] / (scale * H[j, j]), 0.0)
+        new = (codes[:, j] + step).clamp(0, max_code).round()
+        change[:, j] = (new - codes[:, j]) * scale
+        codes[:, j] = new.to(torch.uint8)
+        g[:, j + 1 :] -= change[:, j, None] * H[j, j + 1 :]
+    return codes, change
 
 
 def hessian_update(H: Tensor, x: Tensor, weight: Tensor | None = None) -> None:

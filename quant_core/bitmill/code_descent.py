@@ -10,11 +10,11 @@ group carries its changes to all other columns. The error never rises.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bitmill.codes import LinearCodes
 from bitmill.grid import max_code
+from bitmill_kernels.code_descent import descend_block
 
 
 def descend_codes(W: Tensor, codes: LinearCodes, H: Tensor, *, sweeps: int = 1) -> LinearCodes:
@@ -26,39 +26,13 @@ def descend_codes(W: Tensor, codes: LinearCodes, H: Tensor, *, sweeps: int = 1) 
     gradient = (W - codes.values()) @ H
     for _ in range(sweeps):
         for group, part in codes.groups():
-            new, change = _descend_group(
+            new, change = descend_block(
                 result[:, part],
                 gradient[:, part],
                 H[part, part],
                 codes.scales[group],
-                codes.zeros[group],
                 max_code(codes.widths[group]),
             )
             result[:, part] = new
             gradient -= change @ H[part]
     return LinearCodes(result, codes.scales, codes.zeros, codes.widths)
-
-
-def _descend_group(
-    codes: Tensor, gradient: Tensor, H: Tensor, scale: Tensor, zero: Tensor, top: int
-) -> tuple[Tensor, Tensor]:
-    """New codes [N, C] of one group and the change of its values [N, C].
-
-    In codes: with y = (R H)_j / (s H_jj), the new code is round(q_j + y); what column j changes,
-    every later column k of the group feels as H_jk times the change.
-    """
-    code = codes.T.float().contiguous()
-    slope = gradient.T.contiguous()
-    diagonal = H.diagonal()
-    live = diagonal > 0
-    inverse = torch.where(live, 1.0 / diagonal, torch.zeros_like(diagonal)).tolist()
-    per_scale = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
-    change = torch.zeros_like(slope)
-    for j in range(len(slope)):
-        if j:
-            slope[j].addmv_(change[:j].T, H[j, :j], alpha=-1.0)
-        new = torch.addcmul(code[j], slope[j], per_scale, value=inverse[j])
-        new.round_().clamp_(0, top)
-        torch.mul(new - code[j], scale, out=change[j])
-        code[j] = new
-    return code.T.to(torch.uint8), change.T.contiguous()

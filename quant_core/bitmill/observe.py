@@ -64,7 +64,7 @@ def observe(
 def advance(
     model: StreamedModel, index: int, block: nn.Module, hidden: Tensor, *, batch: int
 ) -> Tensor:
-    """The block's outputs [S, T, D] for its inputs [S, T, D], on their device and in their dtype."""
+    """The block's outputs [S, T, D] for its inputs [S, T, D], on their device, in their dtype."""
     result = torch.empty_like(hidden)
     for start in range(0, hidden.shape[0], batch):
         part = slice(start, start + batch)
