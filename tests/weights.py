@@ -95,6 +95,7 @@ def pack_model(
         if owner is not None and owner not in shuffled:
             shuffled[owner] = torch.randperm(linear.columns, generator=generator).int()
         matrix = stored[f"{linear.name}.weight"].float()
+        matrix = matrix.t() if linear.source.transposed else matrix
         cycle = (3, 4, 2, 6, 8, 5)
         chosen = tuple(cycle[(place + group) % 6] for group in range(linear.shape.groups))
         widths[linear.name] = chosen
@@ -118,6 +119,8 @@ def dequantized_model(packed: PackedModel, dtype: torch.dtype = torch.float32) -
     """The source model with every quantized weight replaced by its dequantized value."""
     model = AutoModelForCausalLM.from_pretrained(packed.source, dtype=dtype).eval()
     with torch.no_grad():
-        for name, weight in packed.weights.items():
-            model.get_submodule(name).weight.copy_(weight.dequantize())
+        for linear in packed.plan.linears:
+            values = packed.weights[linear.name].dequantize()
+            values = values.t() if linear.source.transposed else values
+            model.get_submodule(linear.name).weight.copy_(values)
     return model

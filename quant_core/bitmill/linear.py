@@ -63,6 +63,7 @@ class QuantizedLinear(nn.Module):
         if bias:
             empty = torch.empty(out_features, dtype=dtype, device=device)
             self.bias = nn.Parameter(empty, requires_grad=False)
+        self._dtype = dtype or torch.get_default_dtype()
         self._runtimes: dict[torch.dtype, Runtime] = {}
 
     @classmethod
@@ -106,6 +107,14 @@ class QuantizedLinear(nn.Module):
     def dequantize(self) -> Tensor:
         """Weight f32 [N, K] in the source's column order."""
         return self.packed().unpack().dequantize()
+
+    @property
+    def weight(self) -> Tensor:
+        """Dequantized weight [N, K] in the dtype the module was made for, anew at each access.
+
+        For code that asks a linear for its weight's values or dtype; writing to it has no effect.
+        """
+        return self.dequantize().to(self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K], computed in the dtype of x."""

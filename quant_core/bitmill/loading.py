@@ -36,6 +36,7 @@ def load(
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # reported in `info`, where they are refused by name
         output_loading_info=True,
     )
     refuse_incomplete(info)

@@ -66,6 +66,13 @@ def test_casting_a_model_leaves_scales_and_codes_as_stored() -> None:
     assert torch.equal(module(x), expected)
 
 
+def test_the_weight_is_a_dequantized_copy() -> None:
+    module = module_of(8, 128, (4,))
+    module.weight.zero_()
+    assert torch.equal(module.weight, module.dequantize())
+    assert bool(module.weight.any())
+
+
 def test_new_tensors_replace_the_cached_weight() -> None:
     module = module_of(8, 128, (4,))
     x = torch.ones(1, 128)
