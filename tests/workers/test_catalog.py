@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import sqlalchemy as sa
+
 from bitmill_workers.catalog import Catalog
 from bitmill_workers.db import Database
+from bitmill_workers.jobs import JobStore
+from bitmill_workers.leases import LeaseStore
+from bitmill_workers.tables import workers
+from stores import QUEUES, spec
 
 
 def test_profile_is_registered_once_by_content(catalog: Catalog) -> None:
@@ -26,16 +32,16 @@ def test_map_id_is_the_hash_of_its_content(catalog: Catalog) -> None:
     assert [m.id for m in catalog.maps(after=min(one.id, two.id))] == [max(one.id, two.id)]
 
 
-def test_worker_counts_as_live_for_a_minute(catalog: Catalog, database: Database) -> None:
-    import sqlalchemy as sa
-
-    from bitmill_workers.tables import workers
-
-    catalog.beat("w", host="h", queues=("cpu",), device="cpu", version="1", job_id="j")
+def test_worker_is_live_for_a_minute_and_shows_its_job(
+    catalog: Catalog, database: Database, store: JobStore, leases: LeaseStore
+) -> None:
+    catalog.beat("w", host="h", queues=("cpu",), device="cpu", version="1")
     started = catalog.workers()[0].started_at
-    catalog.beat("w", host="h", queues=("cpu",), device="cpu", version="1", job_id=None)
+    catalog.beat("w", host="h", queues=("cpu",), device="cpu", version="1")
+    job = store.submit(spec()).job
+    assert leases.claim_next("w", QUEUES)
     (record,) = catalog.workers()
-    assert (record.job_id, record.queues, record.started_at) == (None, ("cpu",), started)
+    assert (record.job_id, record.queues, record.started_at) == (job.id, ("cpu",), started)
     with database.write() as conn:
         conn.execute(sa.update(workers).values(last_seen=0.0))
     assert catalog.workers() == ()

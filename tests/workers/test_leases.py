@@ -7,7 +7,7 @@ import pytest
 from bitmill_workers.db import Database
 from bitmill_workers.jobs import JobStore
 from bitmill_workers.leases import LeaseStore
-from bitmill_workers.records import Artifact, JobRecord
+from bitmill_workers.records import Artifact, JobRecord, Renewal
 from stores import QUEUES, set_columns, spec
 
 
@@ -164,6 +164,8 @@ def test_later_retries_wait_longer(
 def test_deadline_is_reported_at_renewal(
     job: JobRecord, leases: LeaseStore, database: Database
 ) -> None:
-    assert not leases.renew(job.id, job.token).overdue
+    assert leases.renew(job.id, job.token) == Renewal(held=True)
+    assert leases.look(job.id, job.token) == Renewal(held=True)
     set_columns(database, job.id, deadline_at=database.now() - 1)
     assert leases.renew(job.id, job.token).overdue
+    assert leases.look(job.id, job.token).overdue

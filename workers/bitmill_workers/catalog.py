@@ -9,7 +9,8 @@ import sqlalchemy as sa
 from bitmill.storage import sha256_json
 from bitmill_workers.db import Database, db_now
 from bitmill_workers.records import MapRecord, ProfileRecord, WorkerRecord
-from bitmill_workers.tables import bit_width_maps, profiles, workers
+from bitmill_workers.states import ACTIVE
+from bitmill_workers.tables import bit_width_maps, jobs, profiles, workers
 
 WORKER_GONE_S = 60.0
 """A worker that was not seen for this long does not count as live."""
@@ -62,9 +63,8 @@ class Catalog:
         queues: tuple[str, ...],
         device: str,
         version: str,
-        job_id: str | None,
     ) -> None:
-        """Note a worker's sign of life and what it works on."""
+        """Note a worker's sign of life."""
         values = {
             "name": name,
             "host": host,
@@ -73,7 +73,6 @@ class Catalog:
             "version": version,
             "started_at": db_now(),
             "last_seen": db_now(),
-            "job_id": job_id,
         }
         kept = {k: v for k, v in values.items() if k not in ("name", "started_at")}
         statement = self.database.insert(workers).values(values)
@@ -88,8 +87,13 @@ class Catalog:
             conn.execute(sa.delete(workers).where(workers.c.name == name))
 
     def workers(self, *, live: bool = True) -> tuple[WorkerRecord, ...]:
-        """Workers by name; with `live` only those seen within a minute."""
-        query = sa.select(workers).order_by(workers.c.name)
+        """Workers by name with the job each works on; `live`: only those seen within a minute."""
+        job = (
+            sa.select(sa.func.min(jobs.c.id))
+            .where(jobs.c.owner == workers.c.name, jobs.c.state.in_(sorted(ACTIVE)))
+            .scalar_subquery()
+        )
+        query = sa.select(workers, job.label("job_id")).order_by(workers.c.name)
         if live:
             query = query.where(workers.c.last_seen > db_now() - WORKER_GONE_S)
         with self.database.read() as conn:

@@ -22,7 +22,8 @@ class Settings(BaseSettings):
     """Everything that a worker or the API process can be told; times in seconds, sizes in bytes.
 
     lease_s: how long a claim lasts without renewal; a lost worker's job runs again after it.
-    renew_s: how often the supervisor renews, reports progress and looks for a cancel.
+    renew_s: how often the supervisor renews its lease.
+    poll_s: how often it reports progress and looks for a cancel.
     stall_s: without any progress for this long the runner's stacks are dumped and the job fails.
     stop_grace_s: how long a stopping worker waits for a job that is just being published.
     """
@@ -44,6 +45,7 @@ class Settings(BaseSettings):
 
     lease_s: float = Field(default=90.0, gt=0)
     renew_s: float = Field(default=20.0, gt=0)
+    poll_s: float = Field(default=1.0, gt=0)
     stall_s: float = Field(default=3600.0, gt=0)
     stop_grace_s: float = Field(default=5.0, ge=0)
     resend_s: float = Field(default=60.0, gt=0)

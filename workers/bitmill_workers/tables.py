@@ -152,7 +152,6 @@ workers = sa.Table(
     sa.Column("version", sa.String(32), nullable=False),
     sa.Column("started_at", sa.Double, nullable=False),
     sa.Column("last_seen", sa.Double, nullable=False),
-    sa.Column("job_id", sa.String(36)),
 )
 
 outbox = sa.Table(

@@ -166,7 +166,6 @@ def _catalog() -> None:
         sa.Column("version", sa.String(32), nullable=False),
         sa.Column("started_at", sa.Double, nullable=False),
         sa.Column("last_seen", sa.Double, nullable=False),
-        sa.Column("job_id", sa.String(36)),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_workers")),
     )
 

@@ -1,0 +1,124 @@
+"""Where published files live. An attempt writes below its own prefix `<job id>/<token>/`.
+
+Files become visible only when their rows are inserted in the transaction that makes the job
+succeed; prefixes that no row names are garbage. Keys come from the database, never from a client.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from bitmill.errors import FormatError, VerificationError
+from bitmill.manifest import MANIFEST_NAME, SUMS_NAME, read_manifest
+from bitmill.storage import sha256_file
+from bitmill_workers.records import Artifact
+from bitmill_workers.settings import Settings
+
+
+class ArtifactStore(Protocol):
+    """Storage of published files."""
+
+    def attempt_folder(self, job_id: str, token: int) -> Path:
+        """Local folder that the runner fills; the same on every call."""
+
+    def publish(
+        self, job_id: str, token: int, on_bytes: Callable[[int, int], None]
+    ) -> list[Artifact]:
+        """Store the attempt's files; `on_bytes(done, total)` is told about progress."""
+
+    def local_path(self, artifact: Artifact) -> Path | None:
+        """The file itself where it is on this machine."""
+
+    def url(self, artifact: Artifact) -> str | None:
+        """A time-limited download address where the file is elsewhere."""
+
+    def read(self, artifact: Artifact) -> bytes:
+        """The whole content of a small file."""
+
+    def attempts(self) -> Iterator[tuple[str, int]]:
+        """Job id and token of every stored attempt, published or not."""
+
+    def remove(self, job_id: str, token: int) -> None:
+        """Delete an attempt's files; nothing happens where there are none."""
+
+
+def listed_files(folder: Path) -> list[tuple[str, int, str]]:
+    """Path, size and SHA-256 of every file of a finished checkpoint folder.
+
+    Hashes come from its manifest. Raises `VerificationError` (code `incomplete_output`) where
+    there is none, or a listed file is missing or has another size.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except FormatError as error:
+        raise VerificationError(
+            f"the runner left no whole output: {error.message}", code="incomplete_output"
+        ) from error
+    found = [(path, entry.size, entry.sha256) for path, entry in manifest.files.items()]
+    for path, size, _ in found:
+        file = folder / path
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            raise VerificationError(
+                f"{path} has {actual} bytes, the manifest says {size}", code="incomplete_output"
+            )
+    for name in (MANIFEST_NAME, SUMS_NAME):
+        file = folder / name
+        if file.is_file():
+            found.append((name, file.stat().st_size, sha256_file(file)))
+    return found
+
+
+class LocalArtifacts:
+    """A folder on this machine (or a shared mount)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def attempt_folder(self, job_id: str, token: int) -> Path:
+        """`<root>/<job id>/<token>`; the runner's output is already in its final place."""
+        return self.root / job_id / str(token)
+
+    def publish(
+        self, job_id: str, token: int, on_bytes: Callable[[int, int], None]
+    ) -> list[Artifact]:
+        """Check that the files are whole."""
+        files = listed_files(self.attempt_folder(job_id, token))
+        total = sum(size for _, size, _ in files)
+        on_bytes(total, total)
+        return [
+            Artifact(path, size, sha256, f"{job_id}/{token}/{path}") for path, size, sha256 in files
+        ]
+
+    def local_path(self, artifact: Artifact) -> Path | None:
+        """The file below the root."""
+        return self.root / artifact.storage_key
+
+    def url(self, artifact: Artifact) -> str | None:
+        """None: the API serves the file itself."""
+        return None
+
+    def read(self, artifact: Artifact) -> bytes:
+        """The file's content."""
+        return (self.root / artifact.storage_key).read_bytes()
+
+    def attempts(self) -> Iterator[tuple[str, int]]:
+        """All `<job id>/<token>` folders."""
+        for folder in sorted(self.root.glob("*/*")):
+            if folder.name.isdigit():
+                yield folder.parent.name, int(folder.name)
+
+    def remove(self, job_id: str, token: int) -> None:
+        """Delete the attempt's folder, and the job's when it was the last."""
+        shutil.rmtree(self.attempt_folder(job_id, token), ignore_errors=True)
+        parent = self.root / job_id
+        if parent.is_dir() and not any(parent.iterdir()):
+            shutil.rmtree(parent, ignore_errors=True)
+
+
+def open_artifacts(settings: Settings) -> ArtifactStore:
+    """The artifact store that the settings name."""
+    return LocalArtifacts(settings.artifacts_folder)

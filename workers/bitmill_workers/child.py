@@ -1,0 +1,88 @@
+"""What every supervised child does first and last: lifeline, limits, messages, exit code.
+
+Messages are JSON lines on the pipe whose number is the last argument: {"type": "progress", ...},
+then one {"type": "result", ...} or {"type": "error", "code", "message", "param"}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import fcntl
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bitmill_workers.exits import Exit, classify
+from bitmill_workers.processes import start_lifeline
+
+Emit = Callable[[dict[str, Any]], None]
+Work = Callable[[dict[str, Any], Emit], dict[str, Any]]
+_LOCK_WAIT_S = 30.0
+
+
+def serve(argv: list[str], work: Work) -> int:
+    """Run `work(request, emit)` for the supervisor and return the exit code.
+
+    argv: path of the request (JSON, with `lease_s` and optionally `lock`, a file that only one
+    child may hold, and `file_bytes`, the largest file it may write) and the message pipe.
+    """
+    request = json.loads(Path(argv[0]).read_bytes())
+    start_lifeline(request["lease_s"])
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if limit := request.get("file_bytes"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    emit = _emitter(int(argv[1]))
+    try:
+        with _only_one(request.get("lock")):
+            result = work(request, emit)
+    except Exception as error:  # noqa: BLE001  (the boundary of the process)
+        exit_code, code, message, param = classify(error)
+        traceback.print_exc()
+        emit({"type": "error", "code": code, "message": message, "param": param})
+        return int(exit_code)
+    emit({"type": "result", **result})
+    return int(Exit.OK)
+
+
+def _emitter(fd: int) -> Emit:
+    lock = threading.Lock()
+
+    def emit(message: dict[str, Any]) -> None:
+        data = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        with lock:
+            while data:
+                data = data[os.write(fd, data) :]
+
+    return emit
+
+
+@contextlib.contextmanager
+def _only_one(lock: str | None) -> Any:
+    """Hold the lock file; an earlier child of the same job has at most moments to live."""
+    if lock is None:
+        yield
+        return
+    Path(lock).parent.mkdir(parents=True, exist_ok=True)
+    with Path(lock).open("a") as handle:
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RuntimeError("another runner of this job is still alive") from None
+                time.sleep(0.1)
+        yield
+    sys.stdout.flush()

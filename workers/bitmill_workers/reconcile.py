@@ -1,0 +1,216 @@
+"""Puts right what a lost process, message or file left behind; one instance at a time does it.
+
+Jobs whose lease has expired run again, waiting jobs are announced again, passed deadlines fail
+their jobs, and files of dead attempts are removed. It runs in every API process under a lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import sqlalchemy as sa
+
+from bitmill_workers.app import Dispatcher
+from bitmill_workers.artifacts import ArtifactStore, open_artifacts
+from bitmill_workers.db import Database, db_now
+from bitmill_workers.jobs import IDEMPOTENCY_S, JobStore
+from bitmill_workers.leases import requeue
+from bitmill_workers.settings import Settings
+from bitmill_workers.states import ACTIVE, TERMINAL
+from bitmill_workers.tables import artifacts, idempotency, jobs
+from bitmill_workers.transitions import transition
+
+_log = logging.getLogger(__name__)
+_BATCH = 100
+_PROCESSED_S = 3600.0
+_COLLECT_EVERY = 12
+_LOCK = 0x6269746E
+
+
+class Reconciler:
+    """The reconciling loop; `start` runs it in a thread, `run_once` does one round."""
+
+    def __init__(self, settings: Settings, database: Database, dispatcher: Dispatcher) -> None:
+        self.settings = settings
+        self.database = database
+        self.dispatcher = dispatcher
+        self.store = JobStore(database)
+        self.artifacts: ArtifactStore = open_artifacts(settings)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Reconcile every `reconcile_s` until `stop`, whenever this process holds the lock."""
+        self._thread = threading.Thread(target=self._loop, name="reconciler", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop after the current round."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=30)
+
+    def run_once(self, *, collect: bool = True) -> None:
+        """One round; `collect` includes the removal of garbage files."""
+        self.expire_leases()
+        self.expire_deadlines()
+        self.resend()
+        if collect:
+            self.forget_keys()
+            self.collect_garbage()
+
+    def expire_leases(self) -> int:
+        """Queue jobs of lost workers again, within their number of retries; how many."""
+        expired = (jobs.c.state.in_(sorted(ACTIVE)), jobs.c.lease_until < db_now())
+        with self.database.read() as conn:
+            found = conn.execute(sa.select(jobs.c.id, jobs.c.token, jobs.c.owner).where(*expired))
+            lost = found.all()
+        count = 0
+        for job_id, token, owner in lost:
+            with self.database.write() as conn:
+                count += requeue(
+                    conn,
+                    sa.and_(jobs.c.id == job_id, jobs.c.token == token, *expired),
+                    counter="lost_count",
+                    retries=self.settings.lost_retries,
+                    reason=f"worker {owner} was lost",
+                    failure=("worker_lost", "workers were lost too often while running this job"),
+                )
+            _log.warning("job %s: lease of worker %s expired", job_id, owner)
+        return count
+
+    def expire_deadlines(self) -> int:
+        """Fail queued jobs whose deadline has passed; how many."""
+        overdue = jobs.c.deadline_at < db_now()
+        with self.database.read() as conn:
+            query = sa.select(jobs.c.id).where(jobs.c.state == "queued", overdue).limit(_BATCH)
+            late = conn.execute(query).scalars().all()
+        values = {
+            "error_code": "deadline",
+            "error_message": "the deadline passed before a worker was free",
+        }
+        count = 0
+        for job_id in late:
+            with self.database.write() as conn:
+                job = transition(
+                    conn,
+                    jobs.c.id == job_id,
+                    "failed",
+                    sources=("queued",),
+                    where=[overdue],
+                    values=values,
+                    event={"code": "deadline"},
+                )
+                count += job is not None
+        return count
+
+    def resend(self) -> int:
+        """Announce waiting jobs that no message in the broker announces any more; how many.
+
+        A worker works off all it can run, so one waiting message of a queue is enough.
+        """
+        due = (
+            jobs.c.state == "queued",
+            jobs.c.not_before <= db_now(),
+            sa.or_(
+                jobs.c.sent_at.is_(None),
+                jobs.c.sent_at < db_now() - self.settings.resend_s,
+                jobs.c.sent_at < jobs.c.not_before,
+            ),
+        )
+        order = (jobs.c.priority.desc(), jobs.c.fair_rank, jobs.c.created_at)
+        with self.database.read() as conn:
+            query = sa.select(jobs.c.id, jobs.c.queue, jobs.c.sent_at).where(*due)
+            waiting = conn.execute(query.order_by(*order).limit(_BATCH)).all()
+        announced = {q: bool(self.dispatcher.depth(q)) for q in {row.queue for row in waiting}}
+        sent = []
+        for job_id, queue, sent_at in waiting:
+            if not (announced[queue] and sent_at is not None):
+                if not self.dispatcher.send(job_id, queue):
+                    break
+                announced[queue] = True
+            sent.append(job_id)
+        self.store.mark_sent(sent)
+        return len(sent)
+
+    def forget_keys(self) -> None:
+        """Delete idempotency keys after a day."""
+        with self.database.write() as conn:
+            old = idempotency.c.created_at < db_now() - IDEMPOTENCY_S
+            conn.execute(sa.delete(idempotency).where(old))
+
+    def collect_garbage(self) -> int:
+        """Remove files of attempts that no job shows or runs, and of deleted jobs; how many."""
+        count = 0
+        for job_id, token in list(self.artifacts.attempts()):
+            if not self._in_use(job_id, token):
+                self.artifacts.remove(job_id, token)
+                count += 1
+        folders = self.settings.data / "jobs"
+        for folder in list(folders.iterdir()) if folders.is_dir() else []:
+            if self._is_over(folder.name):
+                shutil.rmtree(folder, ignore_errors=True)
+                count += 1
+        self._prune_broker()
+        return count
+
+    def _in_use(self, job_id: str, token: int) -> bool:
+        with self.database.read() as conn:
+            query = sa.select(jobs.c.state, jobs.c.token).where(jobs.c.id == job_id)
+            job = conn.execute(query).one_or_none()
+            if job is None or job.token != token:
+                return False
+            if job.state in ACTIVE:
+                return True
+            shown = sa.exists().where(
+                artifacts.c.job_id == job_id,
+                artifacts.c.storage_key.startswith(f"{job_id}/{token}/", autoescape=True),
+            )
+            return bool(conn.execute(sa.select(shown)).scalar_one())
+
+    def _is_over(self, job_id: str) -> bool:
+        with self.database.read() as conn:
+            query = sa.select(jobs.c.state).where(jobs.c.id == job_id)
+            state = conn.execute(query).scalar_one_or_none()
+        return state is None or state in TERMINAL
+
+    def _prune_broker(self) -> None:
+        """The file transport keeps every message it has delivered."""
+        processed = self.settings.data / "broker" / "processed"
+        for file in processed.glob("*.msg"):
+            if time.time() - file.stat().st_mtime > _PROCESSED_S:
+                file.unlink(missing_ok=True)
+
+    def _loop(self) -> None:
+        rounds = 0
+        while not self._stop.wait(self.settings.reconcile_s if rounds else 0):
+            try:
+                with self._lock() as held:
+                    if held:
+                        self.run_once(collect=rounds % _COLLECT_EVERY == 0)
+            except (sa.exc.SQLAlchemyError, OSError) as error:
+                _log.warning("reconciling failed, will try again: %s", error)
+            rounds += 1
+
+    @contextmanager
+    def _lock(self) -> Iterator[bool]:
+        """Hold the lock for a round; False where another process has it."""
+        if self.database.dialect == "postgresql":
+            with self.database.engine.connect() as conn:
+                locked = sa.func.pg_try_advisory_xact_lock(_LOCK)
+                yield bool(conn.execute(sa.select(locked)).scalar_one())
+            return
+        self.settings.data.mkdir(parents=True, exist_ok=True)
+        with (self.settings.data / "reconcile.lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True

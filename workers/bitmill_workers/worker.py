@@ -1,0 +1,84 @@
+"""The worker process: `python -m bitmill_workers.worker`, settings from the environment.
+
+One job at a time: a Celery worker with a prefork pool of one, because only that pool can be
+stopped and asked while a task runs. It never imports torch. SIGTERM hands the job back and ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+from importlib.metadata import version
+
+import sqlalchemy as sa
+
+from bitmill_workers.app import create_celery
+from bitmill_workers.catalog import Catalog
+from bitmill_workers.db import Database
+from bitmill_workers.logs import configure_logs
+from bitmill_workers.migrate import require_head
+from bitmill_workers.settings import Settings
+
+_BEAT_S = 20.0
+_log = logging.getLogger(__name__)
+
+
+def main(settings: Settings | None = None) -> int:
+    """Serve jobs until told to stop."""
+    # Read by Celery when its worker is imported: SIGTERM then stops running tasks as well.
+    os.environ["REMAP_SIGTERM"] = "SIGQUIT"
+    from celery import signals
+
+    from bitmill_workers import tasks
+
+    settings = settings or Settings()
+    configure_logs(settings)
+    database = Database(settings.database)
+    require_head(database)
+    database.close()
+    app = create_celery(settings)
+    tasks.register(app, settings)
+    stop = threading.Event()
+
+    def on_ready(**_: object) -> None:
+        threading.Thread(target=_beat, args=(settings, stop), daemon=True).start()
+        app.send_task("bitmill.run", queue=settings.queues[0], retry=False)
+
+    signals.worker_ready.connect(on_ready, weak=False)
+    options = ["--pool=prefork", "--concurrency=1", "--without-gossip", "--without-mingle"]
+    name = f"--hostname={settings.worker_name}@{socket.gethostname()}"
+    queues = f"--queues={','.join(settings.queues)}"
+    try:
+        app.worker_main(
+            ["worker", *options, "--without-heartbeat", name, queues, "--loglevel=WARNING"]
+        )
+    finally:
+        stop.set()
+    return 0
+
+
+def _beat(settings: Settings, stop: threading.Event) -> None:
+    """Show this worker as live until it stops; the connection is not kept across forks."""
+    while True:
+        database = Database(settings.database)
+        try:
+            Catalog(database).beat(
+                settings.worker_name,
+                host=socket.gethostname(),
+                queues=settings.queues,
+                device=settings.device,
+                version=version("bitmill"),
+            )
+        except sa.exc.SQLAlchemyError as error:
+            _log.warning("cannot show this worker as live: %s", type(error).__name__)
+        finally:
+            database.close()
+        if stop.wait(_BEAT_S):
+            return
+
+
+if __name__ == "__main__":
+    sys.exit(main())
