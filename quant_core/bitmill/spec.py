@@ -202,11 +202,15 @@ class Allocation(Closed):
 
 
 class OmniQuant(Closed):
-    """Block-wise learning (OmniQuant, and past it); see `bitmill.omniquant`."""
+    """Block-wise learning (OmniQuant, and past it); see `bitmill.omniquant`.
+
+    epochs, batch: passes over the calibration sequences and sequences per step; None takes the
+    mode's own.
+    """
 
     mode: Literal["clipping", "scales", "rounding"] = "rounding"
-    epochs: int = Field(default=10, ge=0, le=1000)
-    batch: int = Field(default=4, ge=1, le=256)
+    epochs: int | None = Field(default=None, ge=0, le=1000)
+    batch: int | None = Field(default=None, ge=1, le=256)
     augmented_loss: bool = False
     tune_scales_steps: int = Field(default=0, ge=0, le=100_000)
 
@@ -214,13 +218,16 @@ class OmniQuant(Closed):
 class Refinement(Closed):
     """How codes are found.
 
-    scale_refit: closed-form refit of the scales with the codes frozen.
+    clip_search: ranges are clipped where that lowers the error weighted by diag(H).
+    compensated_grid: the grid is searched by GPTQ's own loss after the clip search.
+    scale_refit: closed-form refit of the scales and descent of the codes after the pass.
     asymmetric: correction for the already quantized prefix, kept per linear only where the
     error on held-out sequences falls.
     """
 
     method: Literal["rtn", "gptq", "omniquant"] = "gptq"
     clip_search: bool = True
+    compensated_grid: bool = True
     scale_refit: bool = True
     asymmetric: bool = True
     omniquant: OmniQuant = OmniQuant()

@@ -1,0 +1,344 @@
+"""Block-wise learning and scale tuning, end to end on a real model: perplexity of each variant.
+
+    python benchmarks/omniquant.py --model FOLDER --work DIR --out results.json \\
+        --jobs 4 "2: bits=2" "2-plain: bits=2 block_error=plain" "lwc: bits=3 mode=clipping ..."
+
+A row is a name and settings; unknown ones are errors. Besides the fields of `LearningSettings`:
+
+    bits        code bits of the budget                      start     gptq | rtn
+    allocation  knapsack | uniform                           order     activation | natural
+    learn       1, or 0 to stop at the start                 tune      steps of end-to-end tuning
+    tune_batch, tune_rate, tune_position_rate, tune_roundings: its settings
+
+Rows run as processes of their own, `--jobs` at a time on one device; a row that fails or outlasts
+`--limit` is reported as such. Protocol: 64 calibration and 16 held-out windows of 2048 tokens of
+the bundled text, perplexity and KL on all windows of both evaluation texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+import transformers
+
+from bitmill.allocate import allocate
+from bitmill.block_learning import BlockData, learn_block
+from bitmill.blocks import StreamedModel, set_weight, weight_of
+from bitmill.calibration import calibration_tokens, evaluation_tokens
+from bitmill.evaluate import StreamedLogits, perplexity_and_kl
+from bitmill.gguf_source import convert_gguf
+from bitmill.input_statistics import Stream
+from bitmill.observe import advance
+from bitmill.omniquant import LearningSettings
+from bitmill.output_metric import fisher_metric, gradient_moments
+from bitmill.plan import make_plan
+from bitmill.refine import RefineSettings, refine_block
+from bitmill.spec import JobSpec, parse_spec
+from bitmill.tune_scales import TuneSettings, tune_scales
+
+TEXTS = ("wiki_evaluation", "handbook_evaluation")
+LEARNING = {field.name for field in dataclasses.fields(LearningSettings)}
+
+
+@dataclasses.dataclass
+class Row:
+    """One variant."""
+
+    name: str
+    bits: float = 3.0
+    allocation: str = "knapsack"
+    order: str = "activation"
+    start: str = "gptq"
+    learn: int = 1
+    tune: int = 0
+    tune_batch: int = 8
+    tune_rate: float = 1e-3
+    tune_position_rate: float = 2e-3
+    tune_roundings: int = 0
+    learning: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Row:
+        """From "name: key=value key=value"."""
+        name, _, settings = text.partition(":")
+        row = cls(name.strip())
+        for pair in settings.split():
+            key, _, raw = pair.partition("=")
+            value = raw if raw.replace("_", "").isalpha() else json.loads(raw)
+            if key in LEARNING:
+                row.learning[key] = value
+            elif key in {f.name for f in dataclasses.fields(cls)} - {"name", "learning"}:
+                setattr(row, key, value)
+            else:
+                raise SystemExit(f"row {name}: unknown setting {key!r}")
+        return row
+
+    def spec(self, args: argparse.Namespace) -> JobSpec:
+        """The job whose budget and map this row uses."""
+        widths = [1, 2, 3, 4, 5, 6]
+        allocation = {"method": self.allocation, "order": self.order, "widths": widths}
+        calibration = {"sequences": args.sequences, "length": args.length, "held_out": args.held}
+        return parse_spec(
+            {
+                "model": {"source": "path", "path": "."},
+                "budget": {"code_bits": self.bits},
+                "allocation": allocation,
+                "calibration": calibration,
+            }
+        )
+
+    def settings(self) -> LearningSettings:
+        """Mode defaults with this row's changes."""
+        settings = LearningSettings.of_mode(self.learning.get("mode", "rounding"))
+        return dataclasses.replace(settings, **self.learning)
+
+
+class Bench:
+    """What all rows share: the model, its tokens, the profile and the gradient moments."""
+
+    def __init__(self, args: argparse.Namespace, spec: JobSpec) -> None:
+        self.args, self.work, self.folder = args, Path(args.work), Path(args.model)
+        self.device = torch.device(args.device)
+        self.plan = make_plan(self.folder, spec)
+        self.model = StreamedModel(self.folder, self.plan, device=self.device, dtype=torch.float32)
+        self.calibration = calibration_tokens(spec.calibration, self.folder)
+
+    def profile(self, order: str) -> Any:
+        """The sensitivity profile of one order, measured once and kept in the work folder."""
+        from bitmill.profile import SensitivityProfile
+        from bitmill.sensitivity import ProfileSettings, profile_knapsack
+
+        path = self.work / f"profile-{order}"
+        if path.exists():
+            return SensitivityProfile.load(path)
+        settings = ProfileSettings(widths=(1, 2, 3, 4, 5, 6), order=order)
+        profile = profile_knapsack(self.model, self.calibration.tokens, self.plan, settings)
+        profile.save(path)
+        return profile
+
+    def moments(self) -> list[torch.Tensor]:
+        """Gradient moments at every block's output, measured once."""
+        path = self.work / "moments.pt"
+        if not path.exists():
+            tokens = self.calibration.tokens[: self.args.moment_sequences]
+            torch.save(gradient_moments(self.model, tokens, seed=0), path)
+        moments: list[torch.Tensor] = torch.load(path, weights_only=True)
+        return moments
+
+
+def prepare(args: argparse.Namespace, rows: list[Row]) -> None:
+    """Measure what rows share, before they start side by side."""
+    Path(args.work).mkdir(parents=True, exist_ok=True)
+    if args.gguf:
+        target = Path(args.work) / "model"
+        if not target.exists():
+            convert_gguf(Path(args.gguf), target)
+        args.model = str(target)
+    began = time.perf_counter()
+    bench = Bench(args, rows[0].spec(args))
+    bench.moments()
+    print(f"moments {time.perf_counter() - began:.1f}s", flush=True)
+    for order in sorted({row.order for row in rows if row.allocation == "knapsack"}):
+        bench.profile(order)
+        print(f"profile {order} {time.perf_counter() - began:.1f}s", flush=True)
+
+
+def run_row(args: argparse.Namespace, row: Row) -> dict[str, Any]:
+    """Quantize, learn, tune and evaluate one row."""
+    spec = row.spec(args)
+    bench = Bench(args, spec)
+    need = row.allocation == "knapsack" or row.order == "activation"
+    profile = bench.profile(row.order) if need else None
+    widths = dict(allocate(bench.plan, spec, profile).linears)
+    began = time.perf_counter()
+    weights, reports = quantize(bench, row, widths, profile)
+    result: dict[str, Any] = {"seconds": time.perf_counter() - began, "blocks": reports}
+    result["learned"] = evaluate(bench, weights)
+    print(row.name, "before tuning", json.dumps(result["learned"]), flush=True)
+    if row.tune:
+        settings = TuneSettings(
+            steps=row.tune,
+            batch=row.tune_batch,
+            scale_rate=row.tune_rate,
+            position_rate=row.tune_position_rate,
+            roundings=bool(row.tune_roundings),
+        )
+        calibration = bench.calibration
+        weights, report = tune_scales(
+            bench.model, weights, calibration.tokens, calibration.held_out, settings, seed=0
+        )
+        result["tune"] = report.to_json()
+        result["tuned"] = evaluate(bench, weights)
+    return result
+
+
+def quantize(
+    bench: Bench, row: Row, widths: dict[str, tuple[int, ...]], profile: Any
+) -> tuple[dict[str, Any], list[Any]]:
+    """GPTQ (or rounding) and learning, block by block."""
+    model, calibration, settings = bench.model, bench.calibration, row.settings()
+    tokens = torch.cat([calibration.tokens, calibration.held_out])
+    count = len(calibration.tokens)
+    hidden = torch.cat([model.embed(t) for t in tokens.split(8)])
+    source = hidden.clone()
+    moments = bench.moments()
+    weights: dict[str, Any] = {}
+    reports = []
+    orders = {}
+    if row.order == "activation":
+        for linear in profile.linears:
+            if linear.order is not None:
+                orders[linear.name] = torch.from_numpy(profile.orders[linear.order]).long()
+    refine = RefineSettings(method="gptq" if row.start == "gptq" else "rtn")
+    for index in range(model.block_count):
+        began = time.perf_counter()
+        block = model.load_block(index)
+        source = advance(model, index, block, source, batch=8)
+        float_weights = {n: weight_of(m).clone() for n, m in model.linears(block, index).items()}
+        chosen = {name: tuple(widths[name]) for name in float_weights}
+        starts, _ = refine_block(
+            model, index, block, Stream(hidden[:count]), chosen, settings=refine, orders=orders
+        )
+        refined = time.perf_counter()
+        line = f"{row.name} block {index}: start {refined - began:.1f}s"
+        if row.learn:
+            data = BlockData(hidden[:count], source[:count], hidden[count:], source[count:])
+            metric = None
+            if settings.block_error == "fisher":
+                metric = fisher_metric(moments[index].to(bench.device), settings.shrink)
+            learned = learn_block(
+                model, index, block, starts, data, settings, seed=0, metric=metric
+            )
+            starts = learned.weights
+            report = learned.report
+            reports.append(report.to_json())
+            line += (
+                f", learned {report.loss_before:.4g} -> {report.loss_after:.4g} at "
+                f"{report.best_step}/{report.steps} in {report.seconds:.1f}s"
+            )
+        print(line, flush=True)
+        weights |= starts
+        hidden = advance(model, index, block, hidden, batch=8)
+    return weights, reports
+
+
+def evaluate(bench: Bench, weights: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity and KL on both texts."""
+
+    def replace(index: int, block: torch.nn.Module) -> None:
+        for name, module in bench.model.linears(block, index).items():
+            if name in weights:
+                set_weight(module, weights[name].dequantize())
+
+    result = {}
+    for text in TEXTS:
+        tokens = evaluation_tokens(
+            text, bench.folder, length=bench.args.length, sequences=bench.args.windows
+        )
+        measures = perplexity_and_kl(
+            StreamedLogits(bench.model), StreamedLogits(bench.model, replace=replace), tokens
+        ).candidate()
+        result[text] = {"perplexity": measures.perplexity, "kl": measures.kl}
+    return result
+
+
+def run_all(args: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
+    """Every row in a process of its own, `jobs` at a time, until the time limit."""
+    deadline = time.monotonic() + args.limit
+    waiting, running, results = list(zip(rows, args.rows, strict=True)), {}, {}
+    common = [a for a in sys.argv[1:] if a not in args.rows]
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            row, text = waiting.pop(0)
+            out = Path(args.work) / f"row-{row.name}.json"
+            out.unlink(missing_ok=True)
+            command = [sys.executable, __file__, *common, "--single", str(out), text]
+            if args.gguf:
+                command += ["--model", args.model]
+            running[row.name] = (subprocess.Popen(command), out)
+        for name, (process, out) in list(running.items()):
+            if time.monotonic() > deadline and process.poll() is None:
+                process.kill()
+            if process.poll() is not None:
+                done = json.loads(out.read_text()) if out.exists() else {"failed": process.wait()}
+                results[name] = done
+                del running[name]
+                Path(args.out).write_text(json.dumps(document(results), indent=1))
+        if time.monotonic() > deadline:
+            waiting.clear()
+        time.sleep(0.5)
+    return results
+
+
+def document(results: dict[str, Any]) -> dict[str, Any]:
+    """Results with where they were made."""
+    return {"device": device_name(), "torch": torch.__version__, "rows": results}
+
+
+def device_name() -> str:
+    """The accelerator, or the processor where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+
+
+def table(results: dict[str, Any]) -> str:
+    """A Markdown table of all rows."""
+    lines = ["| row | wiki | handbook | tuned wiki | tuned handbook | KL | learned blocks | s |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for name, result in results.items():
+        if "learned" not in result:
+            lines.append(f"| {name} | failed: {result.get('failed')} | | | | | | |")
+            continue
+        before, after = result["learned"], result.get("tuned", result["learned"])
+        kept = sum(block["kept"] == "learned" for block in result["blocks"])
+        cells = [f"{x[text]['perplexity']:.2f}" for x in (before, after) for text in TEXTS]
+        seconds = result["seconds"] + result.get("tune", {}).get("seconds", 0.0)
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {after[TEXTS[0]]['kl']:.4f} | {kept} "
+            f"| {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="+")
+    parser.add_argument("--model", default="", help="Hugging Face folder")
+    parser.add_argument("--gguf", default="", help="GGUF file to convert first")
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--out", default="omniquant.json")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=540.0, help="seconds for all rows")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--held", type=int, default=16)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=None, help="evaluation windows per text")
+    parser.add_argument("--moment-sequences", type=int, default=16)
+    parser.add_argument("--single", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    rows = [Row.parse(text) for text in args.rows]
+    if args.single:
+        Path(args.single).write_text(json.dumps(run_row(args, rows[0])))
+        return
+    prepare(args, rows)
+    results = run_all(args, rows)
+    Path(args.out).write_text(json.dumps(document(results), indent=1))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

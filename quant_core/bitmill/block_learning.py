@@ -1,0 +1,299 @@
+"""One decoder block learned against the float block's outputs.
+
+    minimize over the learner's parameters   error(block(x_q; w), t)
+    x_q: the block's inputs from the already quantized blocks before it
+    t:   the float block's outputs on the float model's inputs; with `augmented_loss` the mean of
+         these and of the float block's outputs on x_q, which has the gradient of the sum of both
+         errors
+
+Held-out sequences choose among the parameters along the way, and decide in the end between the
+learned weights and the ones the block came with: a block is never handed on worse than it came.
+The report says which it was.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.block_rows import LearnableLinear, learnable
+from bitmill.blocks import StreamedModel, set_weight, weight_of
+from bitmill.descent import DescentReport, descend
+from bitmill.errors import CalibrationError
+from bitmill.omniquant import (
+    Learner,
+    LearningSettings,
+    learned_tensors,
+    learning_rates,
+    make_learner,
+)
+from bitmill.output_metric import OutputMetric, mixed_precision
+from bitmill.packed import QuantizedWeight
+
+HELD_OUT_BATCH = 4
+RESIDENT_SHARE = 0.25
+
+
+@dataclass(frozen=True, eq=False)
+class BlockData:
+    """Inputs from the quantized prefix and float targets, [S, T, D] each, on any device."""
+
+    inputs: Tensor
+    targets: Tensor
+    held_out_inputs: Tensor
+    held_out_targets: Tensor
+
+
+@dataclass(frozen=True)
+class BlockLearningReport:
+    """What learning did to one block; losses are held-out, `kept` says what the block has now."""
+
+    index: int
+    mode: str
+    loss_before: float
+    loss_after: float
+    kept: str
+    steps: int
+    best_step: int
+    rollbacks: int
+    gave_up: bool
+    seconds: float
+    curve: list[tuple[int, float]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedBlock:
+    """The result: weights as kept, what to store for a later `restore`, and the report."""
+
+    weights: dict[str, QuantizedWeight]
+    tensors: dict[str, Tensor]
+    report: BlockLearningReport
+
+
+def learn_block(
+    model: StreamedModel,
+    index: int,
+    block: nn.Module,
+    starts: Mapping[str, QuantizedWeight],
+    data: BlockData,
+    settings: LearningSettings,
+    *,
+    seed: int,
+    metric: OutputMetric | None = None,
+    should_stop: Callable[[], None] | None = None,
+) -> LearnedBlock:
+    """Learn block `index`, starting from `starts` (full name -> weights, e.g. GPTQ's).
+
+    block: a loaded copy of the block; on return its linears hold the kept weights. metric: the
+    block's fisher error, None for the plain one. Float weights are read from the model again.
+    """
+    began = time.perf_counter()
+    if not len(data.held_out_inputs):
+        raise CalibrationError(
+            "learning has no held-out sequences to choose by: set calibration.held_out above 0",
+            code="no_held_out",
+            param="calibration.held_out",
+        )
+    data = _resident(data, model.device)
+    metric = (metric or OutputMetric()).to(model.device)
+    float_block = model.load_block(index)
+    if settings.augmented_loss:
+        data = _augmented(model, index, float_block, data)
+    weights = {name: weight_of(m) for name, m in model.linears(float_block, index).items()}
+    learner = make_learner(settings, starts, weights, model.device)
+    linears = model.linears(block, index)
+    with deterministic(), learnable(block, linears) as slots:
+        run = _Run(model, index, block, slots, data, metric)
+        before = run.held_out_loss(run.quantized(starts))
+        descent = _descend(run, learner, settings, seed, should_stop)
+        exported = learner.export()
+        after = run.held_out_loss(run.quantized(exported))
+    improved = after < before
+    kept = exported if improved else dict(starts)
+    for name, module in linears.items():
+        set_weight(module, kept[name].dequantize())
+    tensors = learned_tensors(learner if improved else None, kept)
+    seconds = time.perf_counter() - began
+    return LearnedBlock(
+        kept, tensors, _report(index, settings, descent, before, after, improved, seconds)
+    )
+
+
+def _report(
+    index: int,
+    settings: LearningSettings,
+    descent: DescentReport,
+    before: float,
+    after: float,
+    improved: bool,
+    seconds: float,
+) -> BlockLearningReport:
+    return BlockLearningReport(
+        index=index,
+        mode=settings.mode,
+        loss_before=before,
+        loss_after=after if improved else before,
+        kept="learned" if improved else "start",
+        steps=descent.steps,
+        best_step=descent.best_step,
+        rollbacks=descent.rollbacks,
+        gave_up=descent.gave_up,
+        seconds=seconds,
+        curve=descent.curve,
+    )
+
+
+def _descend(
+    run: _Run,
+    learner: Learner,
+    settings: LearningSettings,
+    seed: int,
+    should_stop: Callable[[], None] | None,
+) -> DescentReport:
+    batches = Batches(len(run.data.inputs), settings.batch, seed + run.index)
+
+    def training_loss(step: int) -> Tensor:
+        return run.loss(learner(run.dtype), batches.at(step), learner)
+
+    def held_out_loss() -> float:
+        with torch.no_grad():
+            return run.held_out_loss(learner.rows.to_weights(learner(run.dtype)))
+
+    return descend(
+        learning_rates(learner, settings),
+        training_loss,
+        held_out_loss,
+        settings.descent(len(run.data.inputs)),
+        should_stop=should_stop,
+    )
+
+
+class Batches:
+    """Sequence numbers of each step: a new seeded permutation every epoch."""
+
+    def __init__(self, sequences: int, batch: int, seed: int) -> None:
+        self._sequences, self._batch = sequences, batch
+        self._generator = torch.Generator().manual_seed(seed)
+        self._queue: list[Tensor] = []
+
+    def at(self, step: int) -> Tensor:
+        """i64 [B] of the next step; steps are asked for in order."""
+        if not self._queue:
+            order = torch.randperm(self._sequences, generator=self._generator)
+            self._queue = list(order.split(self._batch))
+        return self._queue.pop(0)
+
+
+class _Run:
+    """The forward pass of one block with given weights, and its error."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        index: int,
+        block: nn.Module,
+        slots: Mapping[str, LearnableLinear],
+        data: BlockData,
+        metric: OutputMetric,
+    ) -> None:
+        self.model, self.index, self.block = model, index, block
+        self.slots, self.data, self.metric = slots, data, metric
+        self.dtype = compute_dtype(model)
+
+    def loss(self, rows: Tensor, batch: Tensor, learner: Learner) -> Tensor:
+        """Error on some calibration sequences with weights rows [R, 128]."""
+        set_slots(self.slots, learner.rows.to_weights(rows))
+        return self._error(self.data.inputs[batch], self.data.targets[batch])
+
+    @torch.no_grad()
+    def held_out_loss(self, weights: Mapping[str, Tensor]) -> float:
+        """Mean error over the held-out sequences."""
+        set_slots(self.slots, weights)
+        pairs = zip(
+            self.data.held_out_inputs.split(HELD_OUT_BATCH),
+            self.data.held_out_targets.split(HELD_OUT_BATCH),
+            strict=True,
+        )
+        errors = [self._error(x, t) * len(x) for x, t in pairs]
+        return float(torch.stack(errors).sum()) / len(self.data.held_out_inputs)
+
+    def quantized(self, weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+        """Weights as they would be restored, on the device."""
+        device = self.model.device
+        return {name: w.dequantize().to(device, self.dtype) for name, w in weights.items()}
+
+    def _error(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with mixed_precision(self.model):
+            output = self.model.run_block(self.index, self.block, inputs.to(self.model.device))
+        return self.metric(output, targets.to(self.model.device))
+
+
+def set_slots(slots: Mapping[str, LearnableLinear], weights: Mapping[str, Tensor]) -> None:
+    """Put weights [N, K] into a block's learnable linears."""
+    for name, weight in weights.items():
+        slots[name].weight = weight
+
+
+def compute_dtype(model: StreamedModel) -> torch.dtype:
+    """The dtype of matrix products: bf16 on a GPU for a model in f32, else the model's own."""
+    mixed = model.device.type == "cuda" and model.dtype == torch.float32
+    return torch.bfloat16 if mixed else model.dtype
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic kernels within, where the process set CUBLAS_WORKSPACE_CONFIG for them."""
+    switches: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
+    possible = not torch.cuda.is_available() or "CUBLAS_WORKSPACE_CONFIG" in os.environ
+    torch.use_deterministic_algorithms(before[0] or possible)
+    switches.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        switches.fill_uninitialized_memory = before[1]
+
+
+def _resident(data: BlockData, device: torch.device) -> BlockData:
+    """The data on the device, where it takes no more than a quarter of the free memory."""
+    if device.type != "cuda":
+        return data
+    tensors = (data.inputs, data.targets, data.held_out_inputs, data.held_out_targets)
+    size = sum(tensor.nbytes for tensor in tensors if tensor.device != device)
+    if size > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return data
+    return BlockData(*(tensor.to(device) for tensor in tensors))
+
+
+@torch.no_grad()
+def _augmented(
+    model: StreamedModel, index: int, float_block: nn.Module, data: BlockData
+) -> BlockData:
+    """Targets averaged with the float block's outputs on the quantized prefix's outputs."""
+
+    def mean(inputs: Tensor, targets: Tensor) -> Tensor:
+        parts = []
+        for x, t in zip(inputs.split(HELD_OUT_BATCH), targets.split(HELD_OUT_BATCH), strict=True):
+            with mixed_precision(model):
+                y = model.run_block(index, float_block, x.to(model.device))
+            parts.append(((y.float() + t.to(y.device).float()) / 2).to(t.device, t.dtype))
+        return torch.cat(parts)
+
+    return BlockData(
+        data.inputs,
+        mean(data.inputs, data.targets),
+        data.held_out_inputs,
+        mean(data.held_out_inputs, data.held_out_targets),
+    )

@@ -1,0 +1,218 @@
+"""Refinement method "omniquant": what is learned in each mode, how long, and how it is kept.
+
+| mode       | learned                                 | starts from       | published as         |
+|------------|-----------------------------------------|-------------------|----------------------|
+| `clipping` | two clipping factors per row and group  | min-max range     | OmniQuant, SliM-LLM+ |
+| `scales`   | scales, zero points                     | quantized weights | EfficientQAT's s, z  |
+| `rounding` | scales, zero points, unrounded weights  | quantized weights | EfficientQAT's s,z,W |
+
+`learned_clipping.py` and `learned_rounding.py` hold the equations, `block_learning.py` the loop
+over one block, `output_metric.py` the error it lowers, `tune_scales.py` the end-to-end step.
+
+Defaults of `clipping` are the published ones (OmniQuant's 3-bit script: 20 epochs, one sequence a
+step, Adam at 1e-2, no schedule, plain error; `augmented_loss` as SliM-LLM+ sets it). The other
+modes take larger batches and a decaying rate.
+
+What was learned is stored per block: the clipping factors for `clipping`, codes, scales and zero
+points for the others. `restore` turns it into quantized weights again without any training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from bitmill.block_rows import BlockRows
+from bitmill.descent import DescentSettings, Rate
+from bitmill.errors import FormatError
+from bitmill.learned_clipping import LearnedClipping
+from bitmill.learned_rounding import LearnedRounding
+from bitmill.packed import QuantizedWeight
+from bitmill.spec import OmniQuant
+from bitmill.storage import write_bytes
+
+Mode = Literal["clipping", "scales", "rounding"]
+Learner = LearnedClipping | LearnedRounding
+
+EVALUATIONS = 12
+"""Held-out losses per block, besides the one before the first step."""
+
+
+@dataclass(frozen=True)
+class LearningSettings:
+    """How a block is learned.
+
+    epochs, batch:   passes over the calibration sequences, sequences per step
+    scale_rate:      per step, relative to each scale
+    position_rate:   per step, in codes (zero points too)
+    clipping_rate:   per step, before the sigmoid
+    augmented_loss:  also match the float block run on the quantized prefix's outputs
+    block_error:     "plain", or "fisher" weighted by the loss gradient (`output_metric.py`)
+    shrink:          share of plain error in the fisher one
+    """
+
+    mode: Mode = "rounding"
+    epochs: int = 40
+    batch: int = 4
+    scale_rate: float = 1e-3
+    position_rate: float = 5e-3
+    clipping_rate: float = 1e-2
+    augmented_loss: bool = False
+    block_error: Literal["plain", "fisher"] = "fisher"
+    shrink: float = 0.3
+    cosine: bool = True
+
+    @classmethod
+    def of_mode(cls, mode: Mode) -> LearningSettings:
+        """The defaults of a mode."""
+        if mode == "clipping":
+            return cls(mode, epochs=20, batch=1, block_error="plain", cosine=False)
+        if mode == "scales":
+            return cls(mode, scale_rate=2e-3)
+        return cls(mode)
+
+    @classmethod
+    def of_spec(cls, spec: OmniQuant) -> LearningSettings:
+        """The settings of a job; what the job leaves open takes its mode's default."""
+        settings = cls.of_mode(spec.mode)
+        return replace(
+            settings,
+            epochs=settings.epochs if spec.epochs is None else spec.epochs,
+            batch=settings.batch if spec.batch is None else spec.batch,
+            augmented_loss=spec.augmented_loss,
+        )
+
+    def descent(self, sequences: int) -> DescentSettings:
+        """Steps and held-out checks for a number of calibration sequences."""
+        steps = self.epochs * -(-sequences // self.batch)
+        every = max(1, steps // EVALUATIONS)
+        return DescentSettings(
+            steps, every, warmup=steps // 20 if self.cosine else 0, cosine=self.cosine
+        )
+
+
+def make_learner(
+    settings: LearningSettings,
+    starts: Mapping[str, QuantizedWeight],
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+) -> Learner:
+    """The parameters of one block: `starts` give widths and orders, and the start but in clipping.
+
+    weights: full name -> float weight [N, K] in source column order.
+    """
+    rows = BlockRows(starts, device)
+    if settings.mode == "clipping":
+        return LearnedClipping(rows, weights)
+    return LearnedRounding(rows, starts, weights, roundings=settings.mode == "rounding")
+
+
+def learning_rates(learner: Learner, settings: LearningSettings) -> list[Rate]:
+    """Which parameters move, and how fast."""
+    if isinstance(learner, LearnedClipping):
+        return [Rate([learner.upper, learner.lower], settings.clipping_rate)]
+    rates = [
+        Rate([learner.ratio], settings.scale_rate),
+        Rate([learner.zero], settings.position_rate),
+    ]
+    if learner.position.requires_grad:
+        rates.append(Rate([learner.position], settings.position_rate))
+    return rates
+
+
+def learned_tensors(
+    learner: Learner | None, weights: Mapping[str, QuantizedWeight]
+) -> dict[str, Tensor]:
+    """What to store of one block: clipping factors [G, N], or codes, scales and zero points.
+
+    `learner` None: the block kept its start, stored as codes whatever the mode.
+    """
+    if isinstance(learner, LearnedClipping):
+        return _clipping_factors(learner)
+    tensors: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        tensors |= {
+            f"{name}.codes": weight.codes,
+            f"{name}.scales": weight.scales,
+            f"{name}.zeros": weight.zeros,
+        }
+    return tensors
+
+
+def save_learned(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one block's learned tensors, atomically, as safetensors."""
+    write_bytes(path, safetensors.torch.save(dict(tensors), {"schema_version": "1"}))
+
+
+def load_learned(path: Path) -> dict[str, Tensor]:
+    """Read what `save_learned` wrote; raises FormatError naming a missing or damaged file."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise FormatError(f"{path.name} cannot be read as learned parameters: {error}") from error
+
+
+def restore(
+    tensors: Mapping[str, Tensor],
+    starts: Mapping[str, QuantizedWeight],
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+) -> dict[str, QuantizedWeight]:
+    """Quantized weights from stored learned tensors, without training.
+
+    `starts` give widths and orders, `weights` the float weights [N, K] that clipping factors clip.
+    Raises FormatError where the tensors belong to another map or model.
+    """
+    if any(key.endswith(".upper") for key in tensors):
+        learner = LearnedClipping(BlockRows(starts, device), weights)
+        _set_factors(learner, tensors)
+        return learner.export()
+    restored = {}
+    for name, start in starts.items():
+        codes, scales, zeros = (_need(tensors, f"{name}.{k}") for k in ("codes", "scales", "zeros"))
+        if codes.shape != start.codes.shape or scales.shape != start.scales.shape:
+            raise FormatError(
+                f"learned parameters of {name} have the shape {tuple(codes.shape)}, the linear has "
+                f"{tuple(start.codes.shape)}: they belong to another model",
+                param=name,
+            )
+        restored[name] = QuantizedWeight(codes, scales, zeros, start.widths, start.order)
+    return restored
+
+
+def _clipping_factors(learner: LearnedClipping) -> dict[str, Tensor]:
+    tensors = {}
+    for linear in learner.rows.linears:
+        for key, factor in (("upper", learner.upper), ("lower", learner.lower)):
+            grid = factor.detach()[linear.rows].reshape(linear.N, linear.groups)
+            tensors[f"{linear.name}.{key}"] = grid.t().contiguous().cpu()
+    return tensors
+
+
+@torch.no_grad()
+def _set_factors(learner: LearnedClipping, tensors: Mapping[str, Tensor]) -> None:
+    for linear in learner.rows.linears:
+        for key, factor in (("upper", learner.upper), ("lower", learner.lower)):
+            name = f"{linear.name}.{key}"
+            grid = _need(tensors, name)
+            if grid.shape != (linear.groups, linear.N):
+                raise FormatError(
+                    f"learned parameters {name} have the shape {tuple(grid.shape)}, the linear "
+                    f"needs {(linear.groups, linear.N)}: they belong to another model",
+                    param=name,
+                )
+            factor[linear.rows] = grid.t().reshape(-1, 1).to(factor.device)
+
+
+def _need(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise FormatError(
+            f"learned parameters hold no {name}: they belong to another model", param=name
+        )
+    return tensors[name]
