@@ -14,12 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 from celery import Celery
-from kombu import Queue
+from kombu import Exchange, Queue
 
 from bitmill_workers.settings import TIERS, Settings
 
 TASK = "bitmill.run"
 _MAX_WAITING = 1000
+_EXCHANGE = Exchange("bitmill", type="direct")
 _log = logging.getLogger(__name__)
 
 
@@ -43,7 +44,7 @@ def create_celery(settings: Settings) -> Celery:
         worker_soft_shutdown_timeout=0.0,
         worker_enable_soft_shutdown_on_idle=False,
         worker_max_tasks_per_child=50,
-        task_queues=[Queue(name) for name in TIERS],
+        task_queues=[Queue(name, _EXCHANGE, routing_key=name) for name in TIERS],
         task_create_missing_queues=False,
         task_default_queue="cpu",
         worker_send_task_events=False,

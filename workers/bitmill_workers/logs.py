@@ -30,3 +30,5 @@ def configure_logs(settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.log_level)
+    for name in ("alembic", "celery", "kombu", "huggingface_hub"):
+        logging.getLogger(name).setLevel(max(root.level, logging.WARNING))

@@ -86,7 +86,7 @@ class Settings(BaseSettings):
     @property
     def broker(self) -> str:
         """Celery broker URL; files in the data folder unless BITMILL_BROKER_URL is set."""
-        return self.broker_url or "filesystem://"
+        return self.broker_url or "filesystem://localhost"
 
     @property
     def embedded(self) -> bool:

@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 def register(app: Celery, settings: Settings) -> None:
     """Register the task on `app` for a worker with these settings."""
     supervisors: dict[int, Supervisor] = {}
+    worker = os.getpid()
 
     def supervisor() -> Supervisor:
         """One per process: database connections must not cross a fork."""
@@ -33,6 +34,8 @@ def register(app: Celery, settings: Settings) -> None:
         with StopRequest() as stop:
             while not stop.requested and supervisor().run_next(stop):
                 pass
+        if stop.requested and os.getppid() != worker:
+            os._exit(0)
         if stop.requested:
             raise SystemExit(0)
 

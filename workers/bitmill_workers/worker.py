@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
+import warnings
 from importlib.metadata import version
 
 import sqlalchemy as sa
@@ -20,21 +22,26 @@ from bitmill_workers.catalog import Catalog
 from bitmill_workers.db import Database
 from bitmill_workers.logs import configure_logs
 from bitmill_workers.migrate import require_head
+from bitmill_workers.processes import die_with_parent
 from bitmill_workers.settings import Settings
 
 _BEAT_S = 20.0
 _log = logging.getLogger(__name__)
 
 
-def main(settings: Settings | None = None) -> int:
-    """Serve jobs until told to stop."""
+def main(*, with_parent: bool = False) -> int:
+    """Serve jobs until told to stop. With `with_parent`, also when the starting thread ends."""
+    if with_parent:
+        die_with_parent(signal.SIGTERM)
     # Read by Celery when its worker is imported: SIGTERM then stops running tasks as well.
     os.environ["REMAP_SIGTERM"] = "SIGQUIT"
     from celery import signals
+    from celery.platforms import SecurityWarning
 
     from bitmill_workers import tasks
 
-    settings = settings or Settings()
+    warnings.simplefilter("ignore", SecurityWarning)
+    settings = Settings()
     configure_logs(settings)
     database = Database(settings.database)
     require_head(database)
@@ -48,12 +55,21 @@ def main(settings: Settings | None = None) -> int:
         app.send_task("bitmill.run", queue=settings.queues[0], retry=False)
 
     signals.worker_ready.connect(on_ready, weak=False)
-    options = ["--pool=prefork", "--concurrency=1", "--without-gossip", "--without-mingle"]
+    options = ["--pool=prefork", "--concurrency=1"]
+    options += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
     name = f"--hostname={settings.worker_name}@{socket.gethostname()}"
     queues = f"--queues={','.join(settings.queues)}"
     try:
         app.worker_main(
-            ["worker", *options, "--without-heartbeat", name, queues, "--loglevel=WARNING"]
+            [
+                "--quiet",
+                "worker",
+                *options,
+                "--without-heartbeat",
+                name,
+                queues,
+                "--loglevel=WARNING",
+            ]
         )
     finally:
         stop.set()
@@ -81,4 +97,4 @@ def _beat(settings: Settings, stop: threading.Event) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(with_parent="--with-parent" in sys.argv[1:]))
