@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import nn
 
-from bitmill.errors import ModelError
+from bitmill.errors import ModelError, ResourceError
 from bitmill.gguf_headers import gguf_config, gguf_tensors, read_gguf_header
 from bitmill.model_config import check_config
-from bitmill.safetensors_layout import INDEX_NAME, METADATA, TensorSpec, shard
+from bitmill.safetensors_layout import INDEX_NAME, TensorSpec, header, shard
 from bitmill.storage import atomic_folder, write_json
 
 
@@ -27,12 +27,34 @@ def _save_weights(model: nn.Module, names: Iterable[str], folder: Path) -> None:
     specs = [TensorSpec(name, "F32", tuple(value.shape)) for name, value in tensors.items()]
     shards = shard(specs)
     for file, part in shards.items():
-        save_file({spec.name: tensors[spec.name] for spec in part}, folder / file, METADATA)
+        first, places = header(part)
+        with (folder / file).open("wb") as handle:
+            handle.write(first)
+            for name in sorted(places, key=places.__getitem__):
+                handle.write(tensors[name].numpy().data)
     if len(shards) > 1:
         weight_map = {spec.name: file for file, part in shards.items() for spec in part}
         total = sum(spec.bytes for spec in specs)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / INDEX_NAME, index)
+
+
+def _load(path: Path) -> tuple[Any, Any]:
+    """Model and tokenizer; whatever the libraries raise over a damaged file is the file's fault."""
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except MemoryError as error:
+        raise ResourceError(f"not enough memory to dequantize {path.name}") from error
+    except Exception as error:
+        raise ModelError(
+            f"{path.name} cannot be converted: {str(error)[:500]}",
+            code="bad_gguf",
+            param=path.name,
+        ) from error
+    return model, tokenizer
 
 
 def convert_gguf(path: Path, target: Path) -> None:
@@ -41,20 +63,10 @@ def convert_gguf(path: Path, target: Path) -> None:
     Needs that much memory too. Raises `ModelError` for a damaged or unsupported file,
     `ResourceError` where the disk is full.
     """
-    header = read_gguf_header(path)
-    check_config(gguf_config(header))
-    names = gguf_tensors(path, header)
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
-        raise ModelError(
-            f"{path.name} cannot be converted: {str(error)[:500]}",
-            code="bad_gguf",
-            param=path.name,
-        ) from error
+    found = read_gguf_header(path)
+    check_config(gguf_config(found))
+    names = gguf_tensors(path, found)
+    model, tokenizer = _load(path)
     config = model.config
     config.architectures = [type(model).__name__]
     if hasattr(config, "quantization_config"):
