@@ -65,6 +65,7 @@ class StreamedLogits:
 
     replace: called with each loaded block before it runs, e.g. to put quantized weights into it.
     on_block: called with the number of finished blocks and their total.
+    remember: keep the last windows' hidden states, for comparing several candidates with one model.
     """
 
     def __init__(
@@ -73,11 +74,16 @@ class StreamedLogits:
         *,
         replace: Callable[[int, nn.Module], None] | None = None,
         on_block: Callable[[int, int], None] | None = None,
+        remember: bool = False,
     ) -> None:
         self._model, self._replace, self._on_block = model, replace, on_block
+        self._remember = remember
+        self._last: tuple[Tensor, list[Tensor]] | None = None
 
     @torch.no_grad()
     def _hidden(self, tokens: Tensor) -> list[Tensor]:
+        if self._last is not None and torch.equal(self._last[0], tokens):
+            return self._last[1]
         model = self._model
         hidden = [model.embed(row[None]).cpu() for row in tokens]
         for i in range(model.block_count):
@@ -87,6 +93,8 @@ class StreamedLogits:
             hidden = [model.run_block(i, block, h).cpu() for h in hidden]
             if self._on_block is not None:
                 self._on_block(i + 1, model.block_count)
+        if self._remember:
+            self._last = tokens, hidden
         return hidden
 
     @torch.no_grad()

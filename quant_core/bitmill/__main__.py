@@ -1,0 +1,248 @@
+"""Commands that need torch: `python -m bitmill quantize|evaluate|generate|report|verify`.
+
+The `bitmill` script runs these in a process of their own, so that the service stays torch-free.
+Exit codes: 0 done, 2 refused input, 3 failed, 4 cancelled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bitmill.errors import BitmillError, Cancelled, InputError
+from bitmill.progress import Progress
+from bitmill.spec import Budget, JobSpec, parse_spec
+from bitmill.storage import read_json
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m bitmill", description=__doc__.split("\n")[0])
+    commands = top.add_subparsers(dest="command", required=True)
+    _quantize_parser(commands.add_parser("quantize", help="quantize a local model folder"))
+    evaluate = commands.add_parser("evaluate", help="perplexity and KL of a packed folder")
+    evaluate.add_argument("folder", type=Path)
+    evaluate.add_argument("--source", type=Path, required=True, help="folder of the source model")
+    evaluate.add_argument("--file", help="GGUF file in the source folder")
+    evaluate.add_argument("--texts", nargs="+", default=["wiki_evaluation", "handbook_evaluation"])
+    evaluate.add_argument("--sequences", type=int)
+    evaluate.add_argument("--length", type=int, default=2048)
+    generate = commands.add_parser("generate", help="continue a prompt with a packed model")
+    generate.add_argument("folder", type=Path)
+    generate.add_argument("prompt")
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--chat", action="store_true")
+    verify = commands.add_parser("verify", help="check a packed folder (stage of a job)")
+    verify.add_argument("order", type=Path)
+    for command in (evaluate, generate):
+        command.add_argument("--device", default="cpu")
+        command.add_argument("--json", action="store_true")
+    return top
+
+
+def _quantize_parser(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", type=Path, nargs="?", help="folder of the source model")
+    command.add_argument("--file", help="GGUF file in the folder")
+    command.add_argument("--spec", type=Path, help="a job specification (JSON) to start from")
+    command.add_argument("--out", type=Path, required=True, help="folder to make")
+    command.add_argument("--work", type=Path, help="folder of finished stages, kept for resuming")
+    command.add_argument("--profiles", type=Path, help="folder of sensitivity profiles to reuse")
+    command.add_argument("--map", type=Path, help="bit-width map for --method map")
+    command.add_argument("--code-bits", type=float)
+    command.add_argument("--bits", type=float)
+    command.add_argument("--size", type=int, help="bytes of all safetensors files")
+    command.add_argument("--method", choices=["uniform", "sba", "knapsack", "map"])
+    command.add_argument("--widths", type=int, nargs="+")
+    command.add_argument("--order", choices=["natural", "activation"])
+    command.add_argument("--fuse-siblings", action="store_true", default=None)
+    command.add_argument("--refine", choices=["rtn", "gptq", "omniquant"])
+    command.add_argument("--calibration-text", type=Path)
+    command.add_argument("--calibration-sequences", type=int)
+    command.add_argument("--calibration-length", type=int)
+    command.add_argument("--held-out", type=int)
+    command.add_argument("--evaluation-sequences", type=int)
+    command.add_argument("--evaluation-length", type=int)
+    command.add_argument("--baseline", action="store_true", help="also measure uniform GPTQ")
+    command.add_argument("--seed", type=int)
+    command.add_argument("--threads", type=int)
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--json", action="store_true")
+
+
+def build_spec(arguments: argparse.Namespace) -> JobSpec:
+    """The specification of a `quantize` call; options take the place of the file's values."""
+    spec: dict[str, Any] = read_json(arguments.spec) if arguments.spec else {}
+    if not isinstance(spec, dict):
+        raise InputError(f"{arguments.spec} holds no JSON object", param="--spec")
+    if arguments.model is not None:
+        spec["model"] = {"source": "path", "path": str(arguments.model), "file": arguments.file}
+    budget = {key: getattr(arguments, key) for key in Budget.model_fields}
+    if any(value is not None for value in budget.values()):
+        spec["budget"] = {key: value for key, value in budget.items() if value is not None}
+    _put(spec, "allocation", arguments, method="method", widths="widths", order="order")
+    _put(spec, "allocation", arguments, fuse_siblings="fuse_siblings")
+    _put(spec, "refinement", arguments, method="refine")
+    _put(
+        spec,
+        "calibration",
+        arguments,
+        sequences="calibration_sequences",
+        length="calibration_length",
+        held_out="held_out",
+    )
+    if arguments.calibration_text:
+        spec["calibration"] = spec.get("calibration", {}) | {
+            "text": {"source": "file", "path": str(arguments.calibration_text)}
+        }
+    _put(
+        spec,
+        "evaluation",
+        arguments,
+        sequences="evaluation_sequences",
+        length="evaluation_length",
+    )
+    if arguments.baseline:
+        spec["evaluation"] = spec.get("evaluation", {}) | {"baselines": ["uniform"]}
+    if arguments.map is not None:
+        given = {"source": "inline", "map": read_json(arguments.map)}
+        spec["allocation"] = spec.get("allocation", {}) | {"map": given}
+    for key in ("seed", "threads"):
+        if getattr(arguments, key) is not None:
+            spec[key] = getattr(arguments, key)
+    return parse_spec(spec)
+
+
+def _put(spec: dict[str, Any], part: str, arguments: argparse.Namespace, **options: str) -> None:
+    given = {key: getattr(arguments, option) for key, option in options.items()}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given:
+        spec[part] = spec.get(part, {}) | given
+
+
+def show_progress(event: Progress) -> None:
+    """One plain line per event, on standard error."""
+    text = f"{event.stage}: {event.state or event.message or ''}".rstrip(": ")
+    if event.kind == "progress":
+        text = f"{event.stage}: {event.unit} {event.done}/{event.total} {event.message or ''}"
+    if event.kind == "warning":
+        text = f"{event.stage}: warning: {event.message}"
+    print(text.rstrip(), file=sys.stderr, flush=True)
+
+
+def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
+    from bitmill.pipeline import run_job
+
+    spec = build_spec(arguments)
+    if spec.model.source != "path":
+        raise InputError("quantize reads local folders; submit a job for other models")
+    with tempfile.TemporaryDirectory(dir=_parent(arguments.out)) as scratch:
+        result = run_job(
+            spec,
+            Path(spec.model.path),
+            arguments.work or Path(scratch, "work"),
+            arguments.out,
+            gguf=spec.model.file,
+            profile_folder=arguments.profiles,
+            device=arguments.device,
+            on_progress=show_progress,
+        )
+    return {
+        "folder": str(result.output),
+        "rows": [row.model_dump(mode="json") for row in result.quality.rows],
+    }
+
+
+def _parent(out: Path) -> Path:
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return out.absolute().parent
+
+
+def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from bitmill.measurement import evaluate_folder
+
+    rows = evaluate_folder(
+        arguments.folder,
+        arguments.source,
+        gguf=arguments.file,
+        texts=tuple(arguments.texts),
+        sequences=arguments.sequences,
+        length=arguments.length,
+        device=arguments.device,
+    )
+    return {"rows": [row.model_dump(mode="json") for row in rows]}
+
+
+def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from bitmill.generate import stream
+
+    pieces = []
+    for piece in stream(
+        arguments.folder,
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        chat=arguments.chat,
+        device=arguments.device,
+    ):
+        pieces.append(piece)
+        if not arguments.json:
+            print(piece, end="", flush=True)
+    if not arguments.json:
+        print()
+    return {"prompt": arguments.prompt, "text": "".join(pieces)}
+
+
+def _verify(arguments: argparse.Namespace) -> dict[str, Any]:
+    from bitmill.pipeline import verify_order
+
+    verify_order(read_json(arguments.order))
+    return {}
+
+
+def show_rows(rows: list[dict[str, Any]]) -> None:
+    """The table of a quality report, as plain text."""
+    print(f"{'method':28} {'code bits':>9} {'bits':>6} {'bytes':>12}  text: perplexity, KL")
+    for row in rows:
+        figures = [
+            f"{text}: {q['perplexity']:.3f} ± {q['perplexity_se']:.3f}, {q['kl']:.4f}"
+            for text, q in row["texts"].items()
+        ]
+        code_bits = "" if row["code_bits"] is None else f"{row['code_bits']:.3f}"
+        bits = "" if row["bits"] is None else f"{row['bits']:.3f}"
+        size = "" if row["size"] is None else str(row["size"])
+        print(f"{row['method']:28} {code_bits:>9} {bits:>6} {size:>12}  {'; '.join(figures)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = parser().parse_args(argv)
+    run = {
+        "quantize": _quantize,
+        "evaluate": _evaluate,
+        "generate": _generate,
+        "verify": _verify,
+    }[arguments.command]
+    try:
+        result = run(arguments)
+    except Cancelled:
+        return 4
+    except BitmillError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 3
+    if getattr(arguments, "json", False):
+        print(json.dumps(result))
+    elif "rows" in result:
+        show_rows(result["rows"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

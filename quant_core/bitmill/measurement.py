@@ -1,0 +1,135 @@
+"""Measuring quantized models against their source: the rows of a quality report.
+
+A candidate is a bit-width map and a function that puts its dequantized weights into each streamed
+block, so a packed folder, a refinement in progress and a baseline are all measured alike and a
+model larger than the accelerator's memory works. `verify` shows that a packed forward equals this.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bitmill.bits import BitWidthMap
+from bitmill.blocks import StreamedModel, set_weight
+from bitmill.budget import footprint
+from bitmill.calibration import evaluation_tokens
+from bitmill.checkpoint import PackedCheckpoint, read_bit_width_map
+from bitmill.evaluate import StreamedLogits, perplexity_and_kl
+from bitmill.gguf_source import convert_gguf
+from bitmill.plan import Plan, make_plan
+from bitmill.quality import QualityRow, TextQuality
+from bitmill.spec import Evaluation, parse_spec
+
+Candidate = tuple[BitWidthMap, Callable[[int, nn.Module], None]]
+"""A map, and what puts its dequantized weights into a loaded block."""
+
+
+def compute_dtype(device: torch.device, plan: Plan) -> torch.dtype:
+    """float32 on a CPU and for float32 sources; else the half precision the source is stored in."""
+    stored = {linear.dtype for linear in plan.linears}
+    if device.type == "cpu" or not stored <= {"BF16", "F16"}:
+        return torch.float32
+    return torch.bfloat16 if "BF16" in stored else torch.float16
+
+
+def from_packed(model: StreamedModel, packed: Path) -> Callable[[int, nn.Module], None]:
+    checkpoint = PackedCheckpoint.open(packed)
+
+    def replace(i: int, block: nn.Module) -> None:
+        for name, module in model.linears(block, i).items():
+            shape = model.plan.by_name[name].shape
+            set_weight(module, checkpoint.linear(shape).unpack().dequantize())
+
+    return replace
+
+
+def measure(
+    model: StreamedModel,
+    source_folder: Path,
+    asked: Evaluation,
+    candidates: Mapping[str, Candidate],
+    on_unit: Callable[[int, int, str, str], None],
+) -> list[QualityRow]:
+    """Rows of the source and of every candidate on every text asked for."""
+    texts: dict[str, dict[str, TextQuality]] = {name: {} for name in ("source", *candidates)}
+    for text in asked.texts:
+        windows = evaluation_tokens(
+            text, source_folder, length=asked.length, sequences=asked.sequences
+        )
+        reference = StreamedLogits(model, remember=True)
+        for name, (_, replace) in candidates.items():
+            message = f"{name} on {text}"
+            measured = perplexity_and_kl(
+                reference,
+                StreamedLogits(model, replace=replace),
+                windows,
+                on_window=partial(_report_window, on_unit, message),
+            )
+            texts[name][text] = measured.candidate()
+            texts["source"][text] = measured.source()
+    rows = [QualityRow(method="source", texts=texts["source"])]
+    for name, (bit_widths, _) in candidates.items():
+        spent = footprint(model.plan, bit_widths)
+        rows.append(
+            QualityRow(
+                method=name,
+                code_bits=spent.code_bits,
+                bits=spent.bits,
+                size=spent.size,
+                texts=texts[name],
+            )
+        )
+    return rows
+
+
+def _report_window(
+    on_unit: Callable[[int, int, str, str], None], message: str, done: int, total: int
+) -> None:
+    on_unit(done, total, "window", message)
+
+
+def evaluate_folder(
+    folder: Path,
+    source_folder: Path,
+    *,
+    gguf: str | None,
+    texts: tuple[str, ...],
+    sequences: int | None,
+    length: int,
+    device: str,
+) -> list[QualityRow]:
+    """Measure a packed folder against its source model: rows for the source and the folder."""
+    asked = Evaluation.model_validate({"texts": texts, "sequences": sequences, "length": length})
+    bit_widths = read_bit_width_map(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        if gguf is not None:
+            convert_gguf(source_folder / gguf, Path(scratch, "source"))
+            source_folder = Path(scratch, "source")
+        planned = plan_for_map(source_folder, bit_widths)
+        where = torch.device(device)
+        model = StreamedModel(
+            source_folder, planned, device=where, dtype=compute_dtype(where, planned)
+        )
+        candidates = {"packed": (bit_widths, from_packed(model, folder))}
+        return measure(model, source_folder, asked, candidates, _silent)
+
+
+def plan_for_map(source_folder: Path, bit_widths: BitWidthMap) -> Plan:
+    """The plan in which exactly the map's linears are quantized."""
+    spec = parse_spec({"model": {"source": "path", "path": "."}, "budget": {"bits": 16}})
+    planned = make_plan(source_folder, spec)
+    kept = tuple(name for name in planned.by_name if name not in bit_widths.linears)
+    if not kept:
+        return planned
+    allocation = spec.allocation.model_copy(update={"keep": kept})
+    return make_plan(source_folder, spec.model_copy(update={"allocation": allocation}))
+
+
+def _silent(*_: object) -> None:
+    """Report nothing."""

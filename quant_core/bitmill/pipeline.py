@@ -1,0 +1,534 @@
+"""A job from fetched files to a published checkpoint: one function per stage, in order.
+
+    resolve -> plan -> profile -> allocate -> refine -> pack -> verify -> evaluate -> publish
+
+Every stage writes one folder of the job directory and is skipped while the hash of its inputs is
+the same (`stages.py`); `profile` and `refine` also go on at the last finished decoder block. The
+same settings on the same machine give the same bytes: seed, thread count, device kind and compute
+precision are part of the hashes. Nothing here needs a network.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitmill import storage
+from bitmill.allocate import Allocator, allocate, check_budget
+from bitmill.bits import BitWidthMap
+from bitmill.blocks import StreamedModel, set_weight
+from bitmill.budget import checkpoint_tensors, footprint, order_owners
+from bitmill.calibration import CalibrationSet, calibration_tokens
+from bitmill.checkpoint import (
+    MAP_NAME,
+    write_checkpoint,
+)
+from bitmill.checkpoint_source import CheckpointSource
+from bitmill.errors import ResourceError, VerificationError
+from bitmill.gguf_source import convert_gguf
+from bitmill.manifest import Manifest, read_manifest, write_manifest
+from bitmill.measurement import Candidate, compute_dtype, from_packed, measure
+from bitmill.model_config import refuse_pickles
+from bitmill.plan import Plan, make_plan
+from bitmill.profile import PROFILE_NAME, SensitivityProfile, profile_key
+from bitmill.profiling import ProfileRequest, make_profile
+from bitmill.progress import Progress
+from bitmill.quality import QualityReport
+from bitmill.refinement import RefinedModel, RefineInputs, refine_model
+from bitmill.spec import Budget, InlineMap, JobSpec
+from bitmill.stages import Workspace
+from bitmill.verify import verify_folder
+
+PLAN_NAME = "plan.json"
+FILES_NAME = "files.json"
+QUALITY_NAME = "quality.json"
+HASHES_NAME = "tensor_hashes.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is given. profiles: folder of profiles by id, shared between jobs, or None."""
+
+    spec: JobSpec
+    model_folder: Path
+    space: Workspace
+    output: Path
+    gguf: str | None
+    given_map: BitWidthMap | None
+    profiles: Path | None
+    device: torch.device
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What else than data decides the bytes of a result."""
+        return {
+            "seed": self.spec.seed,
+            "threads": torch.get_num_threads(),
+            "device": self.device.type,
+            "torch": torch.__version__,
+        }
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the source model lies after `resolve`, and the hash of its files."""
+
+    folder: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished job made."""
+
+    output: Path
+    manifest: Manifest
+    quality: QualityReport
+    profile_id: str | None
+
+
+def run_job(
+    spec: JobSpec,
+    model_folder: Path,
+    job_dir: Path,
+    output_dir: Path,
+    *,
+    gguf: str | None = None,
+    map_file: Path | None = None,
+    profile_folder: Path | None = None,
+    device: str = "cpu",
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Run all stages; a run that was killed goes on where it was.
+
+    model_folder: local files of the source; gguf: name of the GGUF file in it.
+    map_file: the map of allocation method "map", unless the specification holds it.
+    Raises a `BitmillError`; nothing of `output_dir` exists until the last stage ends.
+    """
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    given = BitWidthMap.load(map_file) if map_file is not None else None
+    if given is None and isinstance(spec.allocation.map, InlineMap):
+        given = spec.allocation.map.map
+    job = Job(
+        spec=spec,
+        model_folder=model_folder,
+        space=Workspace(job_dir, on_progress, should_stop),
+        output=output_dir,
+        gguf=gguf,
+        given_map=given,
+        profiles=profile_folder,
+        device=torch.device(device),
+    )
+    try:
+        return _run_stages(job)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ResourceError(
+            f"the accelerator ran out of memory: {str(error).splitlines()[0]}",
+            code="accelerator_out_of_memory",
+        ) from error
+
+
+def _run_stages(job: Job) -> Result:
+    source = resolve(job)
+    planned = plan(job, source)
+    tokens = calibration_tokens(job.spec.calibration, source.folder, seed=job.spec.seed)
+    profiled = profile(job, source, planned, tokens)
+    bit_widths = allocate_widths(job, planned, profiled)
+    refined = refine(job, source, planned, tokens, profiled, bit_widths)
+    packed = pack(job, source, planned, bit_widths, refined)
+    verify(job, planned, packed, refined)
+    quality = evaluate(job, source, planned, tokens, profiled, bit_widths, packed, refined)
+    manifest = publish(job, packed, quality)
+    return Result(job.output, manifest, quality, profiled.key if profiled else None)
+
+
+def _source_files(job: Job) -> list[Path]:
+    if job.gguf is not None:
+        return [job.model_folder / job.gguf]
+    return sorted(path for path in job.model_folder.iterdir() if path.is_file())
+
+
+def resolve(job: Job) -> Source:
+    """Files of the source with their SHA-256; a GGUF file becomes a folder of safetensors."""
+    files = _source_files(job)
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+    def work(folder: Path) -> None:
+        if job.gguf is None:
+            refuse_pickles(job.model_folder)
+        else:
+            convert_gguf(job.model_folder / job.gguf, folder / "source")
+        hashes = {}
+        for i, path in enumerate(files, 1):
+            hashes[path.name] = {
+                "size": path.stat().st_size,
+                "sha256": storage.sha256_file(path),
+            }
+            job.space.unit("resolve", i, len(files), "file", path.name)
+        storage.write_json(folder / FILES_NAME, hashes)
+
+    folder = job.space.run("resolve", {"gguf": job.gguf, "files": stats}, work)
+    digest = storage.sha256_json(storage.read_json(folder / FILES_NAME))
+    return Source(job.model_folder if job.gguf is None else folder / "source", digest)
+
+
+def plan(job: Job, source: Source) -> Plan:
+    """Linears, kept tensors and sizes; refuses a budget that no map can meet."""
+    allocation = job.spec.allocation.model_dump(mode="json")
+
+    def work(folder: Path) -> None:
+        made = make_plan(source.folder, job.spec)
+        check_budget(made, job.spec, job.given_map)
+        storage.write_bytes(folder / PLAN_NAME, made.model_dump_json(indent=1).encode())
+
+    inputs = {
+        "model": source.digest,
+        "allocation": allocation,
+        "budget": job.spec.budget.model_dump(mode="json"),
+        "map": job.given_map.to_json() if job.given_map else None,
+    }
+    folder = job.space.run("plan", inputs, work)
+    return Plan.model_validate_json((folder / PLAN_NAME).read_bytes())
+
+
+def _profile_settings(job: Job, planned: Plan) -> dict[str, Any] | None:
+    """What the profile must hold, or None where the job needs none."""
+    allocation = job.spec.allocation
+    if allocation.method in ("uniform", "map") and allocation.order == "natural":
+        return None
+    settings: dict[str, Any] = {
+        "kind": "orders",
+        "order": allocation.order,
+        "keep": list(allocation.keep),
+        "dtype": str(compute_dtype(job.device, planned)),
+        **job.fingerprint,
+    }
+    if allocation.method == "knapsack":
+        settings |= {"kind": "knapsack", "widths": list(allocation.legal_widths)}
+    if allocation.method == "sba":
+        base = Allocator(planned, allocation).sba_base(job.spec.budget)
+        settings |= {"kind": "sba", "base": base}
+    return settings
+
+
+def profile(
+    job: Job, source: Source, planned: Plan, tokens: CalibrationSet
+) -> SensitivityProfile | None:
+    """What every width costs every group, and the column orders; kept for later jobs by its key."""
+    settings = _profile_settings(job, planned)
+    if settings is None:
+        return None
+    key = profile_key(source.digest, tokens.digest, settings)
+
+    def work(folder: Path) -> None:
+        known = job.profiles / key / PROFILE_NAME if job.profiles else None
+        if known is not None and known.is_file():
+            shutil.copyfile(known, folder / PROFILE_NAME)
+            return
+        made = make_profile(
+            _open_model(job, source, planned),
+            tokens.tokens,
+            planned,
+            ProfileRequest(settings, source.digest, tokens.digest),
+            folder=folder,
+            on_unit=partial(job.space.unit, "profile"),
+        )
+        made.save(folder / PROFILE_NAME)
+
+    folder = job.space.run("profile", {"key": key}, work)
+    if job.profiles is not None and not (job.profiles / key).exists():
+        with storage.atomic_folder(job.profiles / key) as kept:
+            shutil.copyfile(folder / PROFILE_NAME, kept / PROFILE_NAME)
+            shutil.copyfile(job.space.root / "plan" / PLAN_NAME, kept / PLAN_NAME)
+    return SensitivityProfile.load(folder / PROFILE_NAME)
+
+
+def _open_model(job: Job, source: Source, planned: Plan) -> StreamedModel:
+    dtype = compute_dtype(job.device, planned)
+    return StreamedModel(source.folder, planned, device=job.device, dtype=dtype)
+
+
+def allocate_widths(job: Job, planned: Plan, profiled: SensitivityProfile | None) -> BitWidthMap:
+    """The bit-width map: stage `allocate`."""
+    inputs = {
+        "profile": profiled.digest if profiled else None,
+        "plan": storage.sha256_file(job.space.root / "plan" / PLAN_NAME),
+        "spec": job.spec.model_dump(mode="json", include={"allocation", "budget"}),
+        "map": job.given_map.to_json() if job.given_map else None,
+    }
+
+    def work(folder: Path) -> None:
+        made = allocate(planned, job.spec, profiled, job.given_map)
+        storage.write_bytes(folder / MAP_NAME, made.to_json().encode())
+
+    return BitWidthMap.load(job.space.run("allocate", inputs, work) / MAP_NAME)
+
+
+def refine(
+    job: Job,
+    source: Source,
+    planned: Plan,
+    tokens: CalibrationSet,
+    profiled: SensitivityProfile | None,
+    bit_widths: BitWidthMap,
+) -> RefinedModel:
+    """Codes, scales and zeros of every linear, block by block."""
+    inputs = {
+        "model": source.digest,
+        "calibration": tokens.digest,
+        "map": bit_widths.to_json(),
+        "orders": profiled.digest if profiled and bit_widths.order == "activation" else None,
+        "refinement": job.spec.refinement.model_dump(mode="json"),
+        "dtype": str(compute_dtype(job.device, planned)),
+        **job.fingerprint,
+    }
+
+    def work(folder: Path) -> None:
+        refine_model(
+            _open_model(job, source, planned),
+            RefineInputs(tokens, bit_widths, _orders(profiled, bit_widths)),
+            job.spec.refinement,
+            folder,
+            seed=job.spec.seed,
+            on_unit=partial(job.space.unit, "refine"),
+        )
+
+    return RefinedModel(job.space.run("refine", inputs, work), planned)
+
+
+def _orders(
+    profiled: SensitivityProfile | None, bit_widths: BitWidthMap
+) -> dict[str, torch.Tensor]:
+    """Full name of a linear -> i64 [K], packed column k is input column order[k]."""
+    if profiled is None or bit_widths.order == "natural":
+        return {}
+    owned = {
+        owner: torch.tensor(order, dtype=torch.int64) for owner, order in profiled.orders.items()
+    }
+    return {
+        linear.name: owned[linear.order] for linear in profiled.linears if linear.order is not None
+    }
+
+
+def pack(
+    job: Job, source: Source, planned: Plan, bit_widths: BitWidthMap, refined: RefinedModel
+) -> Path:
+    """The packed folder, without its quality report and manifest."""
+
+    def work(folder: Path) -> None:
+        owners = order_owners(planned, bit_widths.order)
+        kept = {tensor.name: tensor for tensor in planned.tensors}
+        done = 0
+
+        def on_linear(_: str) -> None:
+            nonlocal done
+            done += 1
+            job.space.unit("pack", done, len(planned.linears), "linear")
+
+        packed = folder / "packed"
+        shutil.rmtree(packed, ignore_errors=True)
+        packed.mkdir()
+        with CheckpointSource(source.folder) as stored:
+            hashes = write_checkpoint(
+                packed,
+                source=source.folder,
+                tensors=checkpoint_tensors(planned, bit_widths.linears, bit_widths.order),
+                bit_widths=bit_widths,
+                linear=refined.linear,
+                other=lambda name: stored.tensor(kept[name]),
+                orders={name: f"{owner}.order" for name, owner in owners.items()},
+                on_linear=on_linear,
+            )
+        storage.write_json(folder / HASHES_NAME, hashes)
+
+    return job.space.run("pack", {"refined": refined.digest}, work) / "packed"
+
+
+def verify(job: Job, planned: Plan, packed: Path, refined: RefinedModel) -> None:
+    """Reload the packed folder in a fresh process and compare; raises `VerificationError`."""
+
+    def work(folder: Path) -> None:
+        order = {
+            "folder": str(packed),
+            "plan": str(job.space.root / "plan" / PLAN_NAME),
+            "tensor_hashes": str(packed.parent / HASHES_NAME),
+            "code_hashes": refined.code_hashes(),
+            "budget": job.spec.budget.model_dump(mode="json"),
+            "report": str(folder / "verify.json"),
+            "threads": torch.get_num_threads(),
+        }
+        storage.write_json(folder / "order.json", order)
+        run_checked([sys.executable, "-m", "bitmill", "verify", str(folder / "order.json")])
+
+    job.space.run("verify", {"packed": refined.digest, "plan": planned.model_type}, work)
+
+
+def verify_order(order: dict[str, Any]) -> None:
+    """What the fresh process of `verify` does; `order` is the JSON that the stage wrote."""
+    torch.set_num_threads(order["threads"])
+    report = verify_folder(
+        Path(order["folder"]),
+        order["code_hashes"],
+        Budget.model_validate(order["budget"]),
+        Plan.model_validate_json(Path(order["plan"]).read_bytes()),
+        tensor_hashes=storage.read_json(Path(order["tensor_hashes"])),
+    )
+    storage.write_json(Path(order["report"]), report.model_dump(mode="json"))
+
+
+def run_checked(command: list[str]) -> None:
+    """Run a fresh process of this library; its error message becomes a `VerificationError`."""
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise VerificationError(f"verification failed: {lines[-1]}")
+
+
+def evaluate(
+    job: Job,
+    source: Source,
+    planned: Plan,
+    tokens: CalibrationSet,
+    profiled: SensitivityProfile | None,
+    bit_widths: BitWidthMap,
+    packed: Path,
+    refined: RefinedModel,
+) -> QualityReport:
+    """Perplexity and KL of the packed folder against the source, and of the baselines asked for."""
+    asked = job.spec.evaluation
+    inputs = {
+        "packed": refined.digest,
+        "evaluation": asked.model_dump(mode="json"),
+        **job.fingerprint,
+    }
+
+    def work(folder: Path) -> None:
+        model = _open_model(job, source, planned)
+        candidates: dict[str, Candidate] = {
+            _method_name(job.spec): (bit_widths, from_packed(model, packed))
+        }
+        for _ in asked.baselines:
+            uniform = _uniform_like(planned, job.spec, bit_widths)
+            baseline = _baseline(job, model, tokens, uniform, folder / "baseline")
+            candidates[f"uniform {next(iter(uniform.linears.values()))[0]}-bit gptq"] = (
+                uniform,
+                _from_refined(model, baseline),
+            )
+        rows = measure(model, source.folder, asked, candidates, partial(job.space.unit, "evaluate"))
+        linears, blocks = refined.reports()
+        report = QualityReport(
+            rows=tuple(rows),
+            predicted_loss=_predicted(profiled, bit_widths),
+            linears=linears,
+            blocks=blocks,
+            seconds=job.space.seconds(),
+        )
+        storage.write_bytes(folder / QUALITY_NAME, report.to_json().encode())
+        shutil.rmtree(folder / "baseline", ignore_errors=True)
+
+    return QualityReport.load(job.space.run("evaluate", inputs, work) / QUALITY_NAME)
+
+
+def _method_name(spec: JobSpec) -> str:
+    return f"{spec.allocation.method} {spec.refinement.method}"
+
+
+def _predicted(profiled: SensitivityProfile | None, bit_widths: BitWidthMap) -> float | None:
+    if profiled is None or not profiled.widths:
+        return None
+    used = {width for widths in bit_widths.linears.values() for width in widths}
+    if not used <= set(profiled.widths):
+        return None
+    return profiled.predicted_loss(bit_widths.linears)
+
+
+def _uniform_like(planned: Plan, spec: JobSpec, bit_widths: BitWidthMap) -> BitWidthMap:
+    """One width for all groups: the legal one nearest to the map's mean."""
+    mean = footprint(planned, bit_widths).code_bits
+    width = min(spec.allocation.legal_widths, key=lambda b: (abs(b - mean), b))
+    return BitWidthMap(
+        linears={linear.name: (width,) * linear.shape.groups for linear in planned.linears}
+    )
+
+
+def _baseline(
+    job: Job, model: StreamedModel, tokens: CalibrationSet, uniform: BitWidthMap, folder: Path
+) -> RefinedModel:
+    """Plain GPTQ with clip search on natural order."""
+    plain = job.spec.refinement.model_copy(
+        update={
+            "method": "gptq",
+            "compensated_grid": False,
+            "scale_refit": False,
+            "asymmetric": False,
+        }
+    )
+    folder.mkdir(exist_ok=True)
+    refine_model(
+        model,
+        RefineInputs(tokens, uniform, {}),
+        plain,
+        folder,
+        seed=job.spec.seed,
+        on_unit=partial(_report_baseline, job.space),
+    )
+    return RefinedModel(folder, model.plan)
+
+
+def _report_baseline(space: Workspace, done: int, total: int, unit: str, _: str) -> None:
+    space.unit("evaluate", done, total, unit, "baseline")
+
+
+def _from_refined(model: StreamedModel, refined: RefinedModel) -> Callable[[int, nn.Module], None]:
+    def replace(i: int, block: nn.Module) -> None:
+        for name, module in model.linears(block, i).items():
+            set_weight(module, refined.linear(name).dequantize())
+
+    return replace
+
+
+def publish(job: Job, packed: Path, quality: QualityReport) -> Manifest:
+    """Put the packed folder with its report and manifest in place; it appears whole."""
+
+    def work(_: Path) -> None:
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+        with storage.atomic_folder(job.output) as folder:
+            for path in packed.iterdir():
+                _link_or_copy(path, folder / path.name)
+            storage.write_bytes(folder / QUALITY_NAME, quality.to_json().encode())
+            write_manifest(folder)
+
+    inputs = {
+        "quality": quality.to_json(),
+        "output": str(job.output),
+        "present": job.output.exists(),
+        "packed": storage.sha256_file(packed.parent / HASHES_NAME),
+    }
+    job.space.run("publish", inputs, work)
+    return read_manifest(job.output)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,244 @@
+"""Refinement of a whole model, block by block, and what it leaves on disk.
+
+Every finished block is one `block-00012.safetensors` of packed tensors beside a
+`block-00012.json` of reports and hashes. A run that was killed reloads finished blocks, puts their
+dequantized weights into the stream and goes on: the inputs of later blocks, and so their bytes,
+are the same. Held-out sequences travel behind the calibration sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from bitmill import storage
+from bitmill.bits import BitWidthMap, group_columns
+from bitmill.blocks import StreamedModel, set_weight
+from bitmill.calibration import CalibrationSet
+from bitmill.compensated_grid import CompensatedSettings
+from bitmill.errors import FormatError
+from bitmill.gptq import GptqSettings
+from bitmill.grid import ClipSettings
+from bitmill.input_statistics import Stream
+from bitmill.packed import PackedTensor, QuantizedWeight
+from bitmill.plan import Plan
+from bitmill.quality import LinearQuality
+from bitmill.refine import RefineSettings, refine_block
+from bitmill.refinement_report import LinearReport
+from bitmill.spec import Refinement
+
+BATCH_TOKENS = 16384
+"""Tokens that run through a block at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class RefineInputs:
+    """Calibration windows, the map, and each linear's column order (i64 [K]) where it has one."""
+
+    tokens: CalibrationSet
+    bit_widths: BitWidthMap
+    orders: Mapping[str, Tensor]
+
+
+class RefinedModel:
+    """The folder that `refine_model` filled."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.plan = folder, plan
+
+    @property
+    def digest(self) -> str:
+        """Hash of all block reports, which hold the hashes of all packed tensors."""
+        files = [_report(self.folder, i) for i in range(self.plan.block_count)]
+        return storage.sha256_json([storage.sha256_file(file) for file in files])
+
+    def code_hashes(self) -> dict[str, str]:
+        """SHA-256 of the codes u8 [N, K] of every linear."""
+        hashes: dict[str, str] = {}
+        for i in range(self.plan.block_count):
+            hashes |= storage.read_json(_report(self.folder, i))["code_hashes"]
+        return hashes
+
+    def linear(self, name: str) -> QuantizedWeight:
+        """One refined linear."""
+        return load_block(self.folder, self.plan, self.plan.by_name[name].block, (name,))[name]
+
+    def reports(self) -> tuple[tuple[LinearQuality, ...], tuple[dict[str, Any], ...]]:
+        """What refinement says of every linear, and of blocks where there is more to say."""
+        linears: list[LinearQuality] = []
+        blocks: list[dict[str, Any]] = []
+        for i in range(self.plan.block_count):
+            data = storage.read_json(_report(self.folder, i))
+            linears += [LinearQuality.model_validate(entry) for entry in data["linears"]]
+            if data["learning"] is not None:
+                blocks.append(data["learning"])
+        return tuple(linears), tuple(blocks)
+
+
+def refine_model(
+    model: StreamedModel,
+    inputs: RefineInputs,
+    settings: Refinement,
+    folder: Path,
+    *,
+    seed: int,
+    on_unit: Callable[[int, int, str, str], None],
+) -> None:
+    """Quantize every linear of the map; `folder` may hold blocks of an earlier, killed run.
+
+    on_unit: told blocks done, their number, the unit and a message.
+    """
+    run = _Run(model, inputs, settings, seed)
+    for i in range(model.block_count):
+        block = model.load_block(i)
+        if _report(folder, i).is_file():
+            weights = load_block(folder, model.plan, i)
+            for name, module in model.linears(block, i).items():
+                if name in weights:
+                    set_weight(module, weights[name].dequantize())
+        else:
+            save_block(folder, i, *run.refine(i, block))
+        if i + 1 < model.block_count:
+            run.advance(i, block)
+        on_unit(i + 1, model.block_count, "block", "")
+
+
+class _Run:
+    """The streams of hidden states that one refinement carries from block to block."""
+
+    def __init__(
+        self, model: StreamedModel, inputs: RefineInputs, settings: Refinement, seed: int
+    ) -> None:
+        self.model, self.inputs, self.settings, self.seed = model, inputs, settings, seed
+        tokens = torch.cat([inputs.tokens.tokens, inputs.tokens.held_out])
+        self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
+        self.count = len(inputs.tokens.tokens)
+        self.hidden = torch.cat([model.embed(part).cpu() for part in tokens.split(self.batch)])
+        held_out = len(tokens) - self.count
+        self.asymmetric = settings.asymmetric and settings.method != "rtn" and held_out > 0
+        self.source = self.hidden.clone() if self.asymmetric else None
+
+    def refine(
+        self, i: int, block: nn.Module
+    ) -> tuple[dict[str, QuantizedWeight], list[LinearQuality], dict[str, Any] | None]:
+        names = [linear.name for linear in self.model.plan.block_linears(i)]
+        weights, report = refine_block(
+            self.model,
+            i,
+            block,
+            self._stream(slice(None, self.count)),
+            {name: self.inputs.bit_widths.linears[name] for name in names},
+            settings=refine_settings(self.settings, self.batch, self.asymmetric),
+            orders={n: self.inputs.orders[n] for n in names if n in self.inputs.orders},
+            held_out=self._stream(slice(self.count, None)) if self.asymmetric else None,
+        )
+        return weights, [self._quality(entry) for entry in report.linears], None
+
+    def _stream(self, part: slice) -> Stream:
+        source = self.source[part] if self.source is not None else None
+        return Stream(self.hidden[part], source)
+
+    def _quality(self, report: LinearReport) -> LinearQuality:
+        linear = self.model.plan.by_name[report.name]
+        notes = []
+        if report.failed_dampings:
+            notes.append(f"factorization failed at dampings {list(report.failed_dampings)}")
+        if report.dead_columns:
+            notes.append(f"{report.dead_columns} dead input columns")
+        columns = group_columns(linear.columns)
+        spent = sum(int(b) * c for b, c in zip(report.widths, columns, strict=True))
+        return LinearQuality(
+            name=report.name,
+            code_bits=spent / linear.columns,
+            relative_error=report.error,
+            damping=report.damping,
+            scale_refit_gain=report.refit_gain,
+            asymmetric=report.asymmetric > 0,
+            notes=tuple(notes),
+        )
+
+    @torch.no_grad()
+    def advance(self, i: int, block: nn.Module) -> None:
+        """Move the streams behind block i: quantized, and of the source where it is carried."""
+        self._run(i, block, self.hidden)
+        if self.source is not None:
+            self._run(i, self.model.load_block(i), self.source)
+
+    def _run(self, i: int, block: nn.Module, hidden: Tensor) -> None:
+        for start in range(0, len(hidden), self.batch):
+            part = slice(start, start + self.batch)
+            hidden[part] = self.model.run_block(i, block, hidden[part]).to(hidden.device)
+
+
+def refine_settings(settings: Refinement, batch: int, asymmetric: bool) -> RefineSettings:
+    """The block settings of a job; `batch` sequences run at once."""
+    return RefineSettings(
+        method="rtn" if settings.method == "rtn" else "gptq",
+        gptq=GptqSettings(
+            clip=ClipSettings() if settings.clip_search else ClipSettings.min_max(),
+            compensated=CompensatedSettings() if settings.compensated_grid else None,
+            rounds=GptqSettings.rounds if settings.scale_refit else 0,
+        ),
+        asymmetric="residual" if asymmetric else "off",
+        batch=batch,
+    )
+
+
+def _tensors(folder: Path, i: int) -> Path:
+    return folder / f"block-{i:05}.safetensors"
+
+
+def _report(folder: Path, i: int) -> Path:
+    return folder / f"block-{i:05}.json"
+
+
+def save_block(
+    folder: Path,
+    i: int,
+    weights: Mapping[str, QuantizedWeight],
+    linears: list[LinearQuality],
+    learning: dict[str, Any] | None,
+) -> None:
+    """Write a finished block: tensors first, then the report that marks it as finished."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        packed = PackedTensor.pack(weight).tensors(name)
+        tensors |= {key: value.contiguous() for key, value in packed.items()}
+    storage.write_bytes(_tensors(folder, i), save(tensors))
+    report = {
+        "linears": [linear.model_dump(mode="json") for linear in linears],
+        "learning": learning,
+        "widths": {name: "".join(map(str, weight.widths)) for name, weight in weights.items()},
+        "code_hashes": {name: weight.codes_sha256() for name, weight in weights.items()},
+        "tensors_sha256": storage.sha256_file(_tensors(folder, i)),
+    }
+    storage.write_json(_report(folder, i), report)
+
+
+def load_block(
+    folder: Path, plan: Plan, i: int, names: tuple[str, ...] | None = None
+) -> dict[str, QuantizedWeight]:
+    """The refined linears of block i (or the named ones)."""
+    widths = storage.read_json(_report(folder, i))["widths"]
+    loaded = {}
+    with safe_open(_tensors(folder, i), framework="pt") as file:
+        keys = list(file.keys())
+        for name in names if names is not None else widths:
+            if name not in widths:
+                raise FormatError(f"block {i} holds no refined {name}", param=name)
+            shape = plan.by_name[name].shape
+            tensors = {key: file.get_tensor(key) for key in keys if key.startswith(f"{name}.")}
+            order = tensors.pop(f"{name}.order", None)
+            digits = tuple(int(b) for b in widths[name])
+            packed = PackedTensor.from_tensors(
+                name, tensors, shape.rows, shape.columns, digits, order
+            )
+            loaded[name] = packed.unpack()
+    return loaded
