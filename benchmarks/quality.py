@@ -1,0 +1,410 @@
+"""Perplexity of named variants of allocation and refinement, with the whole model on one device.
+
+    python benchmarks/quality.py SOURCE --device cuda --out benchmarks/results/quality
+
+SOURCE is a Hugging Face folder or a GGUF file (converted once into --work). The protocol:
+64 calibration and 16 held-out windows of 2048 tokens of the bundled calibration text (seed 0);
+perplexity over all whole windows of both evaluation texts; every linear of the decoder blocks is
+quantized, embeddings and head are not; groups of 128. --smoke takes 2 windows of 256 tokens and 1
+evaluation window instead, to try the script.
+
+Rows go to OUT.json as they finish, so a run that is cut short is continued by the same command,
+and to OUT.md at the end. --variants takes names or patterns; --list shows them. Uses about 30 GB
+of accelerator memory for a model of 135M weights with --device cuda: block inputs stay there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from quality_variants import Variant, variants
+from torch import Tensor, nn
+
+from bitmill.allocate import allocate
+from bitmill.bits import BitWidthMap
+from bitmill.blocks import StreamedModel
+from bitmill.budget import footprint
+from bitmill.calibration import calibration_tokens, evaluation_tokens
+from bitmill.evaluate import Window, perplexity_and_kl
+from bitmill.gguf_source import convert_gguf
+from bitmill.hessian import activation_order
+from bitmill.input_statistics import BlockState, Stream, collect
+from bitmill.observe import advance
+from bitmill.plan import make_plan
+from bitmill.profile import SbaRecord, SensitivityProfile
+from bitmill.profile_checkpoint import load_token_weights
+from bitmill.refine import refine_block
+from bitmill.refinement_report import LinearReport
+from bitmill.sba import profile_block_sba
+from bitmill.sensitivity import profile_knapsack
+from bitmill.spec import Calibration, parse_spec
+
+TEXTS = ("wiki_evaluation", "handbook_evaluation")
+BATCH = 8
+
+
+class Windows:
+    """Final hidden states [S, T, D] as evaluation reads them."""
+
+    def __init__(self, model: StreamedModel, hidden: Tensor) -> None:
+        self._model, self._hidden = model, hidden
+
+    def windows(self, tokens: Tensor) -> Iterator[Window]:
+        """Logits of each window, slice by slice."""
+        for hidden in self._hidden:
+            yield partial(self._head, hidden[None])
+
+    @torch.no_grad()
+    def _head(self, hidden: Tensor, begin: int, end: int) -> Tensor:
+        return self._model.logits(hidden[:, begin:end])[0]
+
+
+class Bench:
+    """The source model, its tokens and everything that variants share."""
+
+    def __init__(self, source: Path, work: Path, device: torch.device, smoke: bool) -> None:
+        self.work, self.device, self.smoke = work, device, smoke
+        folder = source
+        if source.suffix == ".gguf":
+            folder = work / "source"
+            if not folder.exists():
+                convert_gguf(source, folder)
+        self.plan = make_plan(folder, spec_of({"budget": {"code_bits": 3}}))
+        self.model = StreamedModel(folder, self.plan, device=device, dtype=torch.float32)
+        calibration = Calibration()
+        if smoke:
+            calibration = Calibration(sequences=2, held_out=1, length=256)
+        self.tokens = calibration_tokens(calibration, folder)
+        length, count = calibration.length, 1 if smoke else None
+        self.texts = {
+            name: evaluation_tokens(name, folder, length=length, sequences=count) for name in TEXTS
+        }
+        self.blocks = [self.model.load_block(i) for i in range(self.plan.block_count)]
+        self.reference = {name: self.run(self.blocks, text) for name, text in self.texts.items()}
+        self._profiles: dict[str, SensitivityProfile] = {}
+        self._orders: dict[str, Tensor] = {}
+        self._sba: dict[str, dict[str, SbaRecord]] = {}
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Block inputs [S, T, D] on the device."""
+        parts = torch.split(tokens, BATCH)
+        return torch.cat([self.model.embed(part) for part in parts])
+
+    def run(self, blocks: list[nn.Module], tokens: Tensor) -> Tensor:
+        """Final hidden states [S, T, D] of a model given by its blocks."""
+        hidden = self.embed(tokens)
+        for i, block in enumerate(blocks):
+            hidden = advance(self.model, i, block, hidden, batch=BATCH)
+        return hidden
+
+    def profile(self, variant: Variant) -> SensitivityProfile:
+        """The profile a variant asks for, made once."""
+        settings = replace(variant.profile, order=variant.order)
+        key = json.dumps(settings.identity(), sort_keys=True)
+        if key not in self._profiles:
+            folder = self.profile_folder(variant)
+            self._profiles[key] = profile_knapsack(
+                self.model, self.tokens.tokens, self.plan, settings, folder=folder
+            )
+        return self._profiles[key]
+
+    def profile_folder(self, variant: Variant) -> Path | None:
+        """Where token weights are kept, if the profile keeps them."""
+        if not variant.profile.token_weights:
+            return None
+        return self.work / f"profile-{variant.profile.moments}-{variant.order}"
+
+    def orders(self) -> dict[str, Tensor]:
+        """Activation order of every linear's input in the source model, i64 [K]."""
+        if not self._orders:
+            hidden = self.embed(self.tokens.tokens)
+            for i, block in enumerate(self.blocks):
+                state = BlockState(self.model, i, block, None, self.model.linears(block, i))
+                seen = collect(state, self.plan.input_groups(i), Stream(hidden), batch=BATCH)
+                self._orders |= {name: activation_order(s.H) for name, s in seen.items()}
+                hidden = advance(self.model, i, block, hidden, batch=BATCH)
+        return self._orders
+
+    def sba(self, variant: Variant, base: int) -> dict[str, SbaRecord]:
+        """SBA records of all linears at a base width, on the source model's inputs."""
+        if variant.order not in self._sba:
+            records: dict[str, SbaRecord] = {}
+            hidden = self.embed(self.tokens.tokens)
+            orders = self.orders() if variant.order == "activation" else None
+            for i, block in enumerate(self.blocks):
+                found, _ = profile_block_sba(
+                    self.model, i, block, hidden, base, order=variant.order, orders=orders
+                )
+                records |= found
+                hidden = advance(self.model, i, block, hidden, batch=BATCH)
+            self._sba[variant.order] = records
+        return self._sba[variant.order]
+
+
+def spec_of(parts: Mapping[str, Any]) -> Any:
+    """A job specification for a local model."""
+    return parse_spec({"model": {"source": "path", "path": "."}, **parts})
+
+
+def allocation(bench: Bench, variant: Variant) -> tuple[BitWidthMap, float | None]:
+    """The variant's map and the loss predicted for it."""
+    widths = list(variant.profile.widths) if variant.method == "knapsack" else [1, 2, 3, 4, 5, 6]
+    spec = spec_of(
+        {
+            "budget": {"code_bits": variant.code_bits},
+            "allocation": {
+                "method": variant.method,
+                "order": variant.order,
+                "widths": widths,
+                "fuse_siblings": variant.fuse_siblings,
+            },
+        }
+    )
+    if variant.method == "uniform":
+        return allocate(bench.plan, spec), None
+    if variant.method == "knapsack":
+        profile = bench.profile(variant)
+        chosen = allocate(bench.plan, spec, profile)
+        return chosen, profile.predicted_loss(chosen.linears)
+    base = int(variant.code_bits)
+    return allocate(bench.plan, spec, sba_profile(bench, variant, base)), None
+
+
+def sba_profile(bench: Bench, variant: Variant, base: int) -> SensitivityProfile:
+    from bitmill.profile import LinearProfile
+
+    records = bench.sba(variant, base)
+    owners: dict[str, str] = {}
+    orders: dict[str, Any] = {}
+    if variant.order == "activation":
+        for i in range(bench.plan.block_count):
+            for group in bench.plan.input_groups(i):
+                owners |= dict.fromkeys(group, group[0])
+                orders[group[0]] = bench.orders()[group[0]].cpu().numpy().astype(np.int32)
+    linears = tuple(
+        LinearProfile(s.name, s.rows, s.columns, np.zeros((s.groups, 0)), owners.get(s.name))
+        for s in bench.plan.shapes
+    )
+    return SensitivityProfile("", "", {}, (), linears, orders, {base: records})
+
+
+def token_weights(bench: Bench, variant: Variant, names: list[str]) -> dict[str, Tensor]:
+    """a_t to the variant's power, for the named linears."""
+    folder = bench.profile_folder(variant)
+    if not variant.weighting or folder is None:
+        return {}
+    windows = len(bench.tokens.tokens)
+    return {
+        name: load_token_weights(folder, name, windows).pow(variant.weighting) for name in names
+    }
+
+
+def refined(
+    bench: Bench, variant: Variant, chosen: BitWidthMap
+) -> tuple[list[nn.Module], list[LinearReport]]:
+    """Blocks with dequantized weights, and what refinement says of each linear."""
+    orders = bench.orders() if variant.order == "activation" else {}
+    settings = replace(variant.refine, batch=BATCH)
+    needs_source = settings.asymmetric != "off" or variant.source_inputs
+    stream = bench.embed(bench.tokens.tokens)
+    unseen = bench.embed(bench.tokens.held_out)
+    source = stream.clone() if needs_source else None
+    source_unseen = unseen.clone() if needs_source else None
+    blocks: list[nn.Module] = []
+    reports: list[LinearReport] = []
+    for i, original in enumerate(bench.blocks):
+        block = copy.deepcopy(original)
+        names = [linear.name for linear in bench.plan.block_linears(i)]
+        if variant.source_inputs and source is not None:
+            stream = source
+        _, report = refine_block(
+            bench.model,
+            i,
+            block,
+            Stream(stream, source),
+            {name: chosen.linears[name] for name in names},
+            settings=settings,
+            orders={name: orders[name] for name in names} if orders else None,
+            held_out=Stream(unseen, source_unseen),
+            token_weights=token_weights(bench, variant, names),
+        )
+        reports += report.linears
+        blocks.append(block)
+        stream = advance(bench.model, i, block, stream, batch=BATCH)
+        if needs_source and source is not None and source_unseen is not None:
+            source = advance(bench.model, i, original, source, batch=BATCH)
+            unseen = advance(bench.model, i, block, unseen, batch=BATCH)
+            source_unseen = advance(bench.model, i, original, source_unseen, batch=BATCH)
+    return blocks, reports
+
+
+def measured(bench: Bench, blocks: list[nn.Module]) -> dict[str, dict[str, float]]:
+    """Perplexity, KL and agreement on every text."""
+    result = {}
+    for name, tokens in bench.texts.items():
+        quality = perplexity_and_kl(
+            Windows(bench.model, bench.reference[name]),
+            Windows(bench.model, bench.run(blocks, tokens)),
+            tokens,
+        ).candidate()
+        result[name] = {
+            "perplexity": quality.perplexity,
+            "perplexity_se": quality.perplexity_se,
+            "kl": quality.kl,
+            "kl_se": quality.kl_se,
+            "top1_agreement": quality.top1_agreement,
+        }
+    return result
+
+
+def row(bench: Bench, variant: Variant) -> dict[str, Any]:
+    """Everything recorded of one variant."""
+    started = time.perf_counter()
+    chosen, predicted = allocation(bench, variant)
+    allocated = time.perf_counter()
+    blocks, reports = refined(bench, variant, chosen)
+    finished = time.perf_counter()
+    spent = footprint(bench.plan, chosen)
+    return {
+        "name": variant.name,
+        "code_bits": spent.code_bits,
+        "true_bits": spent.bits,
+        "bytes": spent.size,
+        "predicted_loss": predicted,
+        "texts": measured(bench, blocks),
+        "seconds": {
+            "allocate": round(allocated - started, 1),
+            "refine": round(finished - allocated, 1),
+            "evaluate": round(time.perf_counter() - finished, 1),
+        },
+        "errors": errors_by_kind(reports),
+        "asymmetric_kept": sum(report.asymmetric > 0 for report in reports),
+        "widths": widths_histogram(chosen),
+    }
+
+
+def errors_by_kind(reports: list[LinearReport]) -> dict[str, list[float]]:
+    """Mean relative error per kind of linear: plain rounding, after the solver, as stored."""
+    kinds: dict[str, list[LinearReport]] = {}
+    for report in reports:
+        kinds.setdefault(report.name.rpartition(".")[2], []).append(report)
+    return {
+        kind: [
+            round(sum(getattr(r, what) for r in members) / len(members), 6)
+            for what in ("error_rounding", "error_solver", "error")
+        ]
+        for kind, members in kinds.items()
+    }
+
+
+def widths_histogram(chosen: BitWidthMap) -> dict[str, int]:
+    """Number of groups per width."""
+    flat = [width for widths in chosen.linears.values() for width in widths]
+    return {str(width): flat.count(width) for width in sorted(set(flat))}
+
+
+def markdown(state: Mapping[str, Any]) -> str:
+    """The table of a results file."""
+    lines = [
+        f"{state['windows']} Command: `{state['command']}`.",
+        "",
+        f"Machine: {state['machine']}.",
+        "",
+        "| variant | code bits | true bits | wiki perplexity | KL | handbook perplexity | KL "
+        "| profile s | refine s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in state["rows"].items():
+        wiki, handbook = (entry["texts"][text] for text in TEXTS)
+        lines.append(
+            f"| {name} | {entry['code_bits']:.3f} | {entry['true_bits']:.3f} "
+            f"| {wiki['perplexity']:.2f} ± {wiki['perplexity_se']:.2f} | {wiki['kl']:.4f} "
+            f"| {handbook['perplexity']:.2f} ± {handbook['perplexity_se']:.2f} "
+            f"| {handbook['kl']:.4f} "
+            f"| {entry['seconds']['allocate']:.0f} | {entry['seconds']['refine']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def source_row(bench: Bench) -> dict[str, Any]:
+    """The source model itself."""
+    return {
+        "name": "source",
+        "code_bits": 32.0,
+        "true_bits": 32.0,
+        "texts": measured(bench, bench.blocks),
+        "seconds": {"allocate": 0, "refine": 0},
+    }
+
+
+def machine(device: torch.device) -> str:
+    """Device, processor and versions."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    threads = torch.get_num_threads()
+    return f"{chip}, {threads} CPU threads, torch {torch.__version__}, Python " + (
+        platform.python_version()
+    )
+
+
+def arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", type=Path, nargs="?")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--work", type=Path, default=Path("build/quality"))
+    parser.add_argument("--out", type=Path, default=Path("build/quality/rows"))
+    parser.add_argument("--variants", nargs="*", default=["*"], help="names or patterns")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no row after this long")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    wanted = [v for v in variants() if any(fnmatch(v.name, p) for p in options.variants)]
+    if options.list or options.source is None:
+        print("\n".join(v.name for v in wanted))
+        return
+    started = time.perf_counter()
+    device = torch.device(options.device)
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    store = options.out.with_suffix(".json")
+    bench = Bench(options.source, options.work, device, options.smoke)
+    state = json.loads(store.read_text()) if store.exists() else {"rows": {}}
+    state |= {
+        "machine": machine(device),
+        "command": " ".join(["python", *sys.argv]),
+        "windows": f"Calibration {tuple(bench.tokens.tokens.shape)} tokens, evaluation "
+        + ", ".join(f"{name} {tuple(text.shape)}" for name, text in bench.texts.items())
+        + ".",
+    }
+    print(f"loaded in {time.perf_counter() - started:.0f} s", flush=True)
+    for variant in [None, *wanted]:
+        name = variant.name if variant else "source"
+        if name in state["rows"] or time.perf_counter() - started > options.seconds:
+            continue
+        entry = row(bench, variant) if variant else source_row(bench)
+        state["rows"][name] = entry
+        store.write_text(json.dumps(state, indent=1))
+        options.out.with_suffix(".md").write_text(markdown(state))
+        figures = {text: round(entry["texts"][text]["perplexity"], 3) for text in TEXTS}
+        print(name, round(entry["code_bits"], 4), figures, entry["seconds"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
