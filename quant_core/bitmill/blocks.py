@@ -142,7 +142,7 @@ class StreamedModel:
                 param=name,
             )
         check_finite(name, value)
-        return value.to(device=self.device, dtype=self.dtype)
+        return value.to(device=self.device, dtype=self.dtype, copy=True)
 
     def _parameter(self, name: str, shape: torch.Size) -> nn.Parameter:
         """A frozen parameter from the source, marked so that transformers leaves it alone."""
@@ -219,6 +219,7 @@ class StreamedModel:
         return cast(Tensor, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
     def _record(self, tokens: Tensor) -> list[Arguments]:
+        self.plan.check_length(tokens.shape[1], "length")
         with self._recorder.recording(None, self._tuples) as arguments:
             self._skeleton.base_model(input_ids=tokens, use_cache=False)
         key = (tokens.shape[0], tokens.shape[1])

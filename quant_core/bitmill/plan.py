@@ -22,7 +22,7 @@ from bitmill.architectures import (
     stage_of,
 )
 from bitmill.bits import LinearShape
-from bitmill.errors import ModelError
+from bitmill.errors import ModelError, SpecError
 from bitmill.gguf_headers import gguf_config, gguf_tensors, read_gguf_header
 from bitmill.headers import TensorHeader, read_headers
 from bitmill.model_config import check_config, read_config, refuse_pickles, size_of
@@ -30,6 +30,7 @@ from bitmill.safetensors_layout import TensorSpec
 from bitmill.spec import Closed, JobSpec
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+POSITION_TABLES = ("embed_positions.weight", "wpe.weight")
 
 
 class Source(Closed):
@@ -119,6 +120,22 @@ class Plan(Closed):
         for linear in self.linears:
             blocks[linear.block].append(linear)
         return blocks
+
+    @cached_property
+    def position_limit(self) -> int | None:
+        """Longest window the model can run at all: its table of positions; None without one."""
+        learned = any(t.name.endswith(POSITION_TABLES) for t in self.tensors)
+        return self.max_positions if learned else None
+
+    def check_length(self, length: int, param: str) -> None:
+        """Raise `SpecError` naming `param` where windows of `length` tokens cannot be run."""
+        if self.position_limit is not None and length > self.position_limit:
+            raise SpecError(
+                f"{param} is {length}; the model has {self.position_limit} positions: give at "
+                "most that",
+                code="length_exceeds_model",
+                param=param,
+            )
 
     def block_linears(self, block: int) -> list[PlannedLinear]:
         """Linears of one block, in execution order."""
@@ -271,6 +288,12 @@ def build_plan(
         linears=tuple(sorted(linears, key=_order)),
         tensors=tuple(tensors),
     )
+
+
+def check_lengths(plan: Plan, spec: JobSpec) -> None:
+    """Raise `SpecError` where the model cannot run the job's calibration or evaluation windows."""
+    plan.check_length(spec.calibration.length, "calibration.length")
+    plan.check_length(spec.evaluation.length, "evaluation.length")
 
 
 def make_plan(folder: Path, spec: JobSpec, *, gguf: str | None = None) -> Plan:
