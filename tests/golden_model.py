@@ -1,0 +1,99 @@
+"""The model behind tests/golden/packed-v1: every value from a formula, no random numbers.
+
+One Llama block of hidden size 136 (a full group and a tail of 8), with every width among its
+groups, a linear that is a tail alone, and column orders that siblings share.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from bitmill.bits import BitWidthMap, LinearShape
+from bitmill.checkpoint import write_checkpoint
+from bitmill.packed import QuantizedWeight
+from bitmill.safetensors_layout import TensorSpec
+from bitmill.stored_tensors import stored_tensors
+from bitmill_kernels.layout import group_columns, zero_bits
+
+BLOCK = "model.layers.0"
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "float16",
+    "vocab_size": 16,
+    "hidden_size": 136,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+SHAPES = (
+    LinearShape(f"{BLOCK}.self_attn.q_proj", 8, 136),
+    LinearShape(f"{BLOCK}.self_attn.k_proj", 4, 136),
+    LinearShape(f"{BLOCK}.self_attn.v_proj", 4, 136),
+    LinearShape(f"{BLOCK}.self_attn.o_proj", 136, 8),
+    LinearShape(f"{BLOCK}.mlp.gate_proj", 24, 136),
+    LinearShape(f"{BLOCK}.mlp.up_proj", 24, 136),
+    LinearShape(f"{BLOCK}.mlp.down_proj", 136, 24),
+)
+WIDTHS = ((3, 2), (1, 5), (8, 1), (4,), (6, 6), (2, 3), (5,))
+QUERY_ORDER = f"{BLOCK}.self_attn.q_proj.order"
+ORDERS = {shape.name: QUERY_ORDER for shape in SHAPES[:3]}
+KEPT = (
+    TensorSpec("model.embed_tokens.weight", "F16", (16, 136)),
+    TensorSpec(f"{BLOCK}.input_layernorm.weight", "F16", (136,)),
+    TensorSpec(f"{BLOCK}.post_attention_layernorm.weight", "F16", (136,)),
+    TensorSpec("model.norm.weight", "F16", (136,)),
+)
+
+
+def golden_weight(index: int) -> QuantizedWeight:
+    """Linear `index` of `SHAPES`."""
+    shape, widths = SHAPES[index], WIDTHS[index]
+    N, K = shape.rows, shape.columns
+    n, k = torch.arange(N)[:, None], torch.arange(K)[None]
+    limits = [limit for b, c in zip(widths, group_columns(K), strict=True) for limit in [2**b] * c]
+    codes = (7 * n + 3 * k + n * k + index) % torch.tensor(limits)
+    g, row = torch.arange(len(widths))[:, None], torch.arange(N)[None]
+    zeros = (5 * row + 3 * g + index) % torch.tensor([[2 ** zero_bits(b)] for b in widths])
+    scales = (1 + (row + g) % 7) / 64 / torch.tensor([[2**b] for b in widths])
+    scales[0, 1] = 0
+    order = (37 * torch.arange(K) + 5) % K if shape.name in ORDERS else None
+    return QuantizedWeight(
+        codes.to(torch.uint8),
+        scales.half(),
+        zeros.to(torch.uint8),
+        widths,
+        None if order is None else order.int(),
+    )
+
+
+def golden_tensor(name: str) -> torch.Tensor:
+    """A kept tensor by its name."""
+    spec = next(spec for spec in KEPT if spec.name == name)
+    count = torch.arange(torch.Size(spec.shape).numel())
+    return ((count * 29 % 64 - 20) / 32).half().reshape(spec.shape)
+
+
+def write_golden(folder: Path, source: Path) -> None:
+    """Write the packed folder; `source` is a folder for the source's config."""
+    (source / "config.json").write_text(json.dumps(CONFIG, indent=2))
+    names = [shape.name for shape in SHAPES]
+    bit_widths = BitWidthMap(order="activation", linears=dict(zip(names, WIDTHS, strict=True)))
+    write_checkpoint(
+        folder,
+        source=source,
+        tensors=stored_tensors(KEPT, SHAPES, bit_widths.linears, ORDERS),
+        bit_widths=bit_widths,
+        orders=ORDERS,
+        linear=lambda name: golden_weight(names.index(name)),
+        other=golden_tensor,
+    )
