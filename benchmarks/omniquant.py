@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -37,14 +37,16 @@ from bitmill.allocate import allocate
 from bitmill.block_learning import BlockData, learn_block
 from bitmill.blocks import StreamedModel, set_weight, weight_of
 from bitmill.calibration import calibration_tokens, evaluation_tokens
-from bitmill.evaluate import StreamedLogits, perplexity_and_kl
+from bitmill.evaluate import perplexity_and_kl
 from bitmill.gguf_source import convert_gguf
 from bitmill.input_statistics import Stream
 from bitmill.observe import advance
 from bitmill.omniquant import LearningSettings
 from bitmill.output_metric import fisher_metric, gradient_moments
 from bitmill.plan import make_plan
+from bitmill.profile import SensitivityProfile
 from bitmill.refine import RefineSettings, refine_block
+from bitmill.sensitivity import SensitivitySettings, profile_knapsack
 from bitmill.spec import JobSpec, parse_spec
 from bitmill.tune_scales import TuneSettings, tune_scales
 
@@ -59,7 +61,7 @@ class Row:
     name: str
     bits: float = 3.0
     allocation: str = "knapsack"
-    order: str = "activation"
+    order: Literal["natural", "activation"] = "activation"
     start: str = "gptq"
     learn: int = 1
     tune: int = 0
@@ -114,19 +116,23 @@ class Bench:
         self.plan = make_plan(self.folder, spec)
         self.model = StreamedModel(self.folder, self.plan, device=self.device, dtype=torch.float32)
         self.calibration = calibration_tokens(spec.calibration, self.folder)
+        self.references = {text: DeviceLogits(self.model) for text in TEXTS}
 
-    def profile(self, order: str) -> Any:
+    def profile(self, order: Literal["natural", "activation"]) -> SensitivityProfile:
         """The sensitivity profile of one order, measured once and kept in the work folder."""
-        from bitmill.profile import SensitivityProfile
-        from bitmill.sensitivity import ProfileSettings, profile_knapsack
-
-        path = self.work / f"profile-{order}"
+        path = self.work / f"profile-{order}.npz"
         if path.exists():
             return SensitivityProfile.load(path)
-        settings = ProfileSettings(widths=(1, 2, 3, 4, 5, 6), order=order)
+        settings = SensitivitySettings(widths=(1, 2, 3, 4, 5, 6), order=order)
         profile = profile_knapsack(self.model, self.calibration.tokens, self.plan, settings)
         profile.save(path)
         return profile
+
+    def evaluation(self, text: str) -> torch.Tensor:
+        """Windows of an evaluation text."""
+        return evaluation_tokens(
+            text, self.folder, length=self.args.length, sequences=self.args.windows
+        )
 
     def moments(self) -> list[torch.Tensor]:
         """Gradient moments at every block's output, measured once."""
@@ -150,7 +156,8 @@ def prepare(args: argparse.Namespace, rows: list[Row]) -> None:
     bench = Bench(args, rows[0].spec(args))
     bench.moments()
     print(f"moments {time.perf_counter() - began:.1f}s", flush=True)
-    for order in sorted({row.order for row in rows if row.allocation == "knapsack"}):
+    needed = [r for r in rows if r.allocation == "knapsack" or r.order == "activation"]
+    for order in sorted({row.order for row in needed}):
         bench.profile(order)
         print(f"profile {order} {time.perf_counter() - began:.1f}s", flush=True)
 
@@ -244,14 +251,34 @@ def evaluate(bench: Bench, weights: dict[str, Any]) -> dict[str, Any]:
 
     result = {}
     for text in TEXTS:
-        tokens = evaluation_tokens(
-            text, bench.folder, length=bench.args.length, sequences=bench.args.windows
-        )
-        measures = perplexity_and_kl(
-            StreamedLogits(bench.model), StreamedLogits(bench.model, replace=replace), tokens
-        ).candidate()
-        result[text] = {"perplexity": measures.perplexity, "kl": measures.kl}
+        tokens = bench.evaluation(text)
+        candidate = DeviceLogits(bench.model, replace)
+        measures = perplexity_and_kl(bench.references[text], candidate, tokens, chunk=1024)
+        quality = measures.candidate()
+        result[text] = {"perplexity": quality.perplexity, "kl": quality.kl}
     return result
+
+
+class DeviceLogits:
+    """A `LogitSource` that keeps all hidden states on the device and runs eight windows at once."""
+
+    def __init__(self, model: StreamedModel, replace: Any = None) -> None:
+        self.model, self.replace = model, replace
+        self.hidden: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def windows(self, tokens: torch.Tensor) -> Any:
+        """Logits of each window's positions; the hidden states are made once."""
+        if self.hidden is None:
+            hidden = torch.cat([self.model.embed(t) for t in tokens.split(8)])
+            for index in range(self.model.block_count):
+                block = self.model.load_block(index)
+                if self.replace:
+                    self.replace(index, block)
+                hidden = advance(self.model, index, block, hidden, batch=8)
+            self.hidden = hidden
+        for row in self.hidden.split(1):
+            yield lambda begin, end, row=row: self.model.logits(row[:, begin:end])[0]
 
 
 def run_all(args: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
@@ -338,6 +365,8 @@ def main() -> None:
     results = run_all(args, rows)
     Path(args.out).write_text(json.dumps(document(results), indent=1))
     print(table(results))
+    if any("learned" not in result for result in results.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

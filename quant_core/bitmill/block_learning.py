@@ -267,14 +267,19 @@ def deterministic() -> Iterator[None]:
 
 
 def _resident(data: BlockData, device: torch.device) -> BlockData:
-    """The data on the device, where it takes no more than a quarter of the free memory."""
-    if device.type != "cuda":
-        return data
+    """The data on the device, where it fits."""
     tensors = (data.inputs, data.targets, data.held_out_inputs, data.held_out_targets)
+    return BlockData(*resident(tensors, device))
+
+
+def resident(tensors: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """The tensors on a GPU, where they take no more than a quarter of its free memory."""
+    if device.type != "cuda":
+        return tensors
     size = sum(tensor.nbytes for tensor in tensors if tensor.device != device)
     if size > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return data
-    return BlockData(*(tensor.to(device) for tensor in tensors))
+        return tensors
+    return tuple(tensor.to(device) for tensor in tensors)
 
 
 @torch.no_grad()

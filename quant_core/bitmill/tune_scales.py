@@ -32,6 +32,7 @@ from bitmill.block_learning import (
     Batches,
     compute_dtype,
     deterministic,
+    resident,
     set_slots,
 )
 from bitmill.block_rows import BlockRows, LearnableLinear, attach
@@ -116,8 +117,9 @@ def tune_scales(
     """
     with deterministic():
         student = _Student(model, weights, roundings=settings.roundings)
-        teacher = final_hidden(model, tokens)
-        teacher_held_out = final_hidden(model, held_out)
+        teacher, teacher_held_out = resident(
+            (final_hidden(model, tokens), final_hidden(model, held_out)), model.device
+        )
         batches = Batches(len(tokens), settings.batch, seed)
 
         def training_loss(_: int) -> Tensor:
