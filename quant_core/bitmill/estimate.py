@@ -1,0 +1,199 @@
+"""What a job will need, from its plan alone: memory, disk and time. Torch-free.
+
+Memory and disk are sums of the tensors that the stages hold at once, so they are near the truth:
+
+    accelerator  what lies outside the blocks, two blocks (quantized and source), the widest
+                 stage's Hessians with factor and inverse, the widest linear's working copies,
+                 one batch of activations, one slice of logits
+    host         hidden states of all windows (twice with the asymmetric correction), one block
+    disk         converted source (GGUF only), refined blocks and the packed checkpoint
+
+Time counts multiply-adds of forward and backward passes, Hessians and GPTQ against an assumed
+speed, and ignores everything else: an order of magnitude, good for choosing a queue.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bitmill.bits import BitWidthMap
+from bitmill.budget import footprint
+from bitmill.errors import ResourceError
+from bitmill.plan import Plan, PlannedLinear
+from bitmill.spec import Closed, JobSpec
+
+BATCH_TOKENS = 16384
+LOGIT_BYTES = 3 * 4 << 25
+OVERHEAD = 512 << 20
+WORKING_COPIES = 6
+CPU_FLOPS_PER_THREAD = 2.5e10
+ACCELERATOR_FLOPS = {2: 4e14, 4: 4e13}
+EVALUATION_WINDOWS = 40
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a job would run; None for a limit that is not known."""
+
+    accelerator: bool = False
+    threads: int = 2
+    accelerator_bytes: int | None = None
+    host_bytes: int | None = None
+    disk_bytes: int | None = None
+
+
+class Estimate(Closed):
+    """Bytes and seconds of a job; the accelerator's bytes are host bytes on a CPU.
+
+    smallest_size, largest_size: exact bytes of the safetensors files with every group at the
+    smallest and at the largest legal width.
+    """
+
+    accelerator_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    seconds: float
+    smallest_size: int
+    largest_size: int
+
+
+def _element_bytes(plan: Plan, machine: Machine) -> int:
+    half = {linear.dtype for linear in plan.linears} <= {"F16", "BF16"}
+    return 2 if machine.accelerator and half else 4
+
+
+def _uniform_size(plan: Plan, spec: JobSpec, width: int) -> int:
+    linears = {shape.name: (width,) * shape.groups for shape in plan.shapes}
+    return footprint(plan, BitWidthMap(order=spec.allocation.order, linears=linears)).size
+
+
+def _outside_weights(plan: Plan) -> int:
+    inside = plan.block_prefix + "."
+    return sum(math.prod(t.shape) for t in plan.tensors if not t.module.startswith(inside))
+
+
+def _block_weights(plan: Plan, block: int) -> int:
+    prefix = f"{plan.block_prefix}.{block}."
+    kept = sum(math.prod(t.shape) for t in plan.tensors if t.module.startswith(prefix))
+    return kept + sum(linear.shape.weights for linear in plan.block_linears(block))
+
+
+def _hessian_bytes(plan: Plan, block: int) -> int:
+    """Float32 second moments of a block's widest stage, and factor and inverse of the widest."""
+    stages = [
+        [plan.by_name[group[0]].columns for group in stage] for stage in plan.input_stages(block)
+    ]
+    together = max(sum(k * k for k in stage) for stage in stages)
+    return 4 * (together + 2 * max(k * k for stage in stages for k in stage))
+
+
+def _activation_bytes(plan: Plan, block: int, tokens: int, element: int) -> int:
+    """Inputs and outputs of a block's linears for `tokens` tokens; experts share the tokens."""
+    dense = [li for li in plan.block_linears(block) if ".experts." not in li.name]
+    routed = [li for li in plan.block_linears(block) if ".experts." in li.name]
+    width = sum(li.rows + li.columns for li in dense)
+    width += sum(li.rows + li.columns for li in routed[:3]) * min(plan.experts, 8)
+    return tokens * element * (width + 4 * plan.hidden_size)
+
+
+def _accelerator_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:
+    element = _element_bytes(plan, machine)
+    tokens = max(BATCH_TOKENS, spec.calibration.length)
+    largest = max(linear.shape.weights for linear in plan.linears)
+    per_block = [
+        2 * element * _block_weights(plan, i)
+        + _hessian_bytes(plan, i)
+        + _activation_bytes(plan, i, tokens, element)
+        for i in {0, plan.block_count - 1}
+    ]
+    fixed = element * _outside_weights(plan) + LOGIT_BYTES + WORKING_COPIES * 4 * largest
+    return OVERHEAD + fixed + max(per_block)
+
+
+def _host_bytes(plan: Plan, spec: JobSpec, machine: Machine, gguf: bool) -> int:
+    element = _element_bytes(plan, machine)
+    windows = spec.calibration.sequences + spec.calibration.held_out
+    stream = windows * spec.calibration.length * plan.hidden_size * element
+    streams = 2 if spec.refinement.asymmetric else 1
+    block = 4 * max(_block_weights(plan, i) for i in {0, plan.block_count - 1})
+    running = streams * stream + 2 * block
+    converting = 10 * (plan.weights + _outside_weights(plan)) if gguf else 0
+    return OVERHEAD + max(running, converting)
+
+
+def _linear_work(linear: PlannedLinear, tokens: float) -> tuple[float, float]:
+    """(multiply-adds * 2 of one forward pass, of solving one linear)."""
+    weights = float(linear.shape.weights)
+    return 2 * weights * tokens, 3 * weights * linear.columns
+
+
+def _seconds(plan: Plan, spec: JobSpec, machine: Machine) -> float:
+    speed = CPU_FLOPS_PER_THREAD * machine.threads
+    if machine.accelerator:
+        speed = ACCELERATOR_FLOPS[_element_bytes(plan, machine)]
+    tokens = spec.calibration.length * (spec.calibration.sequences + spec.calibration.held_out)
+    active = 1.0 if not plan.experts else min(1.0, 8 / plan.experts)
+    forward = solving = hessians = 0.0
+    for linear in plan.linears:
+        share = active if ".experts." in linear.name else 1.0
+        passed, solved = _linear_work(linear, tokens * share)
+        forward, solving = forward + passed, solving + solved
+    for block in range(plan.block_count):
+        for group in plan.input_groups(block):
+            share = active if ".experts." in group[0] else 1.0
+            hessians += 2.0 * plan.by_name[group[0]].columns ** 2 * tokens * share
+    passes = 6 if spec.refinement.asymmetric else 3
+    profile = 4 * forward + hessians if spec.allocation.method != "uniform" else 0.0
+    windows = len(spec.evaluation.texts) * (spec.evaluation.sequences or EVALUATION_WINDOWS)
+    share = windows * spec.evaluation.length / tokens
+    head = 2.0 * plan.vocab_size * plan.hidden_size * tokens
+    evaluation = (2 + len(spec.evaluation.baselines)) * share * (forward + head)
+    return (passes * forward + hessians + solving + profile + evaluation) / speed
+
+
+def estimate(
+    plan: Plan, spec: JobSpec, machine: Machine | None = None, *, gguf: bool = False
+) -> Estimate:
+    """What the job needs; `gguf`: the source must be converted first."""
+    machine = machine or Machine()
+    widths = spec.allocation.legal_widths
+    smallest, largest = (_uniform_size(plan, spec, width) for width in (widths[0], widths[-1]))
+    packed = min(largest, int(spec.budget.value)) if spec.budget.kind == "size" else largest
+    converted = 4 * (plan.weights + _outside_weights(plan)) if gguf else 0
+    accelerator = _accelerator_bytes(plan, spec, machine)
+    host = _host_bytes(plan, spec, machine, gguf)
+    return Estimate(
+        accelerator_bytes=accelerator,
+        host_bytes=host if machine.accelerator else host + accelerator - OVERHEAD,
+        disk_bytes=converted + 2 * packed,
+        seconds=_seconds(plan, spec, machine),
+        smallest_size=smallest,
+        largest_size=largest,
+    )
+
+
+def check_fits(needed: Estimate, machine: Machine) -> None:
+    """Raise `ResourceError` where the machine has too little, saying what would help."""
+    cases = (
+        (
+            "accelerator memory",
+            needed.accelerator_bytes,
+            machine.accelerator_bytes,
+            "use a larger accelerator or a shorter calibration.length",
+        ),
+        (
+            "host memory",
+            needed.host_bytes,
+            machine.host_bytes,
+            "lower calibration.sequences or calibration.length, or use a larger machine",
+        ),
+        ("disk space", needed.disk_bytes, machine.disk_bytes, "free some space"),
+    )
+    for what, need, limit, advice in cases:
+        if limit is not None and need > limit:
+            raise ResourceError(
+                f"the job needs about {need:,} bytes of {what}, there are {limit:,}: {advice}",
+                code="does_not_fit",
+                param=what.replace(" ", "_"),
+            )
