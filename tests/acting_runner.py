@@ -31,12 +31,13 @@ def act(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     (work / "pid").write_text(str(os.getpid()))
     if "environment" in acts:
         _say("environment " + " ".join(sorted(os.environ)))
-    steps = int(acts.get("steps", 3))
+    steps, made = int(acts.get("steps", 3)), 0
     for step in range(steps):
         mark = work / f"step-{step}"
         if not mark.exists():
             time.sleep(float(acts.get("sleep", 0)))
-            mark.write_text(str(os.getpid()))
+            mark.touch()
+            made += 1
         emit(
             {
                 "type": "progress",
@@ -54,7 +55,7 @@ def act(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     if "half" in acts:
         return {"result": {}, "profile_id": None}
     write_manifest(output)
-    return {"result": {"steps": steps}, "profile_id": acts.get("profile")}
+    return {"result": {"steps": steps, "made": made}, "profile_id": acts.get("profile")}
 
 
 def _say(line: str) -> None:

@@ -1,7 +1,8 @@
-"""Stores on real databases, each test with its own."""
+"""Stores on real databases and workers on real processes, each test with its own."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +13,32 @@ from bitmill_workers.db import Database
 from bitmill_workers.jobs import JobStore
 from bitmill_workers.leases import LeaseStore
 from bitmill_workers.migrate import upgrade
+from bitmill_workers.settings import Settings
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    opened = Database(f"sqlite:///{tmp_path / 'bitmill.db'}")
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """A data folder, a model root with one small model, and the acting runner."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    model = tmp_path / "models" / "tiny"
+    model.mkdir(parents=True)
+    (model / "model.safetensors").write_bytes(b"weights")
+    return Settings(
+        data=tmp_path / "data",
+        model_roots={"models": model.parent},
+        runner_module="acting_runner",
+        worker_name="tested",
+        queues=("cpu",),
+        lease_s=4.0,
+        renew_s=0.5,
+        poll_s=0.05,
+        resend_s=1.0,
+    )
+
+
+@pytest.fixture
+def database(settings: Settings) -> Iterator[Database]:
+    opened = Database(settings.database)
     upgrade(opened)
     yield opened
     opened.close()
@@ -35,3 +57,19 @@ def leases(database: Database) -> LeaseStore:
 @pytest.fixture
 def catalog(database: Database) -> Catalog:
     return Catalog(database)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)

@@ -7,6 +7,7 @@ the reconciler, a repeated one finds nothing to claim.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -78,6 +79,7 @@ def _transport_options(settings: Settings) -> dict[str, Any]:
         "processed_folder": str(folders["processed"]),
         "control_folder": str(folders["control"]),
         "store_processed": True,
+        "polling_interval": 0.2,
     }
 
 
@@ -114,7 +116,7 @@ class Dispatcher:
         """Messages that wait in a queue; None where the broker is away."""
         try:
             with self._celery.connection_for_write() as connection:
-                return int(connection.default_channel._size(queue_name))
+                return int(connection.channel()._size(queue_name))
         except Exception as error:  # noqa: BLE001  (transports raise errors of many libraries)
             _log.warning("broker is away: %s", type(error).__name__)
             return None
@@ -127,8 +129,18 @@ class Dispatcher:
 
     def _run(self) -> None:
         while (item := self._waiting.get()) is not None:
-            if self.send(*item):
-                try:
-                    self._on_sent([item[0]])
-                except Exception as error:  # noqa: BLE001  (the thread must outlive the database)
-                    _log.warning("cannot note that %s was sent: %s", item[0], error)
+            if not self.send(*item):
+                self._leave_the_rest()
+                continue
+            try:
+                self._on_sent([item[0]])
+            except Exception as error:  # noqa: BLE001  (the thread must outlive the database)
+                _log.warning("cannot note that %s was sent: %s", item[0], error)
+
+    def _leave_the_rest(self) -> None:
+        """The broker is away: what waits is left to the reconciler, but not the order to stop."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if self._waiting.get_nowait() is None:
+                    self._waiting.put(None)
+                    return

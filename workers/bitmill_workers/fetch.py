@@ -7,6 +7,7 @@ program), the only one that gets a network and a token; HF_ENDPOINT chooses anot
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -173,7 +174,8 @@ class _hub_errors:  # noqa: N801  (a context manager)
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         from huggingface_hub import errors
 
-        if error is None or isinstance(error, ModelError):
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if not isinstance(error, Exception) or isinstance(error, ModelError) or full:
             return
         known: tuple[tuple[type[BaseException], str, str], ...] = (
             (errors.GatedRepoError, "model_gated", "is gated: ask for access and set a Hub token"),
@@ -186,13 +188,12 @@ class _hub_errors:  # noqa: N801  (a context manager)
                 raise ModelError(
                     f"model {self._name} {problem}", code=code, param="model.repo_id"
                 ) from error
-        if isinstance(error, OSError | errors.HfHubHTTPError | errors.OfflineModeIsEnabled):
-            raise ModelError(
-                f"the Hub did not deliver {self._name} ({type(error).__name__}): try again later, "
-                "or check HF_ENDPOINT",
-                code="hub_unreachable",
-                param="model.repo_id",
-            ) from error
+        raise ModelError(
+            f"the Hub did not deliver {self._name} ({type(error).__name__}): try again later, "
+            "or check HF_ENDPOINT",
+            code="hub_unreachable",
+            param="model.repo_id",
+        ) from error
 
 
 def _check_space(info: ModelInfo, wanted: list[str], cache: Path) -> None:

@@ -73,6 +73,7 @@ def main(*, with_parent: bool = False) -> int:
         )
     finally:
         stop.set()
+        _leave(settings)
     return 0
 
 
@@ -94,6 +95,17 @@ def _beat(settings: Settings, stop: threading.Event) -> None:
             database.close()
         if stop.wait(_BEAT_S):
             return
+
+
+def _leave(settings: Settings) -> None:
+    """Show this worker as gone, if the database is there to be told."""
+    database = Database(settings.database)
+    try:
+        Catalog(database).leave(settings.worker_name)
+    except sa.exc.SQLAlchemyError as error:
+        _log.warning("cannot show this worker as gone: %s", type(error).__name__)
+    finally:
+        database.close()
 
 
 if __name__ == "__main__":

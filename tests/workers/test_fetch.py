@@ -1,0 +1,215 @@
+"""Model references: allowed folders, and a small Hub server on loopback."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from bitmill.errors import ModelError, ResourceError
+from bitmill.spec import HubModel, PathModel, UploadModel
+from bitmill_workers.db import Database
+from bitmill_workers.fetch import check_model, fetch_model, local_model
+from bitmill_workers.jobs import JobStore
+from bitmill_workers.settings import Settings
+from bitmill_workers.stop import StopRequest
+from bitmill_workers.supervisor import Supervisor
+from stores import spec
+
+SHA = "a" * 40
+FILES = {"config.json": b"{}", "model.safetensors": b"weights", "evil.py": b"boom"}
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """The Hub's read API for org/good, org/pickle (no safetensors), org/gated, org/huge."""
+
+    requests: list[str]
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)  # type: ignore[attr-defined]
+        parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            self._api(parts[2:])
+        elif "resolve" in parts:
+            self._file(parts[-1])
+        else:
+            self._answer(404, b"{}")
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _api(self, parts: list[str]) -> None:
+        name = "/".join(parts[:2])
+        if name == "org/gated":
+            self._answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        elif name not in ("org/good", "org/pickle", "org/huge"):
+            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif parts[2:3] == ["revision"] and parts[3] not in ("main", SHA):
+            self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        elif parts[2:3] == ["tree"]:
+            tree = [
+                {"type": "file", "path": n, "size": len(b), "oid": "0" * 40}
+                for n, b in FILES.items()
+            ]
+            self._answer(200, json.dumps(tree).encode())
+        else:
+            names = {"org/pickle": {"pytorch_model.bin": b""}}.get(name, FILES)
+            size = 10**18 if name == "org/huge" else None
+            info = {
+                "id": name,
+                "modelId": name,
+                "sha": SHA,
+                "private": False,
+                "gated": False,
+                "tags": [],
+                "siblings": [{"rfilename": n, "size": size or len(b)} for n, b in names.items()],
+            }
+            self._answer(200, json.dumps(info).encode())
+
+    def _file(self, name: str) -> None:
+        if name in FILES:
+            self._answer(200, FILES[name], {"X-Repo-Commit": SHA, "ETag": f'"{name}"'})
+        else:
+            self._answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": SHA})
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def hub(settings: Settings) -> Iterator[Settings]:
+    """Settings whose Hub is a server of this process."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    server.requests = []  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    yield settings.model_copy(update={"hub_endpoint": url})
+    server.shutdown()
+    server.server_close()
+
+
+def code_of(model: HubModel | PathModel | UploadModel, settings: Settings) -> str:
+    with pytest.raises(ModelError) as caught:
+        check_model(model, settings)
+    return caught.value.code
+
+
+def test_folder_below_a_root_is_found(settings: Settings) -> None:
+    model = PathModel(path="models/tiny")
+    check_model(model, settings)
+    assert local_model(model, settings) == settings.model_roots["models"].resolve() / "tiny"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc",
+        "../models/tiny",
+        "models/../../etc",
+        "other/tiny",
+        "models\\tiny",
+        "~/x",
+        "models/\0",
+    ],
+)
+def test_path_outside_the_roots_is_refused(settings: Settings, path: str) -> None:
+    assert code_of(PathModel(path=path), settings) == "path_not_allowed"
+
+
+def test_symbolic_links_are_refused(settings: Settings, tmp_path: Path) -> None:
+    root = settings.model_roots["models"]
+    (root / "link").symlink_to(tmp_path)
+    assert code_of(PathModel(path="models/link"), settings) == "path_not_allowed"
+    assert code_of(PathModel(path="models/link/models/tiny"), settings) == "path_not_allowed"
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    (root / "tiny" / "config.json").symlink_to(secret)
+    assert code_of(PathModel(path="models/tiny"), settings) == "path_not_allowed"
+
+
+def test_pickle_only_folder_is_refused_by_name(settings: Settings) -> None:
+    folder = settings.model_roots["models"] / "old"
+    folder.mkdir()
+    assert code_of(PathModel(path="models/old"), settings) == "no_weights"
+    (folder / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin") as caught:
+        check_model(PathModel(path="models/old"), settings)
+    assert caught.value.code == "pickle_refused"
+
+
+def test_gguf_file_must_exist(settings: Settings) -> None:
+    folder = settings.model_roots["models"] / "g"
+    folder.mkdir()
+    (folder / "a.gguf").write_bytes(b"GGUF")
+    check_model(PathModel(path="models/g", file="a.gguf"), settings)
+    assert code_of(PathModel(path="models/g", file="b.gguf"), settings) == "file_not_found"
+    with pytest.raises(ModelError, match=r"a\.gguf"):
+        check_model(PathModel(path="models/g"), settings)
+
+
+def test_uploads_are_not_available(settings: Settings) -> None:
+    assert code_of(UploadModel(upload_id="u"), settings) == "unsupported_source"
+
+
+@pytest.mark.parametrize(
+    ("repo", "code"),
+    [
+        ("org/absent", "model_not_found"),
+        ("org/gated", "model_gated"),
+        ("org/pickle", "pickle_refused"),
+    ],
+)
+def test_unusable_repository_is_refused_by_code(hub: Settings, repo: str, code: str) -> None:
+    assert code_of(HubModel(repo_id=repo), hub) == code
+
+
+def test_unknown_revision_is_refused(hub: Settings) -> None:
+    assert code_of(HubModel(repo_id="org/good", revision="v9"), hub) == "revision_not_found"
+
+
+def test_hub_that_is_away_refuses_the_fetch_but_not_the_check(settings: Settings) -> None:
+    away = settings.model_copy(update={"hub_endpoint": "http://127.0.0.1:1"})
+    check_model(HubModel(repo_id="org/good"), away)
+    with pytest.raises(ModelError) as caught:
+        fetch_model(HubModel(repo_id="org/good"), away)
+    assert caught.value.code == "hub_unreachable"
+
+
+def test_download_larger_than_the_disk_is_refused(hub: Settings) -> None:
+    with pytest.raises(ResourceError, match="free"):
+        fetch_model(HubModel(repo_id="org/huge"), hub)
+
+
+def test_job_downloads_only_safe_files(hub: Settings, database: Database) -> None:
+    supervisor = Supervisor(hub, database)
+    job_spec = JobStore(database)
+    wanted = spec(label="steps=1").model_copy(update={"model": HubModel(repo_id="org/good")})
+    job = job_spec.submit(wanted).job
+    with StopRequest() as stop:
+        assert supervisor.run_next(stop)
+    job = supervisor.store.get(job.id)
+    assert (job.state, job.error_message) == ("succeeded", None)
+    (snapshot,) = hub.hub_cache.glob("models--org--good/snapshots/*")
+    assert sorted(p.name for p in snapshot.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_job_of_a_missing_repository_fails_at_once(hub: Settings, database: Database) -> None:
+    supervisor = Supervisor(hub, database)
+    wanted = spec().model_copy(update={"model": HubModel(repo_id="org/absent")})
+    job = supervisor.store.submit(wanted).job
+    with StopRequest() as stop:
+        assert supervisor.run_next(stop)
+    job = supervisor.store.get(job.id)
+    assert (job.state, job.attempt, job.error_code) == ("failed", 1, "model_not_found")
