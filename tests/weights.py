@@ -94,7 +94,7 @@ def pack_model(
         owner = owners.get(linear.name)
         if owner is not None and owner not in shuffled:
             shuffled[owner] = torch.randperm(linear.columns, generator=generator).int()
-        matrix = stored[f"{linear.name}.weight"].float()
+        matrix = stored[linear.source.tensor].float()
         matrix = matrix.t() if linear.source.transposed else matrix
         cycle = (3, 4, 2, 6, 8, 5)
         chosen = tuple(cycle[(place + group) % 6] for group in range(linear.shape.groups))

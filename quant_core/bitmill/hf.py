@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitmill.bits import LinearShape
 from bitmill.errors import FormatError
+from bitmill.experts import unfuse_experts
 from bitmill.linear import QuantizedLinear
 from bitmill.packed_config import QUANT_METHOD, PackedConfig, PackedLinear
 
@@ -49,6 +50,8 @@ class BitmillQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_: Any
     ) -> None:
+        if self._has_experts():
+            unfuse_experts(model)
         modules = dict(model.named_modules())
         for linear in self.quantization_config.packed().linears.values():
             name = local_name(linear.name, model)
@@ -68,7 +71,14 @@ class BitmillQuantizer(HfQuantizer):
                 order = model.get_buffer(local_name(linear.order, model))
                 module = model.get_submodule(local_name(linear.name, model))
                 module.share_order(order.to(module.scales.device))
+        if self._has_experts():
+            # Saving would undo the renamings of loading, and so part the experts' tensors from
+            # the names in config.json.
+            model._weight_conversions = []
         return model
+
+    def _has_experts(self) -> bool:
+        return any(".experts." in name for name in self.quantization_config.linears)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
         for name, module in quantized_linears(model).items():
@@ -91,7 +101,11 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def plain_shapes(model: nn.Module) -> list[LinearShape]:
-    """Shapes of all linears of a model that is not packed."""
+    """Shapes of all linears of a model that is not packed, each expert's apart.
+
+    Stacked experts are replaced by lists: give a model on the meta device.
+    """
+    unfuse_experts(model)
     return [
         LinearShape(name, *_rows_columns(module))
         for name, module in model.named_modules()

@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
+    MixtralConfig,
+    Qwen3MoeConfig,
 )
 
+import bitmill
 import bitmill.hf
 from bitmill.errors import FormatError
 from bitmill.hf import BitmillConfig, quantized_linears
@@ -151,6 +154,46 @@ def test_transposed_linears_are_loaded(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", config)
     packed = pack_model(source, tmp_path / "packed")
     assert torch.equal(logits(loaded(packed.folder)), logits(dequantized_model(packed)))
+
+
+MOE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 136,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3MoeConfig(**MOE, moe_intermediate_size=48, num_experts=3),
+        MixtralConfig(**MOE, num_local_experts=3),
+    ],
+    ids=["qwen3_moe", "mixtral"],
+)
+def test_experts_are_packed_one_by_one(config: Any, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", config)
+    packed = pack_model(source, tmp_path / "packed", order="activation")
+    assert len([name for name in packed.weights if ".mlp.experts." in name]) == 9
+    stored = load_file(source / "model.safetensors")
+    for linear in packed.plan.linears:
+        stored[linear.source.tensor] = packed.weights[linear.name].dequantize()
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    expected = logits(loaded(source))
+    model = loaded(packed.folder)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    for name, tensor in load_file(packed.folder / "model.safetensors").items():
+        assert "gate.weight" in name or torch.equal(again[name], tensor), name
+    assert torch.equal(logits(bitmill.load(tmp_path / "again")), logits(model))
 
 
 @pytest.mark.parametrize("how", ["import", "forget"])
