@@ -1,0 +1,229 @@
+"""One backward pass through a model of which a single block is on the accelerator at a time.
+
+    forward    block by block, inputs of every s-th block kept on the host (`block_inputs.py`)
+    head       dL/dh at the last block's output, positions in slices so that logits stay small
+    backward   from the last block to the first: run the block on its input again, with gradients,
+               and hand on dL/d(input)
+
+L is the sum of the next-token losses of all windows, in nats. While a block runs, hooks hand every
+linear's input x and gradient g = dL/dy to the observer. With `labels` = "sampled" the labels are
+drawn from the model's own predictions, which makes the mean of g g^T the Fisher matrix, the
+curvature of KL(source || changed); with "text" they are the text, the empirical Fisher matrix.
+
+The state between blocks is the gradient [S, T, D]. It can be saved and given back, so a killed run
+goes on at the block it reached, after a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.block_inputs import BlockInputs, HostMemory, choose_every
+from bitmill.blocks import StreamedModel
+from bitmill.errors import CalibrationError
+
+LOGIT_VALUES = 1 << 25
+"""Values of one slice of logits: 128 MiB in fp32."""
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """How the pass is run; only `labels` and `seed` (and the batch, by rounding) change results.
+
+    batch: windows per run of a block. host_bytes: limit of what is kept in host memory.
+    every: keep every s-th block input; None chooses s from the limit.
+    """
+
+    batch: int = 4
+    labels: Literal["text", "sampled"] = "text"
+    seed: int = 0
+    host_bytes: int = 16 << 30
+    every: int | None = None
+
+
+class BlockObserver(Protocol):
+    """Receives what the linears of one block see, batch by batch."""
+
+    def seen(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        """A linear's input [T, K] and the loss gradient [T, N] at its output, same tokens."""
+
+
+Prepare = Callable[[int, nn.Module], None]
+"""Changes block i after it was loaded, for example to a quantized reference point."""
+
+
+class GradientPass:
+    """The pass over one set of windows.
+
+    tokens: int64 [S, T]. prepare: see `Prepare`; the loss is then that of the changed model.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        tokens: Tensor,
+        settings: PassSettings,
+        *,
+        scratch: Path | None = None,
+        prepare: Prepare | None = None,
+    ) -> None:
+        if tokens.shape[1] < 2:
+            raise CalibrationError(
+                f"windows of {tokens.shape[1]} token have no next token: use at least 2"
+            )
+        self._model, self._tokens, self._settings = model, tokens, settings
+        self._prepare = prepare
+        self._scratch = scratch
+        self.predictions = tokens.shape[0] * (tokens.shape[1] - 1)
+
+    def run(
+        self,
+        observer_of: Callable[[int], BlockObserver | None],
+        *,
+        resume: tuple[int, Tensor] | None = None,
+        on_block: Callable[[int, Tensor], None] | None = None,
+        on_forward: Callable[[int], None] | None = None,
+    ) -> None:
+        """Forward, then backward through all blocks.
+
+        observer_of(i): who watches block i, or None. on_block(i, gradient) after block i, with
+        the gradient [S, T, D] at its input, valid during the call; on_forward(i) after a forward
+        run of block i. resume: (i, that gradient) as given to on_block before: goes on at i - 1.
+        """
+        shape = (*self._tokens.shape, self._model.plan.hidden_size)
+        size = self._tokens.numel() * self._model.plan.hidden_size * self._model.dtype.itemsize
+        limit = self._settings.host_bytes
+        with HostMemory(limit, self._scratch) as memory:
+            first = memory.empty(shape, self._model.dtype)
+            for part in self._parts():
+                first[part] = self._model.embed(self._tokens[part]).to(first.device)
+            every = self._settings.every or choose_every(self._model.block_count, size, limit)
+            inputs = BlockInputs(
+                first,
+                self._model.block_count,
+                min(every, self._model.block_count),
+                memory,
+                self._step(on_forward),
+            )
+            top, gradient = self._start(inputs, memory, resume)
+            for i in reversed(range(top)):
+                self._backward(i, inputs.take(i), gradient, observer_of(i))
+                if on_block:
+                    on_block(i, gradient)
+
+    def _start(
+        self, inputs: BlockInputs, memory: HostMemory, resume: tuple[int, Tensor] | None
+    ) -> tuple[int, Tensor]:
+        """Number of blocks still to go through, and the gradient at the output of the last."""
+        if resume is None:
+            output = inputs.forward()
+            gradient = torch.empty_like(output)
+            self._head_gradient(output, gradient)
+            memory.free(output)
+            return self._model.block_count, gradient
+        top, gradient = resume
+        if top:
+            memory.free(inputs.forward(top))
+        return top, gradient.to(self._model.dtype)
+
+    def _parts(self) -> Iterator[slice]:
+        for start in range(0, len(self._tokens), self._settings.batch):
+            yield slice(start, start + self._settings.batch)
+
+    def _load(self, i: int) -> nn.Module:
+        block = self._model.load_block(i).requires_grad_(False)
+        if self._prepare:
+            self._prepare(i, block)
+        return block
+
+    def _step(self, on_forward: Callable[[int], None] | None) -> Callable[..., None]:
+        @torch.no_grad()
+        def step(i: int, x: Tensor, y: Tensor) -> None:
+            block = self._load(i)
+            for part in self._parts():
+                y[part] = self._model.run_block(i, block, x[part]).to(y.device, y.dtype)
+            if on_forward:
+                on_forward(i)
+
+        return step
+
+    def _head_gradient(self, output: Tensor, gradient: Tensor) -> None:
+        """Write dL/d(output) [S, T, D]; the last position of a window predicts nothing."""
+        generator = torch.Generator(self._model.device).manual_seed(self._settings.seed)
+        length = self._tokens.shape[1]
+        for part in self._parts():
+            targets = self._tokens[part]
+            span = max(1, LOGIT_VALUES // (len(targets) * self._model.plan.vocab_size))
+            gradient[part, -1] = 0
+            for start in range(0, length - 1, span):
+                place = slice(start, min(start + span, length - 1))
+                labels = targets[:, place.start + 1 : place.stop + 1].to(self._model.device)
+                x = output[part, place].to(self._model.device)
+                gradient[part, place] = self._slice_gradient(x, labels, generator).cpu()
+
+    def _slice_gradient(self, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self._model.logits(x).float().flatten(0, -2)
+            if self._settings.labels == "sampled":
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+                labels = drawn[:, 0]
+            loss = nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+        return torch.autograd.grad(loss, x)[0]
+
+    def _backward(
+        self, i: int, inputs: Tensor, gradient: Tensor, observer: BlockObserver | None
+    ) -> None:
+        """Replace the gradient at block i's output by that at its input, in place."""
+        block = self._load(i)
+        modules = self._model.linears(block, i)
+        for part in self._parts():
+            x = inputs[part].to(self._model.device).detach().requires_grad_()
+            with _watching(modules, observer), torch.enable_grad():
+                y = self._model.run_block(i, block, x)
+                received = gradient[part].to(self._model.device, y.dtype)
+                torch.autograd.backward(y, received)
+            assert x.grad is not None
+            if not bool(torch.isfinite(x.grad).all()):
+                raise CalibrationError(
+                    f"the loss gradient at the input of block {i} is not finite: the calibration "
+                    "text drives the model out of range; use other text or a wider dtype",
+                    code="non_finite_gradient",
+                )
+            gradient[part] = x.grad.to(gradient.device, gradient.dtype)
+
+
+@contextmanager
+def _watching(modules: Mapping[str, nn.Module], observer: BlockObserver | None) -> Iterator[None]:
+    """While open, report input and output gradient of every call of the named linears."""
+
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            x = args[0].detach()
+
+            def received(gradient: Tensor) -> None:
+                assert observer is not None
+                rows = gradient.detach().reshape(-1, gradient.shape[-1])
+                observer.seen(name, x.reshape(-1, x.shape[-1]), rows)
+
+            if output.requires_grad:
+                output.register_hook(received)
+
+        return hook
+
+    if observer is None:
+        yield
+        return
+    handles = [m.register_forward_hook(hook_of(name)) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

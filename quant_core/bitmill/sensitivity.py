@@ -1,0 +1,323 @@
+"""Measuring the sensitivity profile: what each width costs each group, in nats per token.
+
+To second order, a change D of one linear's weights raises the mean loss of P predicted tokens by
+
+    1/(2P) sum_t (g_t^T D x_t)^2  ~  1/2 sum_n q_n  d_n H d_n^T        d_n: row n of D
+    q_n = 1/P sum_t g_tn^2                g: gradient of the summed loss at the linear's output
+    H   = mean_t x_t x_t^T                or, with moments = "weighted", mean over tokens
+                                          weighted by a_t = sum_n g_tn^2
+
+(Fisher information with rows taken as independent, as in Kronecker-factored curvature, arXiv
+1503.05671, section 3; the weighted form keeps which tokens matter.) One backward pass gives q and H
+for every linear (`gradient_pass.py`).
+
+The cost of width b for group j comes from the real quantizer: its grid search, then the GPTQ column
+loop inside the group, whose normalized errors e_k / U_kk are exactly what is left of D H D^T once
+all later columns have compensated (`cost` = "compensated"). "rounding" takes the rounding error of
+the same grid without compensation.
+
+Given up: interaction between groups and linears (costs add up), and terms beyond second order,
+which at 1 and 2 bits are not small: compare predicted with measured loss before trusting those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitmill.blocks import StreamedModel, weight_of
+from bitmill.codes import group_slices
+from bitmill.compensated_grid import unit_rows
+from bitmill.errors import CalibrationError
+from bitmill.gptq import Curvature
+from bitmill.gradient_pass import GradientPass, PassSettings, Prepare
+from bitmill.grid import ClipSettings, clip_search, max_code, nearest_codes, values
+from bitmill.hessian import DAMPING_LADDER, HessianAccumulator, activation_order
+from bitmill.plan import Plan
+from bitmill.profile import FloatArray, IndexArray, SensitivityProfile
+from bitmill.profile_checkpoint import BlockProfile, ProfileCheckpoint
+from bitmill_kernels.gptq import gptq_block
+
+FAST_CLIP = ClipSettings(shrinks=20, zero_offsets=(), least_squares=2)
+
+
+@dataclass(frozen=True)
+class SensitivitySettings:
+    """What is measured, and how.
+
+    widths: candidates, ascending. clip: grid search of the cost. compensate_from: width whose
+    errors earlier groups hand on to later ones before those are measured; None measures every
+    group on the source weights. token_weights: also keep a_t in the folder, for refinement
+    (`profile_checkpoint.load_token_weights`); routed experts, which see few tokens, have none.
+    """
+
+    widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    order: Literal["natural", "activation"] = "activation"
+    cost: Literal["compensated", "rounding"] = "compensated"
+    moments: Literal["plain", "weighted"] = "plain"
+    compensate_from: int | None = None
+    clip: ClipSettings = FAST_CLIP
+    damping: tuple[float, ...] = DAMPING_LADDER
+    token_weights: bool = False
+    gradients: PassSettings = field(default_factory=PassSettings)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the result, as JSON; memory limits do not."""
+        named = asdict(self)
+        for name in ("host_bytes", "every"):
+            del named["gradients"][name]
+        return named
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMoments:
+    """What the gradient pass knows of one linear.
+
+    H: f32 [K, K], mean of x x^T (of its input group); row_weight: f64 [N], q above;
+    weighted: f32 [K, K] or None; tokens: f32 [T of all windows] a_t or None.
+    """
+
+    H: Tensor
+    row_weight: Tensor
+    weighted: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+class BlockMoments:
+    """Accumulates the moments of one block's linears; a `BlockObserver`.
+
+    groups: names that read the same input; the first of each stands for it.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[str]],
+        linears: Mapping[str, tuple[int, int]],
+        device: torch.device,
+        settings: SensitivitySettings,
+    ) -> None:
+        self._owner = {name: group[0] for group in groups for name in group}
+        self._settings = settings
+        self._plain = {
+            group[0]: HessianAccumulator(linears[group[0]][1], device, name=group[0])
+            for group in groups
+        }
+        self._squares = {
+            name: torch.zeros(rows, dtype=torch.float64, device=device)
+            for name, (rows, _) in linears.items()
+        }
+        self._weighted: dict[str, HessianAccumulator] = {}
+        if settings.moments == "weighted":
+            self._weighted = {
+                name: HessianAccumulator(columns, device, name=name)
+                for name, (_, columns) in linears.items()
+            }
+        self._tokens: dict[str, list[Tensor]] = {name: [] for name in linears}
+
+    def seen(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        """Add one batch: x [T, K], gradient [T, N]."""
+        squares = gradient.float().square()
+        self._squares[name] += squares.sum(0, dtype=torch.float64)
+        if self._owner[name] == name:
+            self._plain[name].add(x)
+        if not (self._weighted or self._settings.token_weights):
+            return
+        importance = squares.sum(1)
+        if self._weighted:
+            self._weighted[name].add(x, importance)
+        if self._settings.token_weights:
+            self._tokens[name].append(importance.cpu())
+
+    def of(self, name: str, predictions: int) -> LinearMoments:
+        """The moments of one linear; raises `CalibrationError` where its input saw no token."""
+        parts = self._tokens[name]
+        return LinearMoments(
+            H=self._plain[self._owner[name]].mean(),
+            row_weight=self._squares[name] / predictions,
+            weighted=self._weighted[name].mean() if self._weighted else None,
+            tokens=torch.cat(parts) if parts else None,
+        )
+
+
+def profile_knapsack(
+    model: StreamedModel,
+    tokens: Tensor,
+    plan: Plan,
+    settings: SensitivitySettings | None = None,
+    *,
+    model_digest: str = "",
+    calibration_digest: str = "",
+    folder: Path | None = None,
+    prepare: Prepare | None = None,
+    on_block: Callable[[int, int], None] | None = None,
+) -> SensitivityProfile:
+    """The profile of a model on windows of tokens, int64 [S, T].
+
+    folder: where finished blocks (and, spilled, block inputs) are kept; a killed run that is
+    started again with the same arguments goes on there and returns the same bytes. prepare: the
+    reference point, see `gradient_pass.Prepare`; costs are still those of the source weights.
+    on_block(done, total): after each of the 2 L block passes, forward and backward.
+
+    Raises `CalibrationError` and `NumericalError` naming the linear at fault.
+    """
+    settings = settings or SensitivitySettings()
+    measurement = _Measurement(model, plan, settings, folder, tokens.numel())
+    run = GradientPass(model, tokens, settings.gradients, scratch=folder, prepare=prepare)
+    blocks = measurement.run(run, on_block)
+    linears = [blocks[linear.block].linear(linear.name) for linear in plan.linears]
+    return SensitivityProfile(
+        model_digest=model_digest,
+        calibration_digest=calibration_digest,
+        settings=settings.identity(),
+        widths=settings.widths,
+        linears=tuple(linears),
+        orders={owner: order for block in blocks for owner, order in block.orders.items()},
+    )
+
+
+class _Measurement:
+    """Turns moments into costs block by block, with a checkpoint after each."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        plan: Plan,
+        settings: SensitivitySettings,
+        folder: Path | None,
+        tokens: int,
+    ) -> None:
+        self._model, self._plan, self._settings, self._tokens = model, plan, settings, tokens
+        self._saved = ProfileCheckpoint(folder)
+        self._moments: dict[int, BlockMoments] = {}
+
+    def run(
+        self, gradients: GradientPass, on_block: Callable[[int, int], None] | None
+    ) -> list[BlockProfile]:
+        count = self._plan.block_count
+        found = {i: block for i in range(count) if (block := self._saved.load(i)) is not None}
+
+        def observer(i: int) -> BlockMoments | None:
+            if i in found:
+                return None
+            shapes = {li.name: (li.rows, li.columns) for li in self._plan.block_linears(i)}
+            groups = self._plan.input_groups(i)
+            self._moments[i] = BlockMoments(groups, shapes, self._model.device, self._settings)
+            return self._moments[i]
+
+        def done(i: int, gradient: Tensor) -> None:
+            if i not in found:
+                found[i] = self._measure(i, self._moments.pop(i), gradients.predictions)
+                self._saved.save(i, found[i])
+            self._saved.save_gradient(i, gradient)
+            report(2 * count - i)
+
+        def report(finished: int) -> None:
+            if on_block:
+                on_block(finished, 2 * count)
+
+        if len(found) < count:
+            gradients.run(
+                observer,
+                resume=self._saved.gradient(),
+                on_block=done,
+                on_forward=lambda i: report(i + 1),
+            )
+        return [found[i] for i in range(count)]
+
+    @torch.no_grad()
+    def _measure(self, i: int, moments: BlockMoments, predictions: int) -> BlockProfile:
+        block = self._model.load_block(i)
+        modules = self._model.linears(block, i)
+        profile = BlockProfile(i, self._settings.widths, {}, {}, {}, {})
+        for group in self._plan.input_groups(i):
+            self._measure_group(group, modules, moments, predictions, profile)
+        return profile
+
+    def _measure_group(
+        self,
+        group: Sequence[str],
+        modules: Mapping[str, nn.Module],
+        moments: BlockMoments,
+        predictions: int,
+        profile: BlockProfile,
+    ) -> None:
+        """Linears that read one input share its order and, with plain moments, its factor."""
+        order: Tensor | None = None
+        shared: Curvature | None = None
+        for name in group:
+            found = moments.of(name, predictions)
+            if order is None and self._settings.order == "activation":
+                order = activation_order(found.H)
+                profile.orders[group[0]] = _index_array(order)
+            if shared is None or found.weighted is not None:
+                H = found.H if found.weighted is None else found.weighted
+                shared = Curvature.prepare(H, order, damping=self._settings.damping, name=name)
+            W = weight_of(modules[name]).detach().float()
+            costs = linear_costs(W, found.row_weight, shared, self._settings)
+            if not np.isfinite(costs).all():
+                raise CalibrationError(
+                    f"the costs of {name} are not finite: its gradients or inputs are too large "
+                    "for fp32; use other calibration text",
+                    code="non_finite_costs",
+                    param=name,
+                )
+            profile.shapes[name] = (W.shape[0], W.shape[1])
+            profile.costs[name] = costs
+            if order is not None:
+                profile.owners[name] = group[0]
+            if found.tokens is not None and len(found.tokens) == self._tokens:
+                self._saved.save_token_weights(name, found.tokens)
+
+
+def linear_costs(
+    W: Tensor, row_weight: Tensor, curvature: Curvature, settings: SensitivitySettings
+) -> FloatArray:
+    """Costs float64 [G, B], nats per token, of every width for every group of one linear.
+
+    W: f32 [N, K] in source column order; row_weight: [N].
+    """
+    work = curvature.packed(W).clone()
+    unit = unit_rows(curvature.factor.upper)
+    rows = 0.5 * row_weight.to(work.device, torch.float64)
+    costs = []
+    for _, part in group_slices(W.shape[1]):
+        block = work[:, part].contiguous()
+        losses = []
+        for width in settings.widths:
+            loss, error = _group_loss(block, part, width, curvature, unit, settings)
+            losses.append((rows * loss.double()).sum())
+            if width == settings.compensate_from and part.stop < W.shape[1]:
+                work[:, part.stop :] -= error @ unit[part, part.stop :]
+        costs.append(torch.stack(losses))
+    table: FloatArray = torch.stack(costs).clamp(min=0.0).cpu().numpy()
+    return table
+
+
+def _group_loss(
+    block: Tensor,
+    part: slice,
+    width: int,
+    curvature: Curvature,
+    unit: Tensor,
+    settings: SensitivitySettings,
+) -> tuple[Tensor, Tensor]:
+    """d H d^T of every row, f32 [N], and the error [N, c] that later columns would take over."""
+    grid = clip_search(block, width, curvature.H.diagonal()[part], settings=settings.clip)
+    if settings.cost == "rounding":
+        error = block - values(nearest_codes(block, grid, width), grid)
+        return ((error @ curvature.H[part, part]) * error).sum(1), error
+    inner = unit[part, part].contiguous()
+    _, error = gptq_block(block, inner, grid.scale, grid.zero, max_code(width))
+    diagonal = curvature.factor.upper.diagonal()[part]
+    return (error / diagonal).square().sum(1), error
+
+
+def _index_array(order: Tensor) -> IndexArray:
+    array: IndexArray = order.cpu().numpy().astype(np.int32)
+    return array
