@@ -4,11 +4,10 @@
     s = fp16(s0 * ratio),   z = the nearest storable zero point
 
 p is the position of a weight in codes, relative to its zero point. It starts from a quantized
-weight (usually GPTQ's): the code itself plus the part of the float weight's distance to it that
-rounding forgets, so the first forward pass gives the starting codes exactly. Learning p is learning
-the weight before rounding, which measured best among what block-wise training can learn
-(EfficientQAT, arXiv 2407.11062, section 3.2 and its ablation), in steps of the grid instead of in
-weights, so that one learning rate suits every width and every row.
+weight (usually GPTQ's), at the code or beside it, so that the first forward pass gives the starting
+codes exactly. Learning p is learning the weight before rounding, which measured best among what
+block-wise training can learn (EfficientQAT, arXiv 2407.11062, section 3.2 and its ablation), in
+steps of the grid instead of in weights, so that one learning rate suits every width and every row.
 
 Gradients go straight through the roundings. A code at the end of its range lets through only the
 gradients that pull it back inside. The gradient of s is exact for the codes of the moment; the one
@@ -77,17 +76,21 @@ class LearnedRounding(nn.Module):
 def start_positions(
     codes: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, largest: Tensor
 ) -> Tensor:
-    """Positions f32 [R, 128] that round to `codes` and lie as near to the weights as that allows.
+    """Positions f32 [R, 128] that round to `codes`, on the side where the float weights lie.
 
-    A code at the end of its range keeps the weight's position beyond it, so that the zero point
-    can tell on which side weights are cut off.
+    Within half a step the position is the weight's own. A code further away was chosen to make up
+    for other columns: its position goes back to the middle as the distance grows to one step, so
+    that the first steps do not undo the choice. A code at the end of its range keeps the weight's
+    position beyond it, which tells the zero point on which side weights are cut off.
     """
     exact = torch.where(scale > 0, weight / scale, 0.0)
     centre = codes.float() - zero
     residual = (exact - centre).nan_to_num(0.0)
-    low = torch.where(codes > 0, -RESIDUAL, -largest)
-    high = torch.where(codes < largest, RESIDUAL, largest)
-    return centre + torch.minimum(torch.maximum(residual, low), high)
+    outward = ((codes == 0) & (residual < 0)) | ((codes == largest) & (residual > 0))
+    distance = residual.abs()
+    folded = torch.minimum(distance, 1 - distance).clamp(0.0, RESIDUAL)
+    beyond = torch.minimum(distance, largest)
+    return centre + torch.where(outward, beyond, folded) * residual.sign()
 
 
 def rounded(

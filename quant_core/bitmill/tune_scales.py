@@ -186,6 +186,7 @@ class _Student:
             if roundings:
                 source = {name: weight_of(module) for name, module in linears.items()}
                 self.learners.append(LearnedRounding(rows, starts, source))
+                self.learners[-1].zero.requires_grad_(False)
             else:
                 self.learners.append(LearnedScales(rows, starts))
             slots, _ = attach(block, linears)
@@ -224,10 +225,11 @@ class _Student:
     def _block(self, index: int, hidden: Tensor) -> Tensor:
         learner = self.learners[index]
         set_slots(self.slots[index], learner.rows.to_weights(learner(self.dtype)))
-        output = self.model.run_block(index, self.blocks[index], hidden)
-        for slot in self.slots[index].values():
-            slot.weight = None
-        return output
+        try:
+            return self.model.run_block(index, self.blocks[index], hidden)
+        finally:
+            for slot in self.slots[index].values():
+                slot.weight = None
 
     def _chunk_kl(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Summed KL of one chunk's next-token distributions, from hidden states [1, C, D]."""

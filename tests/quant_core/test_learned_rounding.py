@@ -50,11 +50,11 @@ def test_what_is_exported_is_what_the_loss_saw(widths: tuple[int, ...]) -> None:
 
 
 def test_positions_start_beside_the_float_weight() -> None:
-    codes = torch.tensor([[0, 1, 1, 3]], dtype=torch.uint8)
-    weight = torch.tensor([[-9.0, 0.2, 1.0, 2.3]])
+    codes = torch.tensor([[0, 1, 1, 1, 3, 3]], dtype=torch.uint8)
+    weight = torch.tensor([[-9.0, 0.2, 1.4, -0.7, 2.3, 1.2]])
     one, zero, largest = torch.ones(1, 1), torch.ones(1, 1), torch.full((1, 1), 3.0)
     position = start_positions(codes, weight, one, zero, largest)
-    torch.testing.assert_close(position, torch.tensor([[-4.0, 0.2, 0.49, 2.3]]))
+    torch.testing.assert_close(position, torch.tensor([[-4.0, 0.2, 0.0, -0.3, 2.3, 1.8]]))
 
 
 def test_the_gradient_of_the_scale_is_exact_where_codes_stay() -> None:
