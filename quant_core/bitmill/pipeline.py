@@ -520,9 +520,10 @@ def publish(job: Job, packed: Path, quality: QualityReport) -> Manifest:
     inputs = {
         "quality": quality.to_json(),
         "output": str(job.output),
-        "present": job.output.exists(),
         "packed": storage.sha256_file(packed.parent / HASHES_NAME),
     }
+    if not job.output.exists():
+        job.space.forget("publish")
     job.space.run("publish", inputs, work)
     return read_manifest(job.output)
 

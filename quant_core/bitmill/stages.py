@@ -61,6 +61,10 @@ class Workspace:
         self._emit(Progress(kind="stage", stage=stage, state="finished"))
         return folder
 
+    def forget(self, stage: Stage) -> None:
+        """Have a stage run again, because what it made elsewhere is gone."""
+        shutil.rmtree(self.root / stage, ignore_errors=True)
+
     def unit(self, stage: Stage, done: int, total: int, unit: str, message: str = "") -> None:
         """Report that `done` of `total` units are finished; raises `Cancelled` if asked to stop."""
         self._emit(
