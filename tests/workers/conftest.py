@@ -14,17 +14,52 @@ from bitmill_workers.jobs import JobStore
 from bitmill_workers.leases import LeaseStore
 from bitmill_workers.migrate import upgrade
 from bitmill_workers.settings import Settings
+from servers import Postgres, Redis
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """One server for all tests that want PostgreSQL."""
+    if Postgres.programs is None:
+        pytest.skip("PostgreSQL is not installed (Debian package postgresql)")
+    server = Postgres(tmp_path_factory.mktemp("postgres"))
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def redis(tmp_path: Path) -> Iterator[Redis]:
+    """A server of the test's own, so that it may be killed."""
+    if Redis.program is None:
+        pytest.skip("Redis is not installed (Debian package redis-server)")
+    server = Redis(tmp_path / "redis")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def dialect() -> str:
+    """Which database the store is on; a module's parametrization replaces it."""
+    return "sqlite"
+
+
+@pytest.fixture
+def settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dialect: str, request: pytest.FixtureRequest
+) -> Settings:
     """A data folder, a model root with one small model, and the acting runner."""
+    url = None
+    if dialect == "postgresql":
+        url = request.getfixturevalue("postgres").database()
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     model = tmp_path / "models" / "tiny"
     model.mkdir(parents=True)
     (model / "model.safetensors").write_bytes(b"weights")
     return Settings(
         data=tmp_path / "data",
+        database_url=url,
         model_roots={"models": model.parent},
         runner_module="acting_runner",
         worker_name="tested",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import sqlalchemy as sa
 
 from bitmill_workers.catalog import Catalog
@@ -10,6 +11,8 @@ from bitmill_workers.jobs import JobStore
 from bitmill_workers.leases import LeaseStore
 from bitmill_workers.tables import workers
 from stores import QUEUES, spec
+
+pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
 
 
 def test_profile_is_registered_once_by_content(catalog: Catalog) -> None:

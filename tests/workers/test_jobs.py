@@ -10,6 +10,8 @@ from bitmill_workers.jobs import JobStore
 from bitmill_workers.leases import LeaseStore
 from stores import QUEUES, set_columns, spec
 
+pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
+
 
 def test_submitted_job_is_queued_with_its_specification(store: JobStore) -> None:
     job = store.submit(spec(label="nightly", deadline_s=50)).job

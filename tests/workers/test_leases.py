@@ -10,6 +10,8 @@ from bitmill_workers.leases import LeaseStore
 from bitmill_workers.records import Artifact, JobRecord, Renewal
 from stores import QUEUES, set_columns, spec
 
+pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
+
 
 @pytest.fixture
 def job(store: JobStore, leases: LeaseStore) -> JobRecord:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
@@ -18,7 +16,10 @@ from bitmill_workers.migrate import (
     require_head,
     upgrade,
 )
+from bitmill_workers.settings import Settings
 from bitmill_workers.tables import metadata
+
+pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
 
 
 def test_migrations_build_exactly_the_tables_of_the_code(database: Database) -> None:
@@ -35,8 +36,8 @@ def test_upgrade_is_repeatable_and_downgrade_empties(database: Database) -> None
     require_head(database)
 
 
-def test_wrong_schema_is_refused(tmp_path: Path) -> None:
-    empty = Database(f"sqlite:///{tmp_path / 'empty.db'}")
+def test_wrong_schema_is_refused(settings: Settings) -> None:
+    empty = Database(settings.database)
     with pytest.raises(StoreUnavailable, match="bitmill db upgrade"):
         require_head(empty)
     empty.close()

@@ -15,6 +15,8 @@ from bitmill_workers.records import Artifact, JobRecord
 from bitmill_workers.settings import Settings
 from stores import QUEUES, set_columns, spec
 
+pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
+
 
 @pytest.fixture
 def reconciler(settings: Settings, database: Database, store: JobStore) -> Iterator[Reconciler]:
