@@ -18,6 +18,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 import transformers
+
 from bitmill.block_learning import BlockData, learn_block
 from bitmill.blocks import StreamedModel
 from bitmill.input_statistics import Stream
