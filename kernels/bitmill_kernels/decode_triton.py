@@ -20,6 +20,7 @@ assembly works on two 16-bit lanes at once; Triton's interpreter runs its plain 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +28,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitmill_kernels.layout import WIDTHS
+from bitmill_kernels.layout import GROUP_SIZE, WIDTHS
+from bitmill_kernels.prologue import prologue_triton
 from bitmill_kernels.runtime import Member, RuntimeWeight
+from bitmill_kernels.workspace import workspace
 
 SEGMENT_FIELDS = 8
+TOKEN_TILES = (16, 32, 64)
 
 
 @triton.jit
@@ -205,7 +209,7 @@ def _class_products(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def decode_kernel(
     x_ptr: tl.tensor,
     sums_ptr: tl.tensor,
@@ -352,6 +356,50 @@ def _segments(member: Member, first_pair: int, split: int) -> list[list[int]]:
             row[:] = [first_pair + i, 0, *addresses, member.rows, 0, 0]
         row[1] += 1
     return table
+
+
+class TritonDecoder:
+    """y [T, N] = x W^T for 1 to 64 tokens; tables and workspaces are built once."""
+
+    max_tokens = TOKEN_TILES[-1]
+
+    def __init__(self, weight: RuntimeWeight, tiles: Mapping[int, Tile], *, asm: bool) -> None:
+        """tiles: a launch shape for each token tile of `TOKEN_TILES`."""
+        device = weight.planes.device
+        slots = weight.slots.shape[0]
+        self._weight = weight
+        self._asm = asm
+        self._tables = {tokens: build_tables(weight, tile) for tokens, tile in tiles.items()}
+        largest = max(
+            tile.split * self._tables[tokens].tiles.shape[0] * tile.rows * tokens
+            for tokens, tile in tiles.items()
+        )
+        tokens = self.max_tokens
+        self._partial = workspace("decode partial", 4 * largest, device)
+        self._rows = workspace("decode inputs", 2 * tokens * slots * GROUP_SIZE, device)
+        self._sums = workspace("decode sums", 4 * tokens * slots, device)
+        self._factor = workspace("decode factor", 4 * tokens, device)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """x [T, K] with contiguous rows, y [T, N] contiguous, bias [N] or None."""
+        T, slots = x.shape[0], self._weight.slots.shape[0]
+        tile = next(tokens for tokens in TOKEN_TILES if tokens >= T)
+        rows = self._rows.view(torch.float16)[: T * slots * GROUP_SIZE].view(T, -1)
+        sums = self._sums.view(torch.float32)[: slots * tile].view(slots, tile)
+        factor = self._factor.view(torch.float32)
+        partial = self._partial.view(torch.float32)
+        prologue_triton(x, self._weight, rows, sums, factor)
+        launch_decode(
+            self._weight,
+            self._tables[tile],
+            rows,
+            sums,
+            factor,
+            bias,
+            partial,
+            y,
+            asm=self._asm,
+        )
 
 
 def launch_decode(

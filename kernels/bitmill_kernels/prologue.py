@@ -31,7 +31,7 @@ MAXIMUM_BLOCK = 4096
 SMALLEST_EXPONENT = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot_count"])
 def _prologue_kernel(
     x_ptr: tl.tensor,
     order_ptr: tl.tensor,
@@ -61,9 +61,9 @@ def _prologue_kernel(
         tl.store(factor_ptr + token, (exponent << 23).to(tl.float32, bitcast=True) * 16777216.0)
     slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
     live_slot = slot < slot_count
-    first = tl.load(slots_ptr + slot * 3, mask=live_slot, other=0)
-    live = tl.load(slots_ptr + slot * 3 + 1, mask=live_slot, other=0)
-    plane = tl.load(slots_ptr + slot * 3 + 2, mask=live_slot, other=1)
+    first = tl.load(slots_ptr + slot * 4, mask=live_slot, other=0)
+    live = tl.load(slots_ptr + slot * 4 + 1, mask=live_slot, other=0)
+    plane = tl.load(slots_ptr + slot * 4 + 2, mask=live_slot, other=1)
     c = tl.arange(0, 128)
     mask = c[None, :] < live[:, None]
     column = first[:, None] + c[None, :]
@@ -111,7 +111,7 @@ def prologue_reference(x: Tensor, weight: RuntimeWeight) -> tuple[Tensor, Tensor
     inverse = ((254 - exponent) << 23).view(torch.float32)
     rows = torch.zeros(x.shape[0], weight.slots.shape[0], GROUP_SIZE, device=x.device)
     field_scale = torch.empty(weight.slots.shape[0], GROUP_SIZE, device=x.device)
-    for slot, (first, live, plane) in enumerate(weight.slots.tolist()):
+    for slot, (first, live, plane, _) in enumerate(weight.slots.tolist()):
         rows[:, slot, :live] = values[:, first : first + live] * inverse[:, None]
         field = torch.arange(GROUP_SIZE, device=x.device) // (16 * plane)
         field_scale[slot] = torch.exp2(-plane * field.float())

@@ -87,8 +87,8 @@ class Member:
 class RuntimeWeight:
     """Stacked linears in the accelerator's layout.
 
-    planes: u8 [bytes], grid: i32 [words], slots: i32 [2 * pairs, 3] = (first source column, live
-    columns, bits of the low plane) of each group in pair order, order: i32 [K] or None.
+    planes: u8 [bytes], grid: i32 [words], slots: i32 [2 * pairs, 4] = (first packed column, live
+    columns, bits of the low plane, width) of each group in pair order, order: i32 [K] or None.
     """
 
     K: int
@@ -125,7 +125,7 @@ def build_runtime(weights: Sequence[PackedWeight], device: torch.device) -> Runt
     planes: list[Tensor] = []
     grids: list[Tensor] = []
     members: list[Member] = []
-    slots: list[tuple[int, int, int]] = []
+    slots: list[tuple[int, int, int, int]] = []
     plane_offset = grid_offset = outputs = 0
     for weight in weights:
         rows = -(-weight.N // ROW_ALIGNMENT) * ROW_ALIGNMENT
@@ -232,12 +232,12 @@ def _pair_grid(
     return by_pair.transpose(1, 2).flatten()
 
 
-def _slots(weight: PackedWeight, pairs: Sequence[Pair]) -> list[tuple[int, int, int]]:
+def _slots(weight: PackedWeight, pairs: Sequence[Pair]) -> list[tuple[int, int, int, int]]:
     columns = group_columns(weight.K)
     return [
-        (0, 0, PLANES[pair.width][0])
+        (0, 0, PLANES[pair.width][0], pair.width)
         if group is None
-        else (group * GROUP_SIZE, columns[group], PLANES[pair.width][0])
+        else (group * GROUP_SIZE, columns[group], PLANES[pair.width][0], pair.width)
         for pair in pairs
         for group in pair.groups
     ]

@@ -32,7 +32,12 @@ def test_siblings_of_different_widths_stack_by_rows():
 def test_slots_name_the_source_columns_of_each_group_in_pair_order():
     weight, *_ = random_linear(4, 300, (4, 2, 4))
     runtime = build_runtime([weight], CPU)
-    assert runtime.slots.tolist() == [[128, 128, 2], [0, 0, 2], [0, 128, 4], [256, 44, 4]]
+    assert runtime.slots.tolist() == [
+        [128, 128, 2, 2],
+        [0, 0, 2, 2],
+        [0, 128, 4, 4],
+        [256, 44, 4, 4],
+    ]
 
 
 def test_every_offset_is_a_multiple_of_16_bytes():

@@ -1,0 +1,406 @@
+"""Speed of the packed product against fp16 `F.linear`, in one run on one GPU.
+
+    python benchmarks/matmul.py                 check, then the table
+    python benchmarks/matmul.py --sweep         every launch shape of the CUDA kernel
+    python benchmarks/matmul.py --sweep --write also record the best shapes in tiles.json
+
+Every product is timed inside a CUDA graph of 40 calls, its weights rotated through copies that
+exceed the L2 cache several times; the median of 9 replays counts. The activation prologue is
+part of every time. Results go to benchmarks/results/ (or --out) as JSON and markdown with the
+versions. Nothing is timed if the check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import triton
+
+from bitmill_kernels import decode_cuda, tiles
+from bitmill_kernels.decode_cuda import SHAPES, CudaDecoder
+from bitmill_kernels.decode_triton import TritonDecoder
+from bitmill_kernels.layout import WIDTHS, code_tensor_shapes, zero_tensor_shapes
+from bitmill_kernels.linear import MixedLinear
+from bitmill_kernels.runtime import PackedWeight, RuntimeWeight, build_runtime, dequantize_runtime
+
+Product = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], None]
+"""(x, bias, y) -> None"""
+Products = dict[str, Product]
+
+DEVICE = torch.device("cuda")
+ROTATION_BYTES = 220 << 20
+CALLS = 40
+REPLAYS = 9
+TOLERANCE = 1e-3
+MIX = (3, 2, 4, 3)
+
+CASES: dict[str, tuple[list[int], int, list[tuple[int, ...]]]] = {
+    "4096x4096 mix 3": ([4096], 4096, [MIX]),
+    "11008x4096 mix 3": ([11008], 4096, [MIX]),
+    "4096x11008 mix 3": ([4096], 11008, [MIX]),
+    "28672x8192 mix 3": ([28672], 8192, [MIX]),
+    "28672x8192 4-bit": ([28672], 8192, [(4,)]),
+    "28672x8192 3-bit": ([28672], 8192, [(3,)]),
+    "28672x8192 2-bit": ([28672], 8192, [(2,)]),
+    "q/k/v 12288x4096 mix 3": ([4096] * 3, 4096, [MIX, (2, 4), (3,)]),
+}
+TARGETS = {
+    "11008x4096 mix 3": 2.6,
+    "28672x8192 mix 3": 3.4,
+    "28672x8192 4-bit": 3.1,
+    "28672x8192 2-bit": 4.5,
+    "q/k/v 12288x4096 mix 3": 2.2,
+}
+PREFILL = [(4096, 4096), (11008, 4096), (28672, 8192)]
+
+
+def random_packed(
+    N: int, K: int, widths: tuple[int, ...], *, ordered: bool = False
+) -> PackedWeight:
+    """Random planes on the device: every byte is a legal code."""
+    shapes = code_tensor_shapes(N, K, widths) | zero_tensor_shapes(N, widths)
+    tensors = {
+        name: torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+        for name, shape in shapes.items()
+    }
+    tensors["scales"] = (torch.rand(len(widths), N, device=DEVICE) * 0.01 + 0.001).half()
+    order = torch.randperm(K, device=DEVICE).to(torch.int32) if ordered else None
+    return PackedWeight(tensors, widths, N, K, order)
+
+
+def spread(pattern: tuple[int, ...], K: int) -> tuple[int, ...]:
+    groups = -(-K // 128)
+    return tuple(pattern[g % len(pattern)] for g in range(groups))
+
+
+def case_runtime(name: str) -> RuntimeWeight:
+    rows, K, patterns = CASES[name]
+    weights = [
+        random_packed(N, K, spread(pattern, K)) for N, pattern in zip(rows, patterns, strict=True)
+    ]
+    return build_runtime(weights, DEVICE)
+
+
+def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+def exact_product(
+    x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    inputs = x.double() if weight.order is None else x.double()[:, weight.order.long()]
+    y = inputs @ dequantize_runtime(weight).double().t()
+    return y if bias is None else y + bias.double()
+
+
+def products_of(weight: RuntimeWeight, *, with_triton: bool = True) -> Products:
+    """Every decoder that can run, by name."""
+    found: Products = {}
+    if with_triton:
+        found["triton"] = triton_decoder(weight)
+    if decode_cuda.available(DEVICE):
+        for shape in SHAPES:
+            decoder = decoder_or_none(weight, shape)
+            if decoder is not None:
+                found[shape_name(shape)] = decoder
+    return found
+
+
+def triton_decoder(weight: RuntimeWeight) -> TritonDecoder:
+    processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    return TritonDecoder(weight, tiles.triton_tiles(weight, processors), asm=True)
+
+
+def shape_name(shape: decode_cuda.BlockShape) -> str:
+    return f"cuda {shape.warps}w {shape.row_tiles}r {shape.blocks}b"
+
+
+def decoder_or_none(weight: RuntimeWeight, shape: decode_cuda.BlockShape) -> CudaDecoder | None:
+    """A shape whose ring does not fit the widest pair, or whose tile does not divide the rows."""
+    if any(member.rows % shape.rows for member in weight.members):
+        return None
+    try:
+        return CudaDecoder(weight, (shape, shape))
+    except ValueError:
+        return None
+
+
+def check() -> bool:
+    """Compare every decoder with fp64 over widths, mixes, tails, orders, tokens; run twice."""
+    torch.manual_seed(1)
+    cases = [((width,) * 4, 320, 512, False) for width in WIDTHS]
+    cases += [
+        ((3, 2, 4, 8, 1, 3, 6, 5, 3), 1000, 1100, True),
+        (spread(MIX, 4096), 4096, 4096, False),
+        ((3,), 7, 100, True),
+    ]
+    good = True
+    for widths, N, K, ordered in cases:
+        weight = build_runtime([random_packed(N, K, widths, ordered=ordered)], DEVICE)
+        for T, dtype in ((1, torch.float16), (5, torch.bfloat16), (16, torch.float16)):
+            x = (torch.randn(T, K, device=DEVICE) + 0.5).to(dtype)
+            bias = torch.randn(N, device=DEVICE).to(dtype)
+            exact = exact_product(x, weight, bias)
+            for name, product in products_of(weight, with_triton=len(set(widths)) > 1).items():
+                good &= check_product(f"{name} {widths[:9]} T={T}", product, x, bias, exact)
+    return good & check_exact_codes() & check_siblings() & check_prefill()
+
+
+def check_product(
+    label: str,
+    product: Product,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    exact: torch.Tensor,
+) -> bool:
+    results = []
+    for _ in range(3):
+        y = torch.full(exact.shape, float("nan"), dtype=x.dtype, device=DEVICE)
+        product(x, bias, y)
+        torch.cuda.synchronize()
+        results.append(y)
+    error = relative_error(results[0], exact)
+    same = all(torch.equal(results[0], y) for y in results[1:])
+    limit = 5e-3 if x.dtype == torch.bfloat16 else TOLERANCE
+    if not (error < limit and same):
+        print(f"FAILED {label}: relative error {error:.2e}, repeatable {same}", flush=True)
+        return False
+    return True
+
+
+def check_exact_codes() -> bool:
+    """One-hot inputs read every column alone: scale 1 and zero 0 give back the code itself."""
+    good = True
+    for width in WIDTHS:
+        packed = random_packed(256, 256, (width, width))
+        tensors = dict(packed.tensors)
+        tensors["scales"] = torch.ones_like(tensors["scales"])
+        tensors[f"zeros_b{width}"] = torch.zeros_like(tensors[f"zeros_b{width}"])
+        weight = build_runtime([PackedWeight(tensors, packed.widths, 256, 256)], DEVICE)
+        codes = dequantize_runtime(weight)
+        for name, product in products_of(weight).items():
+            rows = []
+            for start in range(0, 256, 16):
+                x = torch.eye(256, device=DEVICE, dtype=torch.float16)[start : start + 16]
+                y = torch.full((16, 256), float("nan"), dtype=torch.float16, device=DEVICE)
+                product(x, None, y)
+                rows.append(y)
+            if not torch.equal(torch.cat(rows).t().float(), codes):
+                print(f"FAILED exact codes of width {width}: {name}", flush=True)
+                good = False
+    return good
+
+
+def check_siblings() -> bool:
+    weight = case_runtime("q/k/v 12288x4096 mix 3")
+    x = torch.randn(3, 4096, device=DEVICE, dtype=torch.float16)
+    exact = exact_product(x, weight, None)
+    return all(
+        check_product(f"siblings {name}", product, x, None, exact)
+        for name, product in products_of(weight).items()
+    )
+
+
+def check_prefill() -> bool:
+    packed = random_packed(1000, 1100, (3, 2, 4, 4, 2, 3, 4, 2, 3), ordered=True)
+    linear = MixedLinear([packed], DEVICE)
+    weight = build_runtime([packed], DEVICE)
+    good = True
+    for T in (1, 16, 33, 64, 65, 300):
+        x = torch.randn(T, 1100, device=DEVICE, dtype=torch.float16)
+        bias = torch.randn(1000, device=DEVICE, dtype=torch.float16)
+        error = relative_error(linear(x, bias), exact_product(x, weight, bias))
+        if not error < TOLERANCE:
+            print(f"FAILED linear T={T}: relative error {error:.2e}", flush=True)
+            good = False
+    return good
+
+
+def microseconds(call: Callable[[int], object]) -> float:
+    """Median time of one call, in a graph of `CALLS` of them."""
+    for i in range(3):
+        call(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(CALLS):
+            call(i)
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / CALLS * 1e3)
+    return sorted(times)[REPLAYS // 2]
+
+
+def copies(weight: RuntimeWeight) -> list[RuntimeWeight]:
+    count = ROTATION_BYTES // weight.nbytes + 2
+    return [
+        dataclasses.replace(weight, planes=weight.planes.clone(), grid=weight.grid.clone())
+        for _ in range(count)
+    ]
+
+
+def time_half(N: int, K: int, T: int) -> float:
+    weights = [
+        torch.randn(N, K, device=DEVICE, dtype=torch.float16)
+        for _ in range(ROTATION_BYTES // (2 * N * K) + 2)
+    ]
+    x = torch.randn(T, K, device=DEVICE, dtype=torch.float16)
+    return microseconds(lambda i: torch.nn.functional.linear(x, weights[i % len(weights)]))
+
+
+def time_decoder(decoders: list[Product], N: int, K: int, T: int) -> float:
+    x = torch.randn(T, K, device=DEVICE, dtype=torch.float16)
+    y = torch.empty(T, N, device=DEVICE, dtype=torch.float16)
+    return microseconds(lambda i: decoders[i % len(decoders)](x, None, y))
+
+
+def decode_rows(names: list[str], *, every_shape: bool) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    half: dict[tuple[int, int, int], float] = {}
+    for name in names:
+        weights = copies(case_runtime(name))
+        N, K = weights[0].N, weights[0].K
+        for T in (1, 16):
+            key = (N, K, T)
+            half[key] = half.get(key) or time_half(*key)
+            best = tiles.block_shapes(weights[0])[0 if T <= 8 else 1]
+            for shape in SHAPES if every_shape else (best,):
+                decoders = [decoder_or_none(weight, shape) for weight in weights]
+                if None in decoders:
+                    continue
+                time = time_decoder([d for d in decoders if d is not None], N, K, T)
+                rows.append(row(name, T, shape_name(shape), time, half[key], weights[0]))
+            time = time_decoder([triton_decoder(weight) for weight in weights], N, K, T)
+            rows.append(row(name, T, "triton", time, half[key], weights[0]))
+    return rows
+
+
+def row(
+    case: str, T: int, kernel: str, time: float, half: float, weight: RuntimeWeight
+) -> dict[str, object]:
+    target = TARGETS.get(case)
+    return {
+        "case": case,
+        "tokens": T,
+        "kernel": kernel,
+        "microseconds": round(time, 2),
+        "fp16_microseconds": round(half, 2),
+        "speedup": round(half / time, 3),
+        "terabytes_per_second": round(weight.nbytes / time / 1e6, 3),
+        "target": target if T == 1 else None,
+        "widths": tiles.widths_present(weight),
+        "N": weight.N,
+        "K": weight.K,
+    }
+
+
+def prefill_rows() -> list[dict[str, object]]:
+    rows = []
+    for N, K in PREFILL:
+        half = {T: time_half(N, K, T) for T in (32, 64, 128, 2048)}
+        for width in (2, 3, 4, 8):
+            linear = MixedLinear([random_packed(N, K, (width,) * (K // 128))], DEVICE)
+            for T in half:
+                x = torch.randn(T, K, device=DEVICE, dtype=torch.float16)
+                time = microseconds(lambda i, x=x, linear=linear: linear(x))
+                rows.append(
+                    {
+                        "case": f"{N}x{K} {width}-bit",
+                        "tokens": T,
+                        "microseconds": round(time, 1),
+                        "fp16_microseconds": round(half[T], 1),
+                        "speedup": round(half[T] / time, 3),
+                        "target": 0.85 if T == 2048 else None,
+                    }
+                )
+    return rows
+
+
+def provenance() -> dict[str, object]:
+    properties = torch.cuda.get_device_properties(DEVICE)
+    return {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+        "peers": {name: bool(find_spec(name)) for name in ("gemlite", "hqq")},
+    }
+
+
+def markdown(result: dict[str, object]) -> str:
+    lines = [f"# {result['provenance']['gpu']}", "", f"`{json.dumps(result['provenance'])}`", ""]
+    for part in ("decode", "prefill"):
+        rows = result.get(part)
+        if rows:
+            keys = [key for key in rows[0] if key not in ("widths", "N", "K")]
+            lines += ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+            lines += ["| " + " | ".join(str(r.get(key, "")) for key in keys) + " |" for r in rows]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def write_tiles(rows: list[dict[str, object]], gpu: str) -> None:
+    """Replace this GPU's entries of tiles.json by the fastest shape of every case."""
+    path = Path(tiles.__file__).with_name("tiles.json")
+    table = json.loads(path.read_text())
+    best: dict[tuple[object, ...], dict[str, object]] = {}
+    for r in rows:
+        key = (r["N"], r["K"], r["widths"], 8 if r["tokens"] == 1 else 16)
+        if str(r["kernel"]).startswith("cuda") and (
+            key not in best or r["microseconds"] < best[key]["microseconds"]
+        ):
+            best[key] = r
+    entries = [entry for entry in table["entries"] if entry["gpu"] != gpu]
+    for (N, K, widths, tokens), r in best.items():
+        shape = next(shape for shape in SHAPES if shape_name(shape) == r["kernel"])
+        entries.append(
+            {"gpu": gpu, "N": N, "K": K, "widths": widths, "tokens": tokens}
+            | {"shape": list(dataclasses.astuple(shape))}
+        )
+    path.write_text(json.dumps({**table, "entries": entries}, indent=1) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep", action="store_true", help="time every launch shape")
+    parser.add_argument("--write", action="store_true", help="record the best shapes")
+    parser.add_argument("--no-prefill", action="store_true")
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    if not check():
+        print("the check failed: nothing is timed")
+        return 1
+    print("check passed", flush=True)
+    result: dict[str, object] = {"provenance": provenance()}
+    result["decode"] = decode_rows(options.cases, every_shape=options.sweep)
+    if not options.no_prefill:
+        result["prefill"] = prefill_rows()
+    if options.write:
+        write_tiles(result["decode"], result["provenance"]["gpu"])
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = f"matmul-{'sweep-' if options.sweep else ''}{result['provenance']['gpu']}"
+    file = options.out / name.replace(" ", "-").lower()
+    file.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    text = markdown(result)
+    file.with_suffix(".md").write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

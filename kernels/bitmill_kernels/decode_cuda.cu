@@ -1,0 +1,644 @@
+// Decode product on Hopper and later: y = x W^T for up to 16 tokens, W in the runtime layout.
+//
+//   y[t, n] = factor[t] * sum over groups g of
+//             scale[n, g] * (sum_k code[n, k] * x[t, k] - zero[n, g] * sums[g, t])  + bias[n]
+//
+// The same equation and layout as decode_triton.py; what differs is how the bytes travel.
+//
+// One block per slot of every multiprocessor takes an equal share of the bytes: a run of
+// consecutive units, a unit being one tile of rows times one pair of groups. One thread of an
+// extra warp streams the units' planes, scale words and activations into a ring in shared memory
+// by bulk copies, across tiles and widths without a pause. Every other warp owns 16*ROW_TILES
+// rows of each unit and multiplies them by mma.m16n8k16 with the weights as the left operand:
+//
+//   rows of a pair are 32w contiguous bytes, so a lane's 8 or 16 bytes of row lane/4 are whole
+//   words of two columns; one AND (two for joined planes) makes a register of the left operand.
+//   The order of columns inside the product is free, and the prologue writes the activations in
+//   the order that this reading gives: vectors of 16 bytes, [group][4][token][lane % 4].
+//
+// Where a tile is shared by several blocks, each warp leaves its partial sums in the workspace
+// and the last to arrive adds them in block order: bitwise the same result on every launch. No
+// block ever waits for another. The decode grid may start while the prologue runs; it fetches
+// weights at once and activations only when the prologue is done.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace {
+
+constexpr int kMinimumExponent = 16;
+constexpr int kPrologueThreads = 256;
+constexpr int kThreadsPerSlot = 16;
+
+struct PairRow {
+  int width;
+  uint32_t low, high, grid;  // offsets in units of 16 bytes
+};
+
+struct TileRow {
+  int first_pair, pair_count, row, first_unit;
+  int output, live_rows, first_block, blocks;
+};
+
+struct BlockRow {
+  int begin, end, tile, unused;
+};
+
+}  // namespace
+
+extern "C" struct DecodeArguments {
+  const uint8_t* planes;
+  const uint8_t* grid;
+  const PairRow* pairs;
+  const TileRow* tiles;
+  const BlockRow* blocks;
+  const uint8_t* inputs;
+  const float* factor;
+  const void* bias;
+  float* partial;
+  int* counters;
+  void* y;
+  int pair_count;
+  int tokens;
+  int output_stride;
+  int stage_count;
+  int stage_bytes;
+  int is_bf16;
+};
+
+namespace {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(count));
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
+                                          uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                         uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// One field of two columns: bits of the low plane joined with those of the high plane.
+template <int LOW, int HIGH>
+__device__ __forceinline__ uint32_t field(uint32_t low, uint32_t high, int j) {
+  const uint32_t low_mask = (((1u << LOW) - 1u) * 0x00010001u) << (LOW * j);
+  if constexpr (HIGH == 0) {
+    return low & low_mask;
+  } else {
+    const uint32_t high_mask = ((((1u << HIGH) - 1u) << LOW) * 0x00010001u) << (LOW * j);
+    return (low & low_mask) | (high & high_mask);
+  }
+}
+
+struct Lane {
+  int row;     // lane / 4
+  int column;  // lane % 4
+};
+
+// Adds one unit to total[row tile][token tile]. `low`, `high` and `scales` point at the warp's
+// first row; `inputs` at the pair's activations.
+template <int LOW, int HIGH, int ROW_TILES, int TOKEN_TILES>
+__device__ __forceinline__ void add_unit(const uint8_t* low, const uint8_t* high,
+                                         const uint8_t* scales, const uint8_t* inputs, int tokens,
+                                         const int (&token)[TOKEN_TILES], Lane lane,
+                                         float (&total)[ROW_TILES][TOKEN_TILES][4]) {
+  constexpr int kFields = 8 / LOW;
+  constexpr int kVectors = LOW >= 2 ? LOW / 2 : 1;
+  constexpr bool kNarrow = LOW == 1 || HIGH == 1;
+  float sum[2][ROW_TILES][TOKEN_TILES][4] = {};
+  uint32_t high_words[ROW_TILES][2][4];
+  if constexpr (HIGH != 0) {
+#pragma unroll
+    for (int r = 0; r < 2 * ROW_TILES; ++r) {
+      const uint8_t* from = high + (r * 8 + lane.row) * 32 * HIGH + lane.column * 8 * HIGH;
+      uint32_t(&to)[4] = high_words[r / 2][r % 2];
+      if constexpr (HIGH == 1) {
+        const uint2 words = *reinterpret_cast<const uint2*>(from);
+        to[0] = to[2] = words.x;
+        to[1] = to[3] = words.y;
+      } else {
+        const uint4 words = *reinterpret_cast<const uint4*>(from);
+        to[0] = words.x, to[1] = words.y, to[2] = words.z, to[3] = words.w;
+      }
+    }
+  }
+#pragma unroll(LOW == 8 ? 1 : kVectors)
+  for (int v = 0; v < kVectors; ++v) {
+    uint32_t words[ROW_TILES][2][4];
+#pragma unroll
+    for (int r = 0; r < 2 * ROW_TILES; ++r) {
+      const uint8_t* from = low + (r * 8 + lane.row) * 32 * LOW + v * 64;
+      uint32_t(&to)[4] = words[r / 2][r % 2];
+      if constexpr (LOW == 1) {
+        const uint2 here = *reinterpret_cast<const uint2*>(from + lane.column * 8);
+        to[0] = to[2] = here.x, to[1] = to[3] = here.y;
+      } else if constexpr (kNarrow) {
+        const uint2 first = *reinterpret_cast<const uint2*>(from + lane.column * 8);
+        const uint2 second = *reinterpret_cast<const uint2*>(from + 32 + lane.column * 8);
+        to[0] = first.x, to[1] = first.y, to[2] = second.x, to[3] = second.y;
+      } else {
+        const uint4 here = *reinterpret_cast<const uint4*>(from + lane.column * 16);
+        to[0] = here.x, to[1] = here.y, to[2] = here.z, to[3] = here.w;
+      }
+    }
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      uint32_t left[ROW_TILES][2][4];
+      uint32_t upper[ROW_TILES][2][4];
+#pragma unroll
+      for (int r = 0; r < 2 * ROW_TILES; ++r) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t word = words[r / 2][r % 2][i];
+          left[r / 2][r % 2][i] = group ? word >> 8 : word;
+          if constexpr (HIGH != 0) {
+            const int slice = kNarrow ? 2 * v + i / 2 : v;
+            const int shift = LOW - HIGH * slice;
+            const uint32_t above = high_words[r / 2][r % 2][i];
+            upper[r / 2][r % 2][i] = group ? above >> (8 - shift) : above << shift;
+          } else {
+            upper[r / 2][r % 2][i] = 0;
+          }
+        }
+      }
+      constexpr int kSteps = 4 / kVectors;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        // Two products share one vector of activations: two fields of width 1, else one field
+        // of two pairs of words.
+        const int vector = LOW == 1 ? step : step * LOW / 2 + v;
+        const int first = LOW == 1 ? 2 * step : step;
+        const int second = LOW == 1 ? 2 * step + 1 : step;
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n) {
+          const uint4 x = *reinterpret_cast<const uint4*>(
+              inputs + ((group * 4 + vector) * tokens + token[n]) * 64 + lane.column * 16);
+#pragma unroll
+          for (int r = 0; r < ROW_TILES; ++r) {
+            const auto& a = left[r];
+            const auto& b = upper[r];
+            multiply(sum[group][r][n], field<LOW, HIGH>(a[0][0], b[0][0], first),
+                     field<LOW, HIGH>(a[1][0], b[1][0], first),
+                     field<LOW, HIGH>(a[0][1], b[0][1], first),
+                     field<LOW, HIGH>(a[1][1], b[1][1], first), x.x, x.y);
+            multiply(sum[group][r][n], field<LOW, HIGH>(a[0][2], b[0][2], second),
+                     field<LOW, HIGH>(a[1][2], b[1][2], second),
+                     field<LOW, HIGH>(a[0][3], b[0][3], second),
+                     field<LOW, HIGH>(a[1][3], b[1][3], second), x.z, x.w);
+          }
+        }
+      }
+    }
+  }
+  static_assert(kFields >= 1, "a field is at most a byte");
+  const float* sums = reinterpret_cast<const float*>(inputs + 512 * tokens);
+#pragma unroll
+  for (int r = 0; r < 2 * ROW_TILES; ++r) {
+    const uint2 words = *reinterpret_cast<const uint2*>(scales + (r * 8 + lane.row) * 8);
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      const uint32_t word = group ? words.y : words.x;
+      const float2 grid = __half22float2(*reinterpret_cast<const __half2*>(&word));
+#pragma unroll
+      for (int n = 0; n < TOKEN_TILES; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int t = min(n * 8 + 2 * lane.column + e, tokens - 1);
+          const int cell = (r % 2) * 2 + e;
+          const float product = sum[group][r / 2][n][cell] - grid.y * sums[group * tokens + t];
+          total[r / 2][n][cell] += grid.x * product;
+        }
+      }
+    }
+  }
+}
+
+template <int ROW_TILES, int TOKEN_TILES>
+__device__ __forceinline__ void store_outputs(const DecodeArguments& p, const TileRow& tile,
+                                              int warp_row, Lane lane,
+                                              const float (&total)[ROW_TILES][TOKEN_TILES][4]) {
+#pragma unroll
+  for (int r = 0; r < 2 * ROW_TILES; ++r) {
+    const int row = warp_row + r * 8 + lane.row;
+    if (row >= tile.live_rows) continue;
+    const int output = tile.output + row;
+    float bias = 0.0f;
+    if (p.bias != nullptr) {
+      bias = p.is_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(p.bias)[output])
+                       : __half2float(static_cast<const __half*>(p.bias)[output]);
+    }
+#pragma unroll
+    for (int n = 0; n < TOKEN_TILES; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int t = n * 8 + 2 * lane.column + e;
+        if (t >= p.tokens) continue;
+        const float y = total[r / 2][n][(r % 2) * 2 + e] * p.factor[t] + bias;
+        const size_t at = static_cast<size_t>(t) * p.output_stride + output;
+        if (p.is_bf16) {
+          static_cast<__nv_bfloat16*>(p.y)[at] = __float2bfloat16(y);
+        } else {
+          static_cast<__half*>(p.y)[at] = __float2half(y);
+        }
+      }
+    }
+  }
+}
+
+// Leaves this warp's sums in the workspace; the last block of the tile adds them in order.
+// Slot 1 of a block is for the tile that begins in it, slot 0 for the one it continues.
+template <int WARPS, int ROW_TILES, int TOKEN_TILES>
+__device__ __forceinline__ bool reduce(const DecodeArguments& p, const TileRow& tile, int tile_id,
+                                       int begin, int warp, Lane lane,
+                                       float (&total)[ROW_TILES][TOKEN_TILES][4]) {
+  constexpr int kCells = ROW_TILES * TOKEN_TILES * 4;
+  const int thread = lane.row * 4 + lane.column;
+  const int slot = tile.first_unit >= begin ? 1 : 0;
+  float* mine = p.partial + ((blockIdx.x * 2 + slot) * WARPS + warp) * kCells * 32 + thread;
+#pragma unroll
+  for (int i = 0; i < kCells; ++i) {
+    const int t = (i / 4 % TOKEN_TILES) * 8 + 2 * lane.column + i % 2;
+    if (t < p.tokens) __stcg(mine + i * 32, total[i / (4 * TOKEN_TILES)][i / 4 % TOKEN_TILES][i % 4]);
+  }
+  __threadfence();
+  __syncwarp();
+  int arrived = 0;
+  int* counter = p.counters + tile_id * WARPS + warp;
+  if (thread == 0) arrived = atomicAdd(counter, 1);
+  arrived = __shfl_sync(0xffffffffu, arrived, 0);
+  if (arrived != tile.blocks - 1) return false;
+  __threadfence();
+#pragma unroll
+  for (int i = 0; i < kCells; ++i) total[i / (4 * TOKEN_TILES)][i / 4 % TOKEN_TILES][i % 4] = 0.0f;
+  for (int b = 0; b < tile.blocks; ++b) {
+    const int from_slot = b == 0 ? 1 : 0;
+    const float* from =
+        p.partial + (((tile.first_block + b) * 2 + from_slot) * WARPS + warp) * kCells * 32 + thread;
+#pragma unroll
+    for (int i = 0; i < kCells; ++i) {
+      const int t = (i / 4 % TOKEN_TILES) * 8 + 2 * lane.column + i % 2;
+      if (t < p.tokens) {
+        total[i / (4 * TOKEN_TILES)][i / 4 % TOKEN_TILES][i % 4] += __ldcg(from + i * 32);
+      }
+    }
+  }
+  if (thread == 0) *counter = 0;
+  return true;
+}
+
+__device__ __forceinline__ int low_plane(int width) {
+  return width == 3 ? 2 : width == 5 || width == 6 ? 4 : width;
+}
+
+__device__ __forceinline__ int input_bytes(int tokens) {
+  return 512 * tokens + (8 * tokens + 15) / 16 * 16;
+}
+
+// Walks the units of a block: `next` gives the pair of the current unit and steps on.
+struct Cursor {
+  int unit, tile, row, pair_of_unit, tile_end;
+
+  __device__ Cursor(const DecodeArguments& p, const BlockRow& block)
+      : unit(block.begin), tile(block.tile) {
+    enter(p);
+  }
+
+  __device__ void enter(const DecodeArguments& p) {
+    const TileRow here = p.tiles[tile];
+    row = here.row;
+    pair_of_unit = here.first_pair - here.first_unit;
+    tile_end = here.first_unit + here.pair_count;
+  }
+
+  __device__ int next(const DecodeArguments& p) {
+    if (unit == tile_end) {
+      ++tile;
+      enter(p);
+    }
+    return pair_of_unit + unit++;
+  }
+};
+
+template <int ROWS>
+__device__ void produce(const DecodeArguments& p, const BlockRow& block, const PairRow* pairs,
+                        uint64_t* full, uint64_t* empty, uint8_t* ring) {
+  uint64_t once, keep;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
+  const int x_bytes = input_bytes(p.tokens);
+  // Activations follow their own cursor: it starts when the prologue is done, at the latest when
+  // the ring is full of weights.
+  Cursor weights(p, block), inputs(p, block);
+  bool ready = false;
+  for (int i = 0; i < block.end - block.begin; ++i) {
+    const int stage = i % p.stage_count;
+    if (i >= p.stage_count) barrier_wait(empty + stage, (i / p.stage_count - 1) & 1);
+    const PairRow pair = pairs[weights.next(p)];
+    const int low = low_plane(pair.width), high = pair.width - low;
+    uint8_t* scales = ring + stage * p.stage_bytes + x_bytes;
+    uint8_t* planes = scales + ROWS * 8;
+    barrier_expect(full + stage, x_bytes + ROWS * (8 + 32 * pair.width));
+    bulk_copy(planes, p.planes + (static_cast<size_t>(pair.low) << 4) + weights.row * 32 * low,
+              ROWS * 32 * low, full + stage, once);
+    if (high) {
+      bulk_copy(planes + ROWS * 32 * low,
+                p.planes + (static_cast<size_t>(pair.high) << 4) + weights.row * 32 * high,
+                ROWS * 32 * high, full + stage, once);
+    }
+    bulk_copy(scales, p.grid + (static_cast<size_t>(pair.grid) << 4) + weights.row * 8, ROWS * 8,
+              full + stage, once);
+    if (!ready && (i + 1 == p.stage_count || i + 1 == block.end - block.begin)) {
+      asm volatile("griddepcontrol.wait;" ::: "memory");
+      ready = true;
+    }
+    while (ready && inputs.unit <= block.begin + i) {
+      const int s = (inputs.unit - block.begin) % p.stage_count;
+      bulk_copy(ring + s * p.stage_bytes,
+                p.inputs + static_cast<size_t>(inputs.next(p)) * x_bytes, x_bytes, full + s, keep);
+    }
+  }
+}
+
+template <int WARPS, int ROW_TILES, int TOKEN_TILES>
+__device__ void consume(const DecodeArguments& p, const BlockRow& block, const PairRow* pairs,
+                        uint64_t* full, uint64_t* empty, const uint8_t* ring, int warp,
+                        int thread) {
+  constexpr int kRows = WARPS * ROW_TILES * 16;
+  const Lane lane = {thread / 4, thread % 4};
+  const int warp_row = warp * ROW_TILES * 16;
+  const int x_bytes = input_bytes(p.tokens);
+  int token[TOKEN_TILES];
+#pragma unroll
+  for (int n = 0; n < TOKEN_TILES; ++n) token[n] = min(n * 8 + lane.row, p.tokens - 1);
+  Cursor cursor(p, block);
+  float total[ROW_TILES][TOKEN_TILES][4] = {};
+  for (int stage = 0, parity = 0; cursor.unit < block.end;) {
+    const int width = pairs[cursor.next(p)].width;
+    const uint8_t* inputs = ring + stage * p.stage_bytes;
+    const uint8_t* scales = inputs + x_bytes + warp_row * 8;
+    const uint8_t* planes = inputs + x_bytes + kRows * 8;
+    barrier_wait(full + stage, parity);
+    switch (width) {
+#define BITMILL_WIDTH(WIDTH, LOW, HIGH)                                                        \
+  case WIDTH:                                                                                  \
+    add_unit<LOW, HIGH>(planes + warp_row * 32 * LOW,                                          \
+                        planes + kRows * 32 * LOW + warp_row * 32 * HIGH, scales, inputs,      \
+                        p.tokens, token, lane, total);                                         \
+    break;
+      BITMILL_WIDTH(1, 1, 0)
+      BITMILL_WIDTH(2, 2, 0)
+      BITMILL_WIDTH(3, 2, 1)
+      BITMILL_WIDTH(4, 4, 0)
+      BITMILL_WIDTH(5, 4, 1)
+      BITMILL_WIDTH(6, 4, 2)
+      BITMILL_WIDTH(8, 8, 0)
+#undef BITMILL_WIDTH
+    }
+    __syncwarp();
+    if (thread == 0) barrier_arrive(empty + stage);
+    if (++stage == p.stage_count) stage = 0, parity ^= 1;
+    if (cursor.unit == cursor.tile_end || cursor.unit == block.end) {
+      const TileRow tile = p.tiles[cursor.tile];
+      bool mine = true;
+      if (tile.blocks > 1) {
+        mine = reduce<WARPS>(p, tile, cursor.tile, block.begin, warp, lane, total);
+      }
+      if (mine) store_outputs(p, tile, warp_row, lane, total);
+#pragma unroll
+      for (int i = 0; i < ROW_TILES * TOKEN_TILES * 4; ++i) {
+        total[i / (4 * TOKEN_TILES)][i / 4 % TOKEN_TILES][i % 4] = 0.0f;
+      }
+    }
+  }
+}
+
+template <int WARPS, int ROW_TILES, int TOKEN_TILES, int BLOCKS>
+__global__ void __launch_bounds__((WARPS + 1) * 32, BLOCKS)
+    decode_kernel(const __grid_constant__ DecodeArguments p) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  uint64_t* full = reinterpret_cast<uint64_t*>(memory);
+  uint64_t* empty = full + p.stage_count;
+  PairRow* pairs = reinterpret_cast<PairRow*>(empty + p.stage_count);
+  const int tables = p.stage_count * 16 + p.pair_count * static_cast<int>(sizeof(PairRow));
+  uint8_t* ring = memory + (tables + 127) / 128 * 128;
+  const BlockRow block = p.blocks[blockIdx.x];
+  for (int i = threadIdx.x; i < p.pair_count; i += (WARPS + 1) * 32) pairs[i] = p.pairs[i];
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < p.stage_count; ++s) {
+      barrier_init(full + s, 1);
+      barrier_init(empty + s, WARPS);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+  if (warp == WARPS) {
+    if (thread == 0) produce<WARPS * ROW_TILES * 16>(p, block, pairs, full, empty, ring);
+  } else {
+    consume<WARPS, ROW_TILES, TOKEN_TILES>(p, block, pairs, full, empty, ring, warp, thread);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float to_float(T value);
+template <>
+__device__ __forceinline__ float to_float(__half value) {
+  return __half2float(value);
+}
+template <>
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
+
+struct SlotRow {
+  int first, live, low, width;
+};
+
+// The prologue of prologue.py, writing the activations in the order that `add_unit` reads.
+template <typename T>
+__global__ void __launch_bounds__(kPrologueThreads)
+    prologue_kernel(const T* x, const int* order, const SlotRow* slots, uint8_t* inputs,
+                    float* factor, int K, int slot_count, int x_stride, int tokens) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  __shared__ float largest_of_warp[kPrologueThreads / 32];
+  const int token = blockIdx.y;
+  const T* row = x + static_cast<size_t>(token) * x_stride;
+  float largest = 0.0f;
+  if (K % 8 == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0) {
+    for (int k = threadIdx.x * 8; k < K; k += kPrologueThreads * 8) {
+      const uint4 words = *reinterpret_cast<const uint4*>(row + k);
+      const T* values = reinterpret_cast<const T*>(&words);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(to_float(values[i])));
+    }
+  } else {
+    for (int k = threadIdx.x; k < K; k += kPrologueThreads) {
+      largest = fmaxf(largest, fabsf(to_float(row[k])));
+    }
+  }
+  for (int step = 16; step > 0; step /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  }
+  if (threadIdx.x % 32 == 0) largest_of_warp[threadIdx.x / 32] = largest;
+  __syncthreads();
+  largest = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kPrologueThreads / 32; ++w) largest = fmaxf(largest, largest_of_warp[w]);
+  const int exponent = max(__float_as_int(largest) >> 23, kMinimumExponent) - 14;
+  const float inverse = __int_as_float((254 - exponent) << 23);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    factor[token] = __int_as_float(exponent << 23) * 16777216.0f;
+  }
+  const int slot = (blockIdx.x * kPrologueThreads + threadIdx.x) / kThreadsPerSlot;
+  const int vector = threadIdx.x % kThreadsPerSlot / 4, column = threadIdx.x % 4;
+  uint4 out;
+  __half2* pairs = reinterpret_cast<__half2*>(&out);
+  float total = 0.0f;
+  if (slot < slot_count) {
+    const SlotRow s = slots[slot];
+    const bool narrow = s.width == 1 || s.width == 3 || s.width == 5;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int product = 2 * vector + i / 2;
+      const int j = product / s.low, step = product % s.low;
+      const int word = narrow ? 8 * step + 2 * column + i % 2
+                              : 16 * (step / 2) + 4 * column + 2 * (step % 2) + i % 2;
+      const float down = __int_as_float((127 - s.low * j) << 23);
+      const float up = __int_as_float((127 + s.low * j) << 23);
+      float values[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int c = j * 16 * s.low + 2 * word + h;
+        float value = 0.0f;
+        if (c < s.live) {
+          const int k = s.first + c;
+          value = to_float(row[order ? order[k] : k]) * inverse * down;
+        }
+        values[h] = value;
+      }
+      pairs[i] = __floats2half2_rn(values[0], values[1]);
+      const float2 seen = __half22float2(pairs[i]);
+      total += (seen.x + seen.y) * up;
+    }
+  }
+  for (int step = kThreadsPerSlot / 2; step > 0; step /= 2) {
+    total += __shfl_xor_sync(0xffffffffu, total, step);
+  }
+  if (slot < slot_count) {
+    const int chunk = 512 * tokens + (8 * tokens + 15) / 16 * 16;
+    uint8_t* pair = inputs + static_cast<size_t>(slot / 2) * chunk;
+    const int at = (((slot % 2) * 4 + vector) * tokens + token) * 64 + column * 16;
+    *reinterpret_cast<uint4*>(pair + at) = out;
+    if (vector == 0 && column == 0) {
+      float* sums = reinterpret_cast<float*>(pair + 512 * tokens);
+      sums[(slot % 2) * tokens + token] = total * 5.9604644775390625e-08f;
+    }
+  }
+}
+
+template <int WARPS, int ROW_TILES, int TOKEN_TILES, int BLOCKS>
+cudaError_t launch(const DecodeArguments& arguments, int blocks, int shared, bool overlap,
+                   cudaStream_t stream) {
+  auto kernel = decode_kernel<WARPS, ROW_TILES, TOKEN_TILES, BLOCKS>;
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (status != cudaSuccess) return status;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3((WARPS + 1) * 32);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments);
+}
+
+}  // namespace
+
+// Every launcher returns a cudaError_t; 0 is success, -1 an unknown shape.
+
+extern "C" int bitmill_prologue(const void* x, const int* order, const void* slots, void* inputs,
+                                float* factor, int K, int slot_count, int x_stride, int tokens,
+                                int is_bf16, void* stream) {
+  const dim3 grid((slot_count * kThreadsPerSlot + kPrologueThreads - 1) / kPrologueThreads, tokens);
+  const auto s = static_cast<cudaStream_t>(stream);
+  const auto* rows = static_cast<const SlotRow*>(slots);
+  auto* to = static_cast<uint8_t*>(inputs);
+  if (is_bf16) {
+    prologue_kernel<<<grid, kPrologueThreads, 0, s>>>(static_cast<const __nv_bfloat16*>(x), order,
+                                                      rows, to, factor, K, slot_count, x_stride,
+                                                      tokens);
+  } else {
+    prologue_kernel<<<grid, kPrologueThreads, 0, s>>>(static_cast<const __half*>(x), order, rows,
+                                                      to, factor, K, slot_count, x_stride, tokens);
+  }
+  return static_cast<int>(cudaGetLastError());
+}
+
+extern "C" int bitmill_decode(const DecodeArguments* arguments, int warps, int row_tiles,
+                              int blocks_per_processor, int blocks, int shared, int overlap,
+                              void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  const int token_tiles = (arguments->tokens + 7) / 8;
+#define BITMILL_SHAPE(WARPS, ROW_TILES, BLOCKS)                                                 \
+  if (warps == WARPS && row_tiles == ROW_TILES && blocks_per_processor == BLOCKS) {             \
+    if (token_tiles == 1)                                                                       \
+      return launch<WARPS, ROW_TILES, 1, BLOCKS>(*arguments, blocks, shared, overlap, s);       \
+    if (token_tiles == 2)                                                                       \
+      return launch<WARPS, ROW_TILES, 2, BLOCKS>(*arguments, blocks, shared, overlap, s);       \
+  }
+  BITMILL_SHAPE(8, 1, 2)
+  BITMILL_SHAPE(4, 2, 3)
+  BITMILL_SHAPE(4, 2, 4)
+  BITMILL_SHAPE(4, 1, 4)
+  BITMILL_SHAPE(8, 2, 1)
+  BITMILL_SHAPE(8, 2, 2)
+#undef BITMILL_SHAPE
+  return -1;
+}

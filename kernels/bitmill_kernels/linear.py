@@ -1,0 +1,144 @@
+"""The product of activations with stacked packed linears, by the fastest way at hand.
+
+    y[t, n] = sum_k x[t, order[k]] * w[n, k] + bias[n]
+
+On CUDA, by the number of tokens T: the compiled CUDA kernel up to 16 (Triton where it is not
+available), Triton up to `FUSED_TOKENS`, above it dequantized weights and the vendor's product.
+fp32 activations always take the last, in fp32. On a CPU: `cpu.py`.
+
+The product is the custom operator `bitmill::mixed_linear`, so `torch.compile` treats it as one
+opaque call and CUDA graphs capture it. It takes a handle, not the tensors: layouts and workspaces
+are built once, at load, and no call allocates anything but its result.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from bitmill_kernels.backend import interpreted, resolve_backend
+from bitmill_kernels.runtime import PackedWeight, RuntimeWeight, build_runtime
+from bitmill_kernels.workspace import workspace
+
+FUSED_TOKENS = 64
+SCRATCH_ELEMENTS = 1 << 25
+
+_LOG = logging.getLogger(__name__)
+_LINEARS: WeakValueDictionary[int, MixedLinear] = WeakValueDictionary()
+_HANDLES = itertools.count()
+
+Product = Callable[[Tensor, Tensor | None], Tensor]
+"""(x [T, K] with contiguous rows, bias [N] or None) -> y [T, N], all of one dtype."""
+
+
+class MixedLinear:
+    """Packed linears that read the same input, stacked by rows, ready to multiply.
+
+    `outputs` holds the rows of each; the result of a call is theirs side by side.
+    """
+
+    def __init__(
+        self, weights: Sequence[PackedWeight], device: torch.device, *, backend: str = "auto"
+    ) -> None:
+        """Build the layout on `device`. Raises ValueError where the linears do not stack."""
+        self.outputs = tuple(weight.N for weight in weights)
+        self.N, self.K = sum(self.outputs), weights[0].K
+        self._product: Product = _build_product(weights, device, backend)
+        self._handle = next(_HANDLES)
+        _LINEARS[self._handle] = self
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y [..., N] of x [..., K] and bias [N], all of one dtype."""
+        y: Tensor = torch.ops.bitmill.mixed_linear(x, bias, self._handle, self.N)
+        return y
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What the operator calls; no shape is checked by the kernels."""
+        if x.shape[-1] != self.K:
+            raise ValueError(f"x has {x.shape[-1]} columns: the weight has {self.K}")
+        rows = x.reshape(-1, self.K)
+        y = self._product(rows if rows.stride(-1) == 1 else rows.contiguous(), bias)
+        return y.view(*x.shape[:-1], self.N)
+
+
+@torch.library.custom_op("bitmill::mixed_linear", mutates_args=())
+def _mixed_linear(x: Tensor, bias: Tensor | None, handle: int, outputs: int) -> Tensor:
+    return _LINEARS[handle].run(x, bias)
+
+
+@_mixed_linear.register_fake
+def _(x: Tensor, bias: Tensor | None, handle: int, outputs: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+def _build_product(weights: Sequence[PackedWeight], device: torch.device, backend: str) -> Product:
+    if resolve_backend(backend, device) == "triton":
+        return _AcceleratedProduct(build_runtime(weights, device))
+    from bitmill_kernels.cpu import CpuProduct
+
+    return CpuProduct(weights, device)
+
+
+class _AcceleratedProduct:
+    """Chooses a kernel by the number of tokens; everything is built here."""
+
+    def __init__(self, weight: RuntimeWeight) -> None:
+        from bitmill_kernels import decode_cuda, tiles
+        from bitmill_kernels.decode_triton import TritonDecoder
+        from bitmill_kernels.dequantize_triton import Dequantizer
+
+        device = weight.planes.device
+        on_gpu = device.type == "cuda"
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+        self._weight = weight
+        self._wide = TritonDecoder(
+            weight, tiles.triton_tiles(weight, processors), asm=not interpreted()
+        )
+        self._narrow = (
+            decode_cuda.CudaDecoder(weight, tiles.block_shapes(weight))
+            if decode_cuda.available(device)
+            else None
+        )
+        _say_choice(str(device), self._narrow is not None)
+        self._dequantizer = Dequantizer(weight, max(1, SCRATCH_ELEMENTS // weight.K))
+        self._scratch_rows = max(run.rows for run in self._dequantizer.runs)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.empty(x.shape[0], self._weight.N, dtype=x.dtype, device=x.device)
+        T = x.shape[0]
+        if T == 0:
+            return y
+        if x.dtype == torch.float32 or T > FUSED_TOKENS:
+            self._multiply_dequantized(x, bias, y)
+        elif self._narrow is not None and self._narrow.max_tokens >= T:
+            self._narrow(x, bias, y)
+        else:
+            self._wide(x, bias, y)
+        return y
+
+    def _multiply_dequantized(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        K, order = self._weight.K, self._weight.order
+        size = self._scratch_rows * K
+        scratch = workspace("dequantized", size * x.element_size(), x.device)
+        rows = scratch.view(x.dtype)[:size].view(-1, K)
+        inputs = x if order is None else x.index_select(1, order)
+        for run in self._dequantizer.runs:
+            self._dequantizer(run, rows)
+            weight = rows[: run.rows].t()
+            out = y[:, run.first : run.first + run.rows]
+            if bias is None:
+                torch.mm(inputs, weight, out=out)
+            else:
+                torch.addmm(bias[run.first : run.first + run.rows], inputs, weight, out=out)
+
+
+@cache
+def _say_choice(device: str, compiled: bool) -> None:
+    decoder = "the compiled CUDA kernel" if compiled else "the Triton kernel"
+    _LOG.info("packed linears on %s decode with %s", device, decoder)

@@ -1,0 +1,68 @@
+"""Launch shapes of the decode kernels: a measured table, and a rule for what it does not know.
+
+`tiles.json` is written by `benchmarks/matmul.py --sweep`. Its entries name the GPU, the stacked
+rows N, the columns K, the widths present, and the token bucket (8 or 16 tokens). A shape that is
+not in the table gets the shape that was best over all measured cases.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitmill_kernels.decode_cuda import BlockShape
+from bitmill_kernels.decode_triton import TOKEN_TILES, Tile
+from bitmill_kernels.layout import WIDTHS
+from bitmill_kernels.runtime import RuntimeWeight
+
+TABLE_VERSION = 1
+DEFAULT_SHAPES = {8: BlockShape(4, 2, 3), 16: BlockShape(8, 2, 1)}
+BLOCKS_PER_PROCESSOR = 3
+MAX_SPLIT = 16
+
+
+def block_shapes(weight: RuntimeWeight) -> tuple[BlockShape, BlockShape]:
+    """Shapes of the CUDA kernel for 1 to 8 and for 9 to 16 tokens."""
+    device = torch.cuda.get_device_name(weight.planes.device)
+    widths = widths_present(weight)
+    small, large = (
+        _table().get((device, weight.N, weight.K, widths, tokens), DEFAULT_SHAPES[tokens])
+        for tokens in (8, 16)
+    )
+    return small, large
+
+
+def triton_tiles(weight: RuntimeWeight, processors: int) -> dict[int, Tile]:
+    """Tiles of the Triton kernel for each of its token tiles, for a GPU of `processors` SMs.
+
+    128 rows and as many slices of the pairs as fill every processor with three programs.
+    """
+    rows = 128
+    tiles = sum(member.rows // rows for member in weight.members)
+    fewest = min(len(member.pairs) for member in weight.members)
+    split = max(1, min(MAX_SPLIT, fewest, BLOCKS_PER_PROCESSOR * processors // tiles))
+    stages = {16: 3, 32: 3, 64: 2}
+    return {tokens: Tile(rows, split, 4, stages[tokens]) for tokens in TOKEN_TILES}
+
+
+def widths_present(weight: RuntimeWeight) -> str:
+    """The widths of a stack as digits, ascending: "234"."""
+    return "".join(str(w) for i, w in enumerate(WIDTHS) if weight.width_mask >> i & 1)
+
+
+@cache
+def _table() -> dict[tuple[str, int, int, str, int], BlockShape]:
+    stored = json.loads(Path(__file__).with_name("tiles.json").read_text())
+    if stored["schema_version"] != TABLE_VERSION:
+        raise ValueError(
+            f"tiles.json has version {stored['schema_version']}: this code reads {TABLE_VERSION}"
+        )
+    return {_key(entry): BlockShape(*entry["shape"]) for entry in stored["entries"]}
+
+
+def _key(entry: dict[str, Any]) -> tuple[str, int, int, str, int]:
+    return entry["gpu"], entry["N"], entry["K"], entry["widths"], entry["tokens"]

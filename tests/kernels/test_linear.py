@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from bitmill_kernels import reference
+from bitmill_kernels.linear import MixedLinear
+from bitmill_kernels.runtime import PackedWeight
+from kernel_cases import random_linear
+
+CPU = torch.device("cpu")
+
+
+def relative_error(y, exact):
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (2, 3), (40,)])
+def test_cpu_product_with_order_and_bias(dtype, shape):
+    widths = (3, 2, 8, 1, 5)
+    weight, *parts = random_linear(300, 600, widths, seed=1, ordered=True)
+    linear = MixedLinear([weight], CPU)
+    x = torch.randn(*shape, 600, generator=torch.Generator().manual_seed(2)).to(dtype)
+    bias = torch.randn(300, generator=torch.Generator().manual_seed(3)).to(dtype)
+    y = linear(x, bias)
+    exact = reference.mixed_matmul(
+        x.reshape(-1, 600), *parts, widths, order=weight.order, bias=bias
+    )
+    assert y.shape == (*shape, 300)
+    assert y.dtype == dtype
+    limit = 1e-5 if dtype == torch.float32 else 5e-3
+    assert relative_error(y.reshape(-1, 300), exact) < limit
+
+
+def test_stacked_linears_give_their_outputs_side_by_side():
+    a, *a_parts = random_linear(10, 200, (3, 2), seed=1, ordered=True)
+    b, *b_parts = random_linear(7, 200, (4, 8), seed=2)
+    b = PackedWeight(b.tensors, b.widths, 7, 200, a.order)
+    stack = MixedLinear([a, b], CPU)
+    x = torch.randn(3, 200, generator=torch.Generator().manual_seed(2))
+    first, second = stack(x).split(stack.outputs, dim=-1)
+    assert relative_error(first, reference.mixed_matmul(x, *a_parts, (3, 2), order=a.order)) < 1e-5
+    assert relative_error(second, reference.mixed_matmul(x, *b_parts, (4, 8), order=a.order)) < 1e-5
+
+
+def test_the_operator_passes_torchs_own_checks():
+    weight, *_ = random_linear(10, 200, (3, 2), seed=1)
+    linear = MixedLinear([weight], CPU)
+    x = torch.randn(2, 200)
+    arguments = (x, torch.zeros(10), linear._handle, 10)
+    torch.library.opcheck(torch.ops.bitmill.mixed_linear.default, arguments)
+
+
+def test_an_input_of_the_wrong_width_is_refused():
+    weight, *_ = random_linear(10, 200, (3, 2))
+    with pytest.raises(ValueError, match="x has 100 columns: the weight has 200"):
+        MixedLinear([weight], CPU)(torch.randn(2, 100))
