@@ -33,6 +33,7 @@ from bitmill.errors import ModelError
 from bitmill.experts import unfuse_experts
 from bitmill.model_config import read_config
 from bitmill.plan import Plan, Source, input_groups
+from bitmill.prefetch import BlockPrefetcher
 
 __all__ = ["StreamedModel", "capture_inputs", "input_groups", "set_weight", "weight_of"]
 
@@ -92,11 +93,18 @@ class StreamedModel:
     """A causal language model of which one decoder block at a time is in memory.
 
     device, dtype: where and in what precision embedding, head and blocks are loaded.
+    prefetch: load one block ahead in a thread; by default on accelerators.
     Raises `ModelError` for a parameter that the source lacks or whose shape differs.
     """
 
     def __init__(
-        self, folder: Path, plan: Plan, *, device: torch.device, dtype: torch.dtype
+        self,
+        folder: Path,
+        plan: Plan,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        prefetch: bool | None = None,
     ) -> None:
         self.plan, self.device, self.dtype = plan, device, dtype
         self.block_count = plan.block_count
@@ -113,6 +121,9 @@ class StreamedModel:
         self._load_outside_blocks()
         self._tuples = False
         self._tuples = self._finds_tuples()
+        self._ahead: BlockPrefetcher | None = None
+        if prefetch or (prefetch is None and device.type != "cpu"):
+            self._ahead = BlockPrefetcher(self._load_block, plan.block_count, device)
 
     def _build_skeleton(self) -> Any:
         with torch.device("meta"):
@@ -121,7 +132,9 @@ class StreamedModel:
         return model
 
     def close(self) -> None:
-        """Unmap the weight files."""
+        """Unmap the weight files; the model loads no block after this."""
+        if self._ahead is not None:
+            self._ahead.close()
         self.source.close()
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:
@@ -141,8 +154,10 @@ class StreamedModel:
                 code="bad_shape",
                 param=name,
             )
+        value = value.to(self.device)
         check_finite(name, value)
-        return value.to(device=self.device, dtype=self.dtype, copy=True)
+        on_device = self.device.type != "cpu"
+        return value.to(self.dtype, copy=not on_device)
 
     def _parameter(self, name: str, shape: torch.Size) -> nn.Parameter:
         """A frozen parameter from the source, marked so that transformers leaves it alone."""
@@ -234,6 +249,9 @@ class StreamedModel:
 
         Stacked experts come as one linear per matrix (`bitmill.experts.ExpertList`).
         """
+        return self._load_block(i) if self._ahead is None else self._ahead.get(i)
+
+    def _load_block(self, i: int) -> nn.Module:
         with _plain_tensors():
             block = copy.deepcopy(self._blocks[i])
             self._recorder.restore(block)

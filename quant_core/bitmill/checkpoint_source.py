@@ -7,6 +7,7 @@ dtypes and offsets are known to be sound. A read touches only the bytes it retur
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from bitmill.plan import PlannedLinear, PlannedTensor, Source
 class CheckpointSource:
     """The tensors of a folder of safetensors files, by stored name.
 
-    Files are opened on first use and stay mapped until `close`.
+    Files are opened on first use and stay mapped until `close`. Threads may read at once.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,6 +33,7 @@ class CheckpointSource:
         self.headers = read_headers(folder)
         self._files: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -57,10 +59,11 @@ class CheckpointSource:
                 param=name,
             )
         file = self.headers[name].file
-        if file not in self._files:
-            handle = safe_open(self.folder / file, framework="pt")
-            self._files[file] = self._stack.enter_context(handle)
-        return self._files[file]
+        with self._lock:
+            if file not in self._files:
+                handle = safe_open(self.folder / file, framework="pt")
+                self._files[file] = self._stack.enter_context(handle)
+            return self._files[file]
 
     def read(self, name: str) -> Tensor:
         """A stored tensor on the CPU, in its own dtype and shape; `ModelError` if unknown."""
