@@ -213,11 +213,6 @@ def download(
         _download(client, job, out, tuple(include or ()), parallel, quiet=json)
 
 
-def job_report(client: Client, job: str) -> dict[str, Any]:
-    """The quality report of a job of the service."""
-    return client.report(job)
-
-
 def _watch(client: Client, job_id: str, timeout: float | None, *, quiet: bool) -> JobView:
     if quiet:
         return client.wait(job_id, timeout=timeout)

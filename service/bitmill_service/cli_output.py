@@ -34,13 +34,14 @@ UrlOption = Annotated[
 ]
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Job id.")]
 
+_PLAIN_WIDTH = 200
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def console() -> Console:
-    """Where tables and bars go: standard output; plain where it is no terminal."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    """Where tables and bars go: standard output; wide and plain where it is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 
 
 def print_json(value: Any) -> None:

@@ -1,7 +1,8 @@
 """The HTTP application: `create_app(settings)`.
 
-The app owns a connection to the job store and nothing else: it starts no worker, so any number of
-replicas can serve the same database. `bitmill serve` (`embedded.py`) puts a worker beside it.
+The app owns connections to the job store and the broker, and a reconciler of which one replica at
+a time is active; it starts no worker, so any number of replicas can serve the same database.
+`bitmill serve` (`embedded.py`) puts a worker beside it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bitmill_workers.catalog import Catalog
 from bitmill_workers.db import Database
 from bitmill_workers.jobs import JobStore
 from bitmill_workers.migrate import require_head
+from bitmill_workers.reconcile import Reconciler
 
 _DESCRIPTION = """Turns a language model into a mixed-precision checkpoint of exactly the size \
 asked for: submit a job, follow its events, download the bit-width map and the packed checkpoint.
@@ -34,13 +36,16 @@ Errors are `application/problem+json` (RFC 9457) with a stable `code`, the `para
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Refuse a database of another version; send wake-ups while the app runs."""
+    """Refuse a database of another version; send wake-ups and reconcile while the app runs."""
     context: Context = app.state.context
     await run_in_threadpool(require_head, context.database)
     dispatcher = Dispatcher(context.settings, context.jobs.mark_sent)
     context.notify = dispatcher.notify
+    reconciler = Reconciler(context.settings, context.database, dispatcher)
+    reconciler.start()
     yield
     context.stopping.set()
+    await run_in_threadpool(reconciler.stop)
     await run_in_threadpool(dispatcher.close)
     context.database.close()
 

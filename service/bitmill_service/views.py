@@ -65,11 +65,19 @@ def job_view(job: JobRecord, queue_position: int | None = None) -> schemas.JobVi
         finished_at=moment(job.finished_at),
         cancel_requested_at=moment(job.cancel_requested_at),
         error=error,
-        result=job.result,
+        result=_result(job.result),
         profile_id=job.profile_id,
         parent_id=job.parent_id,
         links=job_links(job.id),
     )
+
+
+def _result(result: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The result with the table of the quality report; the report itself has its own route."""
+    if result is None or not isinstance(result.get("quality"), dict):
+        return result
+    rest = {key: value for key, value in result.items() if key != "quality"}
+    return rest | {"rows": result["quality"].get("rows", [])}
 
 
 def _progress(progress: dict[str, Any] | None) -> schemas.JobProgress | None:
