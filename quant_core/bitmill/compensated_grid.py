@@ -46,7 +46,8 @@ def fit_compensated(
     U f32 [C, C] is the group's upper triangular block of the factor, not divided by its diagonal.
     """
     grid, loss = _best(W, _candidates(start, width, settings), width, U)
-    inverse = torch.linalg.inv(U) if settings.least_squares else U
+    eye = torch.eye(len(U), dtype=U.dtype, device=U.device)
+    inverse = torch.linalg.solve_triangular(U, eye, upper=True)
     target = W @ inverse
     for _ in range(settings.least_squares):
         fitted = _least_squares(W, grid, width, U, target, inverse)

@@ -67,6 +67,7 @@ class SbaSearch:
         self._settings = settings or SbaSettings()
         self._order, self._bias = order, bias
         if order is not None:
+            self._order = order = order.to(W.device)
             W, H = W[:, order], H[order][:, order]
         check_weights(W, name)
         self._W, self._tokens = W, 0

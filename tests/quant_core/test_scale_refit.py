@@ -1,0 +1,95 @@
+from itertools import pairwise
+
+import torch
+
+from bitmill.code_descent import descend_codes
+from bitmill.codes import LinearCodes, group_slices, output_error
+from bitmill.grid import ClipSettings
+from bitmill.rtn import round_to_nearest
+from bitmill.scale_refit import refit_scales
+
+
+def problem(seed=0, N=8, K=300):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.eye(K) + 0.2 * torch.randn(K, K, generator=generator)
+    x = torch.randn(800, K, generator=generator) @ mix
+    W = 0.05 * torch.randn(N, K, generator=generator)
+    codes = round_to_nearest(W, (3, 1, 2), None, ClipSettings())
+    return W, x.T @ x / 800, codes
+
+
+def row_errors(W, codes, H):
+    R = (W - codes.values()).double()
+    return ((R @ H.double()) * R).sum(1)
+
+
+def test_the_refit_never_raises_the_error_of_a_row():
+    for seed in range(4):
+        W, H, codes = problem(seed)
+        before = row_errors(W, codes, H)
+        for sweeps in (1, 2, 3):
+            after = row_errors(W, refit_scales(W, codes, H, sweeps=sweeps), H)
+            assert (after <= before * (1 + 1e-6)).all()
+        assert after.sum() < 0.99 * before.sum()
+
+
+def test_many_sweeps_reach_the_least_squares_scales():
+    """Independent: all G scales of each row at once, by a fp64 solve of the normal equations."""
+    W, H, codes = problem()
+    refitted = refit_scales(W, codes, H, sweeps=60)
+    Hd = H.double()
+    for row in range(W.shape[0]):
+        columns = torch.zeros(3, 300, dtype=torch.float64)
+        for group, part in group_slices(300):
+            columns[group, part] = codes.codes[row, part].double() - codes.zeros[group, row]
+        A = columns @ Hd @ columns.T
+        ideal = torch.linalg.solve(A, columns @ Hd @ W[row].double())
+        assert torch.allclose(refitted.scales[:, row].double(), ideal, rtol=2e-3)
+
+
+def test_scales_stay_fp16_and_codes_and_zeros_stay_frozen():
+    W, H, codes = problem()
+    refitted = refit_scales(W, codes, H)
+    assert torch.equal(refitted.scales, refitted.scales.half().float())
+    assert (refitted.scales > 0).all()
+    assert torch.equal(refitted.codes, codes.codes)
+    assert torch.equal(refitted.zeros, codes.zeros)
+    assert not torch.equal(refitted.scales, codes.scales)
+
+
+def test_a_scale_of_zero_and_one_that_wants_to_be_negative_are_left_alone():
+    W, H, codes = problem()
+    scales = codes.scales.clone()
+    scales[0, 3] = 0.0
+    against = LinearCodes(codes.codes, scales, codes.zeros, codes.widths)
+    refitted = refit_scales(-10 * W, against, H, sweeps=1)
+    assert refitted.scales[0, 3] == 0
+    assert (refitted.scales[against.scales > 0] > 0).all()
+
+
+def test_code_descent_and_refit_alternate_downwards():
+    W, H, codes = problem()
+    errors = [output_error(W - codes.values(), H)]
+    for _ in range(3):
+        codes = refit_scales(W, codes, H)
+        errors.append(output_error(W - codes.values(), H))
+        codes = descend_codes(W, codes, H)
+        errors.append(output_error(W - codes.values(), H))
+    assert all(b <= a * (1 + 1e-5) for a, b in pairwise(errors))
+    assert errors[-1] < 0.7 * errors[0]
+
+
+def test_code_descent_ends_where_no_single_code_can_improve():
+    W, H, codes = problem(N=4)
+    codes = descend_codes(W, codes, H, sweeps=20)
+    base = row_errors(W, codes, H)
+    for group, part in group_slices(300):
+        for column in range(part.start, part.stop, 37):
+            for step in (-1, 1):
+                moved = codes.codes.clone().int()
+                moved[:, column] += step
+                legal = (moved[:, column] >= 0) & (moved[:, column] < 2 ** codes.widths[group])
+                changed = LinearCodes(
+                    moved.clamp(min=0).to(torch.uint8), codes.scales, codes.zeros, codes.widths
+                )
+                assert (row_errors(W, changed, H) >= base * (1 - 1e-6))[legal].all()
