@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from bitmill_service import problems
 from bitmill_service.context import Context
 from bitmill_service.metrics import new_registry
-from bitmill_service.middleware import RequestContext
+from bitmill_service.middleware import BodyLimit, RequestContext
 from bitmill_service.routes import health, job_outputs, jobs, maps, profiles
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.app import Dispatcher
@@ -76,10 +76,10 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         version=health.VERSION,
         description=_DESCRIPTION,
         lifespan=_lifespan,
-        max_body_size=context.settings.max_body,
     )
     app.state.context = context
     problems.install(app)
+    app.add_middleware(BodyLimit, limit=context.settings.max_body)
     app.add_middleware(RequestContext, registry=context.registry)
     for router in (
         jobs.router,

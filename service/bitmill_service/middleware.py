@@ -1,4 +1,4 @@
-"""What every request passes through: an id, metrics and safe headers. Plain ASGI.
+"""What every request passes through: an id, metrics, safe headers, a body limit. Plain ASGI.
 
 The id is the client's `X-Request-ID` where it is short and printable, else a random one; it is in
 the answer, in every problem document and in the log. Metrics are labelled with the route's
@@ -13,6 +13,7 @@ import uuid
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}")
@@ -67,3 +68,37 @@ class RequestContext:
             elapsed = time.perf_counter() - started
             self.seconds.labels(scope["method"], route, status).observe(elapsed)
             self.sent.labels(route).inc(sent)
+
+
+class BodyLimit:
+    """Refuses bodies over `limit` bytes, declared or not, before they are read whole.
+
+    The framework's own limit answers in plain text; this one raises where the body is read, so
+    that the refusal is a problem document like every other.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        size = int(declared) if declared.isdecimal() else 0
+        read = 0
+
+        async def limited() -> Message:
+            nonlocal read
+            if size > self.limit:
+                raise self._refusal(size)
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.limit:
+                raise self._refusal(read)
+            return message
+
+        await self.app(scope, limited, send)
+
+    def _refusal(self, size: int) -> HTTPException:
+        return HTTPException(413, f"a body of {size} bytes; at most {self.limit} are accepted")

@@ -1,0 +1,106 @@
+"""The event stream against the JSON page, over real HTTP."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import httpx2
+from starlette.datastructures import Headers
+
+from bitmill_service.events import first_event, wants_stream
+from finished import Stack
+
+
+def stream(http: httpx2.Client, job_id: str, **headers: str) -> list[httpx2.ServerSentEvent]:
+    accept = {"Accept": "text/event-stream"} | headers
+    with http.stream("GET", f"/v1/jobs/{job_id}/events", headers=accept) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["cache-control"] == "no-cache"
+        return list(httpx2.EventSource(response))
+
+
+def pages(http: httpx2.Client, job_id: str, limit: int = 2) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    after, end = 0, False
+    while not end:
+        query = {"after": after, "limit": limit}
+        page = http.get(f"/v1/jobs/{job_id}/events", params=query).json()
+        found += page["events"]
+        after, end = page["next_after"], page["end"]
+    return found
+
+
+def test_stream_replays_exactly_what_the_pages_hold(http: httpx2.Client, stack: Stack) -> None:
+    job = stack.succeeded()
+    *events, end = stream(http, job.id)
+    assert end.event == "end"
+    assert [event.json() for event in events] == pages(http, job.id)
+    assert [int(event.id) for event in events] == list(range(1, len(events) + 1))
+    assert [event.event for event in events] == ["state"] * 4
+
+
+def test_stream_goes_on_after_the_last_event_id(http: httpx2.Client, stack: Stack) -> None:
+    job = stack.succeeded()
+    everything = [event.id for event in stream(http, job.id)]
+    rest = [event.id for event in stream(http, job.id, **{"Last-Event-ID": "2"})]
+    assert rest == everything[2:]
+    last = str(len(everything) - 1)
+    assert [e.event for e in stream(http, job.id, **{"Last-Event-ID": last})] == ["end"]
+
+
+def test_stream_shows_events_as_they_happen(http: httpx2.Client, stack: Stack) -> None:
+    job = stack.running()
+    heard = threading.Event()
+
+    def finish() -> None:
+        assert heard.wait(10)
+        progress = {"stage": "refine", "done": 1, "total": 2, "unit": "block"}
+        assert stack.leases.report(job.id, job.token, [("progress", progress)])
+        assert stack.leases.fail(job.id, job.token, "numerical", "no luck")
+
+    thread = threading.Thread(target=finish)
+    thread.start()
+    kinds = []
+    accept = {"Accept": "text/event-stream"}
+    with http.stream("GET", f"/v1/jobs/{job.id}/events", headers=accept) as response:
+        for event in httpx2.EventSource(response):
+            kinds.append(event.event)
+            if event.id == "2":
+                heard.set()
+    thread.join()
+    assert kinds == ["state", "state", "progress", "state", "end"]
+
+
+def test_unfinished_job_has_an_open_end(http: httpx2.Client, stack: Stack) -> None:
+    page = http.get(f"/v1/jobs/{stack.running().id}/events").json()
+    assert (page["end"], page["next_after"]) == (False, 2)
+
+
+def test_unknown_job_is_a_problem_in_both_forms(http: httpx2.Client) -> None:
+    for accept in ("application/json", "text/event-stream"):
+        answer = http.get("/v1/jobs/none/events", headers={"Accept": accept})
+        assert (answer.status_code, answer.json()["code"]) == (404, "job_not_found")
+
+
+def test_deleted_job_ends_its_stream(http: httpx2.Client, stack: Stack) -> None:
+    job = stack.running()
+    accept = {"Accept": "text/event-stream"}
+    with http.stream("GET", f"/v1/jobs/{job.id}/events", headers=accept) as response:
+        events = iter(httpx2.EventSource(response))
+        assert next(events).event == "state"
+        assert stack.leases.fail(job.id, job.token, "numerical", "no luck")
+        stack.context.jobs.delete(job.id)
+        assert all(event.event in ("state", "end") for event in events)
+
+
+def test_accept_header_chooses_the_form() -> None:
+    assert wants_stream(Headers({"accept": "text/html, text/event-stream;q=0.9"}))
+    assert not wants_stream(Headers({"accept": "application/json"}))
+    assert not wants_stream(Headers({}))
+
+
+def test_last_event_id_wins_where_it_is_a_number() -> None:
+    assert first_event(3, "7") == 7
+    assert first_event(3, "x") == 3
+    assert first_event(3, None) == 3

@@ -1,0 +1,96 @@
+"""Uploading bit-width maps: this project's JSON, and a torch file that is never executed."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from finished import MAP, spec_json
+
+
+def upload(http: httpx2.Client, content: bytes, **query: str) -> httpx2.Response:
+    return http.post("/v1/bit-width-maps", content=content, params=query)
+
+
+def torch_file(pickled: bytes) -> bytes:
+    """What `torch.save` writes, as far as readers look at it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
+    return buffer.getvalue()
+
+
+def test_json_map_is_stored_once_under_its_content(http: httpx2.Client) -> None:
+    answer = http.post("/v1/bit-width-maps", json=MAP, params={"name": "mine"})
+    assert answer.status_code == 201
+    stored = answer.json()
+    assert stored["histogram"] == {"2": 1, "3": 2, "4": 1}
+    assert (stored["linears"], stored["groups"], stored["name"]) == (2, 4, "mine")
+    assert http.post("/v1/bit-width-maps", json=MAP).json()["id"] == stored["id"]
+    assert [m["id"] for m in http.get("/v1/bit-width-maps").json()["maps"]].count(stored["id"]) == 1
+    assert http.get(f"/v1/bit-width-maps/{stored['id']}").json() == MAP
+
+
+def test_published_slim_llm_file_becomes_a_map(http: httpx2.Client) -> None:
+    layers = {0: {"self_attn.q_proj": [2, 3, 4]}, 1: {"self_attn.q_proj": [3, 3, 3]}}
+    answer = upload(http, torch_file(pickle.dumps(layers, protocol=2)))
+    found = http.get(f"/v1/bit-width-maps/{answer.json()['id']}").json()["linears"]
+    assert found == {
+        "model.layers.0.self_attn.q_proj": "234",
+        "model.layers.1.self_attn.q_proj": "333",
+    }
+
+
+class Evil:
+    """Would create a file when unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (open, (str(self.target), "w"))
+
+
+def test_pickle_that_runs_code_is_refused_and_not_run(http: httpx2.Client, tmp_path: Path) -> None:
+    target = tmp_path / "executed"
+    for content in (
+        torch_file(pickle.dumps({0: Evil(target)}, protocol=2)),
+        pickle.dumps(Evil(target)),
+    ):
+        answer = upload(http, content)
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_format")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"linears": {"a": "39"}}',
+        b'{"linears": {"a": ""}}',
+        b'{"linears": {"a": "3"}, "colour": 1}',
+        b"{",
+        b"",
+        b"\x80\x04garbage",
+    ],
+)
+def test_what_is_no_map_is_refused(http: httpx2.Client, content: bytes) -> None:
+    answer = upload(http, content)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_format")
+
+
+def test_job_may_name_a_stored_map_and_must_name_one_that_fits(http: httpx2.Client) -> None:
+    map_id = http.post("/v1/bit-width-maps", json=MAP).json()["id"]
+    allocation = {"method": "map", "order": "natural", "map": {"source": "upload"}}
+    allocation["map"] = {"source": "upload", "map_id": map_id}
+    unfit = http.post("/v1/jobs", json=spec_json(allocation=allocation))
+    assert (unfit.status_code, unfit.json()["code"]) == (422, "invalid_format")
+    allocation["map"] = {"source": "upload", "map_id": "none"}
+    missing = http.post("/v1/jobs", json=spec_json(allocation=allocation))
+    assert (missing.status_code, missing.json()["code"]) == (404, "map_not_found")
+    assert missing.json()["param"] == "allocation.map.map_id"

@@ -1,0 +1,101 @@
+"""Every refusal is a problem document; nothing of the inside leaks."""
+
+from __future__ import annotations
+
+import logging
+
+import httpx2
+import pytest
+from fastapi import FastAPI
+
+from bitmill import errors
+from bitmill_service import problems
+from bitmill_service.problems import CODES, ProblemError, status_and_hint
+from bitmill_workers.errors import JobNotFound, StoreUnavailable
+from finished import Stack, spec_json
+from serving import serve
+
+MEMBERS = {"type", "title", "status", "detail", "code", "param", "hint", "request_id"}
+
+
+def test_unknown_path_method_and_body_are_problems(http: httpx2.Client) -> None:
+    answers = {
+        404: http.get("/v1/nothing"),
+        405: http.put("/v1/jobs"),
+        400: http.post("/v1/jobs", content=b"{", headers={"Content-Type": "application/json"}),
+        422: http.get("/v1/jobs", params={"limit": "many"}),
+    }
+    for status, answer in answers.items():
+        assert answer.status_code == status
+        assert answer.headers["content-type"] == "application/problem+json"
+        body = answer.json()
+        assert body.keys() == MEMBERS
+        assert body["status"] == status
+        assert body["type"] == f"urn:bitmill:error:{body['code']}"
+    assert answers[405].headers["allow"]
+    assert answers[422].json()["param"] == "limit"
+
+
+def test_body_over_the_limit_is_refused(http: httpx2.Client, stack: Stack) -> None:
+    before = sum(stack.context.jobs.counts().values())
+    big = spec_json(label="x" * (1 << 20))
+    declared = http.post("/v1/jobs", json=big)
+    chunked = http.post(
+        "/v1/jobs",
+        content=(b" " * 65536 for _ in range(20)),
+        headers={"Content-Type": "application/json"},
+    )
+    for answer in (declared, chunked):
+        assert (answer.status_code, answer.json()["code"]) == (413, "payload_too_large")
+    assert sum(stack.context.jobs.counts().values()) == before
+
+
+def test_request_id_is_echoed_where_it_is_harmless(http: httpx2.Client) -> None:
+    given = http.get("/healthz", headers={"X-Request-ID": "abc-123"})
+    assert given.headers["x-request-id"] == "abc-123"
+    odd = http.get("/healthz", headers={"X-Request-ID": "a b<script>"})
+    assert len(odd.headers["x-request-id"]) == 32
+
+
+def test_surprise_answers_500_without_a_trace(caplog: pytest.LogCaptureFixture) -> None:
+    app = FastAPI()
+    problems.install(app)
+
+    @app.get("/boom")
+    def boom() -> None:
+        raise KeyError("secret detail")
+
+    with caplog.at_level(logging.CRITICAL), serve(app) as url:
+        answer = httpx2.get(f"{url}/boom")
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal")
+    assert "secret" not in answer.text
+    assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errors.SpecError("x"), 422),
+        (errors.BudgetError("x"), 422),
+        (errors.ModelError("x", code="pickle_refused"), 422),
+        (errors.CalibrationError("x"), 422),
+        (errors.FormatError("x"), 422),
+        (errors.ResourceError("x"), 507),
+        (errors.NumericalError("x"), 500),
+        (errors.VerificationError("x"), 500),
+        (errors.Cancelled("x"), 409),
+        (JobNotFound("x"), 404),
+        (StoreUnavailable("x"), 503),
+    ],
+)
+def test_error_tree_has_a_status_and_advice(error: errors.BitmillError, status: int) -> None:
+    found, hint = status_and_hint(error)
+    assert found == status
+    assert hint
+
+
+def test_every_code_names_a_status_and_advice() -> None:
+    for code, (status, hint) in CODES.items():
+        assert 400 <= status < 600
+        assert hint.endswith(".")
+        assert ProblemError(code, "x").status == status
