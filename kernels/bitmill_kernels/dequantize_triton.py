@@ -75,9 +75,9 @@ def _expand_pair(
             a = (low >> (LOW * j)) & M
             b = (low >> (LOW * j + 8)) & M
             if HIGH > 0:
-                FIELD: tl.constexpr = j * (WIDTH // STEP) + h
-                a |= ((high >> (HIGH * FIELD)) & ((1 << HIGH) - 1)) << LOW
-                b |= ((high >> (HIGH * FIELD + 8)) & ((1 << HIGH) - 1)) << LOW
+                shift = HIGH * (j * (WIDTH // STEP) + h)
+                a |= ((high >> shift) & ((1 << HIGH) - 1)) << LOW
+                b |= ((high >> (shift + 8)) & ((1 << HIGH) - 1)) << LOW
             column = j * WIDTH + h * STEP + lane
             _store_field(a, scale_a, zero_a, out_a, column, live_a, row_mask)
             _store_field(b, scale_b, zero_b, out_b, column, live_b, row_mask)

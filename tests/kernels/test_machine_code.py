@@ -1,0 +1,114 @@
+"""Kernels compiled ahead of time for sm_90, without a GPU: what a Triton upgrade could spoil.
+
+Limits are instructions per weight of the inner loops, as a thread sees them, measured with
+triton 3.6.0 (1.77, 2.58 and 1.76 for 2, 3 and 4 bits) and given a tenth of slack.
+"""
+
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from bitmill_kernels.decode_triton import decode_kernel  # noqa: E402
+from bitmill_kernels.dequantize_triton import _dequantize_kernel  # noqa: E402
+from bitmill_kernels.gptq_triton import _gptq_block_kernel  # noqa: E402
+from bitmill_kernels.prologue import _prologue_kernel  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPES = {
+    "x_ptr": "*fp16",
+    "planes_ptr": "*i16",
+    "bias_ptr": "*fp16",
+    "y_ptr": "*fp16",
+    "rows_ptr": "*fp16",
+    "out_ptr": "*fp16",
+    "codes_ptr": "*u8",
+    "max_code": "fp32",
+}
+INTEGER_TABLES = ("order", "slots", "segments", "tiles", "pairs", "grid", "counter")
+
+
+def signature(kernel, constants):
+    """Types by argument name: tables are i32 pointers, other pointers fp32, numbers i32."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in TYPES:
+            types[name] = TYPES[name]
+        elif name.endswith("_ptr"):
+            types[name] = "*i32" if name.startswith(INTEGER_TABLES) else "*fp32"
+        else:
+            types[name] = "i32"
+    return types
+
+
+def compiled(kernel, constants, tmp_path, *, aligned=(), warps=4, stages=3):
+    """(resource line, instructions as (address, text)) of a kernel for sm_90."""
+    types = signature(kernel, constants)
+    names = [name for name in types if name.endswith("_ptr") or name in aligned]
+    attributes = {(list(types).index(name),): [["tt.divisibility", 16]] for name in names}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(binary.asm["cubin"])
+
+    def dump(flag):
+        done = subprocess.run([CUOBJDUMP, flag, file], capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    resources = next(line for line in dump("-res-usage").splitlines() if "REG:" in line)
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", dump("-sass"))
+    return resources, [(int(address, 16), text) for address, text in found]
+
+
+def loops(instructions):
+    """Instruction texts of each loop: from the target of a backward branch to the branch."""
+    bodies = []
+    for address, text in instructions:
+        branch = re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)", text)
+        if branch and int(branch.group(1), 16) < address:
+            start = int(branch.group(1), 16)
+            bodies.append([t for a, t in instructions if start <= a <= address])
+    return bodies
+
+
+def opcodes(texts):
+    return Counter(re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for text in texts)
+
+
+def test_the_decode_kernel_stays_lean(tmp_path):
+    constants = {"BN": 128, "TOKENS": 16, "SPLIT": 4, "MASK": 0b1110, "HAS_BIAS": False}
+    resources, code = compiled(
+        decode_kernel, constants | {"ASM": True}, tmp_path, aligned=("N", "columns")
+    )
+    assert "STACK:0" in resources
+    assert "LOCAL:0" in resources
+    bodies = [body for body in loops(code) if opcodes(body)["HGMMA"]]
+    per_weight = [len(body) * 128 / (2 * 128 * 128) for body in bodies]
+    assert len(per_weight) == 3
+    assert sorted(per_weight)[1] <= 1.95
+    assert max(per_weight) <= 2.85
+    assert sum("LDGSTS.E.BYPASS.128" in text for _, text in code) >= 40
+
+
+@pytest.mark.parametrize(
+    ("kernel", "constants", "warps"),
+    [
+        (_gptq_block_kernel, {"ROWS": 8, "COLUMNS": 128}, 1),
+        (_prologue_kernel, {"HAS_ORDER": True, "SLOTS": 4, "BLOCK": 4096}, 4),
+        (_dequantize_kernel, {"ROWS": 64}, 4),
+    ],
+    ids=["gptq", "prologue", "dequantize"],
+)
+def test_the_other_kernels_compile_without_spills(kernel, constants, warps, tmp_path):
+    resources, _ = compiled(kernel, constants, tmp_path, warps=warps)
+    assert "LOCAL:0" in resources
