@@ -8,7 +8,8 @@
 L is the sum of the next-token losses of all windows, in nats. While a block runs, hooks hand every
 linear's input x and gradient g = dL/dy to the observer. With `labels` = "sampled" the labels are
 drawn from the model's own predictions, which makes the mean of g g^T the Fisher matrix, the
-curvature of KL(source || changed); with "text" they are the text, the empirical Fisher matrix.
+curvature of KL(source || changed); with "text" they are the text, the empirical Fisher matrix. With
+"source" they are the unchanged model's distributions: L is KL(source || changed) plus a constant.
 
 The state between blocks is the gradient [S, T, D]. It can be saved and given back, so a killed run
 goes on at the block it reached, after a forward pass.
@@ -42,7 +43,7 @@ class PassSettings:
     """
 
     batch: int = 4
-    labels: Literal["text", "sampled"] = "text"
+    labels: Literal["text", "sampled", "source"] = "text"
     seed: int = 0
     host_bytes: int = 16 << 30
     every: int | None = None
@@ -112,20 +113,25 @@ class GradientPass:
                 memory,
                 self._step(on_forward),
             )
-            top, gradient = self._start(inputs, memory, resume)
+            top, gradient = self._start(first, inputs, memory, resume)
             for i in reversed(range(top)):
                 self._backward(i, inputs.take(i), gradient, observer_of(i))
                 if on_block:
                     on_block(i, gradient)
 
     def _start(
-        self, inputs: BlockInputs, memory: HostMemory, resume: tuple[int, Tensor] | None
+        self,
+        first: Tensor,
+        inputs: BlockInputs,
+        memory: HostMemory,
+        resume: tuple[int, Tensor] | None,
     ) -> tuple[int, Tensor]:
         """Number of blocks still to go through, and the gradient at the output of the last."""
         if resume is None:
+            source = self._source_output(first) if self._settings.labels == "source" else None
             output = inputs.forward()
             gradient = torch.empty_like(output)
-            self._head_gradient(output, gradient)
+            self._head_gradient(output, gradient, source)
             memory.free(output)
             return self._model.block_count, gradient
         top, gradient = resume
@@ -143,6 +149,17 @@ class GradientPass:
             self._prepare(i, block)
         return block
 
+    @torch.no_grad()
+    def _source_output(self, first: Tensor) -> Tensor:
+        """The last block's output [S, T, D] of the model without `prepare`."""
+        hidden = first.clone()
+        for i in range(self._model.block_count):
+            block = self._model.load_block(i)
+            for part in self._parts():
+                y = self._model.run_block(i, block, hidden[part])
+                hidden[part] = y.to(hidden.device, hidden.dtype)
+        return hidden
+
     def _step(self, on_forward: Callable[[int], None] | None) -> Callable[..., None]:
         @torch.no_grad()
         def step(i: int, x: Tensor, y: Tensor) -> None:
@@ -154,7 +171,7 @@ class GradientPass:
 
         return step
 
-    def _head_gradient(self, output: Tensor, gradient: Tensor) -> None:
+    def _head_gradient(self, output: Tensor, gradient: Tensor, source: Tensor | None) -> None:
         """Write dL/d(output) [S, T, D]; the last position of a window predicts nothing."""
         generator = torch.Generator(self._model.device).manual_seed(self._settings.seed)
         length = self._tokens.shape[1]
@@ -166,16 +183,22 @@ class GradientPass:
                 place = slice(start, min(start + span, length - 1))
                 labels = targets[:, place.start + 1 : place.stop + 1].to(self._model.device)
                 x = output[part, place].to(self._model.device)
+                if source is not None:
+                    with torch.no_grad():
+                        answer = self._model.logits(source[part, place])
+                    labels = answer.float().softmax(-1)
                 gradient[part, place] = self._slice_gradient(x, labels, generator).cpu()
 
     def _slice_gradient(self, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """labels: int64 [B, T] of tokens, or f32 [B, T, V] of probabilities."""
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            logits = self._model.logits(x).float().flatten(0, -2)
+            logits = self._model.logits(x).float().flatten(0, 1)
             if self._settings.labels == "sampled":
                 drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
                 labels = drawn[:, 0]
-            loss = nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+            labels = labels.view_as(logits) if labels.is_floating_point() else labels.flatten()
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         return torch.autograd.grad(loss, x)[0]
 
     def _backward(
