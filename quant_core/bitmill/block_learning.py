@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from bitmill.omniquant import (
     learned_tensors,
     learning_rates,
     make_learner,
+    restore,
 )
 from bitmill.output_metric import OutputMetric, mixed_precision
 from bitmill.packed import QuantizedWeight
@@ -59,12 +60,12 @@ class BlockLearningReport:
     mode: str
     loss_before: float
     loss_after: float
-    kept: str
-    steps: int
-    best_step: int
-    rollbacks: int
-    gave_up: bool
+    kept: Literal["learned", "start", "resumed"]
     seconds: float
+    steps: int = 0
+    best_step: int = 0
+    rollbacks: int = 0
+    gave_up: bool = False
     curve: list[tuple[int, float]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -124,22 +125,7 @@ def learn_block(
     for name, module in linears.items():
         set_weight(module, kept[name].dequantize())
     tensors = learned_tensors(learner if improved else None, kept)
-    seconds = time.perf_counter() - began
-    return LearnedBlock(
-        kept, tensors, _report(index, settings, descent, before, after, improved, seconds)
-    )
-
-
-def _report(
-    index: int,
-    settings: LearningSettings,
-    descent: DescentReport,
-    before: float,
-    after: float,
-    improved: bool,
-    seconds: float,
-) -> BlockLearningReport:
-    return BlockLearningReport(
+    report = BlockLearningReport(
         index=index,
         mode=settings.mode,
         loss_before=before,
@@ -149,9 +135,46 @@ def _report(
         best_step=descent.best_step,
         rollbacks=descent.rollbacks,
         gave_up=descent.gave_up,
-        seconds=seconds,
+        seconds=time.perf_counter() - began,
         curve=descent.curve,
     )
+    return LearnedBlock(kept, tensors, report)
+
+
+def apply_learned(
+    model: StreamedModel,
+    index: int,
+    block: nn.Module,
+    starts: Mapping[str, QuantizedWeight],
+    tensors: Mapping[str, Tensor],
+    data: BlockData,
+    *,
+    mode: str,
+    metric: OutputMetric | None = None,
+) -> LearnedBlock:
+    """Put stored learned parameters into a block and measure them; nothing is trained.
+
+    Raises FormatError where they belong to another model or map.
+    """
+    began = time.perf_counter()
+    linears = model.linears(block, index)
+    float_linears = model.linears(model.load_block(index), index)
+    source = {name: weight_of(module) for name, module in float_linears.items()}
+    weights = restore(tensors, starts, source, model.device)
+    with learnable(block, linears) as slots:
+        run = _Run(model, index, block, slots, data, (metric or OutputMetric()).to(model.device))
+        before, after = (run.held_out_loss(run.quantized(w)) for w in (starts, weights))
+    for name, module in linears.items():
+        set_weight(module, weights[name].dequantize())
+    report = BlockLearningReport(
+        index=index,
+        mode=mode,
+        loss_before=before,
+        loss_after=after,
+        kept="resumed",
+        seconds=time.perf_counter() - began,
+    )
+    return LearnedBlock(weights, dict(tensors), report)
 
 
 def _descend(
@@ -164,7 +187,9 @@ def _descend(
     batches = Batches(len(run.data.inputs), settings.batch, seed + run.index)
 
     def training_loss(step: int) -> Tensor:
-        return run.loss(learner(run.dtype), batches.at(step), learner)
+        batch = batches.at(step)
+        scale = loss_scale(run.dtype, run.data.inputs[0, :, 0].numel() * len(batch))
+        return scale * run.loss(learner(run.dtype), batch, learner)
 
     def held_out_loss() -> float:
         with torch.no_grad():
@@ -249,6 +274,11 @@ def compute_dtype(model: StreamedModel) -> torch.dtype:
     """The dtype of matrix products: bf16 on a GPU for a model in f32, else the model's own."""
     mixed = model.device.type == "cuda" and model.dtype == torch.float32
     return torch.bfloat16 if mixed else model.dtype
+
+
+def loss_scale(dtype: torch.dtype, tokens: int) -> float:
+    """Factor that keeps gradients of a mean over tokens inside fp16; Adam does not feel it."""
+    return float(tokens) if dtype == torch.float16 else 1.0
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from bitmill.block_learning import (
     Batches,
     compute_dtype,
     deterministic,
+    loss_scale,
     resident,
     set_slots,
 )
@@ -122,9 +123,10 @@ def tune_scales(
         )
         batches = Batches(len(tokens), settings.batch, seed)
 
-        def training_loss(_: int) -> Tensor:
-            batch = batches.at(_)
-            return student.kl(tokens[batch], teacher[batch])
+        def training_loss(step: int) -> Tensor:
+            batch = batches.at(step)
+            scale = loss_scale(student.dtype, tokens[batch].numel())
+            return scale * student.kl(tokens[batch], teacher[batch])
 
         @torch.no_grad()
         def held_out_loss() -> float:
