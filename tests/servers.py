@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -83,20 +84,17 @@ class Postgres:
 
     programs = _postgres_programs()
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
+        # Not below pytest's folder: root's is closed to the user that the server runs as.
+        self.folder = Path(tempfile.mkdtemp(prefix="bitmill-postgres-"))
+        if os.getuid() == 0:
+            shutil.chown(self.folder, "postgres")
         self.port = free_port()
 
     def start(self) -> None:
         """Create the cluster on first use, start and wait until it answers."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         data = self.folder / "data"
         if not data.exists():
-            if os.getuid() == 0:
-                for place in (self.folder, *self.folder.parents):
-                    if place.stat().st_uid == 0 and str(place).startswith("/tmp/"):
-                        place.chmod(place.stat().st_mode | 0o011)
-                shutil.chown(self.folder, "postgres")
             self._run("initdb", "-D", str(data), "-U", "bitmill", "-A", "trust", "-N")
         options = f"-p {self.port} -k '' -c listen_addresses=127.0.0.1 -c fsync=off"
         log = str(self.folder / "log")
@@ -105,6 +103,11 @@ class Postgres:
     def stop(self, mode: str = "immediate") -> None:
         """End it; "immediate" is what a crash looks like."""
         self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", mode, "-w", "stop")
+
+    def destroy(self) -> None:
+        """End it and delete its files."""
+        self.stop()
+        shutil.rmtree(self.folder)
 
     def database(self) -> str:
         """SQLAlchemy URL of a new, empty database."""

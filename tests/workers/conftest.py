@@ -18,14 +18,14 @@ from servers import Postgres, Redis
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+def postgres() -> Iterator[Postgres]:
     """One server for all tests that want PostgreSQL."""
     if Postgres.programs is None:
         pytest.skip("PostgreSQL is not installed (Debian package postgresql)")
-    server = Postgres(tmp_path_factory.mktemp("postgres"))
+    server = Postgres()
     server.start()
     yield server
-    server.stop()
+    server.destroy()
 
 
 @pytest.fixture

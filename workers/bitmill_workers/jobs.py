@@ -7,6 +7,7 @@ finish) is in `leases`, profiles and maps are in `catalog`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -82,23 +83,24 @@ class JobStore:
             "label": spec.label,
             "priority": priority,
             "queue": queue,
-            "deadline_at": None if spec.deadline_s is None else db_now() + spec.deadline_s,
             "parent_id": parent_id,
             "webhook_url": webhook_url,
         }
         if idempotency_key is None:
             with self.database.write() as conn:
-                return Submission(_insert_job(conn, values), replayed=False)
-        return self._submit_once(values, idempotency_key, request_hash)
+                return Submission(_insert_job(conn, values, spec.deadline_s), replayed=False)
+        return self._submit_once(values, spec.deadline_s, idempotency_key, request_hash)
 
-    def _submit_once(self, values: dict[str, Any], key: str, request_hash: str) -> Submission:
+    def _submit_once(
+        self, values: dict[str, Any], deadline_s: float | None, key: str, request_hash: str
+    ) -> Submission:
         tenant = values["tenant"]
         try:
             with self.database.write() as conn:
                 known = self._known_key(conn, tenant, key, request_hash)
                 if known is not None:
                     return Submission(known, replayed=True)
-                job = _insert_job(conn, values)
+                job = _insert_job(conn, values, deadline_s)
                 self._take_key(conn, tenant, key, request_hash, job.id)
                 return Submission(job, replayed=False)
         except _KeyTaken:
@@ -212,7 +214,6 @@ class JobStore:
                     f"job {job_id} is {old.shown_state}: only a finished job can be retried",
                     code="job_not_finished",
                 )
-            deadline = old.spec.get("deadline_s")
             return _insert_job(
                 conn,
                 {
@@ -223,10 +224,10 @@ class JobStore:
                     "label": old.label,
                     "priority": old.priority,
                     "queue": old.queue,
-                    "deadline_at": None if deadline is None else db_now() + deadline,
                     "parent_id": old.id,
                     "webhook_url": old.webhook_url,
                 },
+                old.spec.get("deadline_s"),
             )
 
     def delete(self, job_id: str, *, tenant: str | None = None) -> None:
@@ -342,7 +343,7 @@ def _shown_as(state: ShownState) -> sa.ColumnElement[bool]:
     return jobs.c.state == state
 
 
-def _fair_rank(tenant: str) -> sa.ColumnElement[int]:
+def _fair_rank() -> sa.ColumnElement[int]:
     """Start-time fair queueing: max(rank of the head of the queue, the tenant's last rank + 1).
 
     Jobs run in ascending rank, so tenants take turns however many jobs each has waiting, and a
@@ -350,36 +351,42 @@ def _fair_rank(tenant: str) -> sa.ColumnElement[int]:
     """
     last = (
         sa.select(sa.func.coalesce(sa.func.max(jobs.c.fair_rank) + 1, 0))
-        .where(jobs.c.tenant == tenant)
+        .where(jobs.c.tenant == sa.bindparam("of_tenant"))
         .scalar_subquery()
     )
-    head = (
-        sa.select(sa.func.min(jobs.c.fair_rank)).where(jobs.c.state == "queued").scalar_subquery()
-    )
+    lowest = sa.select(sa.func.min(jobs.c.fair_rank))
+    head = lowest.where(jobs.c.state == "queued").scalar_subquery()
     newest = sa.select(sa.func.coalesce(sa.func.max(jobs.c.fair_rank), 0)).scalar_subquery()
     virtual = sa.func.coalesce(head, newest)
     return sa.case((last > virtual, last), else_=virtual)
 
 
-def _insert_job(conn: sa.Connection, values: dict[str, Any]) -> JobRecord:
-    defaults = {
-        "state": "queued",
-        "fair_rank": _fair_rank(values["tenant"]),
-        "attempt": 0,
-        "lost_count": 0,
-        "crash_count": 0,
-        "oom_count": 0,
-        "handback_count": 0,
-        "token": 0,
-        "not_before": 0.0,
-        "created_at": db_now(),
-        "queued_at": db_now(),
-        "next_seq": 1,
-        "log_size": 0,
-        "schema_version": 1,
-    }
-    conn.execute(sa.insert(jobs).values(defaults | values))
-    mine = jobs.c.id == values["id"]
-    data = {"state": "queued"} | ({"parent_id": values["parent_id"]} if values["parent_id"] else {})
-    add_events(conn, mine, [("state", data)])
-    return job_record(conn.execute(sa.select(jobs).where(mine)).one())
+_GIVEN = ("id", "tenant", "spec", "model", "label", "priority", "queue", "parent_id", "webhook_url")
+_COUNTS = ("attempt", "lost_count", "crash_count", "oom_count", "handback_count", "token")
+_INSERT_JOB = (
+    sa.insert(jobs)
+    .values(
+        {name: sa.bindparam(f"job_{name}", type_=jobs.c[name].type) for name in _GIVEN}
+        | dict.fromkeys((*_COUNTS, "log_size"), 0)
+        | {
+            "state": "queued",
+            "fair_rank": _fair_rank(),
+            "not_before": 0.0,
+            "deadline_at": db_now() + sa.bindparam("deadline_s", type_=sa.Double()),
+            "created_at": db_now(),
+            "queued_at": db_now(),
+            "next_seq": 1,
+            "schema_version": 1,
+        }
+    )
+    .returning(*jobs.c)
+)
+
+
+def _insert_job(conn: sa.Connection, given: dict[str, Any], deadline_s: float | None) -> JobRecord:
+    parameters = {f"job_{name}": given[name] for name in _GIVEN}
+    parameters |= {"of_tenant": given["tenant"], "deadline_s": deadline_s}
+    job = job_record(conn.execute(_INSERT_JOB, parameters).one())
+    first = {"state": "queued"} | ({"parent_id": job.parent_id} if job.parent_id else {})
+    add_events(conn, jobs.c.id == job.id, [("state", first)])
+    return replace(job, next_seq=2)

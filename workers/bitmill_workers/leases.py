@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from bitmill_workers.db import Database, db_now
 from bitmill_workers.records import Artifact, JobRecord, Renewal
 from bitmill_workers.states import ACTIVE, State
 from bitmill_workers.tables import artifacts, job_logs, jobs
-from bitmill_workers.transitions import add_events, transition
+from bitmill_workers.transitions import add_events, edge, follow, transition
 
 MAX_EVENTS = 50_000
 """Progress events are dropped past this many of a job; its row still shows the progress."""
@@ -29,38 +30,23 @@ class LeaseStore:
     def __init__(self, database: Database, *, lease_s: float) -> None:
         self.database = database
         self.lease_s = lease_s
+        self._next = _claim_edge(jobs.c.id == _first(database.dialect), lease_s)
 
     def claim_next(self, owner: str, queues: Sequence[str]) -> JobRecord | None:
         """Claim the first runnable job of these queues: by priority, fair rank and age."""
-        order = (jobs.c.priority.desc(), jobs.c.fair_rank, jobs.c.created_at)
-        head = sa.select(jobs.c.id).where(*_runnable(queues)).order_by(*order).limit(1)
-        if self.database.dialect == "postgresql":
-            head = head.with_for_update(skip_locked=True)
-        return self._claim(jobs.c.id == head.scalar_subquery(), owner, queues)
+        return self._claim(self._next, owner, queues)
 
     def claim(self, job_id: str, owner: str, queues: Sequence[str]) -> JobRecord | None:
         """Claim this job if it is queued, due and of one of these queues; None otherwise."""
-        return self._claim(jobs.c.id == job_id, owner, queues)
+        return self._claim(_claim_edge(jobs.c.id == job_id, self.lease_s), owner, queues)
 
     def _claim(
-        self, which: sa.ColumnElement[bool], owner: str, queues: Sequence[str]
+        self, statement: ReturningUpdate[Any], owner: str, queues: Sequence[str]
     ) -> JobRecord | None:
-        values = {
-            "owner": owner,
-            "token": jobs.c.token + 1,
-            "attempt": jobs.c.attempt + 1,
-            "lease_until": db_now() + self.lease_s,
-            "started_at": sa.func.coalesce(jobs.c.started_at, db_now()),
-        }
+        parameters = {"claimer": owner, "queues": tuple(queues)}
+        event = {"owner": owner}
         with self.database.write() as conn:
-            return transition(
-                conn,
-                which,
-                "running",
-                where=_runnable(queues),
-                values=values,
-                event={"owner": owner},
-            )
+            return follow(conn, statement, "running", parameters=parameters, event=event)
 
     def renew(self, job_id: str, token: int) -> Renewal:
         """Extend the lease, and learn whether a cancel was asked or the deadline has passed."""
@@ -266,12 +252,32 @@ def _renewal(row: sa.Row[float | None, bool] | None) -> Renewal:
     return Renewal(held=True, cancel=cancel, overdue=bool(row.overdue))
 
 
-def _runnable(queues: Sequence[str]) -> tuple[sa.ColumnElement[bool], ...]:
-    return (
-        jobs.c.state == "queued",
-        jobs.c.queue.in_(queues),
-        jobs.c.not_before <= db_now(),
-    )
+_RUNNABLE = (
+    jobs.c.state == "queued",
+    jobs.c.queue.in_(sa.bindparam("queues", expanding=True)),
+    jobs.c.not_before <= db_now(),
+)
+
+
+def _first(dialect: str) -> sa.ScalarSelect[str]:
+    """The job that is claimed next; claimers on PostgreSQL skip what another has locked."""
+    order = (jobs.c.priority.desc(), jobs.c.fair_rank, jobs.c.created_at)
+    head = sa.select(jobs.c.id).where(*_RUNNABLE).order_by(*order).limit(1)
+    if dialect == "postgresql":
+        head = head.with_for_update(skip_locked=True)
+    return head.scalar_subquery()
+
+
+def _claim_edge(which: sa.ColumnElement[bool], lease_s: float) -> ReturningUpdate[Any]:
+    """Queued to running, for the parameters `claimer` and `queues`."""
+    values = {
+        "owner": sa.bindparam("claimer"),
+        "token": jobs.c.token + 1,
+        "attempt": jobs.c.attempt + 1,
+        "lease_until": db_now() + lease_s,
+        "started_at": sa.func.coalesce(jobs.c.started_at, db_now()),
+    }
+    return edge(which, "running", where=_RUNNABLE, values=values)
 
 
 def _held(job_id: str, token: int) -> sa.ColumnElement[bool]:

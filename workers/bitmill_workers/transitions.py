@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from bitmill_workers.db import db_now
 from bitmill_workers.records import JobRecord, job_record
@@ -17,6 +18,13 @@ from bitmill_workers.states import ACTIVE, TERMINAL, State, sources_of
 from bitmill_workers.tables import job_events, jobs, outbox
 
 _NO_OWNER = {"owner": None, "lease_until": None}
+_INSERT_EVENT = sa.insert(job_events).values(
+    job_id=sa.bindparam("job_id"),
+    seq=sa.bindparam("seq"),
+    time=db_now(),
+    kind=sa.bindparam("kind"),
+    data=sa.bindparam("data"),
+)
 
 
 def transition(
@@ -34,6 +42,19 @@ def transition(
     `sources` narrows the legal source states; `values` are further columns, `event` further data
     of the "state" event. Entering a terminal state queues the job's webhook.
     """
+    statement = edge(job, target, sources=sources, where=where, values=values)
+    return follow(conn, statement, target, event=event)
+
+
+def edge(
+    job: sa.ColumnElement[bool],
+    target: State,
+    *,
+    sources: Iterable[State] | None = None,
+    where: Sequence[sa.ColumnElement[bool]] = (),
+    values: dict[str, Any] | None = None,
+) -> ReturningUpdate[Any]:
+    """The conditional UPDATE of `transition`, to be kept where it is made often."""
     legal = sources_of(target) & frozenset(sources or sources_of(target))
     columns: dict[str, Any] = {"state": target, "next_seq": jobs.c.next_seq + 1}
     if target not in ACTIVE:
@@ -42,13 +63,24 @@ def transition(
         columns |= {"queued_at": db_now(), "sent_at": None, "stage": None, "progress": None}
     if target in TERMINAL:
         columns |= {"finished_at": db_now(), "estimated_finish": None}
-    statement = (
+    return (
         sa.update(jobs)
         .where(job, jobs.c.state.in_(sorted(legal)), *where)
         .values(columns | (values or {}))
         .returning(*jobs.c)
     )
-    row = conn.execute(statement).one_or_none()
+
+
+def follow(
+    conn: sa.Connection,
+    statement: ReturningUpdate[Any],
+    target: State,
+    *,
+    parameters: dict[str, Any] | None = None,
+    event: dict[str, Any] | None = None,
+) -> JobRecord | None:
+    """Execute an `edge`, with its event and webhook; None where its conditions do not hold."""
+    row = conn.execute(statement, parameters or {}).one_or_none()
     if row is None:
         return None
     record = job_record(row)
@@ -84,9 +116,8 @@ def add_events(
 def _insert_event(
     conn: sa.Connection, job_id: str, seq: int, kind: str, data: dict[str, Any]
 ) -> None:
-    conn.execute(
-        sa.insert(job_events).values(job_id=job_id, seq=seq, time=db_now(), kind=kind, data=data)
-    )
+    values = {"job_id": job_id, "seq": seq, "kind": kind, "data": data}
+    conn.execute(_INSERT_EVENT, values)
 
 
 def _queue_webhook(conn: sa.Connection, job: JobRecord) -> None:
