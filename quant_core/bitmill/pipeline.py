@@ -33,13 +33,13 @@ from bitmill.checkpoint import (
     MAP_NAME,
     write_checkpoint,
 )
-from bitmill.checkpoint_source import CheckpointSource
+from bitmill.checkpoint_source import CheckpointSource, check_all_finite
 from bitmill.errors import ResourceError, VerificationError
 from bitmill.gguf_source import convert_gguf
 from bitmill.manifest import Manifest, read_manifest, write_manifest
 from bitmill.measurement import Candidate, compute_dtype, from_packed, measure
 from bitmill.model_config import refuse_pickles
-from bitmill.plan import Plan, make_plan
+from bitmill.plan import Plan, check_lengths, make_plan
 from bitmill.profile import PROFILE_NAME, SensitivityProfile, profile_key
 from bitmill.profiling import ProfileRequest, make_profile
 from bitmill.progress import Progress
@@ -186,12 +186,15 @@ def resolve(job: Job) -> Source:
 
 
 def plan(job: Job, source: Source) -> Plan:
-    """Linears, kept tensors and sizes; refuses a budget that no map can meet."""
+    """Linears, kept tensors and sizes; refuses an impossible budget, windows and NaN weights."""
     allocation = job.spec.allocation.model_dump(mode="json")
 
     def work(folder: Path) -> None:
         made = make_plan(source.folder, job.spec)
         check_budget(made, job.spec, job.given_map)
+        check_lengths(made, job.spec)
+        with CheckpointSource(source.folder) as tensors:
+            check_all_finite(tensors)
         storage.write_bytes(folder / PLAN_NAME, made.model_dump_json(indent=1).encode())
 
     inputs = {

@@ -63,6 +63,15 @@ def test_non_finite_rows_are_counted(value: float, dtype: torch.dtype) -> None:
         check_finite("w", tensor)
 
 
+def test_large_finite_values_are_fine_though_their_sum_overflows() -> None:
+    check_finite("w", torch.full((4, 4), 3e38))
+    check_finite("w", torch.full((70, 1000), 65504.0, dtype=torch.float16))
+    with pytest.raises(ModelError, match=r"1 of 4 rows \(first: row 2\)"):
+        check_finite("w", torch.full((4, 4), 3e38).index_fill(0, torch.tensor([2]), torch.inf))
+    with pytest.raises(ModelError, match=r"1 of 1 rows"):
+        check_finite("w", torch.tensor(float("nan")))
+
+
 def test_every_tensor_of_a_folder_is_checked(folder: Path, tmp_path: Path) -> None:
     source = CheckpointSource(folder)
     check_all_finite(source)
