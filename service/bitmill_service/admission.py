@@ -6,7 +6,6 @@ runner. A Hub that does not answer is no ground for refusal; the worker will try
 
 from __future__ import annotations
 
-import math
 import tempfile
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from bitmill.allocate import check_budget
 from bitmill.bits import BitWidthMap, group_columns
 from bitmill.budget import footprint
 from bitmill.errors import CalibrationError, ModelError
+from bitmill.estimate import estimate
 from bitmill.plan import Plan, make_plan
 from bitmill.spec import FileText, HubModel, InlineMap, JobSpec, UploadedMap
 from bitmill_service.context import Context
@@ -21,8 +21,6 @@ from bitmill_service.hub_headers import fetch_headers
 from bitmill_service.problems import ProblemError
 from bitmill_service.schemas import PlanView, SizeView
 from bitmill_workers.fetch import check_model, local_model, resolve_path
-
-_FLOAT = 4
 
 
 def admit(context: Context, spec: JobSpec) -> None:
@@ -58,7 +56,7 @@ def plan_job(context: Context, spec: JobSpec) -> PlanView:
 
 
 def plan_view(plan: Plan, spec: JobSpec) -> PlanView:
-    """Counts, the range of sizes that the legal widths allow, and what a runner needs."""
+    """Counts, the range of sizes that the legal widths allow, and what a runner needs on a CPU."""
     widths = spec.allocation.legal_widths
     return PlanView(
         model_type=plan.model_type,
@@ -69,7 +67,7 @@ def plan_view(plan: Plan, spec: JobSpec) -> PlanView:
         fused=[plan.input_groups(block) for block in range(min(1, plan.block_count))],
         smallest=_uniform_size(plan, spec, min(widths)),
         largest=_uniform_size(plan, spec, max(widths)),
-        device_bytes=_device_bytes(plan, spec),
+        estimate=estimate(plan, spec, gguf=spec.model.file is not None),
     )
 
 
@@ -82,22 +80,6 @@ def _uniform_size(plan: Plan, spec: JobSpec, width: int) -> SizeView:
     linears = {s.name: (width,) * len(group_columns(s.columns)) for s in plan.shapes}
     cost = footprint(plan, BitWidthMap(order=spec.allocation.order, linears=linears))
     return SizeView(width=width, code_bits=cost.code_bits, bits=cost.bits, size=cost.size)
-
-
-def _device_bytes(plan: Plan, spec: JobSpec) -> int:
-    """Accelerator memory that refinement holds at once, an estimate from below.
-
-    The largest block in fp32, its largest Hessian twice (itself and its factor), the head's
-    weight, and one calibration window's hidden states and logits.
-    """
-    blocks = [
-        sum(linear.shape.weights for linear in plan.block_linears(block))
-        for block in range(plan.block_count)
-    ]
-    hessian = max(linear.columns for linear in plan.linears) ** 2
-    head = plan.vocab_size * plan.hidden_size
-    window = spec.calibration.length * (plan.hidden_size + plan.vocab_size)
-    return math.ceil(_FLOAT * (max(blocks) + 2 * hessian + head + window))
 
 
 def _check_calibration(context: Context, spec: JobSpec) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from bitmill_service.cli_output import (
+from bitmill_service.cli_output import open_client, (
     JobArgument,
     JsonFlag,
     UrlOption,
@@ -21,7 +21,8 @@ from bitmill_service.cli_output import (
 )
 from bitmill_service.cli_spec import budget, build_spec
 from bitmill_service.client import Client
-from bitmill_service.schemas import FileView, JobView
+from bitmill_service.report_table import parse_rows, print_report
+from bitmill_service.schemas import FileView, JobView, PlanView
 from bitmill_service.watch import JobWatch
 
 
@@ -83,9 +84,9 @@ def submit(
             "label": label,
         },
     )
-    with Client(url) as client:
+    with open_client(url) as client:
         if validate_only:
-            _show_plan(client.plan(built).model_dump(mode="json"), as_json=json)
+            _show_plan(client.plan(built), as_json=json)
             return
         job = client.submit(built, idempotency_key=key)
         if not json:
@@ -100,7 +101,7 @@ def submit(
 
 def status(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
     """Show one job."""
-    with Client(url) as client:
+    with open_client(url) as client:
         view = client.get(job)
     if json:
         print_json(view.model_dump(mode="json"))
@@ -121,7 +122,7 @@ def list_jobs(
     json: JsonFlag = False,
 ) -> None:
     """List jobs, newest first."""
-    with Client(url) as client:
+    with open_client(url) as client:
         page = client.list_jobs(state=state, model=model, label=label, limit=limit, after=after)
     if json:
         print_json(page.model_dump(mode="json"))
@@ -145,7 +146,7 @@ def wait(
     json: JsonFlag = False,
 ) -> None:
     """Wait until a job has finished; exit code 3 if it failed, 4 if cancelled, 5 on timeout."""
-    with Client(url) as client:
+    with open_client(url) as client:
         view = _watch(client, job, timeout, quiet=json)
     if json:
         print_json(view.model_dump(mode="json"))
@@ -162,7 +163,7 @@ def logs(
     json: JsonFlag = False,
 ) -> None:
     """Print a job's log."""
-    with Client(url) as client:
+    with open_client(url) as client:
         if json:
             print_json({"text": "".join(client.logs(job, offset=offset, follow=follow))})
             return
@@ -173,19 +174,19 @@ def logs(
 
 def cancel(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
     """Ask a job to stop."""
-    with Client(url) as client:
+    with open_client(url) as client:
         _say(client.cancel(job), as_json=json)
 
 
 def retry(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
     """Submit a job's specification again, as a new job."""
-    with Client(url) as client:
+    with open_client(url) as client:
         _say(client.retry(job), as_json=json)
 
 
 def delete(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
     """Remove a finished job with all its files."""
-    with Client(url) as client:
+    with open_client(url) as client:
         client.delete(job)
     if json:
         print_json({"deleted": job})
@@ -209,7 +210,7 @@ def download(
     json: JsonFlag = False,
 ) -> None:
     """Download a finished job's files; verified, and resumed where an earlier run stopped."""
-    with Client(url) as client:
+    with open_client(url) as client:
         _download(client, job, out, tuple(include or ()), parallel, quiet=json)
 
 
@@ -299,16 +300,22 @@ def _show_job(job: JobView) -> None:
         rows.append(("finishes about", format_time(job.eta)))
     if job.error is not None:
         rows.append(("error", f"{job.error.code}: {job.error.message}"))
-    for key, value in (job.result or {}).items():
-        rows.append((key, f"{value:g}" if isinstance(value, float) else str(value)))
     for name, value in rows:
         typer.echo(f"{name + ':':<16}{value}")
+    if job.result and job.result.get("rows"):
+        print_report(parse_rows(job.result["rows"]))
 
 
-def _show_plan(plan: dict[str, Any], *, as_json: bool) -> None:
+def _show_plan(plan: PlanView, *, as_json: bool) -> None:
     if as_json:
-        print_json(plan)
+        print_json(plan.model_dump(mode="json"))
         return
-    for name, value in plan.items():
-        if not isinstance(value, dict | list):
-            typer.echo(f"{name + ':':<20}{value}")
+    needs = plan.estimate
+    typer.echo(
+        f"{plan.model_type}: {plan.blocks} blocks, {plan.linears} linears, {plan.groups} groups, "
+        f"{plan.weights:,} weights\n"
+        f"checkpoint: {format_size(plan.smallest.size)} at {plan.smallest.width} bits to "
+        f"{format_size(plan.largest.size)} at {plan.largest.width} bits\n"
+        f"needs about {format_size(needs.host_bytes)} of memory, "
+        f"{format_size(needs.disk_bytes)} of disk"
+    )

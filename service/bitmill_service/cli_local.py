@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
+from bitmill.errors import InputError
 from bitmill.quality import QualityReport
-from bitmill_service.cli_output import JsonFlag, UrlOption, print_json
-from bitmill_service.client import Client
+from bitmill.report_html import write_report
+from bitmill_service.cli_output import JsonFlag, UrlOption, open_client, print_json
 from bitmill_service.report_table import parse_rows, print_report
 
 PASS_ON = {
@@ -54,14 +55,21 @@ def report(
         str, typer.Argument(metavar="DIR|JOB", help="A packed folder, or a job of the service.")
     ],
     *,
+    html: Annotated[
+        Path | None, typer.Option(help="Write one self-contained HTML page here (folders only).")
+    ] = None,
     url: UrlOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Print the quality report of a packed folder or of a finished job."""
+    if html is not None and not Path(target).is_dir():
+        raise InputError(f"--html needs a packed folder: download {target} first", param="--html")
+    if html is not None:
+        write_report(Path(target), html)
     if Path(target).is_dir():
         found = QualityReport.load(Path(target) / "quality.json").model_dump(mode="json")
     else:
-        with Client(url) as client:
+        with open_client(url) as client:
             found = client.report(target)
     if json:
         print_json(found)

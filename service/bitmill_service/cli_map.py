@@ -12,9 +12,15 @@ from bitmill.bits import BitWidthMap
 from bitmill.slim_maps import read_slim_map
 from bitmill.spec import Allocation, Budget
 from bitmill.storage import write_bytes
-from bitmill_service.cli_output import JsonFlag, UrlOption, format_size, print_json, print_table
+from bitmill_service.cli_output import (
+    JsonFlag,
+    UrlOption,
+    format_size,
+    open_client,
+    print_json,
+    print_table,
+)
 from bitmill_service.cli_spec import budget, merge
-from bitmill_service.client import Client
 from bitmill_service.schemas import AllocationRequest
 
 app = typer.Typer(
@@ -36,7 +42,7 @@ def load_map(target: str, url: str | None) -> BitWidthMap:
         return read_slim_map(path)
     if path.is_file() or path.suffix == ".json":
         return BitWidthMap.load(path)
-    with Client(url) as client:
+    with open_client(url) as client:
         return client.bit_width_map(target)
 
 
@@ -97,7 +103,7 @@ def allocate(
         allocation=Allocation.model_validate(allocation) if allocation else None,
         curve=tuple(curve or ()),
     )
-    with Client(url) as client:
+    with open_client(url) as client:
         found = client.allocate(profile, request)
     if out is not None:
         write_bytes(out, found.map.to_json().encode())

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitmill.errors import BitmillError, InputError
+from bitmill_service.client import Client
 from bitmill_service.client_errors import (
     JobCancelled,
     JobFailed,
@@ -42,6 +43,11 @@ _BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 def console() -> Console:
     """Where tables and bars go: standard output; wide and plain where it is no terminal."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+
+
+def open_client(url: str | None) -> Client:
+    """A client that gives up on a silent service within seconds."""
+    return Client(url, tries=4)
 
 
 def print_json(value: Any) -> None:

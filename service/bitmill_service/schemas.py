@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitmill.bits import BitWidthMap
+from bitmill.estimate import Estimate
 from bitmill.spec import Allocation, Budget, Closed
 
 State = Literal["queued", "running", "cancelling", "finalizing", "succeeded", "failed", "cancelled"]
@@ -147,8 +148,8 @@ class PlanView(View):
     """What a job would work on: nothing was created.
 
     weights: quantized weights in all. smallest, largest: the legal widths' range. fused: linears
-    of the first block that read the same input. device_bytes: estimate of the accelerator memory
-    that one block's refinement holds.
+    of the first block that read the same input. estimate: memory, disk and time of a runner
+    without an accelerator.
     """
 
     model_type: str
@@ -159,7 +160,7 @@ class PlanView(View):
     fused: list[list[list[str]]]
     smallest: SizeView
     largest: SizeView
-    device_bytes: int
+    estimate: Estimate
 
 
 class ProfileView(View):

@@ -1,0 +1,249 @@
+"""The command line: what it prints, as JSON and as text, and how it exits."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from bitmill_service import cli, cli_output
+from bitmill_service.cli_output import format_size, parse_size
+from bitmill_service.schemas import EventView
+from bitmill_service.watch import JobWatch
+from bitmill_workers.jobs import JobStore
+from finished import MAP, Stack
+
+SUBMIT = ["submit", "path:models/tiny", "--code-bits", "3", "--method", "uniform"]
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `bitmill ...`, through its entry point."""
+    monkeypatch.setattr(sys, "argv", ["bitmill", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    code = ended.value.code
+    return (code if isinstance(code, int) else 0), out, err
+
+
+@pytest.fixture
+def bitmill(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stack: Stack
+) -> Any:
+    monkeypatch.setenv("BITMILL_URL", stack.url)
+    return lambda *arguments: run(monkeypatch, capsys, *arguments)
+
+
+def test_submit_status_list_cancel_retry_delete(bitmill: Any) -> None:
+    code, out, _ = bitmill(*SUBMIT, "--label", "cli", "--order", "natural", "--json")
+    assert code == 0
+    job = json.loads(out)
+    assert job["spec"]["allocation"]["method"] == "uniform"
+    assert f"{'state:':<16}queued" in bitmill("status", job["id"])[1]
+    listed = json.loads(bitmill("list", "--label", "cli", "--json")[1])
+    assert [j["id"] for j in listed["jobs"]] == [job["id"]]
+    assert "models/tiny" in bitmill("list")[1]
+    assert bitmill("cancel", job["id"])[1] == f"job {job['id']} cancelled\n"
+    child = json.loads(bitmill("retry", job["id"], "--json")[1])
+    assert child["parent_id"] == job["id"]
+    assert json.loads(bitmill("delete", job["id"], "--json")[1]) == {"deleted": job["id"]}
+    code, _, err = bitmill("status", job["id"])
+    assert (code, err.splitlines()[0]) == (2, f"error: there is no job '{job['id']}'")
+
+
+def test_specification_file_is_completed_by_options(bitmill: Any, tmp_path: Path) -> None:
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps({"budget": {"bits": 4}, "seed": 9, "label": "from file"}))
+    arguments = ["submit", "path:models/tiny", "--spec", str(file), "--size", "400kB"]
+    code, out, _ = bitmill(*arguments, "--label", "from option", "--json")
+    spec = json.loads(out)["spec"]
+    assert code == 0
+    assert spec["budget"] == {"code_bits": None, "bits": None, "size": 400_000}
+    assert (spec["seed"], spec["label"]) == (9, "from option")
+
+
+def test_plan_is_shown_without_a_job(bitmill: Any, stack: Stack) -> None:
+    before = sum(stack.context.jobs.counts().values())
+    code, out, _ = bitmill(*SUBMIT, "--validate-only")
+    assert (code, out.splitlines()[0]) == (
+        0,
+        "llama: 2 blocks, 14 linears, 28 groups, 399,360 weights",
+    )
+    assert json.loads(bitmill(*SUBMIT, "--validate-only", "--json")[1])["linears"] == 14
+    assert sum(stack.context.jobs.counts().values()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["submit", "path:models/tiny"],
+        ["submit", "path:models/tiny", "--bits", "3", "--code-bits", "3"],
+        ["submit", "path:models/tiny", "--code-bits", "1.5"],
+        ["submit", "path:elsewhere/tiny", "--code-bits", "3"],
+        ["submit", "--code-bits", "3"],
+        ["submit", "path:models/tiny", "--size", "huge"],
+        ["status"],
+        ["nonsense"],
+        ["report", "no-such-job"],
+    ],
+)
+def test_refused_input_exits_with_2(bitmill: Any, arguments: list[str]) -> None:
+    code, out, err = bitmill(*arguments)
+    assert (code, out) == (2, "")
+    assert err
+    assert "Traceback" not in err
+
+
+def test_errors_are_json_where_json_was_asked_for(bitmill: Any) -> None:
+    _, out, err = bitmill("submit", "path:models/tiny", "--code-bits", "1.5", "--json")
+    assert out == ""
+    error = json.loads(err)["error"]
+    assert (error["code"], error["param"]) == ("impossible_budget", "budget.code_bits")
+    assert error["hint"]
+
+
+def test_wait_exits_by_how_the_job_ended(bitmill: Any, stack: Stack) -> None:
+    store: JobStore = stack.context.jobs
+    queued = stack.queued().id
+    assert bitmill("wait", queued, "--timeout", "0.1")[0] == 5
+    store.request_cancel(queued)
+    assert bitmill("wait", queued)[0] == 4
+    code, out, err = bitmill("wait", stack.failed().id)
+    assert (code, "it is broken" in err) == (3, True)
+    assert out.splitlines()[-1] == "job failed"
+    assert bitmill("wait", stack.succeeded().id)[0] == 0
+
+
+def test_download_log_and_map(bitmill: Any, stack: Stack, tmp_path: Path) -> None:
+    job = stack.succeeded()
+    code, out, _ = bitmill("download", job.id, "--out", str(tmp_path / "out"))
+    assert code == 0
+    assert "5 files fetched" in out
+    again = json.loads(bitmill("download", job.id, "-o", str(tmp_path / "out"), "--json")[1])
+    assert (again["fetched"], again["bytes_fetched"], len(again["skipped"])) == ([], 0, 5)
+    assert json.loads(bitmill("map", "show", job.id, "--json")[1]) == MAP
+    shown = bitmill("map", "show", str(tmp_path / "out"))[1]
+    assert "1 of 2 bits, 2 of 3 bits, 1 of 4 bits" in shown
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(MAP | {"linears": MAP["linears"] | {"extra": "3"}}))
+    difference = json.loads(bitmill("map", "diff", job.id, str(other), "--json")[1])
+    assert difference == {"extra": ["", "3"]}
+    running = stack.running()
+    stack.leases.append_log(running.id, running.token, b"hello\n", limit=1000)
+    assert bitmill("logs", running.id)[1] == "hello\n"
+
+
+def test_service_that_is_not_there_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(monkeypatch, capsys, "list", "--url", "http://127.0.0.1:9")
+    assert (code, "bitmill serve" in err) == (1, True)
+
+
+def test_database_is_made_and_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, _ = run(monkeypatch, capsys, "db", "upgrade", "--data", str(tmp_path), "--json")
+    assert code == 0
+    assert json.loads(out)["revision"]
+    assert (tmp_path / "bitmill.db").is_file()
+
+
+def test_every_command_takes_json() -> None:
+    runner = CliRunner()
+    names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+    passed_on = {"quantize", "evaluate", "generate"}
+    for name in set(names) - passed_on:
+        assert "--json" in runner.invoke(cli.app, [name, "--help"]).output, name
+    for group, name in [("map", "show"), ("map", "diff"), ("map", "allocate"), ("db", "upgrade")]:
+        assert "--json" in runner.invoke(cli.app, [group, name, "--help"]).output, name
+
+
+def test_commands_of_the_library_keep_its_help_and_exit_code() -> None:
+    shown = _script("quantize", "--help")
+    assert shown.returncode == 0
+    assert "--calibration-sequences" in shown.stdout
+    refused = _script("generate", "nowhere")
+    assert refused.returncode == 2
+
+
+def test_command_line_and_api_never_load_torch() -> None:
+    code = (
+        "import sys, bitmill_service.cli, bitmill_service.main, bitmill_service.client\n"
+        "assert not {'torch', 'triton', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def _script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "bitmill_service.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("120000000", 120_000_000),
+        ("120MB", 120_000_000),
+        ("1.5 GB", 1_500_000_000),
+        ("512MiB", 512 << 20),
+        ("1k", 0),
+        ("-3MB", 0),
+        ("MB", 0),
+        ("1e400", 0),
+    ],
+)
+def test_sizes_are_read_or_refused(text: str, size: int) -> None:
+    if size:
+        assert parse_size(text) == size
+    else:
+        with pytest.raises(cli_output.typer.BadParameter):
+            parse_size(text)
+
+
+def test_sizes_are_shown_in_decimal_units() -> None:
+    sizes = [999, 1000, 999_949, 999_950, 97_650_000, 3 * 10**15]
+    assert [format_size(size) for size in sizes] == [
+        "999 B",
+        "1.0 kB",
+        "999.9 kB",
+        "1.0 MB",
+        "97.7 MB",
+        "3000.0 TB",
+    ]
+
+
+def _event(kind: str, **data: Any) -> EventView:
+    return EventView.model_validate({"seq": 1, "at": 0, "kind": kind, "data": data})
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_watch_shows_stages_and_blocks(terminal: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=100, color_system=None)
+    with JobWatch(console) as watch:
+        watch.on_event(_event("state", state="running"))
+        watch.on_event(_event("stage", stage="refine", state="started"))
+        for done in range(1, 4):
+            watch.on_event(_event("progress", stage="refine", done=done, total=3, unit="block"))
+        watch.on_event(_event("stage", stage="refine", state="finished"))
+        watch.on_event(_event("warning", stage="refine", message="damped"))
+        watch.on_event(_event("something new", value=1))
+    shown = out.getvalue()
+    assert "job running" in shown
+    assert "warning: damped" in shown
+    assert "3/3" in shown
+    assert ("refine: 2/3" in shown) is False

@@ -1,0 +1,188 @@
+"""The typed client against the real API, and against servers that fail on purpose."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import httpx2
+import pytest
+from fastapi import FastAPI, Request, Response
+
+from bitmill.spec import parse_spec
+from bitmill_service.client import Client
+from bitmill_service.client_errors import (
+    JobCancelled,
+    JobFailed,
+    ServiceError,
+    Unauthorized,
+    Unreachable,
+    WaitTimeout,
+)
+from bitmill_service.schemas import EventView
+from finished import MAP, REPORT, Stack, spec_json
+from serving import serve
+
+
+def test_submit_get_list_cancel_retry_delete(client: Client) -> None:
+    job = client.submit(spec_json(label="by client"))
+    assert client.get(job.id).state == "queued"
+    assert [j.id for j in client.list_jobs(label="by client").jobs] == [job.id]
+    assert client.cancel(job.id).state == "cancelled"
+    child = client.retry(job.id)
+    assert (child.parent_id, child.terminal) == (job.id, False)
+    client.delete(job.id)
+    with pytest.raises(ServiceError) as gone:
+        client.get(job.id)
+    assert (gone.value.code, gone.value.status) == ("job_not_found", 404)
+
+
+def test_typed_and_plain_specifications_mean_the_same(client: Client) -> None:
+    spec = spec_json(seed=3)
+    assert client.submit(spec).spec == client.submit(parse_spec(spec)).spec
+    assert client.plan(spec).linears == 14
+
+
+def test_refusal_carries_the_problem(client: Client) -> None:
+    with pytest.raises(ServiceError) as refused:
+        client.submit(spec_json(budget={"code_bits": 1.2}))
+    error = refused.value
+    assert (error.code, error.param, error.status) == (
+        "impossible_budget",
+        "budget.code_bits",
+        422,
+    )
+    assert error.hint
+    assert error.request_id
+
+
+def test_same_key_gives_the_same_job(client: Client) -> None:
+    first = client.submit(spec_json(), idempotency_key="client-key")
+    assert client.submit(spec_json(), idempotency_key="client-key").id == first.id
+    assert client.submit(spec_json()).id != first.id
+
+
+def test_wait_returns_the_finished_job_and_every_event_once(client: Client, stack: Stack) -> None:
+    job = stack.running()
+    seen: list[EventView] = []
+
+    def finish_when_heard(event: EventView) -> None:
+        seen.append(event)
+        if event.seq == 2:
+            assert stack.leases.fail(job.id, job.token, "numerical", "singular")
+
+    with pytest.raises(JobFailed) as failed:
+        client.wait(job.id, on_event=finish_when_heard)
+    assert failed.value.code == "numerical"
+    assert "singular" in failed.value.message
+    assert [event.seq for event in seen] == [1, 2, 3]
+    assert client.wait(stack.succeeded().id).result == {"code_bits": 3.0}
+
+
+def test_wait_tells_cancelled_and_timeout_apart(client: Client, stack: Stack) -> None:
+    queued = stack.queued()
+    with pytest.raises(WaitTimeout) as late:
+        client.wait(queued.id, timeout=0.1)
+    assert late.value.job.state == "queued"
+    stack.context.jobs.request_cancel(queued.id)
+    with pytest.raises(JobCancelled):
+        client.wait(queued.id, timeout=5)
+
+
+def test_outputs_come_back_typed(client: Client, stack: Stack, tmp_path: Path) -> None:
+    job = stack.succeeded(b"payload")
+    assert client.bit_width_map(job.id).model_dump(mode="json") == MAP
+    assert client.report(job.id) == REPORT
+    done = client.download(job.id, tmp_path / "out", include=("*.safetensors",))
+    assert done.fetched == ("model.safetensors",)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == b"payload"
+    assert client.upload_map(b'{"linears": {"a": "33"}}').histogram == {"3": 2}
+
+
+def test_log_is_followed_to_its_end(client: Client, stack: Stack) -> None:
+    job = stack.running()
+    stack.leases.append_log(job.id, job.token, b"one\n", limit=1 << 20)
+    pieces = client.logs(job.id, follow=True)
+    assert next(pieces) == "one\n"
+    stack.leases.append_log(job.id, job.token, b"two\n", limit=1 << 20)
+    assert stack.leases.fail(job.id, job.token, "numerical", "no luck")
+    assert "".join(pieces) == "two\n"
+
+
+class Flaky:
+    """Answers the given statuses first, then as a service would."""
+
+    def __init__(self, statuses: list[int]) -> None:
+        self.statuses = statuses
+        self.keys: list[str | None] = []
+        self.app = FastAPI()
+        self.app.post("/v1/jobs")(self.create)
+
+    def create(self, request: Request) -> Response:
+        self.keys.append(request.headers.get("idempotency-key"))
+        return Response(status_code=self.statuses.pop(0), headers={"Retry-After": "7"})
+
+
+def test_busy_service_is_asked_again_with_the_same_key() -> None:
+    flaky = Flaky([503, 429, 502, 504, 401])
+    waits: list[float] = []
+    with (
+        serve(flaky.app) as url,
+        Client(url, sleep=waits.append) as client,
+        pytest.raises(Unauthorized),
+    ):
+        client.submit(spec_json())
+    assert len(set(flaky.keys)) == 1
+    assert flaky.keys[0]
+    assert waits == [7.0] * 4
+
+
+def test_stream_that_breaks_is_continued_without_a_gap(stack: Stack) -> None:
+    """A proxy that cuts every stream after one event."""
+    job = stack.succeeded()
+    seen: list[int] = []
+    with serve(_cutting_proxy(stack)) as url, Client(url, sleep=lambda _: None) as client:
+        for event in client.events(job.id):
+            seen.append(event.seq)
+    assert seen == [1, 2, 3, 4]
+
+
+def _cutting_proxy(stack: Stack) -> FastAPI:
+    app = FastAPI()
+
+    @app.get("/{path:path}")
+    def forward(path: str, request: Request) -> Response:
+        headers = {k: v for k, v in request.headers.items() if k in ("accept", "last-event-id")}
+        query = dict(request.query_params)
+        answer = httpx2.get(f"{stack.url}/{path}", headers=headers, params=query)
+        content = answer.content
+        if "text/event-stream" in headers["accept"]:
+            content = content[: content.index(b"\n\n") + 2]
+        elif query.get("limit"):
+            answer = httpx2.get(f"{stack.url}/{path}", params=query | {"limit": "1"})
+            content = answer.content
+        return Response(content, answer.status_code, media_type=answer.headers["content-type"])
+
+    return app
+
+
+def test_silent_address_is_unreachable() -> None:
+    with (
+        Client("http://127.0.0.1:9", tries=2, sleep=lambda _: None) as client,
+        pytest.raises(Unreachable, match="bitmill serve"),
+    ):
+        client.list_jobs()
+
+
+def test_client_is_usable_from_several_threads(client: Client) -> None:
+    found: list[str] = []
+
+    def submit() -> None:
+        found.append(client.submit(spec_json()).id)
+
+    threads = [threading.Thread(target=submit) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 8

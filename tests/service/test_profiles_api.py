@@ -1,0 +1,97 @@
+"""New budgets for a stored profile: exact sizes, predicted loss, no runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+import pytest
+
+from bitmill.bits import BitWidthMap
+from bitmill.budget import footprint
+from bitmill.plan import Plan
+from bitmill.profile import SensitivityProfile
+from finished import Stack
+from plans import llama_plan, random_profile
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return llama_plan(blocks=2)
+
+
+@pytest.fixture(scope="module")
+def profile(plan: Plan) -> SensitivityProfile:
+    return random_profile(plan, widths=(2, 3, 4, 5), sba=(3,))
+
+
+@pytest.fixture(scope="module")
+def url(stack: Stack, plan: Plan, profile: SensitivityProfile) -> str:
+    folder = stack.context.settings.profiles_folder / profile.key
+    folder.mkdir(parents=True)
+    profile.save(folder / "profile.npz")
+    (folder / "plan.json").write_text(plan.model_dump_json())
+    stack.context.catalog.add_profile(
+        profile.key, model="models/tiny", settings={"seed": 0}, path=profile.key
+    )
+    return f"/v1/profiles/{profile.key}"
+
+
+def allocate(http: httpx2.Client, url: str, **request: Any) -> httpx2.Response:
+    return http.post(f"{url}/allocate", json=request)
+
+
+def test_profiles_are_listed_and_described(
+    http: httpx2.Client, url: str, profile: SensitivityProfile
+) -> None:
+    listed = http.get("/v1/profiles").json()["profiles"]
+    assert [p["id"] for p in listed] == [profile.key]
+    one = http.get(url).json()
+    assert (one["widths"], one["linears"]) == ([2, 3, 4, 5], 14)
+    assert one["groups"] == sum(len(p.costs) for p in profile.linears)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("code_bits", 3.1), ("bits", 3.4), ("size", 1_700_000)]
+)
+def test_map_keeps_the_budget_and_its_cost_is_exact(
+    http: httpx2.Client, url: str, plan: Plan, profile: SensitivityProfile, kind: str, value: float
+) -> None:
+    answer = allocate(http, url, budget={kind: value})
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    assert found[kind] <= value
+    made = BitWidthMap.model_validate(found["map"])
+    cost = footprint(plan, made)
+    assert (found["size"], found["bits"]) == (cost.size, cost.bits)
+    assert found["predicted_loss"] == pytest.approx(profile.predicted_loss(made.linears))
+
+
+def test_curve_falls_and_marks_what_is_impossible(http: httpx2.Client, url: str) -> None:
+    found = allocate(http, url, budget={"code_bits": 3}, curve=[1.5, 2.5, 3.5, 4.5]).json()
+    first, *rest = found["curve"]
+    assert "cannot be met" in first["error"]
+    losses = [point["predicted_loss"] for point in rest]
+    assert losses == sorted(losses, reverse=True)
+    assert [point["code_bits"] <= point["budget"] for point in rest] == [True] * 3
+
+
+def test_other_method_may_be_asked_for(http: httpx2.Client, url: str) -> None:
+    allocation = {"method": "sba", "order": "natural", "widths": [2, 3, 4]}
+    answer = allocate(http, url, budget={"code_bits": 3}, allocation=allocation)
+    widths = {w for ws in answer.json()["map"]["linears"].values() for w in ws}
+    assert widths <= set("234")
+
+
+def test_impossible_budget_unknown_width_and_profile_are_refused(
+    http: httpx2.Client, url: str
+) -> None:
+    low = allocate(http, url, budget={"code_bits": 1})
+    assert (low.status_code, low.json()["code"]) == (422, "impossible_budget")
+    allocation = {"method": "knapsack", "order": "natural", "widths": [2, 8]}
+    unmeasured = allocate(http, url, budget={"code_bits": 3}, allocation=allocation)
+    assert (unmeasured.status_code, unmeasured.json()["param"]) == (422, "allocation.widths")
+    unknown = allocate(http, "/v1/profiles/none", budget={"code_bits": 3})
+    assert (unknown.status_code, unknown.json()["code"]) == (404, "profile_not_found")
+    odd = allocate(http, url, budget={"code_bits": 3}, colour="red")
+    assert (odd.status_code, odd.json()["param"]) == (422, "colour")
