@@ -79,8 +79,9 @@ def code_tensor_shapes(N: int, K: int, widths: Sequence[int]) -> dict[str, tuple
     check_widths(widths, K)
     full, tail = divmod(K, GROUP_SIZE)
     shapes: dict[str, tuple[int, ...]] = {}
+    full_widths = tuple(widths[:full])
     for width in WIDTHS:
-        count = len(groups_of_width(widths[:full], width))
+        count = full_widths.count(width)
         if count and N:
             for plane in PLANES[width]:
                 shapes[f"codes_b{width}_p{plane}"] = (count, N, plane_bytes(plane, GROUP_SIZE))
@@ -94,7 +95,7 @@ def zero_tensor_shapes(N: int, widths: Sequence[int]) -> dict[str, tuple[int, ..
     """Names and shapes (u8) of the packed zero points of a linear: `zeros_b{b}`."""
     shapes: dict[str, tuple[int, ...]] = {}
     for width in WIDTHS:
-        count = len(groups_of_width(widths, width))
+        count = tuple(widths).count(width)
         if count and N:
             shapes[f"zeros_b{width}"] = (count, -(-N * zero_bits(width) // 8))
     return shapes

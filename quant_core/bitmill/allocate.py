@@ -30,11 +30,11 @@ from bitmill.bits import PLANES, BitWidthMap, group_columns
 from bitmill.budget import (
     Kind,
     describe,
-    footprint,
     group_weight,
     limit,
     measure,
     order_bytes,
+    value,
 )
 from bitmill.errors import BudgetError, SpecError
 from bitmill.knapsack import BoolArray, FloatArray, IntArray, Knapsack
@@ -210,8 +210,12 @@ class Allocator:
 
     def point(self, flat: GroupWidths) -> CurvePoint:
         """Size and predicted loss of the widths of all groups."""
-        found = footprint(self.plan, self._map(flat))
-        return CurvePoint(found.size, found.bits, found.code_bits, self.predicted(flat))
+        return CurvePoint(
+            size=self._measure(flat, "size"),
+            bits=float(value(self.plan, "bits", self._measure(flat, "bits"))),
+            code_bits=float(value(self.plan, "code_bits", self._measure(flat, "code_bits"))),
+            predicted_loss=self.predicted(flat),
+        )
 
     def predicted(self, flat: GroupWidths) -> float:
         """Predicted loss, nats per token, of the widths of all groups."""
