@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from bitmill_service.cli_output import open_client, (
+from bitmill_service.cli_output import (
     JobArgument,
     JsonFlag,
     UrlOption,
     console,
     format_size,
     format_time,
+    open_client,
     print_json,
     print_table,
 )
