@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +189,29 @@ def test_a_source_that_is_quantized_already_is_refused(packed: PackedModel, tmp_
             linear=packed.weights.__getitem__,
             other=lambda name: torch.empty(0),
         )
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from bitmill.errors import ResourceError
+from weights import pack_model
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    pack_model(Path(sys.argv[1]), Path(sys.argv[2]))
+except ResourceError as error:
+    print(error.code)
+"""
+
+
+def test_a_full_disk_is_a_resource_error(source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LIMITED, str(source), str(tmp_path / "packed")]
+    tests = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(tests)])}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "disk_full"
 
 
 def _edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -94,6 +94,7 @@ def test_plan_is_shown_without_a_job(bitmill: Any, stack: Stack) -> None:
         ["status"],
         ["nonsense"],
         ["report", "no-such-job"],
+        ["report", "no-such-folder", "--html", "report.html"],
     ],
 )
 def test_refused_input_exits_with_2(bitmill: Any, arguments: list[str]) -> None:
