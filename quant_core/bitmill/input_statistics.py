@@ -115,8 +115,9 @@ class _Collector:
         self.shifts: dict[str, _Shift] = {}
         self.owner: dict[str, str] = {}
         for group in groups:
+            plain = [name for name in group if name not in token_weights]
             for name in group:
-                self.owner[name] = name if name in token_weights else group[0]
+                self.owner[name] = name if name in token_weights else plain[0]
                 weight = state.linears[name].weight
                 assert isinstance(weight, Tensor)
                 owner = self.owner[name]
