@@ -101,6 +101,11 @@ class ProfileCheckpoint:
             path.unlink()
         self._last = time.monotonic()
 
+    def drop_gradients(self) -> None:
+        """Remove what only an unfinished measurement needs."""
+        for path in self._gradients().values():
+            path.unlink()
+
     def gradient(self) -> tuple[int, Tensor] | None:
         """The newest saved gradient and the block at whose input it holds, or None."""
         saved = self._gradients()

@@ -228,6 +228,7 @@ class _Measurement:
                 on_block=done,
                 on_forward=lambda i: report(i + 1),
             )
+        self._saved.drop_gradients()
         return [found[i] for i in range(count)]
 
     @torch.no_grad()

@@ -276,6 +276,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(llama, tmp_path, monkeypa
         on_block=lambda done, _: reports.append(done),
     )
     assert found.to_bytes() == expected
+    assert not list(tmp_path.glob("gradient-*"))
     assert all((tmp_path / name).stat().st_mtime_ns == at for name, at in stamps.items())
     backward = [done for done in reports if done > 3]
     if seconds == 0.0 and stop < 6:
