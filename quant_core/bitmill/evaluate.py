@@ -27,6 +27,8 @@ from bitmill.errors import NumericalError
 from bitmill.quality import TextQuality
 
 CHUNK = 256
+CPU_ROWS = 64
+"""Positions compared at once on a CPU, where larger temporaries only cost page faults."""
 
 Window = Callable[[int, int], Tensor]
 """Logits [end - begin, V] of the positions begin to end (exclusive) of one window."""
@@ -155,17 +157,33 @@ def _quality(nll: Tensor, kl: Tensor, agreement: Tensor, length: int) -> TextQua
     )
 
 
+def _nll(logits: Tensor, target: Tensor) -> Tensor:
+    """Summed negative log-likelihood of `target` int64 [C] under float32 logits [C, V]."""
+    chosen = logits.gather(-1, target[:, None])[:, 0]
+    return (logits.logsumexp(-1) - chosen).double().sum()
+
+
 def _compare(source: Tensor | None, candidate: Tensor, target: Tensor) -> Tensor:
     """Sums over positions of (nll, source nll, KL, agreement); logits [C, V], target int64 [C]."""
-    log_q = torch.log_softmax(candidate.float(), dim=-1)
-    at = torch.arange(len(target), device=log_q.device), target.to(log_q.device)
-    nll = -log_q[at].double().sum()
+    q = candidate.float()
+    target = target.to(q.device)
+    nll = _nll(q, target)
     if source is None:
         return torch.stack([nll, nll, nll * 0, nll * 0 + len(target)]).cpu()
-    log_p = torch.log_softmax(source.float().to(log_q.device), dim=-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).double().sum()
-    same = (log_p.argmax(-1) == log_q.argmax(-1)).double().sum()
-    return torch.stack([nll, -log_p[at].double().sum(), kl, same]).cpu()
+    p = source.float().to(q.device)
+    log_p = p.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - q.log_softmax(-1))).sum(-1).double().sum()
+    same = (p.argmax(-1) == q.argmax(-1)).double().sum()
+    return torch.stack([nll, _nll(p, target), kl, same]).cpu()
+
+
+def _compare_pieces(source: Tensor | None, candidate: Tensor, target: Tensor) -> Tensor:
+    step = CPU_ROWS if candidate.device.type == "cpu" else len(candidate)
+    total = torch.zeros(4, dtype=torch.float64)
+    for row in range(0, len(candidate), step):
+        part = slice(row, row + step)
+        total += _compare(source if source is None else source[part], candidate[part], target[part])
+    return total
 
 
 def _as_source(model: LogitSource | Callable[[Tensor], Tensor]) -> LogitSource:
@@ -197,7 +215,7 @@ def perplexity_and_kl(
         for begin in range(0, length - 1, chunk):
             end = min(begin + chunk, length - 1)
             p = source(begin, end) if source is not None else None
-            sums[i] += _compare(p, model(begin, end), tokens[i, begin + 1 : end + 1])
+            sums[i] += _compare_pieces(p, model(begin, end), tokens[i, begin + 1 : end + 1])
         if on_window is not None:
             on_window(i + 1, count)
     means = sums / (length - 1)
