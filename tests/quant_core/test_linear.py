@@ -66,6 +66,14 @@ def test_casting_a_model_leaves_scales_and_codes_as_stored() -> None:
     assert torch.equal(module(x), expected)
 
 
+def test_a_move_drops_what_was_built_for_the_old_place() -> None:
+    module = module_of(8, 128, (4,))
+    module(torch.ones(1, 128))
+    assert module._runtimes
+    module.to(torch.bfloat16)
+    assert not module._runtimes
+
+
 def test_the_weight_is_a_dequantized_copy() -> None:
     module = module_of(8, 128, (4,))
     module.weight.zero_()
