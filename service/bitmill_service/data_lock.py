@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bitmill.errors import BitmillError
+from bitmill.errors import InputError
 
 
-class AlreadyInUse(BitmillError):
+class AlreadyInUse(InputError):
     """Another process holds what can be held once."""
 
     code = "data_folder_in_use"

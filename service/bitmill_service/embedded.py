@@ -18,7 +18,7 @@ from typing import Self
 
 import uvicorn
 
-from bitmill.errors import BitmillError
+from bitmill.errors import InputError
 from bitmill_service.context import Context
 from bitmill_service.data_lock import FileLock
 from bitmill_service.main import create_app
@@ -31,7 +31,7 @@ _DRAIN_S = 10
 _START_S = 60.0
 
 
-class ServeError(BitmillError):
+class ServeError(InputError):
     """The service cannot start."""
 
     code = "cannot_serve"

@@ -12,19 +12,20 @@ from pathlib import Path
 
 import httpx2
 from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
 
 from bitmill.errors import ModelError
 from bitmill.headers import MAX_HEADER
 from bitmill.spec import HubModel
 from bitmill_service.problems import ProblemError
-from bitmill_workers.settings import Settings
+from bitmill_service.settings import ServiceSettings
 
 _MAX_JSON = 64 << 20
 _MAX_SHARDS = 512
 _FIRST = 1 << 16
 
 
-def fetch_headers(model: HubModel, settings: Settings, folder: Path) -> None:
+def fetch_headers(model: HubModel, settings: ServiceSettings, folder: Path) -> None:
     """Fill `folder` with the repository's JSON files and header-only weight files.
 
     Raises `ModelError` for files of a wrong form, `ProblemError` `hub_unreachable` where the Hub
@@ -41,25 +42,32 @@ def fetch_headers(model: HubModel, settings: Settings, folder: Path) -> None:
     token = settings.hub_token.get_secret_value() if settings.hub_token else None
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     base = f"{endpoint}/{model.repo_id}/resolve/{model.revision}/"
-    names = HfApi(endpoint=endpoint, token=token or False).list_repo_files(
-        model.repo_id, revision=model.revision
-    )
+    try:
+        info = HfApi(endpoint=endpoint, token=token or False).model_info(
+            model.repo_id, revision=model.revision, timeout=settings.hub_check_s
+        )
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        with httpx2.Client(
+            base_url=base, headers=headers, timeout=settings.hub_check_s, follow_redirects=True
+        ) as http:
+            _fetch(http, names, folder)
+    except (OSError, HfHubHTTPError, httpx2.HTTPError) as error:
+        raise ProblemError(
+            "hub_unreachable",
+            f"the Hub did not deliver {model.repo_id} ({type(error).__name__})",
+            param="model.repo_id",
+        ) from error
+
+
+def _fetch(http: httpx2.Client, names: list[str], folder: Path) -> None:
     weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if len(weights) > _MAX_SHARDS:
         raise ModelError(f"the model has {len(weights)} weight files, at most {_MAX_SHARDS} work")
-    try:
-        with httpx2.Client(
-            base_url=base, headers=headers, timeout=15, follow_redirects=True
-        ) as http:
-            for name in names:
-                if name in ("config.json", "model.safetensors.index.json"):
-                    (folder / name).write_bytes(_whole(http, name))
-            for name in weights:
-                _write_header_file(http, name, folder / name)
-    except httpx2.HTTPError as error:
-        raise ProblemError(
-            "hub_unreachable", f"the Hub did not deliver {model.repo_id}: {error}"
-        ) from error
+    for name in names:
+        if name in ("config.json", "model.safetensors.index.json"):
+            (folder / name).write_bytes(_whole(http, name))
+    for name in weights:
+        _write_header_file(http, name, folder / name)
 
 
 def _whole(http: httpx2.Client, name: str) -> bytes:

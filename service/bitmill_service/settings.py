@@ -16,7 +16,7 @@ class ServiceSettings(Settings):
     max_body: largest request body; bit-width maps of large models are the largest ones.
     event_poll_s: how often an event stream looks for news.
     max_queued: refuse new jobs (429) while so many wait.
-    hub_check_s: how long submitting may wait for the Hub to confirm a repository.
+    hub_check_s: how long planning waits for each answer of the Hub.
     """
 
     host: str = "127.0.0.1"
