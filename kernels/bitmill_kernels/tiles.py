@@ -39,14 +39,15 @@ def block_shapes(weight: RuntimeWeight) -> tuple[BlockShape, BlockShape]:
 def triton_tiles(weight: RuntimeWeight, processors: int) -> dict[int, Tile]:
     """Tiles of the Triton kernel for each of its token tiles, for a GPU of `processors` SMs.
 
-    128 rows and as many slices of the pairs as fill every processor with three programs.
+    128 rows and as many slices of the pairs as fill every processor with three programs. Wider
+    token tiles take eight warps: four would spill.
     """
     rows = 128
     tiles = sum(member.rows // rows for member in weight.members)
     fewest = min(len(member.pairs) for member in weight.members)
     split = max(1, min(MAX_SPLIT, fewest, BLOCKS_PER_PROCESSOR * processors // tiles))
-    stages = {16: 3, 32: 3, 64: 2}
-    return {tokens: Tile(rows, split, 4, stages[tokens]) for tokens in TOKEN_TILES}
+    warps_and_stages = {16: (4, 3), 32: (8, 3), 64: (8, 2)}
+    return {tokens: Tile(rows, split, *warps_and_stages[tokens]) for tokens in TOKEN_TILES}
 
 
 def widths_present(weight: RuntimeWeight) -> str:
