@@ -28,6 +28,7 @@ def act(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     first = not (work / "attempted").exists()
     (work / "attempted").touch()
     _say(f"runner {os.getpid()} starts")
+    _note_life(request)
     (work / "pid").write_text(str(os.getpid()))
     if "environment" in acts:
         _say("environment " + " ".join(sorted(os.environ)))
@@ -38,6 +39,7 @@ def act(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
             time.sleep(float(acts.get("sleep", 0)))
             mark.touch()
             made += 1
+        _note_life(request)
         emit(
             {
                 "type": "progress",
@@ -52,10 +54,21 @@ def act(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
             _misbehave(acts, request)
     output.mkdir(parents=True)
     (output / "model.safetensors").write_bytes(os.urandom(1000))
+    (output / "attempt.txt").write_text("/".join(output.parts[-2:]))
     if "half" in acts:
         return {"result": {}, "profile_id": None}
     write_manifest(output)
     return {"result": {"steps": steps, "made": made}, "profile_id": acts.get("profile")}
+
+
+def _note_life(request: dict[str, Any]) -> None:
+    """Append "job token monotonic-time" to the file that checks for two live runners of a job."""
+    output = Path(request["output_dir"])
+    lives = Path(request["job_dir"]).parents[2] / "lives"
+    if lives.exists():
+        line = f"{output.parent.name} {output.name} {time.monotonic():.3f}\n"
+        with lives.open("ab", buffering=0) as history:
+            history.write(line.encode())
 
 
 def _say(line: str) -> None:
@@ -76,6 +89,9 @@ def _misbehave(acts: dict[str, str], request: dict[str, Any]) -> None:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "hang":
+            time.sleep(3600)
+        case "kill-worker":
+            os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(3600)
         case "grandchild":
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
