@@ -2,7 +2,7 @@
 
 import torch
 
-from bitmill_kernels.layout import group_columns
+from bitmill_kernels.layout import code_tensor_shapes, group_columns, zero_tensor_shapes
 from bitmill_kernels.pack import pack_codes, pack_zeros
 from bitmill_kernels.runtime import PackedWeight
 
@@ -27,3 +27,15 @@ def random_linear(N, K, widths, *, seed=0, ordered=False):
     order = torch.randperm(K, generator=generator).to(torch.int32) if ordered else None
     tensors = pack_codes(codes, widths) | pack_zeros(zeros, widths) | {"scales": scales}
     return PackedWeight(tensors, tuple(widths), N, K, order), codes, scales, zeros
+
+
+def random_planes(N, K, widths, device, *, ordered=False):
+    """A PackedWeight made on a device from random bytes: every byte is a legal code."""
+    shapes = code_tensor_shapes(N, K, widths) | zero_tensor_shapes(N, widths)
+    tensors = {
+        name: torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        for name, shape in shapes.items()
+    }
+    tensors["scales"] = (torch.rand(len(widths), N, device=device) * 0.01 + 0.001).half()
+    order = torch.randperm(K, device=device).to(torch.int32) if ordered else None
+    return PackedWeight(tensors, tuple(widths), N, K, order)

@@ -1,0 +1,242 @@
+"""Tokens per second of a Llama-shaped model with random weights, packed against fp16.
+
+    python benchmarks/decode.py                 7B shape, 3 bits on average, one H100
+    python benchmarks/decode.py --layers 2      a quick look
+
+One decode step (batch 1) of the whole model is captured in a CUDA graph and replayed; the median
+of the replays counts. Both models share every line but the products: q/k/v and gate/up are one
+product each in both. What lies between the products is compiled by torch.compile. The KV cache
+is static and full. Embedding and head stay fp16. Prefill is timed eagerly. Peak memory is that
+of building and running the model, of weights made on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+
+from bitmill_kernels.layout import code_tensor_shapes, zero_tensor_shapes
+from bitmill_kernels.linear import MixedLinear
+from bitmill_kernels.runtime import PackedWeight
+
+DEVICE = torch.device("cuda")
+HALF = torch.float16
+REPLAYS = 40
+PREFILL_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int = 32
+    hidden: int = 4096
+    inner: int = 11008
+    heads: int = 32
+    vocabulary: int = 32000
+    cache: int = 512
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
+
+    def products(self) -> dict[str, tuple[list[int], int]]:
+        """Rows of the stacked linears, and columns, by name."""
+        return {
+            "qkv": ([self.hidden] * 3, self.hidden),
+            "o": ([self.hidden], self.hidden),
+            "gate_up": ([self.inner] * 2, self.hidden),
+            "down": ([self.hidden], self.inner),
+        }
+
+
+Product = Callable[[Tensor], Tensor]
+
+
+def packed_product(rows: list[int], K: int, pattern: tuple[int, ...]) -> Product:
+    groups = -(-K // 128)
+    weights = []
+    for shift, N in enumerate(rows):
+        widths = tuple(pattern[(g + shift) % len(pattern)] for g in range(groups))
+        shapes = code_tensor_shapes(N, K, widths) | zero_tensor_shapes(N, widths)
+        tensors = {
+            name: torch.randint(0, 256, size, dtype=torch.uint8, device=DEVICE)
+            for name, size in shapes.items()
+        }
+        tensors["scales"] = (torch.rand(groups, N, device=DEVICE) * 0.002).half()
+        weights.append(PackedWeight(tensors, widths, N, K))
+    return MixedLinear(weights, DEVICE)
+
+
+def half_product(rows: list[int], K: int) -> Product:
+    weight = torch.empty(sum(rows), K, device=DEVICE, dtype=HALF).normal_(std=0.02)
+    return lambda x: linear(x, weight)
+
+
+def normed(hidden: Tensor, added: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(hidden + added, its RMS norm)."""
+    total = hidden + added
+    return total, rms_norm(total, (total.shape[-1],), scale)
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate) * up
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat((-second, first), dim=-1) * sine
+
+
+def attend(
+    qkv: Tensor, keys: Tensor, values: Tensor, cosine: Tensor, sine: Tensor, place: Tensor
+) -> Tensor:
+    """Attention of one token [1, 3 * hidden] over the whole static cache [heads, cache, size]."""
+    heads, _, size = keys.shape
+    q, k, v = (part.view(heads, 1, size) for part in qkv.chunk(3, dim=-1))
+    keys.index_copy_(1, place, rotate(k, cosine, sine))
+    values.index_copy_(1, place, v)
+    y = scaled_dot_product_attention(rotate(q, cosine, sine)[None], keys[None], values[None])
+    return y.reshape(1, heads * size)
+
+
+def attend_prefill(qkv: Tensor, heads: int, size: int, cosine: Tensor, sine: Tensor) -> Tensor:
+    q, k, v = (part.reshape(-1, heads, size).transpose(0, 1)[None] for part in qkv.chunk(3, dim=-1))
+    q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
+    y = scaled_dot_product_attention(q, k, v, is_causal=True)
+    return y[0].transpose(0, 1).reshape(qkv.shape[0], heads * size)
+
+
+class Model:
+    """The decoder of one shape; `pattern` None means fp16."""
+
+    def __init__(self, shape: Shape, pattern: tuple[int, ...] | None) -> None:
+        self.shape = shape
+        self.layers = [
+            {
+                name: half_product(rows, K) if pattern is None else packed_product(rows, K, pattern)
+                for name, (rows, K) in shape.products().items()
+            }
+            for _ in range(shape.layers)
+        ]
+        size = (shape.layers, shape.heads, shape.cache, shape.head_size)
+        self.keys = torch.zeros(size, device=DEVICE, dtype=HALF)
+        self.values = torch.zeros(size, device=DEVICE, dtype=HALF)
+        self.scale = torch.ones(shape.hidden, device=DEVICE, dtype=HALF)
+        table = (shape.vocabulary, shape.hidden)
+        self.embedding = torch.empty(table, device=DEVICE, dtype=HALF).normal_(std=0.02)
+        self.head = torch.empty(table, device=DEVICE, dtype=HALF).normal_(std=0.02)
+        angle = torch.rand(shape.cache, shape.head_size, device=DEVICE)
+        self.cosine, self.sine = angle.cos().to(HALF), angle.sin().to(HALF)
+        self.place = torch.tensor([shape.cache - 1], device=DEVICE)
+        self.normed = torch.compile(normed)
+        self.gated = torch.compile(gated)
+        self.attend = torch.compile(attend)
+
+    def step(self, token: Tensor) -> Tensor:
+        """Next token int64 [1] of a token int64 [1]."""
+        hidden = self.embedding[token]
+        hidden, x = self.normed(hidden, torch.zeros_like(hidden), self.scale)
+        cosine, sine = self.cosine[self.place], self.sine[self.place]
+        for i, layer in enumerate(self.layers):
+            qkv = layer["qkv"](x)
+            mixed = self.attend(qkv, self.keys[i], self.values[i], cosine, sine, self.place)
+            hidden, x = self.normed(hidden, layer["o"](mixed), self.scale)
+            hidden, x = self.normed(
+                hidden, layer["down"](self.gated(layer["gate_up"](x))), self.scale
+            )
+        return linear(x, self.head).argmax(-1)
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Logits of the last token of int64 [T]."""
+        hidden = self.embedding[tokens]
+        x = rms_norm(hidden, (self.shape.hidden,), self.scale)
+        cosine, sine = self.cosine[: len(tokens)], self.sine[: len(tokens)]
+        for layer in self.layers:
+            mixed = attend_prefill(
+                layer["qkv"](x), self.shape.heads, self.shape.head_size, cosine, sine
+            )
+            hidden, x = normed(hidden, layer["o"](mixed), self.scale)
+            hidden, x = normed(hidden, layer["down"](gated(layer["gate_up"](x))), self.scale)
+        return linear(x[-1:], self.head)
+
+
+def milliseconds(call: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def measure(shape: Shape, pattern: tuple[int, ...] | None) -> dict[str, float]:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.inference_mode():
+        model = Model(shape, pattern)
+        token = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        for _ in range(3):
+            model.step(token)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model.step(token)
+        graph.replay()
+        decode = milliseconds(graph.replay, REPLAYS)
+        tokens = torch.randint(0, shape.vocabulary, (PREFILL_TOKENS,), device=DEVICE)
+        logits = model.prefill(tokens)
+        if not torch.isfinite(logits).all():
+            raise RuntimeError("the logits are not finite")
+        prefill = milliseconds(lambda: model.prefill(tokens), 5)
+    return {
+        "decode_tokens_per_second": round(1e3 / decode, 1),
+        "decode_milliseconds": round(decode, 3),
+        "prefill_tokens_per_second": round(PREFILL_TOKENS * 1e3 / prefill, 0),
+        "peak_gigabytes": round((torch.cuda.max_memory_allocated() - before) / 1e9, 2),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--widths", default="3243", help="widths in turn over the groups")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    shape = Shape(layers=options.layers)
+    packed = measure(shape, tuple(int(width) for width in options.widths))
+    half = measure(shape, None)
+    gpu = torch.cuda.get_device_name()
+    result = {
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": sys.version.split()[0],
+        "layers": shape.layers,
+        "widths": options.widths,
+        "packed": packed,
+        "fp16": half,
+        "decode_speedup": round(half["decode_milliseconds"] / packed["decode_milliseconds"], 3),
+        "memory_ratio": round(packed["peak_gigabytes"] / half["peak_gigabytes"], 3),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / f"decode-{gpu.replace(' ', '-').lower()}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

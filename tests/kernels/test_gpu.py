@@ -1,0 +1,173 @@
+"""Kernels on a CUDA device against fp64; every output is poisoned before it is written."""
+
+import pytest
+import torch
+
+from bitmill_kernels import decode_cuda, reference
+from bitmill_kernels.decode_cuda import SHAPES, CudaDecoder
+from bitmill_kernels.gptq import gptq_block
+from bitmill_kernels.hessian import hessian_update
+from bitmill_kernels.layout import WIDTHS
+from bitmill_kernels.linear import MixedLinear
+from bitmill_kernels.pack import pack_codes, pack_zeros
+from bitmill_kernels.runtime import PackedWeight, build_runtime, dequantize_runtime
+from kernel_cases import random_planes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+GPU = torch.device("cuda")
+MIXED = (3, 2, 4, 8, 1, 3, 6, 5, 3)
+
+
+def exact(x, weight, bias=None):
+    inputs = x.double() if weight.order is None else x.double()[:, weight.order.long()]
+    y = inputs @ dequantize_runtime(weight).double().t()
+    return y if bias is None else y + bias.double()
+
+
+def relative_error(y, expected):
+    return ((y.double() - expected).norm() / expected.norm()).item()
+
+
+def decoders(weight):
+    found = []
+    for shape in SHAPES:
+        if all(member.rows % shape.rows == 0 for member in weight.members):
+            with suppress(ValueError):
+                found.append(CudaDecoder(weight, (shape, shape)))
+    assert len(found) >= 3
+    return found
+
+
+@pytest.fixture
+def compiled():
+    if not decode_cuda.available(GPU):
+        pytest.skip("the CUDA kernel needs Hopper or later and nvcc")
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_every_launch_shape_is_right_and_repeatable(compiled, T, dtype):
+    packed = random_planes(1000, 1100, MIXED, GPU, ordered=True)
+    weight = build_runtime([packed], GPU)
+    x = (torch.randn(T, 1100, device=GPU) + 0.5).to(dtype)
+    bias = torch.randn(1000, device=GPU).to(dtype)
+    expected = exact(x, weight, bias)
+    for decoder in decoders(weight):
+        results = []
+        for _ in range(20):
+            y = torch.full((T, 1000), float("nan"), dtype=dtype, device=GPU)
+            decoder(x, bias, y)
+            results.append(y)
+        assert relative_error(results[0], expected) < (1e-3 if dtype == torch.float16 else 5e-3)
+        assert all(torch.equal(results[0], y) for y in results)
+
+
+@pytest.mark.parametrize("backend", ["compiled", "triton"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_code_of_every_field_is_exact(width, backend, monkeypatch):
+    if backend == "triton":
+        monkeypatch.setattr(decode_cuda, "available", lambda device: False)
+    codes = torch.arange(256).remainder(1 << width).to(torch.uint8).roll(3).repeat(256, 1)
+    tensors = pack_codes(codes, [width] * 2)
+    tensors |= pack_zeros(torch.zeros(2, 256, dtype=torch.uint8), [width] * 2)
+    tensors["scales"] = torch.ones(2, 256, dtype=torch.float16)
+    linear = MixedLinear([PackedWeight(tensors, (width,) * 2, 256, 256)], GPU)
+    one_hot = torch.eye(256, dtype=torch.float16, device=GPU)
+    for tokens in (1, 16, 64, 256):
+        y = torch.cat([linear(part) for part in one_hot.split(tokens)])
+        assert torch.equal(y.t().cpu().to(torch.uint8), codes)
+
+
+@pytest.mark.parametrize("T", [1, 16, 17, 40, 64, 65, 300])
+def test_every_range_of_tokens(T):
+    packed = random_planes(1000, 1100, MIXED, GPU, ordered=True)
+    x = torch.randn(T, 1100, device=GPU, dtype=torch.bfloat16)
+    expected = exact(x, build_runtime([packed], GPU))
+    assert relative_error(MixedLinear([packed], GPU)(x), expected) < 5e-3
+
+
+def test_single_precision_inputs_stay_in_single_precision():
+    packed = random_planes(300, 700, (3, 2, 4, 8, 1, 5), GPU)
+    x = torch.randn(3, 700, device=GPU)
+    expected = exact(x, build_runtime([packed], GPU))
+    assert relative_error(MixedLinear([packed], GPU)(x), expected) < 1e-5
+
+
+def test_stacked_siblings():
+    q = random_planes(512, 1024, (3, 2, 4, 3, 3, 2, 2, 4), GPU, ordered=True)
+    k = random_planes(130, 1024, (2, 2, 3, 5, 3, 1, 2, 4), GPU)
+    k = PackedWeight(k.tensors, k.widths, k.N, k.K, q.order)
+    stack = MixedLinear([q, k], GPU)
+    x = torch.randn(2, 1024, device=GPU, dtype=torch.float16)
+    assert relative_error(stack(x), exact(x, build_runtime([q, k], GPU))) < 1e-3
+
+
+def test_graph_replays_equal_eager_calls_beside_a_busy_stream():
+    linear = MixedLinear([random_planes(4096, 4096, (3, 2, 4, 3) * 8, GPU)], GPU)
+    x = torch.randn(1, 4096, device=GPU, dtype=torch.float16)
+    linear(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x)
+    other = torch.cuda.Stream()
+    big = torch.randn(4096, 4096, device=GPU)
+    for _ in range(20):
+        x.copy_(torch.randn_like(x))
+        expected = linear(x).clone()
+        y.fill_(float("nan"))
+        with torch.cuda.stream(other):
+            big @ big
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected)
+
+
+def test_offsets_past_two_to_the_31():
+    N, K = 270_000, 8192
+    packed = random_planes(N, K, (8,) * 64, GPU)
+    last = {
+        name: tensor[:, -256:].contiguous()
+        for name, tensor in packed.tensors.items()
+        if name != "zeros_b8"
+    }
+    last["zeros_b8"] = packed.tensors["zeros_b8"][:, -256:].contiguous()
+    small = build_runtime([PackedWeight(last, packed.widths, 256, K)], GPU)
+    linear = MixedLinear([packed], GPU)
+    for T in (1, 33, 100):
+        x = torch.randn(T, K, device=GPU, dtype=torch.float16)
+        assert relative_error(linear(x)[:, -256:], exact(x, small)) < 1e-3
+
+
+def test_torch_compile_keeps_the_operator():
+    linear = MixedLinear([random_planes(256, 512, (3, 2, 4, 3), GPU)], GPU)
+    x = torch.randn(2, 512, device=GPU, dtype=torch.float16)
+    compiled = torch.compile(lambda value: linear(value * 2) + 1, fullgraph=True)
+    assert torch.allclose(compiled(x), linear(x * 2) + 1, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("C", [128, 64, 100])
+def test_gptq_codes_equal_those_of_the_plain_loop(C):
+    w = torch.randn(300, C, device=GPU)
+    u = torch.eye(C, device=GPU) + 0.1 * torch.randn(C, C, device=GPU).triu(1)
+    scale = (w.amax(1) - w.amin(1)) / 7
+    zero = (-w.amin(1) / scale).round()
+    codes, error = gptq_block(w, u, scale, zero, 7)
+    plain, plain_error = reference.gptq_block(
+        w.double(), u.double(), scale.double(), zero.double(), 7
+    )
+    assert (codes != plain).float().mean() <= 0.001
+    same = (codes == plain).all(1)
+    assert torch.allclose(error[same].double(), plain_error[same], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_hessian_sums_match_double_precision(dtype):
+    x = (torch.randn(3000, 384, device=GPU) + 1.0).to(dtype)
+    H, expected = torch.zeros(384, 384, device=GPU), torch.zeros(384, 384, device=GPU).double()
+    hessian_update(H, x)
+    reference.hessian_update(expected, x)
+    assert relative_error(H, expected) < 1e-5
