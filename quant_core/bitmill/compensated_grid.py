@@ -31,10 +31,12 @@ from bitmill_kernels.gptq import gptq_block
 
 @dataclass(frozen=True)
 class CompensatedSettings:
-    """Candidate scales (as factors) and zero points (as steps) around the starting grid."""
+    """Candidates around the starting grid: first scales (as factors), then other zero points (as
+    steps) with scales around the best one; then alternations of scale and codes."""
 
-    scales: tuple[float, ...] = (0.82, 0.88, 0.94, 0.97, 1.0, 1.03, 1.06, 1.12, 1.18)
-    zero_steps: tuple[int, ...] = (-1, 0, 1)
+    scales: tuple[float, ...] = (0.82, 0.88, 0.94, 0.97, 1.03, 1.06, 1.12, 1.18)
+    zero_steps: tuple[int, ...] = (-1, 1)
+    zero_scales: tuple[float, ...] = (0.93, 1.0, 1.07)
     least_squares: int = 2
 
 
@@ -45,7 +47,10 @@ def fit_compensated(
 
     U f32 [C, C] is the group's upper triangular block of the factor, not divided by its diagonal.
     """
-    grid, loss = _best(W, _candidates(start, width, settings), width, U)
+    grid, loss = _best(W, _around(start, width, settings.scales, (0,)), width, U)
+    if settings.zero_steps:
+        moved = _around(grid, width, settings.zero_scales, settings.zero_steps)
+        grid, loss = _best(W, moved, width, U)
     eye = torch.eye(len(U), dtype=U.dtype, device=U.device)
     inverse = torch.linalg.solve_triangular(U, eye, upper=True)
     target = W @ inverse
@@ -78,9 +83,12 @@ def unit_rows(U: Tensor) -> Tensor:
     return U / U.diagonal()[:, None]
 
 
-def _candidates(start: Grid, width: int, settings: CompensatedSettings) -> Grid:
-    factors = torch.tensor(settings.scales, device=start.scale.device)
-    steps = torch.tensor(settings.zero_steps, device=start.scale.device, dtype=torch.float32)
+def _around(
+    start: Grid, width: int, scales: tuple[float, ...], zero_steps: tuple[int, ...]
+) -> Grid:
+    """The grid itself first, then every scale with every zero point."""
+    factors = torch.tensor(scales, device=start.scale.device, dtype=torch.float32)
+    steps = torch.tensor(zero_steps, device=start.scale.device, dtype=torch.float32)
     steps = steps / ONE_BIT_ZERO_STEPS if width == 1 else steps
     scale = (start.scale[:, None, None] * factors).expand(-1, len(steps), -1).flatten(1)
     zero = (start.zero[:, None, None] + steps[:, None]).expand(-1, -1, len(factors)).flatten(1)

@@ -194,7 +194,7 @@ def test_ragged_widths_of_input(K):
 
 def test_the_compensated_search_starts_from_the_clip_search_and_improves_it():
     W, H = layer(seed=2)
-    one = CompensatedSettings(scales=(1.0,), zero_steps=(0,), least_squares=0)
+    one = CompensatedSettings(scales=(), zero_steps=(), least_squares=0)
     same, _ = quantize_gptq(W, H, (3, 3), settings=GptqSettings(compensated=one, rounds=0))
     plain, _ = quantize_gptq(W, H, (3, 3), settings=PLAIN)
     assert torch.equal(same.codes, plain.codes)
