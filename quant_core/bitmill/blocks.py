@@ -89,6 +89,22 @@ def _plain_tensors() -> Iterator[None]:
         yield
 
 
+def _build_skeleton(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+    """transformers' model of a sanitized config, all on the meta device."""
+    try:
+        config = transformers.AutoConfig.for_model(**settings)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:
+        raise ModelError(
+            f"transformers cannot build a {settings['model_type']} model from config.json: "
+            f"{str(error)[:500]}",
+            code="bad_config",
+            param="config.json",
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
 class StreamedModel:
     """A causal language model of which one decoder block at a time is in memory.
 
@@ -110,11 +126,11 @@ class StreamedModel:
         self.block_count = plan.block_count
         self.source = CheckpointSource(folder)
         settings, _ = read_config(folder)
-        self.config: Any = transformers.AutoConfig.for_model(**settings)
         self._sources: dict[str, Source] = {f"{li.name}.weight": li.source for li in plan.linears}
         for tensor in plan.tensors:
-            self._sources[tensor.module] = tensor.source
-        self._skeleton = self._build_skeleton()
+            self._sources[tensor.module] = self._sources[tensor.name] = tensor.source
+        self._skeleton = _build_skeleton(settings, dtype)
+        self.config: Any = self._skeleton.config
         self._blocks = cast(nn.ModuleList, self._skeleton.get_submodule(plan.block_prefix))
         self._seen: OrderedDict[tuple[int, int], list[Arguments]] = OrderedDict()
         self._recorder = _Recorder(self._blocks)
@@ -124,12 +140,6 @@ class StreamedModel:
         self._ahead: BlockPrefetcher | None = None
         if prefetch or (prefetch is None and device.type != "cpu"):
             self._ahead = BlockPrefetcher(self._load_block, plan.block_count, device)
-
-    def _build_skeleton(self) -> Any:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
-        model.eval().requires_grad_(False)
-        return model
 
     def close(self) -> None:
         """Unmap the weight files; the model loads no block after this."""

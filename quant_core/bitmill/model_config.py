@@ -27,6 +27,7 @@ LIMITS: dict[str, int] = {
     "num_hidden_layers": 512,
     "vocab_size": 1 << 21,
     "num_attention_heads": 1024,
+    "head_dim": 8192,
     "num_experts": 4096,
     "max_position_embeddings": 1 << 24,
 }
@@ -38,6 +39,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "vocab_size": ("vocab_size",),
     "num_attention_heads": ("num_attention_heads", "n_head"),
+    "head_dim": ("head_dim",),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "seq_length"),
 }

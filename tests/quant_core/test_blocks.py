@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,15 @@ def test_nan_weights_are_refused_by_name_and_row(llama: Path, tmp_path: Path) ->
     assert caught.value.code == "non_finite_weights"
 
 
+def test_config_that_transformers_refuses_is_an_input_error(llama: Path, tmp_path: Path) -> None:
+    folder = rewrite(llama, tmp_path / "m", {})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "evaluate(code)"}))
+    with pytest.raises(ModelError, match=r"cannot build a llama model.*evaluate") as caught:
+        streamed(folder)
+    assert caught.value.code == "bad_config"
+
+
 def test_untied_head_that_is_stored_is_used(llama: Path, tmp_path: Path) -> None:
     """As in transformers: a stored head wins over the config's promise of a tie."""
     head = torch.randn(VOCABULARY, 160, generator=torch.Generator().manual_seed(5))
@@ -219,3 +229,28 @@ def test_untied_head_that_is_stored_is_used(llama: Path, tmp_path: Path) -> None
         assert torch.allclose(
             run_all(streamed(folder), tokens), reference(tokens).logits, atol=1e-5
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_an_accelerator_one_block_at_a_time(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The same logits as the whole model there, with a fraction of its memory."""
+    device = torch.device("cuda")
+    folder = tiny_llama(
+        tmp_path / "m", num_hidden_layers=16, hidden_size=512, head_dim=128, intermediate_size=2048
+    )
+    tokens = some_tokens(2, 64).to(device)
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    model = StreamedModel(folder, make_plan(folder, SPEC), device=device, dtype=dtype)
+    with torch.no_grad():
+        logits = run_all(model, tokens)
+    peak = torch.cuda.max_memory_allocated() - start
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    assert (logits - expected).abs().max() <= 1e-2 * expected.abs().max()
+    whole = sum(p.numel() * p.element_size() for p in reference.parameters())
+    assert peak < whole / 2
+    model.close()

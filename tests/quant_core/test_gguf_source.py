@@ -59,8 +59,8 @@ def write_gguf(path: Path, folder: Path, change: Callable[[gguf.GGUFWriter], Non
     vocabulary = byte_tokenizer().get_vocab()
     writer.add_tokenizer_model("gpt2")
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    writer.add_token_list([*tokens[:-1], "ab"])
-    writer.add_token_merges(["a b"])
+    writer.add_token_list([*tokens[:-2], "ab", "cd"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     if change is not None:
