@@ -44,6 +44,15 @@ class ArtifactStore(Protocol):
     def remove(self, job_id: str, token: int) -> None:
         """Delete an attempt's files; nothing happens where there are none."""
 
+    def drop_local(self, job_id: str, token: int) -> None:
+        """The attempt's files are visible: free what this machine need not keep of them."""
+
+    def share_profile(self, profile_id: str, folder: Path) -> None:
+        """Make a profile that this machine made reachable for every process."""
+
+    def fetch_profile(self, profile_id: str, folder: Path) -> bool:
+        """Fill `folder` with a profile made elsewhere; False where there is none."""
+
 
 def listed_files(folder: Path) -> list[tuple[str, int, str]]:
     """Path, size and SHA-256 of every file of a finished checkpoint folder.
@@ -118,7 +127,21 @@ class LocalArtifacts:
         if parent.is_dir() and not any(parent.iterdir()):
             shutil.rmtree(parent, ignore_errors=True)
 
+    def drop_local(self, job_id: str, token: int) -> None:
+        """Nothing: the local files are the published ones."""
+
+    def share_profile(self, profile_id: str, folder: Path) -> None:
+        """Nothing: processes share the folder."""
+
+    def fetch_profile(self, profile_id: str, folder: Path) -> bool:
+        """True where the profile is there."""
+        return folder.is_dir()
+
 
 def open_artifacts(settings: Settings) -> ArtifactStore:
     """The artifact store that the settings name."""
-    return LocalArtifacts(settings.artifacts_folder)
+    if settings.s3_bucket is None:
+        return LocalArtifacts(settings.artifacts_folder)
+    from bitmill_workers.s3 import S3Artifacts
+
+    return S3Artifacts(settings)

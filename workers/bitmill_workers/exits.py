@@ -53,6 +53,8 @@ _CLASSES: tuple[tuple[type[BitmillError], Exit], ...] = (
 def classify(error: BaseException) -> tuple[Exit, str, str, str | None]:
     """Exit code, error code, message and parameter for an exception that ended a runner."""
     if isinstance(error, BitmillError):
+        if error.code == "storage_unavailable":
+            return Exit.CRASH, error.code, error.message, error.param
         if error.code == "accelerator_out_of_memory":
             return Exit.OUT_OF_MEMORY, "out_of_memory", error.message, None
         for kind, exit_code in _CLASSES:

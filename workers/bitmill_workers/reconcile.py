@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import shutil
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -16,20 +16,21 @@ from contextlib import contextmanager
 
 import sqlalchemy as sa
 
+from bitmill.errors import BitmillError
 from bitmill_workers.app import Dispatcher
 from bitmill_workers.artifacts import ArtifactStore, open_artifacts
 from bitmill_workers.db import Database, db_now
+from bitmill_workers.garbage import collect_artifacts, collect_work, prune_broker
 from bitmill_workers.jobs import IDEMPOTENCY_S, JobStore
 from bitmill_workers.leases import requeue
 from bitmill_workers.settings import Settings
-from bitmill_workers.states import ACTIVE, TERMINAL
-from bitmill_workers.tables import artifacts, idempotency, jobs
+from bitmill_workers.states import ACTIVE
+from bitmill_workers.tables import idempotency, jobs
 from bitmill_workers.transitions import transition
+from bitmill_workers.webhooks import WebhookSender
 
 _log = logging.getLogger(__name__)
 _BATCH = 100
-_PROCESSED_S = 3600.0
-_COLLECT_EVERY = 12
 _LOCK = 0x6269746E
 
 
@@ -42,19 +43,21 @@ class Reconciler:
         self.dispatcher = dispatcher
         self.store = JobStore(database)
         self.artifacts: ArtifactStore = open_artifacts(settings)
+        self._webhooks = WebhookSender(settings, database)
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Reconcile every `reconcile_s` until `stop`, whenever this process holds the lock."""
-        self._thread = threading.Thread(target=self._loop, name="reconciler", daemon=True)
-        self._thread.start()
+        for target, name in ((self._loop, "reconciler"), (self._deliver, "webhooks")):
+            self._threads.append(threading.Thread(target=target, name=name, daemon=True))
+            self._threads[-1].start()
 
     def stop(self) -> None:
         """End the loop after the current round."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=30)
+        for thread in self._threads:
+            thread.join(timeout=30)
 
     def run_once(self, *, collect: bool = True) -> None:
         """One round; `collect` includes the removal of garbage files."""
@@ -146,57 +149,32 @@ class Reconciler:
             conn.execute(sa.delete(idempotency).where(old))
 
     def collect_garbage(self) -> int:
-        """Remove files of attempts that no job shows or runs, and of deleted jobs; how many."""
-        count = 0
-        for job_id, token in list(self.artifacts.attempts()):
-            if not self._in_use(job_id, token):
-                self.artifacts.remove(job_id, token)
-                count += 1
-        folders = self.settings.data / "jobs"
-        for folder in list(folders.iterdir()) if folders.is_dir() else []:
-            if self._is_over(folder.name):
-                shutil.rmtree(folder, ignore_errors=True)
-                count += 1
-        self._prune_broker()
-        return count
-
-    def _in_use(self, job_id: str, token: int) -> bool:
-        with self.database.read() as conn:
-            query = sa.select(jobs.c.state, jobs.c.token).where(jobs.c.id == job_id)
-            job = conn.execute(query).one_or_none()
-            if job is None or job.token != token:
-                return False
-            if job.state in ACTIVE:
-                return True
-            shown = sa.exists().where(
-                artifacts.c.job_id == job_id,
-                artifacts.c.storage_key.startswith(f"{job_id}/{token}/", autoescape=True),
-            )
-            return bool(conn.execute(sa.select(shown)).scalar_one())
-
-    def _is_over(self, job_id: str) -> bool:
-        with self.database.read() as conn:
-            query = sa.select(jobs.c.state).where(jobs.c.id == job_id)
-            state = conn.execute(query).scalar_one_or_none()
-        return state is None or state in TERMINAL
-
-    def _prune_broker(self) -> None:
-        """The file transport keeps every message it has delivered."""
-        processed = self.settings.data / "broker" / "processed"
-        for file in processed.glob("*.msg"):
-            if time.time() - file.stat().st_mtime > _PROCESSED_S:
-                file.unlink(missing_ok=True)
+        """Remove files that no job needs; how many folders."""
+        prune_broker(self.settings)
+        found = collect_artifacts(self.artifacts, self.database)
+        return found + collect_work(self.settings, self.database)
 
     def _loop(self) -> None:
-        rounds = 0
-        while not self._stop.wait(self.settings.reconcile_s if rounds else 0):
+        collected = -math.inf
+        while not self._stop.is_set():
+            collect = time.monotonic() - collected >= self.settings.collect_s
             try:
                 with self._lock() as held:
                     if held:
-                        self.run_once(collect=rounds % _COLLECT_EVERY == 0)
-            except (sa.exc.SQLAlchemyError, OSError) as error:
+                        self.run_once(collect=collect)
+                collected = time.monotonic() if collect else collected
+            except (sa.exc.SQLAlchemyError, BitmillError, OSError) as error:
                 _log.warning("reconciling failed, will try again: %s", error)
-            rounds += 1
+            self._stop.wait(self.settings.reconcile_s)
+
+    def _deliver(self) -> None:
+        """A thread of its own, because a slow receiver must not delay the rest."""
+        while not self._stop.is_set():
+            try:
+                self._webhooks.deliver_due()
+            except sa.exc.SQLAlchemyError as error:
+                _log.warning("webhooks failed, will try again: %s", error)
+            self._stop.wait(self.settings.reconcile_s)
 
     @contextmanager
     def _lock(self) -> Iterator[bool]:

@@ -10,12 +10,26 @@ import os
 import socket
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 TIERS = ("cpu", "gpu-24", "gpu-48", "gpu-80", "gpu-180")
 """Queues by accelerator memory in GB, ascending; a worker serves its own and smaller ones."""
+_DEFAULT_SECRETS = frozenset(
+    {
+        "",
+        "bitmill",
+        "change-me",
+        "changeme",
+        "minioadmin",
+        "password",
+        "postgres",
+        "redis",
+        "secret",
+    }
+)
 
 
 class Settings(BaseSettings):
@@ -26,6 +40,9 @@ class Settings(BaseSettings):
     poll_s: how often it reports progress and looks for a cancel.
     stall_s: without any progress for this long the runner's stacks are dumped and the job fails.
     stop_grace_s: how long a stopping worker waits for a job that is just being published.
+    collect_s: how often files of dead attempts are looked for.
+    presign_s: how long a download address of the object store is good for starting a download.
+    webhook_private: allow webhooks to private addresses and without TLS; for tests.
     """
 
     model_config = SettingsConfigDict(env_prefix="BITMILL_", extra="ignore", frozen=True)
@@ -55,6 +72,16 @@ class Settings(BaseSettings):
     handback_retries: int = Field(default=100, ge=0)
     log_bytes: int = Field(default=4 << 20, ge=1024)
     runner_file_bytes: int | None = Field(default=None, ge=1 << 20)
+    collect_s: float = Field(default=60.0, gt=0)
+    s3_bucket: str | None = None
+    s3_endpoint: str | None = None
+    s3_region: str = "us-east-1"
+    s3_prefix: str = "bitmill"
+    s3_access_key: str | None = None
+    s3_secret_key: SecretStr | None = None
+    presign_s: int = Field(default=900, ge=1, le=604800)
+    webhook_secret: SecretStr | None = None
+    webhook_private: bool = False
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @field_validator("queues", mode="before")
@@ -69,6 +96,21 @@ class Settings(BaseSettings):
         if unknown or not queues:
             raise ValueError(f"queues {list(queues)} must be a non-empty subset of {list(TIERS)}")
         return queues
+
+    @field_validator("s3_secret_key", "webhook_secret")
+    @classmethod
+    def _real_secret(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None and secret.get_secret_value().lower() in _DEFAULT_SECRETS:
+            raise ValueError("is a default or empty secret: set one of your own")
+        return secret
+
+    @field_validator("database_url", "broker_url")
+    @classmethod
+    def _real_password(cls, url: str | None) -> str | None:
+        password = urlsplit(url).password if url else None
+        if password is not None and password.lower() in _DEFAULT_SECRETS:
+            raise ValueError("has a default or empty password: set one of your own")
+        return url
 
     @model_validator(mode="after")
     def _lease_outlives_renewal(self) -> Settings:

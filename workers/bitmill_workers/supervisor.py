@@ -263,6 +263,9 @@ class Attempt:
         )
 
     def _keep_profile(self, profile_id: str) -> None:
+        folder = self.settings.profiles_folder / profile_id
+        if folder.is_dir():
+            self.parts.artifacts.share_profile(profile_id, folder)
         settings = {key: self.job.spec[key] for key in ("model", "calibration", "seed")}
         self.parts.catalog.add_profile(
             profile_id, model=self.job.model, settings=settings, path=profile_id
@@ -332,8 +335,11 @@ class Attempt:
     def _clean(self, keep_output: bool) -> None:
         """Remove the attempt's scratch files, and its output unless it may be visible."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        if not keep_output:
-            self.parts.artifacts.remove(*self.key)
+        store = self.parts.artifacts
+        try:
+            (store.drop_local if keep_output else store.remove)(*self.key)
+        except BitmillError as error:
+            _log.warning("job %s: its files are left to the reconciler: %s", self.job.id, error)
         try:
             finished = self.parts.store.get(self.job.id).finished
         except BitmillError:

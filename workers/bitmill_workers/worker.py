@@ -7,25 +7,30 @@ stopped and asked while a task runs. It never imports torch. SIGTERM hands the j
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from importlib.metadata import version
 
 import sqlalchemy as sa
 
 from bitmill_workers.app import create_celery
+from bitmill_workers.artifacts import open_artifacts
 from bitmill_workers.catalog import Catalog
 from bitmill_workers.db import Database
+from bitmill_workers.garbage import collect_staging, collect_work
 from bitmill_workers.logs import configure_logs
 from bitmill_workers.migrate import require_head
 from bitmill_workers.processes import die_with_parent
 from bitmill_workers.settings import Settings
 
 _BEAT_S = 20.0
+_COLLECT_S = 3600.0
 _log = logging.getLogger(__name__)
 
 
@@ -78,10 +83,18 @@ def main(*, with_parent: bool = False) -> int:
 
 
 def _beat(settings: Settings, stop: threading.Event) -> None:
-    """Show this worker as live until it stops; the connection is not kept across forks."""
+    """Show this worker as live until it stops, and keep its disk clean.
+
+    The connection is not kept, because the pool may fork at any time.
+    """
+    collected = -math.inf
     while True:
         database = Database(settings.database)
         try:
+            if not settings.embedded and time.monotonic() - collected > _COLLECT_S:
+                collect_work(settings, database)
+                collect_staging(settings, open_artifacts(settings), database)
+                collected = time.monotonic()
             Catalog(database).beat(
                 settings.worker_name,
                 host=socket.gethostname(),

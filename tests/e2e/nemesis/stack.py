@@ -79,7 +79,7 @@ def _settings(folder: Path, **fields: object) -> Settings:
 def _environment(settings: Settings) -> dict[str, str]:
     env = os.environ | environment_of(settings)
     env["BITMILL_HUB_TOKEN"] = CANARY
-    env["PYTHONPATH"] = str(_TESTS)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_TESTS), env.get("PYTHONPATH"))))
     return env
 
 

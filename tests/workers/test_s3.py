@@ -1,0 +1,175 @@
+"""The object store over HTTP, against moto's server on loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import httpx2
+import pytest
+from pydantic import SecretStr
+
+from bitmill.manifest import write_manifest
+from bitmill_workers.artifacts import open_artifacts
+from bitmill_workers.db import Database
+from bitmill_workers.jobs import JobStore
+from bitmill_workers.leases import LeaseStore
+from bitmill_workers.reconcile import Reconciler
+from bitmill_workers.s3 import S3Artifacts, StorageUnavailable
+from bitmill_workers.settings import Settings
+from bitmill_workers.stop import StopRequest
+from bitmill_workers.supervisor import Supervisor
+from servers import free_port
+from stores import spec
+from tcp_proxy import TcpProxy
+
+moto = pytest.importorskip("moto.server", reason="moto is not installed")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[int]:
+    port = free_port()
+    running = moto.ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    running.start()
+    yield port
+    running.stop()
+
+
+@pytest.fixture
+def proxy(server: int) -> Iterator[TcpProxy]:
+    between = TcpProxy(server)
+    yield between
+    between.close()
+
+
+@pytest.fixture
+def stored(settings: Settings, server: int, proxy: TcpProxy, tmp_path: Path) -> Settings:
+    bucket = f"test-{abs(hash(tmp_path.name))}"
+    changed = settings.model_copy(
+        update={
+            "s3_bucket": bucket,
+            "s3_endpoint": f"http://127.0.0.1:{proxy.port}",
+            "s3_access_key": "key",
+            "s3_secret_key": SecretStr("not-a-default"),
+        }
+    )
+    boto3.client(
+        "s3",
+        endpoint_url=changed.s3_endpoint,
+        region_name="us-east-1",
+        aws_access_key_id="key",
+        aws_secret_access_key="not-a-default",
+    ).create_bucket(Bucket=bucket)
+    return changed
+
+
+def fill(folder: Path, size: int) -> bytes:
+    folder.mkdir(parents=True)
+    data = os.urandom(size)
+    (folder / "model.safetensors").write_bytes(data)
+    write_manifest(folder)
+    return data
+
+
+def test_large_file_is_uploaded_in_parts_and_downloaded_by_address(stored: Settings) -> None:
+    store = open_artifacts(stored)
+    assert isinstance(store, S3Artifacts)
+    data = fill(store.attempt_folder("job", 1), (16 << 20) + 5)
+    seen: list[tuple[int, int]] = []
+    files = {f.path: f for f in store.publish("job", 1, lambda *at: seen.append(at))}
+    assert sorted(files) == ["MANIFEST.json", "SHA256SUMS", "model.safetensors"]
+    assert seen[-1][0] == seen[-1][1] == sum(f.size for f in files.values())
+    file = files["model.safetensors"]
+    assert store.local_path(file) is None
+    url = store.url(file)
+    assert url is not None
+    got = httpx2.get(url, headers={"Range": "bytes=1-"})
+    assert (got.status_code, got.content) == (206, data[1:])
+    assert hashlib.sha256(store.read(file)).hexdigest() == file.sha256
+    assert list(store.attempts()) == [("job", 1)]
+    store.drop_local("job", 1)
+    assert list(store.attempts()) == [("job", 1)]
+    store.remove("job", 1)
+    assert list(store.attempts()) == []
+
+
+def test_job_is_published_whole_and_losers_are_collected(
+    stored: Settings, database: Database
+) -> None:
+    supervisor = Supervisor(stored, database)
+    job = supervisor.store.submit(spec(label="steps=1")).job
+    with StopRequest() as stop:
+        assert supervisor.run_next(stop)
+    job = supervisor.store.get(job.id)
+    assert (job.state, job.error_message) == ("succeeded", None)
+    assert not list(stored.artifacts_folder.glob("*"))
+    store = open_artifacts(stored)
+    for token in (0, 7):
+        fill(store.attempt_folder(job.id, token), 10)
+        store.publish(job.id, token, lambda *_: None)
+    from bitmill_workers.app import Dispatcher
+
+    dispatcher = Dispatcher(stored, lambda _: None)
+    Reconciler(stored, database, dispatcher).collect_garbage()
+    dispatcher.close()
+    assert list(store.attempts()) == [(job.id, 1)]
+    for file in JobStore(database).artifacts(job.id):
+        assert hashlib.sha256(store.read(file)).hexdigest() == file.sha256
+
+
+def test_store_that_is_away_makes_nothing_visible_and_the_job_runs_again(
+    stored: Settings, database: Database, proxy: TcpProxy
+) -> None:
+    supervisor = Supervisor(stored, database)
+    job = supervisor.store.submit(spec(label="steps=1")).job
+    supervisor.artifacts = open_artifacts(
+        stored.model_copy(update={"s3_endpoint": "http://127.0.0.1:1"})
+    )
+    with StopRequest() as stop:
+        assert supervisor.run_next(stop)
+        again = supervisor.store.get(job.id)
+        assert (again.state, again.crash_count) == ("queued", 1)
+        assert supervisor.store.artifacts(job.id) == ()
+        supervisor.artifacts = open_artifacts(stored)
+        assert supervisor.run_next(stop)
+    assert supervisor.store.get(job.id).state == "succeeded"
+
+
+def test_unreadable_object_is_an_error_of_its_own(stored: Settings) -> None:
+    store = open_artifacts(stored)
+    fill(store.attempt_folder("job", 1), 10)
+    file = store.publish("job", 1, lambda *_: None)[0]
+    store.remove("job", 1)
+    with pytest.raises(StorageUnavailable):
+        store.read(file)
+
+
+def test_profile_made_here_is_found_elsewhere(stored: Settings, tmp_path: Path) -> None:
+    store = open_artifacts(stored)
+    made = tmp_path / "made"
+    (made / "deep").mkdir(parents=True)
+    (made / "deep" / "costs.bin").write_bytes(b"12")
+    store.share_profile("abc", made)
+    elsewhere = tmp_path / "profiles" / "abc"
+    assert store.fetch_profile("abc", elsewhere)
+    assert (elsewhere / "deep" / "costs.bin").read_bytes() == b"12"
+    assert not store.fetch_profile("absent", tmp_path / "profiles" / "absent")
+    assert list(store.attempts()) == []
+
+
+def test_stale_attempt_cannot_publish(stored: Settings, database: Database) -> None:
+    leases = LeaseStore(database, lease_s=60)
+    store = JobStore(database)
+    store.submit(spec())
+    old = leases.claim_next("w", ("cpu",))
+    assert old is not None
+    leases.hand_back(old.id, old.token, "test", retries=9)
+    assert leases.claim_next("w2", ("cpu",)) is not None
+    objects = open_artifacts(stored)
+    fill(objects.attempt_folder(old.id, old.token), 10)
+    files = objects.publish(old.id, old.token, lambda *_: None)
+    assert not leases.finish(old.id, old.token, {}, files)
+    assert store.artifacts(old.id) == ()
