@@ -13,7 +13,7 @@ from bitmill.allocate import check_budget
 from bitmill.bits import BitWidthMap, group_columns
 from bitmill.budget import footprint
 from bitmill.errors import CalibrationError, ModelError
-from bitmill.estimate import estimate
+from bitmill.estimate import Machine, estimate
 from bitmill.plan import Plan, make_plan
 from bitmill.spec import FileText, HubModel, InlineMap, JobSpec, UploadedMap
 from bitmill_service.context import Context
@@ -21,6 +21,7 @@ from bitmill_service.hub_headers import fetch_headers
 from bitmill_service.problems import ProblemError
 from bitmill_service.schemas import PlanView, SizeView
 from bitmill_workers.fetch import check_model, local_model, resolve_path
+from bitmill_workers.tiers import choose_queue
 
 
 def admit(context: Context, spec: JobSpec) -> None:
@@ -53,6 +54,20 @@ def plan_job(context: Context, spec: JobSpec) -> PlanView:
         plan = _local_plan(context, spec)
     check_budget(plan, spec, given)
     return plan_view(plan, spec)
+
+
+def route(context: Context, spec: JobSpec) -> str:
+    """The queue that the job waits in; plans the job where queues are tiers of memory."""
+    if not context.settings.route_by_memory:
+        return choose_queue(0, context.settings)
+    if isinstance(spec.model, HubModel):
+        with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as folder:
+            fetch_headers(spec.model, context.settings, Path(folder))
+            plan = make_plan(Path(folder), spec)
+    else:
+        plan = _local_plan(context, spec)
+    needed = estimate(plan, spec, Machine(accelerator=True), gguf=spec.model.file is not None)
+    return choose_queue(needed.accelerator_bytes, context.settings)
 
 
 def plan_view(plan: Plan, spec: JobSpec) -> PlanView:

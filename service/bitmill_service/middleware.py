@@ -16,6 +16,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bitmill_workers.logs import log_fields
+
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 _SAFE = {
     "x-content-type-options": "nosniff",
@@ -62,7 +64,8 @@ class RequestContext:
             await send(message)
 
         try:
-            await self.app(scope, receive, observe)
+            with log_fields(request_id=request_id):
+                await self.app(scope, receive, observe)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             elapsed = time.perf_counter() - started

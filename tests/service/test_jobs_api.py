@@ -192,3 +192,18 @@ def test_full_queue_refuses_with_retry_after(stack: Stack, http: httpx2.Client) 
         stack.context.settings = settings
     assert (answer.status_code, answer.json()["code"]) == (429, "too_many_jobs")
     assert answer.headers["retry-after"] == "60"
+
+
+def test_webhook_without_a_secret_is_refused_and_priority_is_kept(
+    http: httpx2.Client, stack: Stack
+) -> None:
+    spec = {
+        "model": {"source": "path", "path": "models/tiny"},
+        "budget": {"code_bits": 4},
+        "allocation": {"method": "uniform"},
+    }
+    refused = http.post("/v1/jobs", json=spec, headers={"Webhook-URL": "https://example.com/"})
+    assert (refused.status_code, refused.json()["code"]) == (422, "webhook_refused")
+    made = http.post("/v1/jobs?priority=7", json=spec).json()
+    assert stack.context.jobs.get(made["id"]).priority == 7
+    assert http.post("/v1/jobs?priority=1000", json=spec).status_code == 422

@@ -35,6 +35,7 @@ _DEFAULT_SECRETS = frozenset(
 class Settings(BaseSettings):
     """Everything that a worker or the API process can be told; times in seconds, sizes in bytes.
 
+    route_by_memory: send a job to the smallest accelerator tier that its plan fits on.
     lease_s: how long a claim lasts without renewal; a lost worker's job runs again after it.
     renew_s: how often the supervisor renews its lease.
     poll_s: how often it reports progress and looks for a cancel.
@@ -56,6 +57,7 @@ class Settings(BaseSettings):
 
     worker_name: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
     queues: Annotated[tuple[str, ...], NoDecode] = TIERS
+    route_by_memory: bool = False
     device: str = "auto"
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     runner_module: str = "bitmill_workers.runner"

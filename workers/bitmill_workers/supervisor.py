@@ -30,11 +30,13 @@ from bitmill_workers.fetch import local_model
 from bitmill_workers.inputs import local_spec, write_map
 from bitmill_workers.jobs import JobStore
 from bitmill_workers.leases import LeaseStore
+from bitmill_workers.logs import log_fields
 from bitmill_workers.processes import Child, Ended
 from bitmill_workers.records import JobRecord
 from bitmill_workers.report import Reporter
-from bitmill_workers.settings import TIERS, Settings
+from bitmill_workers.settings import Settings
 from bitmill_workers.stop import StopRequest
+from bitmill_workers.tiers import next_tier
 
 _log = logging.getLogger(__name__)
 
@@ -69,8 +71,9 @@ class Supervisor:
         job = self.leases.claim_next(self.settings.worker_name, self.settings.queues)
         if job is None:
             return False
-        _log.info("job %s attempt %d starts", job.id, job.attempt)
-        Attempt(self, job, stop).run()
+        with log_fields(job_id=job.id, attempt=job.attempt, worker=self.settings.worker_name):
+            _log.info("attempt starts")
+            Attempt(self, job, stop).run()
         return True
 
 
@@ -102,7 +105,7 @@ class Attempt:
                 self._end_error(error)
         except Stopped as stopped:
             keep_output = stopped.reason == "lost"
-            _log.warning("job %s attempt %d: %s", *self.key, stopped.reason)
+            _log.warning("attempt gives up: %s", stopped.reason)
         finally:
             self._clean(keep_output)
 
@@ -199,7 +202,7 @@ class Attempt:
             if not answer.held or not self.reporter.flush():
                 return "fenced"
         except sa.exc.DBAPIError as error:
-            _log.warning("job %s: the database is away: %s", self.job.id, type(error).__name__)
+            _log.warning("the database is away: %s", type(error).__name__)
             return "lost" if self._lease_left() <= 0 else None
         if answer.cancel:
             return "cancel"
@@ -223,7 +226,7 @@ class Attempt:
                     raise Stopped("fenced")
                 return
             except sa.exc.DBAPIError as error:
-                _log.warning("job %s: cannot write its end: %s", self.job.id, error)
+                _log.warning("cannot write the end: %s", error)
                 if self._lease_left() <= 0:
                     raise Stopped("lost") from error
                 time.sleep(min(0.5, self.settings.poll_s))
@@ -239,7 +242,7 @@ class Attempt:
         if profile_id is not None:
             self._keep_profile(profile_id)
         self._persist(lambda: leases.finish(*self.key, result, files, profile_id=profile_id))
-        _log.info("job %s succeeded", self.job.id)
+        _log.info("job succeeded")
 
     def _publish(self) -> list[Any]:
         """Store the files while the lease is kept; a stopping worker gets a moment to finish."""
@@ -319,8 +322,7 @@ class Attempt:
             param = told.get("param")
             self._persist(lambda: leases.fail(*self.key, told["code"], message, param=param))
         elif ended.status == Exit.OUT_OF_MEMORY:
-            larger = TIERS[TIERS.index(self.job.queue) + 1 :]
-            queue = larger[0] if larger else None
+            queue = next_tier(self.job.queue)
             self._persist(lambda: leases.retry_larger(*self.key, queue, message))
         else:
             retries = self.settings.crash_retries
@@ -339,7 +341,7 @@ class Attempt:
         try:
             (store.drop_local if keep_output else store.remove)(*self.key)
         except BitmillError as error:
-            _log.warning("job %s: its files are left to the reconciler: %s", self.job.id, error)
+            _log.warning("files are left to the reconciler: %s", error)
         try:
             finished = self.parts.store.get(self.job.id).finished
         except BitmillError:

@@ -134,7 +134,7 @@ def _require_success(job: JobRecord) -> None:
 def _published(context: Context, job: JobRecord, path: str) -> Artifact:
     found = context.jobs.artifact(job.id, path)
     if found is None:
-        raise ProblemError("file_not_found", f"job {job.id} has no file {path!r}", param="path")
+        raise ProblemError("no_such_file", f"job {job.id} has no file {path!r}", param="path")
     return found
 
 

@@ -9,13 +9,14 @@ from fastapi.responses import JSONResponse
 
 from bitmill.spec import JobSpec
 from bitmill.storage import sha256_json
-from bitmill_service.admission import admit, plan_job
+from bitmill_service.admission import admit, plan_job, route
 from bitmill_service.context import Context, ContextDep, JobDep, JobId
 from bitmill_service.problems import ProblemError
 from bitmill_service.schemas import JobPage, JobView, PlanView
 from bitmill_service.views import job_links, job_view
 from bitmill_workers.records import JobRecord
 from bitmill_workers.states import ShownState
+from bitmill_workers.webhooks import check_webhook_url
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -48,15 +49,25 @@ def create_job(
     validate_only: Annotated[
         bool, Query(description="Answer with the plan and create nothing.")
     ] = False,
+    priority: Annotated[int, Query(ge=-100, le=100, description="Higher runs first.")] = 0,
+    webhook_url: Annotated[
+        str | None, Header(description="Told by a signed POST when the job has ended.")
+    ] = None,
 ) -> Response:
     """Submit a job. A replayed key answers with the first call's job and `Idempotency-Replayed`."""
     if validate_only:
         return JSONResponse(plan_job(context, spec).model_dump(mode="json"))
+    if webhook_url is not None:
+        check_webhook_url(webhook_url, context.settings)
     admit(context, spec)
+    asked = {"spec": spec.model_dump(mode="json"), "priority": priority, "webhook": webhook_url}
     submission = context.jobs.submit(
         spec,
         idempotency_key=idempotency_key,
-        request_hash=sha256_json(spec.model_dump(mode="json")),
+        request_hash=sha256_json(asked),
+        queue=route(context, spec),
+        priority=priority,
+        webhook_url=webhook_url,
     )
     return _accepted(context, submission.job, replayed=submission.replayed)
 

@@ -52,4 +52,7 @@ def _load(context: Context, profile_id: str) -> StoredProfile:
         raise ProblemError(
             "profile_not_found", f"there is no profile {profile_id!r}", param="profile_id"
         )
-    return load_profile(context.settings.profiles_folder, record)
+    root = context.settings.profiles_folder
+    root.mkdir(parents=True, exist_ok=True)
+    context.artifacts.fetch_profile(record.id, root / record.id)
+    return load_profile(root, record)
