@@ -11,7 +11,6 @@ import typer
 
 from bitmill.errors import InputError
 from bitmill.quality import QualityReport
-from bitmill.report_html import write_report
 from bitmill_service.cli_output import JsonFlag, UrlOption, open_client, print_json
 from bitmill_service.report_table import parse_rows, print_report
 
@@ -65,6 +64,8 @@ def report(
     if html is not None and not Path(target).is_dir():
         raise InputError(f"--html needs a packed folder: download {target} first", param="--html")
     if html is not None:
+        from bitmill.report_html import write_report
+
         write_report(Path(target), html)
     if Path(target).is_dir():
         found = QualityReport.load(Path(target) / "quality.json").model_dump(mode="json")

@@ -1,23 +1,22 @@
-"""Commands that run or look after a service: serve, worker, db upgrade, doctor, demo."""
+"""Commands that run or look after a service: serve, worker, db upgrade, doctor, demo.
+
+Their parts are imported when a command runs, so that the commands which only talk to a service
+start without the web framework and the broker.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bitmill_service.cli_output import JsonFlag, UrlOption, print_json, print_table
-from bitmill_service.demo import DemoSettings, run_demo
-from bitmill_service.doctor import run_checks
-from bitmill_service.embedded import EmbeddedService
-from bitmill_service.settings import ServiceSettings
-from bitmill_service.worker_process import settings_environment, worker_lock
-from bitmill_workers.db import Database
-from bitmill_workers.logs import configure_logs
-from bitmill_workers.migrate import current_revision, upgrade
+
+if TYPE_CHECKING:
+    from bitmill_service.settings import ServiceSettings
 
 DataOption = Annotated[
     Path | None,
@@ -30,6 +29,8 @@ db = typer.Typer(help="Look after the job database.", no_args_is_help=True, rich
 
 def make_settings(**given: Any) -> ServiceSettings:
     """Settings from the environment, with the given (not None) options in place of its own."""
+    from bitmill_service.settings import ServiceSettings
+
     return ServiceSettings(**{key: value for key, value in given.items() if value is not None})
 
 
@@ -69,6 +70,9 @@ def serve(
     json: JsonFlag = False,
 ) -> None:
     """Run the whole service: API, worker and database in one data folder."""
+    from bitmill_service.embedded import EmbeddedService
+    from bitmill_workers.logs import configure_logs
+
     settings = make_settings(
         data=data, host=host, port=port, device=device, model_roots=model_roots(models)
     )
@@ -95,6 +99,7 @@ def worker(
     json: JsonFlag = False,
 ) -> None:
     """Run a worker alone; with a broker of files (the default) only one per data folder."""
+    from bitmill_service.worker_process import settings_environment, worker_lock
     from bitmill_workers import worker as worker_module
 
     settings = make_settings(data=data, device=device, queues=queues)
@@ -112,6 +117,9 @@ def worker(
 @db.command("upgrade")
 def db_upgrade(*, data: DataOption = None, json: JsonFlag = False) -> None:
     """Bring the job database to this program's schema."""
+    from bitmill_workers.db import Database
+    from bitmill_workers.migrate import current_revision, upgrade
+
     settings = make_settings(data=data)
     database = Database(settings.database)
     try:
@@ -127,6 +135,8 @@ def db_upgrade(*, data: DataOption = None, json: JsonFlag = False) -> None:
 
 def doctor(*, data: DataOption = None, url: UrlOption = None, json: JsonFlag = False) -> None:
     """Check this installation: versions, accelerator, disk, database, Hub, service."""
+    from bitmill_service.doctor import run_checks
+
     checks = list(run_checks(make_settings(data=data), url))
     if json:
         print_json([vars(check) for check in checks])
@@ -155,4 +165,6 @@ def demo(
     json: JsonFlag = False,
 ) -> None:
     """Run the main job on a real model through an embedded service, and show what came out."""
+    from bitmill_service.demo import DemoSettings, run_demo
+
     run_demo(DemoSettings(out=out, data=data, model=model, device=device or "auto"), as_json=json)

@@ -18,6 +18,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 
 from bitmill.errors import (
@@ -33,10 +34,17 @@ from bitmill.errors import (
     SpecError,
     VerificationError,
 )
+from bitmill_workers.errors import (
+    IdempotencyMismatch,
+    JobNotFound,
+    StateConflict,
+    StoreUnavailable,
+)
 
 MEDIA_TYPE = "application/problem+json"
 
-# The most specific class wins; `CODES` below overrides a class for single codes.
+# The first class that fits wins. `CODES` overrides it, but not for refused input: 422 tells a
+# client that its request, not its timing or its path, has to change.
 _CLASSES: tuple[tuple[type[BitmillError], int, str], ...] = (
     (BudgetError, 422, "Raise the budget, allow a smaller width or quantize fewer linears."),
     (ModelError, 422, "Check the model reference, and that the folder holds safetensors or GGUF."),
@@ -47,6 +55,10 @@ _CLASSES: tuple[tuple[type[BitmillError], int, str], ...] = (
     (ResourceError, 507, "Free disk space or memory on the server, then retry."),
     (NumericalError, 500, "Report this with the job's log; other calibration data may help."),
     (VerificationError, 500, "Report this with the job's log; do not use the checkpoint."),
+    (JobNotFound, 404, "List the jobs with GET /v1/jobs."),
+    (StateConflict, 409, "Look at the job's state and try again."),
+    (IdempotencyMismatch, 422, "Use a new Idempotency-Key for a different request."),
+    (StoreUnavailable, 503, "Try again soon; the server's log says what is wrong."),
     (Cancelled, 409, "Retry the job if it should run after all."),
     (BitmillError, 500, "Report this with the request id."),
 )
@@ -67,7 +79,7 @@ CODES: Mapping[str, tuple[int, str]] = {
     "idempotency_mismatch": (422, "Use a new Idempotency-Key for a different request."),
     "idempotency_deleted": (409, "Use a new Idempotency-Key."),
     "store_unavailable": (503, "Try again soon; the server's log says what is wrong."),
-    "file_not_found": (404, "List the job's files with GET /v1/jobs/{id}/files."),
+    "no_such_file": (404, "List the job's files with GET /v1/jobs/{id}/files."),
     "file_missing": (410, "The stored file is gone or damaged: retry the job."),
     "profile_not_found": (404, "List the profiles with GET /v1/profiles."),
     "map_not_found": (404, "List the maps with GET /v1/bit-width-maps."),
@@ -107,7 +119,7 @@ class ProblemError(Exception):
 
 def status_and_hint(error: BitmillError) -> tuple[int, str]:
     """HTTP status and advice for a deliberate error of the layers below."""
-    if error.code in CODES:
+    if error.code in CODES and not isinstance(error, InputError):
         return CODES[error.code]
     return next((status, hint) for kind, status, hint in _CLASSES if isinstance(error, kind))
 
@@ -205,6 +217,19 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     )
 
 
+async def _on_store_error(request: Request, error: Exception) -> JSONResponse:
+    _log.error("the job store failed: %s", error)
+    status, hint = CODES["store_unavailable"]
+    return _respond(
+        request,
+        status=status,
+        code="store_unavailable",
+        detail="the job store does not answer, or cannot write",
+        hint=hint,
+        headers={"Retry-After": "5"},
+    )
+
+
 async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
     request_id = getattr(request.state, "request_id", None)
     _log.error("request %s failed", request_id, exc_info=error)
@@ -221,6 +246,7 @@ def install(app: FastAPI) -> None:
     """Register the handlers, so that every error answer of `app` is a problem document."""
     app.add_exception_handler(ProblemError, _on_problem)
     app.add_exception_handler(BitmillError, _on_bitmill_error)
+    app.add_exception_handler(DBAPIError, _on_store_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(Exception, _on_surprise)

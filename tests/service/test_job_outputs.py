@@ -55,7 +55,7 @@ def test_file_takes_ranges_and_head(http: httpx2.Client, job: JobRecord) -> None
 def test_only_listed_paths_are_files(http: httpx2.Client, job: JobRecord, path: str) -> None:
     answer = http.get(f"/v1/jobs/{job.id}/files/{path}")
     assert answer.status_code == 404
-    assert answer.json()["code"] in ("file_not_found", "not_found")
+    assert answer.json()["code"] in ("no_such_file", "not_found")
 
 
 @pytest.mark.parametrize("part", ["bit-width-map", "report", "files", "files/quality.json"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -10,8 +11,16 @@ from fastapi import FastAPI
 
 from bitmill import errors
 from bitmill_service import problems
+from bitmill_service.main import make_context
 from bitmill_service.problems import CODES, ProblemError, status_and_hint
-from bitmill_workers.errors import JobNotFound, StoreUnavailable
+from bitmill_service.routes import jobs
+from bitmill_service.settings import ServiceSettings
+from bitmill_workers.errors import (
+    IdempotencyMismatch,
+    JobNotFound,
+    StateConflict,
+    StoreUnavailable,
+)
 from finished import Stack, spec_json
 from serving import serve
 
@@ -57,6 +66,23 @@ def test_request_id_is_echoed_where_it_is_harmless(http: httpx2.Client) -> None:
     assert len(odd.headers["x-request-id"]) == 32
 
 
+def test_store_that_fails_answers_503_with_retry_after(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """A database file that is no database, behind the real stores."""
+    (tmp_path / "bitmill.db").write_bytes(b"this is no database" * 500)
+    app = FastAPI()
+    app.state.context = make_context(ServiceSettings(data=tmp_path))
+    problems.install(app)
+    app.include_router(jobs.router)
+    with caplog.at_level(logging.CRITICAL), serve(app) as url:
+        answer = httpx2.get(f"{url}/v1/jobs")
+    app.state.context.database.close()
+    assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+    assert answer.headers["retry-after"] == "5"
+    assert str(tmp_path) not in answer.text
+
+
 def test_surprise_answers_500_without_a_trace(caplog: pytest.LogCaptureFixture) -> None:
     app = FastAPI()
     problems.install(app)
@@ -84,7 +110,13 @@ def test_surprise_answers_500_without_a_trace(caplog: pytest.LogCaptureFixture) 
         (errors.NumericalError("x"), 500),
         (errors.VerificationError("x"), 500),
         (errors.Cancelled("x"), 409),
+        (errors.ModelError("x", code="file_not_found"), 422),
+        (errors.FormatError("x", code="map_not_found"), 422),
         (JobNotFound("x"), 404),
+        (StateConflict("x"), 409),
+        (StateConflict("x", code="job_finished"), 409),
+        (IdempotencyMismatch("x"), 422),
+        (StoreUnavailable("x", code="wrong_schema"), 503),
         (StoreUnavailable("x"), 503),
     ],
 )

@@ -1,0 +1,213 @@
+"""The main job over HTTP on a tiny model: submitted, killed, resumed, downloaded, generating."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitmill.manifest import check_folder
+from bitmill_service.client import Client
+from bitmill_service.client_errors import JobFailed
+from bitmill_service.embedded import EmbeddedService
+from bitmill_service.settings import ServiceSettings
+from stores import wait_for
+from tiny import tiny_llama
+
+pytestmark = pytest.mark.e2e
+BLOCKS = 4
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a model, the same with a NaN in it, and a text that is too short."""
+    root = tmp_path_factory.mktemp("models")
+    folder = tiny_llama(
+        root / "tiny",
+        num_hidden_layers=BLOCKS,
+        hidden_size=256,
+        head_dim=64,
+        intermediate_size=256,
+    )
+    broken = root / "nan"
+    broken.mkdir()
+    for file in folder.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    (root / "short.txt").write_text("word " * 30)
+    return root
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[EmbeddedService]:
+    settings = ServiceSettings(
+        data=tmp_path_factory.mktemp("service") / "data",
+        port=0,
+        model_roots={"models": root},
+        threads=1,
+        lease_s=6,
+        renew_s=1,
+        poll_s=0.02,
+        resend_s=1,
+        reconcile_s=0.5,
+        event_poll_s=0.05,
+    )
+    with EmbeddedService(settings) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(service: EmbeddedService) -> Iterator[Client]:
+    with Client(service.url) as opened:
+        yield opened
+
+
+def spec(model: str = "tiny", **changes: Any) -> dict[str, Any]:
+    return {
+        "model": {"source": "path", "path": f"models/{model}"},
+        "budget": {"code_bits": 3},
+        "allocation": {"method": "sba", "order": "natural", "widths": [2, 3, 4]},
+        "refinement": {"method": "gptq", "asymmetric": False},
+        "calibration": {"sequences": 4, "length": 64, "held_out": 0},
+        "evaluation": {"texts": ["wiki_evaluation"], "sequences": 2, "length": 64},
+    } | changes
+
+
+def runners(service: EmbeddedService) -> list[psutil.Process]:
+    """Runner processes, without the watchdog that each has as a child."""
+    assert service.worker is not None
+    pid = service.worker.pid
+    below = psutil.Process(pid).children(recursive=True) if pid else []
+    found = [p for p in below if "bitmill_workers.runner" in p.cmdline()]
+    return [p for p in found if p.ppid() not in {other.pid for other in found}]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a job that nobody disturbed."""
+    done = client.wait(client.submit(spec()).id, timeout=200)
+    assert done.attempt == 1
+    folder = tmp_path_factory.mktemp("undisturbed")
+    client.download(done.id, folder)
+    return folder
+
+
+def test_checkpoint_is_whole_within_budget_and_generates(undisturbed: Path) -> None:
+    manifest = check_folder(undisturbed)
+    assert {"config.json", "model.safetensors", "bit_width_map.json"} <= manifest.files.keys()
+    report = json.loads((undisturbed / "quality.json").read_text())
+    row = report["rows"][-1]
+    assert row["code_bits"] <= 3
+    assert row["size"] == (undisturbed / "model.safetensors").stat().st_size
+    arguments = ["generate", str(undisturbed), "A mill", "--max-new-tokens", "5", "--json"]
+    said = subprocess.run(
+        [sys.executable, "-P", "-m", "bitmill", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(said.stdout.splitlines()[-1])["text"]
+
+
+def test_killed_runner_and_worker_resume_to_the_same_bytes(
+    client: Client, service: EmbeddedService, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Same seed and settings, another label: the stage cache of the first job cannot help."""
+    job = client.submit(spec(label="killed")).id
+    wait_for_block(client, job, 1)
+    (runner,) = runners(service)
+    runner.kill()
+    wait_for_block(client, job, 2)
+    assert service.worker is not None
+    worker = psutil.Process(service.worker.pid)
+    worker.kill()
+    done = client.wait(job, timeout=200)
+    assert done.attempt >= 3
+    blocks = [
+        (e.data["done"], e.data["total"])
+        for e in client.event_page(job).events
+        if e.kind == "progress" and e.data["stage"] == "refine"
+    ]
+    assert blocks == sorted(blocks), "a finished block was done again"
+    client.download(job, tmp_path)
+    for name in ("model.safetensors", "bit_width_map.json", "config.json"):
+        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def wait_for_block(client: Client, job: str, block: int) -> None:
+    """Until `block` blocks of stage refine are done and the job still runs."""
+
+    def reached() -> bool:
+        view = client.get(job)
+        assert not view.terminal, f"the job ended before it could be killed: {view.error}"
+        p = view.progress
+        return p is not None and p.stage == "refine" and p.done >= block
+
+    wait_for(reached, f"block {block}", 100)
+
+
+@pytest.mark.parametrize(
+    ("bad", "code", "word"),
+    [
+        (spec("nan"), "nonfinite_weights", "model.layers.1.mlp.up_proj"),
+        (
+            spec(
+                calibration={
+                    "text": {"source": "file", "path": "models/short.txt"},
+                    "sequences": 4,
+                    "length": 128,
+                    "held_out": 0,
+                }
+            ),
+            "invalid_calibration",
+            "short.txt",
+        ),
+    ],
+    ids=["nan-weights", "short-text"],
+)
+def test_bad_input_fails_the_job_with_a_reason_and_leaves_nothing(
+    client: Client, service: EmbeddedService, bad: dict[str, Any], code: str, word: str
+) -> None:
+    started = time.monotonic()
+    job = client.submit(bad).id
+    with pytest.raises(JobFailed) as failed:
+        client.wait(job, timeout=100)
+    assert time.monotonic() - started < 60
+    assert (failed.value.code, word in failed.value.message) == (code, True), failed.value.message
+    assert failed.value.job.attempt == 1
+    data = service.settings.data
+    wait_for(lambda: not (data / "jobs" / job).exists(), "the job's folder to go")
+    assert not (data / "artifacts" / job).exists()
+    assert runners(service) == []
+
+
+def test_cancelled_job_stops_its_runner(client: Client, service: EmbeddedService) -> None:
+    job = client.submit(spec(calibration={"sequences": 64, "length": 128, "held_out": 0})).id
+    wait_for(lambda: client.get(job).stage is not None, "the runner")
+    client.cancel(job)
+    wait_for(lambda: client.get(job).state == "cancelled", "the cancel")
+    assert runners(service) == []
+    assert not (service.settings.data / "artifacts" / job).exists()
+
+
+def test_nothing_of_the_service_needs_torch(service: EmbeddedService) -> None:
+    """The worker's processes, unlike the runner's, have no torch library mapped."""
+    assert service.worker is not None
+    pid = service.worker.pid
+    assert pid is not None
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+        assert "libtorch" not in maps
+    assert os.path.exists(service.settings.data / "logs" / "worker.log")
