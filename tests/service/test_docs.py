@@ -1,0 +1,36 @@
+"""The documentation of commands and routes says what the program does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bitmill_service.cli_docs import pages
+from bitmill_service.main import create_app
+from bitmill_service.problems import CODES
+from bitmill_service.settings import ServiceSettings
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="runs in a source tree")
+
+
+def test_command_line_page_is_fresh() -> None:
+    written = (DOCS / "cli.md").read_text()
+    assert written == "\n".join(pages()), "run `python -m bitmill_service.cli_docs > docs/cli.md`"
+
+
+def test_api_page_names_every_route_and_no_other(tmp_path: Path) -> None:
+    app = create_app(ServiceSettings(data=tmp_path))
+    described = app.openapi()["paths"]
+    routes = {f"{m.upper()} {path}" for path, methods in described.items() for m in methods}
+    app.state.context.database.close()
+    table = re.findall(r"^\| `([A-Z]+ /\S+)` \|", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert set(table) == routes | {"GET /metrics"}
+
+
+def test_api_page_names_every_code_with_its_status() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (.*) \|$", (DOCS / "api.md").read_text(), re.M)
+    assert {code: (int(status), hint) for code, status, hint in rows} == dict(CODES)
