@@ -21,6 +21,9 @@ from bitmill_workers.settings import Settings
 class ArtifactStore(Protocol):
     """Storage of published files."""
 
+    def prepare(self) -> None:
+        """Create what must exist before the first attempt; repeating it changes nothing."""
+
     def attempt_folder(self, job_id: str, token: int) -> Path:
         """Local folder that the runner fills; the same on every call."""
 
@@ -86,6 +89,10 @@ class LocalArtifacts:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    def prepare(self) -> None:
+        """Create the folder."""
+        self.root.mkdir(parents=True, exist_ok=True)
 
     def attempt_folder(self, job_id: str, token: int) -> Path:
         """`<root>/<job id>/<token>`; the runner's output is already in its final place."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bitmill_workers.exits import Exit, classify
+from bitmill_workers.isolation import isolate_network
 from bitmill_workers.processes import start_lifeline
 
 Emit = Callable[[dict[str, Any]], None]
@@ -33,7 +34,8 @@ def serve(argv: list[str], work: Work) -> int:
     """Run `work(request, emit)` for the supervisor and return the exit code.
 
     argv: path of the request (JSON, with `lease_s` and optionally `lock`, a file that only one
-    child may hold, and `file_bytes`, the largest file it may write) and the message pipe.
+    child may hold, `file_bytes`, the largest file it may write, and `isolate`, to run without a
+    network) and the message pipe.
     """
     request = json.loads(Path(argv[0]).read_bytes())
     start_lifeline(request["lease_s"])
@@ -44,6 +46,8 @@ def serve(argv: list[str], work: Work) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     emit = _emitter(int(argv[1]))
     try:
+        if request.get("isolate"):
+            isolate_network()
         with _only_one(request.get("lock")):
             result = work(request, emit)
     except Exception as error:  # noqa: BLE001  (the boundary of the process)

@@ -43,23 +43,21 @@ class S3Artifacts:
         self._prefix = settings.s3_prefix.strip("/")
         self._presign_s = settings.presign_s
         self._staging = settings.artifacts_folder
-        secret = settings.s3_secret_key
-        self._client = boto3.client(
-            "s3",
-            endpoint_url=settings.s3_endpoint,
-            region_name=settings.s3_region,
-            aws_access_key_id=settings.s3_access_key,
-            aws_secret_access_key=secret.get_secret_value() if secret else None,
-            config=Config(
-                retries={"mode": "standard", "max_attempts": 5},
-                connect_timeout=5,
-                read_timeout=60,
-                signature_version="s3v4",
-            ),
-        )
+        self._client = _client(settings, settings.s3_endpoint)
+        public = settings.s3_public_endpoint
+        self._signer = _client(settings, public) if public else self._client
         self._transfer = TransferConfig(
             multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=4
         )
+
+    def prepare(self) -> None:
+        """Create the bucket unless it exists."""
+        try:
+            self._client.create_bucket(Bucket=self._bucket)
+        except self._client.exceptions.BucketAlreadyOwnedByYou:
+            return
+        except _FAILURES as error:
+            raise _unavailable(f"bucket {self._bucket} cannot be created", error) from error
 
     def attempt_folder(self, job_id: str, token: int) -> Path:
         """A local folder; what it holds is uploaded by `publish`."""
@@ -93,7 +91,7 @@ class S3Artifacts:
         """A presigned address for GET, named as the file is."""
         name = quote(artifact.path.rpartition("/")[2], safe="")
         return str(
-            self._client.generate_presigned_url(
+            self._signer.generate_presigned_url(
                 "get_object",
                 Params={
                     "Bucket": self._bucket,
@@ -199,6 +197,24 @@ class S3Artifacts:
         for page in self._pages(Prefix=prefix, Delimiter="/"):
             for entry in page.get("CommonPrefixes", []):
                 yield entry["Prefix"]
+
+
+def _client(settings: Settings, endpoint: str | None) -> Any:
+    secret = settings.s3_secret_key
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name=settings.s3_region,
+        aws_access_key_id=settings.s3_access_key,
+        aws_secret_access_key=secret.get_secret_value() if secret else None,
+        config=Config(
+            retries={"mode": "standard", "max_attempts": 5},
+            connect_timeout=5,
+            read_timeout=60,
+            signature_version="s3v4",
+            s3={"addressing_style": "path"},
+        ),
+    )
 
 
 def _unavailable(problem: str, error: Exception) -> StorageUnavailable:

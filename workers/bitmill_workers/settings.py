@@ -42,6 +42,8 @@ class Settings(BaseSettings):
     stall_s: without any progress for this long the runner's stacks are dumped and the job fails.
     stop_grace_s: how long a stopping worker waits for a job that is just being published.
     collect_s: how often files of dead attempts are looked for.
+    s3_public_endpoint: the object store's address as clients see it, for download addresses.
+    runner_network: "isolate" cuts the runner off from the network, or refuses to run it.
     presign_s: how long a download address of the object store is good for starting a download.
     webhook_private: allow webhooks to private addresses and without TLS; for tests.
     """
@@ -73,10 +75,12 @@ class Settings(BaseSettings):
     lost_retries: int = Field(default=5, ge=0)
     handback_retries: int = Field(default=100, ge=0)
     log_bytes: int = Field(default=4 << 20, ge=1024)
+    runner_network: Literal["keep", "isolate"] = "keep"
     runner_file_bytes: int | None = Field(default=None, ge=1 << 20)
     collect_s: float = Field(default=60.0, gt=0)
     s3_bucket: str | None = None
     s3_endpoint: str | None = None
+    s3_public_endpoint: str | None = None
     s3_region: str = "us-east-1"
     s3_prefix: str = "bitmill"
     s3_access_key: str | None = None

@@ -151,6 +151,7 @@ class Attempt:
             "lease_s": self.settings.lease_s,
             "lock": str(home / "runner.lock"),
             "file_bytes": self.settings.runner_file_bytes,
+            "isolate": self.settings.runner_network == "isolate",
         }
         for folder in (home / "work", output.parent, self.settings.profiles_folder):
             folder.mkdir(parents=True, exist_ok=True)
