@@ -39,6 +39,12 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def wants_reference(backend: str) -> bool:
+    """Whether the plain version was asked for, by the caller or by BITMILL_BACKEND."""
+    choice = backend if backend != "auto" else os.environ.get("BITMILL_BACKEND", "auto")
+    return choice == "reference"
+
+
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None

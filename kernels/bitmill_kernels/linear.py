@@ -4,7 +4,10 @@
 
 On CUDA, by the number of tokens T: the compiled CUDA kernel up to 16 (Triton where it is not
 available), Triton up to `FUSED_TOKENS`, above it dequantized weights and the vendor's product.
-fp32 activations always take the last, in fp32. On a CPU: `cpu.py`.
+fp32 activations always take the last, in fp32. On a CPU: `cpu.py`. The backend `reference`, asked
+for by name or by BITMILL_BACKEND, multiplies with a dequantized copy of the weight in the dtype
+of the activations and in source column order: as fast as the original linear, as large, and equal
+to it bit for bit.
 
 The product is the custom operator `bitmill::mixed_linear`, so `torch.compile` treats it as one
 opaque call and CUDA graphs capture it. It takes a handle, not the tensors: layouts and workspaces
@@ -22,7 +25,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from bitmill_kernels.backend import interpreted, resolve_backend
+from bitmill_kernels.backend import interpreted, resolve_backend, wants_reference
+from bitmill_kernels.pack import unpack_codes
+from bitmill_kernels.reference import dequantize
 from bitmill_kernels.runtime import PackedWeight, RuntimeWeight, build_runtime
 from bitmill_kernels.workspace import workspace
 
@@ -40,7 +45,8 @@ Product = Callable[[Tensor, Tensor | None], Tensor]
 class MixedLinear:
     """Packed linears that read the same input, stacked by rows, ready to multiply.
 
-    `outputs` holds the rows of each; the result of a call is theirs side by side.
+    `outputs` holds the rows of each; the result of a call is theirs side by side. Activations
+    must be on `device`.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class MixedLinear:
         """Build the layout on `device`. Raises ValueError where the linears do not stack."""
         self.outputs = tuple(weight.N for weight in weights)
         self.N, self.K = sum(self.outputs), weights[0].K
+        self.device = device
         self._product: Product = _build_product(weights, device, backend)
         self._handle = next(_HANDLES)
         _LINEARS[self._handle] = self
@@ -78,11 +85,38 @@ def _(x: Tensor, bias: Tensor | None, handle: int, outputs: int) -> Tensor:
 
 
 def _build_product(weights: Sequence[PackedWeight], device: torch.device, backend: str) -> Product:
+    if wants_reference(backend):
+        return _DenseProduct(weights, device)
     if resolve_backend(backend, device) == "triton":
         return _AcceleratedProduct(build_runtime(weights, device))
     from bitmill_kernels.cpu import CpuProduct
 
     return CpuProduct(weights, device)
+
+
+class _DenseProduct:
+    """The reference: one dequantized copy [N, K] for each dtype that is used."""
+
+    def __init__(self, weights: Sequence[PackedWeight], device: torch.device) -> None:
+        _say_dense()
+        self._weight = torch.cat([_source_weight(weight).to(device) for weight in weights])
+        self._casts: dict[torch.dtype, Tensor] = {torch.float32: self._weight}
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dtype not in self._casts:
+            self._casts[x.dtype] = self._weight.to(x.dtype)
+        return torch.nn.functional.linear(x, self._casts[x.dtype], bias)
+
+
+def _source_weight(weight: PackedWeight) -> Tensor:
+    """Weight f32 [N, K] in source column order."""
+    codes = unpack_codes(weight.tensors, weight.widths, weight.N, weight.K)
+    values = dequantize(codes, weight.scales(), weight.zeros(), weight.widths)
+    if weight.order is None:
+        return values
+    source = torch.empty_like(values)
+    source[:, weight.order.long()] = values
+    return source
 
 
 class _AcceleratedProduct:
@@ -136,6 +170,14 @@ class _AcceleratedProduct:
                 torch.mm(inputs, weight, out=out)
             else:
                 torch.addmm(bias[run.first : run.first + run.rows], inputs, weight, out=out)
+
+
+@cache
+def _say_dense() -> None:
+    _LOG.warning(
+        "packed linears run on the reference backend, which keeps a dequantized copy of each: "
+        "the model takes as much memory as the original in the compute dtype"
+    )
 
 
 @cache

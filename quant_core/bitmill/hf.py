@@ -27,6 +27,7 @@ from bitmill.errors import FormatError
 from bitmill.experts import unfuse_experts
 from bitmill.linear import QuantizedLinear
 from bitmill.packed_config import QUANT_METHOD, PackedConfig, PackedLinear
+from bitmill.siblings import join_siblings
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -71,6 +72,7 @@ class BitmillQuantizer(HfQuantizer):
                 order = model.get_buffer(local_name(linear.order, model))
                 module = model.get_submodule(local_name(linear.name, model))
                 module.share_order(order.to(module.scales.device))
+        join_siblings(quantized_linears(model).items())
         if self._has_experts():
             # Saving would undo the renamings of loading, and so part the experts' tensors from
             # the names in config.json.

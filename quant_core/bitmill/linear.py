@@ -3,29 +3,26 @@
     y[..., n] = sum_k x[..., order[k]] * w[n, k] + bias[n],   w[n, k] = scale * (code - zero)
 
 Its buffers bear the tensor names of the format (docs/format.md), so a state dict of the model is
-a packed checkpoint. What a backend computes with is a runtime, built from the buffers at the
-first use on a device and dropped when the module moves; it is never stored.
+a packed checkpoint. What a device computes with is a `MixedLinear`, built from the buffers at the
+first use on that device and dropped when the module changes; it is never stored.
 
-The reference backend's runtime is a dequantized copy of the weight in the compute dtype and the
-source's column order: as fast as the original linear, and as large. The log says so once.
+The buffers themselves stay in host memory: moving a model to an accelerator leaves them, and
+buffers that were loaded onto one go back once the layout is built there. So the accelerator
+holds the packed weights once, and a model can be saved again at any time.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from bitmill.packed import PackedTensor, packed_shapes
-
-_LOG = logging.getLogger(__name__)
-
-Runtime = Callable[[Tensor, Tensor | None], Tensor]
-"""(x [..., K] in source column order, bias [N] or None) -> y [..., N], all of one dtype."""
+from bitmill.siblings import SiblingGroup
+from bitmill_kernels.linear import MixedLinear
+from bitmill_kernels.runtime import PackedWeight
 
 
 class QuantizedLinear(nn.Module):
@@ -34,7 +31,8 @@ class QuantizedLinear(nn.Module):
     widths: one bit width per group of 128 columns
     order:  None where columns keep their order, "own" where the column order is stored under
             this linear's name, "shared" where another linear stores it and `share_order` gives it
-    Buffers are empty until a checkpoint is loaded or `fill` is called.
+    Buffers are empty until a checkpoint is loaded or `fill` is called. `siblings` is the group of
+    modules that read the same input, set by `join_siblings`.
     """
 
     scales: Tensor
@@ -64,7 +62,8 @@ class QuantizedLinear(nn.Module):
             empty = torch.empty(out_features, dtype=dtype, device=device)
             self.bias = nn.Parameter(empty, requires_grad=False)
         self._dtype = dtype or torch.get_default_dtype()
-        self._runtimes: dict[torch.dtype, Runtime] = {}
+        self.siblings: SiblingGroup | None = None
+        self._runtime: MixedLinear | None = None
 
     @classmethod
     def from_packed(cls, packed: PackedTensor, *, bias: Tensor | None = None) -> Self:
@@ -86,12 +85,12 @@ class QuantizedLinear(nn.Module):
             setattr(self, key.removeprefix("."), tensor)
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=False)
-        self._runtimes.clear()
+        self._reset()
 
     def share_order(self, order: Tensor) -> None:
         """Use the column order i32 [K] that another linear stores."""
         self.order = order
-        self._runtimes.clear()
+        self._reset()
 
     def packed(self, name: str = "weight") -> PackedTensor:
         """The buffers as a `PackedTensor`, checked in full; `name` appears in the errors.
@@ -117,44 +116,56 @@ class QuantizedLinear(nn.Module):
         return self.dequantize().to(self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., N] of x [..., K], computed in the dtype of x."""
-        runtime = self._runtimes.get(x.dtype)
-        if runtime is None:
-            runtime = self._runtimes[x.dtype] = self._build_runtime(x.dtype)
-        return runtime(x, None if self.bias is None else self.bias.to(x.dtype))
+        """y [..., N] of x [..., K], computed on the device and in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.siblings is not None and x.is_cuda:
+            y = self.siblings.output(self, x)
+            return y if bias is None else y + bias
+        if self._runtime is None or self._runtime.device != x.device:
+            self._runtime = MixedLinear([self.packed_weight()], x.device)
+            self.release()
+        return self._runtime(x, bias)
+
+    def packed_weight(self) -> PackedWeight:
+        """The buffers, checked, as the kernels take them."""
+        packed = self.packed()
+        tensors = packed.planes | {"scales": packed.scales}
+        return PackedWeight(tensors, packed.widths, packed.N, packed.K, packed.order)
+
+    def release(self) -> None:
+        """Move the buffers to host memory; what was built from them stays where it is."""
+        for key, tensor in self._buffers.items():
+            if tensor is not None and tensor.is_cuda:
+                self._buffers[key] = tensor.cpu()
 
     def extra_repr(self) -> str:
         """Shape and widths, for printing a model."""
         widths = "".join(map(str, self.widths))
         return f"in_features={self.in_features}, out_features={self.out_features}, widths={widths}"
 
-    def _build_runtime(self, dtype: torch.dtype) -> Runtime:
-        return DenseRuntime(self.dequantize().to(dtype))
+    def _reset(self) -> None:
+        self._runtime = None
+        if self.siblings is not None:
+            self.siblings.reset()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """Move buffers; scales stay fp16 whatever dtype the model is cast to."""
-        scales = self.scales
+        """Move and cast the bias; of the buffers, follow only a move to the host.
+
+        Scales stay fp16 whatever dtype the model is cast to.
+        """
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        if self.scales.dtype != torch.float16:
-            self.scales = scales.to(self.scales.device)
-        self._runtimes.clear()
+        for key, old in before.items():
+            new = self._buffers[key]
+            if old is None or new is None or old.is_meta:
+                continue
+            if not new.is_cpu:
+                self._buffers[key] = old
+            elif new.dtype != old.dtype:
+                self._buffers[key] = old.to(new.device)
+        self._reset()
         return self
 
-
-class DenseRuntime:
-    """The reference backend: multiply with the dequantized weight [N, K] in the compute dtype."""
-
-    def __init__(self, weight: Tensor) -> None:
-        _say_dense()
-        self._weight = weight
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(x, self._weight, bias)
-
-
-@cache
-def _say_dense() -> None:
-    _LOG.warning(
-        "packed linears run on the reference backend, which keeps a dequantized copy of each: "
-        "the model takes as much memory as the original in the compute dtype"
-    )
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was built from the buffers: a copy builds its own."""
+        return self.__dict__ | {"_runtime": None}

@@ -42,6 +42,17 @@ def test_stacked_linears_give_their_outputs_side_by_side():
     assert relative_error(second, reference.mixed_matmul(x, *b_parts, (4, 8), order=a.order)) < 1e-5
 
 
+def test_the_reference_backend_is_the_dense_product_bit_for_bit(monkeypatch):
+    weight, *parts = random_linear(30, 300, (3, 2, 8), seed=1, ordered=True)
+    x = torch.randn(3, 300, generator=torch.Generator().manual_seed(2)).bfloat16()
+    source = torch.empty(30, 300)
+    source[:, weight.order.long()] = reference.dequantize(*parts, (3, 2, 8))
+    expected = torch.nn.functional.linear(x, source.bfloat16())
+    assert torch.equal(MixedLinear([weight], CPU, backend="reference")(x), expected)
+    monkeypatch.setenv("BITMILL_BACKEND", "reference")
+    assert torch.equal(MixedLinear([weight], CPU)(x), expected)
+
+
 def test_the_operator_passes_torchs_own_checks():
     weight, *_ = random_linear(10, 200, (3, 2), seed=1)
     linear = MixedLinear([weight], CPU)

@@ -61,6 +61,12 @@ def loaded(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
+@pytest.fixture(autouse=True)
+def reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equality bit for bit is the reference backend's promise; the kernels sum in other orders."""
+    monkeypatch.setenv("BITMILL_BACKEND", "reference")
+
+
 @torch.inference_mode()
 def logits(model: Any) -> torch.Tensor:
     result: torch.Tensor = model(TOKENS).logits

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
 
-import bitmill.linear
 from bitmill.errors import FormatError
 from bitmill.linear import QuantizedLinear
 from bitmill.packed import PackedTensor
+from bitmill.siblings import join_siblings
 from weights import random_weight
 
 
@@ -69,9 +68,9 @@ def test_casting_a_model_leaves_scales_and_codes_as_stored() -> None:
 def test_a_move_drops_what_was_built_for_the_old_place() -> None:
     module = module_of(8, 128, (4,))
     module(torch.ones(1, 128))
-    assert module._runtimes
+    assert module._runtime
     module.to(torch.bfloat16)
-    assert not module._runtimes
+    assert not module._runtime
 
 
 def test_the_weight_is_a_dequantized_copy() -> None:
@@ -105,11 +104,31 @@ def test_illegal_buffers_stop_the_first_forward() -> None:
         module(torch.ones(1, 128))
 
 
-def test_the_dequantized_copy_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    bitmill.linear._say_dense.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="bitmill.linear"):
-        for _ in range(2):
-            module_of(8, 128, (4,))(torch.ones(1, 128))
-    assert [r.message for r in caplog.records if "dequantized copy" in r.message] == [
-        caplog.records[0].message
-    ]
+def test_siblings_multiply_once_and_give_each_its_part() -> None:
+    first, second = module_of(8, 256, (4, 2)), module_of(24, 256, (3, 3))
+    join_siblings([("layers.0.self_attn.q_proj", first), ("layers.0.self_attn.k_proj", second)])
+    group = first.siblings
+    assert group is not None
+    assert second.siblings is group
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
+    y = group.output(first, x)
+    stack = group._stack
+    other = torch.randn(3, 256, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose(y, first(x), atol=1e-5)
+    assert torch.allclose(group.output(second, x), second(x), atol=1e-5)
+    assert group._input is None
+    assert torch.allclose(group.output(second, other), second(other), atol=1e-5)
+    assert torch.allclose(group.output(second, other), second(other), atol=1e-5)
+    assert group._stack is stack
+    first.to(torch.bfloat16)
+    assert group._stack is None
+
+
+def test_only_linears_of_one_input_become_siblings() -> None:
+    q, k, o = (module_of(8, 128, (4,)) for _ in range(3))
+    ordered = module_of(8, 128, (4,), ordered=True)
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "self_attn.v_proj")
+    join_siblings((f"layers.0.{n}", m) for n, m in zip(names, (q, k, o, ordered), strict=True))
+    assert q.siblings is k.siblings is not None
+    assert o.siblings is None
+    assert ordered.siblings is None
