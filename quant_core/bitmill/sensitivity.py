@@ -16,6 +16,10 @@ loop inside the group, whose normalized errors e_k / U_kk are exactly what is le
 all later columns have compensated (`cost` = "compensated"). "rounding" takes the rounding error of
 the same grid without compensation.
 
+Of a linear with more than `rows` outputs, a sample is quantized: rows at equal steps of the
+cumulated q_n, so that a row stands for its share of q; rows above one step are always taken. All
+groups and widths use the same rows, so their ratios vary less than the costs themselves.
+
 Given up: interaction between groups and linears (costs add up), and terms beyond second order,
 which at 1 and 2 bits are not small: compare predicted with measured loss before trusting those.
 """
@@ -44,14 +48,27 @@ from bitmill.profile import FloatArray, IndexArray, SensitivityProfile
 from bitmill.profile_checkpoint import BlockProfile, ProfileCheckpoint
 from bitmill_kernels.gptq import gptq_block
 
-FAST_CLIP = ClipSettings(shrinks=20, zero_offsets=(), least_squares=2)
+PROFILE_CLIP: Mapping[int, ClipSettings] = {
+    width: ClipSettings(smallest, shrinks, zero_offsets=(), least_squares=1)
+    for width, (smallest, shrinks) in {
+        1: (0.3, 1),
+        2: (0.4, 8),
+        3: (0.5, 6),
+        4: (0.65, 5),
+        5: (0.8, 3),
+        6: (0.85, 3),
+        8: (0.9, 2),
+    }.items()
+}
+"""A grid search of fewer candidates per width; costs come out 0 to 4 % above the full search's."""
 
 
 @dataclass(frozen=True)
 class SensitivitySettings:
     """What is measured, and how.
 
-    widths: candidates, ascending. clip: grid search of the cost. compensate_from: width whose
+    widths: candidates, ascending. clip: grid search of the cost; None takes `PROFILE_CLIP`. rows:
+    outputs of a linear that are quantized, see above. compensate_from: width whose
     errors earlier groups hand on to later ones before those are measured; None measures every
     group on the source weights. token_weights: also keep a_t in the folder, for refinement
     (`profile_checkpoint.load_token_weights`); routed experts, which see few tokens, have none.
@@ -62,7 +79,8 @@ class SensitivitySettings:
     cost: Literal["compensated", "rounding"] = "compensated"
     moments: Literal["plain", "weighted"] = "plain"
     compensate_from: int | None = None
-    clip: ClipSettings = FAST_CLIP
+    clip: ClipSettings | None = None
+    rows: int = 1024
     damping: tuple[float, ...] = DAMPING_LADDER
     token_weights: bool = False
     gradients: PassSettings = field(default_factory=PassSettings)
@@ -283,9 +301,10 @@ def linear_costs(
 
     W: f32 [N, K] in source column order; row_weight: [N].
     """
-    work = curvature.packed(W).clone()
+    chosen, share = sample_rows(row_weight, settings.rows)
+    work = curvature.packed(W[chosen.to(W.device)]).clone()
     unit = unit_rows(curvature.factor.upper)
-    rows = 0.5 * row_weight.to(work.device, torch.float64)
+    rows = 0.5 * share.to(work.device)
     costs = []
     for _, part in group_slices(W.shape[1]):
         block = work[:, part].contiguous()
@@ -300,6 +319,31 @@ def linear_costs(
     return table
 
 
+def sample_rows(row_weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows that stand for all: indices i64 [M] ascending and their weights f64 [M], M <= count.
+
+    The weights add up to those of all rows. Rows are taken with probability in proportion to their
+    weight, at equal steps of the cumulated weight, without chance.
+    """
+    weight = row_weight.detach().cpu().double()
+    if len(weight) <= count or not bool(weight.sum() > 0):
+        return torch.arange(len(weight)), weight
+    certain = torch.zeros(len(weight), dtype=torch.bool)
+    while True:
+        rest = torch.where(certain, 0.0, weight)
+        step = rest.sum() / (count - int(certain.sum()))
+        larger = (rest >= step) & ~certain
+        if not bool(larger.any()) or int((certain | larger).sum()) >= count:
+            break
+        certain |= larger
+    places = (torch.arange(count - int(certain.sum())) + 0.5) * step
+    drawn = torch.searchsorted(rest.cumsum(0), places).clamp(max=len(weight) - 1)
+    share = torch.where(certain, weight, 0.0)
+    share.index_add_(0, drawn, torch.full((len(drawn),), float(step), dtype=torch.float64))
+    chosen = share.nonzero()[:, 0]
+    return chosen, share[chosen]
+
+
 def _group_loss(
     block: Tensor,
     part: slice,
@@ -309,7 +353,8 @@ def _group_loss(
     settings: SensitivitySettings,
 ) -> tuple[Tensor, Tensor]:
     """d H d^T of every row, f32 [N], and the error [N, c] that later columns would take over."""
-    grid = clip_search(block, width, curvature.H.diagonal()[part], settings=settings.clip)
+    clip = settings.clip or PROFILE_CLIP[width]
+    grid = clip_search(block, width, curvature.H.diagonal()[part], settings=clip)
     if settings.cost == "rounding":
         error = block - values(nearest_codes(block, grid, width), grid)
         return ((error @ curvature.H[part, part]) * error).sum(1), error

@@ -19,11 +19,12 @@ from bitmill.grid import ClipSettings, clip_search, nearest_codes, values
 from bitmill.plan import make_plan
 from bitmill.profile_checkpoint import load_token_weights
 from bitmill.sensitivity import (
-    FAST_CLIP,
+    PROFILE_CLIP,
     BlockMoments,
     SensitivitySettings,
     linear_costs,
     profile_knapsack,
+    sample_rows,
 )
 from bitmill.spec import parse_spec
 from tiny import VOCABULARY, tiny_llama, tiny_opt
@@ -146,7 +147,8 @@ def test_rounding_costs_are_the_formula():
     for group, part in group_slices(300):
         for column, width in enumerate(settings.widths):
             block = packed[:, part].contiguous()
-            grid = clip_search(block, width, inner.diagonal()[part], settings=FAST_CLIP)
+            clip = PROFILE_CLIP[width]
+            grid = clip_search(block, width, inner.diagonal()[part], settings=clip)
             d = (block - values(nearest_codes(block, grid, width), grid)).double()
             expected = sum(
                 0.5 * q[n] * d[n] @ inner[part, part].double() @ d[n] for n in range(len(d))
@@ -157,10 +159,11 @@ def test_rounding_costs_are_the_formula():
 def test_compensated_costs_add_up_to_what_gptq_leaves():
     """At one width everywhere, handed on from group to group, they are its whole loss."""
     W, H, q = some_linear()
-    settings = SensitivitySettings(widths=(2, 3), compensate_from=3)
+    clip = ClipSettings(shrinks=8)
+    settings = SensitivitySettings(widths=(2, 3), clip=clip, compensate_from=3)
     curvature = Curvature.prepare(H)
     costs = linear_costs(W, q, curvature, settings)
-    plain = GptqSettings(clip=FAST_CLIP, compensated=None, rounds=0)
+    plain = GptqSettings(clip=clip, compensated=None, rounds=0)
     weight, _ = quantize_gptq(W, curvature, (3, 3, 3), settings=plain)
     d = (W - weight.dequantize()).double()
     damped = H.double() + curvature.factor.damping * H.diagonal().mean() * torch.eye(300)
@@ -176,6 +179,31 @@ def test_compensation_lowers_every_cost():
     assert (compensated < rounding).all()
     assert (compensated[0] < 0.5 * rounding[0]).all()
     assert (np.diff(compensated, axis=1) < 0).all()
+
+
+@pytest.mark.parametrize("count", [8, 40, 200])
+def test_sampled_rows_stand_for_all(count):
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(300, generator=generator).mul(2).exp().double()
+    chosen, share = sample_rows(weight, count)
+    assert len(chosen) <= count
+    assert (chosen[1:] > chosen[:-1]).all()
+    torch.testing.assert_close(share.sum(), weight.sum())
+    value = torch.rand(300, generator=generator).double() + 0.5
+    estimate = float((share * value[chosen]).sum() / (weight * value).sum())
+    assert estimate == pytest.approx(1, abs=0.3 / count**0.5 + 0.02)
+    everything, plain = sample_rows(weight, 300)
+    assert everything.tolist() == list(range(300))
+    assert torch.equal(plain, weight)
+
+
+def test_costs_from_a_sample_of_rows_are_close():
+    W, H, q = some_linear(rows=96)
+    curvature = Curvature.prepare(H)
+    whole = linear_costs(W, q, curvature, SensitivitySettings(widths=(2, 4)))
+    sampled = linear_costs(W, q, curvature, SensitivitySettings(widths=(2, 4), rows=48))
+    np.testing.assert_allclose(sampled, whole, rtol=0.15)
+    assert not np.array_equal(sampled, whole)
 
 
 def test_predicted_loss_is_the_divergence_it_predicts(llama):
