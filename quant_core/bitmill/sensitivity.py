@@ -80,7 +80,7 @@ class SensitivitySettings:
     moments: Literal["plain", "weighted"] = "plain"
     compensate_from: int | None = None
     clip: ClipSettings | None = None
-    rows: int = 1024
+    rows: int = 512
     damping: tuple[float, ...] = DAMPING_LADDER
     token_weights: bool = False
     gradients: PassSettings = field(default_factory=PassSettings)
