@@ -1,7 +1,8 @@
 """Loading, scheduling and launching of the CUDA decode kernel (`decode_cuda.cu`).
 
 The kernel is compiled by nvcc at first use, through torch's extension loader, and called through
-ctypes: it knows no torch types, so one build serves every torch version.
+ctypes: it knows no torch types, so one build serves every torch version. On machines without
+nvcc, BITMILL_DECODE_LIBRARY names a library that was built elsewhere.
 
 Schedule: the units of a launch, (tile of rows, pair of groups), tile by tile, are cut into one
 run per resident block, of equal cost. A unit's cost is its bytes plus a constant for the work
@@ -271,6 +272,14 @@ def available(device: torch.device) -> bool:
 @cache
 def load_library() -> ctypes.CDLL:
     """Compile the kernel if need be and load it. Raises RuntimeError or OSError where it cannot."""
+    library = ctypes.CDLL(os.environ.get("BITMILL_DECODE_LIBRARY") or _build())
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    library.bitmill_prologue.argtypes = [pointer] * 5 + [integer] * 5 + [pointer]
+    library.bitmill_decode.argtypes = [pointer] + [integer] * 6 + [pointer]
+    return library
+
+
+def _build() -> str:
     from torch.utils.cpp_extension import get_default_build_root, load
 
     folder = Path(get_default_build_root()) / "bitmill_decode"
@@ -282,11 +291,7 @@ def load_library() -> ctypes.CDLL:
         build_directory=str(folder),
         is_python_module=False,
     )
-    library = ctypes.CDLL(str(folder / "bitmill_decode.so"))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int
-    library.bitmill_prologue.argtypes = [pointer] * 5 + [integer] * 5 + [pointer]
-    library.bitmill_decode.argtypes = [pointer] + [integer] * 6 + [pointer]
-    return library
+    return str(folder / "bitmill_decode.so")
 
 
 @cache
