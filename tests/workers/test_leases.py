@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
+import sqlalchemy as sa
 
 from bitmill_workers.db import Database
 from bitmill_workers.jobs import JobStore
 from bitmill_workers.leases import LeaseStore
 from bitmill_workers.records import Artifact, JobRecord, Renewal
+from bitmill_workers.tables import jobs
 from stores import QUEUES, set_columns, spec
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
@@ -171,3 +175,23 @@ def test_deadline_is_reported_at_renewal(
     set_columns(database, job.id, deadline_at=database.now() - 1)
     assert leases.renew(job.id, job.token).overdue
     assert leases.look(job.id, job.token).overdue
+
+
+def test_row_that_another_transaction_holds_for_a_moment_is_still_claimed(
+    store: JobStore, leases: LeaseStore, database: Database
+) -> None:
+    job = store.submit(spec()).job
+    holding, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with database.write() as conn:
+            conn.execute(sa.update(jobs).where(jobs.c.id == job.id).values(sent_at=1.0))
+            holding.set()
+            done.wait(0.3)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holding.wait()
+    claimed = leases.claim_next("w", QUEUES)
+    thread.join()
+    assert claimed is not None

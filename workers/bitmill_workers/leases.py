@@ -7,6 +7,7 @@ and the caller must stop at once.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from bitmill_workers.transitions import add_events, edge, follow, transition
 MAX_EVENTS = 50_000
 """Progress events are dropped past this many of a job; its row still shows the progress."""
 _BACKOFF_CAP_S = 60.0
+_SKIP_TRIES = 50
+_SKIP_WAIT_S = 0.02
 
 
 class LeaseStore:
@@ -34,7 +37,23 @@ class LeaseStore:
 
     def claim_next(self, owner: str, queues: Sequence[str]) -> JobRecord | None:
         """Claim the first runnable job of these queues: by priority, fair rank and age."""
-        return self._claim(self._next, owner, queues)
+        for _ in range(_SKIP_TRIES):
+            job = self._claim(self._next, owner, queues)
+            if job is not None or not self._skipped(queues):
+                return job
+            time.sleep(_SKIP_WAIT_S)
+        return None
+
+    def _skipped(self, queues: Sequence[str]) -> bool:
+        """True where a job was passed over because another transaction held its row.
+
+        That may be a note that its message was sent: giving up would leave the job waiting.
+        """
+        if self.database.dialect != "postgresql":
+            return False
+        with self.database.read() as conn:
+            runnable = sa.select(sa.exists().where(*_RUNNABLE))
+            return bool(conn.execute(runnable, {"queues": tuple(queues)}).scalar_one())
 
     def claim(self, job_id: str, owner: str, queues: Sequence[str]) -> JobRecord | None:
         """Claim this job if it is queued, due and of one of these queues; None otherwise."""

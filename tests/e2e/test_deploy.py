@@ -1,0 +1,152 @@
+"""The deployment files, and the same processes started natively by `scripts/stack`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import yaml
+
+from servers import Postgres, Redis
+from stores import alive, wait_for
+from tiny import tiny_llama
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+SPEC = {
+    "model": {"source": "path", "path": "models/tiny"},
+    "budget": {"code_bits": 4},
+    "allocation": {"method": "uniform"},
+}
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A running stack: its addresses and process ids."""
+    nginx = shutil.which("nginx") or Path("/usr/sbin/nginx").exists()
+    if not (Redis.program and Postgres.programs and nginx):
+        pytest.skip("needs the Debian packages redis-server, postgresql and nginx-light")
+    folder = tmp_path_factory.mktemp("stack")
+    tiny_llama(folder / "models" / "tiny")
+    command = [str(ROOT / "scripts" / "stack"), "--models", f"models={folder / 'models'}"]
+    process = subprocess.Popen(
+        [*command, "--data", str(folder / "data"), "--runner", "acting_runner"],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests"), "BITMILL_POLL_S": "0.1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    found = json.loads(process.stdout.readline())
+    yield found
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    process.stdout.close()
+    assert not [name for name, pid in found["pids"].items() if alive(pid)]
+
+
+def finished(url: str, job_id: str) -> dict[str, Any]:
+    def look() -> dict[str, Any] | None:
+        job: dict[str, Any] = httpx2.get(f"{url}/v1/jobs/{job_id}").json()
+        return job if job["state"] in ("succeeded", "failed", "cancelled") else None
+
+    found = wait_for(look, "the job's end", 60)
+    assert found is not None
+    return found
+
+
+def test_job_runs_through_proxy_queue_and_object_store(stack: dict[str, Any]) -> None:
+    url = stack["url"]
+    answer = httpx2.post(f"{url}/v1/jobs", json=SPEC | {"label": "steps=2"}, timeout=30)
+    assert answer.status_code == 202, answer.text
+    job = finished(url, answer.json()["id"])
+    assert job["state"] == "succeeded", job
+    files = httpx2.get(f"{url}/v1/jobs/{job['id']}/files").json()["files"]
+    assert len(files) == 4
+    for file in files:
+        place = f"{url}/v1/jobs/{job['id']}/files/{file['path']}"
+        assert httpx2.get(place).status_code == 302
+        content = httpx2.get(place, follow_redirects=True).content
+        assert hashlib.sha256(content).hexdigest() == file["sha256"]
+
+
+def test_replicas_agree_and_metrics_stay_inside(stack: dict[str, Any]) -> None:
+    pages = [httpx2.get(f"{api}/v1/jobs").json() for api in stack["apis"]]
+    assert pages[0] == pages[1]
+    assert httpx2.get(f"{stack['url']}/metrics").status_code == 403
+    assert httpx2.get(f"{stack['url']}/readyz").json()["ready"]
+
+
+def test_dashboard_and_alerts_use_metrics_that_exist(stack: dict[str, Any]) -> None:
+    shown = httpx2.get(f"{stack['apis'][0]}/metrics").text
+    known = set(re.findall(r"^# TYPE (\w+)", shown, re.MULTILINE))
+    known |= {f"{name}_{part}" for name in known for part in ("bucket", "count", "sum")}
+    rules = yaml.safe_load((DEPLOY / "alerts.yml").read_text())
+    texts = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    board = json.loads((DEPLOY / "grafana" / "bitmill.json").read_text())
+    texts += [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    assert len(texts) > 15
+    used = {name for text in texts for name in re.findall(r"bitmill_\w+", text)}
+    assert used - known == set()
+
+
+def test_secrets_do_not_reach_logs(stack: dict[str, Any]) -> None:
+    data = Path(stack["data"])
+    password = re.findall(r"requirepass (\w+)", (data / "redis" / "redis.conf").read_text())[0]
+    logs = list(data.glob("*.log"))
+    assert len(logs) >= 6
+    assert [log.name for log in logs if password in log.read_text(errors="replace")] == []
+
+
+def test_boot_fails_on_default_secrets(tmp_path: Path) -> None:
+    env = {"BITMILL_DATA": str(tmp_path), "BITMILL_BROKER_URL": "redis://:changeme@127.0.0.1:1/0"}
+    run = subprocess.run(
+        [sys.executable, "-m", "bitmill_workers.worker"],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert "default or empty password" in run.stderr
+
+
+def test_compose_file_is_valid_and_publishes_only_the_proxy() -> None:
+    program = shutil.which("docker-compose")
+    if program is None:
+        pytest.skip("needs the Debian package docker-compose")
+    run = subprocess.run(
+        [program, "--env-file", str(DEPLOY / "environment.example"), "config"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    services = yaml.safe_load(run.stdout)["services"]
+    assert [name for name, service in services.items() if service.get("ports")] == ["nginx"]
+    for name in ("api", "worker", "prepare"):
+        assert services[name]["read_only"], name
+        assert services[name]["user"] == "10001:10001"
+        assert services[name]["cap_drop"] == ["ALL"]
+    assert "HF_TOKEN" not in json.dumps(services["redis"])
+
+
+def test_images_copy_what_exists() -> None:
+    for file in DEPLOY.glob("*.Dockerfile"):
+        for line in file.read_text().splitlines():
+            if line.startswith("COPY ") and "--from" not in line:
+                for name in line.split()[1:-1]:
+                    assert (ROOT / name).exists(), f"{file.name}: {name}"
