@@ -51,6 +51,7 @@ from bitmill.refinement_report import LinearReport
 from bitmill.sba import profile_block_sba
 from bitmill.sensitivity import profile_knapsack
 from bitmill.spec import Calibration, parse_spec
+from bitmill.storage import sha256_json
 
 TEXTS = ("wiki_evaluation", "handbook_evaluation")
 BATCH = 8
@@ -115,17 +116,19 @@ class Bench:
         settings = replace(variant.profile, order=variant.order)
         key = json.dumps(settings.identity(), sort_keys=True)
         if key not in self._profiles:
-            folder = self.profile_folder(variant)
             self._profiles[key] = profile_knapsack(
-                self.model, self.tokens.tokens, self.plan, settings, folder=folder
+                self.model,
+                self.tokens.tokens,
+                self.plan,
+                settings,
+                folder=self.profile_folder(variant),
             )
         return self._profiles[key]
 
-    def profile_folder(self, variant: Variant) -> Path | None:
-        """Where token weights are kept, if the profile keeps them."""
-        if not variant.profile.token_weights:
-            return None
-        return self.work / f"profile-{variant.profile.moments}-{variant.order}"
+    def profile_folder(self, variant: Variant) -> Path:
+        """Where the profile of a variant, and its token weights, are kept between runs."""
+        settings = replace(variant.profile, order=variant.order).identity()
+        return self.work / f"profile-{sha256_json([settings, self.tokens.digest])[:12]}"
 
     def orders(self) -> dict[str, Tensor]:
         """Activation order of every linear's input in the source model, i64 [K]."""
@@ -203,9 +206,9 @@ def sba_profile(bench: Bench, variant: Variant, base: int) -> SensitivityProfile
 
 def token_weights(bench: Bench, variant: Variant, names: list[str]) -> dict[str, Tensor]:
     """a_t to the variant's power, for the named linears."""
-    folder = bench.profile_folder(variant)
-    if not variant.weighting or folder is None:
+    if not variant.weighting:
         return {}
+    folder = bench.profile_folder(variant)
     windows = len(bench.tokens.tokens)
     return {
         name: load_token_weights(folder, name, windows).pow(variant.weighting) for name in names

@@ -44,6 +44,7 @@ def gptq(
     refit: int = 2,
     clip_weight: Literal["hessian", "schur"] = "hessian",
     damping: tuple[float, ...] | None = None,
+    gain: float = 0.0,
 ) -> GptqSettings:
     """Settings of the solver, everything off unless asked for."""
     settings = GptqSettings(
@@ -53,18 +54,24 @@ def gptq(
         rounds=rounds,
         refit_sweeps=refit,
         descent_sweeps=descent,
+        gain=gain,
     )
     return settings if damping is None else replace(settings, damping=damping)
 
 
 SHRINK = RefineSettings(gptq=gptq(clip=ClipSettings.shrink_only()))
 CLIP = RefineSettings(gptq=gptq())
-REFIT = RefineSettings(gptq=gptq(rounds=1, descent=0))
-DESCENT = RefineSettings(gptq=gptq(rounds=3))
+GAIN = RefineSettings(gptq=gptq(gain=1.0))
 COMPENSATED = RefineSettings(gptq=gptq(compensated=True))
-FULL = RefineSettings(gptq=gptq(compensated=True, rounds=3))
-INPUTS = replace(FULL, asymmetric="inputs")
-RESIDUAL = replace(FULL, asymmetric="residual")
+REFIT = RefineSettings(gptq=gptq(rounds=1, descent=0))
+DESCENT = RefineSettings(gptq=gptq(rounds=1))
+FULL = RefineSettings(gptq=gptq(compensated=True, rounds=2))
+FULL_GAIN = RefineSettings(gptq=gptq(compensated=True, rounds=2, gain=1.0))
+INPUTS = replace(CLIP, asymmetric="inputs")
+RESIDUAL = replace(CLIP, asymmetric="residual")
+RESIDUAL_GAIN = replace(GAIN, asymmetric="residual")
+RESIDUAL_FULL = replace(FULL, asymmetric="residual")
+RESIDUAL_FULL_GAIN = replace(FULL_GAIN, asymmetric="residual")
 
 ROUNDING = SensitivitySettings(
     widths=WIDTHS, cost="rounding", clip=ClipSettings(), gradients=PassSettings(batch=8)
@@ -78,68 +85,70 @@ BUDGETS = (4.0, 3.0, 2.5, 2.0)
 
 def variants() -> Iterator[Variant]:
     """All rows, in the order in which they are worth running."""
+    for bits in BUDGETS:
+        for name, refine in REFINEMENTS.items():
+            yield knapsack(f"knapsack{bits:g}-{name}", bits, refine)
     yield from uniform_rows()
     yield from sba_rows()
-    yield from knapsack_rows()
-    yield from ablation_rows()
+    yield from profile_rows()
+
+
+REFINEMENTS = {
+    "clip": CLIP,
+    "residual": RESIDUAL,
+    "gain": GAIN,
+    "inputs": INPUTS,
+    "residual-full-gain": RESIDUAL_FULL_GAIN,
+    "residual-gain": RESIDUAL_GAIN,
+    "compensated": COMPENSATED,
+    "descent": DESCENT,
+    "refit": REFIT,
+    "full": FULL,
+    "full-gain": FULL_GAIN,
+    "residual-full": RESIDUAL_FULL,
+    "residual-half": replace(RESIDUAL, strengths=(0.5,)),
+    "shrink": SHRINK,
+    "minmax": RefineSettings(gptq=gptq(clip=ClipSettings.min_max())),
+    "blockwise": replace(CLIP, true_sequential=False),
+}
 
 
 def uniform_rows() -> Iterator[Variant]:
+    """Every group alike."""
     rtn = RefineSettings(method="rtn", gptq=gptq(clip=ClipSettings.min_max()))
-    plain = RefineSettings(gptq=gptq(clip=ClipSettings.min_max()))
     yield Variant("uniform3-rtn-minmax", "uniform", 3.0, "natural", rtn)
-    yield Variant("uniform3-gptq-minmax", "uniform", 3.0, "natural", plain)
-    yield Variant("uniform3-gptq-shrink", "uniform", 3.0, "natural", SHRINK)
-    yield Variant("uniform3-gptq-clip", "uniform", 3.0, "natural", CLIP)
-    yield Variant("uniform3-full", "uniform", 3.0, "natural", FULL)
-    yield Variant("uniform3-act-shrink", "uniform", 3.0, "activation", SHRINK)
-    yield Variant("uniform3-act-full", "uniform", 3.0, "activation", FULL)
-    yield Variant("uniform4-full", "uniform", 4.0, "natural", FULL)
-    yield Variant("uniform2-act-full", "uniform", 2.0, "activation", FULL)
+    for bits in (3.0, 4.0, 2.0):
+        for order in ("natural", "activation"):
+            tag = f"uniform{bits:g}" + ("-act" if order == "activation" else "")
+            for name, refine in REFINEMENTS.items():
+                yield Variant(f"{tag}-{name}", "uniform", bits, order, refine)
 
 
 def sba_rows() -> Iterator[Variant]:
-    yield Variant("sba3-full", "sba", 3.0, "natural", FULL)
-    yield Variant("sba3-act-clip", "sba", 3.0, "activation", CLIP)
-    yield Variant("sba3-act-full", "sba", 3.0, "activation", FULL)
+    """SliM-LLM's pattern inside every linear."""
+    for order in ("activation", "natural"):
+        tag = "sba3" + ("-act" if order == "activation" else "")
+        for name, refine in REFINEMENTS.items():
+            yield Variant(f"{tag}-{name}", "sba", 3.0, order, refine)
 
 
-def knapsack_rows() -> Iterator[Variant]:
-    for bits in BUDGETS:
-        yield knapsack(f"knapsack{bits:g}-full", bits, FULL)
-    for bits in BUDGETS:
-        yield knapsack(f"knapsack{bits:g}-residual", bits, RESIDUAL)
-
-
-def ablation_rows() -> Iterator[Variant]:
+def profile_rows() -> Iterator[Variant]:
+    """Other profiles, orders and statistics, under one refinement."""
     for bits in (3.0, 2.0):
         tag = f"knapsack{bits:g}"
-        for name, refine in (
-            ("shrink", SHRINK),
-            ("clip", CLIP),
-            ("refit", REFIT),
-            ("descent", DESCENT),
-            ("compensated", COMPENSATED),
-            ("inputs", INPUTS),
-        ):
-            yield knapsack(f"{tag}-{name}", bits, refine)
         for name, profile in (
             ("roundingcost", ROUNDING),
             ("weightedcost", WEIGHTED_COST),
             ("sampledcost", SAMPLED_COST),
         ):
-            yield knapsack(f"{tag}-{name}", bits, FULL, profile=profile)
+            yield knapsack(f"{tag}-{name}", bits, CLIP, profile=profile)
         for power in (0.5, 1.0):
             yield knapsack(
-                f"{tag}-tokens{power:g}", bits, FULL, profile=WEIGHTED_COST, weighting=power
+                f"{tag}-tokens{power:g}", bits, CLIP, profile=WEIGHTED_COST, weighting=power
             )
-        half = replace(RESIDUAL, strengths=(0.5,))
-        yield knapsack(f"{tag}-residualhalf", bits, half)
-        blockwise = replace(FULL, true_sequential=False)
-        yield knapsack(f"{tag}-blockwise", bits, blockwise)
-        yield replace(knapsack(f"{tag}-sourceinputs", bits, FULL), source_inputs=True)
-        yield replace(knapsack(f"{tag}-natural", bits, FULL), order="natural")
-        yield replace(knapsack(f"{tag}-fused", bits, FULL), fuse_siblings=True)
+        yield replace(knapsack(f"{tag}-sourceinputs", bits, CLIP), source_inputs=True)
+        yield replace(knapsack(f"{tag}-natural", bits, CLIP), order="natural")
+        yield replace(knapsack(f"{tag}-fused", bits, CLIP), fuse_siblings=True)
 
 
 def knapsack(

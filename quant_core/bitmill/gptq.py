@@ -33,6 +33,7 @@ from bitmill.grid import ClipSettings, Grid, clip_search, max_code
 from bitmill.hessian import DAMPING_LADDER, Factor, factor
 from bitmill.packed import QuantizedWeight
 from bitmill.refinement_report import LinearReport
+from bitmill.row_gain import restore_gain
 from bitmill.rtn import round_to_nearest
 from bitmill.scale_refit import refit_scales
 from bitmill_kernels.gptq import gptq_block
@@ -46,6 +47,7 @@ class GptqSettings:
     clip_weight: columns weigh diag(H) or 1 / U_jj^2 in the clip search
     compensated: search of the grid by GPTQ's own loss after the clip search, or None
     rounds: times that `refit_sweeps` of the scales and `descent_sweeps` of the codes alternate
+    gain: how much of each row's shrinkage is undone at the end, 0 none to 1 all
     """
 
     clip: ClipSettings = field(default_factory=ClipSettings)
@@ -56,6 +58,7 @@ class GptqSettings:
     rounds: int = 2
     refit_sweeps: int = 2
     descent_sweeps: int = 1
+    gain: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +182,7 @@ def polish(W: Tensor, codes: LinearCodes, H: Tensor, settings: GptqSettings) -> 
             codes = descend_codes(W, codes, H, sweeps=settings.descent_sweeps)
     if settings.rounds and settings.refit_sweeps and settings.descent_sweeps:
         codes = refit_scales(W, codes, H, sweeps=1)
-    return codes
+    return restore_gain(W, codes, H, strength=settings.gain) if settings.gain else codes
 
 
 def check_weights(W: Tensor, name: str) -> None:
