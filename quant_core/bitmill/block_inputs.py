@@ -17,6 +17,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -27,8 +28,23 @@ from torch import Tensor
 from bitmill.errors import ResourceError
 from bitmill.storage import disk_errors
 
+_FALLBACK_BYTES = 8 << 30
+
 Step = Callable[[int, Tensor, Tensor], None]
 """Runs block i: (i, its input [S, T, D], where its output goes [S, T, D])."""
+
+
+def spare_host_bytes() -> int:
+    """Half of what this process may still take of host memory: the machine's, or its cgroup's."""
+    limits = [_FALLBACK_BYTES]
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        limits = [int(available.split()[1]) * 1024]
+    with suppress(OSError, ValueError):
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) - used)
+    return max(0, min(limits)) // 2
 
 
 def choose_every(blocks: int, bytes_of_input: int, limit: int) -> int:

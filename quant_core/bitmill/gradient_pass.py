@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from bitmill.block_inputs import BlockInputs, HostMemory, choose_every
+from bitmill.block_inputs import BlockInputs, HostMemory, choose_every, spare_host_bytes
 from bitmill.blocks import StreamedModel
 from bitmill.errors import CalibrationError
 
@@ -38,14 +38,14 @@ LOGIT_VALUES = 1 << 25
 class PassSettings:
     """How the pass is run; only `labels` and `seed` (and the batch, by rounding) change results.
 
-    batch: windows per run of a block. host_bytes: limit of what is kept in host memory.
-    every: keep every s-th block input; None chooses s from the limit.
+    batch: windows per run of a block. host_bytes: limit of what is kept in host memory; None takes
+    half of what is free. every: keep every s-th block input; None chooses s from the limit.
     """
 
     batch: int = 4
     labels: Literal["text", "sampled", "source"] = "text"
     seed: int = 0
-    host_bytes: int = 16 << 30
+    host_bytes: int | None = None
     every: int | None = None
 
 
@@ -101,6 +101,7 @@ class GradientPass:
         shape = (*self._tokens.shape, self._model.plan.hidden_size)
         size = self._tokens.numel() * self._model.plan.hidden_size * self._model.dtype.itemsize
         limit = self._settings.host_bytes
+        limit = spare_host_bytes() if limit is None else limit
         with HostMemory(limit, self._scratch) as memory:
             first = memory.empty(shape, self._model.dtype)
             for part in self._parts():

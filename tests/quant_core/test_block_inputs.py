@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 
-from bitmill.block_inputs import BlockInputs, HostMemory, choose_every
+from bitmill.block_inputs import BlockInputs, HostMemory, choose_every, spare_host_bytes
 from bitmill.errors import ResourceError
 
 BLOCKS = 7
@@ -87,3 +88,7 @@ def test_memory_is_given_back():
 def test_a_spacing_beyond_the_model_is_refused():
     with pytest.raises(ResourceError, match="every 8th of 7"):
         BlockInputs(torch.ones(1), BLOCKS, 8, HostMemory(0), counted_step([]))
+
+
+def test_spare_memory_is_part_of_the_machines():
+    assert 0 < spare_host_bytes() < psutil.virtual_memory().total
