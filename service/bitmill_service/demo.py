@@ -11,7 +11,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -54,8 +56,8 @@ class DemoSettings:
     model: Path | None = None
     device: str = "auto"
     code_bits: float = 3.0
-    calibration_sequences: int = 16
-    held_out: int = 4
+    calibration_sequences: int = 12
+    held_out: int = 2
     evaluation_sequences: int = 8
     length: int = 512
     prompt: str = "A water mill is a machine that"
@@ -76,6 +78,8 @@ class DemoResult:
 
 def run_demo(settings: DemoSettings, *, as_json: bool) -> None:
     """Run the demo and print what came out; raises `BitmillError` for whatever goes wrong."""
+    # The default action of SIGTERM would leave the temporary data folder behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     started = time.monotonic()
     folder, file = find_model(settings.model)
     spec = demo_spec(settings, file)

@@ -95,6 +95,7 @@ class WorkerProcess:
             status = self._child.wait()
             if self._stopping.is_set():
                 return
+            _close_input(self._child)
             delay = 1.0 if time.monotonic() - started > _HEALTHY_S else delay
             _log.warning("the worker ended with status %d; next start in %g s", status, delay)
             self._stopping.wait(delay)
@@ -118,6 +119,10 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
+    _close_input(child)
+
+
+def _close_input(child: subprocess.Popen[bytes]) -> None:
     if child.stdin is not None:
         child.stdin.close()
 

@@ -1,0 +1,63 @@
+"""The suite notices when a safeguard is missing: each is taken out of a copy, and tests must fail."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+MUTATIONS = {
+    "token predicate": (
+        "leases.py",
+        "sa.and_(jobs.c.id == job_id, jobs.c.token == token, jobs.c.state",
+        "sa.and_(jobs.c.id == job_id, jobs.c.state",
+        "test_leases.py::test_stale_token_writes_nothing[sqlite]",
+    ),
+    "immediate transaction": (
+        "db.py",
+        '"BEGIN IMMEDIATE" if write else "BEGIN"',
+        '"BEGIN"',
+        "test_concurrency.py::test_one_key_submitted_two_hundred_times_makes_one_job[sqlite]",
+    ),
+    "liveness pipe": (
+        "child.py",
+        '    start_lifeline(request["lease_s"])\n',
+        "",
+        "test_worker.py::test_stopped_supervisor_is_fenced_when_it_wakes",
+    ),
+}
+
+
+def run_tests(package: Path, name: str) -> int:
+    """Exit code of one test against the `bitmill_workers` in `package`."""
+    folders = [ROOT / "kernels", ROOT / "quant_core", package, ROOT / "service", ROOT / "tests"]
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+            *("-o", f"pythonpath={' '.join(map(str, folders))}"),
+            str(ROOT / "tests" / "workers" / name),
+        ],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "HOME": "/root", "PYTHONPATH": str(package)},
+        capture_output=True,
+        timeout=200,
+        check=False,
+    )
+    return run.returncode
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_missing_safeguard_turns_the_suite_red(name: str, tmp_path: Path) -> None:
+    file, old, new, test = MUTATIONS[name]
+    package = tmp_path / "bitmill_workers"
+    shutil.copytree(ROOT / "workers" / "bitmill_workers", package)
+    assert run_tests(tmp_path, test) == 0
+    text = (package / file).read_text()
+    assert text.count(old) == 1
+    (package / file).write_text(text.replace(old, new))
+    assert run_tests(tmp_path, test) == 1
