@@ -5,10 +5,12 @@
 
 A row is a name and settings; unknown ones are errors. Besides the fields of `LearningSettings`:
 
-    bits        code bits of the budget                      start     gptq | rtn
-    allocation  knapsack | uniform                           order     activation | natural
-    learn       1, or 0 to stop at the start                 tune      steps of end-to-end tuning
-    tune_batch, tune_rate, tune_position_rate, tune_roundings: its settings
+    bits        code bits of the budget           start       gptq | rtn
+    allocation  knapsack | uniform                order       activation | natural
+    asymmetric  GPTQ's correction for the prefix, 1 or 0
+    learn       1, or 0 to stop at the start
+    scales, roundings: steps of end-to-end tuning, each starting from the learned weights
+    tune_batch, tune_rate, tune_position_rate: its settings
 
 Rows run as processes of their own, `--jobs` at a time on one device; a row that fails or outlasts
 `--limit` is reported as such. Protocol: 64 calibration and 16 held-out windows of 2048 tokens of
@@ -45,9 +47,10 @@ from bitmill.omniquant import LearningSettings
 from bitmill.output_metric import fisher_metric, gradient_moments
 from bitmill.plan import make_plan
 from bitmill.profile import SensitivityProfile
-from bitmill.refine import RefineSettings, refine_block
+from bitmill.refine import refine_block
+from bitmill.refinement import refine_settings
 from bitmill.sensitivity import SensitivitySettings, profile_knapsack
-from bitmill.spec import JobSpec, parse_spec
+from bitmill.spec import JobSpec, Refinement, parse_spec
 from bitmill.tune_scales import TuneSettings, tune_scales
 
 TEXTS = ("wiki_evaluation", "handbook_evaluation")
@@ -63,12 +66,13 @@ class Row:
     allocation: str = "knapsack"
     order: Literal["natural", "activation"] = "activation"
     start: str = "gptq"
+    asymmetric: int = 1
     learn: int = 1
-    tune: int = 0
-    tune_batch: int = 8
-    tune_rate: float = 1e-3
-    tune_position_rate: float = 2e-3
-    tune_roundings: int = 0
+    scales: int = 0
+    roundings: int = 0
+    tune_batch: int = TuneSettings.batch
+    tune_rate: float = TuneSettings.scale_rate
+    tune_position_rate: float = TuneSettings.position_rate
     learning: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -174,20 +178,20 @@ def run_row(args: argparse.Namespace, row: Row) -> dict[str, Any]:
     result: dict[str, Any] = {"seconds": time.perf_counter() - began, "blocks": reports}
     result["learned"] = evaluate(bench, weights)
     print(row.name, "before tuning", json.dumps(result["learned"]), flush=True)
-    if row.tune:
+    for what, steps in (("scales", row.scales), ("roundings", row.roundings)):
+        if not steps:
+            continue
         settings = TuneSettings(
-            steps=row.tune,
+            steps=steps,
             batch=row.tune_batch,
             scale_rate=row.tune_rate,
             position_rate=row.tune_position_rate,
-            roundings=bool(row.tune_roundings),
+            roundings=what == "roundings",
         )
-        calibration = bench.calibration
-        weights, report = tune_scales(
-            bench.model, weights, calibration.tokens, calibration.held_out, settings, seed=0
-        )
-        result["tune"] = report.to_json()
-        result["tuned"] = evaluate(bench, weights)
+        tokens, held_out = bench.calibration.tokens, bench.calibration.held_out
+        tuned, report = tune_scales(bench.model, weights, tokens, held_out, settings, seed=0)
+        result[what] = evaluate(bench, tuned) | {"tuning": report.to_json()}
+        print(row.name, what, json.dumps(result[what]), flush=True)
     return result
 
 
@@ -208,15 +212,25 @@ def quantize(
         for linear in profile.linears:
             if linear.order is not None:
                 orders[linear.name] = torch.from_numpy(profile.orders[linear.order]).long()
-    refine = RefineSettings(method="gptq" if row.start == "gptq" else "rtn")
+    method: Literal["rtn", "gptq"] = "gptq" if row.start == "gptq" else "rtn"
+    asymmetric = row.asymmetric and method == "gptq"
+    refine = refine_settings(Refinement(method=method), 8, bool(asymmetric))
     for index in range(model.block_count):
         began = time.perf_counter()
         block = model.load_block(index)
+        before = source
         source = advance(model, index, block, source, batch=8)
         float_weights = {n: weight_of(m).clone() for n, m in model.linears(block, index).items()}
         chosen = {name: tuple(widths[name]) for name in float_weights}
         starts, _ = refine_block(
-            model, index, block, Stream(hidden[:count]), chosen, settings=refine, orders=orders
+            model,
+            index,
+            block,
+            Stream(hidden[:count], before[:count] if asymmetric else None),
+            chosen,
+            settings=refine,
+            orders=orders,
+            held_out=Stream(hidden[count:], before[count:]) if asymmetric else None,
         )
         refined = time.perf_counter()
         line = f"{row.name} block {index}: start {refined - began:.1f}s"
@@ -289,13 +303,19 @@ def run_all(args: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
     while waiting or running:
         while waiting and len(running) < args.jobs:
             row, text = waiting.pop(0)
+            taken = [gpu for _, _, gpu in running.values()]
+            gpu = min(range(args.gpus), key=taken.count)
             out = Path(args.work) / f"row-{row.name}.json"
             out.unlink(missing_ok=True)
             command = [sys.executable, __file__, *common, "--single", str(out), text]
             if args.gguf:
                 command += ["--model", args.model]
-            running[row.name] = (subprocess.Popen(command), out)
-        for name, (process, out) in list(running.items()):
+            threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+            environment = os.environ | {"OMP_NUM_THREADS": threads}
+            if args.gpus > 1:
+                environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            running[row.name] = (subprocess.Popen(command, env=environment), out, gpu)
+        for name, (process, out, _) in list(running.items()):
             if time.monotonic() > deadline and process.poll() is None:
                 process.kill()
             if process.poll() is not None:
@@ -321,20 +341,20 @@ def device_name() -> str:
 
 def table(results: dict[str, Any]) -> str:
     """A Markdown table of all rows."""
-    lines = ["| row | wiki | handbook | tuned wiki | tuned handbook | KL | learned blocks | s |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = ["| row | after | wiki perplexity | KL | handbook perplexity | KL | s |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for name, result in results.items():
         if "learned" not in result:
-            lines.append(f"| {name} | failed: {result.get('failed')} | | | | | | |")
+            lines.append(f"| {name} | failed: {result.get('failed')} | | | | | |")
             continue
-        before, after = result["learned"], result.get("tuned", result["learned"])
-        kept = sum(block["kept"] == "learned" for block in result["blocks"])
-        cells = [f"{x[text]['perplexity']:.2f}" for x in (before, after) for text in TEXTS]
-        seconds = result["seconds"] + result.get("tune", {}).get("seconds", 0.0)
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {after[TEXTS[0]]['kl']:.4f} | {kept} "
-            f"| {seconds:.0f} |"
-        )
+        for stage in ("learned", "scales", "roundings"):
+            if stage not in result:
+                continue
+            seconds = result[stage].get("tuning", result)["seconds"]
+            cells = [
+                f"{result[stage][text][k]:.4g}" for text in TEXTS for k in ("perplexity", "kl")
+            ]
+            lines.append(f"| {name} | {stage} | {' | '.join(cells)} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
@@ -347,6 +367,7 @@ def main() -> None:
     parser.add_argument("--work", required=True)
     parser.add_argument("--out", default="omniquant.json")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=1, help="rows are spread over so many GPUs")
     parser.add_argument("--limit", type=float, default=540.0, help="seconds for all rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sequences", type=int, default=64)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bitmill.block_rows import LearnableLinear, learnable
+from bitmill.block_rows import BlockRows, LearnableLinear, learnable
 from bitmill.blocks import StreamedModel, set_weight, weight_of
 from bitmill.descent import DescentReport, descend
 from bitmill.errors import CalibrationError
@@ -66,6 +66,7 @@ class BlockLearningReport:
     best_step: int = 0
     rollbacks: int = 0
     gave_up: bool = False
+    recorded: bool = False
     curve: list[tuple[int, float]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -116,14 +117,14 @@ def learn_block(
     linears = model.linears(block, index)
     with deterministic(), learnable(block, linears) as slots:
         run = _Run(model, index, block, slots, data, metric)
-        before = run.held_out_loss(run.quantized(starts))
+        before = run.held_out_loss(learner.rows.dequantize(starts))
         descent = _descend(run, learner, settings, seed, should_stop)
         exported = learner.export()
-        after = run.held_out_loss(run.quantized(exported))
+        after = run.held_out_loss(learner.rows.dequantize(exported))
     improved = after < before
     kept = exported if improved else dict(starts)
-    for name, module in linears.items():
-        set_weight(module, kept[name].dequantize())
+    for name, weight in learner.rows.dequantize(kept).items():
+        set_weight(linears[name], weight)
     tensors = learned_tensors(learner if improved else None, kept)
     report = BlockLearningReport(
         index=index,
@@ -135,6 +136,7 @@ def learn_block(
         best_step=descent.best_step,
         rollbacks=descent.rollbacks,
         gave_up=descent.gave_up,
+        recorded=descent.recorded,
         seconds=time.perf_counter() - began,
         curve=descent.curve,
     )
@@ -163,9 +165,10 @@ def apply_learned(
     weights = restore(tensors, starts, source, model.device)
     with learnable(block, linears) as slots:
         run = _Run(model, index, block, slots, data, (metric or OutputMetric()).to(model.device))
-        before, after = (run.held_out_loss(run.quantized(w)) for w in (starts, weights))
-    for name, module in linears.items():
-        set_weight(module, weights[name].dequantize())
+        rows = BlockRows(starts, model.device)
+        before, after = (run.held_out_loss(rows.dequantize(w)) for w in (starts, weights))
+    for name, weight in rows.dequantize(weights).items():
+        set_weight(linears[name], weight)
     report = BlockLearningReport(
         index=index,
         mode=mode,
@@ -186,10 +189,8 @@ def _descend(
 ) -> DescentReport:
     batches = Batches(len(run.data.inputs), settings.batch, seed + run.index)
 
-    def training_loss(step: int) -> Tensor:
-        batch = batches.at(step)
-        scale = loss_scale(run.dtype, run.data.inputs[0, :, 0].numel() * len(batch))
-        return scale * run.loss(learner(run.dtype), batch, learner)
+    def training_loss() -> Tensor:
+        return run.loss(learner.rows.to_weights(learner(run.dtype)))
 
     def held_out_loss() -> float:
         with torch.no_grad():
@@ -197,9 +198,11 @@ def _descend(
 
     return descend(
         learning_rates(learner, settings),
+        lambda step: run.draw(batches.at(step)),
         training_loss,
         held_out_loss,
         settings.descent(len(run.data.inputs)),
+        record=run.is_static and len(run.data.inputs) % settings.batch == 0,
         should_stop=should_stop,
     )
 
@@ -235,16 +238,32 @@ class _Run:
         self.model, self.index, self.block = model, index, block
         self.slots, self.data, self.metric = slots, data, metric
         self.dtype = compute_dtype(model)
+        self._batch: Tensor | None = None
 
-    def loss(self, rows: Tensor, batch: Tensor, learner: Learner) -> Tensor:
-        """Error on some calibration sequences with weights rows [R, 128]."""
-        set_slots(self.slots, learner.rows.to_weights(rows))
-        return self._error(self.data.inputs[batch], self.data.targets[batch])
+    @property
+    def is_static(self) -> bool:
+        """Whether every step runs the same kernels: data on the device, no routing of tokens."""
+        return self.data.inputs.device == self.model.device and not self.model.plan.experts
+
+    def draw(self, batch: Tensor) -> None:
+        """Choose calibration sequences i64 [B] for `loss`."""
+        if self._batch is None or len(self._batch) != len(batch):
+            self._batch = batch.to(self.data.inputs.device)
+        else:
+            self._batch.copy_(batch)
+
+    def loss(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Error on the sequences drawn, times a factor that keeps fp16 gradients in range."""
+        assert self._batch is not None
+        set_slots(self.slots, weights)
+        inputs = self.data.inputs.index_select(0, self._batch)
+        error = self._error(inputs, self.data.targets.index_select(0, self._batch))
+        return error * loss_scale(self.dtype, inputs.shape[0] * inputs.shape[1])
 
     @torch.no_grad()
     def held_out_loss(self, weights: Mapping[str, Tensor]) -> float:
         """Mean error over the held-out sequences."""
-        set_slots(self.slots, weights)
+        set_slots(self.slots, {name: w.to(self.dtype) for name, w in weights.items()})
         pairs = zip(
             self.data.held_out_inputs.split(HELD_OUT_BATCH),
             self.data.held_out_targets.split(HELD_OUT_BATCH),
@@ -252,11 +271,6 @@ class _Run:
         )
         errors = [self._error(x, t) * len(x) for x, t in pairs]
         return float(torch.stack(errors).sum()) / len(self.data.held_out_inputs)
-
-    def quantized(self, weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
-        """Weights as they would be restored, on the device."""
-        device = self.model.device
-        return {name: w.dequantize().to(device, self.dtype) for name, w in weights.items()}
 
     def _error(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with mixed_precision(self.model):

@@ -31,7 +31,10 @@ from bitmill_kernels.layout import GROUP_SIZE, group_columns, group_count
 
 @dataclass(frozen=True, eq=False)
 class LinearRows:
-    """Where one linear [N, K] of G groups lies among the rows; `order` i64 [K] or None."""
+    """Where one linear [N, K] of G groups lies among the rows.
+
+    order, inverse: i64 [K] on the device, or both None.
+    """
 
     name: str
     N: int
@@ -39,6 +42,7 @@ class LinearRows:
     widths: tuple[int, ...]
     first: int
     order: Tensor | None
+    inverse: Tensor | None
 
     @property
     def groups(self) -> int:
@@ -94,14 +98,20 @@ class BlockRows:
         zeros = torch.cat([_column(weights[lin.name].zeros) for lin in self.linears])
         return scales.to(self.device), zeros.to(self.device) * self.zero_step
 
+    def dequantize(self, weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+        """Weights f32 [N, K] in source column order, as `QuantizedWeight.dequantize` gives them."""
+        scale, zero = self.of_grids(weights)
+        return self.to_weights(scale * (self.of_codes(weights).float() - zero))
+
     def to_weights(self, rows: Tensor) -> dict[str, Tensor]:
         """Weights [N, K] in source column order from [R, 128]; views where no order is set."""
         weights = {}
-        for linear in self.linears:
-            packed = rows[linear.rows].view(linear.N, -1)[:, : linear.K]
-            weights[linear.name] = (
-                packed if linear.order is None else _unordered(packed, linear.order)
-            )
+        parts = rows.split([linear.N * linear.groups for linear in self.linears])
+        for linear, part in zip(self.linears, parts, strict=True):
+            packed = part.view(linear.N, -1)[:, : linear.K]
+            if linear.order is not None and linear.inverse is not None:
+                packed = _unordered(packed, linear.order, linear.inverse)
+            weights[linear.name] = packed
         return weights
 
     def export(self, codes: Tensor, scale: Tensor, zero: Tensor) -> dict[str, QuantizedWeight]:
@@ -186,18 +196,18 @@ class _Unorder(torch.autograd.Function):
     """Columns from packed to source order; both directions are plain gathers."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, order: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(order)
-        return weight[:, torch.argsort(order)]
+        return weight.index_select(1, inverse)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
-        return grad[:, order], None
+        return grad.index_select(1, order), None, None
 
 
-def _unordered(weight: Tensor, order: Tensor) -> Tensor:
-    result: Tensor = _Unorder.apply(weight, order)
+def _unordered(weight: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    result: Tensor = _Unorder.apply(weight, order, inverse)
     return result
 
 
@@ -207,7 +217,8 @@ def _linear_rows(
     first = 0
     for name, weight in weights.items():
         order = None if weight.order is None else weight.order.long().to(device)
-        yield LinearRows(name, weight.N, weight.K, weight.widths, first, order)
+        inverse = None if order is None else torch.argsort(order)
+        yield LinearRows(name, weight.N, weight.K, weight.widths, first, order, inverse)
         first += weight.N * len(weight.widths)
 
 

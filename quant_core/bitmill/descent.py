@@ -5,6 +5,10 @@ OmniQuant has it). The held-out loss is taken before the first step, every `eval
 and after the last one, and the parameters of its lowest value are what remains in the end: the
 result is never worse on held-out data than the start.
 
+On a GPU a step of a small block is a few hundred kernels of a few microseconds, more than a process
+can launch in the time they take. Where the caller says that every step runs the same kernels on the
+same memory (`record`), a step is recorded as a CUDA graph after three ordinary ones and replayed.
+
 Numerical policy: training losses are gathered on the device and looked at with each held-out loss.
 If one of them is not finite, or the held-out loss exceeds `diverged` times the one at the start,
 the best parameters come back, Adam forgets its moments and all rates are halved. After
@@ -17,9 +21,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+ORDINARY_STEPS = 3
+"""Steps before one is recorded; Adam makes its state in the first."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,10 @@ class DescentSettings:
 
 @dataclass
 class DescentReport:
-    """What a descent did. Losses are held-out; `curve` holds (step, held-out loss)."""
+    """What a descent did. Losses are held-out; `curve` holds (step, held-out loss).
+
+    recorded: whether steps were replayed from a CUDA graph.
+    """
 
     before: float
     after: float
@@ -45,6 +56,7 @@ class DescentReport:
     steps: int = 0
     rollbacks: int = 0
     gave_up: bool = False
+    recorded: bool = False
     seconds: float = 0.0
     curve: list[tuple[int, float]] = field(default_factory=list)
 
@@ -59,15 +71,19 @@ class Rate:
 
 def descend(
     rates: list[Rate],
-    training_loss: Callable[[int], Tensor],
+    draw: Callable[[int], None],
+    training_loss: Callable[[], Tensor],
     held_out_loss: Callable[[], float],
     settings: DescentSettings,
     *,
+    record: bool = False,
     should_stop: Callable[[], None] | None = None,
 ) -> DescentReport:
     """Minimize the training loss; on return the parameters are the best on held-out data.
 
-    training_loss: step -> scalar to backpropagate. held_out_loss: of the present parameters.
+    draw: called before each step with its number, chooses the data. training_loss: scalar to
+    backpropagate, on what was drawn. held_out_loss: of the present parameters. record: `draw` only
+    overwrites tensors and `training_loss` reads nothing back, so a step can be replayed on a GPU.
     should_stop: called with each held-out loss; it raises to end the descent.
     """
     began = time.perf_counter()
@@ -77,31 +93,25 @@ def descend(
     if not math.isfinite(first):
         report.gave_up = True
         return report
-    optimizer = _adam(rates, settings)
-    halvings, bad = 0, torch.zeros((), dtype=torch.bool, device=best.device)
+    halvings, stepper = 0, _Stepper(rates, training_loss, settings, record)
     for step in range(1, settings.steps + 1):
-        _set_rates(optimizer, rates, _schedule(step, settings) * 0.5**halvings)
-        optimizer.zero_grad(set_to_none=True)
-        loss = training_loss(step - 1)
-        loss.backward()
-        bad |= ~torch.isfinite(loss.detach())
-        optimizer.step()
-        report.steps = step
+        draw(step - 1)
+        stepper.step(_schedule(step, settings) * 0.5**halvings)
+        report.steps, report.recorded = step, stepper.recorded
         if step % settings.evaluate_every and step != settings.steps:
             continue
         if should_stop:
             should_stop()
         value = held_out_loss()
         report.curve.append((step, value))
-        if bool(bad) or not value <= settings.diverged * first:
+        if bool(stepper.bad) or not value <= settings.diverged * first:
             best.restore()
             report.rollbacks += 1
             if report.rollbacks > settings.max_rollbacks:
                 report.gave_up = True
                 break
             halvings += 1
-            bad.zero_()
-            optimizer = _adam(rates, settings)
+            stepper = _Stepper(rates, training_loss, settings, record)
         elif value < report.after:
             report.after, report.best_step = value, step
             best.keep()
@@ -116,7 +126,6 @@ class _Best:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self._parameters = parameters
         self._copies = [p.detach().clone() for p in parameters]
-        self.device = parameters[0].device
 
     @torch.no_grad()
     def keep(self) -> None:
@@ -129,16 +138,89 @@ class _Best:
             parameter.copy_(copy)
 
 
-def _adam(rates: list[Rate], settings: DescentSettings) -> torch.optim.Adam:
-    """Adam whose epsilon is far below any gradient: block losses differ by orders of magnitude."""
-    groups = [{"params": rate.parameters, "lr": rate.rate} for rate in rates]
-    fused = rates[0].parameters[0].is_cuda
-    return torch.optim.Adam(groups, betas=settings.betas, eps=1e-15, fused=fused or None)
+class _Stepper:
+    """Loss, gradients and Adam, as ordinary calls or replayed from a recording.
 
+    bad: bool scalar on the device, whether any loss so far was not finite.
+    """
 
-def _set_rates(optimizer: torch.optim.Adam, rates: list[Rate], factor: float) -> None:
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate.rate * factor
+    def __init__(
+        self,
+        rates: list[Rate],
+        training_loss: Callable[[], Tensor],
+        settings: DescentSettings,
+        record: bool,
+    ) -> None:
+        device = rates[0].parameters[0].device
+        self.bad = torch.zeros((), dtype=torch.bool, device=device)
+        self._rates, self._loss = rates, training_loss
+        self._record = record and device.type == "cuda"
+        self._graph: Any = None
+        self._taken = 0
+        self._optimizer = self._adam(settings, device)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the last step was a replay."""
+        return self._graph is not None
+
+    def step(self, factor: float) -> None:
+        """One step at `factor` times every rate."""
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate.rate * factor)
+            else:
+                group["lr"] = rate.rate * factor
+        if self._record and self._graph is None and self._taken == ORDINARY_STEPS:
+            self._graph = self._recording()
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._record:
+            self._on_side_stream()
+        else:
+            self._run()
+        self._taken += 1
+
+    def _run(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._loss()
+        loss.backward()
+        self.bad |= ~torch.isfinite(loss.detach())
+        self._optimizer.step()
+
+    def _on_side_stream(self) -> None:
+        """Steps before a recording run on a stream of their own, as recordings require."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._run()
+        torch.cuda.current_stream().wait_stream(side)
+
+    def _recording(self) -> Any:
+        """The recorded step, or None (and no further attempt) where it cannot be recorded."""
+        graph = torch.cuda.CUDAGraph()
+        self._optimizer.zero_grad(set_to_none=True)
+        try:
+            with torch.cuda.graph(graph):
+                self._run()
+        except RuntimeError:
+            self._record = False
+            return None
+        return graph
+
+    def _adam(self, settings: DescentSettings, device: torch.device) -> torch.optim.Adam:
+        """Adam whose epsilon is far below any gradient: losses differ by orders of magnitude."""
+        groups = []
+        for rate in self._rates:
+            lr = torch.tensor(rate.rate, device=device) if self._record else rate.rate
+            groups.append({"params": rate.parameters, "lr": lr})
+        return torch.optim.Adam(
+            groups,
+            betas=settings.betas,
+            eps=1e-15,
+            fused=device.type == "cuda" or None,
+            capturable=self._record,
+        )
 
 
 def _schedule(step: int, settings: DescentSettings) -> float:

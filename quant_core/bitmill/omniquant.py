@@ -58,10 +58,10 @@ class LearningSettings:
     """
 
     mode: Mode = "rounding"
-    epochs: int = 40
+    epochs: int = 20
     batch: int = 4
-    scale_rate: float = 1e-3
-    position_rate: float = 5e-3
+    scale_rate: float = 2e-3
+    position_rate: float = 1e-2
     clipping_rate: float = 1e-2
     augmented_loss: bool = False
     block_error: Literal["plain", "fisher"] = "fisher"
@@ -74,7 +74,7 @@ class LearningSettings:
         if mode == "clipping":
             return cls(mode, epochs=20, batch=1, block_error="plain", cosine=False)
         if mode == "scales":
-            return cls(mode, scale_rate=2e-3)
+            return cls(mode, position_rate=5e-3)
         return cls(mode)
 
     @classmethod

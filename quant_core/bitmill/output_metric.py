@@ -108,7 +108,7 @@ def gradient_moments(
 def mixed_precision(model: StreamedModel) -> AbstractContextManager[object]:
     """bf16 matrix products on a GPU for a model held in f32; nothing elsewhere."""
     if model.device.type == "cuda" and model.dtype == torch.float32:
-        return torch.autocast("cuda", torch.bfloat16)
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
     return nullcontext()
 
 

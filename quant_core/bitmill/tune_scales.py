@@ -52,7 +52,7 @@ class TuneSettings:
     """Steps, sequences per step and rates: scales relative to themselves, positions in codes."""
 
     steps: int = 300
-    batch: int = 8
+    batch: int = 4
     scale_rate: float = 1e-3
     position_rate: float = 2e-3
     roundings: bool = False
@@ -118,28 +118,19 @@ def tune_scales(
     """
     with deterministic():
         student = _Student(model, weights, roundings=settings.roundings)
-        teacher, teacher_held_out = resident(
-            (final_hidden(model, tokens), final_hidden(model, held_out)), model.device
+        lesson = _Lesson(student, tokens, held_out, settings.batch, seed)
+        report = descend(
+            student.rates(settings),
+            lesson.draw,
+            lesson.training_loss,
+            lesson.held_out_loss,
+            DescentSettings(
+                settings.steps,
+                max(1, settings.steps // settings.evaluations),
+                warmup=settings.steps // 20,
+            ),
+            should_stop=should_stop,
         )
-        batches = Batches(len(tokens), settings.batch, seed)
-
-        def training_loss(step: int) -> Tensor:
-            batch = batches.at(step)
-            scale = loss_scale(student.dtype, tokens[batch].numel())
-            return scale * student.kl(tokens[batch], teacher[batch])
-
-        @torch.no_grad()
-        def held_out_loss() -> float:
-            parts = zip(
-                held_out.split(HELD_OUT_BATCH), teacher_held_out.split(HELD_OUT_BATCH), strict=True
-            )
-            total = torch.stack([student.kl(t, h) * len(t) for t, h in parts]).sum()
-            return float(total) / len(held_out)
-
-        every = max(1, settings.steps // settings.evaluations)
-        plan = DescentSettings(settings.steps, every, warmup=settings.steps // 20)
-        rates = student.rates(settings)
-        report = descend(rates, training_loss, held_out_loss, plan, should_stop=should_stop)
     kept = report.after < report.before
     tuned = student.export() if kept else dict(weights)
     return tuned, _report(report, kept)
@@ -168,6 +159,42 @@ def final_hidden(model: StreamedModel, tokens: Tensor) -> Tensor:
             block = model.load_block(index)
             parts = [model.run_block(index, block, x.to(model.device)).cpu() for x in parts]
     return torch.cat(parts)
+
+
+class _Lesson:
+    """The float model's last hidden states and which sequences come next."""
+
+    def __init__(
+        self, student: _Student, tokens: Tensor, held_out: Tensor, batch: int, seed: int
+    ) -> None:
+        model = student.model
+        self._student, self._tokens, self._held_out = student, tokens, held_out
+        self._teacher, self._held_out_teacher = resident(
+            (final_hidden(model, tokens), final_hidden(model, held_out)), model.device
+        )
+        self._batches = Batches(len(tokens), batch, seed)
+        self._batch = torch.arange(0)
+
+    def draw(self, step: int) -> None:
+        """Choose the sequences of a step."""
+        self._batch = self._batches.at(step)
+
+    def training_loss(self) -> Tensor:
+        """Mean KL of the drawn sequences, times a factor that keeps fp16 gradients in range."""
+        tokens = self._tokens[self._batch]
+        kl = self._student.kl(tokens, self._teacher[self._batch])
+        return kl * loss_scale(self._student.dtype, tokens.numel())
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean KL over the held-out sequences."""
+        pairs = zip(
+            self._held_out.split(HELD_OUT_BATCH),
+            self._held_out_teacher.split(HELD_OUT_BATCH),
+            strict=True,
+        )
+        total = torch.stack([self._student.kl(t, h) * len(t) for t, h in pairs]).sum()
+        return float(total) / len(self._held_out)
 
 
 class _Student:

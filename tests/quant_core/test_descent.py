@@ -20,7 +20,8 @@ def test_the_best_held_out_parameters_remain() -> None:
     x = parabola(2.0)
     report = descend(
         [Rate([x], 0.1)],
-        lambda _: x.square().sum(),
+        lambda _: None,
+        lambda: x.square().sum(),
         lambda: float((x.detach() - 1).square()),
         DescentSettings(steps=40, evaluate_every=1, cosine=False),
     )
@@ -34,7 +35,8 @@ def test_a_start_that_cannot_be_improved_is_kept_exactly() -> None:
     x = parabola(0.3)
     report = descend(
         [Rate([x], 0.1)],
-        lambda _: x.sum(),
+        lambda _: None,
+        lambda: x.sum(),
         lambda: float((x.detach() - 0.3).abs()),
         DescentSettings(steps=10, evaluate_every=5),
     )
@@ -46,13 +48,15 @@ def test_a_start_that_cannot_be_improved_is_kept_exactly() -> None:
 def test_a_non_finite_loss_rolls_back_and_halves_the_rate() -> None:
     x = parabola(2.0)
     visited: list[float] = []
+    drawn: list[int] = []
 
-    def loss(step: int) -> Tensor:
+    def loss() -> Tensor:
         visited.append(x.item())
-        return x.square().sum() * (math.nan if step == 3 else 1.0)
+        return x.square().sum() * (math.nan if drawn[-1] == 3 else 1.0)
 
     report = descend(
         [Rate([x], 0.1)],
+        drawn.append,
         loss,
         lambda: float(x.detach().square()),
         DescentSettings(steps=8, evaluate_every=2, cosine=False),
@@ -69,7 +73,8 @@ def test_it_gives_up_after_repeated_divergence() -> None:
     x = parabola(1.0)
     report = descend(
         [Rate([x], 10.0)],
-        lambda _: -x.square().sum(),
+        lambda _: None,
+        lambda: -x.square().sum(),
         lambda: float(x.detach().square()),
         DescentSettings(steps=100, evaluate_every=1, cosine=False, max_rollbacks=2),
     )
@@ -82,7 +87,8 @@ def test_a_non_finite_start_is_left_alone() -> None:
     x = parabola(1.0)
     report = descend(
         [Rate([x], 0.1)],
-        lambda _: x.sum(),
+        lambda _: None,
+        lambda: x.sum(),
         lambda: math.nan,
         DescentSettings(steps=5, evaluate_every=1),
     )
@@ -98,7 +104,8 @@ def test_should_stop_ends_the_descent() -> None:
     with pytest.raises(KeyboardInterrupt):
         descend(
             [Rate([x], 0.1)],
-            lambda _: x.sum(),
+            lambda _: None,
+            lambda: x.sum(),
             lambda: x.item(),
             DescentSettings(steps=5, evaluate_every=1),
             should_stop=stop,
