@@ -4,6 +4,7 @@ For a window of T tokens, p the source's and q the candidate's next-token distri
 its T-1 predicting positions:
 
     nll       = mean of -ln q(next token)          perplexity = exp(mean nll over windows)
+    increase  = mean nll less the source's
     KL        = mean of sum_v p(v) (ln p(v) - ln q(v))                        (nats per token)
     agreement = share of positions where both have the same most likely token
 
@@ -125,18 +126,22 @@ class WindowMeasures:
 
     def candidate(self) -> TextQuality:
         """The candidate's figures; raises `NumericalError` where any is not finite."""
-        return _quality(self.nll, self.kl, self.agreement, self.length)
+        return _quality(self)
 
     def source(self) -> TextQuality:
         """The source's own figures."""
-        return _quality(self.source_nll, self.kl * 0, self.kl * 0 + 1, self.length)
+        none = self.kl * 0
+        same = WindowMeasures(self.source_nll, self.source_nll, none, none + 1, self.length)
+        return _quality(same)
 
 
 def _standard_error(values: Tensor) -> float:
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def _quality(nll: Tensor, kl: Tensor, agreement: Tensor, length: int) -> TextQuality:
+def _quality(found: WindowMeasures) -> TextQuality:
+    nll, kl = found.nll, found.kl
+    increase = nll - found.source_nll
     mean = float(nll.mean())
     if not math.isfinite(mean) or not torch.isfinite(kl).all():
         bad = int((~(torch.isfinite(nll) & torch.isfinite(kl))).nonzero()[0])
@@ -148,12 +153,14 @@ def _quality(nll: Tensor, kl: Tensor, agreement: Tensor, length: int) -> TextQua
     perplexity = math.exp(min(mean, 700.0))
     return TextQuality(
         windows=len(nll),
-        tokens=len(nll) * length,
+        tokens=len(nll) * found.length,
         perplexity=perplexity,
         perplexity_se=perplexity * _standard_error(nll),
         kl=float(kl.mean()),
         kl_se=_standard_error(kl),
-        top1_agreement=float(agreement.mean()),
+        loss_increase=float(increase.mean()),
+        loss_increase_se=_standard_error(increase),
+        top1_agreement=float(found.agreement.mean()),
     )
 
 

@@ -55,8 +55,12 @@ def measure(
     asked: Evaluation,
     candidates: Mapping[str, Candidate],
     on_unit: Callable[[int, int, str, str], None],
+    predict: Callable[[BitWidthMap], float | None] = lambda _: None,
 ) -> list[QualityRow]:
-    """Rows of the source and of every candidate on every text asked for."""
+    """Rows of the source and of every candidate on every text asked for.
+
+    predict: predicted increase of the loss of a map, None where no profile covers its widths.
+    """
     texts: dict[str, dict[str, TextQuality]] = {name: {} for name in ("source", *candidates)}
     for text in asked.texts:
         windows = evaluation_tokens(
@@ -82,6 +86,7 @@ def measure(
                 code_bits=spent.code_bits,
                 bits=spent.bits,
                 size=spent.size,
+                predicted_loss=predict(bit_widths),
                 texts=texts[name],
             )
         )

@@ -25,7 +25,7 @@ from torch import nn
 
 from bitmill import storage
 from bitmill.allocate import Allocator, allocate, check_budget
-from bitmill.bits import BitWidthMap
+from bitmill.bits import WIDTHS, BitWidthMap
 from bitmill.blocks import StreamedModel, set_weight
 from bitmill.budget import checkpoint_tensors, footprint, order_owners
 from bitmill.calibration import CalibrationSet, calibration_tokens
@@ -41,6 +41,7 @@ from bitmill.measurement import Candidate, compute_dtype, from_packed, measure
 from bitmill.model_config import refuse_pickles
 from bitmill.plan import Plan, check_lengths, make_plan
 from bitmill.profile import PROFILE_NAME, SensitivityProfile, profile_key
+from bitmill.profile_summary import SUMMARY_NAME, summarize
 from bitmill.profiling import ProfileRequest, make_profile
 from bitmill.progress import Progress
 from bitmill.quality import QualityReport
@@ -220,7 +221,7 @@ def _profile_settings(job: Job, planned: Plan) -> dict[str, Any] | None:
         **job.fingerprint,
     }
     if allocation.method == "knapsack":
-        settings |= {"kind": "knapsack", "widths": list(allocation.legal_widths)}
+        settings |= {"kind": "knapsack", "widths": list(WIDTHS)}
     if allocation.method == "sba":
         base = Allocator(planned, allocation).sba_base(job.spec.budget)
         settings |= {"kind": "sba", "base": base}
@@ -416,10 +417,15 @@ def evaluate(
     packed: Path,
     refined: RefinedModel,
 ) -> QualityReport:
-    """Perplexity and KL of the packed folder against the source, and of the baselines asked for."""
+    """Perplexity and KL of the packed folder against the source, and of the baselines asked for.
+
+    Beside the report lies the summary of a profile that has costs of the job's widths.
+    """
     asked = job.spec.evaluation
     inputs = {
         "packed": refined.digest,
+        "profile": profiled.digest if profiled else None,
+        "allocation": job.spec.allocation.model_dump(mode="json"),
         "evaluation": asked.model_dump(mode="json"),
         **job.fingerprint,
     }
@@ -429,14 +435,18 @@ def evaluate(
         candidates: dict[str, Candidate] = {
             _method_name(job.spec): (bit_widths, from_packed(model, packed))
         }
-        for _ in asked.baselines:
-            uniform = _uniform_like(planned, job.spec, bit_widths)
-            baseline = _baseline(job, model, tokens, uniform, folder / "baseline")
-            candidates[f"uniform {next(iter(uniform.linears.values()))[0]}-bit gptq"] = (
-                uniform,
-                _from_refined(model, baseline),
-            )
-        rows = measure(model, source.folder, asked, candidates, partial(job.space.unit, "evaluate"))
+        for width in _baseline_widths(planned, job.spec, bit_widths):
+            uniform = _uniform(planned, width)
+            baseline = _baseline(job, model, tokens, uniform, folder / f"baseline-{width}")
+            candidates[f"uniform {width}-bit gptq"] = (uniform, _from_refined(model, baseline))
+        rows = measure(
+            model,
+            source.folder,
+            asked,
+            candidates,
+            partial(job.space.unit, "evaluate"),
+            partial(_predicted, profiled),
+        )
         linears, blocks = refined.reports()
         report = QualityReport(
             rows=tuple(rows),
@@ -446,7 +456,9 @@ def evaluate(
             seconds=job.space.seconds(),
         )
         storage.write_bytes(folder / QUALITY_NAME, report.to_json().encode())
-        shutil.rmtree(folder / "baseline", ignore_errors=True)
+        _write_summary(folder, planned, job.spec, profiled, bit_widths)
+        for baseline_folder in folder.glob("baseline-*"):
+            shutil.rmtree(baseline_folder)
 
     return QualityReport.load(job.space.run("evaluate", inputs, work) / QUALITY_NAME)
 
@@ -464,10 +476,27 @@ def _predicted(profiled: SensitivityProfile | None, bit_widths: BitWidthMap) -> 
     return profiled.predicted_loss(bit_widths.linears)
 
 
-def _uniform_like(planned: Plan, spec: JobSpec, bit_widths: BitWidthMap) -> BitWidthMap:
-    """One width for all groups: the legal one nearest to the map's mean."""
+def _write_summary(
+    folder: Path,
+    planned: Plan,
+    spec: JobSpec,
+    profiled: SensitivityProfile | None,
+    bit_widths: BitWidthMap,
+) -> None:
+    summary = summarize(planned, spec.allocation, profiled, bit_widths) if profiled else None
+    if summary is not None:
+        storage.write_bytes(folder / SUMMARY_NAME, summary.to_json().encode())
+
+
+def _baseline_widths(planned: Plan, spec: JobSpec, bit_widths: BitWidthMap) -> list[int]:
+    """Widths of the baselines asked for, each once, ascending."""
     mean = footprint(planned, bit_widths).code_bits
-    width = min(spec.allocation.legal_widths, key=lambda b: (abs(b - mean), b))
+    nearest = min(spec.allocation.legal_widths, key=lambda b: (abs(b - mean), b))
+    asked = spec.evaluation.baselines
+    return sorted({nearest if name == "uniform" else int(name[-1]) for name in asked})
+
+
+def _uniform(planned: Plan, width: int) -> BitWidthMap:
     return BitWidthMap(
         linears={linear.name: (width,) * linear.shape.groups for linear in planned.linears}
     )
@@ -476,7 +505,7 @@ def _uniform_like(planned: Plan, spec: JobSpec, bit_widths: BitWidthMap) -> BitW
 def _baseline(
     job: Job, model: StreamedModel, tokens: CalibrationSet, uniform: BitWidthMap, folder: Path
 ) -> RefinedModel:
-    """Plain GPTQ with clip search on natural order."""
+    """Plain GPTQ with clip search in natural order."""
     plain = job.spec.refinement.model_copy(
         update={
             "method": "gptq",
@@ -518,12 +547,16 @@ def publish(job: Job, packed: Path, quality: QualityReport) -> Manifest:
             for path in packed.iterdir():
                 _link_or_copy(path, folder / path.name)
             storage.write_bytes(folder / QUALITY_NAME, quality.to_json().encode())
+            if summary.is_file():
+                shutil.copyfile(summary, folder / SUMMARY_NAME)
             write_manifest(folder)
 
+    summary = job.space.root / "evaluate" / SUMMARY_NAME
     inputs = {
         "quality": quality.to_json(),
         "output": str(job.output),
         "packed": storage.sha256_file(packed.parent / HASHES_NAME),
+        "summary": storage.sha256_file(summary) if summary.is_file() else None,
     }
     if not job.output.exists():
         job.space.forget("publish")

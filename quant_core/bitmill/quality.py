@@ -21,7 +21,11 @@ class _Closed(BaseModel):
 
 
 class TextQuality(_Closed):
-    """One model on one text. `kl` and `top1_agreement` compare with the source model."""
+    """One model on one text. All but `perplexity` compare with the source model.
+
+    loss_increase: mean nll less the source's, nats per token; its standard error is that of the
+    paired differences, which is far smaller than perplexity's own.
+    """
 
     windows: int
     tokens: int
@@ -29,21 +33,45 @@ class TextQuality(_Closed):
     perplexity_se: float
     kl: float = 0.0
     kl_se: float = 0.0
+    loss_increase: float = 0.0
+    loss_increase_se: float = 0.0
     top1_agreement: float = 1.0
+
+
+class TaskMetric(_Closed):
+    """One metric of a task; `se` is its standard error over samples, None where it has none."""
+
+    value: float
+    se: float | None = None
+
+
+class TaskQuality(_Closed):
+    """One lm-evaluation-harness task. Metrics by the harness's names, e.g. acc and acc_norm.
+
+    samples: how many examples were scored; version: the task's own version.
+    """
+
+    samples: int
+    version: str
+    metrics: dict[str, TaskMetric]
 
 
 class QualityRow(_Closed):
     """One line of the table: the source model, the job's result or a baseline.
 
     code_bits and bits are as in the budget (None for the source); size is bytes of all safetensors
-    files (None where no files were written).
+    files (None where no files were written). predicted_loss: what the job's profile says of these
+    widths in the profile's own column order, to be held against the texts' `loss_increase`; None
+    where there is no profile of these widths.
     """
 
     method: str
     code_bits: float | None = None
     bits: float | None = None
     size: int | None = None
+    predicted_loss: float | None = None
     texts: dict[str, TextQuality]
+    tasks: dict[str, TaskQuality] = {}
 
 
 class LinearQuality(_Closed):

@@ -123,12 +123,15 @@ class Series:
     below: bool = False
 
 
-def line_chart(series: Sequence[Series], *, x_title: str, y_title: str) -> str:
-    """SVG with a linear x axis and a logarithmic y axis; points with y <= 0 are left out."""
+def line_chart(series: Sequence[Series], *, x_title: str, y_title: str, log_x: bool = False) -> str:
+    """SVG with a logarithmic y axis; points with y <= 0 are left out.
+
+    log_x: the x axis is logarithmic too, and all x must be positive.
+    """
     kept = [(s, [(x, y) for x, y in s.points if y > 0]) for s in series]
     xs = [x for _, points in kept for x, _ in points]
     ys = [y for _, points in kept for _, y in points]
-    frame = _Frame.around(xs, ys)
+    frame = _Frame.around(xs, ys, log_x)
     parts = [frame.axes(x_title, y_title)]
     for one, points in kept:
         places = [frame.place(x, y) for x, y in points]
@@ -141,12 +144,13 @@ def line_chart(series: Sequence[Series], *, x_title: str, y_title: str) -> str:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Plot area and its scales."""
+    """Plot area and its scales; the bounds of logarithmic axes are exponents of ten."""
 
     x_low: float
     x_high: float
     y_low: float
     y_high: float
+    log_x: bool = False
     width: int = 860
     height: int = 380
     left: int = 86
@@ -155,30 +159,37 @@ class _Frame:
     bottom: int = 56
 
     @classmethod
-    def around(cls, xs: Sequence[float], ys: Sequence[float]) -> _Frame:
-        low, high = min(xs), max(xs)
+    def around(cls, xs: Sequence[float], ys: Sequence[float], log_x: bool) -> _Frame:
+        low, high = (math.log10(x) if log_x else x for x in (min(xs), max(xs)))
         margin = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
         y_low, y_high = math.log10(min(ys)), math.log10(max(ys))
-        return cls(low - margin, high + margin, y_low - 0.12, y_high + 0.12)
+        return cls(low - margin, high + margin, y_low - 0.12, y_high + 0.12, log_x)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.x_low) / (self.x_high - self.x_low)
+        return self.across(x), self.down(y)
+
+    def across(self, x: float) -> float:
+        """Distance of a value from the left edge."""
+        at = math.log10(x) if self.log_x else x
+        share = (at - self.x_low) / (self.x_high - self.x_low)
+        return self.left + share * (self.width - self.left - self.right)
+
+    def down(self, y: float) -> float:
+        """Distance of a value from the upper edge."""
         up = (math.log10(y) - self.y_low) / (self.y_high - self.y_low)
-        inner = self.height - self.top - self.bottom
-        return self.left + across * (self.width - self.left - self.right), (
-            self.top + (1 - up) * inner
-        )
+        return self.top + (1 - up) * (self.height - self.top - self.bottom)
 
     def axes(self, x_title: str, y_title: str) -> str:
         """Grid lines with their values, and the titles of both axes."""
         floor, right = self.height - self.bottom, self.width - self.right
         parts = []
-        for value in _round_steps(self.x_low, self.x_high):
-            x = f"{self.place(value, 10**self.y_low)[0]:.1f}"
+        steps = _log_steps if self.log_x else _round_steps
+        for value in steps(self.x_low, self.x_high):
+            x = f"{self.across(value):.1f}"
             parts.append(f'<line class=grid x1="{x}" x2="{x}" y1="{self.top}" y2="{floor}"/>')
             parts.append(_text(f'x="{x}" y="{floor + 18}" text-anchor="middle"', f"{value:g}"))
         for value in _log_steps(self.y_low, self.y_high):
-            y = self.place(self.x_low, value)[1]
+            y = self.down(value)
             ends = f'x1="{self.left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"'
             parts.append(f"<line class=grid {ends}/>")
             spot = f'x="{self.left - 8}" y="{y + 4:.1f}" text-anchor="end"'

@@ -27,6 +27,8 @@ from bitmill.report_charts import (
     mean_colour,
     width_strip,
 )
+from bitmill.report_losses import predicted_against_measured
+from bitmill.report_tasks import task_table
 from bitmill.storage import write_bytes
 
 WORST_LINEARS = 20
@@ -111,10 +113,12 @@ def render(data: ReportData) -> str:
     sections = [
         _head(data),
         _quality_table(data),
+        task_table(data.quality.rows),
         _width_map(data),
         _sensitivity(data),
         _errors(data),
         _curve(data),
+        predicted_against_measured(data.quality.rows),
         _linears(data),
         _times(data),
     ]

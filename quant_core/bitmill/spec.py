@@ -233,10 +233,14 @@ class Refinement(Closed):
     omniquant: OmniQuant = OmniQuant()
 
 
+Baseline = Literal["uniform", "uniform-2", "uniform-3", "uniform-4"]
+
+
 class Evaluation(Closed):
     """What is measured on the packed checkpoint; `sequences` caps the windows of each text.
 
-    baselines: also quantize and measure these (uniform GPTQ at the job's base width).
+    baselines: also quantize and measure these: plain GPTQ in natural column order at one width,
+    "uniform" at the legal width nearest to the map's mean, "uniform-3" at 3 bits.
     """
 
     texts: tuple[Literal["wiki_evaluation", "handbook_evaluation"], ...] = (
@@ -245,7 +249,7 @@ class Evaluation(Closed):
     )
     sequences: int | None = Field(default=None, ge=1)
     length: int = Field(default=2048, ge=8, le=131072)
-    baselines: tuple[Literal["uniform"], ...] = ()
+    baselines: tuple[Baseline, ...] = ()
 
 
 class JobSpec(Closed):
