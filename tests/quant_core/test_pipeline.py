@@ -21,12 +21,15 @@ from tiny import tiny_llama, tiny_opt
 pytestmark = pytest.mark.e2e
 
 
+TEXT = {"source": "file", "path": str(Path(__file__).with_name("calibration.txt"))}
+
+
 def spec(**changes):
     base = {
         "model": {"source": "path", "path": "model"},
         "budget": {"code_bits": 3},
         "allocation": {"method": "uniform", "order": "natural"},
-        "calibration": {"sequences": 4, "length": 64, "held_out": 2},
+        "calibration": {"text": TEXT, "sequences": 4, "length": 64, "held_out": 2},
         "evaluation": {"texts": ["wiki_evaluation"], "sequences": 2, "length": 64},
         "threads": 1,
     }
@@ -70,22 +73,20 @@ def test_a_job_is_published_whole_and_its_stages_are_skipped_the_second_time(lla
     assert weights_of(tmp_path / "out") == bytes_before
 
 
-@pytest.mark.parametrize(
-    ("method", "order", "budget"),
-    [
-        ("knapsack", "activation", {"bits": 3.4}),
-        ("sba", "activation", {"code_bits": 3}),
-    ],
-)
-def test_methods_that_profile_meet_their_budget_and_share_profiles(
-    llama, tmp_path, method, order, budget
-):
-    asked = spec(allocation={"method": method, "order": order}, budget=budget)
-    profiles = tmp_path / "profiles"
-    first = run_job(asked, llama, tmp_path / "a", tmp_path / "one", profile_folder=profiles)
-    row = first.quality.row(f"{method} gptq")
-    ((kind, limit),) = budget.items()
-    assert getattr(row, kind) <= limit
+@pytest.fixture(scope="module")
+def sba_job(llama, tmp_path_factory):
+    """A finished job with its profile store: specification, profiles, output, result."""
+    folder = tmp_path_factory.mktemp("sba")
+    asked = spec(allocation={"method": "sba", "order": "activation"})
+    result = run_job(
+        asked, llama, folder / "work", folder / "out", profile_folder=folder / "profiles"
+    )
+    return asked, folder / "profiles", folder / "out", result
+
+
+def test_a_profile_is_made_once_and_gives_the_same_bytes_again(llama, sba_job, tmp_path):
+    asked, profiles, output, first = sba_job
+    assert first.quality.row("sba gptq").code_bits <= 3
     assert [path.name for path in profiles.iterdir()] == [first.profile_id]
     (made,) = profiles.glob("*/profile.npz")
     stamp = made.stat().st_mtime_ns
@@ -93,15 +94,23 @@ def test_methods_that_profile_meet_their_budget_and_share_profiles(
     second = run_job(
         asked,
         llama,
-        tmp_path / "b",
-        tmp_path / "two",
+        tmp_path / "work",
+        tmp_path / "out",
         profile_folder=profiles,
         on_progress=events.append,
     )
     assert second.profile_id == first.profile_id
     assert made.stat().st_mtime_ns == stamp
     assert not [e for e in events if e.stage == "profile" and e.kind == "progress"]
-    assert weights_of(tmp_path / "one") == weights_of(tmp_path / "two")
+    assert weights_of(output) == weights_of(tmp_path / "out")
+
+
+def test_knapsack_meets_a_budget_of_true_bits(llama, tmp_path):
+    asked = spec(allocation={"method": "knapsack", "order": "activation"}, budget={"bits": 3.4})
+    result = run_job(asked, llama, tmp_path / "work", tmp_path / "out")
+    row = result.quality.row("knapsack gptq")
+    assert 3.3 < row.bits <= 3.4
+    assert result.quality.predicted_loss > 0
 
 
 def test_an_opt_model_keeps_its_biases_and_a_size_budget_in_bytes(tmp_path):
@@ -135,8 +144,10 @@ run_job(spec, Path(sys.argv[2]), Path(sys.argv[1], "work"), Path(sys.argv[3]), o
 
 
 @pytest.mark.parametrize("stage", ["profile", "refine"])
-def test_a_killed_run_goes_on_at_the_next_block_and_gives_the_same_bytes(llama, tmp_path, stage):
-    asked = spec(allocation={"method": "sba", "order": "activation"})
+def test_a_killed_run_goes_on_at_the_next_block_and_gives_the_same_bytes(
+    llama, sba_job, tmp_path, stage
+):
+    asked, _, straight, _ = sba_job
     (tmp_path / "spec.json").write_text(asked.model_dump_json())
     command = [sys.executable, "-c", KILLED, tmp_path, llama, tmp_path / "out", stage]
     killed = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -148,8 +159,7 @@ def test_a_killed_run_goes_on_at_the_next_block_and_gives_the_same_bytes(llama, 
     run_job(asked, llama, tmp_path / "work", tmp_path / "out")
     folder = tmp_path / "work" / stage
     assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished
-    run_job(asked, llama, tmp_path / "again", tmp_path / "straight")
-    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "straight")
+    assert weights_of(tmp_path / "out") == weights_of(straight)
 
 
 def test_a_stop_request_ends_the_job_without_output(llama, tmp_path):
