@@ -9,19 +9,22 @@ quantized, embeddings and head are not; groups of 128. --smoke takes 2 windows o
 evaluation window instead, to try the script.
 
 Rows go to OUT.json as they finish, so a run that is cut short is continued by the same command,
-and to OUT.md at the end. --variants takes names or patterns; --list shows them. Uses about 30 GB
-of accelerator memory for a model of 135M weights with --device cuda: block inputs stay there.
+and to OUT.md. --variants takes names or patterns and runs them in that order; --list shows them.
+Runs side by side may share --work (profiles), not --out. With --device cuda a model of 135M weights
+takes about 10 GB of accelerator memory: block inputs stay there.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import json
 import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
@@ -73,18 +76,34 @@ class Windows:
         return self._model.logits(hidden[:, begin:end])[0]
 
 
+class FastModel(StreamedModel):
+    """Block runs of calibration may use TF32; everything else, evaluation too, is full fp32."""
+
+    fast = False
+
+    def run_block(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """See `StreamedModel`."""
+        torch.set_float32_matmul_precision("high" if self.fast else "highest")
+        try:
+            return super().run_block(i, block, hidden)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+
 class Bench:
     """The source model, its tokens and everything that variants share."""
 
-    def __init__(self, source: Path, work: Path, device: torch.device, smoke: bool) -> None:
-        self.work, self.device, self.smoke = work, device, smoke
+    def __init__(self, source: Path, options: argparse.Namespace) -> None:
+        device, work, smoke = torch.device(options.device), options.work, options.smoke
+        self.work: Path = work
+        self.tf32: bool = options.tf32
         folder = source
         if source.suffix == ".gguf":
             folder = work / "source"
             if not folder.exists():
                 convert_gguf(source, folder)
         self.plan = make_plan(folder, spec_of({"budget": {"code_bits": 3}}))
-        self.model = StreamedModel(folder, self.plan, device=device, dtype=torch.float32)
+        self.model = FastModel(folder, self.plan, device=device, dtype=torch.float32)
         calibration = Calibration()
         if smoke:
             calibration = Calibration(sequences=2, held_out=1, length=256)
@@ -116,19 +135,18 @@ class Bench:
         settings = replace(variant.profile, order=variant.order)
         key = json.dumps(settings.identity(), sort_keys=True)
         if key not in self._profiles:
-            self._profiles[key] = profile_knapsack(
-                self.model,
-                self.tokens.tokens,
-                self.plan,
-                settings,
-                folder=self.profile_folder(variant),
-            )
+            folder = self.profile_folder(variant)
+            with one_at_a_time(folder):
+                self._profiles[key] = profile_knapsack(
+                    self.model, self.tokens.tokens, self.plan, settings, folder=folder
+                )
         return self._profiles[key]
 
     def profile_folder(self, variant: Variant) -> Path:
         """Where the profile of a variant, and its token weights, are kept between runs."""
         settings = replace(variant.profile, order=variant.order).identity()
-        return self.work / f"profile-{sha256_json([settings, self.tokens.digest])[:12]}"
+        digest: str = sha256_json([settings, self.tokens.digest])
+        return self.work / f"profile-{digest[:12]}"
 
     def orders(self) -> dict[str, Tensor]:
         """Activation order of every linear's input in the source model, i64 [K]."""
@@ -155,6 +173,15 @@ class Bench:
                 hidden = advance(self.model, i, block, hidden, batch=BATCH)
             self._sba[variant.order] = records
         return self._sba[variant.order]
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Runs side by side that share --work make a profile once; the others wait for its blocks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def spec_of(parts: Mapping[str, Any]) -> Any:
@@ -278,7 +305,9 @@ def row(bench: Bench, variant: Variant) -> dict[str, Any]:
     started = time.perf_counter()
     chosen, predicted = allocation(bench, variant)
     allocated = time.perf_counter()
+    bench.model.fast = bench.tf32
     blocks, reports = refined(bench, variant, chosen)
+    bench.model.fast = False
     finished = time.perf_counter()
     spent = footprint(bench.plan, chosen)
     return {
@@ -372,13 +401,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="*", default=["*"], help="names or patterns")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no row after this long")
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--tf32", action="store_true", help="TF32 in calibration's block runs")
     parser.add_argument("--list", action="store_true")
     return parser.parse_args()
 
 
 def main() -> None:
     options = arguments()
-    wanted = [v for v in variants() if any(fnmatch(v.name, p) for p in options.variants)]
+    known = list(variants())
+    wanted = dict.fromkeys(v for p in options.variants for v in known if fnmatch(v.name, p))
     if options.list or options.source is None:
         print("\n".join(v.name for v in wanted))
         return
@@ -387,7 +418,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     store = options.out.with_suffix(".json")
-    bench = Bench(options.source, options.work, device, options.smoke)
+    bench = Bench(options.source, options)
     state = json.loads(store.read_text()) if store.exists() else {"rows": {}}
     state |= {
         "machine": machine(device),

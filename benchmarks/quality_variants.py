@@ -45,6 +45,7 @@ def gptq(
     clip_weight: Literal["hessian", "schur"] = "hessian",
     damping: tuple[float, ...] | None = None,
     gain: float = 0.0,
+    ridge: float = 0.0,
 ) -> GptqSettings:
     """Settings of the solver, everything off unless asked for."""
     settings = GptqSettings(
@@ -55,6 +56,7 @@ def gptq(
         refit_sweeps=refit,
         descent_sweeps=descent,
         gain=gain,
+        ridge=ridge,
     )
     return settings if damping is None else replace(settings, damping=damping)
 
@@ -67,15 +69,13 @@ REFIT = RefineSettings(gptq=gptq(rounds=1, descent=0))
 DESCENT = RefineSettings(gptq=gptq(rounds=1))
 FULL = RefineSettings(gptq=gptq(compensated=True, rounds=2))
 FULL_GAIN = RefineSettings(gptq=gptq(compensated=True, rounds=2, gain=1.0))
-INPUTS = replace(CLIP, asymmetric="inputs")
-RESIDUAL = replace(CLIP, asymmetric="residual")
-RESIDUAL_GAIN = replace(GAIN, asymmetric="residual")
-RESIDUAL_FULL = replace(FULL, asymmetric="residual")
-RESIDUAL_FULL_GAIN = replace(FULL_GAIN, asymmetric="residual")
+FULL_HALF_GAIN = RefineSettings(gptq=gptq(compensated=True, rounds=2, gain=0.5))
+INPUTS = replace(FULL, asymmetric="inputs")
+RESIDUAL = replace(FULL, asymmetric="residual")
+RESIDUAL_GAIN = replace(FULL_GAIN, asymmetric="residual")
+RIDGE = RefineSettings(gptq=gptq(compensated=True, rounds=2, ridge=0.1), asymmetric="residual")
 
-ROUNDING = SensitivitySettings(
-    widths=WIDTHS, cost="rounding", clip=ClipSettings(), gradients=PassSettings(batch=8)
-)
+ROUNDING = SensitivitySettings(widths=WIDTHS, cost="rounding", gradients=PassSettings(batch=8))
 COMPENSATED_COST = replace(ROUNDING, cost="compensated")
 WEIGHTED_COST = replace(COMPENSATED_COST, moments="weighted", token_weights=True)
 SAMPLED_COST = replace(COMPENSATED_COST, gradients=PassSettings(batch=8, labels="sampled"))
@@ -94,22 +94,23 @@ def variants() -> Iterator[Variant]:
 
 
 REFINEMENTS = {
-    "clip": CLIP,
+    "full": FULL,
     "residual": RESIDUAL,
-    "gain": GAIN,
-    "inputs": INPUTS,
-    "residual-full-gain": RESIDUAL_FULL_GAIN,
     "residual-gain": RESIDUAL_GAIN,
+    "residual-ridge": RIDGE,
+    "residual-half": replace(RESIDUAL, strengths=(0.5,)),
+    "residual-clip": replace(CLIP, asymmetric="residual"),
+    "inputs": INPUTS,
+    "clip": CLIP,
+    "clip-gain": GAIN,
+    "full-gain": FULL_GAIN,
+    "full-halfgain": FULL_HALF_GAIN,
     "compensated": COMPENSATED,
     "descent": DESCENT,
     "refit": REFIT,
-    "full": FULL,
-    "full-gain": FULL_GAIN,
-    "residual-full": RESIDUAL_FULL,
-    "residual-half": replace(RESIDUAL, strengths=(0.5,)),
     "shrink": SHRINK,
     "minmax": RefineSettings(gptq=gptq(clip=ClipSettings.min_max())),
-    "blockwise": replace(CLIP, true_sequential=False),
+    "blockwise": replace(FULL, true_sequential=False),
 }
 
 
@@ -141,14 +142,14 @@ def profile_rows() -> Iterator[Variant]:
             ("weightedcost", WEIGHTED_COST),
             ("sampledcost", SAMPLED_COST),
         ):
-            yield knapsack(f"{tag}-{name}", bits, CLIP, profile=profile)
+            yield knapsack(f"{tag}-{name}", bits, FULL, profile=profile)
         for power in (0.5, 1.0):
             yield knapsack(
-                f"{tag}-tokens{power:g}", bits, CLIP, profile=WEIGHTED_COST, weighting=power
+                f"{tag}-tokens{power:g}", bits, FULL, profile=WEIGHTED_COST, weighting=power
             )
-        yield replace(knapsack(f"{tag}-sourceinputs", bits, CLIP), source_inputs=True)
-        yield replace(knapsack(f"{tag}-natural", bits, CLIP), order="natural")
-        yield replace(knapsack(f"{tag}-fused", bits, CLIP), fuse_siblings=True)
+        yield replace(knapsack(f"{tag}-sourceinputs", bits, FULL), source_inputs=True)
+        yield replace(knapsack(f"{tag}-natural", bits, FULL), order="natural")
+        yield replace(knapsack(f"{tag}-fused", bits, FULL), fuse_siblings=True)
 
 
 def knapsack(

@@ -18,8 +18,8 @@ descend once more, alternating (`scale_refit.py`, `code_descent.py`); neither ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -30,8 +30,8 @@ from bitmill.codes import LinearCodes, group_slices, output_error
 from bitmill.compensated_grid import CompensatedSettings, fit_compensated, unit_rows
 from bitmill.errors import NumericalError
 from bitmill.grid import ClipSettings, Grid, clip_search, max_code
-from bitmill.hessian import DAMPING_LADDER, Factor, factor
-from bitmill.packed import QuantizedWeight
+from bitmill.hessian import DAMPING_LADDER, Factor, damped, factor
+from bitmill.packed import QuantizedWeight, undo_order
 from bitmill.refinement_report import LinearReport
 from bitmill.row_gain import restore_gain
 from bitmill.rtn import round_to_nearest
@@ -48,6 +48,8 @@ class GptqSettings:
     compensated: search of the grid by GPTQ's own loss after the clip search, or None
     rounds: times that `refit_sweeps` of the scales and `descent_sweeps` of the codes alternate
     gain: how much of each row's shrinkage is undone at the end, 0 none to 1 all
+    ridge: damping of the asymmetric correction's solve, 0 for the factor's own; more keeps it to
+    directions that the calibration inputs hold much of
     """
 
     clip: ClipSettings = field(default_factory=ClipSettings)
@@ -59,6 +61,7 @@ class GptqSettings:
     refit_sweeps: int = 2
     descent_sweeps: int = 1
     gain: float = 0.0
+    ridge: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +91,15 @@ class Curvature:
         """The columns of matrix [*, K] moved from source to packed order."""
         return matrix if self.order is None else matrix[:, self.order]
 
-    def solve(self, matrix: Tensor) -> Tensor:
-        """matrix [*, K] times the damped inverse of H."""
+    def unpacked(self, matrix: Tensor) -> Tensor:
+        """The columns of matrix [*, K] moved from packed to source order."""
+        return matrix if self.order is None else undo_order(matrix, self.order)
+
+    def solve(self, matrix: Tensor, ridge: float = 0.0) -> Tensor:
+        """matrix [*, K] times the inverse of H, damped by the factor's damping or by `ridge`."""
+        if ridge:
+            lower = torch.linalg.cholesky(damped(self.H, ridge))
+            return torch.cholesky_solve(matrix.T, lower).T
         U = self.factor.upper
         return (matrix @ U.T) @ U
 
@@ -122,11 +132,45 @@ def quantize_gptq(
     source = H.packed(W.to(H.H.device, torch.float32))
     target = source
     if shift is not None and strength:
-        target = source + strength * H.solve(H.packed(shift))
+        target = source + strength * H.solve(H.packed(shift), settings.ridge)
     solved = solve(target, H, tuple(widths), settings)
     final = polish(target, solved, H.H, settings)
     kept = strength if shift is not None else 0.0
     return final.finish(H.order), _report(source, solved, final, H, kept, name)
+
+
+def quantize_corrected(
+    W: Tensor,
+    curvature: Curvature,
+    widths: Sequence[int],
+    shift: Tensor,
+    judge: Callable[[Tensor], float],
+    *,
+    strengths: Sequence[float] = (1.0,),
+    settings: GptqSettings | None = None,
+    name: str = "linear",
+) -> tuple[QuantizedWeight, LinearReport]:
+    """As `quantize_gptq`, with the correction at the strength, or none, of least held-out error.
+
+    judge: held-out error of a candidate ŵ f32 [N, K] in source column order. Strengths are
+    compared after the column loop; refit, descent and gain follow for the one chosen.
+    """
+    settings = settings or GptqSettings()
+    check_weights(W, name)
+    source = curvature.packed(W.to(curvature.H.device, torch.float32))
+    move = curvature.solve(curvature.packed(shift), settings.ridge)
+    tried = (0.0, *strengths)
+    targets = [source + strength * move for strength in tried]
+    solved = [solve(target, curvature, tuple(widths), settings) for target in targets]
+    errors = [judge(curvature.unpacked(codes.values())) for codes in solved]
+    best = min(range(len(tried)), key=errors.__getitem__)
+    final = polish(targets[best], solved[best], curvature.H, settings)
+    report = replace(
+        _report(source, solved[best], final, curvature, tried[best], name),
+        held_out_error=errors[best],
+        held_out_symmetric=errors[0],
+    )
+    return final.finish(curvature.order), report
 
 
 def solve(

@@ -24,7 +24,13 @@ from typing import Literal
 from torch import Tensor, nn
 
 from bitmill.blocks import StreamedModel, set_weight, weight_of
-from bitmill.gptq import Curvature, GptqSettings, check_weights, quantize_gptq
+from bitmill.gptq import (
+    Curvature,
+    GptqSettings,
+    check_weights,
+    quantize_corrected,
+    quantize_gptq,
+)
 from bitmill.input_statistics import (
     BlockState,
     InputStatistics,
@@ -181,27 +187,20 @@ class _BlockJob:
         unseen: InputStatistics | None,
     ) -> Refined:
         """The plain solution, or the corrected one of least held-out error where it beats that."""
-
-        def attempt(strength: float) -> Refined:
-            return quantize_gptq(
-                W,
-                curvature,
-                self.widths[name],
-                settings=self.settings.gptq,
-                shift=statistics.shift if strength else None,
-                strength=strength,
-                name=name,
-            )
-
-        plain = attempt(0.0)
+        settings = self.settings
         if statistics.shift is None or unseen is None or unseen.shift is None:
-            return plain
+            return quantize_gptq(W, curvature, self.widths[name], settings=settings.gptq, name=name)
         scale = unseen.error(W) or 1.0
-        tried = [plain, *(attempt(strength) for strength in self.settings.strengths)]
-        errors = [unseen.error(W - weight.dequantize().to(W.device)) / scale for weight, _ in tried]
-        best = min(range(len(tried)), key=errors.__getitem__)
-        weight, report = tried[best]
-        return weight, replace(report, held_out_error=errors[best], held_out_symmetric=errors[0])
+        return quantize_corrected(
+            W,
+            curvature,
+            self.widths[name],
+            statistics.shift,
+            lambda candidate: unseen.error(W - candidate) / scale,
+            strengths=settings.strengths,
+            settings=settings.gptq,
+            name=name,
+        )
 
     def install(self, refined: Mapping[str, Refined]) -> None:
         """Writes dequantized weights into the block."""

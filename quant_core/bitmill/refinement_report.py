@@ -20,8 +20,8 @@ class LinearReport:
     damping:        share of mean(diag H) that the factorization needed; failed_dampings the
                     shares at which it failed; dead_columns the inputs no token touched
     asymmetric:     strength of the prefix correction that was kept, 0 where it was not
-    held_out_error: against the source model's outputs on held-out tokens, as stored;
-                    held_out_symmetric the same without the correction
+    held_out_error: against the source model's outputs on held-out tokens, after the solver's
+                    pass; held_out_symmetric the same without the correction
     """
 
     name: str
