@@ -158,7 +158,8 @@ def prepare(args: argparse.Namespace, rows: list[Row]) -> None:
         args.model = str(target)
     began = time.perf_counter()
     bench = Bench(args, rows[0].spec(args))
-    bench.moments()
+    if any(row.learn and row.settings().block_error == "fisher" for row in rows):
+        bench.moments()
     print(f"moments {time.perf_counter() - began:.1f}s", flush=True)
     needed = [r for r in rows if r.allocation == "knapsack" or r.order == "activation"]
     for order in sorted({row.order for row in needed}):
@@ -204,7 +205,8 @@ def quantize(
     count = len(calibration.tokens)
     hidden = torch.cat([model.embed(t) for t in tokens.split(8)])
     source = hidden.clone()
-    moments = bench.moments()
+    fisher = row.learn and settings.block_error == "fisher"
+    moments = bench.moments() if fisher else []
     weights: dict[str, Any] = {}
     reports = []
     orders = {}
@@ -237,7 +239,7 @@ def quantize(
         if row.learn:
             data = BlockData(hidden[:count], source[:count], hidden[count:], source[count:])
             metric = None
-            if settings.block_error == "fisher":
+            if fisher:
                 metric = fisher_metric(moments[index].to(bench.device), settings.shrink)
             learned = learn_block(
                 model, index, block, starts, data, settings, seed=0, metric=metric

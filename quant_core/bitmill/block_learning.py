@@ -202,7 +202,7 @@ def _descend(
         training_loss,
         held_out_loss,
         settings.descent(len(run.data.inputs)),
-        record=run.is_static and len(run.data.inputs) % settings.batch == 0,
+        record=settings.record and run.is_static and not len(run.data.inputs) % settings.batch,
         should_stop=should_stop,
     )
 

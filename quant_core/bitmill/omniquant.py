@@ -55,6 +55,8 @@ class LearningSettings:
     augmented_loss:  also match the float block run on the quantized prefix's outputs
     block_error:     "plain", or "fisher" weighted by the loss gradient (`output_metric.py`)
     shrink:          share of plain error in the fisher one
+    cosine:          rates decay to 0, else they stay
+    record:          replay steps from a CUDA graph where that is possible
     """
 
     mode: Mode = "rounding"
@@ -67,6 +69,7 @@ class LearningSettings:
     block_error: Literal["plain", "fisher"] = "fisher"
     shrink: float = 0.3
     cosine: bool = True
+    record: bool = True
 
     @classmethod
     def of_mode(cls, mode: Mode) -> LearningSettings:
