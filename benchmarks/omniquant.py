@@ -82,7 +82,7 @@ class Row:
         row = cls(name.strip())
         for pair in settings.split():
             key, _, raw = pair.partition("=")
-            value = raw if raw.replace("_", "").isalpha() else json.loads(raw)
+            value = parse_value(raw)
             if key in LEARNING:
                 row.learning[key] = value
             elif key in {f.name for f in dataclasses.fields(cls)} - {"name", "learning"}:
@@ -109,6 +109,14 @@ class Row:
         """Mode defaults with this row's changes."""
         settings = LearningSettings.of_mode(self.learning.get("mode", "rounding"))
         return dataclasses.replace(settings, **self.learning)
+
+
+def parse_value(text: str) -> Any:
+    """JSON where it is JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 class Bench:
