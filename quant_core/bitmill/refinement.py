@@ -4,6 +4,9 @@ Every finished block is one `block-00012.safetensors` of packed tensors beside a
 `block-00012.json` of reports and hashes. A run that was killed reloads finished blocks, puts their
 dequantized weights into the stream and goes on: the inputs of later blocks, and so their bytes,
 are the same. Held-out sequences travel behind the calibration sequences.
+
+With method "omniquant" each block is learned after its first solution (`learning.py`), and a tuning
+of all scales at the end, where one is asked for, leaves its blocks in the subfolder `tuned`.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -27,6 +30,7 @@ from bitmill.errors import FormatError
 from bitmill.gptq import GptqSettings
 from bitmill.grid import ClipSettings
 from bitmill.input_statistics import Stream
+from bitmill.learning import ModelLearning
 from bitmill.packed import PackedTensor, QuantizedWeight
 from bitmill.plan import Plan
 from bitmill.quality import LinearQuality
@@ -34,6 +38,7 @@ from bitmill.refine import RefineSettings, refine_block
 from bitmill.refinement_report import LinearReport
 from bitmill.spec import Refinement
 
+TUNED_NAME = "tuned"
 BATCH_TOKENS = 16384
 """Tokens that run through a block at once."""
 
@@ -51,7 +56,8 @@ class RefinedModel:
     """The folder that `refine_model` filled."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
-        self.folder, self.plan = folder, plan
+        tuned = folder / TUNED_NAME
+        self.folder, self.plan = tuned if tuned.is_dir() else folder, plan
 
     @property
     def digest(self) -> str:
@@ -95,7 +101,7 @@ def refine_model(
 
     on_unit: told blocks done, their number, the unit and a message.
     """
-    run = _Run(model, inputs, settings, seed)
+    run = _Run(model, inputs, settings, folder, seed)
     for i in range(model.block_count):
         block = model.load_block(i)
         if _report(folder, i).is_file():
@@ -108,22 +114,54 @@ def refine_model(
         if i + 1 < model.block_count:
             run.advance(i, block)
         on_unit(i + 1, model.block_count, "block", "")
+    if run.learning is not None:
+        _tune(run.learning, model.plan, folder)
+
+
+def _tune(learning: ModelLearning, plan: Plan, folder: Path) -> None:
+    """Tune the scales of all refined blocks together, if the job asks for it."""
+    weights: dict[str, QuantizedWeight] = {}
+    for i in range(plan.block_count):
+        weights |= load_block(folder, plan, i)
+    tuned = learning.tune(weights)
+    if tuned is None:
+        return
+    weights, report = tuned
+    with storage.atomic_folder(folder / TUNED_NAME) as target:
+        for i in range(plan.block_count):
+            data = storage.read_json(_report(folder, i))
+            linears = [LinearQuality.model_validate(entry) for entry in data["linears"]]
+            details = {**(data["learning"] or {}), "tuning": report.to_json()}
+            block = {linear.name: weights[linear.name] for linear in plan.block_linears(i)}
+            save_block(target, i, block, linears, details)
 
 
 class _Run:
     """The streams of hidden states that one refinement carries from block to block."""
 
     def __init__(
-        self, model: StreamedModel, inputs: RefineInputs, settings: Refinement, seed: int
+        self,
+        model: StreamedModel,
+        inputs: RefineInputs,
+        settings: Refinement,
+        folder: Path,
+        seed: int,
     ) -> None:
-        self.model, self.inputs, self.settings, self.seed = model, inputs, settings, seed
+        self.model, self.inputs, self.settings = model, inputs, settings
         tokens = torch.cat([inputs.tokens.tokens, inputs.tokens.held_out])
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
         self.count = len(inputs.tokens.tokens)
         self.hidden = torch.cat([model.embed(part).cpu() for part in tokens.split(self.batch)])
         held_out = len(tokens) - self.count
-        self.asymmetric = settings.asymmetric and settings.method != "rtn" and held_out > 0
-        self.source = self.hidden.clone() if self.asymmetric else None
+        self.asymmetric = settings.asymmetric and first_method(settings) == "gptq" and held_out > 0
+        self.learning: ModelLearning | None = None
+        if settings.method == "omniquant":
+            self.learning = ModelLearning(
+                model, inputs.tokens, settings.omniquant, folder, seed=seed
+            )
+        needed = self.asymmetric or self.learning is not None
+        self.source = self.hidden.clone() if needed else None
+        self._source_is_behind: int | None = None
 
     def refine(
         self, i: int, block: nn.Module
@@ -139,10 +177,16 @@ class _Run:
             orders={n: self.inputs.orders[n] for n in names if n in self.inputs.orders},
             held_out=self._stream(slice(self.count, None)) if self.asymmetric else None,
         )
-        return weights, [self._quality(entry) for entry in report.linears], None
+        qualities = [self._quality(entry) for entry in report.linears]
+        if self.learning is None or self.source is None:
+            return weights, qualities, None
+        self._run(i, self.model.load_block(i), self.source)
+        self._source_is_behind = i
+        learned = self.learning.block(i, block, weights, self.hidden, self.source)
+        return learned.weights, qualities, learned.report.to_json()
 
     def _stream(self, part: slice) -> Stream:
-        source = self.source[part] if self.source is not None else None
+        source = self.source[part] if self.source is not None and self.asymmetric else None
         return Stream(self.hidden[part], source)
 
     def _quality(self, report: LinearReport) -> LinearQuality:
@@ -164,23 +208,29 @@ class _Run:
             notes=tuple(notes),
         )
 
-    @torch.no_grad()
     def advance(self, i: int, block: nn.Module) -> None:
         """Move the streams behind block i: quantized, and of the source where it is carried."""
         self._run(i, block, self.hidden)
-        if self.source is not None:
+        if self.source is not None and self._source_is_behind != i:
             self._run(i, self.model.load_block(i), self.source)
 
+    @torch.no_grad()
     def _run(self, i: int, block: nn.Module, hidden: Tensor) -> None:
         for start in range(0, len(hidden), self.batch):
             part = slice(start, start + self.batch)
             hidden[part] = self.model.run_block(i, block, hidden[part]).to(hidden.device)
 
 
+def first_method(settings: Refinement) -> Literal["rtn", "gptq"]:
+    """What a block's first solution comes from; clipping learns from plain rounding."""
+    clipping = settings.method == "omniquant" and settings.omniquant.mode == "clipping"
+    return "rtn" if settings.method == "rtn" or clipping else "gptq"
+
+
 def refine_settings(settings: Refinement, batch: int, asymmetric: bool) -> RefineSettings:
     """The block settings of a job; `batch` sequences run at once."""
     return RefineSettings(
-        method="rtn" if settings.method == "rtn" else "gptq",
+        method=first_method(settings),
         gptq=GptqSettings(
             clip=ClipSettings() if settings.clip_search else ClipSettings.min_max(),
             compensated=CompensatedSettings() if settings.compensated_grid else None,
