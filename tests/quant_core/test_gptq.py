@@ -4,7 +4,7 @@ from torch import Tensor
 
 from bitmill.compensated_grid import CompensatedSettings
 from bitmill.errors import NumericalError
-from bitmill.gptq import Curvature, GptqSettings, quantize_gptq
+from bitmill.gptq import Curvature, GptqSettings, quantize_corrected, quantize_gptq
 from bitmill.grid import ClipSettings, clip_search, max_code
 from bitmill.hessian import activation_order
 from bitmill.rtn import quantize_rtn
@@ -198,3 +198,41 @@ def test_the_compensated_search_starts_from_the_clip_search_and_improves_it():
     same, _ = quantize_gptq(W, H, (3, 3), settings=GptqSettings(compensated=one, rounds=0))
     plain, _ = quantize_gptq(W, H, (3, 3), settings=PLAIN)
     assert torch.equal(same.codes, plain.codes)
+
+
+def test_the_correction_is_chosen_by_the_judge():
+    W, H = layer()
+    shift = 0.1 * W @ H
+    curvature = Curvature.prepare(H, activation_order(H))
+
+    def chosen(target):
+        def judge(candidate):
+            R = candidate - target
+            return float(((R @ H) * R).sum())
+
+        return quantize_corrected(W, curvature, (6, 6), shift, judge, strengths=(0.5, 1.0))[1]
+
+    assert [chosen(gain * W).asymmetric for gain in (0.9, 1.0, 1.05, 1.1, 1.3)] == [
+        0.0,
+        0.0,
+        0.5,
+        1.0,
+        1.0,
+    ]
+    report = chosen(1.1 * W)
+    assert report.held_out_error < report.held_out_symmetric
+
+
+def test_a_ridge_keeps_the_correction_to_strong_directions():
+    W, H = layer()
+    shift = 0.1 * W @ H
+    plain, firm = (
+        quantize_gptq(W, H, (8, 8), shift=shift, settings=GptqSettings(ridge=ridge))[0]
+        for ridge in (0.0, 1.0)
+    )
+    moved = [(weight.dequantize() - W).norm() / W.norm() for weight in (plain, firm)]
+    assert 0.09 < moved[0] < 0.11
+    assert moved[1] < 0.8 * moved[0]
+    strong, weak = H.diagonal().argmax(), H.diagonal().argmin()
+    kept = (firm.dequantize() - W).norm(dim=0) / (plain.dequantize() - W).norm(dim=0)
+    assert kept[strong] > kept[weak]
