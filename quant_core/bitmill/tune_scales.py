@@ -152,12 +152,17 @@ def _report(descent: DescentReport, kept: bool) -> TuneReport:
 
 @torch.no_grad()
 def final_hidden(model: StreamedModel, tokens: Tensor) -> Tensor:
-    """Output of the float model's last block [S, T, D] on the CPU, block by block."""
+    """Output of the float model's last block [S, T, D], block by block.
+
+    On the device where that takes little of its memory, else on the CPU.
+    """
     with mixed_precision(model):
         parts = [model.embed(t.to(model.device)).cpu() for t in tokens.split(HELD_OUT_BATCH)]
+        parts = list(resident(tuple(parts), model.device))
+        place = parts[0].device
         for index in range(model.block_count):
             block = model.load_block(index)
-            parts = [model.run_block(index, block, x.to(model.device)).cpu() for x in parts]
+            parts = [model.run_block(index, block, x.to(model.device)).to(place) for x in parts]
     return torch.cat(parts)
 
 
@@ -169,9 +174,8 @@ class _Lesson:
     ) -> None:
         model = student.model
         self._student, self._tokens, self._held_out = student, tokens, held_out
-        self._teacher, self._held_out_teacher = resident(
-            (final_hidden(model, tokens), final_hidden(model, held_out)), model.device
-        )
+        self._teacher = final_hidden(model, tokens)
+        self._held_out_teacher = final_hidden(model, held_out)
         self._batches = Batches(len(tokens), batch, seed)
         self._batch = torch.arange(0)
 
