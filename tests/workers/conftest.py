@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,8 @@ def settings(
     url = None
     if dialect == "postgresql":
         url = request.getfixturevalue("postgres").database()
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    before = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), before]))
     model = tmp_path / "models" / "tiny"
     model.mkdir(parents=True)
     (model / "model.safetensors").write_bytes(b"weights")
