@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -189,10 +190,14 @@ class _Stepper:
         self._optimizer.step()
 
     def _on_side_stream(self) -> None:
-        """Steps before a recording run on a stream of their own, as recordings require."""
+        """Steps before a recording run on a stream of their own, as recordings require.
+
+        Adam warns there that it could be recorded but is not.
+        """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*capturable=True")
             self._run()
         torch.cuda.current_stream().wait_stream(side)
 
