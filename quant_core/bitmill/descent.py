@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,14 +189,10 @@ class _Stepper:
         self._optimizer.step()
 
     def _on_side_stream(self) -> None:
-        """Steps before a recording run on a stream of their own, as recordings require.
-
-        Adam warns there that it could be recorded but is not.
-        """
+        """Steps before a recording run on a stream of their own, as recordings require."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*capturable=True")
+        with torch.cuda.stream(side):
             self._run()
         torch.cuda.current_stream().wait_stream(side)
 
@@ -206,7 +201,7 @@ class _Stepper:
         graph = torch.cuda.CUDAGraph()
         self._optimizer.zero_grad(set_to_none=True)
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._run()
         except RuntimeError:
             self._record = False
