@@ -110,3 +110,32 @@ def test_should_stop_ends_the_descent() -> None:
             DescentSettings(steps=5, evaluate_every=1),
             should_stop=stop,
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_steps_are_the_ordinary_ones() -> None:
+    """On changing data, with a decaying rate and a rollback on the way."""
+    ends = []
+    for record in (False, True):
+        x = nn.Parameter(torch.linspace(-1, 1, 64, device="cuda"))
+        target = torch.zeros(64, device="cuda")
+
+        def draw(step: int, target: Tensor = target) -> None:
+            target.copy_(torch.full((64,), math.nan if step == 6 else step / 10))
+
+        def loss(x: Tensor = x, target: Tensor = target) -> Tensor:
+            return (x - target).square().sum()
+
+        report = descend(
+            [Rate([x], 0.05)],
+            draw,
+            loss,
+            lambda x=x: float((x.detach() - 1).square().sum()),
+            DescentSettings(steps=30, evaluate_every=5),
+            record=record,
+        )
+        assert report.recorded == record
+        assert report.rollbacks == 1
+        ends.append(x.detach().cpu())
+    torch.testing.assert_close(ends[0], ends[1])
