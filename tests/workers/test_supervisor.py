@@ -58,7 +58,7 @@ def test_finished_job_shows_its_files_log_and_result(
     store = JobStore(database)
     assert (job.state, job.result, job.profile_id) == ("succeeded", {"steps": 3, "made": 3}, "abc")
     files = {a.path: a for a in store.artifacts(job.id)}
-    assert sorted(files) == ["MANIFEST.json", "SHA256SUMS", "model.safetensors"]
+    assert sorted(files) == ["MANIFEST.json", "SHA256SUMS", "attempt.txt", "model.safetensors"]
     on_disk = settings.artifacts_folder / files["model.safetensors"].storage_key
     assert on_disk.stat().st_size == files["model.safetensors"].size == 1000
     assert b"starts" in store.read_log(job.id).data

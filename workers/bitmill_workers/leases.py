@@ -88,14 +88,14 @@ class LeaseStore:
         *,
         stage: str | None = None,
         progress: dict[str, Any] | None = None,
-        estimated_finish: float | None = None,
+        remaining_s: float | None = None,
         profile_id: str | None = None,
     ) -> bool:
         """Append events and show stage and progress; False where the caller is fenced."""
         given = {
             "stage": stage,
             "progress": progress,
-            "estimated_finish": estimated_finish,
+            "estimated_finish": None if remaining_s is None else db_now() + remaining_s,
             "profile_id": profile_id,
         }
         values = {name: value for name, value in given.items() if value is not None}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bitmill_workers.eta import Eta
 from bitmill_workers.leases import LeaseStore
 from bitmill_workers.records import JobRecord
 
@@ -20,8 +21,9 @@ class Reporter:
     After the child has ended, `result` or `error` holds its last word.
     """
 
-    def __init__(self, leases: LeaseStore, job: JobRecord, *, log_limit: int) -> None:
+    def __init__(self, leases: LeaseStore, job: JobRecord, eta: Eta, *, log_limit: int) -> None:
         self._leases = leases
+        self._eta = eta
         self._key = (job.id, job.token)
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._log = bytearray()
@@ -49,6 +51,9 @@ class Reporter:
         stage = data.get("stage")
         if kind == "progress":
             self._shown["progress"] = data
+            left = self._eta.remaining(str(stage), data.get("done") or 0, data.get("total") or 0)
+            if left is not None:
+                self._shown["remaining_s"] = left
             last = self._events[-1] if self._events else None
             if last and last[0] == "progress" and last[1].get("stage") == stage:
                 self._events.pop()

@@ -60,7 +60,7 @@ def read_stats(database: Database) -> StoreStats:
         stored = conn.execute(
             sa.select(sa.func.coalesce(sa.func.sum(artifacts.c.size), 0))
         ).scalar_one()
-        stages = _stage_seconds(conn)
+        stages = _stage_seconds(conn, sa.true())
     return StoreStats(
         queues={name: QueueStats(count, float(age)) for name, count, age in depths},
         running={name: count for name, count in running},
@@ -81,9 +81,14 @@ def _count(conn: sa.Connection, table: sa.Table, which: sa.ColumnElement[bool]) 
     return int(conn.execute(query).scalar_one())
 
 
-def _stage_seconds(conn: sa.Connection) -> dict[str, float]:
-    """Mean time of each stage over the jobs that succeeded last."""
-    query = sa.select(jobs.c.result).where(jobs.c.state == "succeeded")
+def stage_seconds(database: Database, model: str) -> dict[str, float]:
+    """Mean time of each stage over the last jobs of this model, or of any where it has none."""
+    with database.read() as conn:
+        return _stage_seconds(conn, jobs.c.model == model) or _stage_seconds(conn, sa.true())
+
+
+def _stage_seconds(conn: sa.Connection, which: sa.ColumnElement[bool]) -> dict[str, float]:
+    query = sa.select(jobs.c.result).where(jobs.c.state == "succeeded", which)
     spent: dict[str, list[float]] = defaultdict(list)
     for result in conn.execute(query.order_by(jobs.c.finished_at.desc()).limit(_RECENT)).scalars():
         quality = (result or {}).get("quality") or {}

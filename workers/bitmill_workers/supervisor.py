@@ -25,6 +25,7 @@ from bitmill.spec import HubModel, JobSpec
 from bitmill_workers.artifacts import ArtifactStore, open_artifacts
 from bitmill_workers.catalog import Catalog
 from bitmill_workers.db import Database
+from bitmill_workers.eta import Eta
 from bitmill_workers.exits import FINAL, Exit, classify, describe
 from bitmill_workers.fetch import local_model
 from bitmill_workers.inputs import local_spec, write_map
@@ -35,6 +36,7 @@ from bitmill_workers.processes import Child, Ended
 from bitmill_workers.records import JobRecord
 from bitmill_workers.report import Reporter
 from bitmill_workers.settings import Settings
+from bitmill_workers.stats import stage_seconds
 from bitmill_workers.stop import StopRequest
 from bitmill_workers.tiers import next_tier
 
@@ -87,7 +89,9 @@ class Attempt:
         self.spec = JobSpec.model_validate(job.spec)
         self.stop = stop
         self.key = (job.id, job.token)
-        self.reporter = Reporter(supervisor.leases, job, log_limit=self.settings.log_bytes)
+        eta = Eta(stage_seconds(supervisor.store.database, job.model))
+        limit = self.settings.log_bytes
+        self.reporter = Reporter(supervisor.leases, job, eta, log_limit=limit)
         self.folder = self.settings.job_folder(job.id).resolve() / f"attempt-{job.token}"
         self.renewed = time.monotonic()
 
