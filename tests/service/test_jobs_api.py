@@ -104,13 +104,14 @@ def test_bad_specification_is_refused_and_creates_nothing(
     http: httpx2.Client, stack: Stack, changes: dict[str, Any], code: str, param: str | None
 ) -> None:
     before = job_count(stack)
-    answer = post(http, spec_json(**changes))
-    assert answer.status_code == 422
-    assert answer.headers["content-type"] == "application/problem+json"
-    problem = answer.json()
-    assert (problem["code"], problem["param"]) == (code, param)
-    assert problem["hint"]
-    assert problem["request_id"] == answer.headers["x-request-id"]
+    for path in ("/v1/jobs", "/v1/jobs?validate_only=true"):
+        answer = http.post(path, json=spec_json(**changes))
+        assert answer.status_code == 422
+        assert answer.headers["content-type"] == "application/problem+json"
+        problem = answer.json()
+        assert (problem["code"], problem["param"]) == (code, param)
+        assert problem["hint"]
+        assert problem["request_id"] == answer.headers["x-request-id"]
     assert job_count(stack) == before
 
 
