@@ -25,7 +25,7 @@ import torch
 import triton
 
 from bitmill_kernels import decode_cuda, tiles
-from bitmill_kernels.decode_cuda import SHAPES, CudaDecoder
+from bitmill_kernels.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder
 from bitmill_kernels.decode_triton import TritonDecoder
 from bitmill_kernels.layout import WIDTHS, code_tensor_shapes, zero_tensor_shapes
 from bitmill_kernels.linear import MixedLinear
@@ -59,6 +59,14 @@ TARGETS = {
     "28672x8192 2-bit": 4.5,
     "q/k/v 12288x4096 mix 3": 2.2,
 }
+TOKENS_TIMED = (1, 16, 32)
+TOKENS_CHECKED = [
+    (1, torch.float16),
+    (2, torch.bfloat16),
+    (5, torch.bfloat16),
+    (16, torch.float16),
+    (27, torch.float16),
+]
 PREFILL = [(4096, 4096), (11008, 4096), (28672, 8192)]
 
 
@@ -101,17 +109,21 @@ def exact_product(
     return y if bias is None else y + bias.double()
 
 
-def products_of(weight: RuntimeWeight, kinds: list[str]) -> Products:
-    """Every decoder that can run, by name."""
+def products_of(weight: RuntimeWeight, kinds: list[str], T: int) -> Products:
+    """Every decoder that can run T tokens, by name."""
     found: Products = {}
     if "triton" in kinds:
         found["triton"] = triton_decoder(weight)
     if "cuda" in kinds and decode_cuda.available(DEVICE):
-        for shape in SHAPES:
-            decoder = decoder_or_none(weight, shape)
+        for shape in SHAPES[bucket_of(T)]:
+            decoder = decoder_or_none(weight, shape, T)
             if decoder is not None:
                 found[shape_name(shape)] = decoder
     return found
+
+
+def bucket_of(T: int) -> int:
+    return next(bucket for bucket in TOKEN_BUCKETS if bucket >= T)
 
 
 def triton_decoder(weight: RuntimeWeight) -> TritonDecoder:
@@ -123,12 +135,14 @@ def shape_name(shape: decode_cuda.BlockShape) -> str:
     return f"cuda {shape.warps}w {shape.row_tiles}r {shape.blocks}b"
 
 
-def decoder_or_none(weight: RuntimeWeight, shape: decode_cuda.BlockShape) -> CudaDecoder | None:
+def decoder_or_none(
+    weight: RuntimeWeight, shape: decode_cuda.BlockShape, T: int
+) -> CudaDecoder | None:
     """A shape whose ring does not fit the widest pair, or whose tile does not divide the rows."""
     if any(member.rows % shape.rows for member in weight.members):
         return None
     try:
-        return CudaDecoder(weight, (shape, shape))
+        return CudaDecoder(weight, {bucket_of(T): shape})
     except ValueError:
         return None
 
@@ -136,6 +150,8 @@ def decoder_or_none(weight: RuntimeWeight, shape: decode_cuda.BlockShape) -> Cud
 def check(kinds: list[str]) -> set[str]:
     """Names of the kernels that fail: fp64 over widths, mixes, tails, orders, tokens; repeated."""
     torch.manual_seed(1)
+    if not {"cuda", "triton"} & set(kinds):
+        return set()
     cases = [((width,) * 4, 320, 512, False) for width in WIDTHS if "cuda" in kinds]
     cases += [
         ((3, 2, 4, 4, 2, 3, 3, 2, 3), 1000, 1100, True),
@@ -146,11 +162,11 @@ def check(kinds: list[str]) -> set[str]:
     failed: set[str] = set()
     for widths, N, K, ordered in cases:
         weight = build_runtime([random_packed(N, K, widths, ordered=ordered)], DEVICE)
-        for T, dtype in ((1, torch.float16), (5, torch.bfloat16), (16, torch.float16)):
+        for T, dtype in TOKENS_CHECKED:
             x = (torch.randn(T, K, device=DEVICE) + 0.5).to(dtype)
             bias = torch.randn(N, device=DEVICE).to(dtype)
             exact = exact_product(x, weight, bias)
-            for name, product in products_of(weight, kinds).items():
+            for name, product in products_of(weight, kinds, T).items():
                 if not check_product(f"{name} {widths[:9]} T={T}", product, x, bias, exact):
                     failed.add(name)
     return failed | check_exact_codes(kinds) | check_siblings(kinds)
@@ -188,7 +204,7 @@ def check_exact_codes(kinds: list[str]) -> set[str]:
         tensors[f"zeros_b{width}"] = torch.zeros_like(tensors[f"zeros_b{width}"])
         weight = build_runtime([PackedWeight(tensors, packed.widths, 256, 256)], DEVICE)
         codes = dequantize_runtime(weight)
-        for name, product in products_of(weight, kinds).items():
+        for name, product in products_of(weight, kinds, 16).items():
             rows = []
             for start in range(0, 256, 16):
                 x = torch.eye(256, device=DEVICE, dtype=torch.float16)[start : start + 16]
@@ -207,7 +223,7 @@ def check_siblings(kinds: list[str]) -> set[str]:
     exact = exact_product(x, weight, None)
     return {
         name
-        for name, product in products_of(weight, kinds).items()
+        for name, product in products_of(weight, kinds, 3).items()
         if not check_product(f"siblings {name}", product, x, None, exact)
     }
 
@@ -217,7 +233,7 @@ def check_prefill() -> bool:
     linear = MixedLinear([packed], DEVICE)
     weight = build_runtime([packed], DEVICE)
     good = True
-    for T in (1, 16, 33, 64, 65, 300):
+    for T in (65, 300):
         x = torch.randn(T, 1100, device=DEVICE, dtype=torch.float16)
         bias = torch.randn(1000, device=DEVICE, dtype=torch.float16)
         error = relative_error(linear(x, bias), exact_product(x, weight, bias))
@@ -278,13 +294,17 @@ def decode_rows(
     for name in names:
         weights = copies(case_runtime(name))
         N, K = weights[0].N, weights[0].K
-        for T in (1, 16):
+        for T in TOKENS_TIMED:
             key = (N, K, T)
             half[key] = half.get(key) or time_half(*key)
-            best = tiles.block_shapes(weights[0])[0 if T <= 8 else 1]
-            shapes = (SHAPES if every_shape else (best,)) if "cuda" in kinds else ()
-            kernels = {shape_name(s): [decoder_or_none(w, s) for w in weights] for s in shapes}
-            if "triton" in kinds:
+            bucket = bucket_of(T)
+            best = tiles.block_shapes(weights[0])[bucket]
+            shapes = (SHAPES[bucket] if every_shape else (best,)) if "cuda" in kinds else ()
+            kernels: dict[str, list[Product | None]] = {
+                shape_name(shape): [decoder_or_none(w, shape, T) for w in weights]
+                for shape in shapes
+            }
+            if "triton" in kinds and T <= 16:
                 kernels["triton"] = [triton_decoder(weight) for weight in weights]
             for kernel, decoders in kernels.items():
                 usable = [decoder for decoder in decoders if decoder is not None]
@@ -317,7 +337,7 @@ def row(
 def prefill_rows() -> list[dict[str, object]]:
     rows = []
     for N, K in PREFILL:
-        half = {T: time_half(N, K, T) for T in (32, 64, 128, 2048)}
+        half = {T: time_half(N, K, T) for T in (128, 2048)}
         for width in (2, 3, 4, 8):
             linear = MixedLinear([random_packed(N, K, (width,) * (K // 128))], DEVICE)
             for T in half:
@@ -367,14 +387,14 @@ def write_tiles(rows: list[dict[str, object]], gpu: str) -> None:
     table = json.loads(path.read_text())
     best: dict[tuple[object, ...], dict[str, object]] = {}
     for r in rows:
-        key = (r["N"], r["K"], r["widths"], 8 if r["tokens"] == 1 else 16)
+        key = (r["N"], r["K"], r["widths"], bucket_of(r["tokens"]))
         if str(r["kernel"]).startswith("cuda") and (
             key not in best or r["microseconds"] < best[key]["microseconds"]
         ):
             best[key] = r
     entries = [entry for entry in table["entries"] if entry["gpu"] != gpu]
-    for (N, K, widths, tokens), r in best.items():
-        shape = next(shape for shape in SHAPES if shape_name(shape) == r["kernel"])
+    for (N, K, widths, tokens), r in sorted(best.items()):
+        shape = next(shape for shape in SHAPES[tokens] if shape_name(shape) == r["kernel"])
         entries.append(
             {"gpu": gpu, "N": N, "K": K, "widths": widths, "tokens": tokens}
             | {"shape": list(dataclasses.astuple(shape))}
@@ -386,24 +406,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweep", action="store_true", help="time every launch shape")
     parser.add_argument("--write", action="store_true", help="record the best shapes")
-    parser.add_argument("--kernels", nargs="*", default=["cuda", "triton"])
+    parser.add_argument("--kernels", nargs="*", default=["cuda", "triton", "prefill"])
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     failed = check(options.kernels)
-    if "triton" in options.kernels and not check_prefill():
+    if "prefill" in options.kernels and not check_prefill():
         failed.add("prefill")
     print(f"check done, failed: {sorted(failed) or 'none'}", flush=True)
     result: dict[str, object] = {"provenance": provenance(), "failed": sorted(failed)}
-    result["decode"] = decode_rows(
-        options.cases, options.kernels, failed, every_shape=options.sweep
-    )
-    if "triton" in options.kernels and "prefill" not in failed:
+    cases = options.cases if {"cuda", "triton"} & set(options.kernels) else []
+    result["decode"] = decode_rows(cases, options.kernels, failed, every_shape=options.sweep)
+    if "prefill" in options.kernels and "prefill" not in failed:
         result["prefill"] = prefill_rows()
     if options.write:
         write_tiles(result["decode"], result["provenance"]["gpu"])
     options.out.mkdir(parents=True, exist_ok=True)
-    kinds = "" if len(options.kernels) == 2 else f"{options.kernels[0]}-"
+    kinds = "" if len(options.kernels) == 3 else f"{options.kernels[0]}-"
     name = f"matmul-{'sweep-' if options.sweep else kinds}{result['provenance']['gpu']}"
     file = options.out / name.replace(" ", "-").lower()
     file.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")

@@ -7,19 +7,23 @@
 //
 // One block per slot of every multiprocessor takes an equal share of the bytes: a run of
 // consecutive units, a unit being one tile of rows times one pair of groups. One thread of an
-// extra warp streams the units' planes, scale words and activations into a ring in shared memory
-// by bulk copies, across tiles and widths without a pause. Every other warp owns 16*ROW_TILES
-// rows of each unit and multiplies them by mma.m16n8k16 with the weights as the left operand:
+// extra warp streams the units' planes and scale words into a ring in shared memory by bulk
+// copies, across tiles and widths without a pause. Every other warp owns 16*ROW_TILES rows of
+// each unit and multiplies them by mma.m16n8k16 with the weights as the left operand:
 //
 //   rows of a pair are 32w contiguous bytes, so a lane's 8 or 16 bytes of row lane/4 are whole
 //   words of two columns; one AND (two for joined planes) makes a register of the left operand.
-//   The order of columns inside the product is free, and the prologue writes the activations in
-//   the order that this reading gives: vectors of 16 bytes, [group][4][token][lane % 4].
+//   The order of columns inside the product is free, so activations are laid out in the order
+//   that this reading gives: vectors of 16 bytes, [group][4][token][lane % 4], then for each
+//   group and token the power of two they were divided by (times 2^24) and their sum.
+//
+// One or two tokens are converted by every block for the pairs it needs. More tokens are
+// converted once, by the prologue kernel, and travel with the weights.
 //
 // Where a tile is shared by several blocks, each warp leaves its partial sums in the workspace
 // and the last to arrive adds them in block order: bitwise the same result on every launch. No
-// block ever waits for another. The decode grid may start while the prologue runs; it fetches
-// weights at once and activations only when the prologue is done.
+// block ever waits for another. A launch may begin while the one before it drains: until
+// griddepcontrol.wait it touches nothing but weights and tables.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -30,12 +34,12 @@
 namespace {
 
 constexpr int kMinimumExponent = 16;
-constexpr int kPrologueThreads = 256;
-constexpr int kThreadsPerSlot = 16;
+constexpr int kPrologueWarps = 2;
 
 struct PairRow {
   int width;
   uint32_t low, high, grid;  // offsets in units of 16 bytes
+  int first[2], live[2];     // packed columns of the two groups
 };
 
 struct TileRow {
@@ -43,8 +47,10 @@ struct TileRow {
   int output, live_rows, first_block, blocks;
 };
 
+// Units [begin, end); its first tile; activations of unit begin + i are chunk i % chunks.
 struct BlockRow {
-  int begin, end, tile, unused;
+  int begin, end, tile, chunks;
+  int row, pair_of_unit, tile_end, unused;
 };
 
 }  // namespace
@@ -55,15 +61,18 @@ extern "C" struct DecodeArguments {
   const PairRow* pairs;
   const TileRow* tiles;
   const BlockRow* blocks;
-  const uint8_t* inputs;
-  const float* factor;
+  const void* x;
+  const int* order;
+  uint8_t* inputs;  // converted activations of all pairs, null where blocks convert their own
   const void* bias;
   float* partial;
   int* counters;
   void* y;
   int pair_count;
   int tokens;
+  int x_stride;
   int output_stride;
+  int chunk_capacity;
   int stage_count;
   int stage_bytes;
   int is_bf16;
@@ -138,122 +147,114 @@ struct Lane {
   int column;  // lane % 4
 };
 
-// Adds one unit to total[row tile][token tile]. `low`, `high` and `scales` point at the warp's
-// first row; `inputs` at the pair's activations.
+// Loads 4 words (2 for planes of one bit, twice) of a lane's part of 2*ROW_TILES rows: of vector v
+// of a plane of BITS bits, taken 16 bytes at a time or, next to a plane of one bit, 8.
+template <int BITS, bool NARROW, int ROW_TILES>
+__device__ __forceinline__ void load_words(const uint8_t* plane, int v, Lane lane,
+                                           uint32_t (&words)[2 * ROW_TILES][4]) {
+#pragma unroll
+  for (int r = 0; r < 2 * ROW_TILES; ++r) {
+    const uint8_t* from = plane + (r * 8 + lane.row) * 32 * BITS + v * 64;
+    uint32_t(&to)[4] = words[r];
+    if constexpr (BITS == 1) {
+      const uint2 here = *reinterpret_cast<const uint2*>(from + lane.column * 8);
+      to[0] = to[2] = here.x, to[1] = to[3] = here.y;
+    } else if constexpr (NARROW) {
+      const uint2 first = *reinterpret_cast<const uint2*>(from + lane.column * 8);
+      const uint2 second = *reinterpret_cast<const uint2*>(from + 32 + lane.column * 8);
+      to[0] = first.x, to[1] = first.y, to[2] = second.x, to[3] = second.y;
+    } else {
+      const uint4 here = *reinterpret_cast<const uint4*>(from + lane.column * 16);
+      to[0] = here.x, to[1] = here.y, to[2] = here.z, to[3] = here.w;
+    }
+  }
+}
+
+// Adds one group of a unit to total[row tile][token tile]. `low`, `high` and `scales` point at the
+// warp's first row; `inputs` at the pair's activations.
+template <int LOW, int HIGH, int GROUP, int ROW_TILES, int TOKEN_TILES>
+__device__ __forceinline__ void add_group(const uint8_t* low, const uint8_t* high,
+                                          const uint8_t* scales, const uint8_t* inputs, int tokens,
+                                          const int (&token)[TOKEN_TILES], Lane lane,
+                                          float (&total)[ROW_TILES][TOKEN_TILES][4]) {
+  constexpr int kVectors = LOW >= 2 ? LOW / 2 : 1;
+  constexpr int kSteps = 4 / kVectors;
+  constexpr bool kNarrow = LOW == 1 || HIGH == 1;
+  float sum[ROW_TILES][TOKEN_TILES][4] = {};
+  uint32_t high_words[2 * ROW_TILES][4];
+  if constexpr (HIGH != 0) load_words<HIGH, false, ROW_TILES>(high, 0, lane, high_words);
+#pragma unroll(LOW == 8 ? 1 : kVectors)
+  for (int v = 0; v < kVectors; ++v) {
+    uint32_t a[2 * ROW_TILES][4];
+    uint32_t b[2 * ROW_TILES][4];
+    load_words<LOW, kNarrow, ROW_TILES>(low, v, lane, a);
+#pragma unroll
+    for (int r = 0; r < 2 * ROW_TILES; ++r) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (GROUP == 1) a[r][i] >>= 8;
+        b[r][i] = 0;
+        if constexpr (HIGH != 0) {
+          const int slice = kNarrow ? 2 * v + i / 2 : v;
+          const int shift = LOW - HIGH * slice;
+          b[r][i] = GROUP ? high_words[r][i] >> (8 - shift) : high_words[r][i] << shift;
+        }
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      // Two products share one vector of activations: two fields of width 1, else one field of
+      // two pairs of words.
+      const int vector = LOW == 1 ? step : step * LOW / 2 + v;
+      const int first = LOW == 1 ? 2 * step : step;
+      const int second = LOW == 1 ? 2 * step + 1 : step;
+#pragma unroll
+      for (int n = 0; n < TOKEN_TILES; ++n) {
+        const uint4 x = *reinterpret_cast<const uint4*>(
+            inputs + ((GROUP * 4 + vector) * tokens + token[n]) * 64 + lane.column * 16);
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r) {
+          multiply(sum[r][n], field<LOW, HIGH>(a[2 * r][0], b[2 * r][0], first),
+                   field<LOW, HIGH>(a[2 * r + 1][0], b[2 * r + 1][0], first),
+                   field<LOW, HIGH>(a[2 * r][1], b[2 * r][1], first),
+                   field<LOW, HIGH>(a[2 * r + 1][1], b[2 * r + 1][1], first), x.x, x.y);
+        }
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r) {
+          multiply(sum[r][n], field<LOW, HIGH>(a[2 * r][2], b[2 * r][2], second),
+                   field<LOW, HIGH>(a[2 * r + 1][2], b[2 * r + 1][2], second),
+                   field<LOW, HIGH>(a[2 * r][3], b[2 * r][3], second),
+                   field<LOW, HIGH>(a[2 * r + 1][3], b[2 * r + 1][3], second), x.z, x.w);
+        }
+      }
+    }
+  }
+  const float2* tails = reinterpret_cast<const float2*>(inputs + 512 * tokens) + GROUP * tokens;
+#pragma unroll
+  for (int n = 0; n < TOKEN_TILES; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float2 tail = tails[min(n * 8 + 2 * lane.column + e, tokens - 1)];
+#pragma unroll
+      for (int r = 0; r < 2 * ROW_TILES; ++r) {
+        const __half2 word =
+            *reinterpret_cast<const __half2*>(scales + (r * 8 + lane.row) * 8 + GROUP * 4);
+        const float2 grid = __half22float2(word);
+        const int cell = (r % 2) * 2 + e;
+        const float product = sum[r / 2][n][cell] * tail.x - grid.y * tail.y;
+        total[r / 2][n][cell] += grid.x * product;
+      }
+    }
+  }
+}
+
 template <int LOW, int HIGH, int ROW_TILES, int TOKEN_TILES>
 __device__ __forceinline__ void add_unit(const uint8_t* low, const uint8_t* high,
                                          const uint8_t* scales, const uint8_t* inputs, int tokens,
                                          const int (&token)[TOKEN_TILES], Lane lane,
                                          float (&total)[ROW_TILES][TOKEN_TILES][4]) {
-  constexpr int kFields = 8 / LOW;
-  constexpr int kVectors = LOW >= 2 ? LOW / 2 : 1;
-  constexpr bool kNarrow = LOW == 1 || HIGH == 1;
-  float sum[2][ROW_TILES][TOKEN_TILES][4] = {};
-  uint32_t high_words[ROW_TILES][2][4];
-  if constexpr (HIGH != 0) {
-#pragma unroll
-    for (int r = 0; r < 2 * ROW_TILES; ++r) {
-      const uint8_t* from = high + (r * 8 + lane.row) * 32 * HIGH + lane.column * 8 * HIGH;
-      uint32_t(&to)[4] = high_words[r / 2][r % 2];
-      if constexpr (HIGH == 1) {
-        const uint2 words = *reinterpret_cast<const uint2*>(from);
-        to[0] = to[2] = words.x;
-        to[1] = to[3] = words.y;
-      } else {
-        const uint4 words = *reinterpret_cast<const uint4*>(from);
-        to[0] = words.x, to[1] = words.y, to[2] = words.z, to[3] = words.w;
-      }
-    }
-  }
-#pragma unroll(LOW == 8 ? 1 : kVectors)
-  for (int v = 0; v < kVectors; ++v) {
-    uint32_t words[ROW_TILES][2][4];
-#pragma unroll
-    for (int r = 0; r < 2 * ROW_TILES; ++r) {
-      const uint8_t* from = low + (r * 8 + lane.row) * 32 * LOW + v * 64;
-      uint32_t(&to)[4] = words[r / 2][r % 2];
-      if constexpr (LOW == 1) {
-        const uint2 here = *reinterpret_cast<const uint2*>(from + lane.column * 8);
-        to[0] = to[2] = here.x, to[1] = to[3] = here.y;
-      } else if constexpr (kNarrow) {
-        const uint2 first = *reinterpret_cast<const uint2*>(from + lane.column * 8);
-        const uint2 second = *reinterpret_cast<const uint2*>(from + 32 + lane.column * 8);
-        to[0] = first.x, to[1] = first.y, to[2] = second.x, to[3] = second.y;
-      } else {
-        const uint4 here = *reinterpret_cast<const uint4*>(from + lane.column * 16);
-        to[0] = here.x, to[1] = here.y, to[2] = here.z, to[3] = here.w;
-      }
-    }
-#pragma unroll
-    for (int group = 0; group < 2; ++group) {
-      uint32_t left[ROW_TILES][2][4];
-      uint32_t upper[ROW_TILES][2][4];
-#pragma unroll
-      for (int r = 0; r < 2 * ROW_TILES; ++r) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t word = words[r / 2][r % 2][i];
-          left[r / 2][r % 2][i] = group ? word >> 8 : word;
-          if constexpr (HIGH != 0) {
-            const int slice = kNarrow ? 2 * v + i / 2 : v;
-            const int shift = LOW - HIGH * slice;
-            const uint32_t above = high_words[r / 2][r % 2][i];
-            upper[r / 2][r % 2][i] = group ? above >> (8 - shift) : above << shift;
-          } else {
-            upper[r / 2][r % 2][i] = 0;
-          }
-        }
-      }
-      constexpr int kSteps = 4 / kVectors;
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        // Two products share one vector of activations: two fields of width 1, else one field
-        // of two pairs of words.
-        const int vector = LOW == 1 ? step : step * LOW / 2 + v;
-        const int first = LOW == 1 ? 2 * step : step;
-        const int second = LOW == 1 ? 2 * step + 1 : step;
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; ++n) {
-          const uint4 x = *reinterpret_cast<const uint4*>(
-              inputs + ((group * 4 + vector) * tokens + token[n]) * 64 + lane.column * 16);
-#pragma unroll
-          for (int r = 0; r < ROW_TILES; ++r) {
-            const auto& a = left[r];
-            const auto& b = upper[r];
-            multiply(sum[group][r][n], field<LOW, HIGH>(a[0][0], b[0][0], first),
-                     field<LOW, HIGH>(a[1][0], b[1][0], first),
-                     field<LOW, HIGH>(a[0][1], b[0][1], first),
-                     field<LOW, HIGH>(a[1][1], b[1][1], first), x.x, x.y);
-            multiply(sum[group][r][n], field<LOW, HIGH>(a[0][2], b[0][2], second),
-                     field<LOW, HIGH>(a[1][2], b[1][2], second),
-                     field<LOW, HIGH>(a[0][3], b[0][3], second),
-                     field<LOW, HIGH>(a[1][3], b[1][3], second), x.z, x.w);
-          }
-        }
-      }
-    }
-  }
-  static_assert(kFields >= 1, "a field is at most a byte");
-  const float* sums = reinterpret_cast<const float*>(inputs + 512 * tokens);
-#pragma unroll
-  for (int r = 0; r < 2 * ROW_TILES; ++r) {
-    const uint2 words = *reinterpret_cast<const uint2*>(scales + (r * 8 + lane.row) * 8);
-#pragma unroll
-    for (int group = 0; group < 2; ++group) {
-      const uint32_t word = group ? words.y : words.x;
-      const float2 grid = __half22float2(*reinterpret_cast<const __half2*>(&word));
-#pragma unroll
-      for (int n = 0; n < TOKEN_TILES; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int t = min(n * 8 + 2 * lane.column + e, tokens - 1);
-          const int cell = (r % 2) * 2 + e;
-          const float product = sum[group][r / 2][n][cell] - grid.y * sums[group * tokens + t];
-          total[r / 2][n][cell] += grid.x * product;
-        }
-      }
-    }
-  }
+  add_group<LOW, HIGH, 0>(low, high, scales, inputs, tokens, token, lane, total);
+  add_group<LOW, HIGH, 1>(low, high, scales, inputs, tokens, token, lane, total);
 }
 
 template <int ROW_TILES, int TOKEN_TILES>
@@ -276,7 +277,7 @@ __device__ __forceinline__ void store_outputs(const DecodeArguments& p, const Ti
       for (int e = 0; e < 2; ++e) {
         const int t = n * 8 + 2 * lane.column + e;
         if (t >= p.tokens) continue;
-        const float y = total[r / 2][n][(r % 2) * 2 + e] * p.factor[t] + bias;
+        const float y = total[r / 2][n][(r % 2) * 2 + e] + bias;
         const size_t at = static_cast<size_t>(t) * p.output_stride + output;
         if (p.is_bf16) {
           static_cast<__nv_bfloat16*>(p.y)[at] = __float2bfloat16(y);
@@ -303,14 +304,17 @@ __device__ __forceinline__ bool reduce(const DecodeArguments& p, const TileRow& 
     const int t = (i / 4 % TOKEN_TILES) * 8 + 2 * lane.column + i % 2;
     if (t < p.tokens) __stcg(mine + i * 32, total[i / (4 * TOKEN_TILES)][i / 4 % TOKEN_TILES][i % 4]);
   }
-  __threadfence();
   __syncwarp();
   int arrived = 0;
   int* counter = p.counters + tile_id * WARPS + warp;
-  if (thread == 0) arrived = atomicAdd(counter, 1);
+  if (thread == 0) {
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+                 : "=r"(arrived)
+                 : "l"(counter)
+                 : "memory");
+  }
   arrived = __shfl_sync(0xffffffffu, arrived, 0);
   if (arrived != tile.blocks - 1) return false;
-  __threadfence();
 #pragma unroll
   for (int i = 0; i < kCells; ++i) total[i / (4 * TOKEN_TILES)][i / 4 % TOKEN_TILES][i % 4] = 0.0f;
   for (int b = 0; b < tile.blocks; ++b) {
@@ -333,18 +337,80 @@ __device__ __forceinline__ int low_plane(int width) {
   return width == 3 ? 2 : width == 5 || width == 6 ? 4 : width;
 }
 
-__device__ __forceinline__ int input_bytes(int tokens) {
-  return 512 * tokens + (8 * tokens + 15) / 16 * 16;
+// Bytes of one pair's activations: 8 vectors of 4 x 16 bytes a token, then (scale, sum) twice.
+__device__ __forceinline__ int input_bytes(int tokens) { return 528 * tokens; }
+
+__device__ __forceinline__ float load_input(const DecodeArguments& p, int64_t at) {
+  return p.is_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(p.x)[at])
+                   : __half2float(static_cast<const __half*>(p.x)[at]);
+}
+
+// Converts one token of one pair: a warp, a half of it for each group. Each group is divided by a
+// power of two that brings it below 2^15, and each field by its place value.
+__device__ __forceinline__ void convert(const DecodeArguments& p, const PairRow& pair, int token,
+                                        int thread, uint8_t* to) {
+  const int group = thread / 16, vector = thread % 16 / 4, column = thread % 4;
+  const int low = low_plane(pair.width);
+  const bool narrow = pair.width == 1 || pair.width == 3 || pair.width == 5;
+  float values[4][2];
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int product = 2 * vector + i / 2;
+    const int j = product / low, step = product % low;
+    const int word = narrow ? 8 * step + 2 * column + i % 2
+                            : 16 * (step / 2) + 4 * column + 2 * (step % 2) + i % 2;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int c = j * 16 * low + 2 * word + h;
+      float value = 0.0f;
+      if (c < pair.live[group]) {
+        const int k = pair.first[group] + c;
+        value = load_input(p, static_cast<int64_t>(token) * p.x_stride + (p.order ? p.order[k] : k));
+      }
+      values[i][h] = value;
+      largest = fmaxf(largest, fabsf(value));
+    }
+  }
+#pragma unroll
+  for (int step = 8; step > 0; step /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  }
+  const int exponent = max(__float_as_int(largest) >> 23, kMinimumExponent) - 14;
+  const float inverse = __int_as_float((254 - exponent) << 23);
+  const float scale = __int_as_float(exponent << 23);
+  uint4 out;
+  __half2* halves = reinterpret_cast<__half2*>(&out);
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int shift = low * ((2 * vector + i / 2) / low);
+    const float down = inverse * __int_as_float((127 - shift) << 23);
+    halves[i] = __floats2half2_rn(values[i][0] * down, values[i][1] * down);
+    const float2 seen = __half22float2(halves[i]);
+    total += (seen.x + seen.y) * __int_as_float((127 + shift) << 23);
+  }
+#pragma unroll
+  for (int step = 8; step > 0; step /= 2) {
+    total += __shfl_xor_sync(0xffffffffu, total, step);
+  }
+  *reinterpret_cast<uint4*>(to + ((group * 4 + vector) * p.tokens + token) * 64 + column * 16) = out;
+  if (thread % 16 == 0) {
+    float2* tails = reinterpret_cast<float2*>(to + 512 * p.tokens);
+    tails[group * p.tokens + token] = make_float2(scale * 16777216.0f, total * scale);
+  }
 }
 
 // Walks the units of a block: `next` gives the pair of the current unit and steps on.
 struct Cursor {
   int unit, tile, row, pair_of_unit, tile_end;
 
-  __device__ Cursor(const DecodeArguments& p, const BlockRow& block)
-      : unit(block.begin), tile(block.tile) {
-    enter(p);
-  }
+  __device__ explicit Cursor(const BlockRow& block)
+      : unit(block.begin),
+        tile(block.tile),
+        row(block.row),
+        pair_of_unit(block.pair_of_unit),
+        tile_end(block.tile_end) {}
 
   __device__ void enter(const DecodeArguments& p) {
     const TileRow here = p.tiles[tile];
@@ -368,15 +434,15 @@ __device__ void produce(const DecodeArguments& p, const BlockRow& block, const P
   uint64_t once, keep;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
-  const int x_bytes = input_bytes(p.tokens);
+  const int x_bytes = p.inputs ? input_bytes(p.tokens) : 0;
   // Activations follow their own cursor: it starts when the prologue is done, at the latest when
   // the ring is full of weights.
-  Cursor weights(p, block), inputs(p, block);
+  Cursor weights(block), inputs(block);
   bool ready = false;
   for (int i = 0; i < block.end - block.begin; ++i) {
     const int stage = i % p.stage_count;
     if (i >= p.stage_count) barrier_wait(empty + stage, (i / p.stage_count - 1) & 1);
-    const PairRow pair = pairs[weights.next(p)];
+    const PairRow& pair = pairs[weights.next(p)];
     const int low = low_plane(pair.width), high = pair.width - low;
     uint8_t* scales = ring + stage * p.stage_bytes + x_bytes;
     uint8_t* planes = scales + ROWS * 8;
@@ -390,6 +456,7 @@ __device__ void produce(const DecodeArguments& p, const BlockRow& block, const P
     }
     bulk_copy(scales, p.grid + (static_cast<size_t>(pair.grid) << 4) + weights.row * 8, ROWS * 8,
               full + stage, once);
+    if (!p.inputs) continue;
     if (!ready && (i + 1 == p.stage_count || i + 1 == block.end - block.begin)) {
       asm volatile("griddepcontrol.wait;" ::: "memory");
       ready = true;
@@ -404,22 +471,35 @@ __device__ void produce(const DecodeArguments& p, const BlockRow& block, const P
 
 template <int WARPS, int ROW_TILES, int TOKEN_TILES>
 __device__ void consume(const DecodeArguments& p, const BlockRow& block, const PairRow* pairs,
-                        uint64_t* full, uint64_t* empty, const uint8_t* ring, int warp,
-                        int thread) {
+                        uint64_t* full, uint64_t* empty, const uint8_t* ring, uint8_t* chunks,
+                        int warp, int thread) {
   constexpr int kRows = WARPS * ROW_TILES * 16;
   const Lane lane = {thread / 4, thread % 4};
   const int warp_row = warp * ROW_TILES * 16;
-  const int x_bytes = input_bytes(p.tokens);
+  const int x_bytes = input_bytes(p.tokens), staged_bytes = p.inputs ? x_bytes : 0;
+  if (!p.inputs) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    Cursor cursor(block);
+    for (int c = 0; c < block.chunks; ++c) {
+      const PairRow& pair = pairs[cursor.next(p)];
+      for (int t = 0; t < p.tokens && c % WARPS == warp; ++t) {
+        convert(p, pair, t, thread, chunks + c * x_bytes);
+      }
+    }
+    asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+  }
   int token[TOKEN_TILES];
 #pragma unroll
   for (int n = 0; n < TOKEN_TILES; ++n) token[n] = min(n * 8 + lane.row, p.tokens - 1);
-  Cursor cursor(p, block);
+  Cursor cursor(block);
   float total[ROW_TILES][TOKEN_TILES][4] = {};
-  for (int stage = 0, parity = 0; cursor.unit < block.end;) {
+  for (int stage = 0, parity = 0, chunk = 0; cursor.unit < block.end;) {
     const int width = pairs[cursor.next(p)].width;
-    const uint8_t* inputs = ring + stage * p.stage_bytes;
-    const uint8_t* scales = inputs + x_bytes + warp_row * 8;
-    const uint8_t* planes = inputs + x_bytes + kRows * 8;
+    const uint8_t* staged = ring + stage * p.stage_bytes;
+    const uint8_t* inputs = p.inputs ? staged : chunks + chunk * x_bytes;
+    const uint8_t* scales = staged + staged_bytes + warp_row * 8;
+    const uint8_t* planes = staged + staged_bytes + kRows * 8;
+    if (++chunk == block.chunks) chunk = 0;
     barrier_wait(full + stage, parity);
     switch (width) {
 #define BITMILL_WIDTH(WIDTH, LOW, HIGH)                                                        \
@@ -463,9 +543,14 @@ __global__ void __launch_bounds__((WARPS + 1) * 32, BLOCKS)
   uint64_t* empty = full + p.stage_count;
   PairRow* pairs = reinterpret_cast<PairRow*>(empty + p.stage_count);
   const int tables = p.stage_count * 16 + p.pair_count * static_cast<int>(sizeof(PairRow));
-  uint8_t* ring = memory + (tables + 127) / 128 * 128;
+  const int inputs = p.chunk_capacity * input_bytes(p.tokens);
+  uint8_t* chunks = memory + tables;
+  uint8_t* ring = memory + (tables + inputs + 127) / 128 * 128;
+  asm volatile("griddepcontrol.launch_dependents;");
   const BlockRow block = p.blocks[blockIdx.x];
-  for (int i = threadIdx.x; i < p.pair_count; i += (WARPS + 1) * 32) pairs[i] = p.pairs[i];
+  for (int i = threadIdx.x; i < 2 * p.pair_count; i += (WARPS + 1) * 32) {
+    reinterpret_cast<uint4*>(pairs)[i] = reinterpret_cast<const uint4*>(p.pairs)[i];
+  }
   if (threadIdx.x == 0) {
     for (int s = 0; s < p.stage_count; ++s) {
       barrier_init(full + s, 1);
@@ -478,117 +563,29 @@ __global__ void __launch_bounds__((WARPS + 1) * 32, BLOCKS)
   if (warp == WARPS) {
     if (thread == 0) produce<WARPS * ROW_TILES * 16>(p, block, pairs, full, empty, ring);
   } else {
-    consume<WARPS, ROW_TILES, TOKEN_TILES>(p, block, pairs, full, empty, ring, warp, thread);
+    consume<WARPS, ROW_TILES, TOKEN_TILES>(p, block, pairs, full, empty, ring, chunks, warp,
+                                             thread);
   }
 }
 
-template <typename T>
-__device__ __forceinline__ float to_float(T value);
-template <>
-__device__ __forceinline__ float to_float(__half value) {
-  return __half2float(value);
-}
-template <>
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) {
-  return __bfloat162float(value);
-}
-
-struct SlotRow {
-  int first, live, low, width;
-};
-
-// The prologue of prologue.py, writing the activations in the order that `add_unit` reads.
-template <typename T>
-__global__ void __launch_bounds__(kPrologueThreads)
-    prologue_kernel(const T* x, const int* order, const SlotRow* slots, uint8_t* inputs,
-                    float* factor, int K, int slot_count, int x_stride, int tokens) {
+// Converts the activations of every pair: one warp for each pair and token.
+__global__ void __launch_bounds__(kPrologueWarps * 32)
+    prologue_kernel(const __grid_constant__ DecodeArguments p) {
   asm volatile("griddepcontrol.launch_dependents;");
-  __shared__ float largest_of_warp[kPrologueThreads / 32];
-  const int token = blockIdx.y;
-  const T* row = x + static_cast<size_t>(token) * x_stride;
-  float largest = 0.0f;
-  if (K % 8 == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0) {
-    for (int k = threadIdx.x * 8; k < K; k += kPrologueThreads * 8) {
-      const uint4 words = *reinterpret_cast<const uint4*>(row + k);
-      const T* values = reinterpret_cast<const T*>(&words);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(to_float(values[i])));
-    }
-  } else {
-    for (int k = threadIdx.x; k < K; k += kPrologueThreads) {
-      largest = fmaxf(largest, fabsf(to_float(row[k])));
-    }
-  }
-  for (int step = 16; step > 0; step /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-  }
-  if (threadIdx.x % 32 == 0) largest_of_warp[threadIdx.x / 32] = largest;
-  __syncthreads();
-  largest = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kPrologueThreads / 32; ++w) largest = fmaxf(largest, largest_of_warp[w]);
-  const int exponent = max(__float_as_int(largest) >> 23, kMinimumExponent) - 14;
-  const float inverse = __int_as_float((254 - exponent) << 23);
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    factor[token] = __int_as_float(exponent << 23) * 16777216.0f;
-  }
-  const int slot = (blockIdx.x * kPrologueThreads + threadIdx.x) / kThreadsPerSlot;
-  const int vector = threadIdx.x % kThreadsPerSlot / 4, column = threadIdx.x % 4;
-  uint4 out;
-  __half2* pairs = reinterpret_cast<__half2*>(&out);
-  float total = 0.0f;
-  if (slot < slot_count) {
-    const SlotRow s = slots[slot];
-    const bool narrow = s.width == 1 || s.width == 3 || s.width == 5;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int product = 2 * vector + i / 2;
-      const int j = product / s.low, step = product % s.low;
-      const int word = narrow ? 8 * step + 2 * column + i % 2
-                              : 16 * (step / 2) + 4 * column + 2 * (step % 2) + i % 2;
-      const float down = __int_as_float((127 - s.low * j) << 23);
-      const float up = __int_as_float((127 + s.low * j) << 23);
-      float values[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int c = j * 16 * s.low + 2 * word + h;
-        float value = 0.0f;
-        if (c < s.live) {
-          const int k = s.first + c;
-          value = to_float(row[order ? order[k] : k]) * inverse * down;
-        }
-        values[h] = value;
-      }
-      pairs[i] = __floats2half2_rn(values[0], values[1]);
-      const float2 seen = __half22float2(pairs[i]);
-      total += (seen.x + seen.y) * up;
-    }
-  }
-  for (int step = kThreadsPerSlot / 2; step > 0; step /= 2) {
-    total += __shfl_xor_sync(0xffffffffu, total, step);
-  }
-  if (slot < slot_count) {
-    const int chunk = 512 * tokens + (8 * tokens + 15) / 16 * 16;
-    uint8_t* pair = inputs + static_cast<size_t>(slot / 2) * chunk;
-    const int at = (((slot % 2) * 4 + vector) * tokens + token) * 64 + column * 16;
-    *reinterpret_cast<uint4*>(pair + at) = out;
-    if (vector == 0 && column == 0) {
-      float* sums = reinterpret_cast<float*>(pair + 512 * tokens);
-      sums[(slot % 2) * tokens + token] = total * 5.9604644775390625e-08f;
-    }
-  }
+  const int item = blockIdx.x * kPrologueWarps + threadIdx.x / 32;
+  if (item >= p.pair_count * p.tokens) return;
+  const int pair = item / p.tokens;
+  const PairRow row = p.pairs[pair];
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  convert(p, row, item % p.tokens, threadIdx.x % 32,
+          p.inputs + static_cast<size_t>(pair) * input_bytes(p.tokens));
 }
 
-template <int WARPS, int ROW_TILES, int TOKEN_TILES, int BLOCKS>
-cudaError_t launch(const DecodeArguments& arguments, int blocks, int shared, bool overlap,
-                   cudaStream_t stream) {
-  auto kernel = decode_kernel<WARPS, ROW_TILES, TOKEN_TILES, BLOCKS>;
-  cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (status != cudaSuccess) return status;
+cudaError_t launch_kernel(void (*kernel)(DecodeArguments), const DecodeArguments& arguments,
+                          int blocks, int threads, int shared, bool overlap, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
-  config.blockDim = dim3((WARPS + 1) * 32);
+  config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   cudaLaunchAttribute attribute = {};
@@ -599,46 +596,43 @@ cudaError_t launch(const DecodeArguments& arguments, int blocks, int shared, boo
   return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
-}  // namespace
-
-// Every launcher returns a cudaError_t; 0 is success, -1 an unknown shape.
-
-extern "C" int bitmill_prologue(const void* x, const int* order, const void* slots, void* inputs,
-                                float* factor, int K, int slot_count, int x_stride, int tokens,
-                                int is_bf16, void* stream) {
-  const dim3 grid((slot_count * kThreadsPerSlot + kPrologueThreads - 1) / kPrologueThreads, tokens);
-  const auto s = static_cast<cudaStream_t>(stream);
-  const auto* rows = static_cast<const SlotRow*>(slots);
-  auto* to = static_cast<uint8_t*>(inputs);
-  if (is_bf16) {
-    prologue_kernel<<<grid, kPrologueThreads, 0, s>>>(static_cast<const __nv_bfloat16*>(x), order,
-                                                      rows, to, factor, K, slot_count, x_stride,
-                                                      tokens);
-  } else {
-    prologue_kernel<<<grid, kPrologueThreads, 0, s>>>(static_cast<const __half*>(x), order, rows,
-                                                      to, factor, K, slot_count, x_stride, tokens);
+template <int WARPS, int ROW_TILES, int TOKEN_TILES, int BLOCKS>
+cudaError_t launch(const DecodeArguments& arguments, int blocks, int shared, bool overlap,
+                   cudaStream_t stream) {
+  auto kernel = decode_kernel<WARPS, ROW_TILES, TOKEN_TILES, BLOCKS>;
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (status != cudaSuccess) return status;
+  if (arguments.inputs != nullptr) {
+    const int items = arguments.pair_count * arguments.tokens;
+    status = launch_kernel(prologue_kernel, arguments, (items + kPrologueWarps - 1) / kPrologueWarps,
+                           kPrologueWarps * 32, 0, overlap, stream);
+    if (status != cudaSuccess) return status;
   }
-  return static_cast<int>(cudaGetLastError());
+  return launch_kernel(kernel, arguments, blocks, (WARPS + 1) * 32, shared, overlap, stream);
 }
 
+}  // namespace
+
+// Multiplies, converting first where `inputs` is given. `overlap` lets each launch begin while the
+// one before it drains. Returns a cudaError_t; 0 is success, -1 a shape that is not compiled.
 extern "C" int bitmill_decode(const DecodeArguments* arguments, int warps, int row_tiles,
                               int blocks_per_processor, int blocks, int shared, int overlap,
                               void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const int token_tiles = (arguments->tokens + 7) / 8;
-#define BITMILL_SHAPE(WARPS, ROW_TILES, BLOCKS)                                                 \
-  if (warps == WARPS && row_tiles == ROW_TILES && blocks_per_processor == BLOCKS) {             \
-    if (token_tiles == 1)                                                                       \
-      return launch<WARPS, ROW_TILES, 1, BLOCKS>(*arguments, blocks, shared, overlap, s);       \
-    if (token_tiles == 2)                                                                       \
-      return launch<WARPS, ROW_TILES, 2, BLOCKS>(*arguments, blocks, shared, overlap, s);       \
-  }
-  BITMILL_SHAPE(8, 1, 2)
-  BITMILL_SHAPE(4, 2, 3)
-  BITMILL_SHAPE(4, 2, 4)
-  BITMILL_SHAPE(4, 1, 4)
-  BITMILL_SHAPE(8, 2, 1)
-  BITMILL_SHAPE(8, 2, 2)
+#define BITMILL_SHAPE(WARPS, ROW_TILES, TOKEN_TILES, BLOCKS)                              \
+  if (warps == WARPS && row_tiles == ROW_TILES && blocks_per_processor == BLOCKS &&       \
+      token_tiles <= TOKEN_TILES)                                                         \
+    return launch<WARPS, ROW_TILES, TOKEN_TILES, BLOCKS>(*arguments, blocks, shared, overlap, s);
+  BITMILL_SHAPE(4, 1, 1, 4)
+  BITMILL_SHAPE(4, 1, 2, 4)
+  BITMILL_SHAPE(4, 2, 1, 3)
+  BITMILL_SHAPE(4, 2, 2, 3)
+  BITMILL_SHAPE(8, 2, 1, 1)
+  BITMILL_SHAPE(8, 2, 2, 1)
+  BITMILL_SHAPE(8, 2, 4, 1)
+  BITMILL_SHAPE(4, 2, 4, 2)
 #undef BITMILL_SHAPE
   return -1;
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,25 +23,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitmill_kernels.runtime import RuntimeWeight
+from bitmill_kernels.layout import GROUP_SIZE, group_columns
+from bitmill_kernels.runtime import Member, Pair, RuntimeWeight
 from bitmill_kernels.workspace import workspace
 
-MAX_TOKENS = 16
+TOKEN_BUCKETS = (2, 8, 16, 32)
+"""A launch shape is chosen for the smallest bucket that holds the tokens."""
+
+FUSED_TOKENS = 2
+"""So many tokens are converted by every block for itself, more by the prologue kernel."""
+
 SMALLEST_CAPABILITY = (9, 0)
+SHARED_KEPT_FREE = 3072
 RESERVED_SHARED_BYTES = 1024
 MAX_SHARED_BYTES = 227 * 1024
-UNIT_COST_IN_WIDTHS = 1.0
+MAX_CHUNK_BYTES = 24 * 1024
 MAX_STAGES = 8
+PAIR_ROW_BYTES = 32
+UNIT_COST_IN_WIDTHS = 1.0
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """warps x row_tiles x 16 rows a tile, `blocks` resident on each multiprocessor.
-
-    Only the shapes listed at the end of `decode_cuda.cu` are compiled.
-    """
+    """warps x row_tiles x 16 rows a tile, `blocks` resident on each multiprocessor."""
 
     warps: int
     row_tiles: int
@@ -51,14 +58,9 @@ class BlockShape:
         return self.warps * self.row_tiles * 16
 
 
-SHAPES = (
-    BlockShape(8, 1, 2),
-    BlockShape(4, 2, 3),
-    BlockShape(4, 2, 4),
-    BlockShape(4, 1, 4),
-    BlockShape(8, 2, 1),
-    BlockShape(8, 2, 2),
-)
+_NARROW = (BlockShape(4, 1, 4), BlockShape(4, 2, 3), BlockShape(8, 2, 1))
+SHAPES = {2: _NARROW, 8: _NARROW, 16: _NARROW, 32: (BlockShape(8, 2, 1), BlockShape(4, 2, 2))}
+"""The shapes that are compiled, by token bucket, as listed at the end of `decode_cuda.cu`."""
 
 
 class _Arguments(ctypes.Structure):
@@ -73,8 +75,9 @@ class _Arguments(ctypes.Structure):
                 "pairs",
                 "tiles",
                 "blocks",
+                "x",
+                "order",
                 "inputs",
-                "factor",
                 "bias",
                 "partial",
                 "counters",
@@ -86,7 +89,9 @@ class _Arguments(ctypes.Structure):
             for name in (
                 "pair_count",
                 "tokens",
+                "x_stride",
                 "output_stride",
+                "chunk_capacity",
                 "stage_count",
                 "stage_bytes",
                 "is_bf16",
@@ -97,7 +102,7 @@ class _Arguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Host tables i32 of one launch shape: pairs [P, 4], tiles [tiles, 8], blocks [blocks, 4]."""
+    """Host tables i32 of one launch shape: pairs [P, 8], tiles [tiles, 8], blocks [blocks, 8]."""
 
     pairs: np.ndarray
     tiles: np.ndarray
@@ -107,7 +112,7 @@ class Schedule:
 def build_schedule(weight: RuntimeWeight, rows: int, block_count: int) -> Schedule:
     """Share the units of all members out among `block_count` blocks, fewer if units are fewer."""
     pairs = [
-        (pair.width, pair.low // 16, pair.high // 16, pair.grid // 16)
+        _pair_row(pair, group_columns(weight.K))
         for member in weight.members
         for pair in member.pairs
     ]
@@ -117,21 +122,45 @@ def build_schedule(weight: RuntimeWeight, rows: int, block_count: int) -> Schedu
     for member in weight.members:
         cost = np.array([pair.width + UNIT_COST_IN_WIDTHS for pair in member.pairs])
         for row in range(0, member.rows, rows):
-            live = max(0, min(rows, member.N - row))
-            place = [first_pair, len(cost), row, first_unit, member.first_output + row, live]
-            tiles.append([*place, 0, 0])
+            place = [first_pair, len(cost), row, first_unit]
+            tiles.append([*place, member.first_output + row, _live_rows(member, row, rows), 0, 0])
             costs.append(cost)
             first_unit += len(cost)
         first_pair += len(member.pairs)
     starts = _equal_runs(np.concatenate(costs), block_count)
     table = np.array(tiles, dtype=np.int32)
-    ends = np.append(starts[1:], first_unit)
     last_unit = table[:, 3] + table[:, 1] - 1
     table[:, 6] = np.searchsorted(starts, table[:, 3], side="right") - 1
     table[:, 7] = np.searchsorted(starts, last_unit, side="right") - table[:, 6]
-    first_tile = np.searchsorted(table[:, 3], starts, side="right") - 1
-    blocks = np.stack([starts, ends, first_tile, np.zeros_like(starts)], axis=1)
-    return Schedule(np.array(pairs, dtype=np.int32), table, blocks.astype(np.int32))
+    return Schedule(np.array(pairs, dtype=np.int32), table, _blocks(starts, table))
+
+
+def _pair_row(pair: Pair, columns: list[int]) -> list[int]:
+    first = [0 if group is None else group * GROUP_SIZE for group in pair.groups]
+    live = [0 if group is None else columns[group] for group in pair.groups]
+    return [pair.width, pair.low // 16, pair.high // 16, pair.grid // 16, *first, *live]
+
+
+def _live_rows(member: Member, row: int, rows: int) -> int:
+    return max(0, min(rows, member.N - row))
+
+
+def _blocks(starts: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+    """Rows (begin, end, tile, chunks, row, pair of unit 0, end of the tile, 0) of each block.
+
+    A block that stays in one member needs each of its pairs' activations once.
+    """
+    ends = np.append(starts[1:], tiles[-1, 3] + tiles[-1, 1])
+    first = np.searchsorted(tiles[:, 3], starts, side="right") - 1
+    last = np.searchsorted(tiles[:, 3], ends - 1, side="right") - 1
+    same_member = tiles[first, 0] == tiles[last, 0]
+    chunks = np.where(same_member, np.minimum(ends - starts, tiles[first, 1]), ends - starts)
+    columns = [
+        *(starts, ends, first, chunks, tiles[first, 2]),
+        *(tiles[first, 0] - tiles[first, 3], tiles[first, 3] + tiles[first, 1]),
+        np.zeros_like(starts),
+    ]
+    return np.stack(columns, axis=1).astype(np.int32)
 
 
 def _equal_runs(cost: np.ndarray, count: int) -> np.ndarray:
@@ -145,68 +174,60 @@ def _equal_runs(cost: np.ndarray, count: int) -> np.ndarray:
 
 
 class CudaDecoder:
-    """y [T, N] = x W^T for 1 to 16 tokens with the compiled kernel; raises where it cannot load."""
+    """y [T, N] = x W^T for 1 to 32 tokens with the compiled kernel; raises where it cannot load."""
 
-    max_tokens = MAX_TOKENS
+    max_tokens = TOKEN_BUCKETS[-1]
 
-    def __init__(self, weight: RuntimeWeight, shapes: tuple[BlockShape, BlockShape]) -> None:
-        """shapes: for 1 to 8 and for 9 to 16 tokens; all tables and workspaces are built here."""
+    def __init__(self, weight: RuntimeWeight, shapes: Mapping[int, BlockShape]) -> None:
+        """shapes: by token bucket, ascending; all tables and workspaces are built here.
+
+        Raises ValueError for a shape whose shared memory does not hold two stages.
+        """
         self._library = load_library()
         self._weight = weight
-        device = weight.planes.device
-        self._launches = [_Launch(weight, shape, 8 * (i + 1)) for i, shape in enumerate(shapes)]
-        self._inputs = workspace("decode inputs", weight.pair_count * _input_bytes(16), device)
-        self._factor = workspace("decode factor", 4 * MAX_TOKENS, device)
+        self._planes = weight.planes.data_ptr()
+        self._grid = weight.grid.data_ptr()
+        self._order = None if weight.order is None else weight.order.data_ptr()
+        self._launches = {tokens: _Launch(weight, shapes[tokens], tokens) for tokens in shapes}
 
     def __call__(self, x: Tensor, bias: Tensor | None, y: Tensor, *, overlap: bool = True) -> None:
-        """x f16 or bf16 [T, K] with contiguous rows, y of its dtype [T, N] contiguous."""
+        """x f16 or bf16 [T, K] with contiguous rows, y of its dtype [T, N] contiguous.
+
+        overlap: let the launch begin while the one before it on the stream drains.
+        """
         tokens = x.shape[0]
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-        is_bf16 = int(x.dtype == torch.bfloat16)
-        order = self._weight.order
-        status = self._library.bitmill_prologue(
-            x.data_ptr(),
-            None if order is None else order.data_ptr(),
-            self._weight.slots.data_ptr(),
-            self._inputs.data_ptr(),
-            self._factor.data_ptr(),
-            self._weight.K,
-            self._weight.slots.shape[0],
-            x.stride(0),
-            tokens,
-            is_bf16,
-            stream,
-        )
-        _check(status, "prologue")
-        launch = self._launches[(tokens - 1) // 8]
+        launch = next(found for bucket, found in self._launches.items() if bucket >= tokens)
         arguments = _Arguments(
-            planes=self._weight.planes.data_ptr(),
-            grid=self._weight.grid.data_ptr(),
-            inputs=self._inputs.data_ptr(),
-            factor=self._factor.data_ptr(),
+            planes=self._planes,
+            grid=self._grid,
+            x=x.data_ptr(),
+            order=self._order,
             bias=None if bias is None else bias.data_ptr(),
             y=y.data_ptr(),
             tokens=tokens,
+            x_stride=x.stride(0),
             output_stride=y.stride(0),
-            is_bf16=is_bf16,
+            is_bf16=int(x.dtype == torch.bfloat16),
         )
         launch.fill(arguments)
-        shape = launch.shape
         status = self._library.bitmill_decode(
             ctypes.byref(arguments),
-            shape.warps,
-            shape.row_tiles,
-            shape.blocks,
+            launch.shape.warps,
+            launch.shape.row_tiles,
+            launch.shape.blocks,
             launch.block_count,
             launch.shared_bytes,
             int(overlap),
-            stream,
+            torch.cuda.current_stream(x.device).cuda_stream,
         )
-        _check(status, f"decode with {shape}")
+        if status != 0:
+            raise RuntimeError(
+                f"the CUDA decode kernel failed to launch with {launch.shape}: cudaError {status}"
+            )
 
 
 class _Launch:
-    """Tables, workspace and shared memory of one block shape and token count."""
+    """Tables, workspace and shared memory of one block shape and token bucket."""
 
     def __init__(self, weight: RuntimeWeight, shape: BlockShape, tokens: int) -> None:
         device = weight.planes.device
@@ -220,21 +241,29 @@ class _Launch:
             torch.from_numpy(table).to(device)
             for table in (schedule.pairs, schedule.tiles, schedule.blocks)
         ]
-        self._counters = torch.zeros(
-            len(schedule.tiles) * shape.warps, dtype=torch.int32, device=device
-        )
-        cells = shape.rows // 16 * (tokens // 8) * 128
+        counters = len(schedule.tiles) * shape.warps
+        self._counters = torch.zeros(counters, dtype=torch.int32, device=device)
+        cells = shape.rows * 8 * -(-tokens // 8)
         self._partial = workspace("decode partial", self.block_count * 2 * cells * 4, device)
+        self._chunks = int(schedule.blocks[:, 3].max()) if tokens <= FUSED_TOKENS else 0
+        if self._chunks * _input_bytes(tokens) > MAX_CHUNK_BYTES:
+            self._chunks = 0
+        self._inputs: Tensor | None = None
+        staged = 0
+        if not self._chunks:
+            staged = _input_bytes(tokens)
+            self._inputs = workspace("decode inputs", weight.pair_count * staged, device)
         widest = max(pair.width for member in weight.members for pair in member.pairs)
-        self._stage_bytes = -(-(_input_bytes(tokens) + shape.rows * (8 + 32 * widest)) // 128) * 128
-        available = properties.shared_memory_per_multiprocessor // shape.blocks
-        available = min(available - RESERVED_SHARED_BYTES, MAX_SHARED_BYTES)
-        fixed = 16 * MAX_STAGES + 16 * weight.pair_count + 128
-        self._stages = min(MAX_STAGES, (available - fixed) // self._stage_bytes)
+        self._stage_bytes = -(-(staged + shape.rows * (8 + 32 * widest)) // 128) * 128
+        per_processor = properties.shared_memory_per_multiprocessor - SHARED_KEPT_FREE
+        limit = min(per_processor // shape.blocks - RESERVED_SHARED_BYTES, MAX_SHARED_BYTES)
+        fixed = 16 * MAX_STAGES + PAIR_ROW_BYTES * weight.pair_count + 128
+        fixed += self._chunks * _input_bytes(tokens)
+        self._stages = min(MAX_STAGES, (limit - fixed) // self._stage_bytes)
         if self._stages < 2:
             raise ValueError(
-                f"{shape} needs two stages of {self._stage_bytes} bytes and has {available}: "
-                "choose a shape with fewer rows or blocks"
+                f"{shape} needs two stages of {self._stage_bytes} bytes beside {fixed} and has "
+                f"{limit}: choose a shape with fewer rows or blocks"
             )
         self.shared_bytes = fixed + self._stages * self._stage_bytes
 
@@ -243,18 +272,15 @@ class _Launch:
         arguments.pairs, arguments.tiles = pairs.data_ptr(), tiles.data_ptr()
         arguments.blocks, arguments.partial = blocks.data_ptr(), self._partial.data_ptr()
         arguments.counters = self._counters.data_ptr()
+        arguments.inputs = None if self._inputs is None else self._inputs.data_ptr()
         arguments.pair_count = pairs.shape[0]
+        arguments.chunk_capacity = self._chunks
         arguments.stage_count, arguments.stage_bytes = self._stages, self._stage_bytes
 
 
 def _input_bytes(tokens: int) -> int:
-    """Bytes of one pair's activations: vectors, then sums padded to 16 bytes."""
-    return 512 * tokens + -(-8 * tokens // 16) * 16
-
-
-def _check(status: int, what: str) -> None:
-    if status != 0:
-        raise RuntimeError(f"the CUDA {what} kernel failed to launch: cudaError {status}")
+    """Bytes of one pair's activations: 8 vectors of 64 bytes a token, then (scale, sum) twice."""
+    return 528 * tokens
 
 
 def available(device: torch.device) -> bool:
@@ -274,7 +300,6 @@ def load_library() -> ctypes.CDLL:
     """Compile the kernel if need be and load it. Raises RuntimeError or OSError where it cannot."""
     library = ctypes.CDLL(os.environ.get("BITMILL_DECODE_LIBRARY") or _build())
     pointer, integer = ctypes.c_void_p, ctypes.c_int
-    library.bitmill_prologue.argtypes = [pointer] * 5 + [integer] * 5 + [pointer]
     library.bitmill_decode.argtypes = [pointer] + [integer] * 6 + [pointer]
     return library
 

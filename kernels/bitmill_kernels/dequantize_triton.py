@@ -94,6 +94,7 @@ def _dequantize_kernel(
     first_output: tl.tensor,
     K: tl.tensor,
     ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ) -> None:
     tile_ptr = tiles_ptr + (first_tile + tl.program_id(0)) * 5
     first_pair = tl.load(tile_ptr)
@@ -111,6 +112,9 @@ def _dequantize_kernel(
         out_b = out + tl.multiple_of(tl.load(pair + 6), 128)
         live_a = tl.load(pair + 5)
         live_b = tl.load(pair + 7)
+        if ALIGNED:  # or the masks would split every store into single elements
+            live_a = tl.multiple_of(live_a, 16)
+            live_b = tl.multiple_of(live_b, 16)
         if width == 1:
             _expand_pair(low, high, grid, out_a, out_b, live_a, live_b, row, row_mask, 1, 0)
         elif width == 2:
@@ -141,7 +145,7 @@ class Dequantizer:
     """Writes runs of dequantized rows of one `RuntimeWeight`."""
 
     def __init__(self, weight: RuntimeWeight, max_rows: int) -> None:
-        """Runs hold at most max(`max_rows`, 64) rows."""
+        """Runs hold `max_rows` rows, rounded up to whole tiles of 64, but for the last."""
         device = weight.planes.device
         self._weight = weight
         self._pair_limit = max(len(member.pairs) for member in weight.members)
@@ -166,7 +170,8 @@ class Dequantizer:
             ]
         self._pairs = torch.tensor(pairs, dtype=torch.int32, device=device)
         self._tiles = torch.tensor(tiles, dtype=torch.int32, device=device)
-        self.runs = _runs([(tile[3], tile[4]) for tile in tiles], max_rows)
+        whole = -(-max_rows // TILE_ROWS) * TILE_ROWS
+        self.runs = _runs([(tile[3], tile[4]) for tile in tiles], whole)
 
     def __call__(self, run: RowRun, out: Tensor) -> None:
         """Fill out [run.rows, K], f16, bf16 or f32, contiguous."""
@@ -180,6 +185,7 @@ class Dequantizer:
             run.first,
             self._weight.K,
             ROWS=TILE_ROWS,
+            ALIGNED=self._weight.K % 16 == 0,
             num_warps=4,
         )
 

@@ -2,8 +2,8 @@
 
     y[t, n] = sum_k x[t, order[k]] * w[n, k] + bias[n]
 
-On CUDA, by the number of tokens T: the compiled CUDA kernel up to 16 (Triton where it is not
-available), Triton up to `FUSED_TOKENS`, above it dequantized weights and the vendor's product.
+On CUDA, by the number of tokens T: the compiled CUDA kernel up to 32 (Triton where it is not
+available), Triton up to `DEQUANTIZE_ABOVE`, above it dequantized weights and the vendor's product.
 fp32 activations always take the last, in fp32. On a CPU: `cpu.py`. The backend `reference`, asked
 for by name or by BITMILL_BACKEND, multiplies with a dequantized copy of the weight in the dtype
 of the activations and in source column order: as fast as the original linear, as large, and equal
@@ -31,8 +31,8 @@ from bitmill_kernels.reference import dequantize
 from bitmill_kernels.runtime import PackedWeight, RuntimeWeight, build_runtime
 from bitmill_kernels.workspace import workspace
 
-FUSED_TOKENS = 64
-SCRATCH_ELEMENTS = 1 << 25
+DEQUANTIZE_ABOVE = 64
+SCRATCH_ELEMENTS = 1 << 26
 
 _LOG = logging.getLogger(__name__)
 _LINEARS: WeakValueDictionary[int, MixedLinear] = WeakValueDictionary()
@@ -140,7 +140,8 @@ class _AcceleratedProduct:
             else None
         )
         _say_choice(str(device), self._narrow is not None)
-        self._dequantizer = Dequantizer(weight, max(1, SCRATCH_ELEMENTS // weight.K))
+        runs = -(-weight.N * weight.K // SCRATCH_ELEMENTS)
+        self._dequantizer = Dequantizer(weight, -(-weight.N // runs))
         self._scratch_rows = max(run.rows for run in self._dequantizer.runs)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -148,7 +149,7 @@ class _AcceleratedProduct:
         T = x.shape[0]
         if T == 0:
             return y
-        if x.dtype == torch.float32 or T > FUSED_TOKENS:
+        if x.dtype == torch.float32 or T > DEQUANTIZE_ABOVE:
             self._multiply_dequantized(x, bias, y)
         elif self._narrow is not None and self._narrow.max_tokens >= T:
             self._narrow(x, bias, y)

@@ -1,8 +1,8 @@
 """Launch shapes of the decode kernels: a measured table, and a rule for what it does not know.
 
-`tiles.json` is written by `benchmarks/matmul.py --sweep`. Its entries name the GPU, the stacked
-rows N, the columns K, the widths present, and the token bucket (8 or 16 tokens). A shape that is
-not in the table gets the shape that was best over all measured cases.
+`tiles.json` is written by `benchmarks/matmul.py --sweep --write`. Its entries name the GPU, the
+stacked rows N, the columns K, the widths present, and the token bucket (at most 2, 8, 16 or 32
+tokens). A case that is not in the table gets the shape that was best over all measured cases.
 """
 
 from __future__ import annotations
@@ -14,26 +14,30 @@ from typing import Any
 
 import torch
 
-from bitmill_kernels.decode_cuda import BlockShape
+from bitmill_kernels.decode_cuda import TOKEN_BUCKETS, BlockShape
 from bitmill_kernels.decode_triton import TOKEN_TILES, Tile
 from bitmill_kernels.layout import WIDTHS
 from bitmill_kernels.runtime import RuntimeWeight
 
 TABLE_VERSION = 1
-DEFAULT_SHAPES = {8: BlockShape(4, 2, 3), 16: BlockShape(8, 2, 1)}
+DEFAULT_SHAPES = {
+    2: BlockShape(4, 1, 4),
+    8: BlockShape(4, 1, 4),
+    16: BlockShape(4, 2, 3),
+    32: BlockShape(8, 2, 1),
+}
 BLOCKS_PER_PROCESSOR = 3
 MAX_SPLIT = 16
 
 
-def block_shapes(weight: RuntimeWeight) -> tuple[BlockShape, BlockShape]:
-    """Shapes of the CUDA kernel for 1 to 8 and for 9 to 16 tokens."""
+def block_shapes(weight: RuntimeWeight) -> dict[int, BlockShape]:
+    """Shapes of the CUDA kernel for each token bucket."""
     device = torch.cuda.get_device_name(weight.planes.device)
     widths = widths_present(weight)
-    small, large = (
-        _table().get((device, weight.N, weight.K, widths, tokens), DEFAULT_SHAPES[tokens])
-        for tokens in (8, 16)
-    )
-    return small, large
+    return {
+        tokens: _table().get((device, weight.N, weight.K, widths, tokens), DEFAULT_SHAPES[tokens])
+        for tokens in TOKEN_BUCKETS
+    }
 
 
 def triton_tiles(weight: RuntimeWeight, processors: int) -> dict[int, Tile]:

@@ -105,7 +105,7 @@ def test_the_decode_kernel_stays_lean(tmp_path):
     [
         (_gptq_block_kernel, {"ROWS": 8, "COLUMNS": 128}, 1),
         (_prologue_kernel, {"HAS_ORDER": True, "SLOTS": 4, "BLOCK": 4096}, 4),
-        (_dequantize_kernel, {"ROWS": 64}, 4),
+        (_dequantize_kernel, {"ROWS": 64, "ALIGNED": True}, 4),
     ],
     ids=["gptq", "prologue", "dequantize"],
 )
