@@ -459,6 +459,7 @@ __device__ void produce(const DecodeArguments& p, const BlockRow& block, const P
     if (!p.inputs) continue;
     if (!ready && (i + 1 == p.stage_count || i + 1 == block.end - block.begin)) {
       asm volatile("griddepcontrol.wait;" ::: "memory");
+      asm volatile("fence.proxy.async;" ::: "memory");  // the prologue wrote by ordinary stores
       ready = true;
     }
     while (ready && inputs.unit <= block.begin + i) {
