@@ -1,4 +1,4 @@
-"""Commands that need torch: `python -m bitmill quantize|evaluate|generate|report|verify`.
+"""Commands that need torch: `python -m bitmill quantize|evaluate|generate|bench|report|verify`.
 
 The `bitmill` script runs these in a process of their own, so that the service stays torch-free.
 Exit codes: 0 done, 2 refused input, 3 failed, 4 cancelled.
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--texts", nargs="+", default=["wiki_evaluation", "handbook_evaluation"])
     evaluate.add_argument("--sequences", type=int)
     evaluate.add_argument("--length", type=int, default=2048)
+    _task_options(evaluate)
     generate = commands.add_parser("generate", help="continue a prompt with a packed model")
     generate.add_argument("folder", type=Path)
     generate.add_argument("prompt")
@@ -39,9 +40,14 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--chat", action="store_true")
+    bench = commands.add_parser("bench", help="speed and memory of a packed folder")
+    bench.add_argument("folder", type=Path)
+    bench.add_argument("--dtype", default="auto")
+    bench.add_argument("--prompt-tokens", type=int, default=512)
+    bench.add_argument("--new-tokens", type=int, default=32)
     verify = commands.add_parser("verify", help="check a packed folder (stage of a job)")
     verify.add_argument("order", type=Path)
-    for command in (evaluate, generate):
+    for command in (evaluate, generate, bench):
         command.add_argument("--device", default="cpu")
         command.add_argument("--json", action="store_true")
     return top
@@ -70,10 +76,26 @@ def _quantize_parser(command: argparse.ArgumentParser) -> None:
     command.add_argument("--evaluation-sequences", type=int)
     command.add_argument("--evaluation-length", type=int)
     command.add_argument("--baseline", action="store_true", help="also measure uniform GPTQ")
+    command.add_argument(
+        "--baseline-widths",
+        type=int,
+        nargs="+",
+        choices=[2, 3, 4],
+        default=[],
+        help="also measure uniform GPTQ at these widths",
+    )
+    _task_options(command)
     command.add_argument("--seed", type=int)
     command.add_argument("--threads", type=int)
     command.add_argument("--device", default="cpu")
     command.add_argument("--json", action="store_true")
+
+
+def _task_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--tasks", nargs="+", help="lm-evaluation-harness tasks to measure")
+    command.add_argument(
+        "--task-folder", type=Path, help="folder of task files of one's own; they may run code"
+    )
 
 
 def build_spec(arguments: argparse.Namespace) -> JobSpec:
@@ -107,9 +129,12 @@ def build_spec(arguments: argparse.Namespace) -> JobSpec:
         arguments,
         sequences="evaluation_sequences",
         length="evaluation_length",
+        tasks="tasks",
     )
-    if arguments.baseline:
-        spec["evaluation"] = spec.get("evaluation", {}) | {"baselines": ["uniform"]}
+    baselines = ["uniform"] * arguments.baseline
+    baselines += [f"uniform-{width}" for width in arguments.baseline_widths]
+    if baselines:
+        spec["evaluation"] = spec.get("evaluation", {}) | {"baselines": baselines}
     if arguments.map is not None:
         given = {"source": "inline", "map": read_json(arguments.map)}
         spec["allocation"] = spec.get("allocation", {}) | {"map": given}
@@ -150,6 +175,7 @@ def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.out,
             gguf=spec.model.file,
             profile_folder=arguments.profiles,
+            task_folder=arguments.task_folder,
             device=arguments.device,
             on_progress=show_progress,
         )
@@ -175,6 +201,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         sequences=arguments.sequences,
         length=arguments.length,
         device=arguments.device,
+        tasks=tuple(arguments.tasks or ()),
+        task_folder=arguments.task_folder,
     )
     return {"rows": [row.model_dump(mode="json") for row in rows]}
 
@@ -200,6 +228,27 @@ def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"prompt": arguments.prompt, "text": "".join(pieces)}
 
 
+def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
+    from bitmill.bench import bench
+
+    result = bench(
+        arguments.folder,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+    )
+    if not arguments.json:
+        for name in ("packed", "dense"):
+            speed = result[name]
+            print(
+                f"{name:7} prefill {speed['prefill_tokens_per_second']:9.1f} tokens/s, decode "
+                f"{speed['decode_tokens_per_second']:7.1f} tokens/s, "
+                f"peak {speed['peak_bytes'] / 1e9:.2f} GB"
+            )
+    return result
+
+
 def _verify(arguments: argparse.Namespace) -> dict[str, Any]:
     from bitmill.pipeline import verify_order
 
@@ -219,6 +268,14 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
         bits = "" if row["bits"] is None else f"{row['bits']:.3f}"
         size = "" if row["size"] is None else str(row["size"])
         print(f"{row['method']:28} {code_bits:>9} {bits:>6} {size:>12}  {'; '.join(figures)}")
+        for task, found in row["tasks"].items():
+            print(f"  {task}: {', '.join(map(_metric, found['metrics'].items()))}")
+
+
+def _metric(named: tuple[str, dict[str, float | None]]) -> str:
+    name, found = named
+    error = "" if found["se"] is None else f" ± {found['se']:.4f}"
+    return f"{name} {found['value']:.4f}{error}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -228,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "quantize": _quantize,
         "evaluate": _evaluate,
         "generate": _generate,
+        "bench": _bench,
         "verify": _verify,
     }[arguments.command]
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from bitmill.bits import BitWidthMap
 from bitmill.blocks import StreamedModel, set_weight
@@ -22,9 +23,11 @@ from bitmill.calibration import evaluation_tokens
 from bitmill.checkpoint import PackedCheckpoint, read_bit_width_map
 from bitmill.evaluate import StreamedLogits, perplexity_and_kl
 from bitmill.gguf_source import convert_gguf
+from bitmill.loading import load, load_tokenizer
 from bitmill.plan import Plan, make_plan
 from bitmill.quality import QualityRow, TextQuality
 from bitmill.spec import Evaluation, parse_spec
+from bitmill.tasks import TaskSuite
 
 Candidate = tuple[BitWidthMap, Callable[[int, nn.Module], None]]
 """A map, and what puts its dequantized weights into a loaded block."""
@@ -99,6 +102,45 @@ def _report_window(
     on_unit(done, total, "window", message)
 
 
+def measure_tasks(
+    suite: TaskSuite,
+    rows: list[QualityRow],
+    folders: Mapping[str, Path],
+    *,
+    packed: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    on_unit: Callable[[int, int, str, str], None],
+) -> list[QualityRow]:
+    """The rows, those of `folders` (by method) with their tasks' scores; one model at a time.
+
+    packed: the method whose folder is a packed one; the others are plain transformers folders.
+    """
+    scores = {}
+    for method, folder in folders.items():
+        if method == packed:
+            model = load(folder, device=device, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True
+            ).to(device)
+        scores[method] = suite.measure(
+            model.eval(),
+            load_tokenizer(folder),
+            on_task=partial(_report_task, on_unit, method),
+            seed=seed,
+        )
+        del model
+    return [row.model_copy(update={"tasks": scores.get(row.method, {})}) for row in rows]
+
+
+def _report_task(
+    on_unit: Callable[[int, int, str, str], None], method: str, done: int, total: int, name: str
+) -> None:
+    on_unit(done, total, "task", f"{name} of {method}")
+
+
 def evaluate_folder(
     folder: Path,
     source_folder: Path,
@@ -108,9 +150,18 @@ def evaluate_folder(
     sequences: int | None,
     length: int,
     device: str,
+    tasks: tuple[str, ...] = (),
+    task_folder: Path | None = None,
+    seed: int = 0,
 ) -> list[QualityRow]:
-    """Measure a packed folder against its source model: rows for the source and the folder."""
-    asked = Evaluation.model_validate({"texts": texts, "sequences": sequences, "length": length})
+    """Measure a packed folder against its source model: rows for the source and the folder.
+
+    task_folder: a folder of task files beside the harness's own.
+    """
+    asked = Evaluation.model_validate(
+        {"texts": texts, "sequences": sequences, "length": length, "tasks": tasks}
+    )
+    suite = TaskSuite(asked.tasks, task_folder) if asked.tasks else None
     bit_widths = read_bit_width_map(folder)
     with tempfile.TemporaryDirectory() as scratch:
         if gguf is not None:
@@ -122,7 +173,19 @@ def evaluate_folder(
             source_folder, planned, device=where, dtype=compute_dtype(where, planned)
         )
         candidates = {"packed": (bit_widths, from_packed(model, folder))}
-        return measure(model, source_folder, asked, candidates, _silent)
+        rows = measure(model, source_folder, asked, candidates, _silent)
+        if suite is None:
+            return rows
+        return measure_tasks(
+            suite,
+            rows,
+            {"source": source_folder, "packed": folder},
+            packed="packed",
+            device=where,
+            dtype=model.dtype,
+            seed=seed,
+            on_unit=_silent,
+        )
 
 
 def plan_for_map(source_folder: Path, bit_widths: BitWidthMap) -> Plan:

@@ -37,7 +37,13 @@ from bitmill.checkpoint_source import CheckpointSource, check_all_finite
 from bitmill.errors import ResourceError, VerificationError
 from bitmill.gguf_source import convert_gguf
 from bitmill.manifest import Manifest, read_manifest, write_manifest
-from bitmill.measurement import Candidate, compute_dtype, from_packed, measure
+from bitmill.measurement import (
+    Candidate,
+    compute_dtype,
+    from_packed,
+    measure,
+    measure_tasks,
+)
 from bitmill.model_config import refuse_pickles
 from bitmill.plan import Plan, check_lengths, make_plan
 from bitmill.profile import PROFILE_NAME, SensitivityProfile, profile_key
@@ -48,6 +54,7 @@ from bitmill.quality import QualityReport
 from bitmill.refinement import RefinedModel, RefineInputs, refine_model
 from bitmill.spec import Budget, InlineMap, JobSpec
 from bitmill.stages import Workspace
+from bitmill.tasks import TaskSuite
 from bitmill.verify import verify_folder
 
 PLAN_NAME = "plan.json"
@@ -58,7 +65,10 @@ HASHES_NAME = "tensor_hashes.json"
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is given. profiles: folder of profiles by id, shared between jobs, or None."""
+    """What a run is given. profiles: folder of profiles by id, shared between jobs, or None.
+
+    task_folder: harness task files beside the harness's own, or None.
+    """
 
     spec: JobSpec
     model_folder: Path
@@ -68,6 +78,7 @@ class Job:
     given_map: BitWidthMap | None
     profiles: Path | None
     device: torch.device
+    task_folder: Path | None = None
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -107,6 +118,7 @@ def run_job(
     gguf: str | None = None,
     map_file: Path | None = None,
     profile_folder: Path | None = None,
+    task_folder: Path | None = None,
     device: str = "cpu",
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -115,6 +127,7 @@ def run_job(
 
     model_folder: local files of the source; gguf: name of the GGUF file in it.
     map_file: the map of allocation method "map", unless the specification holds it.
+    task_folder: task files for `evaluation.tasks`; they may run code, so trust their author.
     Raises a `BitmillError`; nothing of `output_dir` exists until the last stage ends.
     """
     if spec.threads:
@@ -132,6 +145,7 @@ def run_job(
         given_map=given,
         profiles=profile_folder,
         device=torch.device(device),
+        task_folder=task_folder,
     )
     try:
         return _run_stages(job)
@@ -187,13 +201,14 @@ def resolve(job: Job) -> Source:
 
 
 def plan(job: Job, source: Source) -> Plan:
-    """Linears, kept tensors and sizes; refuses an impossible budget, windows and NaN weights."""
+    """Linears, kept tensors and sizes; refuses impossible budgets, windows, tasks, NaN weights."""
     allocation = job.spec.allocation.model_dump(mode="json")
 
     def work(folder: Path) -> None:
         made = make_plan(source.folder, job.spec)
         check_budget(made, job.spec, job.given_map)
         check_lengths(made, job.spec)
+        _task_suite(job)
         with CheckpointSource(source.folder) as tensors:
             check_all_finite(tensors)
         storage.write_bytes(folder / PLAN_NAME, made.model_dump_json(indent=1).encode())
@@ -203,9 +218,15 @@ def plan(job: Job, source: Source) -> Plan:
         "allocation": allocation,
         "budget": job.spec.budget.model_dump(mode="json"),
         "map": job.given_map.to_json() if job.given_map else None,
+        "tasks": job.spec.evaluation.tasks,
     }
     folder = job.space.run("plan", inputs, work)
     return Plan.model_validate_json((folder / PLAN_NAME).read_bytes())
+
+
+def _task_suite(job: Job) -> TaskSuite | None:
+    tasks = job.spec.evaluation.tasks
+    return TaskSuite(tasks, job.task_folder) if tasks else None
 
 
 def _profile_settings(job: Job, planned: Plan) -> dict[str, Any] | None:
@@ -447,6 +468,18 @@ def evaluate(
             partial(job.space.unit, "evaluate"),
             partial(_predicted, profiled),
         )
+        if suite := _task_suite(job):
+            ours = _method_name(job.spec)
+            rows = measure_tasks(
+                suite,
+                rows,
+                {"source": source.folder, ours: packed},
+                packed=ours,
+                device=job.device,
+                dtype=model.dtype,
+                seed=job.spec.seed,
+                on_unit=partial(job.space.unit, "evaluate"),
+            )
         linears, blocks = refined.reports()
         report = QualityReport(
             rows=tuple(rows),

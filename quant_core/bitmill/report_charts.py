@@ -213,17 +213,18 @@ def _line(one: Series, places: Sequence[tuple[float, float]]) -> str:
 def _marks(
     one: Series, places: Sequence[tuple[float, float]], points: Sequence[tuple[float, float]]
 ) -> str:
-    parts = []
+    """Marks lie above all labels, so that no label hides one."""
     labels = one.labels or ("",) * len(points)
     shift = 18 if one.below else -8
+    texts, circles = [], []
     for (x, y), (value, loss), label in zip(places, points, labels, strict=True):
         told = f"{label or one.name}: {value:g}, {loss:.4g}"
-        parts.append(
+        texts.append(_text(f'class=label x="{x + 10:.1f}" y="{y + shift:.1f}"', label))
+        circles.append(
             f'<g><title>{escape(told)}</title><circle cx="{x:.1f}" cy="{y:.1f}" r=6 '
-            f'fill="{one.colour}" stroke="#fff" stroke-width=1.5 />'
-            f'<text class=label x="{x + 10:.1f}" y="{y + shift:.1f}">{escape(label)}</text></g>'
+            f'fill="{one.colour}" stroke="#fff" stroke-width=1.5 /></g>'
         )
-    return "".join(parts)
+    return "".join(texts + circles)
 
 
 def _round_steps(low: float, high: float) -> list[float]:

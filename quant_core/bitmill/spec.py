@@ -233,11 +233,15 @@ class Refinement(Closed):
     omniquant: OmniQuant = OmniQuant()
 
 
+TaskName = Annotated[str, Field(pattern=r"^[\w.+-]{1,128}$")]
 Baseline = Literal["uniform", "uniform-2", "uniform-3", "uniform-4"]
 
 
 class Evaluation(Closed):
     """What is measured on the packed checkpoint; `sequences` caps the windows of each text.
+
+    tasks: lm-evaluation-harness tasks by name, measured on the source and on the result with the
+    whole model in memory; needs the extra `eval`.
 
     baselines: also quantize and measure these: plain GPTQ in natural column order at one width,
     "uniform" at the legal width nearest to the map's mean, "uniform-3" at 3 bits.
@@ -250,6 +254,7 @@ class Evaluation(Closed):
     sequences: int | None = Field(default=None, ge=1)
     length: int = Field(default=2048, ge=8, le=131072)
     baselines: tuple[Baseline, ...] = ()
+    tasks: tuple[TaskName, ...] = ()
 
 
 class JobSpec(Closed):
