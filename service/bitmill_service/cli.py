@@ -26,7 +26,7 @@ app = typer.Typer(
 app.command()(cli_service.demo)
 app.command()(cli_service.serve)
 app.command()(cli_service.worker)
-for passed_on in (cli_local.quantize, cli_local.evaluate, cli_local.generate):
+for passed_on in (cli_local.quantize, cli_local.evaluate, cli_local.generate, cli_local.bench):
     app.command(context_settings=cli_local.PASS_ON)(passed_on)
 app.command()(cli_local.report)
 app.command()(cli_jobs.submit)

@@ -31,8 +31,8 @@ Progress is shown as bars on a terminal and as plain lines otherwise.
 | 5 | timeout |
 | 6 | credentials refused |
 
-`quantize`, `evaluate` and `generate` need torch and become `python -m bitmill ...`; everything else
-is torch-free. `BITMILL_URL` names the service that the job commands talk to.
+`quantize`, `evaluate`, `generate` and `bench` need torch and become `python -m bitmill ...`;
+everything else is torch-free. `BITMILL_URL` names the service that the job commands talk to.
 """
 
 

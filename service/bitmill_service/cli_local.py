@@ -49,6 +49,11 @@ def generate(context: typer.Context) -> None:
     _become("generate", context.args)
 
 
+def bench(context: typer.Context) -> None:
+    """Measure prefill and decode speed and memory of a packed folder."""
+    _become("bench", context.args)
+
+
 def report(
     target: Annotated[
         str, typer.Argument(metavar="DIR|JOB", help="A packed folder, or a job of the service.")
