@@ -7,7 +7,7 @@ files (YAML, data on disk) adds tasks of one's own. Such a file may name Python 
 folder is only ever given by the person at the command line, never by a job's specification.
 
 Scores are the harness's own: `acc` is the share of samples whose likeliest answer is right,
-`acc_norm` the same with log-likelihoods divided by the answers' lengths in bytes.
+`acc_norm` the same with log-likelihoods divided by the answers' lengths in characters.
 """
 
 from __future__ import annotations
