@@ -71,7 +71,7 @@ def task_folder(folder: Path) -> Path:
 
 
 def accuracies(model: Path) -> tuple[float, float]:
-    """acc and acc_norm of the samples, by the formula: argmax of ln p(answer), plain and by length."""
+    """acc and acc_norm by the formula: argmax of ln p(answer), plain and by length."""
     tokenizer, loaded = byte_tokenizer(), AutoModelForCausalLM.from_pretrained(model).eval()
     right = torch.zeros(2)
     for sample in samples():
