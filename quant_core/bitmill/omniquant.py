@@ -60,7 +60,7 @@ class LearningSettings:
     """
 
     mode: Mode = "rounding"
-    epochs: int = 20
+    epochs: int = 12
     batch: int = 4
     scale_rate: float = 2e-3
     position_rate: float = 1e-2

@@ -5,7 +5,7 @@
 (EfficientQAT, arXiv 2407.11062, section 3.3, with the float model's logits in place of labels.)
 Block-wise learning makes every block answer for its own error; this step lets errors of different
 blocks cancel, and is the first to see the loss that counts. There is one number to learn per group
-and output row, so a few hundred steps on the calibration text suffice and do not overfit easily.
+and output row, so 50 to 150 steps on the calibration text suffice and do not overfit easily.
 
 Every block's codes stay on the device as one byte a weight, its linears are restored inside the
 forward pass, and each block is recomputed in the backward pass: activations of one block at a time.
@@ -51,7 +51,7 @@ CHUNK = 2048
 class TuneSettings:
     """Steps, sequences per step and rates: scales relative to themselves, positions in codes."""
 
-    steps: int = 300
+    steps: int = 150
     batch: int = 4
     scale_rate: float = 1e-3
     position_rate: float = 2e-3
