@@ -45,7 +45,6 @@ def gptq(
     clip_weight: Literal["hessian", "schur"] = "hessian",
     damping: tuple[float, ...] | None = None,
     gain: float = 0.0,
-    ridge: float = 0.0,
 ) -> GptqSettings:
     """Settings of the solver, everything off unless asked for."""
     settings = GptqSettings(
@@ -56,7 +55,6 @@ def gptq(
         refit_sweeps=refit,
         descent_sweeps=descent,
         gain=gain,
-        ridge=ridge,
     )
     return settings if damping is None else replace(settings, damping=damping)
 
@@ -70,10 +68,10 @@ DESCENT = RefineSettings(gptq=gptq(rounds=1))
 FULL = RefineSettings(gptq=gptq(compensated=True, rounds=2))
 FULL_GAIN = RefineSettings(gptq=gptq(compensated=True, rounds=2, gain=1.0))
 FULL_HALF_GAIN = RefineSettings(gptq=gptq(compensated=True, rounds=2, gain=0.5))
-INPUTS = replace(FULL, asymmetric="inputs")
-RESIDUAL = replace(FULL, asymmetric="residual")
-RESIDUAL_GAIN = replace(FULL_GAIN, asymmetric="residual")
-RIDGE = RefineSettings(gptq=gptq(compensated=True, rounds=2, ridge=0.1), asymmetric="residual")
+INPUTS = replace(FULL, asymmetric="inputs", ridges=(0.0,))
+RESIDUAL = replace(FULL, asymmetric="residual", ridges=(0.0,))
+RESIDUAL_GAIN = replace(FULL_GAIN, asymmetric="residual", ridges=(0.0,))
+CHOSEN_RIDGE = replace(RESIDUAL, ridges=RefineSettings.ridges)
 
 ROUNDING = SensitivitySettings(widths=WIDTHS, cost="rounding", gradients=PassSettings(batch=8))
 COMPENSATED_COST = replace(ROUNDING, cost="compensated")
@@ -97,9 +95,9 @@ REFINEMENTS = {
     "full": FULL,
     "residual": RESIDUAL,
     "residual-gain": RESIDUAL_GAIN,
-    "residual-ridge": RIDGE,
+    "residual-ridge": CHOSEN_RIDGE,
     "residual-half": replace(RESIDUAL, strengths=(0.5,)),
-    "residual-clip": replace(CLIP, asymmetric="residual"),
+    "residual-clip": replace(CLIP, asymmetric="residual", ridges=(0.0,)),
     "inputs": INPUTS,
     "clip": CLIP,
     "clip-gain": GAIN,

@@ -48,8 +48,6 @@ class GptqSettings:
     compensated: search of the grid by GPTQ's own loss after the clip search, or None
     rounds: times that `refit_sweeps` of the scales and `descent_sweeps` of the codes alternate
     gain: how much of each row's shrinkage is undone at the end, 0 none to 1 all
-    ridge: damping of the asymmetric correction's solve, 0 for the factor's own; more keeps it to
-    directions that the calibration inputs hold much of
     """
 
     clip: ClipSettings = field(default_factory=ClipSettings)
@@ -61,7 +59,6 @@ class GptqSettings:
     refit_sweeps: int = 2
     descent_sweeps: int = 1
     gain: float = 0.0
-    ridge: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +110,7 @@ def quantize_gptq(
     settings: GptqSettings | None = None,
     shift: Tensor | None = None,
     strength: float = 1.0,
+    ridge: float = 0.0,
     name: str = "linear",
 ) -> tuple[QuantizedWeight, LinearReport]:
     """Codes, grids and report of one linear.
@@ -121,7 +119,7 @@ def quantize_gptq(
     the order); widths: one per group of packed columns; order i64 [K]: packed column k is source
     column order[k]. shift f32 [N, K]: the asymmetric correction's mean (y' - y)^T x, what the
     linear's outputs lack on its own inputs (W (X' - X)^T X for its prefix), applied with
-    `strength`.
+    `strength` and solved with damping `ridge` (0: that of the factor).
 
     Raises NumericalError for weights that are not finite or a Hessian that cannot be factored.
     """
@@ -132,7 +130,7 @@ def quantize_gptq(
     source = H.packed(W.to(H.H.device, torch.float32))
     target = source
     if shift is not None and strength:
-        target = source + strength * H.solve(H.packed(shift), settings.ridge)
+        target = source + strength * H.solve(H.packed(shift), ridge)
     solved = solve(target, H, tuple(widths), settings)
     final = polish(target, solved, H.H, settings)
     kept = strength if shift is not None else 0.0
@@ -147,27 +145,37 @@ def quantize_corrected(
     judge: Callable[[Tensor], float],
     *,
     strengths: Sequence[float] = (1.0,),
+    ridges: Sequence[float] = (0.0,),
     settings: GptqSettings | None = None,
     name: str = "linear",
 ) -> tuple[QuantizedWeight, LinearReport]:
-    """As `quantize_gptq`, with the correction at the strength, or none, of least held-out error.
+    """As `quantize_gptq`, with the correction of least held-out error, or none.
 
-    judge: held-out error of a candidate ŵ f32 [N, K] in source column order. Strengths are
-    compared after the column loop; refit, descent and gain follow for the one chosen.
+    judge: held-out error of any ŵ f32 [N, K] in source column order. Strengths and ridges are
+    compared as float targets; the best is kept if it also wins against no correction after the
+    column loop of both. Refit, descent and gain follow for the one kept. A large ridge keeps the
+    correction to directions the calibration inputs hold much of, which few tokens call for.
     """
     settings = settings or GptqSettings()
     check_weights(W, name)
     source = curvature.packed(W.to(curvature.H.device, torch.float32))
-    move = curvature.solve(curvature.packed(shift), settings.ridge)
-    tried = (0.0, *strengths)
-    targets = [source + strength * move for strength in tried]
-    solved = [solve(target, curvature, tuple(widths), settings) for target in targets]
-    errors = [judge(curvature.unpacked(codes.values())) for codes in solved]
-    best = min(range(len(tried)), key=errors.__getitem__)
-    final = polish(targets[best], solved[best], curvature.H, settings)
+    tried = [(strength, ridge) for ridge in ridges for strength in strengths]
+    moves = {ridge: curvature.solve(curvature.packed(shift), ridge) for ridge in ridges}
+    targets = [source + strength * moves[ridge] for strength, ridge in tried]
+    ideal = [judge(curvature.unpacked(target)) for target in targets]
+    best = min(range(len(tried)), key=ideal.__getitem__)
+    plain, moved = (
+        solve(target, curvature, tuple(widths), settings) for target in (source, targets[best])
+    )
+    errors = [judge(curvature.unpacked(codes.values())) for codes in (plain, moved)]
+    kept = errors[1] < errors[0]
+    target, solved = (targets[best], moved) if kept else (source, plain)
+    final = polish(target, solved, curvature.H, settings)
+    strength, ridge = tried[best] if kept else (0.0, 0.0)
     report = replace(
-        _report(source, solved[best], final, curvature, tried[best], name),
-        held_out_error=errors[best],
+        _report(source, solved, final, curvature, strength, name),
+        ridge=ridge,
+        held_out_error=min(errors),
         held_out_symmetric=errors[0],
     )
     return final.finish(curvature.order), report

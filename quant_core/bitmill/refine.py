@@ -51,7 +51,8 @@ class RefineSettings:
 
     true_sequential: each stage sees the quantized stages before it, else the block's own floats
     asymmetric: "off", "inputs" (y' of the linear alone) or "residual" (of the stream, where the
-    linear adds to it); it needs the source stream and held-out tokens; strengths are tried beside 0
+    linear adds to it); it needs the source stream and held-out tokens; strengths and ridges (see
+    `gptq.quantize_corrected`) are tried, beside no correction
     batch: sequences per run of the block
     """
 
@@ -60,6 +61,7 @@ class RefineSettings:
     true_sequential: bool = True
     asymmetric: Literal["off", "inputs", "residual"] = "off"
     strengths: tuple[float, ...] = (1.0,)
+    ridges: tuple[float, ...] = (0.0, 0.05, 0.5)
     batch: int = 8
 
 
@@ -198,6 +200,7 @@ class _BlockJob:
             statistics.shift,
             lambda candidate: unseen.error(W - candidate) / scale,
             strengths=settings.strengths,
+            ridges=settings.ridges,
             settings=settings.gptq,
             name=name,
         )

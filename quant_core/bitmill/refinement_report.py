@@ -19,7 +19,8 @@ class LinearReport:
     error:          as stored
     damping:        share of mean(diag H) that the factorization needed; failed_dampings the
                     shares at which it failed; dead_columns the inputs no token touched
-    asymmetric:     strength of the prefix correction that was kept, 0 where it was not
+    asymmetric:     strength of the prefix correction that was kept, 0 where it was not; ridge
+                    the damping it was solved with, 0 for the factor's own
     held_out_error: against the source model's outputs on held-out tokens, after the solver's
                     pass; held_out_symmetric the same without the correction
     """
@@ -36,6 +37,7 @@ class LinearReport:
     failed_dampings: tuple[float, ...] = ()
     dead_columns: int = 0
     asymmetric: float = 0.0
+    ridge: float = 0.0
     held_out_error: float | None = None
     held_out_symmetric: float | None = None
 

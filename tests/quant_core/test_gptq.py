@@ -226,10 +226,7 @@ def test_the_correction_is_chosen_by_the_judge():
 def test_a_ridge_keeps_the_correction_to_strong_directions():
     W, H = layer()
     shift = 0.1 * W @ H
-    plain, firm = (
-        quantize_gptq(W, H, (8, 8), shift=shift, settings=GptqSettings(ridge=ridge))[0]
-        for ridge in (0.0, 1.0)
-    )
+    plain, firm = (quantize_gptq(W, H, (8, 8), shift=shift, ridge=ridge)[0] for ridge in (0.0, 1.0))
     moved = [(weight.dequantize() - W).norm() / W.norm() for weight in (plain, firm)]
     assert 0.09 < moved[0] < 0.11
     assert moved[1] < 0.8 * moved[0]
