@@ -133,6 +133,7 @@ def run_job(
     if spec.threads:
         torch.set_num_threads(spec.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: same bytes
     given = BitWidthMap.load(map_file) if map_file is not None else None
     if given is None and isinstance(spec.allocation.map, InlineMap):
         given = spec.allocation.map.map
