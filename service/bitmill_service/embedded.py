@@ -22,6 +22,7 @@ from bitmill.errors import InputError
 from bitmill_service.context import Context
 from bitmill_service.data_lock import FileLock
 from bitmill_service.main import create_app
+from bitmill_service.same_origin import LOOPBACK_NAMES
 from bitmill_service.settings import ServiceSettings
 from bitmill_service.worker_process import WorkerProcess
 from bitmill_workers.db import Database
@@ -56,6 +57,8 @@ class EmbeddedService:
     """
 
     def __init__(self, settings: ServiceSettings, *, worker: bool = True) -> None:
+        if settings.host in LOOPBACK_NAMES and not settings.allowed_hosts:
+            settings = settings.model_copy(update={"allowed_hosts": LOOPBACK_NAMES})
         self.settings = settings
         self._lock = FileLock(settings.data / "lock", what="the data folder")
         self.worker = WorkerProcess(settings) if worker else None

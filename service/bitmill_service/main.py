@@ -18,6 +18,7 @@ from bitmill_service.context import Context
 from bitmill_service.metrics import new_registry
 from bitmill_service.middleware import BodyLimit, RequestContext
 from bitmill_service.routes import health, job_outputs, jobs, maps, profiles
+from bitmill_service.same_origin import SameOrigin
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.app import Dispatcher
 from bitmill_workers.artifacts import open_artifacts
@@ -76,10 +77,12 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         version=health.VERSION,
         description=_DESCRIPTION,
         lifespan=_lifespan,
+        responses=problems.openapi_responses(),
     )
     app.state.context = context
     problems.install(app)
     app.add_middleware(BodyLimit, limit=context.settings.max_body)
+    app.add_middleware(SameOrigin, hosts=context.settings.allowed_hosts)
     app.add_middleware(RequestContext, registry=context.registry)
     for router in (
         jobs.router,

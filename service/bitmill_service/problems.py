@@ -68,6 +68,8 @@ CODES: Mapping[str, tuple[int, str]] = {
     "method_not_allowed": (405, "Use one of the methods in the Allow header."),
     "not_acceptable": (406, "Ask for application/json or text/event-stream."),
     "malformed_request": (400, "Send a well-formed request; /docs shows an example."),
+    "wrong_host": (421, "Use the address that `bitmill serve` printed, or set allowed_hosts."),
+    "cross_origin": (403, "Call the service from a program, or from a page that it serves."),
     "payload_too_large": (413, "Send a smaller body."),
     "unsupported_media_type": (415, "Send Content-Type: application/json."),
     "range_not_satisfiable": (416, "Ask for a range within the size in Content-Range."),
@@ -154,8 +156,8 @@ def _respond(
     return JSONResponse(body, status, headers=dict(headers or {}), media_type=MEDIA_TYPE)
 
 
-async def _on_problem(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ProblemError)
+def problem_response(request: Request, error: ProblemError) -> JSONResponse:
+    """The answer that a refusal becomes."""
     return _respond(
         request,
         status=error.status,
@@ -165,6 +167,11 @@ async def _on_problem(request: Request, error: Exception) -> JSONResponse:
         param=error.param,
         headers=error.headers,
     )
+
+
+async def _on_problem(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ProblemError)
+    return problem_response(request, error)
 
 
 async def _on_bitmill_error(request: Request, error: Exception) -> JSONResponse:
@@ -240,6 +247,21 @@ async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
         detail="the server failed on this request",
         hint=CODES["internal"][1],
     )
+
+
+def openapi_responses() -> dict[int | str, dict[str, Any]]:
+    """What the API's description says about refusals, for every route."""
+    text = {"type": "string"}
+    optional = {"anyOf": [text, {"type": "null"}]}
+    members = dict.fromkeys(("type", "title", "detail", "code", "hint"), text)
+    schema = {
+        "type": "object",
+        "properties": members
+        | {"status": {"type": "integer"}, "param": optional, "request_id": optional},
+        "required": [*members, "status"],
+    }
+    problem = {"description": "Refused (RFC 9457).", "content": {MEDIA_TYPE: {"schema": schema}}}
+    return {"4XX": problem, "5XX": problem}
 
 
 def install(app: FastAPI) -> None:

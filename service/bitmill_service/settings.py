@@ -5,7 +5,10 @@ Read from the environment (prefix BITMILL_) or given by the command line; frozen
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
 
 from bitmill_workers.settings import Settings
 
@@ -13,6 +16,8 @@ from bitmill_workers.settings import Settings
 class ServiceSettings(Settings):
     """What `bitmill serve` and `create_app` can be told; sizes in bytes, times in seconds.
 
+    allowed_hosts: names that requests may be sent to; empty accepts all. The embedded service on
+    loopback accepts loopback's names only, unless these are set.
     max_body: largest request body; bit-width maps of large models are the largest ones.
     event_poll_s: how often an event stream looks for news.
     max_queued: refuse new jobs (429) while so many wait.
@@ -21,7 +26,13 @@ class ServiceSettings(Settings):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8737, ge=0, le=65535)
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
     max_body: int = Field(default=16 << 20, ge=1024)
     event_poll_s: float = Field(default=0.5, gt=0)
     max_queued: int = Field(default=1000, ge=1)
     hub_check_s: float = Field(default=5.0, gt=0)
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _split_hosts(cls, value: object) -> object:
+        return tuple(v.strip() for v in value.split(",")) if isinstance(value, str) else value
