@@ -126,6 +126,12 @@ def bucket_of(T: int) -> int:
     return next(bucket for bucket in TOKEN_BUCKETS if bucket >= T)
 
 
+def best_shape(weight: RuntimeWeight, bucket: int) -> decode_cuda.BlockShape:
+    properties = torch.cuda.get_device_properties(DEVICE)
+    shared = properties.shared_memory_per_multiprocessor
+    return tiles.block_shapes(weight, properties.name, shared)[bucket]
+
+
 def triton_decoder(weight: RuntimeWeight) -> TritonDecoder:
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     return TritonDecoder(weight, tiles.triton_tiles(weight, processors), asm=True)
@@ -138,9 +144,7 @@ def shape_name(shape: decode_cuda.BlockShape) -> str:
 def decoder_or_none(
     weight: RuntimeWeight, shape: decode_cuda.BlockShape, T: int
 ) -> CudaDecoder | None:
-    """A shape whose ring does not fit the widest pair, or whose tile does not divide the rows."""
-    if any(member.rows % shape.rows for member in weight.members):
-        return None
+    """None where the shape cannot run the weight."""
     try:
         return CudaDecoder(weight, {bucket_of(T): shape})
     except ValueError:
@@ -298,11 +302,10 @@ def decode_rows(
             key = (N, K, T)
             half[key] = half.get(key) or time_half(*key)
             bucket = bucket_of(T)
-            best = tiles.block_shapes(weights[0])[bucket]
-            shapes = (SHAPES[bucket] if every_shape else (best,)) if "cuda" in kinds else ()
+            shapes = SHAPES[bucket] if every_shape else (best_shape(weights[0], bucket),)
             kernels: dict[str, list[Product | None]] = {
                 shape_name(shape): [decoder_or_none(w, shape, T) for w in weights]
-                for shape in shapes
+                for shape in (shapes if "cuda" in kinds else ())
             }
             if "triton" in kinds and T <= 16:
                 kernels["triton"] = [triton_decoder(weight) for weight in weights]

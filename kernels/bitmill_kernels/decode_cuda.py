@@ -58,9 +58,10 @@ class BlockShape:
         return self.warps * self.row_tiles * 16
 
 
-_NARROW = (BlockShape(4, 1, 4), BlockShape(4, 2, 3), BlockShape(8, 2, 1))
+_NARROW = (BlockShape(8, 2, 1), BlockShape(4, 2, 3), BlockShape(4, 1, 4))
 SHAPES = {2: _NARROW, 8: _NARROW, 16: _NARROW, 32: (BlockShape(8, 2, 1), BlockShape(4, 2, 2))}
-"""The shapes that are compiled, by token bucket, as listed at the end of `decode_cuda.cu`."""
+"""The shapes that are compiled, by token bucket, as listed at the end of `decode_cuda.cu`; the
+first was the fastest over all cases measured on an H100."""
 
 
 class _Arguments(ctypes.Structure):
@@ -98,6 +99,38 @@ class _Arguments(ctypes.Structure):
             )
         ),
     )
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """Shared memory of one block: stages of the ring, bytes of each, and bytes of everything."""
+
+    stages: int
+    stage_bytes: int
+    total_bytes: int
+
+
+def plan_shared(
+    weight: RuntimeWeight, shape: BlockShape, tokens: int, chunks: int, per_processor: int
+) -> SharedPlan | None:
+    """How a block of a shape uses shared memory, or None where two stages do not fit.
+
+    tokens: the bucket. chunks: pairs whose activations the block converts itself, or 0 where the
+    ring carries them. per_processor: bytes of shared memory on a multiprocessor.
+    """
+    staged = 0 if chunks else _input_bytes(tokens)
+    widest = max(pair.width for member in weight.members for pair in member.pairs)
+    stage_bytes = -(-(staged + shape.rows * (8 + 32 * widest)) // 128) * 128
+    available = (per_processor - SHARED_KEPT_FREE) // shape.blocks - RESERVED_SHARED_BYTES
+    fixed = 16 * MAX_STAGES + PAIR_ROW_BYTES * weight.pair_count + 128
+    fixed += chunks * _input_bytes(tokens)
+    stages = min(MAX_STAGES, (min(available, MAX_SHARED_BYTES) - fixed) // stage_bytes)
+    return SharedPlan(stages, stage_bytes, fixed + stages * stage_bytes) if stages >= 2 else None
+
+
+def divides_rows(weight: RuntimeWeight, shape: BlockShape) -> bool:
+    """Whether a shape's tiles end where the members' padded rows end; others cannot be used."""
+    return all(member.rows % shape.rows == 0 for member in weight.members)
 
 
 @dataclass(frozen=True)
@@ -176,12 +209,10 @@ def _equal_runs(cost: np.ndarray, count: int) -> np.ndarray:
 class CudaDecoder:
     """y [T, N] = x W^T for 1 to 32 tokens with the compiled kernel; raises where it cannot load."""
 
-    max_tokens = TOKEN_BUCKETS[-1]
-
     def __init__(self, weight: RuntimeWeight, shapes: Mapping[int, BlockShape]) -> None:
         """shapes: by token bucket, ascending; all tables and workspaces are built here.
 
-        Raises ValueError for a shape whose shared memory does not hold two stages.
+        Raises ValueError for a shape that cannot run the weight.
         """
         self._library = load_library()
         self._weight = weight
@@ -189,6 +220,7 @@ class CudaDecoder:
         self._grid = weight.grid.data_ptr()
         self._order = None if weight.order is None else weight.order.data_ptr()
         self._launches = {tokens: _Launch(weight, shapes[tokens], tokens) for tokens in shapes}
+        self.max_tokens = max(shapes)
 
     def __call__(self, x: Tensor, bias: Tensor | None, y: Tensor, *, overlap: bool = True) -> None:
         """x f16 or bf16 [T, K] with contiguous rows, y of its dtype [T, N] contiguous.
@@ -245,27 +277,25 @@ class _Launch:
         self._counters = torch.zeros(counters, dtype=torch.int32, device=device)
         cells = shape.rows * 8 * -(-tokens // 8)
         self._partial = workspace("decode partial", self.block_count * 2 * cells * 4, device)
+        shared = properties.shared_memory_per_multiprocessor
         self._chunks = int(schedule.blocks[:, 3].max()) if tokens <= FUSED_TOKENS else 0
-        if self._chunks * _input_bytes(tokens) > MAX_CHUNK_BYTES:
+        plan = None
+        if 0 < self._chunks * _input_bytes(tokens) <= MAX_CHUNK_BYTES:
+            plan = plan_shared(weight, shape, tokens, self._chunks, shared)
+        if plan is None:
             self._chunks = 0
-        self._inputs: Tensor | None = None
-        staged = 0
-        if not self._chunks:
-            staged = _input_bytes(tokens)
-            self._inputs = workspace("decode inputs", weight.pair_count * staged, device)
-        widest = max(pair.width for member in weight.members for pair in member.pairs)
-        self._stage_bytes = -(-(staged + shape.rows * (8 + 32 * widest)) // 128) * 128
-        per_processor = properties.shared_memory_per_multiprocessor - SHARED_KEPT_FREE
-        limit = min(per_processor // shape.blocks - RESERVED_SHARED_BYTES, MAX_SHARED_BYTES)
-        fixed = 16 * MAX_STAGES + PAIR_ROW_BYTES * weight.pair_count + 128
-        fixed += self._chunks * _input_bytes(tokens)
-        self._stages = min(MAX_STAGES, (limit - fixed) // self._stage_bytes)
-        if self._stages < 2:
+            plan = plan_shared(weight, shape, tokens, 0, shared)
+        if plan is None or not divides_rows(weight, shape):
             raise ValueError(
-                f"{shape} needs two stages of {self._stage_bytes} bytes beside {fixed} and has "
-                f"{limit}: choose a shape with fewer rows or blocks"
+                f"{shape} cannot run {tokens} tokens of N={weight.N}, K={weight.K}: two stages do "
+                "not fit shared memory, or its tiles do not divide the padded rows"
             )
-        self.shared_bytes = fixed + self._stages * self._stage_bytes
+        self._plan = plan
+        self.shared_bytes = plan.total_bytes
+        self._inputs: Tensor | None = None
+        if not self._chunks:
+            size = weight.pair_count * _input_bytes(tokens)
+            self._inputs = workspace("decode inputs", size, device)
 
     def fill(self, arguments: _Arguments) -> None:
         pairs, tiles, blocks = self._tables
@@ -275,7 +305,8 @@ class _Launch:
         arguments.inputs = None if self._inputs is None else self._inputs.data_ptr()
         arguments.pair_count = pairs.shape[0]
         arguments.chunk_capacity = self._chunks
-        arguments.stage_count, arguments.stage_bytes = self._stages, self._stage_bytes
+        arguments.stage_count = self._plan.stages
+        arguments.stage_bytes = self._plan.stage_bytes
 
 
 def _input_bytes(tokens: int) -> int:

@@ -128,17 +128,17 @@ class _AcceleratedProduct:
         from bitmill_kernels.dequantize_triton import Dequantizer
 
         device = weight.planes.device
-        on_gpu = device.type == "cuda"
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+        properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+        processors = properties.multi_processor_count if properties else 1
         self._weight = weight
         self._wide = TritonDecoder(
             weight, tiles.triton_tiles(weight, processors), asm=not interpreted()
         )
-        self._narrow = (
-            decode_cuda.CudaDecoder(weight, tiles.block_shapes(weight))
-            if decode_cuda.available(device)
-            else None
-        )
+        self._narrow: decode_cuda.CudaDecoder | None = None
+        if properties and decode_cuda.available(device):
+            shared = properties.shared_memory_per_multiprocessor
+            shapes = tiles.block_shapes(weight, properties.name, shared)
+            self._narrow = decode_cuda.CudaDecoder(weight, shapes) if shapes else None
         _say_choice(str(device), self._narrow is not None)
         runs = -(-weight.N * weight.K // SCRATCH_ELEMENTS)
         self._dequantizer = Dequantizer(weight, -(-weight.N // runs))

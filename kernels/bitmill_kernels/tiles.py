@@ -2,7 +2,7 @@
 
 `tiles.json` is written by `benchmarks/matmul.py --sweep --write`. Its entries name the GPU, the
 stacked rows N, the columns K, the widths present, and the token bucket (at most 2, 8, 16 or 32
-tokens). A case that is not in the table gets the shape that was best over all measured cases.
+tokens). A case that is not in the table gets the first shape that can run it.
 """
 
 from __future__ import annotations
@@ -12,32 +12,35 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bitmill_kernels.decode_cuda import TOKEN_BUCKETS, BlockShape
+from bitmill_kernels.decode_cuda import SHAPES, BlockShape, divides_rows, plan_shared
 from bitmill_kernels.decode_triton import TOKEN_TILES, Tile
 from bitmill_kernels.layout import WIDTHS
 from bitmill_kernels.runtime import RuntimeWeight
 
 TABLE_VERSION = 1
-DEFAULT_SHAPES = {
-    2: BlockShape(4, 1, 4),
-    8: BlockShape(4, 1, 4),
-    16: BlockShape(4, 2, 3),
-    32: BlockShape(8, 2, 1),
-}
 BLOCKS_PER_PROCESSOR = 3
 MAX_SPLIT = 16
 
 
-def block_shapes(weight: RuntimeWeight) -> dict[int, BlockShape]:
-    """Shapes of the CUDA kernel for each token bucket."""
-    device = torch.cuda.get_device_name(weight.planes.device)
+def block_shapes(weight: RuntimeWeight, gpu: str, per_processor: int) -> dict[int, BlockShape]:
+    """Shapes of the CUDA kernel by token bucket, for a GPU of this name and shared memory.
+
+    The measured shape, else the first of `SHAPES` that can run the weight. A bucket that no shape
+    can run is left out.
+    """
     widths = widths_present(weight)
-    return {
-        tokens: _table().get((device, weight.N, weight.K, widths, tokens), DEFAULT_SHAPES[tokens])
-        for tokens in TOKEN_BUCKETS
-    }
+    chosen: dict[int, BlockShape] = {}
+    for tokens, shapes in SHAPES.items():
+        measured = _table().get((gpu, weight.N, weight.K, widths, tokens))
+        for shape in (measured, *shapes):
+            if (
+                shape is not None
+                and divides_rows(weight, shape)
+                and plan_shared(weight, shape, tokens, 0, per_processor) is not None
+            ):
+                chosen[tokens] = shape
+                break
+    return chosen
 
 
 def triton_tiles(weight: RuntimeWeight, processors: int) -> dict[int, Tile]:
