@@ -17,6 +17,7 @@ import sqlite3
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,24 @@ from bitmill_workers.leases import LeaseStore
 from bitmill_workers.migrate import upgrade
 from bitmill_workers.tables import job_events
 
+_meeting: list[Any] = []
 
-def claim_all(url: str, start: Any, answers: Any) -> None:
-    """One claimer: claim until nothing is left; answers its claims and when it began and ended."""
+
+def _meet(barrier: Any) -> None:
+    _meeting.append(barrier)
+
+
+def claim_all(url: str) -> tuple[list[str], float, float]:
+    """One claimer: claim until nothing is left; its claims, and when it began and ended."""
     database = Database(url)
     leases = LeaseStore(database, lease_s=600)
     database.now()
-    start.wait()
+    _meeting[0].wait()
     began, claimed = time.monotonic(), []
     while (job := leases.claim_next(f"claimer-{os.getpid()}", ("cpu",))) is not None:
         claimed.append(job.id)
-    answers.put((claimed, began, time.monotonic()))
     database.close()
+    return claimed, began, time.monotonic()
 
 
 def race(url: str, *, jobs: int, claimers: int) -> dict[str, Any]:
@@ -57,15 +64,9 @@ def race(url: str, *, jobs: int, claimers: int) -> dict[str, Any]:
         conn.exec_driver_sql("ANALYZE")
     database.engine.dispose(close=True)
     fork = multiprocessing.get_context("fork")
-    start, answers = fork.Barrier(claimers), fork.SimpleQueue()
-    processes = [
-        fork.Process(target=claim_all, args=(url, start, answers)) for _ in range(claimers)
-    ]
-    for process in processes:
-        process.start()
-    parts = [answers.get() for _ in processes]
-    for process in processes:
-        process.join()
+    meeting = (fork.Barrier(claimers),)
+    with ProcessPoolExecutor(claimers, fork, initializer=_meet, initargs=meeting) as pool:
+        parts = list(pool.map(claim_all, [url] * claimers))
     claimed = [job for part in parts for job in part[0]]
     with database.read() as conn:
         count = sa.select(sa.func.count()).select_from(job_events)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ def benchmark() -> ModuleType:
     assert loader is not None
     assert loader.loader is not None
     module = importlib.util.module_from_spec(loader)
+    sys.modules[module.__name__] = module
     loader.loader.exec_module(module)
     return module
 

@@ -101,22 +101,6 @@ def test_cancel_of_a_finished_job_conflicts(store: JobStore, leases: LeaseStore)
     assert caught.value.code == "job_finished"
 
 
-def test_retry_makes_a_child_of_a_finished_job_only(store: JobStore) -> None:
-    job = store.submit(spec(label="x"), priority=3).job
-    with pytest.raises(StateConflict) as caught:
-        store.retry(job.id)
-    assert caught.value.code == "job_not_finished"
-    store.request_cancel(job.id)
-    child = store.retry(job.id)
-    assert (child.parent_id, child.state, child.spec, child.priority) == (
-        job.id,
-        "queued",
-        job.spec,
-        3,
-    )
-    assert store.events(child.id)[0].data == {"state": "queued", "parent_id": job.id}
-
-
 def test_delete_removes_finished_jobs_whole(store: JobStore) -> None:
     job = store.submit(spec(), idempotency_key="k", request_hash="a").job
     with pytest.raises(StateConflict):

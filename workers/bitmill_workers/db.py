@@ -20,6 +20,8 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
 BUSY_TIMEOUT_S = 10.0
+WRITE_TIMEOUT_S = 30.0
+_STEP_MS = 8
 
 
 class db_now(GenericFunction[float]):  # noqa: N801  (an SQL function's name)
@@ -53,7 +55,14 @@ class Database:
                 pool_size=5,
                 max_overflow=20,
                 pool_timeout=10,
-                connect_args={"connect_timeout": 5, "options": "-c statement_timeout=30000"},
+                connect_args={
+                    "connect_timeout": 5,
+                    "options": "-c statement_timeout=30000",
+                    "keepalives_idle": 10,
+                    "keepalives_interval": 5,
+                    "keepalives_count": 3,
+                    "tcp_user_timeout": 15000,
+                },
             )
 
     @property
@@ -101,10 +110,30 @@ def _sqlite_engine(url: sa.URL) -> sa.Engine:
 
     @sa.event.listens_for(engine, "begin")
     def _on_begin(conn: sa.Connection) -> None:
-        write = conn.get_execution_options().get("bitmill_write", False)
-        conn.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        if conn.get_execution_options().get("bitmill_write", False):
+            _begin_immediate(conn)
+        else:
+            conn.exec_driver_sql("BEGIN")
 
     return engine
+
+
+def _begin_immediate(conn: sa.Connection) -> None:
+    """Take the write lock. All writers wait alike in short steps, so that none starves.
+
+    SQLite's own waiting backs off to 100 ms, and a writer that has waited long loses to those that
+    have just come.
+    """
+    conn.exec_driver_sql(f"PRAGMA busy_timeout={_STEP_MS}")
+    deadline = time.monotonic() + WRITE_TIMEOUT_S
+    while True:
+        try:
+            conn.exec_driver_sql("BEGIN IMMEDIATE")
+            break
+        except sa.exc.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+    conn.exec_driver_sql(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT_S * 1000)}")
 
 
 def _enable_wal(connection: sqlite3.Connection) -> None:

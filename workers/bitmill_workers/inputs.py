@@ -10,17 +10,11 @@ from bitmill.spec import FileText, JobMap, JobSpec, UploadedMap
 from bitmill.storage import write_json
 from bitmill_workers.artifacts import ArtifactStore
 from bitmill_workers.catalog import Catalog
-from bitmill_workers.fetch import check_model, resolve_path
+from bitmill_workers.fetch import resolve_path
 from bitmill_workers.jobs import JobStore
 from bitmill_workers.settings import Settings
 
 MAP_FILE = "bit_width_map.json"
-
-
-def check_inputs(spec: JobSpec, settings: Settings) -> None:
-    """Refuse at submission, within seconds, a model or calibration text that cannot be used."""
-    check_model(spec.model, settings)
-    local_spec(spec, settings)
 
 
 def local_spec(spec: JobSpec, settings: Settings) -> dict[str, Any]:

@@ -205,31 +205,6 @@ class JobStore:
                     )
             return _get(conn, job_id, tenant)
 
-    def retry(self, job_id: str, *, tenant: str | None = None) -> JobRecord:
-        """A new job with the specification of a finished one, which becomes its parent."""
-        with self.database.write() as conn:
-            old = _get(conn, job_id, tenant)
-            if not old.finished:
-                raise StateConflict(
-                    f"job {job_id} is {old.shown_state}: only a finished job can be retried",
-                    code="job_not_finished",
-                )
-            return _insert_job(
-                conn,
-                {
-                    "id": new_id(),
-                    "tenant": old.tenant,
-                    "spec": old.spec,
-                    "model": old.model,
-                    "label": old.label,
-                    "priority": old.priority,
-                    "queue": old.queue,
-                    "parent_id": old.id,
-                    "webhook_url": old.webhook_url,
-                },
-                old.spec.get("deadline_s"),
-            )
-
     def delete(self, job_id: str, *, tenant: str | None = None) -> None:
         """Remove a finished job with its events, log and artifact rows.
 

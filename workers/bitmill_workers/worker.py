@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import socket
 import sys
 import threading
@@ -26,7 +25,6 @@ from bitmill_workers.db import Database
 from bitmill_workers.garbage import collect_staging, collect_work
 from bitmill_workers.logs import configure_logs
 from bitmill_workers.migrate import require_head
-from bitmill_workers.processes import die_with_parent
 from bitmill_workers.settings import Settings
 
 _BEAT_S = 20.0
@@ -34,10 +32,8 @@ _COLLECT_S = 3600.0
 _log = logging.getLogger(__name__)
 
 
-def main(*, with_parent: bool = False) -> int:
-    """Serve jobs until told to stop. With `with_parent`, also when the starting thread ends."""
-    if with_parent:
-        die_with_parent(signal.SIGTERM)
+def main() -> int:
+    """Serve jobs until told to stop."""
     # Read by Celery when its worker is imported: SIGTERM then stops running tasks as well.
     os.environ["REMAP_SIGTERM"] = "SIGQUIT"
     from celery import signals
@@ -122,4 +118,4 @@ def _leave(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(with_parent="--with-parent" in sys.argv[1:]))
+    sys.exit(main())

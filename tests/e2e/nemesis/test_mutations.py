@@ -21,7 +21,7 @@ MUTATIONS = {
     ),
     "immediate transaction": (
         "db.py",
-        '"BEGIN IMMEDIATE" if write else "BEGIN"',
+        '"BEGIN IMMEDIATE"',
         '"BEGIN"',
         "test_concurrency.py::test_one_key_submitted_two_hundred_times_makes_one_job[sqlite]",
     ),
