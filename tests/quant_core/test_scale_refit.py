@@ -1,9 +1,6 @@
-from itertools import pairwise
-
 import torch
 
-from bitmill.code_descent import descend_codes
-from bitmill.codes import LinearCodes, group_slices, output_error
+from bitmill.codes import LinearCodes, group_slices
 from bitmill.grid import ClipSettings
 from bitmill.rtn import round_to_nearest
 from bitmill.scale_refit import refit_scales
@@ -65,31 +62,3 @@ def test_a_scale_of_zero_and_one_that_wants_to_be_negative_are_left_alone():
     refitted = refit_scales(-10 * W, against, H, sweeps=1)
     assert refitted.scales[0, 3] == 0
     assert (refitted.scales[against.scales > 0] > 0).all()
-
-
-def test_code_descent_and_refit_alternate_downwards():
-    W, H, codes = problem()
-    errors = [output_error(W - codes.values(), H)]
-    for _ in range(3):
-        codes = refit_scales(W, codes, H)
-        errors.append(output_error(W - codes.values(), H))
-        codes = descend_codes(W, codes, H)
-        errors.append(output_error(W - codes.values(), H))
-    assert all(b <= a * (1 + 1e-5) for a, b in pairwise(errors))
-    assert errors[-1] < 0.7 * errors[0]
-
-
-def test_code_descent_ends_where_no_single_code_can_improve():
-    W, H, codes = problem(N=4)
-    codes = descend_codes(W, codes, H, sweeps=20)
-    base = row_errors(W, codes, H)
-    for group, part in group_slices(300):
-        for column in range(part.start, part.stop, 37):
-            for step in (-1, 1):
-                moved = codes.codes.clone().int()
-                moved[:, column] += step
-                legal = (moved[:, column] >= 0) & (moved[:, column] < 2 ** codes.widths[group])
-                changed = LinearCodes(
-                    moved.clamp(min=0).to(torch.uint8), codes.scales, codes.zeros, codes.widths
-                )
-                assert (row_errors(W, changed, H) >= base * (1 - 1e-6))[legal].all()
