@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +21,20 @@ from bitmill.allocate import Allocator
 from bitmill.bits import BitWidthMap
 from bitmill.blocks import StreamedModel
 from bitmill.budget import footprint
-from bitmill.calibration import calibration_tokens
-from bitmill.checkpoint import PackedCheckpoint, read_bit_width_map
+from bitmill.calibration import evaluation_tokens
+from bitmill.checkpoint import read_bit_width_map
 from bitmill.embeddings import head_squares, round_embedding
 from bitmill.errors import BudgetError, FormatError, ModelError, VerificationError
+from bitmill.evaluate import StreamedLogits, perplexity_and_kl
 from bitmill.hf import quantized_linears
 from bitmill.measurement import evaluate_folder
-from bitmill.pipeline import Result, run_job
+from bitmill.pipeline import Result, run_job, verify_order
 from bitmill.plan import Plan, make_plan
-from bitmill.profile import SensitivityProfile
+from bitmill.profiling import ProfileRequest, make_profile
 from bitmill.quantized_embedding import TiedHead
 from bitmill.spec import Budget, JobSpec, parse_spec
 from tiny import VOCABULARY, llama_config, save_tiny, tiny_llama, tiny_opt
+from weights import PackedModel, dequantized_model, pack_model
 
 TOKENS = torch.arange(2, 26)[None]
 
@@ -40,14 +45,19 @@ def reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITMILL_BACKEND", "reference")
 
 
-def spec(budget: dict[str, Any], method: str = "uniform", **allocation: Any) -> JobSpec:
+def spec(
+    budget: dict[str, Any],
+    method: str = "uniform",
+    refinement: dict[str, Any] | None = None,
+    **allocation: Any,
+) -> JobSpec:
     return parse_spec(
         {
             "model": {"source": "path", "path": "model"},
             "budget": budget,
             "allocation": {"method": method, "order": "natural", "embeddings": "quantize"}
             | allocation,
-            "refinement": {"method": "rtn"},
+            "refinement": refinement or {"method": "rtn"},
             "calibration": {"sequences": 2, "length": 64, "held_out": 1},
             "evaluation": {"texts": ["wiki_evaluation"], "sequences": 2, "length": 64},
             "threads": 1,
@@ -95,16 +105,19 @@ def neox() -> GPTNeoXConfig:
     )
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
-def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    return job(MODELS[request.param](folder / "source"), folder, spec({"code_bits": 4}))
-
-
+@dataclass(frozen=True)
 class Job:
-    def __init__(self, source: Path, folder: Path, asked: JobSpec, result: Result) -> None:
-        self.source, self.asked, self.result = source, asked, result
-        self.out, self.work = folder / "out", folder / "work"
+    """A finished job and its folders."""
+
+    name: str
+    source: Path
+    folder: Path
+    asked: JobSpec
+    result: Result
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
 
     @property
     def plan(self) -> Plan:
@@ -118,9 +131,31 @@ class Job:
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.out.glob("*.safetensors"))
 
+    def work(self, pattern: str) -> Path:
+        return next((self.folder / "work").glob(pattern))
 
-def job(source: Path, folder: Path, asked: JobSpec) -> Job:
-    return Job(source, folder, asked, run_job(asked, source, folder / "work", folder / "out"))
+
+JOBS = {
+    "tied": spec({"bits": 4.3}, "knapsack", refinement={"method": "gptq"}),
+    "untied": spec({"code_bits": 4.1}),
+    "opt": spec({"code_bits": 3.5}, "sba"),
+}
+
+
+@pytest.fixture(scope="module", params=list(JOBS))
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    source, asked = MODELS[request.param](folder / "source"), JOBS[request.param]
+    result = run_job(asked, source, folder / "work", folder / "out")
+    return Job(request.param, source, folder, asked, result)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+    """Every matrix rounded, neighbouring groups to different widths."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    source = MODELS[request.param](folder / "source")
+    return pack_model(source, folder / "packed", embeddings="quantize")
 
 
 @torch.inference_mode()
@@ -129,70 +164,41 @@ def logits(model: Any) -> torch.Tensor:
     return result
 
 
-def dequantized(job: Job, dtype: torch.dtype = torch.float32) -> Any:
-    """The source model with every quantized matrix replaced by its dequantized values."""
-    model = AutoModelForCausalLM.from_pretrained(job.source, dtype=dtype).eval()
-    checkpoint = PackedCheckpoint.open(job.out)
-    with torch.no_grad():
-        for matrix in job.plan.matrices:
-            values = checkpoint.linear(matrix.shape).unpack().dequantize()
-            model.get_submodule(matrix.name).weight.copy_(values)
-    return model
-
-
-def test_the_checkpoint_holds_every_matrix_packed_and_once(packed: Job) -> None:
-    names = {matrix.name for matrix in packed.plan.embeddings}
-    assert len(names) == (1 if packed.plan.model_type in ("opt", "gemma3_text") else len(names))
-    stored = load_file(packed.out / "model.safetensors")
-    for name in names:
-        assert f"{name}.codes_b4_p4" in stored and f"{name}.weight" not in stored
-    heads = [name for name in stored if name.startswith(("lm_head.", "embed_out."))]
-    assert bool(heads) == ("lm_head" in names)
-    assert packed.map.linears.keys() == {s.name for s in packed.plan.shapes}
-
-
-def test_sizes_are_those_on_disk_and_count_the_embeddings(packed: Job) -> None:
-    row = packed.result.quality.row("uniform rtn")
-    assert row.size == packed.bytes == footprint(packed.plan, packed.map).size
-    assert row.code_bits == 4.0
-    kept = make_plan(packed.source, spec({"code_bits": 4}, embeddings="keep"))
-    rows = sum(matrix.shape.weights for matrix in packed.plan.embeddings)
-    assert packed.plan.weights == kept.weights + rows
-    plain = {shape.name: (4,) * shape.groups for shape in kept.shapes}
-    assert packed.bytes < footprint(kept, BitWidthMap(linears=plain)).size
+def heads(packed: PackedModel) -> int:
+    return len([matrix for matrix in packed.plan.embeddings if matrix.name == "lm_head"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_and_answers_equal_those_of_the_dequantized_model(
-    packed: Job, dtype: torch.dtype
+    packed: PackedModel, dtype: torch.dtype
 ) -> None:
-    model, expected = bitmill.load(packed.out, dtype=dtype), dequantized(packed, dtype)
+    model, expected = bitmill.load(packed.folder, dtype=dtype), dequantized_model(packed, dtype)
     assert torch.equal(logits(model), logits(expected))
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     assert torch.equal(model.generate(TOKENS, **options), expected.generate(TOKENS, **options))
 
 
-def test_a_cast_model_computes_in_the_new_dtype(packed: Job) -> None:
-    model = bitmill.load(packed.out).to(torch.bfloat16)
-    assert torch.equal(logits(model), logits(dequantized(packed, torch.bfloat16)))
+def test_a_cast_model_computes_in_the_new_dtype(packed: PackedModel) -> None:
+    model = bitmill.load(packed.folder).to(torch.bfloat16)
+    assert torch.equal(logits(model), logits(dequantized_model(packed).to(torch.bfloat16)))
     assert all(m.scales.dtype == torch.float16 for m in quantized_linears(model).values())
 
 
 def test_a_tied_head_owns_no_tensor_and_a_saved_model_is_the_same(
-    packed: Job, tmp_path: Path
+    packed: PackedModel, tmp_path: Path
 ) -> None:
-    model = bitmill.load(packed.out)
-    tied = len(packed.plan.embeddings) == 1
-    assert isinstance(model.get_output_embeddings(), TiedHead) == tied
+    model = bitmill.load(packed.folder)
+    assert isinstance(model.get_output_embeddings(), TiedHead) == (not heads(packed))
     model.save_pretrained(tmp_path)
-    before, after = (load_file(f / "model.safetensors") for f in (packed.out, tmp_path))
+    before, after = (load_file(f / "model.safetensors") for f in (packed.folder, tmp_path))
+    assert any(name.startswith("lm_head.") for name in before) == bool(heads(packed))
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert torch.equal(logits(bitmill.load(tmp_path)), logits(model))
 
 
-def test_a_copy_and_the_plain_model_compute_the_same(packed: Job) -> None:
-    model = bitmill.load(packed.out)
+def test_a_copy_and_the_plain_model_compute_the_same(packed: PackedModel) -> None:
+    model = bitmill.load(packed.folder)
     expected = logits(model)
     assert torch.equal(logits(copy.deepcopy(model)), expected)
     plain = model.dequantize()
@@ -200,20 +206,60 @@ def test_a_copy_and_the_plain_model_compute_the_same(packed: Job) -> None:
     assert torch.equal(logits(plain), expected)
 
 
-def test_a_headless_model_loads(packed: Job) -> None:
-    base = AutoModel.from_pretrained(packed.out).eval()
-    expected = dequantized(packed).base_model
+def test_a_headless_model_loads(packed: PackedModel) -> None:
+    base, expected = AutoModel.from_pretrained(packed.folder), dequantized_model(packed).base_model
     with torch.inference_mode():
-        assert torch.equal(base(TOKENS).last_hidden_state, expected(TOKENS).last_hidden_state)
+        hidden = base.eval()(TOKENS).last_hidden_state
+        assert torch.equal(hidden, expected(TOKENS).last_hidden_state)
 
 
-def test_evaluation_sees_the_quantized_matrices(packed: Job) -> None:
-    """The quality report's loss is the loaded model's own."""
-    measured = packed.result.quality.row("uniform rtn").texts["wiki_evaluation"]
-    source = packed.result.quality.row("source").texts["wiki_evaluation"]
+def test_positions_cannot_pass_for_an_embedding(tmp_path: Path) -> None:
+    folder = pack_model(tiny_opt(tmp_path / "source"), tmp_path / "packed").folder
+    config = json.loads((folder / "config.json").read_text())
+    linears = config["quantization_config"]["linears"]
+    linears["model.decoder.embed_positions"] = {"widths": "4", "order": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match="embed_positions is not in the model"):
+        bitmill.load(folder)
+
+
+def test_a_kept_head_stays_as_it_is(tmp_path: Path) -> None:
+    source = MODELS["untied"](tmp_path / "source")
+    plan = make_plan(source, spec({"code_bits": 4}, keep=["lm_head"]))
+    assert [matrix.name for matrix in plan.embeddings] == ["model.embed_tokens"]
+    assert "lm_head.weight" in {tensor.name for tensor in plan.tensors}
+
+
+def test_a_source_without_an_input_embedding_is_refused(tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "source")
+    stored = load_file(source / "model.safetensors")
+    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="stores no input embedding"):
+        make_plan(source, spec({"code_bits": 4}))
+    make_plan(source, spec({"code_bits": 4}, embeddings="keep"))
+
+
+def test_a_job_keeps_its_budget_and_counts_the_embeddings(job: Job) -> None:
+    row, spent = job.result.quality.rows[1], footprint(job.plan, job.map)
+    assert row.size == job.bytes == spent.size
+    budget = job.asked.budget
+    assert 0.85 * budget.value < getattr(spent, budget.kind) <= budget.value
+    assert job.map.linears.keys() == {shape.name for shape in job.plan.shapes}
+    kept = make_plan(job.source, spec({"code_bits": 4}, embeddings="keep"))
+    rows = sum(matrix.shape.weights for matrix in job.plan.embeddings)
+    assert rows == (2 if job.name == "untied" else 1) * VOCABULARY * job.plan.hidden_size
+    assert job.plan.weights == kept.weights + rows
+    for matrix in job.plan.embeddings:
+        assert len(set(job.map.linears[matrix.name])) == 1
+
+
+def test_evaluation_and_report_see_the_quantized_matrices(job: Job) -> None:
+    """The report's loss is the loaded model's own, and evaluating the folder gives it again."""
+    measured = job.result.quality.rows[1].texts["wiki_evaluation"]
     again = evaluate_folder(
-        packed.out,
-        packed.source,
+        job.out,
+        job.source,
         gguf=None,
         texts=("wiki_evaluation",),
         sequences=2,
@@ -221,49 +267,58 @@ def test_evaluation_sees_the_quantized_matrices(packed: Job) -> None:
         device="cpu",
     )
     assert again[1].texts["wiki_evaluation"] == measured
-    assert measured.kl > 0 and measured.perplexity != source.perplexity
-    model = bitmill.load(packed.out).eval()
-    from bitmill.calibration import evaluation_tokens
-
-    windows = evaluation_tokens("wiki_evaluation", packed.source, length=64, sequences=2)
+    model = bitmill.load(job.out).eval()
+    windows = evaluation_tokens("wiki_evaluation", job.source, length=64, sequences=2)
     with torch.inference_mode():
         nll = torch.stack([model(w[None], labels=w[None]).loss for w in windows]).mean()
-    assert float(nll.exp()) == pytest.approx(measured.perplexity, rel=1e-4)
+    assert float(nll.exp()) == pytest.approx(measured.perplexity, rel=1e-5)
+    reported = {linear.name: linear for linear in job.result.quality.linears}
+    for matrix in job.plan.embeddings:
+        assert 0 < reported[matrix.name].relative_error < 0.5
 
 
-@pytest.mark.parametrize("name", ["tied", "untied"])
-@pytest.mark.parametrize(
-    ("method", "budget"),
-    [("knapsack", {"bits": 4.3}), ("knapsack", {"size": 0}), ("sba", {"code_bits": 3.5})],
-)
-def test_budgets_are_kept_and_matrices_have_one_width(
-    name: str, method: str, budget: dict[str, Any], tmp_path: Path
+def test_a_damaged_matrix_fails_verification(job: Job, tmp_path: Path) -> None:
+    order = json.loads((job.work("verify*") / "order.json").read_text())
+    copied = shutil.copytree(job.out, tmp_path / "copy")
+    stored = load_file(copied / "model.safetensors")
+    name = job.plan.embeddings[0].name
+    next(v for k, v in stored.items() if k.startswith(f"{name}.codes_"))[0, 3, 5] ^= 1
+    save_file(stored, copied / "model.safetensors", metadata={"format": "pt"})
+    order |= {"folder": str(copied), "report": str(tmp_path / "report.json")}
+    with pytest.raises(VerificationError, match=re.escape(name)):
+        verify_order(order)
+
+
+def test_budgets_spend_on_the_embedding_what_its_measured_cost_is_worth(
+    tmp_path: Path,
 ) -> None:
-    source = MODELS[name](tmp_path / "source")
-    if "size" in budget:
-        plan = make_plan(source, spec({"bits": 8}))
-        middle = BitWidthMap(linears={s.name: (4,) * s.groups for s in plan.shapes})
-        budget = {"size": footprint(plan, middle).size - 1}
-    made = job(source, tmp_path, spec(budget, method))
-    spent = footprint(made.plan, made.map)
-    assert spent.size == made.bytes
-    kind, limit = next(iter(budget.items()))
-    assert getattr(spent, kind) <= limit
-    for matrix in made.plan.embeddings:
-        assert len(set(made.map.linears[matrix.name])) == 1
-
-
-def test_costs_are_measured_and_sum_to_the_whole_matrix(tmp_path: Path) -> None:
-    made = job(tiny_llama(tmp_path / "source"), tmp_path, spec({"code_bits": 4}, "knapsack"))
-    profile = SensitivityProfile.load(next(made.work.glob("profile*/profile.npz")))
-    costs = profile.linear("model.embed_tokens").costs.sum(0)
-    assert (costs > 0).all() and (np.diff(costs) < 0).all()
-    loss = made.result.quality.predicted_loss
-    assert loss is not None and loss > profile.linear("model.embed_tokens").costs.min(1).sum()
-    allocator = Allocator(made.plan, made.asked.allocation, profile)
-    rich = allocator.knapsack(Budget(code_bits=8)).linears["model.embed_tokens"]
-    poor = allocator.knapsack(Budget(code_bits=2.2)).linears["model.embed_tokens"]
-    assert rich == (8, 8) and poor < rich
+    asked, source = JOBS["tied"], tiny_llama(tmp_path / "source")
+    plan = make_plan(source, asked)
+    model = StreamedModel(source, plan, device=torch.device("cpu"), dtype=torch.float32)
+    settings = {"kind": "knapsack", "widths": (2, 3, 4, 5, 6, 8), "order": "natural"}
+    tokens = torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
+    profile = make_profile(
+        model,
+        tokens,
+        plan,
+        ProfileRequest(settings, "model", "text"),
+        folder=tmp_path,
+        on_unit=lambda *_: None,
+    )
+    name = "model.embed_tokens"
+    costs = profile.linear(name).costs.sum(0)
+    assert (costs > 0).all()
+    assert (np.diff(costs) < 0).all()
+    squares = head_squares(model, tokens)
+    rounded, _ = round_embedding(model, plan.by_name[name], (3, 3), squares)
+    other = StreamedLogits(model.with_matrices({name: rounded.dequantize()}))
+    measured = perplexity_and_kl(StreamedLogits(model), other, tokens)
+    assert costs[1] == pytest.approx(float(measured.kl.mean()))
+    allocator = Allocator(plan, asked.allocation, profile)
+    assert allocator.knapsack(Budget(code_bits=8)).linears[name] == (8, 8)
+    assert allocator.knapsack(Budget(code_bits=2.2)).linears[name] < (8, 8)
+    for value in (60_000, 90_000, 120_000, 150_000):
+        assert footprint(plan, allocator.knapsack(Budget(size=value * 3))).size <= value * 3
     with pytest.raises(BudgetError):
         allocator.knapsack(Budget(code_bits=1.9))
 
@@ -273,7 +328,7 @@ def test_the_head_weighs_columns_by_its_input(tmp_path: Path) -> None:
     asked = spec({"code_bits": 4})
     plan = make_plan(source, asked)
     model = StreamedModel(source, plan, device=torch.device("cpu"), dtype=torch.float32)
-    tokens = calibration_tokens(asked.calibration, source, seed=0).tokens
+    tokens = torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
     whole = AutoModelForCausalLM.from_pretrained(source).eval()
     with torch.inference_mode():
         hidden = whole.model(tokens).last_hidden_state
@@ -295,47 +350,6 @@ def test_other_matrices_leave_the_model_itself_alone(tmp_path: Path) -> None:
     before = model.embed(TOKENS), model.logits(torch.ones(1, 2, 160))
     other = model.with_matrices({"model.embed_tokens": torch.ones(VOCABULARY, 160)})
     assert torch.equal(other.embed(TOKENS), torch.ones(1, 24, 160))
-    assert bool((other.logits(torch.ones(1, 2, 160)).diff() == 0).all())
+    assert other.logits(torch.ones(1, 2, 160)).std() < 1e-3
     assert torch.equal(model.embed(TOKENS), before[0])
     assert torch.equal(model.logits(torch.ones(1, 2, 160)), before[1])
-
-
-def test_kept_matrices_stay_as_they_are(tmp_path: Path) -> None:
-    source = MODELS["untied"](tmp_path / "source")
-    made = job(source, tmp_path, spec({"code_bits": 4}, keep=["lm_head"]))
-    stored = load_file(made.out / "model.safetensors")
-    assert "lm_head.weight" in stored and "model.embed_tokens.weight" not in stored
-    assert torch.equal(logits(bitmill.load(made.out)), logits(dequantized(made)))
-
-
-def test_a_damaged_matrix_fails_verification(tmp_path: Path) -> None:
-    made = job(tiny_llama(tmp_path / "source"), tmp_path, spec({"code_bits": 4}))
-    stored = load_file(made.out / "model.safetensors")
-    stored["model.embed_tokens.codes_b4_p4"][0, 3, 5] ^= 1
-    packed = next(made.work.glob("pack*/packed"))
-    save_file(stored, packed / "model.safetensors", metadata={"format": "pt"})
-    (folder,) = made.work.glob("verify*")
-    from bitmill.pipeline import verify_order
-
-    with pytest.raises(VerificationError, match="model.embed_tokens"):
-        verify_order(json.loads((folder / "order.json").read_text()))
-
-
-def test_positions_cannot_pass_for_an_embedding(tmp_path: Path) -> None:
-    made = job(tiny_opt(tmp_path / "source"), tmp_path, spec({"code_bits": 4}))
-    config = json.loads((made.out / "config.json").read_text())
-    linears = config["quantization_config"]["linears"]
-    linears["model.decoder.embed_positions"] = linears.pop("model.decoder.embed_tokens")
-    (made.out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match="embed_positions"):
-        bitmill.load(made.out)
-
-
-def test_a_source_without_an_input_embedding_is_refused(tmp_path: Path) -> None:
-    source = tiny_llama(tmp_path / "source")
-    stored = load_file(source / "model.safetensors")
-    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
-    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="stores no input embedding"):
-        make_plan(source, spec({"code_bits": 4}))
-    make_plan(source, spec({"code_bits": 4}, embeddings="keep"))
