@@ -90,7 +90,7 @@ class ModelLearning:
         return learned
 
     def tune(
-        self, weights: Mapping[str, QuantizedWeight], matrices: Mapping[str, Tensor]
+        self, weights: Mapping[str, QuantizedWeight], matrices: Mapping[str, Tensor] | None = None
     ) -> tuple[dict[str, QuantizedWeight], TuneReport] | None:
         """All weights with tuned scales, or None where the job asks for no tuning.
 

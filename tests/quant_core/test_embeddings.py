@@ -135,9 +135,10 @@ class Job:
         return next((self.folder / "work").glob(pattern))
 
 
+LEARNED = {"method": "omniquant", "omniquant": {"epochs": 1, "tune_scales_steps": 1}}
 JOBS = {
     "tied": spec({"bits": 4.3}, "knapsack", refinement={"method": "gptq"}),
-    "untied": spec({"code_bits": 4.1}),
+    "untied": spec({"code_bits": 4.1}, refinement=LEARNED),
     "opt": spec({"code_bits": 3.5}, "sba"),
 }
 
