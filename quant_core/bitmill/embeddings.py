@@ -32,7 +32,7 @@ from bitmill.profile import FloatArray, LinearProfile
 from bitmill.quality import LinearQuality
 from bitmill.rtn import round_to_nearest
 
-COST_TOKENS = 8192
+COST_TOKENS = 4096
 
 
 def round_embedding(
