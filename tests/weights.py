@@ -15,7 +15,7 @@ from bitmill.budget import checkpoint_tensors, order_owners
 from bitmill.checkpoint import write_checkpoint
 from bitmill.packed import QuantizedWeight
 from bitmill.plan import Plan, make_plan
-from bitmill.spec import Budget, JobSpec, PathModel
+from bitmill.spec import Allocation, Budget, JobSpec, PathModel
 from bitmill_kernels.layout import GROUP_SIZE, zero_bits
 
 
@@ -77,20 +77,25 @@ def pack_model(
     folder: Path,
     *,
     order: Literal["natural", "activation"] = "natural",
+    embeddings: Literal["keep", "quantize"] = "keep",
     **options: Any,
 ) -> PackedModel:
     """Round the linears of a small model to mixed widths and write the packed folder.
 
     With `order="activation"` a random column order stands for the measured one.
     """
-    spec = JobSpec(model=PathModel(path=str(source)), budget=Budget(code_bits=8))
+    spec = JobSpec(
+        model=PathModel(path=str(source)),
+        budget=Budget(code_bits=8),
+        allocation=Allocation(embeddings=embeddings),
+    )
     plan = make_plan(source, spec)
     owners = order_owners(plan, order)
     stored = load_file(source / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     shuffled: dict[str, torch.Tensor] = {}
     weights, widths = {}, {}
-    for place, linear in enumerate(plan.linears):
+    for place, linear in enumerate(plan.matrices):
         owner = owners.get(linear.name)
         if owner is not None and owner not in shuffled:
             shuffled[owner] = torch.randperm(linear.columns, generator=generator).int()
@@ -119,7 +124,7 @@ def dequantized_model(packed: PackedModel, dtype: torch.dtype = torch.float32) -
     """The source model with every quantized weight replaced by its dequantized value."""
     model = AutoModelForCausalLM.from_pretrained(packed.source, dtype=dtype).eval()
     with torch.no_grad():
-        for linear in packed.plan.linears:
+        for linear in packed.plan.matrices:
             values = packed.weights[linear.name].dequantize()
             values = values.t() if linear.source.transposed else values
             model.get_submodule(linear.name).weight.copy_(values)

@@ -68,6 +68,7 @@ def _quantize_parser(command: argparse.ArgumentParser) -> None:
     command.add_argument("--widths", type=int, nargs="+")
     command.add_argument("--order", choices=["natural", "activation"])
     command.add_argument("--fuse-siblings", action="store_true", default=None)
+    command.add_argument("--embeddings", choices=["keep", "quantize"])
     command.add_argument("--refine", choices=["rtn", "gptq", "omniquant"])
     command.add_argument("--calibration-text", type=Path)
     command.add_argument("--calibration-sequences", type=int)
@@ -109,7 +110,7 @@ def build_spec(arguments: argparse.Namespace) -> JobSpec:
     if any(value is not None for value in budget.values()):
         spec["budget"] = {key: value for key, value in budget.items() if value is not None}
     _put(spec, "allocation", arguments, method="method", widths="widths", order="order")
-    _put(spec, "allocation", arguments, fuse_siblings="fuse_siblings")
+    _put(spec, "allocation", arguments, fuse_siblings="fuse_siblings", embeddings="embeddings")
     _put(spec, "refinement", arguments, method="refine")
     _put(
         spec,

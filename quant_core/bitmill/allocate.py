@@ -207,7 +207,7 @@ class Allocator:
             )
         take = np.searchsorted(np.array(self.profile.widths), self.groups.widths)
         return np.concatenate(
-            [self.profile.linear(linear.name).costs[:, take] for linear in self.plan.linears]
+            [self.profile.linear(linear.name).costs[:, take] for linear in self.plan.matrices]
         )
 
     def _solver(self, kind: Kind) -> Knapsack:
@@ -259,7 +259,7 @@ class Allocator:
         plain = [b for b in self._legal if len(PLANES[b]) == 1]
         maps = [self.groups.uniform(width) for width in {self._legal[0], *plain[:1]}]
         rest = [self.groups.measure(m, "size") - self.groups.measure(m, "bits") for m in maps]
-        tensors = len(self.plan.tensors) + 5 * len(self.plan.linears)
+        tensors = len(self.plan.tensors) + 5 * len(self.plan.matrices)
         slack = HEADER_SLACK_PER_TENSOR * tensors
         return min(rest) + order_bytes(self.plan, self.allocation.order) - slack
 

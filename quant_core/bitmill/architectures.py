@@ -30,6 +30,12 @@ STAGES: tuple[tuple[str, ...], ...] = (
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 """Leaf names of matrices that choose experts; they are never quantized."""
 
+EMBEDDINGS = frozenset({"embed_tokens", "word_embeddings", "embed_in", "wte"})
+"""Leaf names of the input embedding [V, D]."""
+
+HEAD = "lm_head"
+"""Module of the output head [V, D]; a tied one is not stored."""
+
 _MIXTRAL = (
     (r"\.block_sparse_moe\.", ".mlp."),
     (r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj."),

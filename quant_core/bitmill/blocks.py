@@ -126,7 +126,7 @@ class StreamedModel:
         self.block_count = plan.block_count
         self.source = CheckpointSource(folder)
         settings, _ = read_config(folder)
-        self._sources: dict[str, Source] = {f"{li.name}.weight": li.source for li in plan.linears}
+        self._sources: dict[str, Source] = {f"{li.name}.weight": li.source for li in plan.matrices}
         for tensor in plan.tensors:
             self._sources[tensor.module] = self._sources[tensor.name] = tensor.source
         self._skeleton = _build_skeleton(settings, dtype)
@@ -146,6 +146,34 @@ class StreamedModel:
         if self._ahead is not None:
             self._ahead.close()
         self.source.close()
+
+    @property
+    def head(self) -> nn.Module:
+        """The output head."""
+        return cast(nn.Module, self._skeleton.get_output_embeddings())
+
+    def is_head(self, name: str) -> bool:
+        """Whether the matrix of the module `name` is the head's, be it tied or its own."""
+        return self._skeleton.get_submodule(name).weight is self.head.weight
+
+    def with_matrices(self, matrices: Mapping[str, Tensor]) -> StreamedModel:
+        """The same model with other embeddings or heads [V, D], by full name of their module.
+
+        Tied matrices stay tied. Everything else is shared with this model; close only one of them.
+        """
+        if not matrices:
+            return self
+        other = copy.copy(self)
+        shared = (*self._skeleton.parameters(), *self._skeleton.buffers())
+        other._skeleton = copy.deepcopy(self._skeleton, {id(value): value for value in shared})
+        for name, matrix in matrices.items():
+            old = other._skeleton.get_parameter(f"{name}.weight")
+            new = nn.Parameter(matrix.to(old), requires_grad=False)
+            for module in other._skeleton.modules():
+                for leaf, value in module._parameters.items():
+                    if value is old:
+                        module._parameters[leaf] = new
+        return other
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:
         if name not in self._sources:

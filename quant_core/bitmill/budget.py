@@ -73,7 +73,7 @@ def measure(plan: Plan, widths: Widths, order: Order, kind: Kind) -> int:
     if kind == "code_bits":
         return sum(
             linear.rows * sum(b * c for b, c in zip(widths[linear.name], columns, strict=True))
-            for linear in plan.linears
+            for linear in plan.shapes
             for columns in [group_columns(linear.columns)]
         )
     if kind == "bits":

@@ -70,7 +70,8 @@ def _uniform_size(plan: Plan, spec: JobSpec, width: int) -> int:
 
 def _outside_weights(plan: Plan) -> int:
     inside = plan.block_prefix + "."
-    return sum(math.prod(t.shape) for t in plan.tensors if not t.module.startswith(inside))
+    kept = sum(math.prod(t.shape) for t in plan.tensors if not t.module.startswith(inside))
+    return kept + sum(embedding.shape.weights for embedding in plan.embeddings)
 
 
 def _block_weights(plan: Plan, block: int) -> int:
@@ -100,7 +101,7 @@ def _activation_bytes(plan: Plan, block: int, tokens: int, element: int) -> int:
 def _accelerator_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:
     element = _element_bytes(plan, machine)
     tokens = max(BATCH_TOKENS, spec.calibration.length)
-    largest = max(linear.shape.weights for linear in plan.linears)
+    largest = max(linear.shape.weights for linear in plan.matrices)
     per_block = [
         2 * element * _block_weights(plan, i)
         + _hessian_bytes(plan, i)

@@ -1,8 +1,9 @@
 """All groups of all linears of a plan in one row, as the allocator sees them. Torch-free.
 
-Arrays run over the groups of the first linear, then those of the second, in the plan's order; T is
-their number. Groups that must have the same width form one unit: the same group of fused siblings,
-or all groups of a linear where it needs one width.
+Arrays run over the groups of the first linear, then those of the second, in the plan's order,
+embeddings last; T is their number. Groups that must have the same width form one unit: the same
+group of fused siblings, or all groups of a linear where it needs one width, as an embedding always
+does.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ class GroupTable:
     def __init__(self, plan: Plan, allocation: Allocation) -> None:
         self.plan, self.allocation = plan, allocation
         self.widths = np.array(allocation.legal_widths, dtype=np.int64)
-        columns = [group_columns(linear.columns) for linear in plan.linears]
+        columns = [group_columns(linear.columns) for linear in plan.matrices]
         self.starts = np.cumsum([0, *(len(c) for c in columns)])
         self._columns = np.concatenate([np.array(c, dtype=np.int64) for c in columns])
         self._linear = np.repeat(np.arange(len(columns)), np.diff(self.starts))
-        blocks = np.array([linear.block for linear in plan.linears])[self._linear]
+        blocks = np.array([linear.block for linear in plan.matrices])[self._linear]
         self._edge = (blocks == 0) | (blocks == plan.block_count - 1)
         self.unit = self._units()
         self.allowed: BoolArray = self.widths >= np.where(self._edge, self._floor, 0)[:, None]
@@ -51,7 +52,7 @@ class GroupTable:
         return int(self.widths[np.searchsorted(self.widths, self.allocation.edge_min_bits or 0)])
 
     def _units(self) -> IntArray:
-        leader = np.arange(len(self.plan.linears))
+        leader = np.arange(len(self.plan.matrices))
         if self.allocation.fuse_siblings:
             place = self.places()
             for group in self.sibling_groups():
@@ -59,12 +60,13 @@ class GroupTable:
         inside = np.arange(len(self)) - self.starts[self._linear]
         if self.allocation.per_linear:
             inside[:] = 0
+        inside[self._linear >= len(self.plan.linears)] = 0
         names = self.starts[leader[self._linear]] + inside
         return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
     def places(self) -> dict[str, int]:
         """Linear -> its place in the plan."""
-        return {linear.name: i for i, linear in enumerate(self.plan.linears)}
+        return {linear.name: i for i, linear in enumerate(self.plan.matrices)}
 
     def sibling_groups(self) -> Iterator[list[str]]:
         """Names that read the same input where siblings are fused, else single names."""
@@ -87,7 +89,7 @@ class GroupTable:
     def weights(self, kind: Kind) -> IntArray:
         """What every group takes at every legal width: int64 [T, B], code bits or bytes."""
         if kind not in self._weights:
-            rows = np.array([linear.rows for linear in self.plan.linears])[self._linear]
+            rows = np.array([linear.rows for linear in self.plan.matrices])[self._linear]
             pairs = list(zip(rows.tolist(), self._columns.tolist(), strict=True))
             known = {
                 pair: [group_weight(kind, *pair, width) for width in self.widths.tolist()]
@@ -101,7 +103,7 @@ class GroupTable:
         values, starts = flat.tolist(), self.starts.tolist()
         return {
             linear.name: tuple(values[starts[i] : starts[i + 1]])
-            for i, linear in enumerate(self.plan.linears)
+            for i, linear in enumerate(self.plan.matrices)
         }
 
     def measure(self, flat: GroupWidths, kind: Kind) -> int:

@@ -90,9 +90,12 @@ class ModelLearning:
         return learned
 
     def tune(
-        self, weights: Mapping[str, QuantizedWeight]
+        self, weights: Mapping[str, QuantizedWeight], matrices: Mapping[str, Tensor] | None = None
     ) -> tuple[dict[str, QuantizedWeight], TuneReport] | None:
-        """All weights with tuned scales, or None where the job asks for no tuning."""
+        """All weights with tuned scales, or None where the job asks for no tuning.
+
+        matrices: the dequantized embeddings and heads, which are not tuned.
+        """
         if not self.spec.tune_scales_steps:
             return None
         return tune_scales(
@@ -103,6 +106,7 @@ class ModelLearning:
             TuneSettings(steps=self.spec.tune_scales_steps),
             seed=self.seed,
             should_stop=self.should_stop,
+            matrices=matrices,
         )
 
     def _metric(self, index: int) -> OutputMetric:

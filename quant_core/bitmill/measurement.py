@@ -1,6 +1,6 @@
 """Measuring quantized models against their source: the rows of a quality report.
 
-A candidate is a bit-width map and a function that puts its dequantized weights into each streamed
+A candidate is a bit-width map and a streamed model that takes its dequantized weights block by
 block, so a packed folder, a refinement in progress and a baseline are all measured alike and a
 model larger than the accelerator's memory works. `verify` shows that a packed forward equals this.
 """
@@ -11,9 +11,10 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from bitmill.bits import BitWidthMap
@@ -26,11 +27,11 @@ from bitmill.gguf_source import convert_gguf
 from bitmill.loading import load, load_tokenizer
 from bitmill.plan import Plan, make_plan
 from bitmill.quality import QualityRow, TextQuality
-from bitmill.spec import Evaluation, parse_spec
+from bitmill.spec import Evaluation, JobSpec, parse_spec
 from bitmill.tasks import TaskSuite
 
-Candidate = tuple[BitWidthMap, Callable[[int, nn.Module], None]]
-"""A map, and what puts its dequantized weights into a loaded block."""
+Candidate = tuple[BitWidthMap, StreamedLogits]
+"""A map, and the model with its dequantized weights."""
 
 
 def compute_dtype(device: torch.device, plan: Plan) -> torch.dtype:
@@ -41,15 +42,25 @@ def compute_dtype(device: torch.device, plan: Plan) -> torch.dtype:
     return torch.bfloat16 if "BF16" in stored else torch.float16
 
 
-def from_packed(model: StreamedModel, packed: Path) -> Callable[[int, nn.Module], None]:
+def from_packed(model: StreamedModel, packed: Path) -> StreamedLogits:
+    """The model with the weights of a packed folder."""
     checkpoint = PackedCheckpoint.open(packed)
+
+    def dequantized(name: str) -> Tensor:
+        return checkpoint.linear(model.plan.by_name[name].shape).unpack().dequantize()
+
+    return with_weights(model, dequantized)
+
+
+def with_weights(model: StreamedModel, dequantized: Callable[[str], Tensor]) -> StreamedLogits:
+    """The model with other weights f32 [N, K] of everything that its plan quantizes, by name."""
 
     def replace(i: int, block: nn.Module) -> None:
         for name, module in model.linears(block, i).items():
-            shape = model.plan.by_name[name].shape
-            set_weight(module, checkpoint.linear(shape).unpack().dequantize())
+            set_weight(module, dequantized(name))
 
-    return replace
+    matrices = {matrix.name: dequantized(matrix.name) for matrix in model.plan.embeddings}
+    return StreamedLogits(model.with_matrices(matrices), replace=replace)
 
 
 def measure(
@@ -70,11 +81,11 @@ def measure(
             text, source_folder, length=asked.length, sequences=asked.sequences
         )
         reference = StreamedLogits(model, remember=True)
-        for name, (_, replace) in candidates.items():
+        for name, (_, candidate) in candidates.items():
             message = f"{name} on {text}"
             measured = perplexity_and_kl(
                 reference,
-                StreamedLogits(model, replace=replace),
+                candidate,
                 windows,
                 on_window=partial(_report_window, on_unit, message),
             )
@@ -192,10 +203,16 @@ def plan_for_map(source_folder: Path, bit_widths: BitWidthMap) -> Plan:
     """The plan in which exactly the map's linears are quantized."""
     spec = parse_spec({"model": {"source": "path", "path": "."}, "budget": {"bits": 16}})
     planned = make_plan(source_folder, spec)
+    changes: dict[str, Any] = {}
+    if not bit_widths.linears.keys() <= planned.by_name.keys():
+        changes["embeddings"] = "quantize"
+        planned = _replanned(source_folder, spec, changes)
     kept = tuple(name for name in planned.by_name if name not in bit_widths.linears)
-    if not kept:
-        return planned
-    allocation = spec.allocation.model_copy(update={"keep": kept})
+    return _replanned(source_folder, spec, changes | {"keep": kept}) if kept else planned
+
+
+def _replanned(source_folder: Path, spec: JobSpec, changes: dict[str, Any]) -> Plan:
+    allocation = spec.allocation.model_copy(update=changes)
     return make_plan(source_folder, spec.model_copy(update={"allocation": allocation}))
 
 

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from bitmill import storage
 from bitmill.allocate import Allocator, allocate, check_budget
 from bitmill.bits import WIDTHS, BitWidthMap
-from bitmill.blocks import StreamedModel, set_weight
+from bitmill.blocks import StreamedModel
 from bitmill.budget import checkpoint_tensors, footprint, order_owners
 from bitmill.calibration import CalibrationSet, calibration_tokens
 from bitmill.checkpoint import (
@@ -35,6 +34,7 @@ from bitmill.checkpoint import (
 )
 from bitmill.checkpoint_source import CheckpointSource, check_all_finite
 from bitmill.errors import ResourceError, VerificationError
+from bitmill.evaluate import StreamedLogits
 from bitmill.gguf_source import convert_gguf
 from bitmill.manifest import Manifest, read_manifest, write_manifest
 from bitmill.measurement import (
@@ -43,6 +43,7 @@ from bitmill.measurement import (
     from_packed,
     measure,
     measure_tasks,
+    with_weights,
 )
 from bitmill.model_config import refuse_pickles
 from bitmill.plan import Plan, check_lengths, make_plan
@@ -242,6 +243,8 @@ def _profile_settings(job: Job, planned: Plan) -> dict[str, Any] | None:
         "dtype": str(compute_dtype(job.device, planned)),
         **job.fingerprint,
     }
+    if planned.embeddings:
+        settings["embeddings"] = [matrix.name for matrix in planned.embeddings]
     if allocation.method == "knapsack":
         settings |= {"kind": "knapsack", "widths": list(WIDTHS)}
     if allocation.method == "sba":
@@ -362,7 +365,7 @@ def pack(
         def on_linear(_: str) -> None:
             nonlocal done
             done += 1
-            job.space.unit("pack", done, len(planned.linears), "linear")
+            job.space.unit("pack", done, len(planned.shapes), "linear")
 
         packed = folder / "packed"
         shutil.rmtree(packed, ignore_errors=True)
@@ -531,9 +534,7 @@ def _baseline_widths(planned: Plan, spec: JobSpec, bit_widths: BitWidthMap) -> l
 
 
 def _uniform(planned: Plan, width: int) -> BitWidthMap:
-    return BitWidthMap(
-        linears={linear.name: (width,) * linear.shape.groups for linear in planned.linears}
-    )
+    return BitWidthMap(linears={shape.name: (width,) * shape.groups for shape in planned.shapes})
 
 
 def _baseline(
@@ -564,12 +565,8 @@ def _report_baseline(space: Workspace, done: int, total: int, unit: str, _: str)
     space.unit("evaluate", done, total, unit, "baseline")
 
 
-def _from_refined(model: StreamedModel, refined: RefinedModel) -> Callable[[int, nn.Module], None]:
-    def replace(i: int, block: nn.Module) -> None:
-        for name, module in model.linears(block, i).items():
-            set_weight(module, refined.linear(name).dequantize())
-
-    return replace
+def _from_refined(model: StreamedModel, refined: RefinedModel) -> StreamedLogits:
+    return with_weights(model, lambda name: refined.linear(name).dequantize())
 
 
 def publish(job: Job, packed: Path, quality: QualityReport) -> Manifest:

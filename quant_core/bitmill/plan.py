@@ -2,6 +2,8 @@
 
 A plan lists every linear that will be quantized with where its [N, K] weight lies in the source,
 every other tensor that the packed checkpoint keeps as it is, and which linears read the same input.
+Where the job quantizes them, input embedding and output head are listed apart, as matrices [V, D]
+that are packed like linears; a tied head is the embedding.
 Names are those of transformers' module tree; a source whose names lack the base model's prefix, or
 that fuses experts, is described by each entry's `source`.
 """
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bitmill.architectures import (
+    EMBEDDINGS,
+    HEAD,
     ROUTERS,
     Architecture,
     block_prefix,
@@ -47,7 +51,10 @@ class Source(Closed):
 
 
 class PlannedLinear(Closed):
-    """A linear that will be quantized; `name` is its module's full name, N rows, K columns."""
+    """A linear that will be quantized; `name` is its module's full name, N rows, K columns.
+
+    block: its decoder block, -1 for an embedding or head.
+    """
 
     name: str
     block: int
@@ -84,7 +91,8 @@ class PlannedTensor(Closed):
 class Plan(Closed):
     """Everything later stages need to know about the model; see the module's text.
 
-    linears: in execution order, block by block. max_positions: None where the model has no limit.
+    linears: of the decoder blocks, in execution order. embeddings: input embedding and head, where
+    they are quantized too. max_positions: None where the model has no limit.
     experts: routed experts of a block, 0 in a dense model.
     """
 
@@ -98,20 +106,26 @@ class Plan(Closed):
     experts: int
     linears: tuple[PlannedLinear, ...]
     tensors: tuple[PlannedTensor, ...]
+    embeddings: tuple[PlannedLinear, ...] = ()
+
+    @cached_property
+    def matrices(self) -> tuple[PlannedLinear, ...]:
+        """Everything that is quantized: linears, then embeddings."""
+        return self.linears + self.embeddings
 
     @cached_property
     def shapes(self) -> tuple[LinearShape, ...]:
-        """Name, N and K of every linear, in order."""
-        return tuple(linear.shape for linear in self.linears)
+        """Name, N and K of everything that is quantized, in order."""
+        return tuple(linear.shape for linear in self.matrices)
 
     @cached_property
     def by_name(self) -> dict[str, PlannedLinear]:
-        """Linears by full name."""
-        return {linear.name: linear for linear in self.linears}
+        """Linears and embeddings by full name."""
+        return {linear.name: linear for linear in self.matrices}
 
     @cached_property
     def weights(self) -> int:
-        """sum(N * K) over the linears."""
+        """sum(N * K) over everything that is quantized."""
         return sum(shape.weights for shape in self.shapes)
 
     @cached_property
@@ -199,6 +213,30 @@ def _matrices(
     return [(path, rows, columns, Source(tensor=header.name, transposed=found.transposed))]
 
 
+def _embedding(module: str, header: TensorHeader) -> PlannedLinear | None:
+    """The input embedding or head that a tensor outside the blocks is, if it is one."""
+    path, _, leaf = module.rpartition(".")
+    known = path == HEAD or path.rpartition(".")[2] in EMBEDDINGS
+    if not known or leaf != "weight" or len(header.shape) != 2 or header.dtype not in FLOATS:
+        return None
+    rows, columns = header.shape
+    source = Source(tensor=header.name)
+    return PlannedLinear(
+        name=path, block=-1, rows=rows, columns=columns, dtype=header.dtype, source=source
+    )
+
+
+def _check_embeddings(modules: Mapping[str, TensorHeader]) -> None:
+    """Refuse a model whose tied matrix is stored under the head's name alone."""
+    if not any(module.split(".")[-2] in EMBEDDINGS for module in modules if "." in module):
+        raise ModelError(
+            "the source stores no input embedding (a tied one lies under the head's name), so it "
+            "cannot be quantized: set allocation.embeddings to 'keep'",
+            code="no_embedding",
+            param="allocation.embeddings",
+        )
+
+
 def _natural(path: str) -> list[tuple[int, str]]:
     """Sort key that puts layers.2 before layers.10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
@@ -236,8 +274,12 @@ def _check_matrices(linears: list[PlannedLinear]) -> None:
                 f"be 1 to {1 << 24}",
                 code="bad_shape",
             )
-    if not linears:
+    if not any(linear.block >= 0 for linear in linears):
         raise ModelError("the model has no linear to quantize", code="no_linears")
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def build_plan(
@@ -245,10 +287,11 @@ def build_plan(
     found: Architecture,
     headers: Mapping[str, TensorHeader],
     keep: tuple[str, ...] = (),
+    quantize_embeddings: bool = False,
 ) -> Plan:
     """The plan of a model from its sanitized config and its tensors' headers.
 
-    keep: glob patterns of full linear names that stay in the source's precision.
+    keep: glob patterns of full names of linears and embeddings that stay in the source's precision.
     """
     count = size_of(config, "num_hidden_layers") or 0
     names = {stored: found.names(stored) for stored in headers}
@@ -258,6 +301,7 @@ def build_plan(
     prefix = block_prefix(modules, count)
     linears: list[PlannedLinear] = []
     tensors: list[PlannedTensor] = []
+    embeddings: list[PlannedLinear] = []
     for module, header in sorted(modules.items(), key=lambda item: _natural(item[0])):
         rest = module.removeprefix(prefix + ".")
         matrices = _matrices(module, header, found) if rest != module else []
@@ -270,13 +314,18 @@ def build_plan(
                 dtype=header.dtype,
                 source=source,
             )
-            if any(fnmatch.fnmatchcase(path, pattern) for pattern in keep):
+            if _matches(path, keep):
                 tensors.append(_kept_linear(linear))
             else:
                 linears.append(linear)
-        if not matrices:
+        embedding = _embedding(module, header) if quantize_embeddings and rest == module else None
+        if embedding is not None and not _matches(embedding.name, keep):
+            embeddings.append(embedding)
+        elif not matrices:
             tensors.append(_kept_tensor(names[header.name][0], module, header))
-    _check_matrices(linears)
+    _check_matrices(linears + embeddings)
+    if quantize_embeddings:
+        _check_embeddings(modules)
     return Plan(
         model_type=found.model_type,
         block_prefix=prefix,
@@ -287,6 +336,7 @@ def build_plan(
         experts=size_of(config, "num_experts") or 0,
         linears=tuple(sorted(linears, key=_order)),
         tensors=tuple(tensors),
+        embeddings=tuple(embeddings),
     )
 
 
@@ -309,4 +359,5 @@ def make_plan(folder: Path, spec: JobSpec, *, gguf: str | None = None) -> Plan:
         refuse_pickles(folder)
         config, found = read_config(folder)
         headers = read_headers(folder)
-    return build_plan(config, found, headers, spec.allocation.keep)
+    allocation = spec.allocation
+    return build_plan(config, found, headers, allocation.keep, allocation.embeddings == "quantize")

@@ -6,6 +6,8 @@
 | `sba`      | salience order, output KL of every p, column orders   | `sba.py`         |
 | `orders`   | column orders alone                                   | second moments   |
 
+Embeddings and heads that are quantized too have their costs measured by `embeddings.py`.
+
 `sba` and `orders` stream the source model once, forward. Each finished block is kept as a profile
 of its own linears, so a killed run goes on behind it.
 """
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.blocks import StreamedModel
+from bitmill.embeddings import embedding_profiles
 from bitmill.hessian import activation_order
 from bitmill.input_statistics import BlockState, Stream, collect
 from bitmill.plan import Plan
@@ -79,8 +82,12 @@ def make_profile(
     blocks = _stream(model, tokens, plan, request, folder, on_unit)
     base = request.settings.get("base")
     sba = {base: {name: r for b in blocks for name, r in b.sba[base].items()}} if base else {}
+    embeddings = tuple(
+        LinearProfile(m.name, m.rows, m.columns, np.zeros((m.shape.groups, 0)))
+        for m in plan.embeddings
+    )
     return request.profile(
-        tuple(linear for block in blocks for linear in block.linears),
+        tuple(linear for block in blocks for linear in block.linears) + embeddings,
         {owner: order for block in blocks for owner, order in block.orders.items()},
         sba,
     )
@@ -107,12 +114,13 @@ def _knapsack(
         folder=folder,
         on_block=lambda done, total: on_unit(done, total, "block", ""),
     )
+    embeddings = embedding_profiles(model, tokens, settings.widths, folder, on_unit)
     return SensitivityProfile(
         model_digest=made.model_digest,
         calibration_digest=made.calibration_digest,
         settings=dict(request.settings),
         widths=made.widths,
-        linears=made.linears,
+        linears=made.linears + embeddings,
         orders=made.orders,
         sba=made.sba,
     )

@@ -7,11 +7,14 @@ are the same. Held-out sequences travel behind the calibration sequences.
 
 With method "omniquant" each block is learned after its first solution (`learning.py`), and a tuning
 of all scales at the end, where one is asked for, leaves its blocks in the subfolder `tuned`.
+
+Embeddings and heads that are quantized too come first, as `embeddings.safetensors` and its report:
+the blocks read what the quantized embedding gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +29,7 @@ from bitmill.bits import BitWidthMap, group_columns
 from bitmill.blocks import StreamedModel, set_weight
 from bitmill.calibration import CalibrationSet
 from bitmill.compensated_grid import CompensatedSettings
+from bitmill.embeddings import quantize_embeddings
 from bitmill.errors import FormatError
 from bitmill.gptq import GptqSettings
 from bitmill.grid import ClipSettings
@@ -41,6 +45,9 @@ from bitmill.spec import Refinement
 TUNED_NAME = "tuned"
 BATCH_TOKENS = 16384
 """Tokens that run through a block at once."""
+
+EMBEDDINGS = -1
+"""Stands for the embeddings where a block's number is asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,25 +69,25 @@ class RefinedModel:
     @property
     def digest(self) -> str:
         """Hash of all block reports, which hold the hashes of all packed tensors."""
-        files = [_report(self.folder, i) for i in range(self.plan.block_count)]
+        files = [_report(self.folder, i) for i in _parts(self.plan)]
         return storage.sha256_json([storage.sha256_file(file) for file in files])
 
     def code_hashes(self) -> dict[str, str]:
-        """SHA-256 of the codes u8 [N, K] of every linear."""
+        """SHA-256 of the codes u8 [N, K] of every linear and embedding."""
         hashes: dict[str, str] = {}
-        for i in range(self.plan.block_count):
+        for i in _parts(self.plan):
             hashes |= storage.read_json(_report(self.folder, i))["code_hashes"]
         return hashes
 
     def linear(self, name: str) -> QuantizedWeight:
-        """One refined linear."""
+        """One refined linear or embedding."""
         return load_block(self.folder, self.plan, self.plan.by_name[name].block, (name,))[name]
 
     def reports(self) -> tuple[tuple[LinearQuality, ...], tuple[dict[str, Any], ...]]:
         """What refinement says of every linear, and of blocks where there is more to say."""
         linears: list[LinearQuality] = []
         blocks: list[dict[str, Any]] = []
-        for i in range(self.plan.block_count):
+        for i in _parts(self.plan):
             data = storage.read_json(_report(self.folder, i))
             linears += [LinearQuality.model_validate(entry) for entry in data["linears"]]
             if data["learning"] is not None:
@@ -101,7 +108,9 @@ def refine_model(
 
     on_unit: told blocks done, their number, the unit and a message.
     """
-    run = _Run(model, inputs, settings, folder, seed)
+    embeddings = _refine_embeddings(model, inputs, folder)
+    matrices = {name: weight.dequantize() for name, weight in embeddings.items()}
+    run = _Run(model, model.with_matrices(matrices), inputs, settings, folder, seed)
     for i in range(model.block_count):
         block = model.load_block(i)
         if _report(folder, i).is_file():
@@ -123,7 +132,9 @@ def _tune(learning: ModelLearning, plan: Plan, folder: Path) -> None:
     weights: dict[str, QuantizedWeight] = {}
     for i in range(plan.block_count):
         weights |= load_block(folder, plan, i)
-    tuned = learning.tune(weights)
+    embeddings = _load_embeddings(folder, plan)
+    matrices = {name: weight.dequantize() for name, weight in embeddings.items()}
+    tuned = learning.tune(weights, matrices)
     if tuned is None:
         return
     weights, report = tuned
@@ -134,6 +145,25 @@ def _tune(learning: ModelLearning, plan: Plan, folder: Path) -> None:
             details = {**(data["learning"] or {}), "tuning": report.to_json()}
             block = {linear.name: weights[linear.name] for linear in plan.block_linears(i)}
             save_block(target, i, block, linears, details)
+        if embeddings:
+            data = storage.read_json(_report(folder, EMBEDDINGS))
+            linears = [LinearQuality.model_validate(entry) for entry in data["linears"]]
+            save_block(target, EMBEDDINGS, embeddings, linears, None)
+
+
+def _refine_embeddings(
+    model: StreamedModel, inputs: RefineInputs, folder: Path
+) -> dict[str, QuantizedWeight]:
+    """Quantized embeddings and heads by name, empty where they are kept."""
+    if model.plan.embeddings and not _report(folder, EMBEDDINGS).is_file():
+        widths = inputs.bit_widths.linears
+        weights, reports = quantize_embeddings(model, inputs.tokens.tokens, widths)
+        save_block(folder, EMBEDDINGS, weights, reports, None)
+    return _load_embeddings(folder, model.plan)
+
+
+def _load_embeddings(folder: Path, plan: Plan) -> dict[str, QuantizedWeight]:
+    return load_block(folder, plan, EMBEDDINGS) if plan.embeddings else {}
 
 
 class _Run:
@@ -142,6 +172,7 @@ class _Run:
     def __init__(
         self,
         model: StreamedModel,
+        quantized: StreamedModel,
         inputs: RefineInputs,
         settings: Refinement,
         folder: Path,
@@ -151,7 +182,7 @@ class _Run:
         tokens = torch.cat([inputs.tokens.tokens, inputs.tokens.held_out])
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
         self.count = len(inputs.tokens.tokens)
-        self.hidden = torch.cat([model.embed(part).cpu() for part in tokens.split(self.batch)])
+        self.hidden = self._embed(quantized, tokens)
         held_out = len(tokens) - self.count
         self.asymmetric = settings.asymmetric and first_method(settings) == "gptq" and held_out > 0
         self.learning: ModelLearning | None = None
@@ -160,8 +191,11 @@ class _Run:
                 model, inputs.tokens, settings.omniquant, folder, seed=seed
             )
         needed = self.asymmetric or self.learning is not None
-        self.source = self.hidden.clone() if needed else None
+        self.source = self._embed(model, tokens) if needed else None
         self._source_is_behind: int | None = None
+
+    def _embed(self, model: StreamedModel, tokens: Tensor) -> Tensor:
+        return torch.cat([model.embed(part).cpu() for part in tokens.split(self.batch)])
 
     def refine(
         self, i: int, block: nn.Module
@@ -241,12 +275,21 @@ def refine_settings(settings: Refinement, batch: int, asymmetric: bool) -> Refin
     )
 
 
+def _parts(plan: Plan) -> Iterator[int]:
+    """All blocks, behind the embeddings where they are quantized."""
+    yield from range(EMBEDDINGS if plan.embeddings else 0, plan.block_count)
+
+
 def _tensors(folder: Path, i: int) -> Path:
-    return folder / f"block-{i:05}.safetensors"
+    return folder / f"{_part_name(i)}.safetensors"
 
 
 def _report(folder: Path, i: int) -> Path:
-    return folder / f"block-{i:05}.json"
+    return folder / f"{_part_name(i)}.json"
+
+
+def _part_name(i: int) -> str:
+    return "embeddings" if i == EMBEDDINGS else f"block-{i:05}"
 
 
 def save_block(

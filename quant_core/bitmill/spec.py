@@ -152,6 +152,8 @@ class Allocation(Closed):
     fuse_siblings: q/k/v and gate/up of a block share one map.
     per_linear: one width for all groups of a linear (for runtimes that need it).
     edge_min_bits: smallest width in the first and the last decoder block.
+    embeddings: "quantize" packs the input embedding and the output head too, each with one width
+    for the whole matrix (once where they are tied); every budget then counts them.
     """
 
     method: Literal["uniform", "sba", "knapsack", "map"] = "knapsack"
@@ -160,6 +162,7 @@ class Allocation(Closed):
     fuse_siblings: bool = False
     per_linear: bool = False
     keep: tuple[str, ...] = ()
+    embeddings: Literal["keep", "quantize"] = "keep"
     min_bits: int | None = Field(default=None, ge=1, le=8)
     max_bits: int | None = Field(default=None, ge=1, le=8)
     edge_min_bits: int | None = Field(default=None, ge=1, le=8)

@@ -111,13 +111,15 @@ def tune_scales(
     *,
     seed: int,
     should_stop: Callable[[], None] | None = None,
+    matrices: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, QuantizedWeight], TuneReport]:
     """Tuned weights of the whole model, or `weights` themselves where held-out KL does not fall.
 
-    weights: of every quantized linear. tokens i64 [S, T], held_out i64 [S2, T].
+    weights: of every quantized linear. tokens i64 [S, T], held_out i64 [S2, T]. matrices: the
+    dequantized embeddings and heads of the tuned model; they stay as they are.
     """
     with deterministic():
-        student = _Student(model, weights, roundings=settings.roundings)
+        student = _Student(model, weights, matrices or {}, roundings=settings.roundings)
         lesson = _Lesson(student, tokens, held_out, settings.batch, seed)
         report = descend(
             student.rates(settings),
@@ -205,9 +207,15 @@ class _Student:
     """All blocks of the quantized model on the device, with learnable grids."""
 
     def __init__(
-        self, model: StreamedModel, weights: Mapping[str, QuantizedWeight], *, roundings: bool
+        self,
+        model: StreamedModel,
+        weights: Mapping[str, QuantizedWeight],
+        matrices: Mapping[str, Tensor],
+        *,
+        roundings: bool,
     ) -> None:
         self.model, self.dtype = model, compute_dtype(model)
+        self.outside = model.with_matrices(matrices)
         self.blocks: list[nn.Module] = []
         self.slots: list[dict[str, LearnableLinear]] = []
         self.learners: list[LearnedScales | LearnedRounding] = []
@@ -239,7 +247,7 @@ class _Student:
     def kl(self, tokens: Tensor, teacher: Tensor) -> Tensor:
         """Mean KL per token, a scalar f32; teacher: the float model's `final_hidden` of tokens."""
         with mixed_precision(self.model):
-            hidden = self.model.embed(tokens.to(self.model.device))
+            hidden = self.outside.embed(tokens.to(self.model.device))
             for index in range(self.model.block_count):
                 hidden = self._checkpointed(self._block, index, hidden)
             x, t = hidden.flatten(0, 1)[None], teacher.flatten(0, 1)[None].to(hidden)
@@ -268,5 +276,5 @@ class _Student:
         """Summed KL of one chunk's next-token distributions, from hidden states [1, C, D]."""
         with torch.no_grad():
             target = self.model.logits(teacher).float().log_softmax(-1)
-        predicted = self.model.logits(student).float().log_softmax(-1)
+        predicted = self.outside.logits(student).float().log_softmax(-1)
         return (target.exp() * (target - predicted)).sum()
