@@ -71,7 +71,8 @@ class NativeStack:
             subprocess.run(prepare, env=os.environ | settings, check=True, stderr=log)
         for name in ("api-0", "api-1"):
             app = ["-m", "uvicorn", "--factory", "bitmill_service.main:create_app"]
-            options = ["--port", str(self.ports[name]), "--log-level", "warning"]
+            log = str(ROOT / "deploy" / "logging.json")
+            options = ["--port", str(self.ports[name]), "--log-config", log]
             folder = {"BITMILL_DATA": str(self.data / name)}
             self._python(name, [*app, *options], settings | folder)
         for number in range(self.workers):

@@ -7,6 +7,7 @@ template, never with the path a client chose.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 import uuid
@@ -16,8 +17,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bitmill_workers.logs import log_fields
+from bitmill_workers.logs import ACCESS, log_fields
 
+_access = logging.getLogger(ACCESS)
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 _SAFE = {
     "x-content-type-options": "nosniff",
@@ -66,6 +68,7 @@ class RequestContext:
         try:
             with log_fields(request_id=request_id):
                 await self.app(scope, receive, observe)
+                _access.info("%s %s %d", scope["method"], scope["path"], status)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             elapsed = time.perf_counter() - started

@@ -100,6 +100,20 @@ def test_dashboard_and_alerts_use_metrics_that_exist(stack: dict[str, Any]) -> N
     assert used - known == set()
 
 
+def test_api_logs_json_lines_with_the_request_id(stack: dict[str, Any]) -> None:
+    headers = {"X-Request-ID": "follow-me"}
+    httpx2.get(f"{stack['apis'][0]}/v1/jobs/absent", headers=headers)
+
+    def line() -> dict[str, Any] | None:
+        lines = (Path(stack["data"]) / "api-0.log").read_text().splitlines()
+        found = [entry for entry in map(json.loads, lines) if entry.get("request_id")]
+        return next((e for e in found if e["request_id"] == "follow-me"), None)
+
+    entry = wait_for(line, "the line")
+    assert entry is not None
+    assert entry["message"] == "GET /v1/jobs/absent 404"
+
+
 def test_secrets_do_not_reach_logs(stack: dict[str, Any]) -> None:
     data = Path(stack["data"])
     password = re.findall(r"requirepass (\w+)", (data / "redis" / "redis.conf").read_text())[0]

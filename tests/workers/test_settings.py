@@ -13,12 +13,14 @@ from bitmill_workers.settings import Settings
 def test_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BITMILL_DATA", str(tmp_path))
     monkeypatch.setenv("BITMILL_QUEUES", "gpu-48, gpu-24")
+    monkeypatch.setenv("BITMILL_HUB_TOKEN", "")
     monkeypatch.setenv("BITMILL_MODEL_ROOTS", '{"a": "/srv/a"}')
     settings = Settings()
     assert settings.queues == ("gpu-48", "gpu-24")
     assert settings.model_roots == {"a": Path("/srv/a")}
     assert settings.database == f"sqlite:///{tmp_path / 'bitmill.db'}"
     assert settings.embedded
+    assert settings.hub_token is None
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ from contextvars import ContextVar
 
 from bitmill_workers.settings import Settings
 
+ACCESS = "bitmill.access"
+"""Logger of one line for each request; silent unless a logging configuration asks for it."""
+_CHATTY = ("alembic", "boto3", "botocore", "celery", "huggingface_hub", "kombu", "s3transfer")
 _FIELDS: ContextVar[dict[str, object]] = ContextVar("log_fields", default={})  # noqa: B039
 _SECRETS = re.compile(
     r"hf_\w{8,}|bm_\w{8,}|X-Amz-(?:Signature|Credential)=[^&\s\"]+|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
@@ -63,5 +66,5 @@ def configure_logs(settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.log_level)
-    for name in ("alembic", "celery", "kombu", "huggingface_hub"):
+    for name in (*_CHATTY, ACCESS):
         logging.getLogger(name).setLevel(max(root.level, logging.WARNING))

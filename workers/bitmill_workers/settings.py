@@ -103,6 +103,12 @@ class Settings(BaseSettings):
             raise ValueError(f"queues {list(queues)} must be a non-empty subset of {list(TIERS)}")
         return queues
 
+    @field_validator("hub_token", "s3_public_endpoint", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        """Compose files pass what is not set as an empty string."""
+        return value or None
+
     @field_validator("s3_secret_key", "webhook_secret")
     @classmethod
     def _real_secret(cls, secret: SecretStr | None) -> SecretStr | None:
