@@ -71,7 +71,7 @@ FULL_HALF_GAIN = RefineSettings(gptq=gptq(compensated=True, rounds=2, gain=0.5))
 INPUTS = replace(FULL, asymmetric="inputs", ridges=(0.0,))
 RESIDUAL = replace(FULL, asymmetric="residual", ridges=(0.0,))
 RESIDUAL_GAIN = replace(FULL_GAIN, asymmetric="residual", ridges=(0.0,))
-CHOSEN_RIDGE = replace(RESIDUAL, ridges=RefineSettings.ridges)
+CHOSEN_RIDGE = replace(RESIDUAL, ridges=(0.0, 0.05, 0.5))
 
 ROUNDING = SensitivitySettings(widths=WIDTHS, cost="rounding", gradients=PassSettings(batch=8))
 COMPENSATED_COST = replace(ROUNDING, cost="compensated")
