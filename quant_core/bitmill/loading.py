@@ -19,10 +19,13 @@ def load(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = "auto",
+    device_map: str | dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a packed causal language model, ready to run.
 
     dtype: compute dtype of everything that is not packed; "auto" is the source model's own.
+    device_map: as in `from_pretrained`, in place of `device`; it needs the package accelerate.
+    Packed linears lay themselves out on their input's device at their first use.
 
     Raises FormatError naming the tensor or key at fault: where the folder is not a packed model
     of a known format version, where a tensor is missing, superfluous or of the wrong shape or
@@ -38,11 +41,13 @@ def load(
         trust_remote_code=False,
         ignore_mismatched_sizes=True,  # reported in `info`, where they are refused by name
         output_loading_info=True,
+        device_map=device_map,
     )
     refuse_incomplete(info)
     for name, module in quantized_linears(model).items():
         module.packed(name)
-    model.to(device)
+    if device_map is None:
+        model.to(device)
     return model
 
 

@@ -51,6 +51,15 @@ def test_load_gives_a_model_ready_to_run(
         assert torch.equal(model(tokens).logits, expected)
 
 
+def test_a_device_map_loads_the_same_model(packed: PackedModel) -> None:
+    pytest.importorskip("accelerate")
+    tokens = torch.arange(2, 30)[None]
+    with torch.inference_mode():
+        expected = bitmill.load(packed.folder)(tokens).logits
+        mapped = bitmill.load(packed.folder, device_map={"": "cpu"})(tokens).logits
+    assert torch.equal(mapped, expected)
+
+
 def test_the_tokenizer_comes_from_the_folder(packed: PackedModel) -> None:
     tokenizer = bitmill.load_tokenizer(str(packed.folder))
     assert tokenizer.decode(tokenizer("grain")["input_ids"]) == "grain"
