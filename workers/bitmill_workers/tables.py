@@ -84,6 +84,7 @@ sa.Index(
 sa.Index("ix_jobs_lease", jobs.c.lease_until, sqlite_where=_ACTIVE, postgresql_where=_ACTIVE)
 sa.Index("ix_jobs_tenant_rank", jobs.c.tenant, jobs.c.fair_rank)
 sa.Index("ix_jobs_fair_rank", jobs.c.fair_rank)
+sa.Index("ix_jobs_state", jobs.c.state, jobs.c.id)
 
 job_events = sa.Table(
     "job_events",

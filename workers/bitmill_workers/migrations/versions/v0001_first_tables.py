@@ -76,6 +76,7 @@ def _jobs() -> None:
     )
     op.create_index("ix_jobs_tenant_rank", "jobs", ["tenant", "fair_rank"])
     op.create_index("ix_jobs_fair_rank", "jobs", ["fair_rank"])
+    op.create_index("ix_jobs_state", "jobs", ["state", "id"])
 
 
 def _job_column(table: str) -> tuple[sa.Column[str], sa.ForeignKeyConstraint]:
