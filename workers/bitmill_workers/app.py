@@ -123,7 +123,8 @@ class Dispatcher:
 
     def close(self) -> None:
         """Send what is waiting, if the broker takes it, and stop."""
-        self._waiting.put(None)
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(None, timeout=1)
         self._thread.join(timeout=10)
         self._celery.close()
 
