@@ -58,7 +58,7 @@ class DemoSettings:
     model: Path | None = None
     device: str = "auto"
     bits: float = 3.0
-    calibration_sequences: int = 12
+    calibration_sequences: int = 8
     held_out: int = 2
     evaluation_sequences: int = 8
     length: int = 512
