@@ -156,6 +156,17 @@ def test_cancel_of_a_finished_job_is_a_conflict(http: httpx2.Client, stack: Stac
     assert (answer.status_code, answer.json()["code"]) == (409, "job_finished")
 
 
+def test_progress_is_shown_while_a_job_runs_only(http: httpx2.Client, stack: Stack) -> None:
+    job = stack.running()
+    progress = {"kind": "progress", "stage": "refine", "done": 3, "total": 30, "unit": "block"}
+    assert stack.leases.report(job.id, job.token, [], stage="refine", progress=progress)
+    shown = http.get(f"/v1/jobs/{job.id}").json()
+    assert shown["stage"] == "refine"
+    assert shown["progress"] == {"stage": "refine", "done": 3, "total": 30, "unit": "block"}
+    assert stack.leases.fail(job.id, job.token, "numerical", "no luck")
+    assert http.get(f"/v1/jobs/{job.id}").json()["progress"] is None
+
+
 def test_failed_job_says_why(http: httpx2.Client, stack: Stack) -> None:
     shown = http.get(f"/v1/jobs/{stack.failed().id}").json()
     assert shown["error"] == {"code": "invalid_model", "message": "it is broken", "param": "model"}
