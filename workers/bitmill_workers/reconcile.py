@@ -131,7 +131,12 @@ class Reconciler:
         with self.database.read() as conn:
             query = sa.select(jobs.c.id, jobs.c.queue, jobs.c.sent_at).where(*due)
             waiting = conn.execute(query.order_by(*order).limit(_BATCH)).all()
-        announced = {q: bool(self.dispatcher.depth(q)) for q in {row.queue for row in waiting}}
+        announced: dict[str, bool] = {}
+        for queue in {row.queue for row in waiting}:
+            depth = self.dispatcher.depth(queue)
+            if depth is None:
+                return 0
+            announced[queue] = depth > 0
         sent = []
         for job_id, queue, sent_at in waiting:
             if not (announced[queue] and sent_at is not None):
