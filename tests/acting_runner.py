@@ -71,6 +71,13 @@ def _note_life(request: dict[str, Any]) -> None:
             history.write(line.encode())
 
 
+def _kill_supervisor() -> None:
+    """SIGKILL the parent, unless it has died already and something else has adopted this process."""
+    parent = os.getppid()
+    if b"bitmill" in Path(f"/proc/{parent}/cmdline").read_bytes():
+        os.kill(parent, signal.SIGKILL)
+
+
 def _say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
@@ -91,7 +98,7 @@ def _misbehave(acts: dict[str, str], request: dict[str, Any]) -> None:
         case "hang":
             time.sleep(3600)
         case "kill-worker":
-            os.kill(os.getppid(), signal.SIGKILL)
+            _kill_supervisor()
             time.sleep(3600)
         case "grandchild":
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
