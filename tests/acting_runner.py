@@ -72,7 +72,7 @@ def _note_life(request: dict[str, Any]) -> None:
 
 
 def _kill_supervisor() -> None:
-    """SIGKILL the parent, unless it has died already and something else has adopted this process."""
+    """SIGKILL the parent, unless it has died and something else has adopted this process."""
     parent = os.getppid()
     if b"bitmill" in Path(f"/proc/{parent}/cmdline").read_bytes():
         os.kill(parent, signal.SIGKILL)
