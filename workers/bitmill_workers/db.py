@@ -124,16 +124,20 @@ def _begin_immediate(conn: sa.Connection) -> None:
     SQLite's own waiting backs off to 100 ms, and a writer that has waited long loses to those that
     have just come.
     """
-    conn.exec_driver_sql(f"PRAGMA busy_timeout={_STEP_MS}")
+    raw = cast(sqlite3.Connection, conn.connection.dbapi_connection)
     deadline = time.monotonic() + WRITE_TIMEOUT_S
-    while True:
-        try:
-            conn.exec_driver_sql("BEGIN IMMEDIATE")
-            break
-        except sa.exc.OperationalError:
-            if time.monotonic() > deadline:
-                raise
-    conn.exec_driver_sql(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT_S * 1000)}")
+    raw.execute(f"PRAGMA busy_timeout={_STEP_MS}")
+    try:
+        while time.monotonic() < deadline:
+            try:
+                raw.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    break
+        conn.exec_driver_sql("BEGIN IMMEDIATE")
+    finally:
+        raw.execute(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT_S * 1000)}")
 
 
 def _enable_wal(connection: sqlite3.Connection) -> None:

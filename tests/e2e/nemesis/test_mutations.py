@@ -21,8 +21,8 @@ MUTATIONS = {
     ),
     "immediate transaction": (
         "db.py",
-        '"BEGIN IMMEDIATE"',
-        '"BEGIN"',
+        'raw.execute("BEGIN IMMEDIATE")',
+        'raw.execute("BEGIN")',
         "test_concurrency.py::test_one_key_submitted_two_hundred_times_makes_one_job[sqlite]",
     ),
     "liveness pipe": (

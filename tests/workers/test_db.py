@@ -1,0 +1,68 @@
+"""Transactions on SQLite."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from bitmill_workers import db
+from bitmill_workers.db import Database
+from bitmill_workers.jobs import JobStore
+from stores import spec
+
+
+def test_writer_waits_for_another_and_a_reader_does_not(
+    database: Database, store: JobStore
+) -> None:
+    holding, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with database.write():
+            holding.set()
+            done.wait(5)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holding.wait()
+    assert store.list().jobs == ()
+    threading.Timer(0.5, done.set).start()
+    began = time.monotonic()
+    store.submit(spec())
+    assert time.monotonic() - began > 0.3
+    thread.join()
+
+
+def test_lock_that_never_comes_is_an_error(
+    database: Database, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "WRITE_TIMEOUT_S", 0.3)
+    holding, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with database.write():
+            holding.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holding.wait()
+    with pytest.raises(sa.exc.OperationalError, match="locked"):
+        store.submit(spec())
+    done.set()
+    thread.join()
+    assert store.submit(spec()).job.state == "queued"
+
+
+def test_damaged_database_is_reported_at_once(tmp_path: Path) -> None:
+    place = tmp_path / "broken.db"
+    place.write_bytes(b"not a database" * 100)
+    broken = Database(f"sqlite:///{place}")
+    began = time.monotonic()
+    with pytest.raises(sa.exc.DatabaseError), broken.write():
+        pass
+    assert time.monotonic() - began < 5
+    broken.close()
