@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from stores import processes_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,6 +44,7 @@ def run_tests(package: Path, name: str) -> int:
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
             *("-o", f"pythonpath={' '.join(map(str, folders))}"),
+            f"--basetemp={package / 'tests'}",
             str(ROOT / "tests" / "workers" / name),
         ],
         cwd=ROOT,
@@ -49,6 +53,9 @@ def run_tests(package: Path, name: str) -> int:
         timeout=200,
         check=False,
     )
+    # Without the pipe a runner outlives its supervisor, which is what the test is about.
+    for pid in processes_of(str(package / "tests")):
+        os.kill(pid, signal.SIGKILL)
     return run.returncode
 
 
