@@ -163,7 +163,7 @@ def _measure_sba(
 ) -> SensitivityProfile:
     base, order = request.settings["base"], request.settings["order"]
     records, orders = profile_block_sba(
-        model, i, block, hidden, base, order=order, settings=SbaSettings(batch=batch)
+        model, i, block, hidden, base, order=order, settings=SbaSettings(clip=None, batch=batch)
     )
     return _block_profile(model, i, request, orders, {base: records})
 

@@ -35,6 +35,7 @@ from bitmill.hessian import activation_order, factor
 from bitmill.input_statistics import BlockState, Stream, collect
 from bitmill.observe import observe
 from bitmill.profile import SbaRecord
+from bitmill.sensitivity import PROFILE_CLIP
 from bitmill_kernels.layout import GROUP_SIZE
 
 DAMPING = (0.01, 0.05, 0.1)
@@ -42,9 +43,12 @@ DAMPING = (0.01, 0.05, 0.1)
 
 @dataclass(frozen=True)
 class SbaSettings:
-    """clip: the grid search of every candidate; tokens: inputs evaluated at once."""
+    """clip: the grid search of every candidate, None for the profile's quicker one.
 
-    clip: ClipSettings = field(default_factory=ClipSettings)
+    tokens: inputs evaluated at once.
+    """
+
+    clip: ClipSettings | None = field(default_factory=ClipSettings)
     tokens: int = 2048
     batch: int = 8
 
@@ -93,7 +97,8 @@ class SbaSearch:
 
     def _rounded(self, part: slice, weight: Tensor, width: int) -> Tensor:
         block = self._W[:, part].contiguous()
-        grid = clip_search(block, width, weight[part], settings=self._settings.clip)
+        clip = self._settings.clip or PROFILE_CLIP[width]
+        grid = clip_search(block, width, weight[part], settings=clip)
         return values(nearest_codes(block, grid, width), grid)
 
     def add(self, x: Tensor) -> None:
