@@ -14,6 +14,7 @@ import bitmill
 from bitmill.bits import BitWidthMap
 from bitmill.blocks import StreamedModel
 from bitmill.calibration import evaluation_tokens
+from bitmill.evaluate import StreamedLogits
 from bitmill.loading import load
 from bitmill.manifest import read_manifest
 from bitmill.measurement import measure, plan_for_map
@@ -90,7 +91,7 @@ def test_a_map_outside_the_profile_has_no_prediction(source: Path) -> None:
     model = StreamedModel(source, plan, device=torch.device("cpu"), dtype=torch.float32)
     asked = Evaluation.model_validate(EVALUATION | {"sequences": 1})
     same = BitWidthMap(linears={"model.layers.0.mlp.up_proj": (3, 3)})
-    rows = measure(model, source, asked, {"same": (same, lambda i, block: None)}, lambda *_: None)
+    rows = measure(model, source, asked, {"same": (same, StreamedLogits(model))}, lambda *_: None)
     assert (rows[1].predicted_loss, rows[1].code_bits) == (None, 3.0)
     assert rows[1].texts[WIKI].loss_increase == pytest.approx(0, abs=1e-9)
 
