@@ -147,7 +147,9 @@ def profile_rows() -> Iterator[Variant]:
             )
         yield replace(knapsack(f"{tag}-sourceinputs", bits, FULL), source_inputs=True)
         yield replace(knapsack(f"{tag}-natural", bits, FULL), order="natural")
+        yield replace(knapsack(f"{tag}-residual-natural", bits, RESIDUAL), order="natural")
         yield replace(knapsack(f"{tag}-fused", bits, FULL), fuse_siblings=True)
+        yield replace(knapsack(f"{tag}-residual-fused", bits, RESIDUAL), fuse_siblings=True)
 
 
 def knapsack(
