@@ -8,6 +8,7 @@ A row is a name and settings; unknown ones are errors. Besides the fields of `Le
     bits        code bits of the budget           start       gptq | rtn
     allocation  knapsack | uniform                order       activation | natural
     asymmetric  GPTQ's correction for the prefix, 1 or 0
+    fuse_siblings  q/k/v and gate/up of a block share one map, 1 or 0
     learn       1, or 0 to stop at the start
     scales, roundings: steps of end-to-end tuning, each starting from the learned weights
     tune_batch, tune_rate, tune_position_rate: its settings
@@ -67,6 +68,7 @@ class Row:
     order: Literal["natural", "activation"] = "activation"
     start: str = "gptq"
     asymmetric: int = 1
+    fuse_siblings: int = 0
     learn: int = 1
     scales: int = 0
     roundings: int = 0
@@ -94,7 +96,12 @@ class Row:
     def spec(self, args: argparse.Namespace) -> JobSpec:
         """The job whose budget and map this row uses."""
         widths = [1, 2, 3, 4, 5, 6]
-        allocation = {"method": self.allocation, "order": self.order, "widths": widths}
+        allocation = {
+            "method": self.allocation,
+            "order": self.order,
+            "widths": widths,
+            "fuse_siblings": bool(self.fuse_siblings),
+        }
         calibration = {"sequences": args.sequences, "length": args.length, "held_out": args.held}
         return parse_spec(
             {
