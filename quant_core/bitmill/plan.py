@@ -82,7 +82,7 @@ class PlannedTensor(Closed):
     shape: tuple[int, ...]
     source: Source
 
-    @property
+    @cached_property
     def spec(self) -> TensorSpec:
         """Name, dtype and shape, as `bitmill.safetensors_layout` counts them."""
         return TensorSpec(self.name, self.dtype, self.shape)

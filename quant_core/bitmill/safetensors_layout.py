@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from bitmill.errors import InputError
 
@@ -47,10 +48,21 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Size of the data."""
         return _DTYPES[self.dtype] * math.prod(self.shape)
+
+    @cached_property
+    def entry_bytes(self) -> int:
+        """Length of its entry in a header, its comma included, the digits of offsets not."""
+        entry = _compact({self.name: self._entry(0)})
+        return len(entry) - len("{}") + len(",") - len(f"0{self.bytes}")
+
+    def _entry(self, offset: int) -> dict[str, object]:
+        shape = list(self.shape)
+        offsets = [offset, offset + self.bytes]
+        return {"dtype": self.dtype, "shape": shape, "data_offsets": offsets}
 
 
 def shard(
@@ -80,23 +92,33 @@ def header(tensors: Iterable[TensorSpec]) -> tuple[bytes, dict[str, int]]:
     entries: dict[str, object] = {"__metadata__": METADATA}
     offsets: dict[str, int] = {}
     offset = 0
-    for tensor in sorted(tensors, key=lambda t: (-_RANK[t.dtype], t.name)):
+    for tensor in sorted(tensors, key=_place):
         offsets[tensor.name] = offset
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.bytes],
-        }
+        entries[tensor.name] = tensor._entry(offset)
         offset += tensor.bytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text = _compact(entries)
     text += b" " * (-len(text) % 8)
     first = len(text).to_bytes(8, "little") + text
     return first, {name: len(first) + start for name, start in offsets.items()}
 
 
 def header_bytes(tensors: Iterable[TensorSpec]) -> int:
-    """Length of the header, the 8 bytes of its length field included."""
-    return len(header(tensors)[0])
+    """`len(header(tensors)[0])`, counted without writing it."""
+    length = len(_compact({"__metadata__": METADATA}))
+    offset = 0
+    for tensor in sorted(tensors, key=_place):
+        length += tensor.entry_bytes + len(str(offset)) + len(str(offset + tensor.bytes))
+        offset += tensor.bytes
+    return 8 + length + -length % 8
+
+
+def _place(tensor: TensorSpec) -> tuple[int, str]:
+    """Sort key of a tensor's place in a file."""
+    return -_RANK[tensor.dtype], tensor.name
+
+
+def _compact(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def checkpoint_bytes(tensors: Sequence[TensorSpec], max_bytes: int = MAX_SHARD_BYTES) -> int:

@@ -10,6 +10,7 @@ Torch-free: the service and the allocator import it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from bitmill.bits import LinearShape
 from bitmill.errors import FormatError
@@ -59,5 +60,11 @@ def stored_tensors(
     stored: list[TensorSpec] = []
     for shape in shapes:
         owned = orders.get(shape.name) == f"{shape.name}.order"
-        stored += linear_tensors(shape, linears[shape.name], owns_order=owned)
+        stored += _known(shape, tuple(linears[shape.name]), owned)
     return stored + list(kept)
+
+
+@lru_cache(maxsize=1 << 14)
+def _known(shape: LinearShape, widths: tuple[int, ...], owns_order: bool) -> list[TensorSpec]:
+    """Neighbouring maps on a curve share most of their linears."""
+    return linear_tensors(shape, widths, owns_order=owns_order)
