@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
+import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
+from bitmill_workers import webhooks
 from bitmill_workers.db import Database
 from bitmill_workers.jobs import JobStore
 from bitmill_workers.settings import Settings
+from bitmill_workers.stats import read_stats
 from bitmill_workers.tables import outbox
 from bitmill_workers.webhooks import (
     MAX_TRIES,
@@ -106,6 +111,43 @@ def test_sending_gives_up_at_the_cap(
         row = conn.execute(sa.select(outbox)).one()
     assert (row.tries, row.delivered_at) == (MAX_TRIES, None)
     assert "refused" in row.last_error
+    assert read_stats(database).webhooks_waiting == 0
+
+
+def test_a_receiver_that_never_ends_its_answer_does_not_hold_up_the_others(
+    allowed: Settings, database: Database, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "_ANSWER_S", 0.2)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip() -> None:
+        link, _ = listener.accept()
+        with link, suppress(OSError):
+            while True:
+                link.sendall(b"H")
+                gone.wait(0.01)
+
+    gone = threading.Event()
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    job = store.submit(spec(), webhook_url=f"http://127.0.0.1:{listener.getsockname()[1]}/").job
+    store.request_cancel(job.id)
+    assert WebhookSender(allowed, database).deliver_due() == 0
+    dripping.join(20)
+    assert not dripping.is_alive()
+    listener.close()
+
+
+def test_a_stored_address_that_cannot_be_called_is_noted_and_not_raised(
+    allowed: Settings, database: Database, store: JobStore
+) -> None:
+    for url in (f"http://{'a' * 70}.example/", "http://127.0.0.1:1/\u00fc"):
+        job = store.submit(spec(), webhook_url=url).job
+        store.request_cancel(job.id)
+    assert WebhookSender(allowed, database).deliver_due() == 0
+    with database.read() as conn:
+        errors = conn.execute(sa.select(outbox.c.last_error)).scalars().all()
+    assert len([error for error in errors if error]) == 2
 
 
 @pytest.mark.parametrize(
@@ -117,12 +159,16 @@ def test_sending_gives_up_at_the_cap(
         "https:///x",
         "x",
         "https://example.com:99999/",
+        "https://example.com/\u00fc",
+        "https://example.com/a b",
+        f"https://example.com/{'x' * 2048}",
     ],
 )
 def test_odd_address_is_refused_at_submission(settings: Settings, url: str) -> None:
     strict = settings.model_copy(update={"webhook_secret": SecretStr(SECRET)})
-    with pytest.raises(AddressRefused):
+    with pytest.raises(AddressRefused, match=re.escape(repr(url[:200]))) as refused:
         check_webhook_url(url, strict)
+    assert refused.value.param == "Webhook-URL"
     check_webhook_url("https://example.com/hook", strict)
     with pytest.raises(AddressRefused, match="BITMILL_WEBHOOK_SECRET"):
         check_webhook_url("https://example.com/hook", settings)

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from bitmill_workers.db import Database, db_now
 from bitmill_workers.tables import artifacts, job_events, jobs, outbox
+from bitmill_workers.webhooks import MAX_TRIES
 
 _RECENT = 50
 
@@ -56,7 +57,8 @@ def read_stats(database: Database) -> StoreStats:
             sa.select(*(sa.func.coalesce(sa.func.sum(jobs.c[name]), 0) for name in names))
         ).one()
         fenced = _count(conn, job_events, job_events.c.kind == "fenced")
-        webhooks = _count(conn, outbox, outbox.c.delivered_at.is_(None))
+        waiting = (outbox.c.delivered_at.is_(None), outbox.c.tries < MAX_TRIES)
+        webhooks = _count(conn, outbox, sa.and_(*waiting))
         stored = conn.execute(
             sa.select(sa.func.coalesce(sa.func.sum(artifacts.c.size), 0))
         ).scalar_one()

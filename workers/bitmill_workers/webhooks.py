@@ -16,7 +16,9 @@ import json
 import logging
 import socket
 import ssl
+import threading
 import time
+from contextlib import suppress
 from urllib.parse import SplitResult, urlsplit
 
 import sqlalchemy as sa
@@ -29,7 +31,9 @@ from bitmill_workers.tables import outbox
 _log = logging.getLogger(__name__)
 MAX_TRIES = 10
 _TIMEOUT_S = 10.0
+_ANSWER_S = 30.0
 _BATCH = 20
+_MAX_URL = 2048
 _FIRST_DELAY_S = 10.0
 
 
@@ -43,7 +47,7 @@ def check_webhook_url(url: str, settings: Settings) -> None:
     """Refuse at submission an address that would never be called. Raises `AddressRefused`."""
     if settings.webhook_secret is None:
         raise AddressRefused(
-            "webhooks are off: the service has no BITMILL_WEBHOOK_SECRET", param="webhook"
+            "webhooks are off: the service has no BITMILL_WEBHOOK_SECRET", param="Webhook-URL"
         )
     _split(url, settings)
 
@@ -53,20 +57,30 @@ def _split(url: str, settings: Settings) -> SplitResult:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise AddressRefused(f"webhook address is malformed: {error}", param="webhook") from error
+        raise AddressRefused(
+            f"webhook address {url[:200]!r} is malformed: {error}", param="Webhook-URL"
+        ) from error
     schemes = ("https", "http") if settings.webhook_private else ("https",)
-    odd = parts.username is not None or port == 0 or len(url) > 2048
+    odd = parts.username is not None or port == 0 or len(url) > _MAX_URL or not _plain(url)
     if parts.scheme not in schemes or not parts.hostname or odd:
-        raise AddressRefused("a webhook address must be https://host/path", param="webhook")
+        raise AddressRefused(
+            f"webhook address {url[:200]!r} is not https://host[:port]/path of at most {_MAX_URL} "
+            "printable ASCII characters without a user name",
+            param="Webhook-URL",
+        )
     return parts
+
+
+def _plain(url: str) -> bool:
+    return url.isascii() and url.isprintable() and " " not in url
 
 
 def resolve_public(host: str, port: int, *, allow_private: bool) -> str:
     """One address of `host`. Raises `AddressRefused` where any of them is not public."""
     try:
         found = {str(a[4][0]) for a in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    except OSError as error:
-        raise AddressRefused(f"{host} does not resolve", param="webhook") from error
+    except (OSError, UnicodeError) as error:
+        raise AddressRefused(f"{host} does not resolve", param="Webhook-URL") from error
     for address in sorted(found):
         if not allow_private and not _is_public(address):
             raise AddressRefused(f"{host} has the address {address}, which is not public")
@@ -99,7 +113,8 @@ class WebhookSender:
         due = (outbox.c.delivered_at.is_(None), outbox.c.next_try <= db_now())
         with self._database.read() as conn:
             query = sa.select(outbox.c.id, outbox.c.tries).where(*due)
-            waiting = conn.execute(query.where(outbox.c.tries < MAX_TRIES).limit(_BATCH)).all()
+            query = query.where(outbox.c.tries < MAX_TRIES).order_by(outbox.c.next_try)
+            waiting = conn.execute(query.limit(_BATCH)).all()
         return sum(self._deliver(message, tries) for message, tries in waiting)
 
     def _deliver(self, message: str, tries: int) -> bool:
@@ -138,13 +153,12 @@ class WebhookSender:
         assert parts.hostname is not None
         port = parts.port or (443 if parts.scheme == "https" else 80)
         address = resolve_public(parts.hostname, port, allow_private=settings.webhook_private)
-        connection = http.client.HTTPConnection(parts.hostname, port, timeout=_TIMEOUT_S)
+        connection = http.client.HTTPConnection(parts.hostname, port)
+        connection.sock = link = _connect(parts.scheme, parts.hostname, address, port)
+        # A receiver that answers byte by byte would keep every single read within its timeout.
+        deadline = threading.Timer(_ANSWER_S, _hang_up, (link,))
+        deadline.start()
         try:
-            link: socket.socket = socket.create_connection((address, port), timeout=_TIMEOUT_S)
-            if parts.scheme == "https":
-                context = ssl.create_default_context()
-                link = context.wrap_socket(link, server_hostname=parts.hostname)
-            connection.sock = link
             headers = {
                 "Content-Type": "application/json",
                 "User-Agent": "bitmill-webhook",
@@ -157,4 +171,22 @@ class WebhookSender:
             connection.request("POST", target, body, headers)
             return connection.getresponse().status
         finally:
+            deadline.cancel()
             connection.close()
+
+
+def _connect(scheme: str, host: str, address: str, port: int) -> socket.socket:
+    """A connection to `address`, whose certificate must be for `host` where the scheme is https."""
+    link = socket.create_connection((address, port), timeout=_TIMEOUT_S)
+    if scheme != "https":
+        return link
+    try:
+        return ssl.create_default_context().wrap_socket(link, server_hostname=host)
+    except BaseException:
+        link.close()
+        raise
+
+
+def _hang_up(link: socket.socket) -> None:
+    with suppress(OSError):
+        link.shutdown(socket.SHUT_RDWR)
