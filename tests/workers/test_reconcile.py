@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from bitmill_workers.leases import LeaseStore
 from bitmill_workers.reconcile import Reconciler
 from bitmill_workers.records import Artifact, JobRecord
 from bitmill_workers.settings import Settings
-from stores import QUEUES, set_columns, spec
+from stores import QUEUES, set_columns, spec, wait_for
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
 
@@ -117,6 +118,30 @@ def test_garbage_goes_and_visible_or_running_attempts_stay(
     }
     assert left == {f"{shown.id}/1", f"{running.id}/1"}
     assert [f.name for f in (settings.data / "jobs").iterdir()] == [running.id]
+
+
+def test_the_loop_outlives_any_failure_of_a_round(
+    reconciler: Reconciler,
+    store: JobStore,
+    leases: LeaseStore,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failed = threading.Event()
+
+    def fail() -> int:
+        failed.set()
+        raise ValueError("a surprise")
+
+    monkeypatch.setattr(reconciler, "collect_garbage", fail)
+    quick = reconciler.settings.model_copy(update={"reconcile_s": 0.01, "collect_s": 0.01})
+    monkeypatch.setattr(reconciler, "settings", quick)
+    reconciler.start()
+    assert failed.wait(20)
+    lost = claimed(store, leases)
+    set_columns(database, lost.id, lease_until=0.0)
+    wait_for(lambda: store.get(lost.id).state == "queued", "the lease to be expired")
+    reconciler.stop()
 
 
 def test_only_one_process_reconciles(reconciler: Reconciler) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import boto3
@@ -138,6 +139,17 @@ def test_store_that_is_away_makes_nothing_visible_and_the_job_runs_again(
     assert supervisor.store.get(job.id).state == "succeeded"
 
 
+def test_garbage_search_needs_the_store_and_leaves_foreign_objects(stored: Settings) -> None:
+    away = open_artifacts(stored.model_copy(update={"s3_endpoint": "http://127.0.0.1:1"}))
+    with pytest.raises(StorageUnavailable):
+        list(away.attempts())
+    store = open_artifacts(stored)
+    assert isinstance(store, S3Artifacts)
+    key = f"{stored.s3_prefix}/notes/of-somebody/text"
+    store._client.put_object(Bucket=stored.s3_bucket, Key=key, Body=b"x")
+    assert list(store.attempts()) == []
+
+
 def test_unreadable_object_is_an_error_of_its_own(stored: Settings) -> None:
     store = open_artifacts(stored)
     fill(store.attempt_folder("job", 1), 10)
@@ -156,8 +168,22 @@ def test_profile_made_here_is_found_elsewhere(stored: Settings, tmp_path: Path) 
     elsewhere = tmp_path / "profiles" / "abc"
     assert store.fetch_profile("abc", elsewhere)
     assert (elsewhere / "deep" / "costs.bin").read_bytes() == b"12"
+    assert [p.name for p in elsewhere.parent.iterdir()] == ["abc"]
     assert not store.fetch_profile("absent", tmp_path / "profiles" / "absent")
     assert list(store.attempts()) == []
+
+
+def test_profile_can_be_fetched_twice_at_once(stored: Settings, tmp_path: Path) -> None:
+    store = open_artifacts(stored)
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "costs.bin").write_bytes(b"12" * 1000)
+    store.share_profile("abc", made)
+    elsewhere = tmp_path / "profiles" / "abc"
+    with ThreadPoolExecutor(4) as pool:
+        fetched = list(pool.map(lambda _: store.fetch_profile("abc", elsewhere), range(4)))
+    assert fetched == [True] * 4
+    assert (elsewhere / "costs.bin").stat().st_size == 2000
 
 
 def test_stale_attempt_cannot_publish(stored: Settings, database: Database) -> None:

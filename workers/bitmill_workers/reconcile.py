@@ -16,7 +16,6 @@ from contextlib import contextmanager
 
 import sqlalchemy as sa
 
-from bitmill.errors import BitmillError
 from bitmill_workers.app import Dispatcher
 from bitmill_workers.artifacts import ArtifactStore, open_artifacts
 from bitmill_workers.db import Database, db_now
@@ -168,7 +167,7 @@ class Reconciler:
                     if held:
                         self.run_once(collect=collect)
                 collected = time.monotonic() if collect else collected
-            except (sa.exc.SQLAlchemyError, BitmillError, OSError) as error:
+            except Exception as error:  # noqa: BLE001  (jobs need this thread to go on)
                 _log.warning("reconciling failed, will try again: %s", error)
             self._stop.wait(self.settings.reconcile_s)
 
@@ -177,7 +176,7 @@ class Reconciler:
         while not self._stop.is_set():
             try:
                 self._webhooks.deliver_due()
-            except sa.exc.SQLAlchemyError as error:
+            except Exception as error:  # noqa: BLE001  (one message must not end all)
                 _log.warning("webhooks failed, will try again: %s", error)
             self._stop.wait(self.settings.reconcile_s)
 

@@ -9,7 +9,9 @@ garbage, so it is looked for rarely.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +27,7 @@ from bitmill_workers.records import Artifact
 from bitmill_workers.settings import Settings
 
 _PART = 16 << 20
+_PROFILES = "profiles"
 _FAILURES = (BotoCoreError, ClientError, boto3.exceptions.S3UploadFailedError)
 
 
@@ -118,11 +121,14 @@ class S3Artifacts:
             for place in self._staging.glob("*/*")
             if place.name.isdigit()
         }
-        for job in self._folders(f"{self._prefix}/"):
-            if job.rsplit("/", 2)[-2] != "profiles":
-                for attempt in self._folders(job):
-                    job_id, token = attempt.rstrip("/").rsplit("/", 2)[-2:]
-                    found.add((job_id, int(token)))
+        try:
+            for job in self._folders(f"{self._prefix}/"):
+                job_id = job.rsplit("/", 2)[-2]
+                attempts = () if job_id == _PROFILES else self._folders(job)
+                tokens = (attempt.rsplit("/", 2)[-2] for attempt in attempts)
+                found |= {(job_id, int(token)) for token in tokens if token.isdecimal()}
+        except _FAILURES as error:
+            raise _unavailable("stored attempts cannot be listed", error) from error
         yield from sorted(found)
 
     def remove(self, job_id: str, token: int) -> None:
@@ -153,28 +159,30 @@ class S3Artifacts:
         """Upload the profile's files; the same content has the same keys."""
         for file in sorted(p for p in folder.rglob("*") if p.is_file()):
             path = file.relative_to(folder).as_posix()
-            key = f"profiles/{profile_id}/{path}"
+            key = f"{_PROFILES}/{profile_id}/{path}"
             self._upload(file, key, file.stat().st_size, lambda _: None)
 
     def fetch_profile(self, profile_id: str, folder: Path) -> bool:
         """Download the profile unless `folder` is there already."""
         if folder.is_dir():
             return True
-        prefix = self._key(f"profiles/{profile_id}/")
-        arriving = folder.with_name(f".tmp-{folder.name}")
-        try:
-            for page in self._pages(Prefix=prefix):
-                for item in page.get("Contents", []):
-                    target = arriving / item["Key"].removeprefix(prefix)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    self._client.download_file(self._bucket, item["Key"], str(target))
-        except _FAILURES as error:
-            shutil.rmtree(arriving, ignore_errors=True)
-            raise _unavailable(f"profile {profile_id} cannot be read", error) from error
-        if not arriving.is_dir():
-            return False
-        arriving.rename(folder)
-        return True
+        prefix = self._key(f"{_PROFILES}/{profile_id}/")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
+            arriving = Path(scratch, folder.name)
+            try:
+                for page in self._pages(Prefix=prefix):
+                    for item in page.get("Contents", []):
+                        target = arriving / item["Key"].removeprefix(prefix)
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        self._client.download_file(self._bucket, item["Key"], str(target))
+            except _FAILURES as error:
+                raise _unavailable(f"profile {profile_id} cannot be read", error) from error
+            if arriving.is_dir():
+                # Another thread may have brought the same content in the meantime.
+                with suppress(OSError):
+                    arriving.rename(folder)
+        return folder.is_dir()
 
     def _key(self, storage_key: str) -> str:
         return f"{self._prefix}/{storage_key}"

@@ -61,17 +61,7 @@ def main() -> int:
     name = f"--hostname={settings.worker_name}@{socket.gethostname()}"
     queues = f"--queues={','.join(settings.queues)}"
     try:
-        app.worker_main(
-            [
-                "--quiet",
-                "worker",
-                *options,
-                "--without-heartbeat",
-                name,
-                queues,
-                "--loglevel=WARNING",
-            ]
-        )
+        app.worker_main(["--quiet", "worker", *options, name, queues, "--loglevel=WARNING"])
     finally:
         stop.set()
         _leave(settings)
@@ -98,8 +88,8 @@ def _beat(settings: Settings, stop: threading.Event) -> None:
                 device=settings.device,
                 version=version("bitmill"),
             )
-        except sa.exc.SQLAlchemyError as error:
-            _log.warning("cannot show this worker as live: %s", type(error).__name__)
+        except Exception as error:  # noqa: BLE001  (without this thread the worker looks dead)
+            _log.warning("cannot show this worker as live: %s", error)
         finally:
             database.close()
         if stop.wait(_BEAT_S):
