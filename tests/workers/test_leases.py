@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
@@ -66,6 +67,23 @@ def test_stale_token_writes_nothing(
     assert after.log_size == 0
     fenced = [e.data["target"] for e in store.events(job.id) if e.kind == "fenced"]
     assert fenced == ["finalizing", "succeeded", "failed", "cancelled", "queued"]
+
+
+def test_log_of_a_worker_that_loses_its_job_meanwhile_is_refused(
+    job: JobRecord, store: JobStore, leases: LeaseStore, database: Database
+) -> None:
+    if database.dialect == "sqlite":
+        pytest.skip("writers of SQLite are never concurrent")
+    with ThreadPoolExecutor(1) as pool:
+        with database.write() as conn:
+            mine = jobs.c.id == job.id
+            conn.execute(sa.update(jobs).where(mine).values(token=jobs.c.token + 1))
+            late = pool.submit(leases.append_log, job.id, job.token, b"old", limit=100)
+            with pytest.raises(TimeoutError):
+                late.result(timeout=0.5)
+        assert not late.result(timeout=20)
+    assert leases.append_log(job.id, job.token + 1, b"new", limit=100)
+    assert store.read_log(job.id).data == b"new"
 
 
 def test_finish_shows_files_and_result_once(

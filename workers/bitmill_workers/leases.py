@@ -111,9 +111,9 @@ class LeaseStore:
     def append_log(self, job_id: str, token: int, data: bytes, *, limit: int) -> bool:
         """Append to the job's log up to `limit` bytes in all; False where the caller is fenced."""
         with self.database.write() as conn:
-            size = conn.execute(
-                sa.select(jobs.c.log_size).where(_held(job_id, token))
-            ).scalar_one_or_none()
+            # Locked, because the insert below has no condition of its own.
+            mine = sa.select(jobs.c.log_size).where(_held(job_id, token)).with_for_update()
+            size = conn.execute(mine).scalar_one_or_none()
             if size is None:
                 return False
             data = data[: max(0, limit - size)]
