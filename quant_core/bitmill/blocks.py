@@ -34,6 +34,7 @@ from bitmill.experts import unfuse_experts
 from bitmill.model_config import read_config
 from bitmill.plan import Plan, Source, input_groups
 from bitmill.prefetch import BlockPrefetcher
+from bitmill.timing import stage
 
 __all__ = ["StreamedModel", "capture_inputs", "input_groups", "set_weight", "weight_of"]
 
@@ -287,7 +288,8 @@ class StreamedModel:
 
         Stacked experts come as one linear per matrix (`bitmill.experts.ExpertList`).
         """
-        return self._load_block(i) if self._ahead is None else self._ahead.get(i)
+        with stage("read"):
+            return self._load_block(i) if self._ahead is None else self._ahead.get(i)
 
     def _load_block(self, i: int) -> nn.Module:
         with _plain_tensors():
@@ -304,7 +306,8 @@ class StreamedModel:
             with _plain_tensors():
                 self._record(torch.zeros(key, dtype=torch.int64, device=self.device))
         args, kwargs = self._seen[key][i]
-        output = block(hidden.to(device=self.device, dtype=self.dtype), *args, **kwargs)
+        with stage("forward"):
+            output = block(hidden.to(device=self.device, dtype=self.dtype), *args, **kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def logits(self, hidden: Tensor) -> Tensor:

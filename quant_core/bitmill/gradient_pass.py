@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from bitmill.block_inputs import BlockInputs, HostMemory, choose_every, spare_host_bytes
 from bitmill.blocks import StreamedModel
 from bitmill.errors import CalibrationError
+from bitmill.timing import stage
 
 LOGIT_VALUES = 1 << 25
 """Values of one slice of logits: 128 MiB in fp32."""
@@ -132,7 +133,8 @@ class GradientPass:
             source = self._source_output(first) if self._settings.labels == "source" else None
             output = inputs.forward()
             gradient = torch.empty_like(output)
-            self._head_gradient(output, gradient, source)
+            with stage("head"):
+                self._head_gradient(output, gradient, source)
             memory.free(output)
             return self._model.block_count, gradient
         top, gradient = resume
@@ -213,7 +215,8 @@ class GradientPass:
             with _watching(modules, observer), torch.enable_grad():
                 y = self._model.run_block(i, block, x)
                 received = gradient[part].to(self._model.device, y.dtype)
-                torch.autograd.backward(y, received)
+                with stage("backward"):
+                    torch.autograd.backward(y, received)
             assert x.grad is not None
             if not bool(torch.isfinite(x.grad).all()):
                 raise CalibrationError(

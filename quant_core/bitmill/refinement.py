@@ -41,6 +41,7 @@ from bitmill.quality import LinearQuality
 from bitmill.refine import RefineSettings, refine_block
 from bitmill.refinement_report import LinearReport
 from bitmill.spec import Refinement
+from bitmill.timing import stage
 
 TUNED_NAME = "tuned"
 BATCH_TOKENS = 16384
@@ -301,10 +302,12 @@ def save_block(
 ) -> None:
     """Write a finished block: tensors first, then the report that marks it as finished."""
     tensors: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        packed = PackedTensor.pack(weight).tensors(name)
-        tensors |= {key: value.contiguous() for key, value in packed.items()}
-    storage.write_bytes(_tensors(folder, i), save(tensors))
+    with stage("pack"):
+        for name, weight in weights.items():
+            packed = PackedTensor.pack(weight).tensors(name)
+            tensors |= {key: value.contiguous() for key, value in packed.items()}
+    with stage("write"):
+        storage.write_bytes(_tensors(folder, i), save(tensors))
     report = {
         "linears": [linear.model_dump(mode="json") for linear in linears],
         "learning": learning,
