@@ -59,18 +59,11 @@ def allocate(
     Raises `BudgetError` naming the smallest budget that would fit, `SpecError` for constraints
     that exclude each other, `FormatError` for a profile or map of another model.
     """
-    method = spec.allocation.method
-    if method == "map":
+    if spec.allocation.method == "map":
         if given_map is None:
             raise SpecError("allocation method 'map' needs a map", param="allocation.map")
         return check_map(plan, spec, given_map)
-    allocator = Allocator(plan, spec.allocation, profile)
-    methods = {
-        "uniform": allocator.uniform,
-        "sba": allocator.sba,
-        "knapsack": allocator.knapsack,
-    }
-    return methods[method](spec.budget)
+    return Allocator(plan, spec.allocation, profile).map(spec.budget)
 
 
 def check_budget(plan: Plan, spec: JobSpec, given_map: BitWidthMap | None = None) -> None:
@@ -133,6 +126,11 @@ class Allocator:
                 param="allocation.method",
             )
         return self._profile
+
+    def map(self, budget: Budget) -> BitWidthMap:
+        """The map of the allocation's method: `uniform`, `sba` or `knapsack`."""
+        methods = {"uniform": self.uniform, "sba": self.sba, "knapsack": self.knapsack}
+        return methods[self.allocation.method](budget)
 
     def uniform(self, budget: Budget) -> BitWidthMap:
         """The largest single width that fits (edge blocks: at least `edge_min_bits`)."""

@@ -10,7 +10,6 @@ import typer
 
 from bitmill.bits import BitWidthMap
 from bitmill.slim_maps import read_slim_map
-from bitmill.spec import Allocation, Budget
 from bitmill.storage import write_bytes
 from bitmill_service.cli_output import (
     JsonFlag,
@@ -88,7 +87,8 @@ def allocate(
     size: Annotated[str | None, typer.Option(help="Budget: bytes, e.g. 120MB.")] = None,
     method: Annotated[str | None, typer.Option(help="knapsack, sba or uniform.")] = None,
     curve: Annotated[
-        list[float] | None, typer.Option(help="Further budgets of the same kind; repeatable.")
+        list[float] | None,
+        typer.Option(help="Budgets of the same kind for the curve, repeatable; default all."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the map here.")
@@ -97,11 +97,11 @@ def allocate(
     json: JsonFlag = False,
 ) -> None:
     """Spend a budget on a stored sensitivity profile, without an accelerator."""
-    allocation = merge({}, {"method": method})
-    request = AllocationRequest(
-        budget=Budget.model_validate(budget(code_bits, bits, size)),
-        allocation=Allocation.model_validate(allocation) if allocation else None,
-        curve=tuple(curve or ()),
+    request = AllocationRequest.model_validate(
+        merge(
+            {"budget": budget(code_bits, bits, size)},
+            {"allocation": {"method": method}, "curve": curve},
+        )
     )
     with open_client(url) as client:
         found = client.allocate(profile, request)

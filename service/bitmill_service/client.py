@@ -263,7 +263,7 @@ class Client:
         response = self._send(
             "POST",
             f"/v1/profiles/{profile_id}/allocate",
-            json=request.model_dump(mode="json", exclude_none=True),
+            json=request.model_dump(mode="json", exclude_unset=True),
         )
         return AllocationView.model_validate(response.json())
 

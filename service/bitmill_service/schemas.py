@@ -188,7 +188,8 @@ class ProfilePage(View):
 class AllocationRequest(Closed):
     """A budget to spend on a stored profile.
 
-    curve: further budgets of the same kind; each gives one point of size against predicted loss.
+    allocation: what it leaves open is as in the profile. curve: further budgets of the same kind;
+    each gives one point of size against predicted loss. None gives the whole curve.
     """
 
     budget: Budget
@@ -208,7 +209,10 @@ class CurvePoint(View):
 
 
 class AllocationView(View):
-    """A bit-width map made from a profile: exact cost and predicted increase of the loss."""
+    """A bit-width map made from a profile: exact cost and predicted increase of the loss.
+
+    curve: without budgets of one's own, knapsack maps from the smallest to the largest size.
+    """
 
     profile_id: str
     map: BitWidthMap

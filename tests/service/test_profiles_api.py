@@ -7,10 +7,12 @@ from typing import Any
 import httpx2
 import pytest
 
+from bitmill.allocate import Allocator
 from bitmill.bits import BitWidthMap
 from bitmill.budget import footprint
-from bitmill.plan import Plan
+from bitmill.plan import Plan, PlannedLinear, Source
 from bitmill.profile import SensitivityProfile
+from bitmill.spec import Allocation
 from finished import Stack
 from plans import llama_plan, random_profile
 
@@ -27,6 +29,11 @@ def profile(plan: Plan) -> SensitivityProfile:
 
 @pytest.fixture(scope="module")
 def url(stack: Stack, plan: Plan, profile: SensitivityProfile) -> str:
+    return stored(stack, plan, profile)
+
+
+def stored(stack: Stack, plan: Plan, profile: SensitivityProfile) -> str:
+    """The URL of a profile put into the service's store."""
     folder = stack.context.settings.profiles_folder / profile.key
     folder.mkdir(parents=True)
     profile.save(folder / "profile.npz")
@@ -45,7 +52,7 @@ def test_profiles_are_listed_and_described(
     http: httpx2.Client, url: str, profile: SensitivityProfile
 ) -> None:
     listed = http.get("/v1/profiles").json()["profiles"]
-    assert [p["id"] for p in listed] == [profile.key]
+    assert profile.key in [p["id"] for p in listed]
     one = http.get(url).json()
     assert (one["widths"], one["linears"]) == ([2, 3, 4, 5], 14)
     assert one["groups"] == sum(len(p.costs) for p in profile.linears)
@@ -74,6 +81,52 @@ def test_curve_falls_and_marks_what_is_impossible(http: httpx2.Client, url: str)
     losses = [point["predicted_loss"] for point in rest]
     assert losses == sorted(losses, reverse=True)
     assert [point["code_bits"] <= point["budget"] for point in rest] == [True] * 3
+
+
+def test_whole_curve_comes_unasked(
+    http: httpx2.Client, url: str, plan: Plan, profile: SensitivityProfile
+) -> None:
+    found = allocate(http, url, budget={"bits": 3.4}).json()
+    expected = Allocator(plan, Allocation(widths=profile.widths, order="natural"), profile)
+    points = expected.curve(32)
+    assert [point["size"] for point in found["curve"]] == [point.size for point in points]
+    assert [point["budget"] for point in found["curve"]] == [point.bits for point in points]
+    losses = [point["predicted_loss"] for point in found["curve"]]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > found["predicted_loss"] > losses[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("embeddings", "quantize"), ("order", "activation"), ("keep", ["*o_proj"])]
+)
+def test_groups_that_the_profile_does_not_have_are_refused(
+    http: httpx2.Client, url: str, name: str, value: object
+) -> None:
+    answer = allocate(http, url, budget={"code_bits": 3}, allocation={name: value})
+    assert (answer.status_code, answer.json()["param"]) == (422, f"allocation.{name}")
+
+
+def test_quantized_embeddings_of_the_profile_are_counted_or_the_difference_refused(
+    http: httpx2.Client, stack: Stack, plan: Plan
+) -> None:
+    matrix = PlannedLinear(
+        name="model.embed_tokens",
+        block=-1,
+        rows=512,
+        columns=416,
+        dtype="F32",
+        source=Source(tensor="model.embed_tokens.weight"),
+    )
+    tensors = tuple(t for t in plan.tensors if t.name != "model.embed_tokens.weight")
+    changes = {"embeddings": (matrix,), "tensors": tensors}
+    wider = Plan.model_validate(plan.model_dump() | changes)
+    url = stored(stack, wider, random_profile(wider, widths=(2, 3, 4, 5), seed=1))
+    for allocation in ({}, {"method": "uniform", "embeddings": "quantize"}):
+        found = allocate(http, url, budget={"code_bits": 3}, allocation=allocation).json()
+        assert "model.embed_tokens" in found["map"]["linears"]
+        assert found["code_bits"] <= 3
+    refused = allocate(http, url, budget={"code_bits": 3}, allocation={"embeddings": "keep"})
+    assert (refused.status_code, refused.json()["param"]) == (422, "allocation.embeddings")
 
 
 def test_other_method_may_be_asked_for(http: httpx2.Client, url: str) -> None:
