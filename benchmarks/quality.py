@@ -167,7 +167,7 @@ class Bench:
             orders = self.orders() if variant.order == "activation" else None
             for i, block in enumerate(self.blocks):
                 found, _ = profile_block_sba(
-                    self.model, i, block, hidden, base, order=variant.order, orders=orders
+                    self.model, i, block, Stream(hidden), base, order=variant.order, orders=orders
                 )
                 records |= found
                 hidden = advance(self.model, i, block, hidden, batch=BATCH)

@@ -272,6 +272,15 @@ class StreamedModel:
         args, kwargs = arguments[0]
         return cast(Tensor, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
+    def embed_all(self, tokens: Tensor, batch: int) -> Tensor:
+        """The first block's inputs [S, T, D] on the host, of any number of windows [S, T]."""
+        shape = (*tokens.shape, self.plan.hidden_size)
+        hidden = torch.empty(shape, dtype=self.dtype)
+        for start in range(0, len(tokens), batch):
+            part = slice(start, start + batch)
+            hidden[part] = self.embed(tokens[part]).to(hidden.device)
+        return hidden
+
     def _record(self, tokens: Tensor) -> list[Arguments]:
         self.plan.check_length(tokens.shape[1], "length")
         with self._recorder.recording(None, self._tuples) as arguments:

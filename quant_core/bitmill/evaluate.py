@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.blocks import StreamedModel
+from bitmill.distributed import Group
 from bitmill.errors import NumericalError
 from bitmill.quality import TextQuality
 
@@ -123,6 +124,12 @@ class WindowMeasures:
     kl: Tensor
     agreement: Tensor
     length: int
+
+    def gathered(self, group: Group, count: int) -> WindowMeasures:
+        """The measures of all `count` windows, of which each rank has its part."""
+        own = torch.stack([self.nll, self.source_nll, self.kl, self.agreement], 1)
+        nll, source_nll, kl, agreement = group.gather_rows(own, count).unbind(1)
+        return WindowMeasures(nll, source_nll, kl, agreement, self.length)
 
     def candidate(self) -> TextQuality:
         """The candidate's figures; raises `NumericalError` where any is not finite."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from bitmill.block_inputs import BlockInputs, HostMemory, choose_every, spare_host_bytes
 from bitmill.blocks import StreamedModel
+from bitmill.distributed import SINGLE, Group
 from bitmill.errors import CalibrationError
 from bitmill.timing import stage
 
@@ -65,6 +66,8 @@ class GradientPass:
     """The pass over one set of windows.
 
     tokens: int64 [S, T]. prepare: see `Prepare`; the loss is then that of the changed model.
+    group: ranks of which each passes its own windows through; they share the host's memory.
+    predictions: of all windows.
     """
 
     def __init__(
@@ -75,12 +78,15 @@ class GradientPass:
         *,
         scratch: Path | None = None,
         prepare: Prepare | None = None,
+        group: Group = SINGLE,
     ) -> None:
         if tokens.shape[1] < 2:
             raise CalibrationError(
                 f"windows of {tokens.shape[1]} token have no next token: use at least 2"
             )
-        self._model, self._tokens, self._settings = model, tokens, settings
+        self._model, self._settings = model, settings
+        self._tokens = group.shard(tokens)
+        self._ranks = group.size
         self._prepare = prepare
         self._scratch = scratch
         self.predictions = tokens.shape[0] * (tokens.shape[1] - 1)
@@ -96,13 +102,13 @@ class GradientPass:
         """Forward, then backward through all blocks.
 
         observer_of(i): who watches block i, or None. on_block(i, gradient) after block i, with
-        the gradient [S, T, D] at its input, valid during the call; on_forward(i) after a forward
+        the gradient [S, T, D] at its input (S: of this rank), valid during the call; on_forward(i) after a forward
         run of block i. resume: (i, that gradient) as given to on_block before: goes on at i - 1.
         """
         shape = (*self._tokens.shape, self._model.plan.hidden_size)
         size = self._tokens.numel() * self._model.plan.hidden_size * self._model.dtype.itemsize
         limit = self._settings.host_bytes
-        limit = spare_host_bytes() if limit is None else limit
+        limit = (spare_host_bytes() if limit is None else limit) // self._ranks
         with HostMemory(limit, self._scratch) as memory:
             first = memory.empty(shape, self._model.dtype)
             for part in self._parts():

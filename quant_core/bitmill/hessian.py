@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitmill.distributed import Group
 from bitmill.errors import CalibrationError, NumericalError
 from bitmill_kernels.hessian import hessian_update
 
@@ -53,6 +54,11 @@ class HessianAccumulator:
         hessian_update(self._sum, x, weight)
         self._mass += x.shape[0] if weight is None else weight.double().sum()
         self.tokens += x.shape[0]
+
+    def all_reduce(self, group: Group) -> None:
+        """Add what the other ranks have seen."""
+        group.all_reduce(self._sum, self._mass)
+        self.tokens = int(group.total(self.tokens))
 
     def mean(self) -> Tensor:
         """H f32 [K, K], symmetric; zero where no token (an expert's, say) was added."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bitmill.blocks import StreamedModel
 from bitmill.codes import output_error
+from bitmill.distributed import SINGLE, Group
 from bitmill.hessian import HessianAccumulator
 from bitmill.observe import Seen, observe
 
@@ -29,10 +30,13 @@ RESIDUAL_TOLERANCE = 1e-3
 @dataclass(frozen=True, eq=False)
 class Stream:
     """Block inputs [S, T, D] of the same tokens: behind the quantized prefix and, where the
-    asymmetric correction is wanted, in the source model."""
+    asymmetric correction is wanted, in the source model.
+
+    group: ranks of which each holds windows of its own; statistics are those of all windows."""
 
     hidden: Tensor
     source: Tensor | None = None
+    group: Group = SINGLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +84,9 @@ class _Shift:
         self._energy += (weighted * e).sum(dtype=torch.float64)
         self._mass += len(x) if weight is None else weight.double().sum()
 
+    def all_reduce(self, group: Group) -> None:
+        group.all_reduce(self._sum, self._energy, self._mass)
+
     def mean(self) -> tuple[Tensor, float]:
         mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny)
         return self._sum / mass.float(), float(self._energy / mass)
@@ -96,11 +103,13 @@ def collect(
     """Statistics of every linear in `groups` (lists of names that read the same input).
 
     Linears of a group share one H tensor unless they have token weights f32 [S, T] of their own.
+    Routed experts have no shift: the two streams send them different tokens.
     """
-    collector = _Collector(state, groups, token_weights or {})
+    shifts = state.source is not None and stream.source is not None
+    collector = _Collector(state, groups, token_weights or {}, shifts)
     for start in range(0, stream.hidden.shape[0], batch):
         collector.add(stream, slice(start, start + batch))
-    return collector.finish()
+    return collector.finish(stream.group)
 
 
 class _Collector:
@@ -109,6 +118,7 @@ class _Collector:
         state: BlockState,
         groups: Sequence[Sequence[str]],
         token_weights: Mapping[str, Tensor],
+        shifts: bool,
     ) -> None:
         self.state, self.groups, self.token_weights = state, groups, token_weights
         self.hessians: dict[str, HessianAccumulator] = {}
@@ -126,6 +136,9 @@ class _Collector:
                     self.hessians[owner] = HessianAccumulator(
                         columns, weight.device, name=f"the input of {name}"
                     )
+                if shifts and not state.model.plan.by_name[name].routed:
+                    shape = state.model.plan.by_name[name].shape
+                    self.shifts[name] = _Shift(shape.rows, shape.columns, weight.device)
 
     def add(self, stream: Stream, part: slice) -> None:
         device = self.state.model.device
@@ -168,7 +181,7 @@ class _Collector:
         if drift is None:
             return
         for name in group:
-            if name in was and was[name].x.shape == now[name].x.shape:
+            if name in self.shifts:
                 self._add_shift(name, now, was, drift, part)
 
     def _add_shift(
@@ -185,10 +198,7 @@ class _Collector:
             e = drift + sum(was[w].y - now[w].y for w in before)
         else:
             e = was[name].y - now[name].y
-        x = now[name].x
-        if name not in self.shifts:
-            self.shifts[name] = _Shift(e.shape[1], x.shape[1], x.device)
-        self.shifts[name].add(e, x, self._weight(name, part))
+        self.shifts[name].add(e, now[name].x, self._weight(name, part))
 
     def _weight(self, name: str, part: slice) -> Tensor | None:
         if name not in self.token_weights:
@@ -196,7 +206,11 @@ class _Collector:
         weight = self.token_weights[name][part].reshape(-1)
         return weight.to(self.state.model.device, torch.float32)
 
-    def finish(self) -> dict[str, InputStatistics]:
+    def finish(self, ranks: Group) -> dict[str, InputStatistics]:
+        for hessian in self.hessians.values():
+            hessian.all_reduce(ranks)
+        for sums in self.shifts.values():
+            sums.all_reduce(ranks)
         means = {owner: (h.mean(), h.tokens) for owner, h in self.hessians.items()}
         result = {}
         for name, owner in self.owner.items():

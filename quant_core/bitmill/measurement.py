@@ -22,6 +22,7 @@ from bitmill.blocks import StreamedModel, set_weight
 from bitmill.budget import footprint
 from bitmill.calibration import evaluation_tokens
 from bitmill.checkpoint import PackedCheckpoint, read_bit_width_map
+from bitmill.distributed import SINGLE, Group
 from bitmill.evaluate import StreamedLogits, perplexity_and_kl
 from bitmill.gguf_source import convert_gguf
 from bitmill.loading import load, load_tokenizer
@@ -70,10 +71,12 @@ def measure(
     candidates: Mapping[str, Candidate],
     on_unit: Callable[[int, int, str, str], None],
     predict: Callable[[BitWidthMap], float | None] = lambda _: None,
+    group: Group = SINGLE,
 ) -> list[QualityRow]:
     """Rows of the source and of every candidate on every text asked for.
 
     predict: predicted increase of the loss of a map, None where no profile covers its widths.
+    group: ranks that divide the windows; each gets all rows.
     """
     texts: dict[str, dict[str, TextQuality]] = {name: {} for name in ("source", *candidates)}
     for text in asked.texts:
@@ -86,9 +89,9 @@ def measure(
             measured = perplexity_and_kl(
                 reference,
                 candidate,
-                windows,
+                group.shard(windows),
                 on_window=partial(_report_window, on_unit, message),
-            )
+            ).gathered(group, len(windows))
             texts[name][text] = measured.candidate()
             texts["source"][text] = measured.source()
     rows = [QualityRow(method="source", texts=texts["source"])]

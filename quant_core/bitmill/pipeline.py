@@ -4,8 +4,11 @@
 
 Every stage writes one folder of the job directory and is skipped while the hash of its inputs is
 the same (`stages.py`); `profile` and `refine` also go on at the last finished decoder block. The
-same settings on the same machine give the same bytes: seed, thread count, device kind and compute
-precision are part of the hashes. Nothing here needs a network.
+same settings on the same machine give the same bytes: seed, thread count, device kind, number of
+devices and compute precision are part of the hashes. Nothing here needs a network.
+
+With several devices every rank runs these functions: `profile`, `refine` and `evaluate` divide the
+work, the other stages are the first rank's while the others wait (`distributed.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from bitmill.checkpoint import (
     write_checkpoint,
 )
 from bitmill.checkpoint_source import CheckpointSource, check_all_finite
-from bitmill.errors import ResourceError, VerificationError
+from bitmill.distributed import SINGLE, Group
+from bitmill.errors import ResourceError, SpecError, VerificationError
 from bitmill.evaluate import StreamedLogits
 from bitmill.gguf_source import convert_gguf
 from bitmill.manifest import Manifest, read_manifest, write_manifest
@@ -79,6 +83,7 @@ class Job:
     given_map: BitWidthMap | None
     profiles: Path | None
     device: torch.device
+    group: Group
     task_folder: Path | None = None
 
     @property
@@ -88,6 +93,7 @@ class Job:
             "seed": self.spec.seed,
             "threads": torch.get_num_threads(),
             "device": self.device.type,
+            "devices": self.group.size,
             "torch": torch.__version__,
         }
 
@@ -120,7 +126,8 @@ def run_job(
     map_file: Path | None = None,
     profile_folder: Path | None = None,
     task_folder: Path | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
+    group: Group = SINGLE,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result:
@@ -129,10 +136,17 @@ def run_job(
     model_folder: local files of the source; gguf: name of the GGUF file in it.
     map_file: the map of allocation method "map", unless the specification holds it.
     task_folder: task files for `evaluation.tasks`; they may run code, so trust their author.
+    group: the ranks that call this with the same arguments, `devices` of them (`launch.py`).
     Raises a `BitmillError`; nothing of `output_dir` exists until the last stage ends.
     """
+    if group.size != spec.devices:
+        raise SpecError(
+            f"devices is {spec.devices}, the job was started on {group.size}: start it by "
+            "`bitmill quantize --devices` or a worker, or give the number it runs on",
+            param="devices",
+        )
     if spec.threads:
-        torch.set_num_threads(spec.threads)
+        torch.set_num_threads(max(1, spec.threads // group.size))
     torch.backends.cuda.matmul.allow_tf32 = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: same bytes
     given = BitWidthMap.load(map_file) if map_file is not None else None
@@ -141,12 +155,13 @@ def run_job(
     job = Job(
         spec=spec,
         model_folder=model_folder,
-        space=Workspace(job_dir, on_progress, should_stop),
+        space=Workspace(job_dir, on_progress, should_stop, group),
         output=output_dir,
         gguf=gguf,
         given_map=given,
         profiles=profile_folder,
         device=torch.device(device),
+        group=group,
         task_folder=task_folder,
     )
     try:
@@ -264,8 +279,9 @@ def profile(
 
     def work(folder: Path) -> None:
         known = job.profiles / key / PROFILE_NAME if job.profiles else None
-        if known is not None and known.is_file():
-            shutil.copyfile(known, folder / PROFILE_NAME)
+        if job.group.broadcast(known is not None and known.is_file()):
+            if known is not None and job.group.first:
+                shutil.copyfile(known, folder / PROFILE_NAME)
             return
         made = make_profile(
             _open_model(job, source, planned),
@@ -274,11 +290,13 @@ def profile(
             ProfileRequest(settings, source.digest, tokens.digest),
             folder=folder,
             on_unit=partial(job.space.unit, "profile"),
+            group=job.group,
         )
-        made.save(folder / PROFILE_NAME)
+        if job.group.first:
+            made.save(folder / PROFILE_NAME)
 
-    folder = job.space.run("profile", {"key": key}, work)
-    if job.profiles is not None and not (job.profiles / key).exists():
+    folder = job.space.run("profile", {"key": key}, work, shared=True)
+    if job.group.first and job.profiles is not None and not (job.profiles / key).exists():
         with storage.atomic_folder(job.profiles / key) as kept:
             shutil.copyfile(folder / PROFILE_NAME, kept / PROFILE_NAME)
             shutil.copyfile(job.space.root / "plan" / PLAN_NAME, kept / PLAN_NAME)
@@ -333,9 +351,10 @@ def refine(
             folder,
             seed=job.spec.seed,
             on_unit=partial(job.space.unit, "refine"),
+            group=job.group,
         )
 
-    return RefinedModel(job.space.run("refine", inputs, work), planned)
+    return RefinedModel(job.space.run("refine", inputs, work, shared=True), planned)
 
 
 def _orders(
@@ -471,7 +490,10 @@ def evaluate(
             candidates,
             partial(job.space.unit, "evaluate"),
             partial(_predicted, profiled),
+            group=job.group,
         )
+        if not job.group.first:
+            return
         if suite := _task_suite(job):
             ours = _method_name(job.spec)
             rows = measure_tasks(
@@ -497,7 +519,8 @@ def evaluate(
         for baseline_folder in folder.glob("baseline-*"):
             shutil.rmtree(baseline_folder)
 
-    return QualityReport.load(job.space.run("evaluate", inputs, work) / QUALITY_NAME)
+    folder = job.space.run("evaluate", inputs, work, shared=True)
+    return QualityReport.load(folder / QUALITY_NAME)
 
 
 def _method_name(spec: JobSpec) -> str:
@@ -549,7 +572,7 @@ def _baseline(
             "asymmetric": False,
         }
     )
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)  # any rank may come first
     refine_model(
         model,
         RefineInputs(tokens, uniform, {}),
@@ -557,6 +580,7 @@ def _baseline(
         folder,
         seed=job.spec.seed,
         on_unit=partial(_report_baseline, job.space),
+        group=job.group,
     )
     return RefinedModel(folder, model.plan)
 
@@ -589,7 +613,7 @@ def publish(job: Job, packed: Path, quality: QualityReport) -> Manifest:
         "packed": storage.sha256_file(packed.parent / HASHES_NAME),
         "summary": storage.sha256_file(summary) if summary.is_file() else None,
     }
-    if not job.output.exists():
+    if job.group.broadcast(not job.output.exists()):
         job.space.forget("publish")
     job.space.run("publish", inputs, work)
     return read_manifest(job.output)

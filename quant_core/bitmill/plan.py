@@ -68,6 +68,11 @@ class PlannedLinear(Closed):
         """Name, N and K, as `bitmill.bits` counts them."""
         return LinearShape(self.name, self.rows, self.columns)
 
+    @property
+    def routed(self) -> bool:
+        """Whether it belongs to an expert, which sees only the tokens that are sent to it."""
+        return ".experts." in self.name
+
 
 class PlannedTensor(Closed):
     """A tensor that the packed checkpoint keeps: biases, norms, embeddings, linears kept whole.

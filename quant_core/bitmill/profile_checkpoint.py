@@ -1,7 +1,8 @@
 """Finished blocks of a profile that is being measured, kept so that a killed run can go on.
 
     block-00012.npz             costs, orders and shapes of block 12's linears
-    gradient-00012.safetensors  loss gradient [S, T, D] at block 12's input, the newest one only
+    gradient-0-00012.safetensors  loss gradient [S, T, D] at block 12's input of rank 0's windows,
+                                the newest one only
     tokens/<linear>.npy         token weights f32 [S * T], where they were asked for
 
 Blocks are measured from the last to the first. The gradient is large, so it is written only when
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bitmill.distributed import SINGLE, Group
 from bitmill.profile import FloatArray, IndexArray, LinearProfile
 from bitmill.storage import disk_errors, fsync_path
 
@@ -50,17 +52,32 @@ class BlockProfile:
         return LinearProfile(name, rows, columns, self.costs[name], self.owners.get(name))
 
 
-class ProfileCheckpoint:
-    """The folder of a profile being measured; without a folder nothing is kept."""
+def joined_profile(parts: Sequence[BlockProfile]) -> BlockProfile:
+    """One block's profile from those of its linears."""
+    joined = BlockProfile(parts[0].block, parts[0].widths, {}, {}, {}, {})
+    for part in parts:
+        for name in ("shapes", "costs", "owners", "orders"):
+            getattr(joined, name).update(getattr(part, name))
+    return joined
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+
+class ProfileCheckpoint:
+    """The folder of a profile being measured; without a folder nothing is kept.
+
+    Ranks of a group make the same calls; blocks are the first rank's to write and to read.
+    """
+
+    def __init__(self, folder: Path | None, group: Group = SINGLE) -> None:
+        self._folder, self._group = folder, group
         self._last = time.monotonic()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, block: int) -> BlockProfile | None:
         """A finished block, or None."""
+        return self._group.broadcast(self._read(block) if self._group.first else None)
+
+    def _read(self, block: int) -> BlockProfile | None:
         if self._folder is None or not (path := self._block_path(self._folder, block)).exists():
             return None
         with np.load(path, allow_pickle=False) as arrays:
@@ -76,7 +93,7 @@ class ProfileCheckpoint:
 
     def save(self, block: int, profile: BlockProfile) -> None:
         """Keep a finished block."""
-        if self._folder is None:
+        if self._folder is None or not self._group.first:
             return
         header = {
             "widths": profile.widths,
@@ -92,11 +109,14 @@ class ProfileCheckpoint:
 
     def save_gradient(self, block: int, gradient: Tensor) -> None:
         """Keep the gradient at a block's input, if enough time has passed."""
-        if self._folder is None or not block or time.monotonic() - self._last < GRADIENT_SECONDS:
+        due = time.monotonic() - self._last >= GRADIENT_SECONDS
+        if self._folder is None or not block or not self._group.broadcast(due):
             return
         older = self._gradients()
-        with _replacing(self._folder / f"gradient-{block:05}.safetensors") as temporary:
+        name = f"gradient-{self._group.rank}-{block:05}.safetensors"
+        with _replacing(self._folder / name) as temporary:
             save_file({"gradient": gradient}, temporary)
+        self._group.barrier()
         for path in older.values():
             path.unlink()
         self._last = time.monotonic()
@@ -109,9 +129,10 @@ class ProfileCheckpoint:
     def gradient(self) -> tuple[int, Tensor] | None:
         """The newest saved gradient and the block at whose input it holds, or None."""
         saved = self._gradients()
-        if not saved:
+        everywhere = set.intersection(*self._group.gather(set(saved)))
+        if not everywhere:
             return None
-        block = min(saved)
+        block = min(everywhere)
         return block, load_file(saved[block])["gradient"].clone()
 
     def save_token_weights(self, name: str, weights: Tensor) -> None:
@@ -123,7 +144,8 @@ class ProfileCheckpoint:
             np.save(temporary, weights.numpy())
 
     def _gradients(self) -> dict[int, Path]:
-        found = self._folder.glob("gradient-*.safetensors") if self._folder else ()
+        pattern = f"gradient-{self._group.rank}-*.safetensors"
+        found = self._folder.glob(pattern) if self._folder else ()
         return {int(path.stem.rpartition("-")[2]): path for path in found}
 
     @staticmethod

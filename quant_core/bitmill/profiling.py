@@ -10,6 +10,8 @@ Embeddings and heads that are quantized too have their costs measured by `embedd
 
 `sba` and `orders` stream the source model once, forward. Each finished block is kept as a profile
 of its own linears, so a killed run goes on behind it.
+
+Of several ranks each carries its own windows, and all hold the same sums; the first one writes.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.blocks import StreamedModel
+from bitmill.distributed import SINGLE, Group
 from bitmill.embeddings import embedding_profiles
 from bitmill.hessian import activation_order
 from bitmill.input_statistics import BlockState, Stream, collect
@@ -72,14 +75,16 @@ def make_profile(
     *,
     folder: Path,
     on_unit: OnUnit,
+    group: Group = SINGLE,
 ) -> SensitivityProfile:
     """Measure what `request.settings["kind"]` names on windows of tokens, int64 [S, T].
 
     folder: where finished blocks are kept. on_unit: told done, total, the unit and a message.
+    group: ranks that make this call together; each gets the whole profile.
     """
     if request.settings["kind"] == "knapsack":
-        return _knapsack(model, tokens, plan, request, folder, on_unit)
-    blocks = _stream(model, tokens, plan, request, folder, on_unit)
+        return _knapsack(model, tokens, plan, request, folder, on_unit, group)
+    blocks = _stream(model, tokens, plan, request, folder, on_unit, group)
     base = request.settings.get("base")
     sba = {base: {name: r for b in blocks for name, r in b.sba[base].items()}} if base else {}
     embeddings = tuple(
@@ -100,6 +105,7 @@ def _knapsack(
     request: ProfileRequest,
     folder: Path,
     on_unit: OnUnit,
+    group: Group,
 ) -> SensitivityProfile:
     settings = SensitivitySettings(
         widths=tuple(request.settings["widths"]), order=request.settings["order"]
@@ -113,8 +119,12 @@ def _knapsack(
         calibration_digest=request.calibration_digest,
         folder=folder,
         on_block=lambda done, total: on_unit(done, total, "block", ""),
+        group=group,
     )
-    embeddings = embedding_profiles(model, tokens, settings.widths, folder, on_unit)
+    embeddings: tuple[LinearProfile, ...] = ()
+    if group.first:
+        embeddings = embedding_profiles(model, tokens, settings.widths, folder, on_unit)
+    embeddings = group.broadcast(embeddings)
     return SensitivityProfile(
         model_digest=made.model_digest,
         calibration_digest=made.calibration_digest,
@@ -134,18 +144,23 @@ def _stream(
     request: ProfileRequest,
     folder: Path,
     on_unit: OnUnit,
+    group: Group,
 ) -> list[SensitivityProfile]:
     """One profile per block, in order."""
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
-    hidden = torch.cat([model.embed(part).cpu() for part in tokens.split(batch)])
+    paths = [folder / f"block-{i:05}.npz" for i in range(model.block_count)]
+    finished = group.broadcast([path.is_file() for path in paths])
+    hidden = model.embed_all(group.shard(tokens), batch)
     measure = _measure_sba if request.settings["kind"] == "sba" else _measure_orders
     blocks = []
     for i in range(model.block_count):
         block = model.load_block(i)
-        path = folder / f"block-{i:05}.npz"
-        if not path.is_file():
-            measure(model, i, block, hidden, request, batch).save(path)
-        blocks.append(SensitivityProfile.load(path))
+        if not finished[i]:
+            measured = measure(model, i, block, Stream(hidden, None, group), request, batch)
+            if group.first:
+                measured.save(paths[i])
+            group.barrier()
+        blocks.append(SensitivityProfile.load(paths[i]))
         for start in range(0, len(hidden), batch):
             part = slice(start, start + batch)
             hidden[part] = model.run_block(i, block, hidden[part]).cpu()
@@ -157,13 +172,13 @@ def _measure_sba(
     model: StreamedModel,
     i: int,
     block: nn.Module,
-    hidden: Tensor,
+    stream: Stream,
     request: ProfileRequest,
     batch: int,
 ) -> SensitivityProfile:
     base, order = request.settings["base"], request.settings["order"]
     records, orders = profile_block_sba(
-        model, i, block, hidden, base, order=order, settings=SbaSettings(clip=None, batch=batch)
+        model, i, block, stream, base, order=order, settings=SbaSettings(clip=None, batch=batch)
     )
     return _block_profile(model, i, request, orders, {base: records})
 
@@ -172,13 +187,13 @@ def _measure_orders(
     model: StreamedModel,
     i: int,
     block: nn.Module,
-    hidden: Tensor,
+    stream: Stream,
     request: ProfileRequest,
     batch: int,
 ) -> SensitivityProfile:
     state = BlockState(model, i, block, None, model.linears(block, i))
     groups = model.plan.input_groups(i)
-    seen = collect(state, groups, Stream(hidden), batch=batch)
+    seen = collect(state, groups, stream, batch=batch)
     orders = {name: activation_order(statistics.H) for name, statistics in seen.items()}
     return _block_profile(model, i, request, orders, {})
 

@@ -10,6 +10,9 @@ linear only where the error on held-out tokens, mean |y' - x ŵ^T|^2, falls. A l
 straight to the residual stream may also work against what the prefix has already lost there
 (`asymmetric="residual"`); which linears do is found by running the block, not from a list.
 
+Where the stream belongs to several ranks, H and shifts are sums over all windows. Every rank
+factors H, solves its part of each linear's rows, which are independent given H, and gets the rest.
+
 At return the block computes with the dequantized weights. Given up: re-measuring q, k and v after
 each other, which read the same input and do not see each other.
 """
@@ -24,6 +27,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from bitmill.blocks import StreamedModel, set_weight, weight_of
+from bitmill.codes import output_error
+from bitmill.distributed import Group
 from bitmill.gptq import (
     Curvature,
     GptqSettings,
@@ -39,7 +44,7 @@ from bitmill.input_statistics import (
     residual_writers,
 )
 from bitmill.packed import QuantizedWeight
-from bitmill.refinement_report import BlockReport, LinearReport
+from bitmill.refinement_report import BlockReport, LinearReport, joined_report
 from bitmill.rtn import quantize_rtn
 
 Refined = tuple[QuantizedWeight, LinearReport]
@@ -95,6 +100,7 @@ def refine_block(
         settings,
         orders or {},
         token_weights or {},
+        stream.group,
     )
     done: dict[str, Refined] = {}
     for stage in job.stages():
@@ -118,6 +124,7 @@ class _BlockJob:
     settings: RefineSettings
     orders: Mapping[str, Tensor]
     token_weights: Mapping[str, Tensor]
+    ranks: Group
 
     def stages(self) -> Iterator[list[list[str]]]:
         """Stages of input groups, without the linears that keep the source's precision."""
@@ -152,7 +159,9 @@ class _BlockJob:
             W = self._weight(name)
             statistics = seen[name]
             if self.settings.method == "rtn":
-                result[name] = self._rtn(name, W, statistics)
+                result[name] = self._gathered(
+                    self._rtn(name, self._rows(W), statistics), W, statistics
+                )
                 continue
             key = id(statistics.H)
             if key not in prepared:
@@ -162,7 +171,8 @@ class _BlockJob:
                     damping=self.settings.gptq.damping,
                     name=name,
                 )
-            result[name] = self._gptq(name, W, statistics, prepared[key], unseen.get(name))
+            solved = self._gptq(name, W, statistics, prepared[key], unseen.get(name))
+            result[name] = self._gathered(solved, W, statistics)
         return result
 
     def _weight(self, name: str) -> Tensor:
@@ -189,21 +199,45 @@ class _BlockJob:
         unseen: InputStatistics | None,
     ) -> Refined:
         """The plain solution, or the corrected one of least held-out error where it beats that."""
-        settings = self.settings
+        settings, rows = self.settings, self._rows(W)
         if statistics.shift is None or unseen is None or unseen.shift is None:
-            return quantize_gptq(W, curvature, self.widths[name], settings=settings.gptq, name=name)
+            return quantize_gptq(
+                rows, curvature, self.widths[name], settings=settings.gptq, name=name
+            )
         scale = unseen.error(W) or 1.0
+        energy = unseen.energy if self.ranks.first else 0.0
+        own = replace(unseen, shift=self._rows(unseen.shift), energy=energy)
         return quantize_corrected(
-            W,
+            rows,
             curvature,
             self.widths[name],
-            statistics.shift,
-            lambda candidate: unseen.error(W - candidate) / scale,
+            self._rows(statistics.shift),
+            lambda candidate: self.ranks.total(own.error(rows - candidate)) / scale,
             strengths=settings.strengths,
             ridges=settings.ridges,
             settings=settings.gptq,
             name=name,
         )
+
+    def _rows(self, matrix: Tensor) -> Tensor:
+        """This rank's rows of a matrix [N, *]."""
+        return matrix[self.ranks.part(len(matrix))]
+
+    def _gathered(self, own: Refined, W: Tensor, statistics: InputStatistics) -> Refined:
+        """All rows of a linear of which each rank has solved its own."""
+        if self.ranks.size == 1:
+            return own
+        weight, report = own
+        count, device = len(W), W.device
+        codes, scales, zeros = (
+            self.ranks.gather_rows(rows.to(device).contiguous(), count).cpu()
+            for rows in (weight.codes, weight.scales.T, weight.zeros.T)
+        )
+        whole = replace(
+            weight, codes=codes, scales=scales.T.contiguous(), zeros=zeros.T.contiguous()
+        )
+        energy = output_error(self._rows(W), statistics.H)
+        return whole, joined_report(report, energy, count, self.ranks)
 
     def install(self, refined: Mapping[str, Refined]) -> None:
         """Writes dequantized weights into the block."""
@@ -228,6 +262,9 @@ def _block_state(
     source = None if settings.asymmetric == "off" else copy.deepcopy(block)
     state = BlockState(model, index, block, source, linears)
     if settings.asymmetric == "residual":
-        writers = residual_writers(model, index, block, stream.hidden[:1])
+        writers: tuple[str, ...] = ()
+        if stream.group.first:
+            writers = residual_writers(model, index, block, stream.hidden[:1])
+        writers = stream.group.broadcast(writers)
         state = replace(state, writers=writers)
     return state

@@ -10,6 +10,8 @@ of all scales at the end, where one is asked for, leaves its blocks in the subfo
 
 Embeddings and heads that are quantized too come first, as `embeddings.safetensors` and its report:
 the blocks read what the quantized embedding gives.
+
+Of several ranks each carries the hidden states of its own windows; the first one writes.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from bitmill.bits import BitWidthMap, group_columns
 from bitmill.blocks import StreamedModel, set_weight
 from bitmill.calibration import CalibrationSet
 from bitmill.compensated_grid import CompensatedSettings
+from bitmill.distributed import SINGLE, Group
 from bitmill.embeddings import quantize_embeddings
 from bitmill.errors import FormatError
 from bitmill.gptq import GptqSettings
@@ -104,28 +107,36 @@ def refine_model(
     *,
     seed: int,
     on_unit: Callable[[int, int, str, str], None],
+    group: Group = SINGLE,
 ) -> None:
     """Quantize every linear of the map; `folder` may hold blocks of an earlier, killed run.
 
-    on_unit: told blocks done, their number, the unit and a message.
+    on_unit: told blocks done, their number, the unit and a message. group: ranks that make this
+    call together.
     """
-    embeddings = _refine_embeddings(model, inputs, folder)
+    if group.first:
+        _refine_embeddings(model, inputs, folder)
+    finished = group.broadcast([_report(folder, i).is_file() for i in range(model.block_count)])
+    embeddings = _load_embeddings(folder, model.plan)
     matrices = {name: weight.dequantize() for name, weight in embeddings.items()}
-    run = _Run(model, model.with_matrices(matrices), inputs, settings, folder, seed)
+    run = _Run(model, model.with_matrices(matrices), inputs, settings, folder, seed, group)
     for i in range(model.block_count):
         block = model.load_block(i)
-        if _report(folder, i).is_file():
+        if finished[i]:
             weights = load_block(folder, model.plan, i)
             for name, module in model.linears(block, i).items():
                 if name in weights:
                     set_weight(module, weights[name].dequantize())
         else:
-            save_block(folder, i, *run.refine(i, block))
+            refined = run.refine(i, block)
+            if group.first:
+                save_block(folder, i, *refined)
         if i + 1 < model.block_count:
             run.advance(i, block)
         on_unit(i + 1, model.block_count, "block", "")
     if run.learning is not None:
         _tune(run.learning, model.plan, folder)
+    group.barrier()
 
 
 def _tune(learning: ModelLearning, plan: Plan, folder: Path) -> None:
@@ -152,15 +163,12 @@ def _tune(learning: ModelLearning, plan: Plan, folder: Path) -> None:
             save_block(target, EMBEDDINGS, embeddings, linears, None)
 
 
-def _refine_embeddings(
-    model: StreamedModel, inputs: RefineInputs, folder: Path
-) -> dict[str, QuantizedWeight]:
-    """Quantized embeddings and heads by name, empty where they are kept."""
+def _refine_embeddings(model: StreamedModel, inputs: RefineInputs, folder: Path) -> None:
+    """Quantize embeddings and heads, where the plan does."""
     if model.plan.embeddings and not _report(folder, EMBEDDINGS).is_file():
         widths = inputs.bit_widths.linears
         weights, reports = quantize_embeddings(model, inputs.tokens.tokens, widths)
         save_block(folder, EMBEDDINGS, weights, reports, None)
-    return _load_embeddings(folder, model.plan)
 
 
 def _load_embeddings(folder: Path, plan: Plan) -> dict[str, QuantizedWeight]:
@@ -178,25 +186,25 @@ class _Run:
         settings: Refinement,
         folder: Path,
         seed: int,
+        group: Group,
     ) -> None:
         self.model, self.inputs, self.settings = model, inputs, settings
-        tokens = torch.cat([inputs.tokens.tokens, inputs.tokens.held_out])
+        self.group = group
+        own = group.shard(inputs.tokens.tokens)
+        tokens = torch.cat([own, group.shard(inputs.tokens.held_out)])
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
-        self.count = len(inputs.tokens.tokens)
-        self.hidden = self._embed(quantized, tokens)
-        held_out = len(tokens) - self.count
-        self.asymmetric = settings.asymmetric and first_method(settings) == "gptq" and held_out > 0
+        self.count = len(own)
+        self.hidden = quantized.embed_all(tokens, self.batch)
+        held_out = len(inputs.tokens.held_out) > 0
+        self.asymmetric = settings.asymmetric and first_method(settings) == "gptq" and held_out
         self.learning: ModelLearning | None = None
         if settings.method == "omniquant":
             self.learning = ModelLearning(
                 model, inputs.tokens, settings.omniquant, folder, seed=seed
             )
         needed = self.asymmetric or self.learning is not None
-        self.source = self._embed(model, tokens) if needed else None
+        self.source = model.embed_all(tokens, self.batch) if needed else None
         self._source_is_behind: int | None = None
-
-    def _embed(self, model: StreamedModel, tokens: Tensor) -> Tensor:
-        return torch.cat([model.embed(part).cpu() for part in tokens.split(self.batch)])
 
     def refine(
         self, i: int, block: nn.Module
@@ -222,7 +230,7 @@ class _Run:
 
     def _stream(self, part: slice) -> Stream:
         source = self.source[part] if self.source is not None and self.asymmetric else None
-        return Stream(self.hidden[part], source)
+        return Stream(self.hidden[part], source, self.group)
 
     def _quality(self, report: LinearReport) -> LinearQuality:
         linear = self.model.plan.by_name[report.name]

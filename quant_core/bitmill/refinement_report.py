@@ -6,8 +6,10 @@ R = W - ŵ: 0 is exact, 1 is as bad as dropping the linear.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from bitmill.distributed import Group
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,22 @@ class LinearReport:
     def to_json(self) -> dict[str, Any]:
         """Plain values, `refit_gain` included."""
         return asdict(self) | {"refit_gain": self.refit_gain}
+
+
+def joined_report(own: LinearReport, energy: float, rows: int, ranks: Group) -> LinearReport:
+    """The report of a whole linear of `rows` outputs, of which each rank reports its own part.
+
+    energy: tr(W H W^T) of the rank's rows, which weighs its relative errors.
+    """
+    names = ("error_rounding", "error_solver", "error")
+    energies = ranks.gather(energy)
+    total = sum(energies) or 1.0
+    errors = ranks.gather([getattr(own, name) for name in names])
+    joined = [
+        sum(e * value for e, value in zip(energies, values, strict=True)) / total
+        for values in zip(*errors, strict=True)
+    ]
+    return replace(own, rows=rows, **dict(zip(names, joined, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from bitmill.blocks import StreamedModel, weight_of
 from bitmill.codes import group_slices
+from bitmill.distributed import Group
 from bitmill.gptq import check_weights
 from bitmill.grid import ClipSettings, clip_search, nearest_codes, values
 from bitmill.hessian import activation_order, factor
@@ -109,6 +110,11 @@ class SbaSearch:
             self._divergence += self._evaluate(rows)
         self._tokens += len(x)
 
+    def all_reduce(self, group: Group) -> None:
+        """Add what the other ranks have seen."""
+        group.all_reduce(self._divergence)
+        self._tokens = int(group.total(self._tokens))
+
     def _evaluate(self, x: Tensor) -> Tensor:
         """Summed KL of every p over the tokens of x, float64 [P + 1]."""
         source = torch.log_softmax(self._output(x, self._W), 1)
@@ -146,7 +152,7 @@ def profile_block_sba(
     model: StreamedModel,
     index: int,
     block: nn.Module,
-    hidden: Tensor,
+    stream: Stream,
     base: int,
     *,
     order: Literal["natural", "activation"] = "natural",
@@ -155,14 +161,14 @@ def profile_block_sba(
 ) -> tuple[dict[str, SbaRecord], dict[str, Tensor]]:
     """Records of every linear of a block and, for activation order, the order of each i64 [K].
 
-    hidden [S, T, D]: block inputs of the source model, whose float weights the block holds. One
+    stream: block inputs [S, T, D] of the source model, whose float weights the block holds. One
     pass makes the Hessians, a second one all divergences. `orders` gives orders already chosen.
     """
     settings = settings or SbaSettings()
     linears = model.linears(block, index)
     groups = model.plan.input_groups(index)
     state = BlockState(model, index, block, None, linears)
-    statistics = collect(state, groups, Stream(hidden), batch=settings.batch)
+    statistics = collect(state, groups, stream, batch=settings.batch)
     chosen = dict(orders or {})
     if order == "activation" and not orders:
         chosen = {name: activation_order(seen.H) for name, seen in statistics.items()}
@@ -180,11 +186,13 @@ def profile_block_sba(
         )
     leads = {group[0]: group for group in groups}
     modules = {lead: linears[lead] for lead in leads}
-    for start in range(0, hidden.shape[0], settings.batch):
-        part = hidden[start : start + settings.batch].to(model.device)
+    for start in range(0, len(stream.hidden), settings.batch):
+        part = stream.hidden[start : start + settings.batch].to(model.device)
         for lead, seen in observe(model, index, block, modules, part).items():
             for name in leads[lead]:
                 searches[name].add(seen.x)
+    for search in searches.values():
+        search.all_reduce(stream.group)
     return {name: search.record() for name, search in searches.items()}, chosen
 
 

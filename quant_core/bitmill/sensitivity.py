@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from bitmill.blocks import StreamedModel, weight_of
 from bitmill.codes import group_slices
 from bitmill.compensated_grid import unit_rows
+from bitmill.distributed import SINGLE, Group
 from bitmill.errors import CalibrationError
 from bitmill.gptq import Curvature
 from bitmill.gradient_pass import GradientPass, PassSettings, Prepare
@@ -45,7 +46,7 @@ from bitmill.grid import ClipSettings, clip_search, max_code, nearest_codes, val
 from bitmill.hessian import DAMPING_LADDER, HessianAccumulator, activation_order
 from bitmill.plan import Plan
 from bitmill.profile import FloatArray, IndexArray, SensitivityProfile
-from bitmill.profile_checkpoint import BlockProfile, ProfileCheckpoint
+from bitmill.profile_checkpoint import BlockProfile, ProfileCheckpoint, joined_profile
 from bitmill_kernels.gptq import gptq_block
 
 PROFILE_CLIP: Mapping[int, ClipSettings] = {
@@ -152,6 +153,18 @@ class BlockMoments:
         if self._settings.token_weights:
             self._tokens[name].append(importance.cpu())
 
+    def all_reduce(self, group: Group) -> None:
+        """Add what the other ranks have seen; token weights line up in the order of the windows."""
+        for hessian in (*self._plain.values(), *self._weighted.values()):
+            hessian.all_reduce(group)
+        group.all_reduce(*self._squares.values())
+        if self._settings.token_weights:
+            own = {
+                name: torch.cat([torch.empty(0), *parts]) for name, parts in self._tokens.items()
+            }
+            every = group.gather(own)
+            self._tokens = {name: [tokens[name] for tokens in every] for name in own}
+
     def of(self, name: str, predictions: int) -> LinearMoments:
         """The moments of one linear; raises `CalibrationError` where its input saw no token."""
         parts = self._tokens[name]
@@ -174,19 +187,23 @@ def profile_knapsack(
     folder: Path | None = None,
     prepare: Prepare | None = None,
     on_block: Callable[[int, int], None] | None = None,
+    group: Group = SINGLE,
 ) -> SensitivityProfile:
     """The profile of a model on windows of tokens, int64 [S, T].
 
     folder: where finished blocks (and, spilled, block inputs) are kept; a killed run that is
     started again with the same arguments goes on there and returns the same bytes. prepare: the
     reference point, see `gradient_pass.Prepare`; costs are still those of the source weights.
-    on_block(done, total): after each of the 2 L block passes, forward and backward.
+    on_block(done, total): after each of the 2 L block passes, forward and backward. group: ranks
+    that make this call together: windows are divided, then the inputs whose linears are measured.
 
     Raises `CalibrationError` and `NumericalError` naming the linear at fault.
     """
     settings = settings or SensitivitySettings()
-    measurement = _Measurement(model, plan, settings, folder, tokens.numel())
-    run = GradientPass(model, tokens, settings.gradients, scratch=folder, prepare=prepare)
+    measurement = _Measurement(model, plan, settings, folder, tokens.numel(), group)
+    run = GradientPass(
+        model, tokens, settings.gradients, scratch=folder, prepare=prepare, group=group
+    )
     blocks = measurement.run(run, on_block)
     linears = [blocks[linear.block].linear(linear.name) for linear in plan.linears]
     return SensitivityProfile(
@@ -209,9 +226,11 @@ class _Measurement:
         settings: SensitivitySettings,
         folder: Path | None,
         tokens: int,
+        group: Group,
     ) -> None:
         self._model, self._plan, self._settings, self._tokens = model, plan, settings, tokens
-        self._saved = ProfileCheckpoint(folder)
+        self._ranks = group
+        self._saved = ProfileCheckpoint(folder, group)
         self._moments: dict[int, BlockMoments] = {}
 
     def run(
@@ -253,10 +272,20 @@ class _Measurement:
     def _measure(self, i: int, moments: BlockMoments, predictions: int) -> BlockProfile:
         block = self._model.load_block(i)
         modules = self._model.linears(block, i)
-        profile = BlockProfile(i, self._settings.widths, {}, {}, {}, {})
-        for group in self._plan.input_groups(i):
-            self._measure_group(group, modules, moments, predictions, profile)
-        return profile
+        moments.all_reduce(self._ranks)
+        groups = self._plan.input_groups(i)
+        owners = self._ranks.owners([self._columns(group) for group in groups])
+        profiles = []
+        for group, owner in zip(groups, owners, strict=True):
+            profiles.append(BlockProfile(i, self._settings.widths, {}, {}, {}, {}))
+            if owner == self._ranks.rank:
+                self._measure_group(group, modules, moments, predictions, profiles[-1])
+        measured = self._ranks.gather(profiles)
+        return joined_profile([measured[owner][g] for g, owner in enumerate(owners)])
+
+    def _columns(self, group: Sequence[str]) -> int:
+        """What measuring grows with: every group of columns is searched once per width."""
+        return sum(self._plan.by_name[name].columns for name in group)
 
     def _measure_group(
         self,

@@ -264,6 +264,7 @@ class JobSpec(Closed):
     """Everything that determines a job's result, besides the model's own files.
 
     threads: CPU threads of the runner (part of the result's identity: sums depend on it).
+    devices: accelerators that work on the job together, of one machine (part of its identity too).
     """
 
     schema_version: Literal[1] = 1
@@ -275,8 +276,18 @@ class JobSpec(Closed):
     evaluation: Evaluation = Evaluation()
     seed: int = Field(default=0, ge=0, lt=2**31)
     threads: int | None = Field(default=None, ge=1, le=1024)
+    devices: int = Field(default=1, ge=1, le=64)
     label: str | None = Field(default=None, max_length=200)
     deadline_s: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _learns_alone(self) -> Self:
+        if self.devices > 1 and self.refinement.method == "omniquant":
+            raise ValueError(
+                f"devices {self.devices} with refinement 'omniquant', which learns on one: "
+                "give devices 1, or method 'gptq'"
+            )
+        return self
 
     @field_validator("model")
     @classmethod

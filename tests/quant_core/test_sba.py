@@ -7,6 +7,7 @@ import torch
 from bitmill.blocks import StreamedModel
 from bitmill.grid import ClipSettings, clip_search, nearest_codes, values
 from bitmill.hessian import activation_order
+from bitmill.input_statistics import Stream
 from bitmill.plan import make_plan
 from bitmill.sba import SbaSearch, SbaSettings, group_ranking, profile_block_sba
 from bitmill.spec import Budget, JobSpec, PathModel
@@ -126,16 +127,16 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
 @pytest.mark.parametrize("order", ["natural", "activation"])
 def test_a_block_is_profiled_on_its_own_inputs(opt, order):
     tokens = torch.randint(2, 258, (3, 48), generator=torch.Generator().manual_seed(0))
-    hidden, block = opt.embed(tokens), opt.load_block(0)
+    stream, block = Stream(opt.embed(tokens)), opt.load_block(0)
     settings = SbaSettings(clip=ClipSettings.shrink_only(), batch=2)
-    records, orders = profile_block_sba(opt, 0, block, hidden, 3, order=order, settings=settings)
+    records, orders = profile_block_sba(opt, 0, block, stream, 3, order=order, settings=settings)
     linears = opt.linears(block, 0)
     assert set(records) == set(linears)
     assert set(orders) == (set(linears) if order == "activation" else set())
     name = "model.decoder.layers.0.fc2"
     seen = []
     handle = linears[name].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    opt.run_block(0, block, hidden)
+    opt.run_block(0, block, stream.hidden)
     handle.remove()
     x = seen[0].reshape(-1, seen[0].shape[-1]).detach()
     module = linears[name]

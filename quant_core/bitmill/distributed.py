@@ -1,0 +1,177 @@
+"""The group of ranks that work on one job: one process and one accelerator each, on one machine.
+
+Windows of tokens are divided among the ranks in contiguous parts, earlier ranks taking what is
+left over; what is summed over tokens is then added up over ranks:
+
+    total = ((part_0 + part_1) + part_2) + ...       on every rank, whatever the network library
+
+so all ranks hold the same bits, and a run with as many ranks gives them again. They differ from
+one rank's by the rounding of that order. A group of one is the default and does nothing.
+
+Ranks that torchrun started (`launch.py`, or `python -m torch.distributed.run`) enter by `joined`:
+NCCL between CUDA devices, gloo for the rest. Every rank must make the same calls in the same order;
+a rank that finds another one gone raises `PeerLost`, and the launcher ends what is left.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bitmill.errors import BitmillError
+
+_PIECE = 1 << 24
+"""Values that are exchanged at once: 64 MiB of f32 per rank."""
+
+_PATIENCE = timedelta(days=7)
+"""The launcher notices a dead rank, so no call needs a limit of its own."""
+
+T = TypeVar("T")
+
+
+class PeerLost(BitmillError):
+    """Another rank of the job ended; the reason is the other rank's."""
+
+    code = "peer_lost"
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of one: every call answers at once. `_Ranks` is the one of several."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the one that writes files and reports."""
+        return self.rank == 0
+
+    def part(self, count: int, rank: int | None = None) -> slice:
+        """The contiguous share of `count` things that a rank (this one by default) takes."""
+        rank = self.rank if rank is None else rank
+        least, more = divmod(count, self.size)
+        start = rank * least + min(rank, more)
+        return slice(start, start + least + (rank < more))
+
+    def owners(self, weights: Sequence[float]) -> list[int]:
+        """The rank that takes each of some pieces of work: the heaviest first, to the idlest."""
+        loads, owners = [0.0] * self.size, [0] * len(weights)
+        for i in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
+            owners[i] = min(range(self.size), key=loads.__getitem__)
+            loads[owners[i]] += weights[i]
+        return owners
+
+    def shard(self, windows: Tensor) -> Tensor:
+        """This rank's windows of all [S, ...]; none where there are fewer than ranks."""
+        return windows[self.part(len(windows))]
+
+    def all_reduce(self, *sums: Tensor) -> None:
+        """Add up contiguous tensors over ranks, in place, in the order of the ranks."""
+
+    def gather_rows(self, rows: Tensor, count: int) -> Tensor:
+        """All `count` rows [count, ...], of which this rank brings its `part`."""
+        return rows
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank brings, a picklable value, in the order of the ranks."""
+        return [value]
+
+    def total(self, value: float) -> float:
+        """A sum over ranks."""
+        return sum(self.gather(value))
+
+    def broadcast(self, value: T) -> T:
+        """The first rank's picklable value."""
+        return value
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+
+
+SINGLE = Group()
+
+
+@dataclass(frozen=True)
+class _Ranks(Group):
+    """Several ranks in torch.distributed's default process group."""
+
+    def all_reduce(self, *sums: Tensor) -> None:
+        for tensor in sums:
+            for piece in tensor.view(-1).split(_PIECE):
+                first, *others = self._all(piece)
+                for other in others:
+                    first += other
+                piece.copy_(first)
+
+    def gather_rows(self, rows: Tensor, count: int) -> Tensor:
+        parts = [self.part(count, rank) for rank in range(self.size)]
+        most = parts[0].stop - parts[0].start
+        padded = rows.new_zeros((most, *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        found = self._all(padded)
+        return torch.cat(
+            [one[: part.stop - part.start] for one, part in zip(found, parts, strict=True)]
+        )
+
+    def _all(self, own: Tensor) -> list[Tensor]:
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        with _peers():
+            dist.all_gather(found, own)
+        return found
+
+    def gather(self, value: T) -> list[T]:
+        found: list[T | None] = [None] * self.size
+        with _peers():
+            dist.all_gather_object(found, value)
+        return found  # type: ignore[return-value]
+
+    def broadcast(self, value: T) -> T:
+        found = [value]
+        with _peers():
+            dist.broadcast_object_list(found, device=torch.device("cpu"))
+        return found[0]
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """Tell a lost peer from errors of one's own."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(f"another rank of this job is gone: {str(error)[:200]}") from error
+
+
+@contextmanager
+def joined(device: str) -> Iterator[tuple[Group, torch.device]]:
+    """The group of the ranks that torchrun started, and this rank's device; else a group of one.
+
+    device: as asked for; each rank of a group on "cuda" takes the GPU of its local rank.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
+    if size == 1:
+        yield SINGLE, torch.device(device)
+        return
+    where = torch.device(device)
+    backend = "gloo"
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(where)
+        backend = "cpu:gloo,cuda:nccl"
+    with _peers():
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    group = _Ranks(dist.get_rank(), size)
+    yield group, where
+    group.barrier()
+    dist.destroy_process_group()
