@@ -12,15 +12,16 @@ from pathlib import Path
 from bitmill.allocate import check_budget
 from bitmill.bits import BitWidthMap, group_columns
 from bitmill.budget import footprint
-from bitmill.errors import CalibrationError, ModelError
+from bitmill.errors import CalibrationError
 from bitmill.estimate import Machine, estimate
 from bitmill.plan import Plan, make_plan
-from bitmill.spec import FileText, HubModel, InlineMap, JobSpec, UploadedMap
+from bitmill.spec import FileText, HubModel, JobSpec
 from bitmill_service.context import Context
 from bitmill_service.hub_headers import fetch_headers
 from bitmill_service.problems import ProblemError
 from bitmill_service.schemas import PlanView, SizeView
-from bitmill_workers.fetch import check_model, local_model, resolve_path
+from bitmill_workers.fetch import check_model, local_model
+from bitmill_workers.inputs import calibration_file, given_map
 from bitmill_workers.tiers import choose_queue
 
 
@@ -33,25 +34,19 @@ def admit(context: Context, spec: JobSpec) -> None:
             f"{waiting} jobs are waiting, at most {context.settings.max_queued} may",
             headers={"Retry-After": "60"},
         )
-    _check_calibration(context, spec)
-    given = _given_map(context, spec)
+    given = _given(context, spec)
     if isinstance(spec.model, HubModel):
         check_model(spec.model, context.settings)
     else:
-        check_budget(_local_plan(context, spec), spec, given)
+        check_budget(_plan(context, spec), spec, given)
 
 
 def plan_job(context: Context, spec: JobSpec) -> PlanView:
     """The plan of a specification, after everything that `admit` checks."""
-    _check_calibration(context, spec)
-    given = _given_map(context, spec)
+    given = _given(context, spec)
     if isinstance(spec.model, HubModel):
         check_model(spec.model, context.settings)
-        with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as folder:
-            fetch_headers(spec.model, context.settings, Path(folder))
-            plan = make_plan(Path(folder), spec)
-    else:
-        plan = _local_plan(context, spec)
+    plan = _plan(context, spec)
     check_budget(plan, spec, given)
     return plan_view(plan, spec)
 
@@ -60,12 +55,7 @@ def route(context: Context, spec: JobSpec) -> str:
     """The queue that the job waits in; plans the job where queues are tiers of memory."""
     if not context.settings.route_by_memory:
         return choose_queue(0, context.settings)
-    if isinstance(spec.model, HubModel):
-        with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as folder:
-            fetch_headers(spec.model, context.settings, Path(folder))
-            plan = make_plan(Path(folder), spec)
-    else:
-        plan = _local_plan(context, spec)
+    plan = _plan(context, spec)
     needed = estimate(plan, spec, Machine(accelerator=True), gguf=spec.model.file is not None)
     return choose_queue(needed.accelerator_bytes, context.settings)
 
@@ -86,7 +76,12 @@ def plan_view(plan: Plan, spec: JobSpec) -> PlanView:
     )
 
 
-def _local_plan(context: Context, spec: JobSpec) -> Plan:
+def _plan(context: Context, spec: JobSpec) -> Plan:
+    """The plan, from headers that are here or fetched from the Hub."""
+    if isinstance(spec.model, HubModel):
+        with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as folder:
+            fetch_headers(spec.model, context.settings, Path(folder))
+            return make_plan(Path(folder), spec)
     folder = local_model(spec.model, context.settings)
     return make_plan(folder, spec, gguf=spec.model.file)
 
@@ -97,24 +92,18 @@ def _uniform_size(plan: Plan, spec: JobSpec, width: int) -> SizeView:
     return SizeView(width=width, code_bits=cost.code_bits, bits=cost.bits, size=cost.size)
 
 
+def _given(context: Context, spec: JobSpec) -> BitWidthMap | None:
+    """The map that the specification names, after a look at its calibration text."""
+    _check_calibration(context, spec)
+    return given_map(spec, context.jobs, context.catalog, context.artifacts)
+
+
 def _check_calibration(context: Context, spec: JobSpec) -> None:
     """A file must lie below an allowed root and hold at least a byte for every token."""
     text = spec.calibration.text
     if not isinstance(text, FileText):
         return
-    try:
-        place, root = resolve_path(text.path, context.settings.model_roots)
-    except ModelError as error:
-        raise CalibrationError(
-            error.message, code=error.code, param="calibration.text.path"
-        ) from error
-    if not place.is_file() or not place.resolve().is_relative_to(root):
-        raise CalibrationError(
-            f"there is no file {text.path!r}",
-            code="text_not_found",
-            param="calibration.text.path",
-        )
-    size = place.stat().st_size
+    size = calibration_file(text, context.settings).stat().st_size
     if size < spec.calibration.length:
         raise CalibrationError(
             f"calibration text {text.path!r} has {size} bytes, which cannot hold one sequence of "
@@ -122,30 +111,3 @@ def _check_calibration(context: Context, spec: JobSpec) -> None:
             code="text_too_short",
             param="calibration.text",
         )
-
-
-def _given_map(context: Context, spec: JobSpec) -> BitWidthMap | None:
-    """The map that the specification names, where it can be read here."""
-    reference = spec.allocation.map
-    if reference is None:
-        return None
-    if isinstance(reference, InlineMap):
-        return reference.map
-    if isinstance(reference, UploadedMap):
-        record = context.catalog.map(reference.map_id)
-        if record is None:
-            raise ProblemError(
-                "map_not_found",
-                f"there is no map {reference.map_id!r}",
-                param="allocation.map.map_id",
-            )
-        return BitWidthMap.model_validate(record.map)
-    job = context.jobs.get(reference.job_id)
-    file = context.jobs.artifact(job.id, "bit_width_map.json")
-    if file is None:
-        raise ProblemError(
-            "map_not_found",
-            f"job {job.id} is {job.shown_state} and has no bit-width map",
-            param="allocation.map.job_id",
-        )
-    return BitWidthMap.model_validate_json(context.artifacts.read(file))

@@ -92,5 +92,5 @@ def test_job_may_name_a_stored_map_and_must_name_one_that_fits(http: httpx2.Clie
     assert (unfit.status_code, unfit.json()["code"]) == (422, "invalid_format")
     allocation["map"] = {"source": "upload", "map_id": "none"}
     missing = http.post("/v1/jobs", json=spec_json(allocation=allocation))
-    assert (missing.status_code, missing.json()["code"]) == (404, "map_not_found")
+    assert (missing.status_code, missing.json()["code"]) == (422, "map_not_found")
     assert missing.json()["param"] == "allocation.map.map_id"

@@ -16,9 +16,9 @@ from bitmill_service.files import StoredFile, file_response
 from bitmill_service.problems import ProblemError
 from bitmill_service.schemas import EventPage, FileList, LogPage
 from bitmill_service.views import event_view, file_view, log_view
+from bitmill_workers.inputs import MAP_FILE
 from bitmill_workers.records import Artifact, JobRecord
 
-MAP_FILE = "bit_width_map.json"
 REPORT_FILE = "quality.json"
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["job outputs"])

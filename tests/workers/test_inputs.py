@@ -1,0 +1,101 @@
+"""Maps and calibration files that a specification refers to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitmill.bits import BitWidthMap
+from bitmill.errors import CalibrationError, InputError
+from bitmill.spec import JobSpec, parse_spec
+from bitmill_workers.artifacts import LocalArtifacts
+from bitmill_workers.catalog import Catalog
+from bitmill_workers.inputs import MAP_FILE, given_map, local_spec, write_map
+from bitmill_workers.jobs import JobStore
+from bitmill_workers.leases import LeaseStore
+from bitmill_workers.records import Artifact
+from bitmill_workers.settings import Settings
+from stores import QUEUES, spec
+
+MAP = BitWidthMap(order="natural", linears={"model.layers.0.mlp.up_proj": (3, 3)})
+
+
+def spec_with(**allocation: Any) -> JobSpec:
+    model = {"source": "path", "path": "models/tiny"}
+    return parse_spec({"model": model, "budget": {"bits": 3}, "allocation": allocation})
+
+
+def with_map(**reference: Any) -> JobSpec:
+    return spec_with(method="map", order="natural", map=reference)
+
+
+@pytest.fixture
+def artifacts(settings: Settings) -> LocalArtifacts:
+    return LocalArtifacts(settings.artifacts_folder)
+
+
+def test_map_is_found_wherever_it_is(
+    store: JobStore,
+    leases: LeaseStore,
+    catalog: Catalog,
+    artifacts: LocalArtifacts,
+    tmp_path: Path,
+) -> None:
+    uploaded = catalog.add_map(MAP.model_dump(mode="json"))
+    store.submit(spec())
+    job = leases.claim_next("w", QUEUES)
+    assert job is not None
+    file = Artifact(MAP_FILE, 1, "0" * 64, f"{job.id}/1/{MAP_FILE}")
+    (artifacts.root / job.id / "1").mkdir(parents=True)
+    (artifacts.root / file.storage_key).write_text(MAP.to_json())
+    assert leases.finalize(job.id, job.token)
+    assert leases.finish(job.id, job.token, {}, [file])
+    inline = with_map(source="inline", map=MAP.model_dump(mode="json"))
+    parts = (store, catalog, artifacts)
+    assert given_map(spec_with(), *parts) is None
+    assert given_map(inline, *parts) == MAP
+    assert write_map(inline, tmp_path / "inline.json", *parts) is None
+    for reference in (
+        with_map(source="upload", map_id=uploaded.id),
+        with_map(source="job", job_id=job.id),
+    ):
+        assert given_map(reference, *parts) == MAP
+        written = write_map(reference, tmp_path / "map.json", *parts)
+        assert written is not None
+        assert BitWidthMap.load(written) == MAP
+
+
+@pytest.mark.parametrize("reference", [("upload", "map_id"), ("job", "job_id")])
+def test_missing_map_is_named(
+    store: JobStore, catalog: Catalog, artifacts: LocalArtifacts, reference: tuple[str, str]
+) -> None:
+    source, member = reference
+    with pytest.raises(InputError, match="'nope'") as refused:
+        given_map(with_map(source=source, **{member: "nope"}), store, catalog, artifacts)
+    assert (refused.value.code, refused.value.param) == (
+        "map_not_found",
+        f"allocation.map.{member}",
+    )
+
+
+def test_calibration_file_must_lie_below_a_root(settings: Settings, tmp_path: Path) -> None:
+    def calibrated(path: str) -> JobSpec:
+        text = {"source": "file", "path": path}
+        return spec(calibration={"text": text, "sequences": 1, "length": 8, "held_out": 0})
+
+    root = settings.model_roots["models"]
+    (root / "text.txt").write_text("words")
+    made = local_spec(calibrated("models/text.txt"), settings)
+    assert made["calibration"]["text"]["path"] == str(root / "text.txt")
+    (tmp_path / "secret.txt").write_text("secret")
+    (root / "link.txt").symlink_to(tmp_path / "secret.txt")
+    for path, code in (
+        ("models/none.txt", "text_not_found"),
+        ("models/link.txt", "path_not_allowed"),
+        ("models/../secret.txt", "path_not_allowed"),
+    ):
+        with pytest.raises(CalibrationError) as refused:
+            local_spec(calibrated(path), settings)
+        assert (refused.value.code, refused.value.param) == (code, "calibration.text.path")
