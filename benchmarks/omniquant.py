@@ -206,7 +206,7 @@ def run_row(args: argparse.Namespace, row: Row) -> dict[str, Any]:
         )
         tokens, held_out = bench.calibration.tokens, bench.calibration.held_out
         tuned, report = tune_scales(bench.model, weights, tokens, held_out, settings, seed=0)
-        result[what] = evaluate(bench, tuned) | {"tuning": report.to_json()}
+        result[what] = evaluate(bench, tuned) | {"tuning": report.model_dump(mode="json")}
         print(row.name, what, json.dumps(result[what]), flush=True)
     return result
 
@@ -261,7 +261,7 @@ def quantize(
             )
             starts = learned.weights
             report = learned.report
-            reports.append(report.to_json())
+            reports.append(report.model_dump(mode="json"))
             line += (
                 f", learned {report.loss_before:.4g} -> {report.loss_after:.4g} at "
                 f"{report.best_step}/{report.steps} in {report.seconds:.1f}s"

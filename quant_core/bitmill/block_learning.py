@@ -17,26 +17,20 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitmill.block_rows import BlockRows, LearnableLinear, learnable
+from bitmill.block_rows import LearnableLinear, learnable
 from bitmill.blocks import StreamedModel, set_weight, weight_of
 from bitmill.descent import DescentReport, descend
 from bitmill.errors import CalibrationError
-from bitmill.omniquant import (
-    Learner,
-    LearningSettings,
-    learned_tensors,
-    learning_rates,
-    make_learner,
-    restore,
-)
+from bitmill.omniquant import Learner, LearningSettings, learning_rates, make_learner
 from bitmill.output_metric import OutputMetric, mixed_precision
 from bitmill.packed import QuantizedWeight
+from bitmill.quality import BlockQuality
 
 HELD_OUT_BATCH = 4
 RESIDENT_SHARE = 0.25
@@ -44,43 +38,24 @@ RESIDENT_SHARE = 0.25
 
 @dataclass(frozen=True, eq=False)
 class BlockData:
-    """Inputs from the quantized prefix and float targets, [S, T, D] each, on any device."""
+    """Inputs from the quantized prefix and float targets, [S, T, D] each, on any device.
+
+    texts: the same of texts that are only measured, by name.
+    """
 
     inputs: Tensor
     targets: Tensor
     held_out_inputs: Tensor
     held_out_targets: Tensor
-
-
-@dataclass(frozen=True)
-class BlockLearningReport:
-    """What learning did to one block; losses are held-out, `kept` says what the block has now."""
-
-    index: int
-    mode: str
-    loss_before: float
-    loss_after: float
-    kept: Literal["learned", "start", "resumed"]
-    seconds: float
-    steps: int = 0
-    best_step: int = 0
-    rollbacks: int = 0
-    gave_up: bool = False
-    recorded: bool = False
-    curve: list[tuple[int, float]] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+    texts: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class LearnedBlock:
-    """The result: weights as kept, what to store for a later `restore`, and the report."""
+    """The result: weights as kept, and the report."""
 
     weights: dict[str, QuantizedWeight]
-    tensors: dict[str, Tensor]
-    report: BlockLearningReport
+    report: BlockQuality
 
 
 def learn_block(
@@ -117,67 +92,33 @@ def learn_block(
     linears = model.linears(block, index)
     with deterministic(), learnable(block, linears) as slots:
         run = _Run(model, index, block, slots, data, metric)
-        before = run.held_out_loss(learner.rows.dequantize(starts))
+        start = learner.rows.dequantize(starts)
+        before, texts_before = run.held_out_loss(start), run.text_losses(start)
         descent = _descend(run, learner, settings, seed, should_stop)
         exported = learner.export()
         after = run.held_out_loss(learner.rows.dequantize(exported))
-    improved = after < before
-    kept = exported if improved else dict(starts)
-    for name, weight in learner.rows.dequantize(kept).items():
+        improved = after < before
+        kept = exported if improved else dict(starts)
+        final = learner.rows.dequantize(kept)
+        texts_after = run.text_losses(final)
+    for name, weight in final.items():
         set_weight(linears[name], weight)
-    tensors = learned_tensors(learner if improved else None, kept)
-    report = BlockLearningReport(
+    report = BlockQuality(
         index=index,
         mode=settings.mode,
+        kept="learned" if improved else "start",
         loss_before=before,
         loss_after=after if improved else before,
-        kept="learned" if improved else "start",
+        texts={name: (loss, texts_after[name]) for name, loss in texts_before.items()},
         steps=descent.steps,
         best_step=descent.best_step,
         rollbacks=descent.rollbacks,
         gave_up=descent.gave_up,
         recorded=descent.recorded,
         seconds=time.perf_counter() - began,
-        curve=descent.curve,
+        curve=tuple(descent.curve),
     )
-    return LearnedBlock(kept, tensors, report)
-
-
-def apply_learned(
-    model: StreamedModel,
-    index: int,
-    block: nn.Module,
-    starts: Mapping[str, QuantizedWeight],
-    tensors: Mapping[str, Tensor],
-    data: BlockData,
-    *,
-    mode: str,
-    metric: OutputMetric | None = None,
-) -> LearnedBlock:
-    """Put stored learned parameters into a block and measure them; nothing is trained.
-
-    Raises FormatError where they belong to another model or map.
-    """
-    began = time.perf_counter()
-    linears = model.linears(block, index)
-    float_linears = model.linears(model.load_block(index), index)
-    source = {name: weight_of(module) for name, module in float_linears.items()}
-    weights = restore(tensors, starts, source, model.device)
-    with learnable(block, linears) as slots:
-        run = _Run(model, index, block, slots, data, (metric or OutputMetric()).to(model.device))
-        rows = BlockRows(starts, model.device)
-        before, after = (run.held_out_loss(rows.dequantize(w)) for w in (starts, weights))
-    for name, weight in rows.dequantize(weights).items():
-        set_weight(linears[name], weight)
-    report = BlockLearningReport(
-        index=index,
-        mode=mode,
-        loss_before=before,
-        loss_after=after,
-        kept="resumed",
-        seconds=time.perf_counter() - began,
-    )
-    return LearnedBlock(weights, dict(tensors), report)
+    return LearnedBlock(kept, report)
 
 
 def _descend(
@@ -264,13 +205,18 @@ class _Run:
     def held_out_loss(self, weights: Mapping[str, Tensor]) -> float:
         """Mean error over the held-out sequences."""
         set_slots(self.slots, {name: w.to(self.dtype) for name, w in weights.items()})
-        pairs = zip(
-            self.data.held_out_inputs.split(HELD_OUT_BATCH),
-            self.data.held_out_targets.split(HELD_OUT_BATCH),
-            strict=True,
-        )
+        return self._mean_error(self.data.held_out_inputs, self.data.held_out_targets)
+
+    @torch.no_grad()
+    def text_losses(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Mean error over the sequences of each text that is only measured."""
+        set_slots(self.slots, {name: w.to(self.dtype) for name, w in weights.items()})
+        return {name: self._mean_error(*pair) for name, pair in self.data.texts.items()}
+
+    def _mean_error(self, inputs: Tensor, targets: Tensor) -> float:
+        pairs = zip(inputs.split(HELD_OUT_BATCH), targets.split(HELD_OUT_BATCH), strict=True)
         errors = [self._error(x, t) * len(x) for x, t in pairs]
-        return float(torch.stack(errors).sum()) / len(self.data.held_out_inputs)
+        return float(torch.stack(errors).sum()) / len(inputs)
 
     def _error(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with mixed_precision(self.model):
@@ -313,7 +259,8 @@ def deterministic() -> Iterator[None]:
 def _resident(data: BlockData, device: torch.device) -> BlockData:
     """The data on the device, where it fits."""
     tensors = (data.inputs, data.targets, data.held_out_inputs, data.held_out_targets)
-    return BlockData(*resident(tensors, device))
+    inputs, targets, held_out_inputs, held_out_targets = resident(tensors, device)
+    return BlockData(inputs, targets, held_out_inputs, held_out_targets, data.texts)
 
 
 def resident(tensors: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
@@ -345,4 +292,5 @@ def _augmented(
         mean(data.inputs, data.targets),
         data.held_out_inputs,
         mean(data.held_out_inputs, data.held_out_targets),
+        {name: (inputs, mean(inputs, targets)) for name, (inputs, targets) in data.texts.items()},
     )

@@ -2,8 +2,8 @@
 
 Before the first block one backward pass of the float model measures where errors of each block's
 output matter (`output_metric.py`); it is kept beside the refined blocks, so a run that goes on
-after a kill uses the same numbers. Every learned block leaves `learned-00012.safetensors`; a
-folder of those given as `resume_parameters` is applied instead of learning, without any training.
+after a kill uses the same numbers. A few windows of other texts travel along to be measured only
+(`watched_texts.py`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor, nn
 
-from bitmill.block_learning import BlockData, LearnedBlock, apply_learned, learn_block
+from bitmill.block_learning import BlockData, LearnedBlock, learn_block
 from bitmill.blocks import StreamedModel
 from bitmill.calibration import CalibrationSet
-from bitmill.omniquant import LearningSettings, load_learned, save_learned
+from bitmill.omniquant import LearningSettings
 from bitmill.output_metric import OutputMetric, fisher_metric, gradient_moments
 from bitmill.packed import QuantizedWeight
+from bitmill.quality import TuningQuality
 from bitmill.spec import OmniQuant
 from bitmill.storage import write_bytes
-from bitmill.tune_scales import TuneReport, TuneSettings, tune_scales
+from bitmill.tune_scales import TuneSettings, tune_scales
+from bitmill.watched_texts import WatchedTexts
 
 MOMENT_SEQUENCES = 16
 MOMENTS_NAME = "gradient-moments.safetensors"
@@ -31,24 +33,24 @@ MOMENTS_NAME = "gradient-moments.safetensors"
 class ModelLearning:
     """Learns the blocks of one model in order, then its scales end to end.
 
-    folder: where moments and learned parameters are kept. resume_parameters: a folder of learned
-    parameters to apply instead of learning.
+    quantized: the model with its dequantized embeddings. folder: where moments are kept.
     """
 
     def __init__(
         self,
         model: StreamedModel,
+        quantized: StreamedModel,
         tokens: CalibrationSet,
         spec: OmniQuant,
         folder: Path,
         *,
         seed: int,
-        resume_parameters: Path | None = None,
         should_stop: Callable[[], None] | None = None,
     ) -> None:
         self.model, self.tokens, self.spec, self.folder = model, tokens, spec, folder
         self.settings = LearningSettings.of_spec(spec)
-        self.seed, self.resume, self.should_stop = seed, resume_parameters, should_stop
+        self.seed, self.should_stop = seed, should_stop
+        self.texts = WatchedTexts(model, quantized, tokens.tokens.shape[1])
         self._moments: list[Tensor] | None = None
 
     def block(
@@ -66,32 +68,32 @@ class ModelLearning:
         model.
         """
         count = len(self.tokens.tokens)
-        data = BlockData(inputs[:count], targets[:count], inputs[count:], targets[count:])
-        metric = self._metric(index)
-        if self.resume is not None:
-            tensors = load_learned(learned_path(self.resume, index))
-            mode = self.settings.mode
-            learned = apply_learned(
-                self.model, index, block, starts, tensors, data, mode=mode, metric=metric
-            )
-        else:
-            learned = learn_block(
-                self.model,
-                index,
-                block,
-                starts,
-                data,
-                self.settings,
-                seed=self.seed,
-                metric=metric,
-                should_stop=self.should_stop,
-            )
-        save_learned(learned_path(self.folder, index), learned.tensors)
-        return learned
+        data = BlockData(
+            inputs[:count],
+            targets[:count],
+            inputs[count:],
+            targets[count:],
+            self.texts.pairs(index),
+        )
+        return learn_block(
+            self.model,
+            index,
+            block,
+            starts,
+            data,
+            self.settings,
+            seed=self.seed,
+            metric=self._metric(index),
+            should_stop=self.should_stop,
+        )
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Go on behind a block, learned now or by an earlier run; it holds what it keeps."""
+        self.texts.advance(index, block)
 
     def tune(
         self, weights: Mapping[str, QuantizedWeight], matrices: Mapping[str, Tensor] | None = None
-    ) -> tuple[dict[str, QuantizedWeight], TuneReport] | None:
+    ) -> tuple[dict[str, QuantizedWeight], TuningQuality] | None:
         """All weights with tuned scales, or None where the job asks for no tuning.
 
         matrices: the dequantized embeddings and heads, which are not tuned.
@@ -107,6 +109,7 @@ class ModelLearning:
             seed=self.seed,
             should_stop=self.should_stop,
             matrices=matrices,
+            texts=self.texts.tokens,
         )
 
     def _metric(self, index: int) -> OutputMetric:
@@ -126,8 +129,3 @@ class ModelLearning:
         named = {str(i): moment for i, moment in enumerate(moments)}
         write_bytes(path, safetensors.torch.save(named))
         return moments
-
-
-def learned_path(folder: Path, index: int) -> Path:
-    """The file of one block's learned parameters."""
-    return folder / f"learned-{index:05}.safetensors"

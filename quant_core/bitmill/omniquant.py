@@ -12,30 +12,23 @@ over one block, `output_metric.py` the error it lowers, `tune_scales.py` the end
 Defaults of `clipping` are the published ones (OmniQuant's 3-bit script: 20 epochs, one sequence a
 step, Adam at 1e-2, no schedule, plain error; `augmented_loss` as SliM-LLM+ sets it). The other
 modes take larger batches and a decaying rate.
-
-What was learned is stored per block: the clipping factors for `clipping`, codes, scales and zero
-points for the others. `restore` turns it into quantized weights again without any training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from bitmill.block_rows import BlockRows
 from bitmill.descent import DescentSettings, Rate
-from bitmill.errors import FormatError
 from bitmill.learned_clipping import LearnedClipping
 from bitmill.learned_rounding import LearnedRounding
 from bitmill.packed import QuantizedWeight
 from bitmill.spec import OmniQuant
-from bitmill.storage import write_bytes
 
 Mode = Literal["clipping", "scales", "rounding"]
 Learner = LearnedClipping | LearnedRounding
@@ -127,95 +120,3 @@ def learning_rates(learner: Learner, settings: LearningSettings) -> list[Rate]:
     if learner.position.requires_grad:
         rates.append(Rate([learner.position], settings.position_rate))
     return rates
-
-
-def learned_tensors(
-    learner: Learner | None, weights: Mapping[str, QuantizedWeight]
-) -> dict[str, Tensor]:
-    """What to store of one block: clipping factors [G, N], or codes, scales and zero points.
-
-    `learner` None: the block kept its start, stored as codes whatever the mode.
-    """
-    if isinstance(learner, LearnedClipping):
-        return _clipping_factors(learner)
-    tensors: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        tensors |= {
-            f"{name}.codes": weight.codes,
-            f"{name}.scales": weight.scales,
-            f"{name}.zeros": weight.zeros,
-        }
-    return tensors
-
-
-def save_learned(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one block's learned tensors, atomically, as safetensors."""
-    write_bytes(path, safetensors.torch.save(dict(tensors), {"schema_version": "1"}))
-
-
-def load_learned(path: Path) -> dict[str, Tensor]:
-    """Read what `save_learned` wrote; raises FormatError naming a missing or damaged file."""
-    try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise FormatError(f"{path.name} cannot be read as learned parameters: {error}") from error
-
-
-def restore(
-    tensors: Mapping[str, Tensor],
-    starts: Mapping[str, QuantizedWeight],
-    weights: Mapping[str, Tensor],
-    device: torch.device,
-) -> dict[str, QuantizedWeight]:
-    """Quantized weights from stored learned tensors, without training.
-
-    `starts` give widths and orders, `weights` the float weights [N, K] that clipping factors clip.
-    Raises FormatError where the tensors belong to another map or model.
-    """
-    if any(key.endswith(".upper") for key in tensors):
-        learner = LearnedClipping(BlockRows(starts, device), weights)
-        _set_factors(learner, tensors)
-        return learner.export()
-    restored = {}
-    for name, start in starts.items():
-        codes, scales, zeros = (_need(tensors, f"{name}.{k}") for k in ("codes", "scales", "zeros"))
-        if codes.shape != start.codes.shape or scales.shape != start.scales.shape:
-            raise FormatError(
-                f"learned parameters of {name} have the shape {tuple(codes.shape)}, the linear has "
-                f"{tuple(start.codes.shape)}: they belong to another model",
-                param=name,
-            )
-        restored[name] = QuantizedWeight(codes, scales, zeros, start.widths, start.order)
-    return restored
-
-
-def _clipping_factors(learner: LearnedClipping) -> dict[str, Tensor]:
-    tensors = {}
-    for linear in learner.rows.linears:
-        for key, factor in (("upper", learner.upper), ("lower", learner.lower)):
-            grid = factor.detach()[linear.rows].reshape(linear.N, linear.groups)
-            tensors[f"{linear.name}.{key}"] = grid.t().contiguous().cpu()
-    return tensors
-
-
-@torch.no_grad()
-def _set_factors(learner: LearnedClipping, tensors: Mapping[str, Tensor]) -> None:
-    for linear in learner.rows.linears:
-        for key, factor in (("upper", learner.upper), ("lower", learner.lower)):
-            name = f"{linear.name}.{key}"
-            grid = _need(tensors, name)
-            if grid.shape != (linear.groups, linear.N):
-                raise FormatError(
-                    f"learned parameters {name} have the shape {tuple(grid.shape)}, the linear "
-                    f"needs {(linear.groups, linear.N)}: they belong to another model",
-                    param=name,
-                )
-            factor[linear.rows] = grid.t().reshape(-1, 1).to(factor.device)
-
-
-def _need(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise FormatError(
-            f"learned parameters hold no {name}: they belong to another model", param=name
-        )
-    return tensors[name]

@@ -50,6 +50,7 @@ from bitmill.measurement import (
     with_weights,
 )
 from bitmill.model_config import refuse_pickles
+from bitmill.overfitting import overfitting_warnings
 from bitmill.plan import Plan, check_lengths, make_plan
 from bitmill.profile import PROFILE_NAME, SensitivityProfile, profile_key
 from bitmill.profile_summary import SUMMARY_NAME, summarize
@@ -507,11 +508,16 @@ def evaluate(
                 on_unit=partial(job.space.unit, "evaluate"),
             )
         linears, blocks = refined.reports()
+        warnings = overfitting_warnings(blocks, refined.tuning())
+        for warning in warnings:
+            job.space.warn("evaluate", warning)
         report = QualityReport(
             rows=tuple(rows),
             predicted_loss=_predicted(profiled, bit_widths),
             linears=linears,
             blocks=blocks,
+            tuning=refined.tuning(),
+            warnings=warnings,
             seconds=job.space.seconds(),
         )
         storage.write_bytes(folder / QUALITY_NAME, report.to_json().encode())

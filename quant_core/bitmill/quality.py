@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -92,10 +92,54 @@ class LinearQuality(_Closed):
     notes: tuple[str, ...] = ()
 
 
+class BlockQuality(_Closed):
+    """What learning did to one decoder block.
+
+    loss_before, loss_after: the block's error on held-out calibration sequences, with the first
+    solution (GPTQ's, or rounding's in mode "clipping") and with what was kept. `kept` says which
+    that is. texts: the same two errors on texts that no choice depends on. curve: (step, loss on
+    the held-out sequences). recorded: whether steps were replayed from a CUDA graph.
+    """
+
+    index: int
+    mode: str
+    kept: Literal["learned", "start"]
+    loss_before: float
+    loss_after: float
+    texts: dict[str, tuple[float, float]] = {}
+    seconds: float
+    steps: int = 0
+    best_step: int = 0
+    rollbacks: int = 0
+    gave_up: bool = False
+    recorded: bool = False
+    curve: tuple[tuple[int, float], ...] = ()
+
+
+class TuningQuality(_Closed):
+    """What tuning all scales end to end did.
+
+    kl_before, kl_after: KL on held-out calibration sequences, nats per token; `kept` says whether
+    the tuned scales were. texts: KL before and after on texts that no choice depends on.
+    """
+
+    kl_before: float
+    kl_after: float
+    kept: bool
+    texts: dict[str, tuple[float, float]] = {}
+    seconds: float
+    steps: int
+    best_step: int
+    rollbacks: int
+    gave_up: bool
+    curve: tuple[tuple[int, float], ...] = ()
+
+
 class QualityReport(_Closed):
     """`quality.json` of a packed checkpoint.
 
-    details: what the refinement reports beyond single linears (e.g. per block losses of learning).
+    blocks, tuning: what learning did, where the refinement learns. resumed: both are the report of
+    the job whose parameters this one took over; it trained nothing itself.
     seconds: wall time of each stage of the attempt that finished.
     """
 
@@ -103,7 +147,9 @@ class QualityReport(_Closed):
     rows: tuple[QualityRow, ...]
     predicted_loss: float | None = None
     linears: tuple[LinearQuality, ...] = ()
-    blocks: tuple[dict[str, Any], ...] = ()
+    blocks: tuple[BlockQuality, ...] = ()
+    tuning: TuningQuality | None = None
+    resumed: bool = False
     warnings: tuple[str, ...] = ()
     seconds: dict[str, float] = {}
 

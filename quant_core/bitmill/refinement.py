@@ -40,13 +40,14 @@ from bitmill.input_statistics import Stream
 from bitmill.learning import ModelLearning
 from bitmill.packed import PackedTensor, QuantizedWeight
 from bitmill.plan import Plan
-from bitmill.quality import LinearQuality
+from bitmill.quality import BlockQuality, LinearQuality, TuningQuality
 from bitmill.refine import RefineSettings, refine_block
 from bitmill.refinement_report import LinearReport
 from bitmill.spec import Refinement
 from bitmill.timing import stage
 
 TUNED_NAME = "tuned"
+TUNING_NAME = "tuning.json"
 BATCH_TOKENS = 16384
 """Tokens that run through a block at once."""
 
@@ -87,16 +88,23 @@ class RefinedModel:
         """One refined linear or embedding."""
         return load_block(self.folder, self.plan, self.plan.by_name[name].block, (name,))[name]
 
-    def reports(self) -> tuple[tuple[LinearQuality, ...], tuple[dict[str, Any], ...]]:
-        """What refinement says of every linear, and of blocks where there is more to say."""
+    def reports(self) -> tuple[tuple[LinearQuality, ...], tuple[BlockQuality, ...]]:
+        """What refinement says of every linear, and of every block where it learned."""
         linears: list[LinearQuality] = []
-        blocks: list[dict[str, Any]] = []
+        blocks: list[BlockQuality] = []
         for i in _parts(self.plan):
             data = storage.read_json(_report(self.folder, i))
             linears += [LinearQuality.model_validate(entry) for entry in data["linears"]]
             if data["learning"] is not None:
-                blocks.append(data["learning"])
+                blocks.append(BlockQuality.model_validate(data["learning"]))
         return tuple(linears), tuple(blocks)
+
+    def tuning(self) -> TuningQuality | None:
+        """What tuning all scales did, where the job asked for it."""
+        path = self.folder / TUNING_NAME
+        if not path.is_file():
+            return None
+        return TuningQuality.model_validate(storage.read_json(path))
 
 
 def refine_model(
@@ -154,13 +162,13 @@ def _tune(learning: ModelLearning, plan: Plan, folder: Path) -> None:
         for i in range(plan.block_count):
             data = storage.read_json(_report(folder, i))
             linears = [LinearQuality.model_validate(entry) for entry in data["linears"]]
-            details = {**(data["learning"] or {}), "tuning": report.to_json()}
             block = {linear.name: weights[linear.name] for linear in plan.block_linears(i)}
-            save_block(target, i, block, linears, details)
+            save_block(target, i, block, linears, data["learning"])
         if embeddings:
             data = storage.read_json(_report(folder, EMBEDDINGS))
             linears = [LinearQuality.model_validate(entry) for entry in data["linears"]]
             save_block(target, EMBEDDINGS, embeddings, linears, None)
+        storage.write_json(target / TUNING_NAME, report.model_dump(mode="json"))
 
 
 def _refine_embeddings(model: StreamedModel, inputs: RefineInputs, folder: Path) -> None:
@@ -200,7 +208,7 @@ class _Run:
         self.learning: ModelLearning | None = None
         if settings.method == "omniquant":
             self.learning = ModelLearning(
-                model, inputs.tokens, settings.omniquant, folder, seed=seed
+                model, quantized, inputs.tokens, settings.omniquant, folder, seed=seed
             )
         needed = self.asymmetric or self.learning is not None
         self.source = model.embed_all(tokens, self.batch) if needed else None
@@ -226,7 +234,7 @@ class _Run:
         self._run(i, self.model.load_block(i), self.source)
         self._source_is_behind = i
         learned = self.learning.block(i, block, weights, self.hidden, self.source)
-        return learned.weights, qualities, learned.report.to_json()
+        return learned.weights, qualities, learned.report.model_dump(mode="json")
 
     def _stream(self, part: slice) -> Stream:
         source = self.source[part] if self.source is not None and self.asymmetric else None
@@ -256,6 +264,8 @@ class _Run:
         self._run(i, block, self.hidden)
         if self.source is not None and self._source_is_behind != i:
             self._run(i, self.model.load_block(i), self.source)
+        if self.learning is not None:
+            self.learning.advance(i, block)
 
     @torch.no_grad()
     def _run(self, i: int, block: nn.Module, hidden: Tensor) -> None:

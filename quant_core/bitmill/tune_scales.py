@@ -20,7 +20,7 @@ models small enough to hold those and Adam's moments in f32.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from bitmill.descent import DescentReport, DescentSettings, Rate, descend
 from bitmill.learned_rounding import SMALLEST_RATIO, LearnedRounding, straight_half
 from bitmill.output_metric import mixed_precision
 from bitmill.packed import QuantizedWeight
+from bitmill.quality import TuningQuality
 
 CHUNK = 2048
 """Tokens whose logits exist at a time."""
@@ -57,25 +58,6 @@ class TuneSettings:
     position_rate: float = 2e-3
     roundings: bool = False
     evaluations: int = 12
-
-
-@dataclass(frozen=True)
-class TuneReport:
-    """KL on held-out text before and after, and whether the tuned scales were kept."""
-
-    kl_before: float
-    kl_after: float
-    kept: bool
-    steps: int
-    best_step: int
-    rollbacks: int
-    gave_up: bool
-    seconds: float
-    curve: list[tuple[int, float]] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 class LearnedScales(nn.Module):
@@ -112,15 +94,19 @@ def tune_scales(
     seed: int,
     should_stop: Callable[[], None] | None = None,
     matrices: Mapping[str, Tensor] | None = None,
-) -> tuple[dict[str, QuantizedWeight], TuneReport]:
+    texts: Mapping[str, Tensor] | None = None,
+) -> tuple[dict[str, QuantizedWeight], TuningQuality]:
     """Tuned weights of the whole model, or `weights` themselves where held-out KL does not fall.
 
     weights: of every quantized linear. tokens i64 [S, T], held_out i64 [S2, T]. matrices: the
-    dequantized embeddings and heads of the tuned model; they stay as they are.
+    dequantized embeddings and heads of the tuned model; they stay as they are. texts: windows
+    i64 [S3, T3] of other texts, whose KL is reported and decides nothing.
     """
     with deterministic():
         student = _Student(model, weights, matrices or {}, roundings=settings.roundings)
         lesson = _Lesson(student, tokens, held_out, settings.batch, seed)
+        watched = {name: (t, final_hidden(model, t)) for name, t in (texts or {}).items()}
+        before = {name: student.mean_kl(*pair) for name, pair in watched.items()}
         report = descend(
             student.rates(settings),
             lesson.draw,
@@ -133,22 +119,26 @@ def tune_scales(
             ),
             should_stop=should_stop,
         )
-    kept = report.after < report.before
+        kept = report.after < report.before
+        after = {name: student.mean_kl(*pair) for name, pair in watched.items()} if kept else before
     tuned = student.export() if kept else dict(weights)
-    return tuned, _report(report, kept)
+    return tuned, _report(report, kept, {name: (before[name], after[name]) for name in before})
 
 
-def _report(descent: DescentReport, kept: bool) -> TuneReport:
-    return TuneReport(
+def _report(
+    descent: DescentReport, kept: bool, texts: dict[str, tuple[float, float]]
+) -> TuningQuality:
+    return TuningQuality(
         kl_before=descent.before,
         kl_after=descent.after,
         kept=kept,
+        texts=texts,
         steps=descent.steps,
         best_step=descent.best_step,
         rollbacks=descent.rollbacks,
         gave_up=descent.gave_up,
         seconds=descent.seconds,
-        curve=descent.curve,
+        curve=tuple(descent.curve),
     )
 
 
@@ -191,16 +181,9 @@ class _Lesson:
         kl = self._student.kl(tokens, self._teacher[self._batch])
         return kl * loss_scale(self._student.dtype, tokens.numel())
 
-    @torch.no_grad()
     def held_out_loss(self) -> float:
         """Mean KL over the held-out sequences."""
-        pairs = zip(
-            self._held_out.split(HELD_OUT_BATCH),
-            self._held_out_teacher.split(HELD_OUT_BATCH),
-            strict=True,
-        )
-        total = torch.stack([self._student.kl(t, h) * len(t) for t, h in pairs]).sum()
-        return float(total) / len(self._held_out)
+        return self._student.mean_kl(self._held_out, self._held_out_teacher)
 
 
 class _Student:
@@ -254,6 +237,13 @@ class _Student:
             chunks = zip(x.split(CHUNK, 1), t.split(CHUNK, 1), strict=True)
             parts = [self._checkpointed(self._chunk_kl, a, b) for a, b in chunks]
         return torch.stack(parts).sum() / tokens.numel()
+
+    @torch.no_grad()
+    def mean_kl(self, tokens: Tensor, teacher: Tensor) -> float:
+        """Mean KL per token over sequences i64 [S, T], a few at a time."""
+        pairs = zip(tokens.split(HELD_OUT_BATCH), teacher.split(HELD_OUT_BATCH), strict=True)
+        total = torch.stack([self.kl(t, h) * len(t) for t, h in pairs]).sum()
+        return float(total) / len(tokens)
 
     def _checkpointed(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
         if not torch.is_grad_enabled():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bitmill.block_learning import BlockData, learn_block
-from bitmill.blocks import weight_of
+from bitmill.blocks import set_weight, weight_of
 from bitmill.errors import CalibrationError, Cancelled
 from bitmill.omniquant import LearningSettings
 from bitmill.output_metric import fisher_metric, gradient_moments
@@ -118,6 +118,30 @@ def test_the_fisher_error_is_lowered_too() -> None:
         metric=fisher_metric(moment, 0.3),
     )
     assert learned.report.kept == "learned"
+
+
+@pytest.mark.parametrize("rate", [1e-2, 50.0])
+def test_other_texts_are_measured_and_decide_nothing(rate: float) -> None:
+    """Their errors are those of the weights before and of the weights that are kept."""
+    model, data = tiny().model, block_data()
+    chosen = replace(settings("rounding"), position_rate=rate, scale_rate=rate / 5)
+    texts = {"other": (data.inputs[:3, :20], data.targets[:3, :20])}
+    start, watched = starts(0), replace(data, texts=texts)
+    block = model.load_block(0)
+    for name, module in model.linears(block, 0).items():
+        set_weight(module, start[name].dequantize())
+
+    def error() -> float:
+        inputs, targets = texts["other"]
+        return float((model.run_block(0, block, inputs) - targets).square().mean())
+
+    before = error()
+    plain = learn_block(model, 0, model.load_block(0), start, data, chosen, seed=0)
+    learned = learn_block(model, 0, block, start, watched, chosen, seed=0)
+    assert learned.report.kept == ("learned" if rate < 1 else "start")
+    assert learned.report.texts["other"] == pytest.approx((before, error()), rel=1e-4)
+    for name, weight in plain.weights.items():
+        assert torch.equal(learned.weights[name].codes, weight.codes)
 
 
 def test_without_held_out_sequences_learning_is_refused() -> None:

@@ -224,16 +224,17 @@ def test_learned_blocks_and_tuned_scales_are_what_is_packed(llama, tmp_path):
     learning = {"mode": "rounding", "epochs": 2, "batch": 2, "tune_scales_steps": 4}
     asked = spec(refinement={"method": "omniquant", "omniquant": learning})
     result = run_job(asked, llama, tmp_path / "work", tmp_path / "out")
-    assert [block["index"] for block in result.quality.blocks] == [0, 1]
+    assert [block.index for block in result.quality.blocks] == [0, 1]
     for block in result.quality.blocks:
-        assert block["loss_after"] <= block["loss_before"] or block["kept"] == "start"
-        assert block["tuning"]["steps"] == 4
-    assert (tmp_path / "work" / "refine" / "learned-00001.safetensors").is_file()
+        assert block.loss_after < block.loss_before or block.kept == "start"
+        assert block.texts.keys() == {"wiki_evaluation", "handbook_evaluation"}
+    tuning = result.quality.tuning
+    assert tuning.steps == 4
+    assert tuning.texts.keys() == {"wiki_evaluation", "handbook_evaluation"}
     before = tmp_path / "work" / "refine" / "block-00001.safetensors"
     tuned = tmp_path / "work" / "refine" / "tuned" / "block-00001.safetensors"
     stored = load_file(tmp_path / "out" / "model.safetensors")
     expected = load_file(tuned)
     name = "model.layers.1.mlp.up_proj.scales"
     assert torch.equal(stored[name], expected[name])
-    kept = result.quality.blocks[0]["tuning"]["kept"]
-    assert torch.equal(load_file(before)[name], expected[name]) != kept
+    assert torch.equal(load_file(before)[name], expected[name]) != tuning.kept

@@ -44,6 +44,19 @@ def test_scales_alone_lower_the_held_out_kl_and_codes_stay() -> None:
         assert not torch.equal(tuned[name].scales, weight.scales)
 
 
+def test_other_texts_are_measured_and_decide_nothing() -> None:
+    weights, data = whole_model(), tiny()
+    settings = TuneSettings(steps=8, batch=4, scale_rate=3e-3)
+    other = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(9))
+    arguments = data.model, weights, data.tokens, data.held_out, settings
+    plain, _ = tune_scales(*arguments, seed=0)
+    tuned, report = tune_scales(*arguments, seed=0, texts={"other": other})
+    assert report.kept
+    expected = kl(weights, other), kl(tuned, other)
+    assert report.texts["other"] == pytest.approx(expected, rel=1e-3)
+    assert all(torch.equal(tuned[name].scales, plain[name].scales) for name in weights)
+
+
 def test_roundings_can_be_tuned_too() -> None:
     weights, data = whole_model(), tiny()
     settings = TuneSettings(steps=12, batch=4, roundings=True)
