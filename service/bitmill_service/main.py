@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from bitmill_service import problems
 from bitmill_service.context import Context
 from bitmill_service.metrics import new_registry
 from bitmill_service.middleware import BodyLimit, RequestContext
+from bitmill_service.query import refuse_unknown_query
 from bitmill_service.routes import health, job_outputs, jobs, maps, profiles
 from bitmill_service.same_origin import SameOrigin
 from bitmill_service.settings import ServiceSettings
@@ -77,6 +78,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         version=health.VERSION,
         description=_DESCRIPTION,
         lifespan=_lifespan,
+        dependencies=[Depends(refuse_unknown_query)],
         responses=problems.openapi_responses(),
     )
     app.state.context = context

@@ -81,6 +81,7 @@ CODES: Mapping[str, tuple[int, str]] = {
     "idempotency_mismatch": (422, "Use a new Idempotency-Key for a different request."),
     "idempotency_deleted": (409, "Use a new Idempotency-Key."),
     "store_unavailable": (503, "Try again soon; the server's log says what is wrong."),
+    "storage_unavailable": (503, "Try again soon; the object store does not answer."),
     "no_such_file": (404, "List the job's files with GET /v1/jobs/{id}/files."),
     "file_missing": (410, "The stored file is gone or damaged: retry the job."),
     "profile_not_found": (404, "List the profiles with GET /v1/profiles."),
@@ -246,6 +247,7 @@ async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
         code="internal",
         detail="the server failed on this request",
         hint=CODES["internal"][1],
+        headers={"X-Request-ID": request_id} if request_id else None,
     )
 
 

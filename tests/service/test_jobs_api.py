@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -48,6 +50,31 @@ def test_same_key_and_body_give_the_same_job(http: httpx2.Client, stack: Stack) 
     other = http.post("/v1/jobs", json=spec_json(seed=5), headers=headers)
     assert (other.status_code, other.json()["code"]) == (422, "idempotency_mismatch")
     assert other.json()["param"] == "Idempotency-Key"
+
+
+def test_replay_is_found_before_anything_else_is_checked(
+    http: httpx2.Client, stack: Stack, models: Path
+) -> None:
+    shutil.copytree(models / "tiny", models / "fleeting")
+    body = spec_json(model={"source": "path", "path": "models/fleeting"})
+    headers = {"Idempotency-Key": "fleeting"}
+    first = http.post("/v1/jobs", json=body, headers=headers)
+    shutil.rmtree(models / "fleeting")
+    again = http.post("/v1/jobs", json=body, headers=headers)
+    assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])
+    assert http.post("/v1/jobs", json=body).json()["code"] == "model_not_found"
+
+
+def test_unknown_query_parameter_is_refused_and_creates_nothing(
+    http: httpx2.Client, stack: Stack
+) -> None:
+    before = job_count(stack)
+    answer = http.post("/v1/jobs?validate_onyl=true", json=spec_json())
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert answer.json()["param"] == "validate_onyl"
+    assert "validate_only" in answer.json()["detail"]
+    assert job_count(stack) == before
+    assert http.get("/healthz?x=1").status_code == 422
 
 
 def test_plan_is_shown_and_nothing_created(http: httpx2.Client, stack: Stack) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 import httpx2
 import pytest
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
 
 from bitmill import errors
 from bitmill_service import problems
 from bitmill_service.main import make_context
+from bitmill_service.middleware import RequestContext
 from bitmill_service.problems import CODES, ProblemError, status_and_hint
 from bitmill_service.routes import jobs
 from bitmill_service.settings import ServiceSettings
@@ -87,6 +89,8 @@ def test_surprise_answers_500_without_a_trace(caplog: pytest.LogCaptureFixture) 
     app = FastAPI()
     problems.install(app)
 
+    app.add_middleware(RequestContext, registry=CollectorRegistry())
+
     @app.get("/boom")
     def boom() -> None:
         raise KeyError("secret detail")
@@ -96,6 +100,7 @@ def test_surprise_answers_500_without_a_trace(caplog: pytest.LogCaptureFixture) 
     assert (answer.status_code, answer.json()["code"]) == (500, "internal")
     assert "secret" not in answer.text
     assert "Traceback" not in answer.text
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +112,7 @@ def test_surprise_answers_500_without_a_trace(caplog: pytest.LogCaptureFixture) 
         (errors.CalibrationError("x"), 422),
         (errors.FormatError("x"), 422),
         (errors.ResourceError("x"), 507),
+        (errors.ResourceError("x", code="storage_unavailable"), 503),
         (errors.NumericalError("x"), 500),
         (errors.VerificationError("x"), 500),
         (errors.Cancelled("x"), 409),

@@ -91,6 +91,13 @@ class JobStore:
                 return Submission(_insert_job(conn, values, spec.deadline_s), replayed=False)
         return self._submit_once(values, spec.deadline_s, idempotency_key, request_hash)
 
+    def submitted(
+        self, idempotency_key: str, request_hash: str, *, tenant: str = "local"
+    ) -> JobRecord | None:
+        """The job that this key made within a day, or None; raises as `submit` does."""
+        with self.database.read() as conn:
+            return self._known_key(conn, tenant, idempotency_key, request_hash)
+
     def _submit_once(
         self, values: dict[str, Any], deadline_s: float | None, key: str, request_hash: str
     ) -> Submission:
@@ -104,8 +111,7 @@ class JobStore:
                 self._take_key(conn, tenant, key, request_hash, job.id)
                 return Submission(job, replayed=False)
         except _KeyTaken:
-            with self.database.read() as conn:
-                known = self._known_key(conn, tenant, key, request_hash)
+            known = self.submitted(key, request_hash, tenant=tenant)
         if known is None:
             raise StateConflict(
                 f"the job of idempotency key {key!r} was just deleted: use a new key",

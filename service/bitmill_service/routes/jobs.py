@@ -57,14 +57,17 @@ def create_job(
     """Submit a job. A replayed key answers with the first call's job and `Idempotency-Replayed`."""
     if validate_only:
         return JSONResponse(plan_job(context, spec).model_dump(mode="json"))
+    asked = {"spec": spec.model_dump(mode="json"), "priority": priority, "webhook": webhook_url}
+    request_hash = sha256_json(asked)
+    if replayed := _replayed(context, idempotency_key, request_hash):
+        return replayed
     if webhook_url is not None:
         check_webhook_url(webhook_url, context.settings)
     admit(context, spec)
-    asked = {"spec": spec.model_dump(mode="json"), "priority": priority, "webhook": webhook_url}
     submission = context.jobs.submit(
         spec,
         idempotency_key=idempotency_key,
-        request_hash=sha256_json(asked),
+        request_hash=request_hash,
         queue=route(context, spec),
         priority=priority,
         webhook_url=webhook_url,
@@ -106,13 +109,16 @@ def retry_job(job: JobDep, context: ContextDep, idempotency_key: IdempotencyKey 
             "job_not_finished",
             f"job {job.id} is {job.shown_state}: only a finished job can be retried",
         )
+    request_hash = sha256_json({"retry": job.id})
+    if replayed := _replayed(context, idempotency_key, request_hash, tenant=job.tenant):
+        return replayed
     spec = JobSpec.model_validate(job.spec)
     admit(context, spec)
     submission = context.jobs.submit(
         spec,
         tenant=job.tenant,
         idempotency_key=idempotency_key,
-        request_hash=sha256_json({"retry": job.id}),
+        request_hash=request_hash,
         queue=job.queue,
         priority=job.priority,
         parent_id=job.id,
@@ -125,6 +131,18 @@ def retry_job(job: JobDep, context: ContextDep, idempotency_key: IdempotencyKey 
 def delete_job(job_id: JobId, context: ContextDep) -> None:
     """Remove a finished job with its events, log and files."""
     context.jobs.delete(job_id)
+
+
+def _replayed(
+    context: Context, key: str | None, request_hash: str, *, tenant: str = "local"
+) -> Response | None:
+    """The answer to a repeated request, None to a new one.
+
+    Looked up before anything is checked: a queue that has filled up since, or a model that is
+    gone, must not make a job that exists look refused.
+    """
+    job = None if key is None else context.jobs.submitted(key, request_hash, tenant=tenant)
+    return None if job is None else _accepted(context, job, replayed=True)
 
 
 def _accepted(context: Context, job: JobRecord, *, replayed: bool) -> Response:
