@@ -9,6 +9,7 @@ any stream. FastAPI sends a comment every 15 s to keep proxies from closing a si
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 
 from fastapi.routing import APIRoute
@@ -24,6 +25,7 @@ from bitmill_workers.jobs import JobStore
 from bitmill_workers.records import Event
 
 _PAGE = 500
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 def wants_stream(headers: Headers) -> bool:
@@ -44,7 +46,7 @@ class EventStreamRoute(APIRoute):
 
 def first_event(after: int, last_event_id: str | None) -> int:
     """Number after which to go on: `Last-Event-ID` where it is a number, else `after`."""
-    if last_event_id is not None and last_event_id.isdecimal():
+    if last_event_id is not None and _NUMBER.fullmatch(last_event_id):
         return int(last_event_id)
     return after
 

@@ -2,7 +2,7 @@
 
 The id is the client's `X-Request-ID` where it is short and printable, else a random one; it is in
 the answer, in every problem document and in the log. Metrics are labelled with the route's
-template, never with the path a client chose.
+template and a known method, never with a path or a word that a client chose.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from bitmill_workers.logs import ACCESS, log_fields
 
 _access = logging.getLogger(ACCESS)
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}")
+_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"})
 _SAFE = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -72,7 +73,8 @@ class RequestContext:
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             elapsed = time.perf_counter() - started
-            self.seconds.labels(scope["method"], route, status).observe(elapsed)
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self.seconds.labels(method, route, status).observe(elapsed)
             self.sent.labels(route).inc(sent)
 
 

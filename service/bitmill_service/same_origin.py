@@ -9,7 +9,7 @@ reaches by pointing its own name at 127.0.0.1. Programs send no `Origin` and are
 from __future__ import annotations
 
 from collections.abc import Collection
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -39,11 +39,19 @@ class SameOrigin:
 
     def check(self, method: str, host: str, origin: str | None) -> None:
         """Raise `ProblemError` for a request that comes from another origin's page."""
-        if self.hosts and urlsplit(f"//{host}").hostname not in self.hosts:
+        if self.hosts and _parts(f"//{host}").hostname not in self.hosts:
             raise ProblemError(
                 "wrong_host", f"this service does not answer for host {host!r}", param="Host"
             )
-        if origin is not None and method not in _READING and urlsplit(origin).netloc != host:
+        if origin is not None and method not in _READING and _parts(origin).netloc != host:
             raise ProblemError(
                 "cross_origin", f"pages of {origin} may not change anything here", param="Origin"
             )
+
+
+def _parts(address: str) -> SplitResult:
+    """The address taken apart; nothing is in it where it is malformed."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")

@@ -104,3 +104,4 @@ def test_last_event_id_wins_where_it_is_a_number() -> None:
     assert first_event(3, "7") == 7
     assert first_event(3, "x") == 3
     assert first_event(3, None) == 3
+    assert first_event(3, "9" * 5000) == 3

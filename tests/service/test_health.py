@@ -13,6 +13,13 @@ def samples(http: httpx2.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]]
     return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in families for s in f.samples}
 
 
+def test_a_method_that_a_client_made_up_is_no_label(http: httpx2.Client) -> None:
+    assert http.request("BREW", "/healthz").status_code == 405
+    methods = {dict(labels).get("method") for _, labels in samples(http)}
+    assert "other" in methods
+    assert "BREW" not in methods
+
+
 def test_process_and_database_are_ready(http: httpx2.Client) -> None:
     assert http.get("/healthz").json()["status"] == "ok"
     ready = http.get("/readyz")

@@ -16,7 +16,7 @@ from finished import Stack
 
 def test_foreign_page_can_change_nothing(http: httpx2.Client, stack: Stack) -> None:
     job = stack.queued().id
-    for origin in ("https://evil.example", "null", stack.url + "0"):
+    for origin in ("https://evil.example", "null", stack.url + "0", "http://[::1"):
         answer = http.post(f"/v1/jobs/{job}/cancel", headers={"Origin": origin})
         assert (answer.status_code, answer.json()["code"]) == (403, "cross_origin")
         assert answer.json()["request_id"] == answer.headers["x-request-id"]
@@ -38,7 +38,9 @@ def test_names_of_loopback_are_recognized(host: str) -> None:
     SameOrigin(lambda *_: None, LOOPBACK_NAMES).check("GET", host, None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("host", ["", "127.0.0.1.evil.example", "localhost.evil.example:80"])
+@pytest.mark.parametrize(
+    "host", ["", "127.0.0.1.evil.example", "localhost.evil.example:80", "[::1", "a]b"]
+)
 def test_other_names_are_refused(host: str) -> None:
     guard = SameOrigin(lambda *_: None, LOOPBACK_NAMES)  # type: ignore[arg-type]
     with pytest.raises(ProblemError) as refused:
