@@ -21,13 +21,13 @@ from urllib.parse import quote
 
 from anyio import to_thread
 from starlette.datastructures import Headers
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Send
 
 from bitmill_service.problems import ProblemError
 
 CHUNK = 4 << 20
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)", re.IGNORECASE)
+_RANGE = re.compile(r"bytes=([0-9]{0,19})-([0-9]{0,19})", re.IGNORECASE)
 _TYPES = {
     ".json": "application/json",
     ".jinja": "text/plain; charset=utf-8",
@@ -102,17 +102,26 @@ class _FileStream(StreamingResponse):
             await super().stream_response(send)
 
 
-def _entity_headers(file: StoredFile, etag: str, modified: str) -> dict[str, str]:
-    digest = base64.b64encode(bytes.fromhex(file.sha256)).decode()
-    base = quote(file.name.rpartition("/")[2], safe="")
+def _media_type(name: str) -> str:
+    return _TYPES.get(Path(name).suffix, "application/octet-stream")
+
+
+def _entity_headers(name: str, sha256: str) -> dict[str, str]:
+    digest = base64.b64encode(bytes.fromhex(sha256)).decode()
+    base = quote(name.rpartition("/")[2], safe="")
     return {
         "accept-ranges": "bytes",
         "cache-control": "private, max-age=31536000, immutable",
         "content-disposition": f"attachment; filename*=utf-8''{base}",
-        "etag": etag,
-        "last-modified": modified,
+        "etag": f'"{sha256}"',
         "repr-digest": f"sha-256=:{digest}:",
     }
+
+
+def head_response(name: str, size: int, sha256: str) -> Response:
+    """The answer to HEAD of a file that is stored elsewhere: what is known of it here."""
+    headers = _entity_headers(name, sha256) | {"content-length": str(size)}
+    return Response(status_code=200, headers=headers, media_type=_media_type(name))
 
 
 def file_response(file: StoredFile, method: str, request: Headers) -> StreamingResponse:
@@ -129,8 +138,9 @@ def file_response(file: StoredFile, method: str, request: Headers) -> StreamingR
         raise ProblemError(
             "file_missing", f"{file.name} has {stat.st_size} bytes, its manifest says {file.size}"
         )
-    etag, modified = f'"{file.sha256}"', formatdate(stat.st_mtime, usegmt=True)
-    headers = _entity_headers(file, etag, modified)
+    modified = formatdate(stat.st_mtime, usegmt=True)
+    headers = _entity_headers(file.name, file.sha256) | {"last-modified": modified}
+    etag = headers["etag"]
     if _matches(request.get("if-none-match", ""), etag):
         return _FileStream(_chunks(file.path, 0, 0), 304, headers)
     fresh = request.get("if-range", etag) in (etag, modified)
@@ -140,6 +150,6 @@ def file_response(file: StoredFile, method: str, request: Headers) -> StreamingR
     if span:
         headers["content-range"] = f"bytes {start}-{end - 1}/{file.size}"
     headers["content-length"] = str(end - start)
-    headers["content-type"] = _TYPES.get(Path(file.name).suffix, "application/octet-stream")
+    headers["content-type"] = _media_type(file.name)
     body = _chunks(file.path, start, end if method == "GET" else start)
     return _FileStream(body, 206 if span else 200, headers)

@@ -12,7 +12,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from bitmill.bits import BitWidthMap
 from bitmill_service.context import Context, ContextDep, JobDep
 from bitmill_service.events import EventStreamRoute, first_event, job_events
-from bitmill_service.files import StoredFile, file_response
+from bitmill_service.files import StoredFile, file_response, head_response
 from bitmill_service.problems import ProblemError
 from bitmill_service.schemas import EventPage, FileList, LogPage
 from bitmill_service.views import event_view, file_view, log_view
@@ -116,6 +116,9 @@ def read_file(
 ) -> Response:
     """A file's bytes; takes `Range`, `If-Range` and `If-None-Match`. The ETag is the SHA-256."""
     place = context.artifacts.local_path(file)
+    if place is None and request.method == "HEAD":
+        # A presigned address is good for one method only.
+        return head_response(file.path, file.size, file.sha256)
     if place is None:
         elsewhere = context.artifacts.url(file)
         assert elsewhere is not None
