@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -23,7 +24,7 @@ from bitmill_service.cli_output import (
 from bitmill_service.cli_spec import budget, build_spec
 from bitmill_service.client import Client
 from bitmill_service.report_table import parse_rows, print_report
-from bitmill_service.schemas import FileView, JobView, PlanView
+from bitmill_service.schemas import JobView, PlanView
 from bitmill_service.watch import JobWatch
 
 
@@ -94,10 +95,11 @@ def submit(
             typer.echo(f"job {job.id}")
         if wait or download is not None:
             job = _watch(client, job.id, None, quiet=json)
+        shown = job.model_dump(mode="json")
         if download is not None:
-            _download(client, job.id, download, (), 4, quiet=json)
+            shown |= {"download": _download(client, job.id, download, (), 4, quiet=json)}
         if json:
-            print_json(job.model_dump(mode="json"))
+            print_json(shown)
 
 
 def status(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
@@ -212,7 +214,9 @@ def download(
 ) -> None:
     """Download a finished job's files; verified, and resumed where an earlier run stopped."""
     with open_client(url) as client:
-        _download(client, job, out, tuple(include or ()), parallel, quiet=json)
+        done = _download(client, job, out, tuple(include or ()), parallel, quiet=json)
+    if json:
+        print_json(done)
 
 
 def _watch(client: Client, job_id: str, timeout: float | None, *, quiet: bool) -> JobView:
@@ -224,20 +228,9 @@ def _watch(client: Client, job_id: str, timeout: float | None, *, quiet: bool) -
 
 def _download(
     client: Client, job: str, out: Path, include: tuple[str, ...], parallel: int, *, quiet: bool
-) -> None:
-    files = client.files(job).files
-    if quiet:
-        done = client.download(job, out, include=include, parallel=parallel)
-        print_json(
-            {
-                "folder": str(done.folder),
-                "fetched": done.fetched,
-                "skipped": done.skipped,
-                "bytes_fetched": done.bytes_fetched,
-            }
-        )
-        return
-    with _download_bar(files) as bar:
+) -> dict[str, Any]:
+    """Download with a bar and a line, or quietly; what was done, for JSON."""
+    with _download_bar(quiet=quiet) as bar:
         task = bar.add_task("download", total=None)
         done = client.download(
             job,
@@ -246,20 +239,22 @@ def _download(
             parallel=parallel,
             on_bytes=lambda count: bar.advance(task, count),
         )
-    typer.echo(
-        f"{len(done.fetched)} files fetched ({format_size(done.bytes_fetched)}), "
-        f"{len(done.skipped)} already there, all verified: {done.folder}"
-    )
+    if not quiet:
+        typer.echo(
+            f"{len(done.fetched)} files fetched ({format_size(done.bytes_fetched)}), "
+            f"{len(done.skipped)} already there, all verified: {done.folder}"
+        )
+    return asdict(done)
 
 
-def _download_bar(files: list[FileView]) -> Progress:
+def _download_bar(*, quiet: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         console=console(),
-        disable=not console().is_terminal or not files,
+        disable=quiet or not console().is_terminal,
     )
 
 

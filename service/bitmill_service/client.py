@@ -53,6 +53,7 @@ from bitmill_service.schemas import (
 
 DEFAULT_URL = "http://127.0.0.1:8737"
 _POLL_SECONDS = 2.0
+_PAGE = 200
 _ViewT = TypeVar("_ViewT", bound=View)
 
 
@@ -127,7 +128,7 @@ class Client:
         )
 
     def cancel(self, job_id: str) -> JobView:
-        """Ask a job to stop; 409 `already_terminal` where it has succeeded or failed."""
+        """Ask a job to stop; 409 `job_finished` where it has succeeded or failed."""
         return JobView.model_validate(self._send("POST", f"/v1/jobs/{job_id}/cancel").json())
 
     def retry(self, job_id: str, *, idempotency_key: str | None = None) -> JobView:
@@ -251,8 +252,14 @@ class Client:
         )
 
     def profiles(self) -> list[ProfileView]:
-        """Stored sensitivity profiles."""
-        return self._get(ProfilePage, "/v1/profiles").profiles
+        """All stored sensitivity profiles, by id."""
+        found: list[ProfileView] = []
+        after: str | None = None
+        while True:
+            page = self._get(ProfilePage, "/v1/profiles", limit=_PAGE, after=after)
+            found += page.profiles
+            if (after := page.next) is None:
+                return found
 
     def profile(self, profile_id: str) -> ProfileView:
         """One stored sensitivity profile."""
@@ -268,8 +275,14 @@ class Client:
         return AllocationView.model_validate(response.json())
 
     def maps(self) -> list[MapView]:
-        """Stored bit-width maps."""
-        return self._get(MapPage, "/v1/bit-width-maps").maps
+        """All stored bit-width maps, by id."""
+        found: list[MapView] = []
+        after: str | None = None
+        while True:
+            page = self._get(MapPage, "/v1/bit-width-maps", limit=_PAGE, after=after)
+            found += page.maps
+            if (after := page.next) is None:
+                return found
 
     def upload_map(self, content: bytes) -> MapView:
         """Store a bit-width map: this project's JSON, or a file published with SliM-LLM."""

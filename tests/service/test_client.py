@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from fastapi import FastAPI, Request, Response
 
 from bitmill.spec import parse_spec
+from bitmill_service import client as client_module
 from bitmill_service.client import Client
 from bitmill_service.client_errors import (
     JobCancelled,
@@ -54,6 +56,16 @@ def test_refusal_carries_the_problem(client: Client) -> None:
     )
     assert error.hint
     assert error.request_id
+
+
+def test_lists_of_maps_hold_every_page(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_PAGE", 2)
+    made = {
+        client.upload_map(json.dumps(MAP | {"linears": {f"linear{n}": "3"}}).encode()).id
+        for n in range(5)
+    }
+    assert made <= {record.id for record in client.maps()}
+    assert len(made) == 5
 
 
 def test_same_key_gives_the_same_job(client: Client) -> None:
