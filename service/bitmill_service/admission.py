@@ -79,9 +79,9 @@ def plan_view(plan: Plan, spec: JobSpec) -> PlanView:
 def _plan(context: Context, spec: JobSpec) -> Plan:
     """The plan, from headers that are here or fetched from the Hub."""
     if isinstance(spec.model, HubModel):
-        with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as folder:
-            fetch_headers(spec.model, context.settings, Path(folder))
-            return make_plan(Path(folder), spec)
+        with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as scratch:
+            fetch_headers(spec.model, context.settings, Path(scratch))
+            return make_plan(Path(scratch), spec)
     folder = local_model(spec.model, context.settings)
     return make_plan(folder, spec, gguf=spec.model.file)
 

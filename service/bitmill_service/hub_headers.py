@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx2
 from huggingface_hub import HfApi, constants
@@ -41,12 +42,13 @@ def fetch_headers(model: HubModel, settings: ServiceSettings, folder: Path) -> N
     endpoint = (settings.hub_endpoint or constants.ENDPOINT).rstrip("/")
     token = settings.hub_token.get_secret_value() if settings.hub_token else None
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    base = f"{endpoint}/{model.repo_id}/resolve/{model.revision}/"
     try:
         info = HfApi(endpoint=endpoint, token=token or False).model_info(
             model.repo_id, revision=model.revision, timeout=settings.hub_check_s
         )
         names = [sibling.rfilename for sibling in info.siblings or []]
+        revision = quote(info.sha or model.revision, safe="")
+        base = f"{endpoint}/{model.repo_id}/resolve/{revision}/"
         with httpx2.Client(
             base_url=base, headers=headers, timeout=settings.hub_check_s, follow_redirects=True
         ) as http:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.catalog import Catalog
 from bitmill_workers.jobs import JobStore
+from bitmill_workers.records import WorkerRecord
 from bitmill_workers.settings import TIERS
 from bitmill_workers.states import STATES
 from bitmill_workers.stats import QueueStats, read_stats
@@ -38,11 +39,11 @@ class StoreCollector(Collector):
         for worker in live:
             silent.add_metric([worker.name], max(0.0, time.time() - worker.last_seen))
         yield silent
-        yield from self._store_metrics()
+        yield from self._store_metrics(live)
         free = shutil.disk_usage(self._settings.data).free
         yield GaugeMetricFamily("bitmill_disk_free_bytes", "Free in the data folder", value=free)
 
-    def _store_metrics(self) -> Iterator[Metric]:
+    def _store_metrics(self, live: Sequence[WorkerRecord]) -> Iterator[Metric]:
         stats = read_stats(self._jobs.database)
         depth = GaugeMetricFamily("bitmill_queue_depth", "Runnable jobs", labels=["queue"])
         oldest = GaugeMetricFamily(
@@ -50,7 +51,6 @@ class StoreCollector(Collector):
         )
         running = GaugeMetricFamily("bitmill_jobs_running", "Active jobs", labels=["queue"])
         consumers = GaugeMetricFamily("bitmill_queue_workers", "Live workers", labels=["queue"])
-        live = self._catalog.workers()
         for queue in TIERS:
             found = stats.queues.get(queue, QueueStats(0, 0.0))
             depth.add_metric([queue], found.depth)

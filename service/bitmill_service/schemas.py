@@ -14,9 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bitmill.bits import BitWidthMap
 from bitmill.estimate import Estimate
 from bitmill.spec import Allocation, Budget, Closed
-
-State = Literal["queued", "running", "cancelling", "finalizing", "succeeded", "failed", "cancelled"]
-TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+from bitmill_workers.states import TERMINAL, ShownState
 
 
 class View(BaseModel):
@@ -59,7 +57,7 @@ class JobView(View):
     """One job. `eta` is a guess of when it finishes; null until there is ground for one."""
 
     id: str
-    state: State
+    state: ShownState
     stage: str | None = None
     progress: JobProgress | None = None
     eta: datetime | None = None

@@ -21,7 +21,7 @@ from bitmill_workers.records import (
 
 def moment(seconds: float | None) -> datetime | None:
     """UTC time of seconds since the epoch."""
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    return None if seconds is None else _moment(seconds)
 
 
 def _moment(seconds: float) -> datetime:
