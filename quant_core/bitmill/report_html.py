@@ -27,6 +27,7 @@ from bitmill.report_charts import (
     mean_colour,
     width_strip,
 )
+from bitmill.report_learning import learning_section
 from bitmill.report_losses import predicted_against_measured
 from bitmill.report_tasks import task_table
 from bitmill.storage import write_bytes
@@ -112,6 +113,7 @@ def render(data: ReportData) -> str:
     """The page's HTML."""
     sections = [
         _head(data),
+        _warnings(data),
         _quality_table(data),
         task_table(data.quality.rows),
         _width_map(data),
@@ -119,6 +121,7 @@ def render(data: ReportData) -> str:
         _errors(data),
         _curve(data),
         predicted_against_measured(data.quality.rows),
+        learning_section(data.quality),
         _linears(data),
         _times(data),
     ]
@@ -151,6 +154,11 @@ def _head(data: ReportData) -> str:
         f"{groups} groups of up to {data.map.group_size} columns, {data.map.order} column order</p>"
         f"<div class=tiles>{boxes}</div>"
     )
+
+
+def _warnings(data: ReportData) -> str:
+    warnings = "".join(f"<li>{escape(warning)}</li>" for warning in data.quality.warnings)
+    return f"<h2>Warnings</h2><ul>{warnings}</ul>" if warnings else ""
 
 
 def _quality_table(data: ReportData) -> str:
@@ -299,10 +307,8 @@ def _linears(data: ReportData) -> str:
     noted = [linear for linear in data.quality.linears if linear.notes]
     shown = list(dict.fromkeys([*noted, *worst[:WORST_LINEARS]]))
     rows = "".join(map(_linear_row, shown))
-    warnings = "".join(f"<li>{escape(warning)}</li>" for warning in data.quality.warnings)
     return (
-        (f"<h2>Warnings</h2><ul>{warnings}</ul>" if warnings else "")
-        + "<h2>Linears to look at</h2><div class=scroll><table class=plain><caption>Those with "
+        "<h2>Linears to look at</h2><div class=scroll><table class=plain><caption>Those with "
         f"notes, then the {WORST_LINEARS} of largest relative error.</caption><thead><tr>"
         "<th scope=col>linear</th><th scope=col>code bits</th><th scope=col>relative error</th>"
         "<th scope=col>damping</th><th scope=col>gain of scale refit</th>"

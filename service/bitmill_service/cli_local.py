@@ -12,7 +12,7 @@ import typer
 from bitmill.errors import InputError
 from bitmill.quality import QualityReport
 from bitmill_service.cli_output import JsonFlag, UrlOption, open_client, print_json
-from bitmill_service.report_table import parse_rows, print_report
+from bitmill_service.report_table import parse_rows, print_learning, print_report
 
 PASS_ON = {
     "allow_extra_args": True,
@@ -81,5 +81,6 @@ def report(
         print_json(found)
         return
     print_report(parse_rows(found["rows"]))
+    print_learning(found)
     for warning in found.get("warnings", ()):
         typer.echo(f"warning: {warning}")

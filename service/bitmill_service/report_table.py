@@ -1,11 +1,14 @@
-"""The table of a quality report: what was measured, on how many tokens."""
+"""The tables of a quality report: what was measured, on how many tokens, and what was learned."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from bitmill.quality import QualityRow, TextQuality
+import typer
+
+from bitmill.quality import BlockQuality, QualityRow, TextQuality, TuningQuality
+from bitmill.report_learning import learning_summary
 from bitmill_service.cli_output import format_size, print_table
 
 
@@ -27,6 +30,40 @@ def print_report(rows: Sequence[QualityRow]) -> None:
         for index, (text, quality) in enumerate(row.texts.items())
     ]
     print_table(columns, lines, numbers_from=1)
+
+
+def print_learning(report: dict[str, Any]) -> None:
+    """A line per learned block, and what learning changed; nothing where nothing learned."""
+    blocks = [BlockQuality.model_validate(block) for block in report.get("blocks", ())]
+    if not blocks:
+        return
+    texts = list(dict.fromkeys(name for block in blocks for name in block.texts))
+    columns = ["block", "kept", "error before", "after", "change"]
+    columns += [name.removesuffix("_evaluation") for name in texts]
+    print_table(
+        [*columns, "best of steps", "seconds"],
+        [_block_line(block, texts) for block in blocks],
+        numbers_from=2,
+    )
+    tuning = report.get("tuning")
+    parsed = None if tuning is None else TuningQuality.model_validate(tuning)
+    if report.get("resumed"):
+        typer.echo("learned by an earlier job; nothing was trained")
+    for line in learning_summary(blocks, parsed):
+        typer.echo(line)
+
+
+def _block_line(block: BlockQuality, texts: Sequence[str]) -> list[str]:
+    pairs = [(block.loss_before, block.loss_after), *(block.texts[name] for name in texts)]
+    return [
+        str(block.index),
+        block.kept,
+        f"{block.loss_before:.4g}",
+        f"{block.loss_after:.4g}",
+        *(f"{after / before - 1:+.1%}" if before > 0 else "-" for before, after in pairs),
+        f"{block.best_step} of {block.steps}",
+        f"{block.seconds:.1f}",
+    ]
 
 
 def _line(row: QualityRow, text: str | None, quality: TextQuality, *, first: bool) -> list[str]:

@@ -12,7 +12,14 @@ import pytest
 from bitmill.bits import BitWidthMap
 from bitmill.errors import FormatError
 from bitmill.profile_summary import CurveEntry, LinearSensitivity, ProfileSummary
-from bitmill.quality import LinearQuality, QualityReport, QualityRow, TextQuality
+from bitmill.quality import (
+    BlockQuality,
+    LinearQuality,
+    QualityReport,
+    QualityRow,
+    TextQuality,
+    TuningQuality,
+)
 from bitmill.report_charts import WIDTH_COLOURS, ink, log_colours, mean_colour, width_strip
 from bitmill.report_html import write_report
 
@@ -184,3 +191,62 @@ def test_colours_follow_the_numbers() -> None:
     assert (colour(1e-4), colour(1e-3), colour(1e-2)) == ("#440154", "#21918c", "#fde725")
     assert log_colours([])(0.0) == log_colours([1.0, 1.0])(1.0) == "#440154"
     assert width_strip((2, 2, 3, 2)).count("#") == 3
+
+
+def learned() -> dict[str, Any]:
+    """Two learned blocks and tuned scales."""
+    block = BlockQuality(
+        index=0,
+        mode="rounding",
+        kept="learned",
+        loss_before=0.5,
+        loss_after=0.4,
+        texts={"handbook_evaluation": (0.6, 0.54)},
+        seconds=2.25,
+        steps=16,
+        best_step=12,
+        rollbacks=1,
+    )
+    texts = {"handbook_evaluation": (0.6, 0.6)}
+    change = {"index": 1, "kept": "start", "loss_after": 0.5, "texts": texts, "gave_up": True}
+    tuning = TuningQuality(
+        kl_before=0.3,
+        kl_after=0.25,
+        kept=True,
+        texts={"handbook_evaluation": (0.4, 0.35)},
+        seconds=7,
+        steps=20,
+        best_step=15,
+        rollbacks=0,
+        gave_up=False,
+    )
+    return {"blocks": (block, block.model_copy(update=change)), "tuning": tuning}
+
+
+def test_every_learned_block_and_the_tuning_are_shown(tmp_path: Path) -> None:
+    html, page = page_of(folder_with(tmp_path, **learned()))
+    start = page.cells.index("learned") - 1
+    assert page.cells[start : start + 9] == [
+        *("0", "learned", "0.5", "0.4", "-20.0%", "-10.0%", "12 of 16", "1", "2.2")
+    ]
+    assert page.cells[start + 9 : start + 18] == [
+        *("1", "start", "0.5", "0.5", "+0.0%", "+0.0%", "12 of 16, gave up", "1", "2.2")
+    ]
+    assert {"-10.6%", "-5.1%", "4.5"} <= set(page.cells)
+    assert "change on handbook_evaluation" in html
+    assert "tuned together and kept: best of 20 steps at 15" in html
+    assert {"0.3", "0.25", "0.4", "0.35"} <= set(page.cells)
+    assert "nothing was trained" not in html
+
+
+def test_resumed_parameters_and_warnings_are_pointed_out(tmp_path: Path) -> None:
+    report = learned() | {"resumed": True, "warnings": ("it <overfits>",)}
+    html, _ = page_of(folder_with(tmp_path, **report))
+    assert "nothing was trained" in html
+    assert html.index("<li>it &lt;overfits&gt;</li>") < html.index("<h2>Quality</h2>")
+
+
+def test_without_learning_there_is_no_section_on_it(tmp_path: Path) -> None:
+    html, _ = page_of(folder_with(tmp_path))
+    assert "<h2>Learning</h2>" not in html
+    assert "<h2>Warnings</h2>" not in html
