@@ -71,7 +71,8 @@ FULL_HALF_GAIN = RefineSettings(gptq=gptq(compensated=True, rounds=2, gain=0.5))
 INPUTS = replace(FULL, asymmetric="inputs", ridges=(0.0,))
 RESIDUAL = replace(FULL, asymmetric="residual", ridges=(0.0,))
 RESIDUAL_GAIN = replace(FULL_GAIN, asymmetric="residual", ridges=(0.0,))
-CHOSEN_RIDGE = replace(RESIDUAL, ridges=(0.0, 0.05, 0.5))
+CHOSEN_RIDGE = replace(RESIDUAL, ridges=RefineSettings.ridges)
+MORE_RIDGES = replace(RESIDUAL, ridges=(0.05, 0.2, 0.5, 1.0, 2.0))
 
 ROUNDING = SensitivitySettings(widths=WIDTHS, cost="rounding", gradients=PassSettings(batch=8))
 COMPENSATED_COST = replace(ROUNDING, cost="compensated")
@@ -96,6 +97,7 @@ REFINEMENTS = {
     "residual": RESIDUAL,
     "residual-gain": RESIDUAL_GAIN,
     "residual-ridge": CHOSEN_RIDGE,
+    "residual-more-ridges": MORE_RIDGES,
     "residual-half": replace(RESIDUAL, strengths=(0.5,)),
     "residual-clip": replace(CLIP, asymmetric="residual", ridges=(0.0,)),
     "inputs": INPUTS,
@@ -150,6 +152,8 @@ def profile_rows() -> Iterator[Variant]:
         yield replace(knapsack(f"{tag}-residual-natural", bits, RESIDUAL), order="natural")
         yield replace(knapsack(f"{tag}-fused", bits, FULL), fuse_siblings=True)
         yield replace(knapsack(f"{tag}-residual-fused", bits, RESIDUAL), fuse_siblings=True)
+        ridge = knapsack(f"{tag}-residual-ridge-fused", bits, CHOSEN_RIDGE)
+        yield replace(ridge, fuse_siblings=True)
 
 
 def knapsack(

@@ -66,7 +66,7 @@ class RefineSettings:
     true_sequential: bool = True
     asymmetric: Literal["off", "inputs", "residual"] = "off"
     strengths: tuple[float, ...] = (1.0,)
-    ridges: tuple[float, ...] = (0.0,)
+    ridges: tuple[float, ...] = (0.0, 0.05, 0.5)
     batch: int = 8
 
 
