@@ -11,6 +11,7 @@ from bitmill.spec import JobSpec, parse_spec
 from bitmill_service.context import Context
 from bitmill_workers.leases import LeaseStore
 from bitmill_workers.records import JobRecord
+from stores import claim
 
 MAP = {
     "schema_version": 1,
@@ -48,9 +49,7 @@ class Stack:
 
     def running(self, **changes: Any) -> JobRecord:
         """A job that a worker has claimed."""
-        job = self.leases.claim(self.queued(**changes).id, "test", ("cpu",))
-        assert job is not None
-        return job
+        return claim(self.leases, self.queued(**changes).id)
 
     def failed(self, **changes: Any) -> JobRecord:
         """A job that failed with the code `invalid_model`."""
@@ -60,7 +59,10 @@ class Stack:
 
     def succeeded(self, weights: bytes = b"weights" * 1000, **changes: Any) -> JobRecord:
         """A job with a map, a report and a weight file of these bytes."""
-        job = self.running(**changes)
+        return self.finish(self.running(**changes), weights)
+
+    def finish(self, job: JobRecord, weights: bytes = b"weights") -> JobRecord:
+        """Let a running job succeed."""
         folder = self.context.artifacts.attempt_folder(job.id, job.token)
         folder.mkdir(parents=True)
         (folder / "bit_width_map.json").write_text(json.dumps(MAP))

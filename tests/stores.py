@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,9 @@ import sqlalchemy as sa
 
 from bitmill.spec import Budget, JobSpec, PathModel
 from bitmill_workers.db import Database
+from bitmill_workers.jobs import JobStore
+from bitmill_workers.leases import LeaseStore
+from bitmill_workers.records import JobRecord
 from bitmill_workers.settings import Settings
 from bitmill_workers.tables import jobs
 
@@ -31,6 +35,18 @@ def set_columns(database: Database, job_id: str, **values: Any) -> None:
     """Change a job's row behind the store's back, e.g. to let its lease expire."""
     with database.write() as conn:
         conn.execute(sa.update(jobs).where(jobs.c.id == job_id).values(values))
+
+
+def claim(leases: LeaseStore, job_id: str, owner: str = "test") -> JobRecord:
+    """Claim this queued job of the queue "cpu", whatever waits before it."""
+    database = leases.database
+    priority = JobStore(database).get(job_id).priority
+    set_columns(database, job_id, priority=1_000_000)
+    job = leases.claim_next(owner, QUEUES)
+    assert job is not None
+    assert job.id == job_id
+    set_columns(database, job_id, priority=priority)
+    return replace(job, priority=priority)
 
 
 def wait_for(look: Callable[[], T], what: str, timeout: float = 30.0) -> T:

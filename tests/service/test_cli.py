@@ -20,6 +20,7 @@ from bitmill_service.schemas import EventView
 from bitmill_service.watch import JobWatch
 from bitmill_workers.jobs import JobStore
 from finished import MAP, Stack
+from stores import claim
 
 SUBMIT = ["submit", "path:models/tiny", "--code-bits", "3", "--method", "uniform"]
 
@@ -142,6 +143,18 @@ def test_download_log_and_map(bitmill: Any, stack: Stack, tmp_path: Path) -> Non
     running = stack.running()
     stack.leases.append_log(running.id, running.token, b"hello\n", limit=1000)
     assert bitmill("logs", running.id)[1] == "hello\n"
+
+
+def test_submit_with_download_prints_one_json_document(
+    bitmill: Any, stack: Stack, tmp_path: Path
+) -> None:
+    key = ["--key", "downloaded", "--json"]
+    job = json.loads(bitmill(*SUBMIT, *key)[1])["id"]
+    stack.finish(claim(stack.leases, job))
+    code, out, _ = bitmill(*SUBMIT, *key, "--download", str(tmp_path / "out"))
+    done = json.loads(out)
+    assert (code, done["id"], done["state"]) == (0, job, "succeeded")
+    assert len(done["download"]["fetched"]) == 5
 
 
 def test_service_that_is_not_there_exits_with_1(

@@ -49,6 +49,24 @@ def test_file_takes_ranges_and_head(http: httpx2.Client, job: JobRecord) -> None
     assert http.get(url, headers={"If-None-Match": etag}).status_code == 304
 
 
+def test_file_of_an_object_store_is_redirected_to_and_head_is_answered_here(
+    http: httpx2.Client, stack: Stack, job: JobRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = stack.context.artifacts
+    monkeypatch.setattr(here, "local_path", lambda file: None)
+    monkeypatch.setattr(here, "url", lambda file: f"https://storage.example/{file.path}")
+    url = f"/v1/jobs/{job.id}/files/model.safetensors"
+    answer = http.get(url)
+    assert (answer.status_code, answer.headers["location"]) == (
+        302,
+        "https://storage.example/model.safetensors",
+    )
+    head = http.head(url)
+    digest = hashlib.sha256(b"0123456789" * 500).hexdigest()
+    assert (head.status_code, head.headers["etag"]) == (200, f'"{digest}"')
+    assert head.headers["content-length"] == "5000"
+
+
 @pytest.mark.parametrize(
     "path", ["nothing", "../quality.json", "..%2f..%2fbitmill.db", "%2fetc%2fpasswd", "a%00b"]
 )

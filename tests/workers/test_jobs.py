@@ -8,7 +8,7 @@ from bitmill_workers.db import Database
 from bitmill_workers.errors import IdempotencyMismatch, JobNotFound, StateConflict
 from bitmill_workers.jobs import JobStore
 from bitmill_workers.leases import LeaseStore
-from stores import QUEUES, set_columns, spec
+from stores import QUEUES, claim, set_columns, spec
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
 
@@ -56,7 +56,7 @@ def test_list_filters_by_state_model_label_and_tenant(store: JobStore, leases: L
     assert [j.id for j in store.list(model="models/b").jobs] == [b.id]
     assert [j.id for j in store.list(label="x").jobs] == [a.id]
     assert [j.id for j in store.list(tenant="two").jobs] == [b.id]
-    assert leases.claim(a.id, "w", QUEUES)
+    claim(leases, a.id)
     assert [j.id for j in store.list(state="running").jobs] == [a.id]
     store.request_cancel(a.id)
     assert store.list(state="running").jobs == ()

@@ -30,7 +30,7 @@ def test_claim_gives_lease_token_and_attempt(job: JobRecord, leases: LeaseStore)
     assert (job.state, job.owner, job.token, job.attempt) == ("running", "worker", 1, 1)
     assert job.lease_until is not None
     assert job.lease_until - leases.database.now() == pytest.approx(60, abs=2)
-    assert leases.claim(job.id, "other", QUEUES) is None
+    assert leases.claim_next("other", QUEUES) is None
 
 
 def test_worker_claims_only_its_queues_and_due_jobs(

@@ -8,7 +8,6 @@
 | 12 | verification failed | the job fails at once |
 | 13 | disk full | the job fails at once |
 | 42 | accelerator out of memory | once more on the next memory tier |
-| 77 | supervisor gone | nobody is left to see it; the lease expires |
 | other, signals | crash | once more, then the job fails |
 """
 
@@ -36,7 +35,6 @@ class Exit(IntEnum):
     VERIFICATION = 12
     RESOURCE = 13
     OUT_OF_MEMORY = 42
-    SUPERVISOR_GONE = 77
 
 
 FINAL = frozenset({Exit.INPUT, Exit.NUMERICAL, Exit.VERIFICATION, Exit.RESOURCE})

@@ -215,9 +215,9 @@ def _check_space(info: ModelInfo, wanted: list[str], cache: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Download for a supervisor; the token comes in the environment."""
-    from bitmill_workers.child import serve
+    from bitmill_workers.child import Emit, serve
 
-    def work(request: dict[str, Any], emit: Any) -> dict[str, Any]:
+    def work(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         settings = Settings(data=Path(request["data"]), hub_endpoint=request["hub_endpoint"])
         folder = fetch_model(HubModel.model_validate(request["model"]), settings)
         return {"folder": str(folder)}

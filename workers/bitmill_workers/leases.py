@@ -38,7 +38,7 @@ class LeaseStore:
     def claim_next(self, owner: str, queues: Sequence[str]) -> JobRecord | None:
         """Claim the first runnable job of these queues: by priority, fair rank and age."""
         for _ in range(_SKIP_TRIES):
-            job = self._claim(self._next, owner, queues)
+            job = self._claim(owner, queues)
             if job is not None or not self._skipped(queues):
                 return job
             time.sleep(_SKIP_WAIT_S)
@@ -55,17 +55,11 @@ class LeaseStore:
             runnable = sa.select(sa.exists().where(*_RUNNABLE))
             return bool(conn.execute(runnable, {"queues": tuple(queues)}).scalar_one())
 
-    def claim(self, job_id: str, owner: str, queues: Sequence[str]) -> JobRecord | None:
-        """Claim this job if it is queued, due and of one of these queues; None otherwise."""
-        return self._claim(_claim_edge(jobs.c.id == job_id, self.lease_s), owner, queues)
-
-    def _claim(
-        self, statement: ReturningUpdate[Any], owner: str, queues: Sequence[str]
-    ) -> JobRecord | None:
+    def _claim(self, owner: str, queues: Sequence[str]) -> JobRecord | None:
         parameters = {"claimer": owner, "queues": tuple(queues)}
         event = {"owner": owner}
         with self.database.write() as conn:
-            return follow(conn, statement, "running", parameters=parameters, event=event)
+            return follow(conn, self._next, "running", parameters=parameters, event=event)
 
     def renew(self, job_id: str, token: int) -> Renewal:
         """Extend the lease, and learn whether a cancel was asked or the deadline has passed."""
