@@ -18,7 +18,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
 
 from bitmill.errors import (
@@ -238,6 +238,18 @@ async def _on_store_error(request: Request, error: Exception) -> JSONResponse:
     )
 
 
+async def _on_unstorable(request: Request, error: Exception) -> JSONResponse:
+    """PostgreSQL takes no NUL character in a text, which JSON and addresses can hold."""
+    _log.warning("a value cannot be stored: %s", error)
+    return _respond(
+        request,
+        status=422,
+        code="invalid_request",
+        detail="a value of the request cannot be stored, such as a text with a NUL character",
+        hint="Correct the request as `detail` says.",
+    )
+
+
 async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
     request_id = getattr(request.state, "request_id", None)
     _log.error("request %s failed", request_id, exc_info=error)
@@ -270,6 +282,7 @@ def install(app: FastAPI) -> None:
     """Register the handlers, so that every error answer of `app` is a problem document."""
     app.add_exception_handler(ProblemError, _on_problem)
     app.add_exception_handler(BitmillError, _on_bitmill_error)
+    app.add_exception_handler(DataError, _on_unstorable)
     app.add_exception_handler(DBAPIError, _on_store_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)

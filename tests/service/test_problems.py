@@ -9,6 +9,7 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from sqlalchemy.exc import DataError
 
 from bitmill import errors
 from bitmill_service import problems
@@ -101,6 +102,20 @@ def test_surprise_answers_500_without_a_trace(caplog: pytest.LogCaptureFixture) 
     assert "secret" not in answer.text
     assert "Traceback" not in answer.text
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
+
+
+def test_value_that_the_database_cannot_store_is_the_clients_fault() -> None:
+    app = FastAPI()
+    problems.install(app)
+
+    @app.get("/nul")
+    def nul() -> None:
+        raise DataError("INSERT", {}, ValueError("secret"))
+
+    with serve(app) as url:
+        answer = httpx2.get(f"{url}/nul")
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert "secret" not in answer.text
 
 
 @pytest.mark.parametrize(
