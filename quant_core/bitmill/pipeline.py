@@ -40,6 +40,7 @@ from bitmill.distributed import SINGLE, Group
 from bitmill.errors import ResourceError, SpecError, VerificationError
 from bitmill.evaluate import StreamedLogits
 from bitmill.gguf_source import convert_gguf
+from bitmill.learned_parameters import PARAM, RECORD_NAME, LearnedFor, LearnedParameters
 from bitmill.manifest import Manifest, read_manifest, write_manifest
 from bitmill.measurement import (
     Candidate,
@@ -58,7 +59,8 @@ from bitmill.profiling import ProfileRequest, make_profile
 from bitmill.progress import Progress
 from bitmill.quality import QualityReport
 from bitmill.refinement import RefinedModel, RefineInputs, refine_model
-from bitmill.spec import Budget, InlineMap, JobSpec
+from bitmill.resume import take_over
+from bitmill.spec import Budget, InlineMap, JobSpec, PathParameters
 from bitmill.stages import Workspace
 from bitmill.tasks import TaskSuite
 from bitmill.verify import verify_folder
@@ -178,14 +180,31 @@ def _run_stages(job: Job) -> Result:
     source = resolve(job)
     planned = plan(job, source)
     tokens = calibration_tokens(job.spec.calibration, source.folder, seed=job.spec.seed)
+    learned_for = LearnedFor.of_job(job.spec, model=source.digest, calibration=tokens.digest)
+    learned = _learned_earlier(job.spec, learned_for)
     profiled = profile(job, source, planned, tokens)
     bit_widths = allocate_widths(job, planned, profiled)
-    refined = refine(job, source, planned, tokens, profiled, bit_widths)
+    if learned is None:
+        refined = refine(job, source, planned, tokens, profiled, bit_widths)
+    else:
+        refined = resume(job, planned, bit_widths, learned)
     packed = pack(job, source, planned, bit_widths, refined)
     verify(job, planned, packed, refined)
     quality = evaluate(job, source, planned, tokens, profiled, bit_widths, packed, refined)
-    manifest = publish(job, packed, quality)
+    manifest = publish(job, packed, quality, learned_for)
     return Result(job.output, manifest, quality, profiled.key if profiled else None)
+
+
+def _learned_earlier(spec: JobSpec, asked: LearnedFor) -> LearnedParameters | None:
+    """The learned parameters that the job takes over, after all checks but that of the map."""
+    given = spec.refinement.omniquant.resume_parameters
+    if given is None:
+        return None
+    if not isinstance(given, PathParameters):
+        raise SpecError("resume_parameters of a job needs a service; give a path", param=PARAM)
+    learned = LearnedParameters.open(Path(given.path))
+    learned.learned_for.check(asked)
+    return learned
 
 
 def _source_files(job: Job) -> list[Path]:
@@ -250,7 +269,8 @@ def _task_suite(job: Job) -> TaskSuite | None:
 def _profile_settings(job: Job, planned: Plan) -> dict[str, Any] | None:
     """What the profile must hold, or None where the job needs none."""
     allocation = job.spec.allocation
-    if allocation.method in ("uniform", "map") and allocation.order == "natural":
+    resumed = job.spec.refinement.omniquant.resume_parameters is not None
+    if allocation.method in ("uniform", "map") and (allocation.order == "natural" or resumed):
         return None
     settings: dict[str, Any] = {
         "kind": "orders",
@@ -356,6 +376,19 @@ def refine(
         )
 
     return RefinedModel(job.space.run("refine", inputs, work, shared=True), planned)
+
+
+def resume(
+    job: Job, planned: Plan, bit_widths: BitWidthMap, learned: LearnedParameters
+) -> RefinedModel:
+    """Stage `refine` of a job that takes over what an earlier one learned; trains nothing."""
+
+    def work(folder: Path) -> None:
+        learned.check_map(bit_widths)
+        take_over(learned, planned, folder, partial(job.space.unit, "refine"))
+
+    inputs = {"learned": learned.digest, "map": bit_widths.to_json()}
+    return RefinedModel(job.space.run("refine", inputs, work), planned)
 
 
 def _orders(
@@ -517,6 +550,7 @@ def evaluate(
             linears=linears,
             blocks=blocks,
             tuning=refined.tuning(),
+            resumed=job.spec.refinement.omniquant.resume_parameters is not None,
             warnings=warnings,
             seconds=job.space.seconds(),
         )
@@ -599,8 +633,12 @@ def _from_refined(model: StreamedModel, refined: RefinedModel) -> StreamedLogits
     return with_weights(model, lambda name: refined.linear(name).dequantize())
 
 
-def publish(job: Job, packed: Path, quality: QualityReport) -> Manifest:
-    """Put the packed folder with its report and manifest in place; it appears whole."""
+def publish(job: Job, packed: Path, quality: QualityReport, learned_for: LearnedFor) -> Manifest:
+    """Put the packed folder with its report and manifest in place; it appears whole.
+
+    learned_for: goes with the folder where its parameters were learned.
+    """
+    learned = learned_for.model_dump(mode="json") if quality.blocks else None
 
     def work(_: Path) -> None:
         job.output.parent.mkdir(parents=True, exist_ok=True)
@@ -610,6 +648,8 @@ def publish(job: Job, packed: Path, quality: QualityReport) -> Manifest:
             storage.write_bytes(folder / QUALITY_NAME, quality.to_json().encode())
             if summary.is_file():
                 shutil.copyfile(summary, folder / SUMMARY_NAME)
+            if learned is not None:
+                storage.write_json(folder / RECORD_NAME, learned)
             write_manifest(folder)
 
     summary = job.space.root / "evaluate" / SUMMARY_NAME
@@ -618,6 +658,7 @@ def publish(job: Job, packed: Path, quality: QualityReport) -> Manifest:
         "output": str(job.output),
         "packed": storage.sha256_file(packed.parent / HASHES_NAME),
         "summary": storage.sha256_file(summary) if summary.is_file() else None,
+        "learned": learned,
     }
     if job.group.broadcast(not job.output.exists()):
         job.space.forget("publish")

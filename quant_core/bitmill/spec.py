@@ -204,11 +204,26 @@ class Allocation(Closed):
         return tuple(w for w in self.widths if low <= w <= high)
 
 
+class JobParameters(Closed):
+    """What an earlier job of the same service learned."""
+
+    source: Literal["job"] = "job"
+    job_id: str = Field(pattern=r"^[\w-]{1,64}$")
+
+
+class PathParameters(Closed):
+    """A published folder, below an allow-listed root (any folder without a service)."""
+
+    source: Literal["path"] = "path"
+    path: str = Field(min_length=1, max_length=4096)
+
+
 class OmniQuant(Closed):
     """Block-wise learning (OmniQuant, and past it); see `bitmill.omniquant`.
 
     epochs, batch: passes over the calibration sequences and sequences per step; None takes the
     mode's own.
+    resume_parameters: take what a job with these very settings learned, and train nothing.
     """
 
     mode: Literal["clipping", "scales", "rounding"] = "rounding"
@@ -216,6 +231,9 @@ class OmniQuant(Closed):
     batch: int | None = Field(default=None, ge=1, le=256)
     augmented_loss: bool = False
     tune_scales_steps: int = Field(default=0, ge=0, le=100_000)
+    resume_parameters: (
+        Annotated[JobParameters | PathParameters, Field(discriminator="source")] | None
+    ) = None
 
 
 class Refinement(Closed):
@@ -234,6 +252,14 @@ class Refinement(Closed):
     scale_refit: bool = True
     asymmetric: bool = True
     omniquant: OmniQuant = OmniQuant()
+
+    @model_validator(mode="after")
+    def _resumes_what_learns(self) -> Self:
+        if self.omniquant.resume_parameters is not None and self.method != "omniquant":
+            raise ValueError(
+                f"omniquant.resume_parameters with method {self.method!r}: give method 'omniquant'"
+            )
+        return self
 
 
 TaskName = Annotated[str, Field(pattern=r"^[\w.+-]{1,128}$")]
