@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from quality_variants import Variant, variants
 from torch import Tensor, nn
+from value_basis import change_basis, value_bases
 
 from bitmill.allocate import allocate
 from bitmill.bits import BitWidthMap
@@ -80,6 +81,15 @@ class FastModel(StreamedModel):
     """Block runs of calibration may use TF32; everything else, evaluation too, is full fp32."""
 
     fast = False
+    bases: list[Tensor] | None = None
+    """Bases of the values of attention, where they are not the source's."""
+
+    def load_block(self, i: int) -> nn.Module:
+        """See `StreamedModel`."""
+        block = super().load_block(i)
+        if self.bases:
+            change_basis(self, i, block, self.bases[i])
+        return block
 
     def run_block(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """See `StreamedModel`."""
@@ -112,11 +122,26 @@ class Bench:
         self.texts = {
             name: evaluation_tokens(name, folder, length=length, sequences=count) for name in TEXTS
         }
-        self.blocks = [self.model.load_block(i) for i in range(self.plan.block_count)]
+        self._bases: list[Tensor] = []
+        self._orders: dict[str, Tensor] = {}
+        self.load()
         self.reference = {name: self.run(self.blocks, text) for name, text in self.texts.items()}
         self._profiles: dict[str, SensitivityProfile] = {}
-        self._orders: dict[str, Tensor] = {}
         self._sba: dict[str, dict[str, SbaRecord]] = {}
+
+    def load(self, bases: list[Tensor] | None = None) -> None:
+        """Take the blocks from the source anew, with their values in other bases where given."""
+        self.model.bases = bases
+        self._orders = {}
+        self.blocks = [self.model.load_block(i) for i in range(self.plan.block_count)]
+
+    def prepare(self, variant: Variant) -> None:
+        """Put the blocks into the basis that the variant wants."""
+        if variant.value_basis and not self._bases:
+            self.load()
+            self._bases = value_bases(self.model, self.tokens.tokens, variant.profile.gradients)
+        if variant.value_basis != bool(self.model.bases):
+            self.load(self._bases if variant.value_basis else None)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Block inputs [S, T, D] on the device."""
@@ -133,7 +158,7 @@ class Bench:
     def profile(self, variant: Variant) -> SensitivityProfile:
         """The profile a variant asks for, made once."""
         settings = replace(variant.profile, order=variant.order)
-        key = json.dumps(settings.identity(), sort_keys=True)
+        key = json.dumps([settings.identity(), variant.value_basis], sort_keys=True)
         if key not in self._profiles:
             folder = self.profile_folder(variant)
             with one_at_a_time(folder):
@@ -145,7 +170,8 @@ class Bench:
     def profile_folder(self, variant: Variant) -> Path:
         """Where the profile of a variant, and its token weights, are kept between runs."""
         settings = replace(variant.profile, order=variant.order).identity()
-        digest: str = sha256_json([settings, self.tokens.digest])
+        parts = [settings, self.tokens.digest] + ["basis"] * variant.value_basis
+        digest: str = sha256_json(parts)
         return self.work / f"profile-{digest[:12]}"
 
     def orders(self) -> dict[str, Tensor]:
@@ -303,6 +329,7 @@ def measured(bench: Bench, blocks: list[nn.Module]) -> dict[str, dict[str, float
 def row(bench: Bench, variant: Variant) -> dict[str, Any]:
     """Everything recorded of one variant."""
     started = time.perf_counter()
+    bench.prepare(variant)
     chosen, predicted = allocation(bench, variant)
     allocated = time.perf_counter()
     bench.model.fast = bench.tf32

@@ -22,6 +22,7 @@ class Variant:
 
     weighting: power of the token weights a_t in the Hessians of refinement, 0 = plain.
     source_inputs: refinement sees the source model's inputs, not those of the quantized prefix.
+    value_basis: v_proj and o_proj stand in another basis, see `value_basis.py`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Variant:
     weighting: float = 0.0
     source_inputs: bool = False
     fuse_siblings: bool = False
+    value_basis: bool = False
 
 
 def gptq(
@@ -40,8 +42,7 @@ def gptq(
     clip: ClipSettings | None = None,
     compensated: bool = False,
     rounds: int = 0,
-    descent: int = 1,
-    refit: int = 2,
+    descent: bool = True,
     clip_weight: Literal["hessian", "schur"] = "hessian",
     damping: tuple[float, ...] | None = None,
     gain: float = 0.0,
@@ -52,8 +53,7 @@ def gptq(
         clip_weight=clip_weight,
         compensated=CompensatedSettings() if compensated else None,
         rounds=rounds,
-        refit_sweeps=refit,
-        descent_sweeps=descent,
+        descent=descent,
         gain=gain,
     )
     return settings if damping is None else replace(settings, damping=damping)
@@ -63,7 +63,7 @@ SHRINK = RefineSettings(gptq=gptq(clip=ClipSettings.shrink_only()))
 CLIP = RefineSettings(gptq=gptq())
 GAIN = RefineSettings(gptq=gptq(gain=1.0))
 COMPENSATED = RefineSettings(gptq=gptq(compensated=True))
-REFIT = RefineSettings(gptq=gptq(rounds=1, descent=0))
+REFIT = RefineSettings(gptq=gptq(rounds=1, descent=False))
 DESCENT = RefineSettings(gptq=gptq(rounds=1))
 FULL = RefineSettings(gptq=gptq(compensated=True, rounds=2))
 FULL_GAIN = RefineSettings(gptq=gptq(compensated=True, rounds=2, gain=1.0))
@@ -152,6 +152,10 @@ def profile_rows() -> Iterator[Variant]:
         yield replace(knapsack(f"{tag}-residual-natural", bits, RESIDUAL), order="natural")
         yield replace(knapsack(f"{tag}-fused", bits, FULL), fuse_siblings=True)
         yield replace(knapsack(f"{tag}-residual-fused", bits, RESIDUAL), fuse_siblings=True)
+        for name, refine in (("", FULL), ("-residual-ridge", CHOSEN_RIDGE)):
+            basis = replace(knapsack(f"{tag}{name}-basis", bits, refine), value_basis=True)
+            yield basis
+            yield replace(basis, name=f"{tag}{name}-fused-basis", fuse_siblings=True)
         ridge = knapsack(f"{tag}-residual-ridge-fused", bits, CHOSEN_RIDGE)
         yield replace(ridge, fuse_siblings=True)
 
