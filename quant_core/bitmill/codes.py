@@ -9,14 +9,15 @@ in codes, not the stored integers. `finish` turns the result into the checked `Q
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bitmill.grid import Grid, stored_zero, values
+from bitmill.grid import Grid, max_code, stored_zero
 from bitmill.packed import QuantizedWeight
-from bitmill_kernels.layout import group_columns
+from bitmill_kernels.layout import GROUP_SIZE, group_columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +39,21 @@ class LinearCodes:
             widths,
         )
 
-    def grid(self, group: int) -> Grid:
-        """The grid of one group."""
-        return Grid(self.scales[group], self.zeros[group])
+    @classmethod
+    def nearest(cls, W: Tensor, grid: Grid, widths: tuple[int, ...]) -> LinearCodes:
+        """The nearest codes of W f32 [N, K] on the grids [G, N] of its groups."""
+        live = grid.scale > 0
+        inverse = torch.where(live, 1.0 / grid.scale, 0.0)
+        result = cls(W, grid.scale, torch.where(live, grid.zero, 0.0), widths)
+        columns = W.shape[1]
+        codes = W * per_column(inverse, columns)
+        codes.add_(per_column(result.zeros, columns)).round_().clamp_(min=0.0)
+        codes = torch.minimum(codes, per_column(result.largest(), columns)).to(torch.uint8)
+        return cls(codes, result.scales, result.zeros, widths)
+
+    def rows(self, part: slice) -> LinearCodes:
+        """Some of the rows."""
+        return LinearCodes(self.codes[part], self.scales[:, part], self.zeros[:, part], self.widths)
 
     def groups(self) -> Iterator[tuple[int, slice]]:
         """Group numbers with their columns."""
@@ -48,8 +61,14 @@ class LinearCodes:
 
     def values(self) -> Tensor:
         """ŵ f32 [N, K]."""
-        parts = [values(self.codes[:, part], self.grid(g)) for g, part in self.groups()]
-        return torch.cat(parts, 1)
+        columns = self.codes.shape[1]
+        steps = self.codes - per_column(self.zeros, columns)
+        return steps.mul_(per_column(self.scales, columns))
+
+    def largest(self) -> Tensor:
+        """Largest codes, f32 [G, N]; a view of one number per group."""
+        top = torch.tensor([float(max_code(width)) for width in self.widths])
+        return top.to(self.scales.device)[:, None].expand_as(self.scales)
 
     def finish(self, order: Tensor | None) -> QuantizedWeight:
         """The stored form, on the CPU; order is i64 [K], or None for natural order."""
@@ -65,6 +84,11 @@ class LinearCodes:
         )
 
 
+def per_column(grid: Tensor, columns: int) -> Tensor:
+    """f32 [N, K] from one value per group and row, [G, N]."""
+    return grid.T.repeat_interleave(GROUP_SIZE, 1, output_size=GROUP_SIZE * len(grid))[:, :columns]
+
+
 def group_slices(columns: int) -> Iterator[tuple[int, slice]]:
     """Numbers and column slices of the groups of K columns, the tail last."""
     start = 0
@@ -74,5 +98,21 @@ def group_slices(columns: int) -> Iterator[tuple[int, slice]]:
 
 
 def output_error(residual: Tensor, H: Tensor) -> float:
-    """tr(R H R^T) of a residual R f32 [N, K]: the mean squared output error, summed over rows."""
-    return float(((residual @ H) * residual).sum(dtype=torch.float64))
+    """tr(R H R^T) of a residual R f32 [N, K]: the mean squared output error, summed over rows.
+
+    On CUDA the product takes TF32: roundings of 2^-11 in single terms, which average out.
+    """
+    with _tf32(residual.device):
+        product = residual @ H
+    return float((product * residual).sum(dtype=torch.float64))
+
+
+@contextmanager
+def _tf32(device: torch.device) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

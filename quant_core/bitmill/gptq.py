@@ -11,7 +11,7 @@ Before the loop, the asymmetric correction may move the target: with X the input
 quantized prefix and X' those of the source model, W* = W + a W (X' - X)^T X (X^T X)^-1 makes
 X W*^T closest to X' W^T (the least-squares reading of arXiv 2505.11695, Qronos, section 3, and of
 arXiv 2504.02692, GPTAQ); `a` = 0 leaves it out. After the loop, scales are refitted and codes
-descend once more, alternating (`scale_refit.py`, `code_descent.py`); neither raises the error.
+descend once more, alternating (`polish.py`); neither raises the error.
 
 `Curvature` holds what linears that read the same input share: H in packed order and its factor.
 """
@@ -28,14 +28,18 @@ from torch import Tensor
 from bitmill.code_descent import descend_codes
 from bitmill.codes import LinearCodes, group_slices, output_error
 from bitmill.compensated_grid import CompensatedSettings, fit_compensated, unit_rows
+from bitmill.device_solve import solve_on_device
 from bitmill.errors import NumericalError
 from bitmill.grid import ClipSettings, Grid, clip_search, max_code
 from bitmill.hessian import DAMPING_LADDER, Factor, damped, factor
 from bitmill.packed import QuantizedWeight, undo_order
+from bitmill.polish import polish_codes
 from bitmill.refinement_report import LinearReport
 from bitmill.row_gain import restore_gain
 from bitmill.rtn import round_to_nearest
 from bitmill.scale_refit import refit_scales
+from bitmill.timing import stage
+from bitmill_kernels.backend import resolve_backend
 from bitmill_kernels.gptq import gptq_block
 from bitmill_kernels.layout import GROUP_SIZE
 
@@ -46,7 +50,7 @@ class GptqSettings:
 
     clip_weight: columns weigh diag(H) or 1 / U_jj^2 in the clip search
     compensated: search of the grid by GPTQ's own loss after the clip search, or None
-    rounds: times that `refit_sweeps` of the scales and `descent_sweeps` of the codes alternate
+    rounds: sweeps of polishing; refit, descent: whether scales and codes take part in them
     gain: how much of each row's shrinkage is undone at the end, 0 none to 1 all
     """
 
@@ -56,8 +60,8 @@ class GptqSettings:
     damping: tuple[float, ...] = DAMPING_LADDER
     super_block: int = 4
     rounds: int = 2
-    refit_sweeps: int = 2
-    descent_sweeps: int = 1
+    refit: bool = True
+    descent: bool = True
     gain: float = 0.0
 
 
@@ -79,10 +83,11 @@ class Curvature:
         name: str = "input",
     ) -> Curvature:
         """From H in source column order. Raises NumericalError as `hessian.factor` does."""
-        if order is not None:
-            order = order.to(H.device)
-            H = H[order][:, order]
-        return cls(H, factor(H, ladder=damping, name=name), order)
+        with stage("factor"):
+            if order is not None:
+                order = order.to(H.device)
+                H = H[order][:, order]
+            return cls(H, factor(H, ladder=damping, name=name), order)
 
     def packed(self, matrix: Tensor) -> Tensor:
         """The columns of matrix [*, K] moved from source to packed order."""
@@ -94,6 +99,10 @@ class Curvature:
 
     def solve(self, matrix: Tensor, ridge: float = 0.0) -> Tensor:
         """matrix [*, K] times the inverse of H, damped by the factor's damping or by `ridge`."""
+        with stage("factor"):
+            return self._solve(matrix, ridge)
+
+    def _solve(self, matrix: Tensor, ridge: float) -> Tensor:
         if ridge:
             lower = torch.linalg.cholesky(damped(self.H, ridge))
             return torch.cholesky_solve(matrix.T, lower).T
@@ -164,9 +173,8 @@ def quantize_corrected(
     targets = [source + strength * moves[ridge] for strength, ridge in tried]
     ideal = [judge(curvature.unpacked(target)) for target in targets]
     best = min(range(len(tried)), key=ideal.__getitem__)
-    plain, moved = (
-        solve(target, curvature, tuple(widths), settings) for target in (source, targets[best])
-    )
+    both = solve(torch.cat([source, targets[best]]), curvature, tuple(widths), settings)
+    plain, moved = both.rows(slice(None, len(source))), both.rows(slice(len(source), None))
     errors = [judge(curvature.unpacked(codes.values())) for codes in (plain, moved)]
     kept = errors[1] < errors[0]
     target, solved = (targets[best], moved) if kept else (source, plain)
@@ -185,6 +193,15 @@ def solve(
     W: Tensor, curvature: Curvature, widths: tuple[int, ...], settings: GptqSettings
 ) -> LinearCodes:
     """The column loop on W f32 [N, K] in packed order."""
+    with stage("solve"):
+        if resolve_backend("auto", W.device) == "triton":
+            return solve_on_device(W, curvature, widths, settings)
+        return _solve_torch(W, curvature, widths, settings)
+
+
+def _solve_torch(
+    W: Tensor, curvature: Curvature, widths: tuple[int, ...], settings: GptqSettings
+) -> LinearCodes:
     work, unit = W.clone(), unit_rows(curvature.factor.upper)
     columns, span = W.shape[1], settings.super_block * GROUP_SIZE
     codes: list[Tensor] = []
@@ -226,15 +243,15 @@ def fit_grid(
 
 
 def polish(W: Tensor, codes: LinearCodes, H: Tensor, settings: GptqSettings) -> LinearCodes:
-    """Alternates scale refit and code descent towards W f32 [N, K], all in packed order."""
-    for _ in range(settings.rounds):
-        if settings.refit_sweeps:
-            codes = refit_scales(W, codes, H, sweeps=settings.refit_sweeps)
-        if settings.descent_sweeps:
-            codes = descend_codes(W, codes, H, sweeps=settings.descent_sweeps)
-    if settings.rounds and settings.refit_sweeps and settings.descent_sweeps:
-        codes = refit_scales(W, codes, H, sweeps=1)
-    return restore_gain(W, codes, H, strength=settings.gain) if settings.gain else codes
+    """Sweeps over scales and codes towards W f32 [N, K], all in packed order."""
+    with stage("polish"):
+        if settings.rounds and settings.refit and settings.descent:
+            codes = polish_codes(W, codes, H, sweeps=settings.rounds)
+        elif settings.rounds and settings.refit:
+            codes = refit_scales(W, codes, H, sweeps=2 * settings.rounds)
+        elif settings.rounds and settings.descent:
+            codes = descend_codes(W, codes, H, sweeps=settings.rounds)
+        return restore_gain(W, codes, H, strength=settings.gain) if settings.gain else codes
 
 
 def check_weights(W: Tensor, name: str) -> None:
@@ -250,12 +267,6 @@ def check_weights(W: Tensor, name: str) -> None:
         )
 
 
-def relative_error(source: Tensor, approximation: Tensor, H: Tensor) -> float:
-    """tr(R H R^T) / tr(W H W^T), R = source - approximation; 0 where the source gives no output."""
-    total = output_error(source, H)
-    return output_error(source - approximation, H) / total if total > 0 else 0.0
-
-
 def _report(
     source: Tensor,
     solved: LinearCodes,
@@ -265,16 +276,22 @@ def _report(
     name: str,
 ) -> LinearReport:
     H = curvature.H
-    rounded = round_to_nearest(source, solved.widths, None, ClipSettings.min_max())
+    with stage("report"):
+        rounded = round_to_nearest(source, solved.widths, None, ClipSettings.min_max())
+        total = output_error(source, H)
+        errors = [
+            output_error(source - codes.values(), H) / total if total > 0 else 0.0
+            for codes in (rounded, solved, final)
+        ]
     return LinearReport(
         name=name,
         method="gptq",
         rows=source.shape[0],
         columns=source.shape[1],
         widths="".join(map(str, solved.widths)),
-        error_rounding=relative_error(source, rounded.values(), H),
-        error_solver=relative_error(source, solved.values(), H),
-        error=relative_error(source, final.values(), H),
+        error_rounding=errors[0],
+        error_solver=errors[1],
+        error=errors[2],
         damping=curvature.factor.damping,
         failed_dampings=curvature.factor.failed,
         dead_columns=curvature.factor.dead,

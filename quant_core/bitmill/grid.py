@@ -21,12 +21,16 @@ error. Given up: the exact optimum over (s, z, q), which costs a sort per row fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bitmill.errors import NumericalError
+from bitmill_kernels.backend import resolve_backend
+from bitmill_kernels.layout import GROUP_SIZE
 
 ONE_BIT_ZERO_STEPS = 8
 """Stored zero points of width 1 count eighths of a step."""
@@ -116,6 +120,11 @@ def clip_search(
     than the min-max grid under that weight. Raises NumericalError on fp16 overflow.
     """
     settings = settings or ClipSettings()
+    if width > 1 and resolve_backend("auto", W.device) == "triton":
+        tops = torch.full((1, 1), float(max_code(width)), device=W.device).expand(1, len(W))
+        h = column_weight(W, weight)
+        found = clip_search_groups(W.T, tops, h, settings)
+        return Grid(round_scale(found.scale[0]), found.zero[0])
     h = column_weight(W, weight)
     if width == 1 and settings.least_squares:
         return _best(W, _two_level_candidates(W, h, settings.least_squares), width, h)
@@ -126,6 +135,54 @@ def clip_search(
     for _ in range(settings.least_squares):
         grid = _best(W, _least_squares_candidates(W, grid, width, h), width, h)
     return grid
+
+
+def clip_search_groups(W: Tensor, largest: Tensor, weight: Tensor, settings: ClipSettings) -> Grid:
+    """Grids f32 [G, N] of all groups of W f32 [K, N] (columns first) at once, by Triton.
+
+    largest: f32 [G, N] largest codes, 3 or more; weight: f32 [K], as `relative_weights` gives it.
+    A range beyond fp16 gets an infinite scale: pass the scales through `round_scale`.
+    """
+    from bitmill_kernels.clip_search_triton import clip_search_triton
+
+    shrinks, moves = _search_plan(settings, W.device)
+    return Grid(*clip_search_triton(W, weight, largest, shrinks, moves, settings.least_squares))
+
+
+@cache
+def _search_plan(
+    settings: ClipSettings, device: torch.device
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Shares of the range, and (scale factor, zero offset) of the moves after it, on a device."""
+    shrinks = torch.linspace(1.0, settings.smallest_shrink, settings.shrinks, device=device)
+    moves = [(scale, off) for off in settings.zero_offsets for scale in settings.zero_scales]
+    if not moves:
+        return shrinks, None
+    factors, offsets = torch.tensor(moves, dtype=torch.float32).T.contiguous().to(device)
+    return shrinks, (factors, offsets)
+
+
+def one_bit_groups(W: Tensor, weight: Tensor, settings: ClipSettings) -> Grid:
+    """Grids f32 [G, N] of width 1 of all groups of W f32 [N, K] at once.
+
+    weight: f32 [K]. A tail is filled up with columns of weight 0, which no sum notices.
+    """
+    N, K = W.shape
+    groups = -(-K // GROUP_SIZE)
+    padding = groups * GROUP_SIZE - K
+    rows = functional.pad(W, (0, padding)).view(N * groups, GROUP_SIZE)
+    h = functional.pad(weight, (0, padding)).view(groups, GROUP_SIZE).repeat(N, 1)
+    if not settings.least_squares:
+        grid = clip_search(rows, 1, None, settings=settings)
+    else:
+        grid = _best(rows, _two_level_candidates(rows, h, settings.least_squares), 1, h)
+    return Grid(*(value.view(N, groups).T.contiguous() for value in grid))
+
+
+def relative_weights(weight: Tensor) -> Tensor:
+    """Column weights f32 [K], each group's divided by their mean; ones where all are zero."""
+    parts = [column_weight(part[None], part) for part in weight.split(GROUP_SIZE)]
+    return torch.cat(parts)
 
 
 def column_weight(W: Tensor, weight: Tensor | None) -> Tensor:
@@ -151,7 +208,7 @@ def weighted_errors(W: Tensor, candidates: Grid, width: int, h: Tensor) -> Tenso
         w = W[part, None, :]
         scale, zero = candidates.scale[part, :, None], candidates.zero[part, :, None]
         error = w - scale * (_codes(w, scale, zero, width) - zero)
-        parts.append(error.square() @ h)
+        parts.append(_weighed(error.square(), h, part))
     return torch.cat(parts)
 
 
@@ -172,6 +229,11 @@ def legal_candidates(scale: Tensor, zero: Tensor, width: int) -> Grid:
 def _codes(w: Tensor, scale: Tensor, zero: Tensor, width: int) -> Tensor:
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
     return (w * inverse + zero).round().clamp_(0, max_code(width))
+
+
+def _weighed(values: Tensor, h: Tensor, rows: slice) -> Tensor:
+    """Sums over the columns of values [n, P, C], weighed by h f32 [C], or [N, C] row by row."""
+    return values @ h if h.dim() == 1 else torch.einsum("npc,nc->np", values, h[rows])
 
 
 def _best(W: Tensor, candidates: Grid, width: int, h: Tensor) -> Grid:
@@ -229,7 +291,7 @@ def _two_level_candidates(W: Tensor, h: Tensor, iterations: int) -> Grid:
         s, z, w = scale[part], zero[part], W[part, None, :]
         for _ in range(iterations):
             v = _codes(w, s[..., None], z[..., None], 1) - z[..., None]
-            s = _fitted_scale((w * v) @ h, v.square() @ h, s)
+            s = _fitted_scale(_weighed(w * v, h, part), _weighed(v.square(), h, part), s)
         parts.append(s)
     return legal_candidates(torch.cat(parts), zero, 1)
 
@@ -239,7 +301,7 @@ def _two_means(W: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     if W.shape[1] == 1:
         return W[:, 0].clamp(max=0.0), W[:, 0].clamp(min=0.0)
     ordered, index = W.sort(1)
-    weight = h[index]
+    weight = h[index] if h.dim() == 1 else h.gather(1, index)
     mass, moment = weight.cumsum(1), (weight * ordered).cumsum(1)
     left_mass, left = mass[:, :-1], moment[:, :-1]
     right_mass, right = mass[:, -1:] - left_mass, moment[:, -1:] - left

@@ -14,9 +14,19 @@ import torch
 from torch import Tensor
 
 from bitmill.codes import LinearCodes, group_slices, output_error
-from bitmill.grid import ClipSettings, clip_search, nearest_codes
+from bitmill.grid import (
+    ClipSettings,
+    Grid,
+    clip_search,
+    clip_search_groups,
+    max_code,
+    nearest_codes,
+    relative_weights,
+    round_scale,
+)
 from bitmill.packed import QuantizedWeight
 from bitmill.refinement_report import LinearReport
+from bitmill_kernels.backend import resolve_backend
 
 
 def quantize_rtn(
@@ -60,6 +70,8 @@ def round_to_nearest(
     W: Tensor, widths: tuple[int, ...], weight: Tensor | None, clip: ClipSettings
 ) -> LinearCodes:
     """Nearest codes of W f32 [N, K] in packed order; weight f32 [K] weighs the clip search."""
+    if resolve_backend("auto", W.device) == "triton":
+        return _round_on_device(W, widths, weight, clip)
     codes, grids = [], []
     for group, part in group_slices(W.shape[1]):
         block = W[:, part].contiguous()
@@ -68,3 +80,17 @@ def round_to_nearest(
         codes.append(nearest_codes(block, grid, widths[group]))
         grids.append(grid)
     return LinearCodes.join(codes, grids, widths)
+
+
+def _round_on_device(
+    W: Tensor, widths: tuple[int, ...], weight: Tensor | None, clip: ClipSettings
+) -> LinearCodes:
+    """All groups of two bits and more searched in one launch."""
+    h = relative_weights(W.new_ones(W.shape[1]) if weight is None else weight)
+    largest = torch.tensor([float(max_code(width)) for width in widths]).to(W.device)
+    found = clip_search_groups(W.T, largest[:, None].expand(-1, len(W)), h, clip)
+    for group, part in group_slices(W.shape[1]):
+        if widths[group] == 1:
+            one = clip_search(W[:, part], 1, h[part], settings=clip)
+            found.scale[group], found.zero[group] = one
+    return LinearCodes.nearest(W, Grid(round_scale(found.scale), found.zero), widths)

@@ -28,13 +28,13 @@ def refit_scales(W: Tensor, codes: LinearCodes, H: Tensor, *, sweeps: int = 2) -
             v = codes.codes[:, part].float() - codes.zeros[group, :, None]
             slope = (gradient[:, part] * v).sum(1)
             curvature = ((v @ H[part, part]) * v).sum(1)
-            step = _rounded_step(scales[group], slope, curvature)
+            step = rounded_step(scales[group], slope, curvature)
             scales[group] += step
             gradient -= (step[:, None] * v) @ H[part]
     return LinearCodes(codes.codes, scales, codes.zeros, codes.widths)
 
 
-def _rounded_step(scale: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
+def rounded_step(scale: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
     """Each scale's change to the fp16 value nearest its optimum, 0 where that does not help."""
     ideal = scale + torch.where(curvature > 0, slope / curvature, torch.zeros_like(slope))
     rounded = ideal.clamp(0.0, FP16_MAX).to(torch.float16).float()

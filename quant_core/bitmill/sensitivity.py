@@ -42,12 +42,25 @@ from bitmill.distributed import SINGLE, Group
 from bitmill.errors import CalibrationError
 from bitmill.gptq import Curvature
 from bitmill.gradient_pass import GradientPass, PassSettings, Prepare
-from bitmill.grid import ClipSettings, clip_search, max_code, nearest_codes, values
+from bitmill.grid import (
+    ClipSettings,
+    Grid,
+    clip_search,
+    clip_search_groups,
+    max_code,
+    nearest_codes,
+    one_bit_groups,
+    relative_weights,
+    round_scale,
+    values,
+)
 from bitmill.hessian import DAMPING_LADDER, HessianAccumulator, activation_order
 from bitmill.plan import Plan
 from bitmill.profile import FloatArray, IndexArray, SensitivityProfile
 from bitmill.profile_checkpoint import BlockProfile, ProfileCheckpoint, joined_profile
+from bitmill_kernels.backend import resolve_backend
 from bitmill_kernels.gptq import gptq_block
+from bitmill_kernels.layout import group_count
 
 PROFILE_CLIP: Mapping[int, ClipSettings] = {
     width: ClipSettings(smallest, shrinks, zero_offsets=(), least_squares=1)
@@ -332,8 +345,13 @@ def linear_costs(
     """
     chosen, share = sample_rows(row_weight, settings.rows)
     work = curvature.packed(W[chosen.to(W.device)]).clone()
-    unit = unit_rows(curvature.factor.upper)
     rows = 0.5 * share.to(work.device)
+    uncoupled = settings.cost == "compensated" and settings.compensate_from is None
+    if uncoupled and resolve_backend("auto", W.device) == "triton":
+        found = _losses_on_device(work, curvature, settings).double()
+        table: FloatArray = (found @ rows).T.clamp(min=0.0).cpu().numpy()
+        return table
+    unit = unit_rows(curvature.factor.upper)
     costs = []
     for _, part in group_slices(W.shape[1]):
         block = work[:, part].contiguous()
@@ -344,8 +362,30 @@ def linear_costs(
             if width == settings.compensate_from and part.stop < W.shape[1]:
                 work[:, part.stop :] -= error @ unit[part, part.stop :]
         costs.append(torch.stack(losses))
-    table: FloatArray = torch.stack(costs).clamp(min=0.0).cpu().numpy()
+    table = torch.stack(costs).clamp(min=0.0).cpu().numpy()
     return table
+
+
+def _losses_on_device(W: Tensor, curvature: Curvature, settings: SensitivitySettings) -> Tensor:
+    """Losses f32 [B, G, M] of every width, group and row of W f32 [M, K], two launches a width."""
+    from bitmill_kernels.group_solve_triton import group_losses_triton
+
+    U = curvature.factor.upper
+    unit, reciprocal = unit_rows(U), U.diagonal().reciprocal()
+    weight = relative_weights(curvature.H.diagonal())
+    columns = W.T.contiguous()
+    losses = []
+    for width in settings.widths:
+        clip = settings.clip or PROFILE_CLIP[width]
+        top = torch.full((1, 1), float(max_code(width)), device=W.device)
+        top = top.expand(group_count(W.shape[1]), len(W))
+        if width == 1:
+            grid = one_bit_groups(W, weight, clip)
+        else:
+            found = clip_search_groups(columns, top, weight, clip)
+            grid = Grid(round_scale(found.scale), found.zero)
+        losses.append(group_losses_triton(columns, unit, reciprocal, *grid, top))
+    return torch.stack(losses)
 
 
 def sample_rows(row_weight: Tensor, count: int) -> tuple[Tensor, Tensor]:

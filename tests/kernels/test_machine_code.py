@@ -16,9 +16,12 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from bitmill_kernels.clip_search_triton import _clip_search_kernel  # noqa: E402
 from bitmill_kernels.decode_triton import decode_kernel  # noqa: E402
 from bitmill_kernels.dequantize_triton import _dequantize_kernel  # noqa: E402
 from bitmill_kernels.gptq_triton import _gptq_block_kernel  # noqa: E402
+from bitmill_kernels.group_solve_triton import _group_solve_kernel  # noqa: E402
+from bitmill_kernels.polish_triton import _polish_kernel  # noqa: E402
 from bitmill_kernels.prologue import _prologue_kernel  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -30,9 +33,10 @@ TYPES = {
     "rows_ptr": "*fp16",
     "out_ptr": "*fp16",
     "codes_ptr": "*u8",
+    "new_ptr": "*u8",
     "max_code": "fp32",
 }
-INTEGER_TABLES = ("order", "slots", "segments", "tiles", "pairs", "grid", "counter")
+INTEGER_TABLES = ("order", "slots", "segments", "tiles", "pairs", "grid", "counter", "kind")
 
 
 def signature(kernel, constants):
@@ -106,9 +110,22 @@ def test_the_decode_kernel_stays_lean(tmp_path):
         (_gptq_block_kernel, {"ROWS": 8, "COLUMNS": 128}, 1),
         (_prologue_kernel, {"HAS_ORDER": True, "SLOTS": 4, "BLOCK": 4096}, 4),
         (_dequantize_kernel, {"ROWS": 64, "ALIGNED": True}, 4),
+        (_clip_search_kernel, {"ROWS": 16, "COLUMNS": 128, "row_stride": 1}, 1),
+        (_polish_kernel, {"ROWS": 16, "COLUMNS": 128}, 1),
     ],
-    ids=["gptq", "prologue", "dequantize"],
+    ids=["gptq", "prologue", "dequantize", "clip search", "polish"],
 )
 def test_the_other_kernels_compile_without_spills(kernel, constants, warps, tmp_path):
     resources, _ = compiled(kernel, constants, tmp_path, warps=warps)
     assert "LOCAL:0" in resources
+
+
+def test_the_search_with_the_column_loop_stays_lean(tmp_path):
+    """Instructions per column of 32 rows inside a part, and tensor cores between parts."""
+    constants = {"ROWS": 32, "PART": 32, "SEARCH": True, "largest_row_stride": 0}
+    aligned = ("R", "w_stride", "u_stride", "out_stride")
+    _, code = compiled(_group_solve_kernel, constants, tmp_path, aligned=aligned, warps=1)
+    bodies = sorted(loops(code), key=len)
+    assert len(bodies) == 5
+    assert all(len(body) <= 300 for body in bodies[:4])
+    assert opcodes(bodies[4])["HMMA"] > 0

@@ -80,7 +80,7 @@ def test_gptq_beats_rounding_on_correlated_inputs_and_every_part_helps(width):
             GptqSettings(clip=ClipSettings.min_max(), compensated=None, rounds=0),
             PLAIN,
             GptqSettings(rounds=0),
-            GptqSettings(rounds=1, descent_sweeps=0),
+            GptqSettings(rounds=1, descent=False),
             REFINED,
         )
     ]

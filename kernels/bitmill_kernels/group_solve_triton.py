@@ -1,0 +1,370 @@
+"""GPTQ's column loop with the search of its grid as one Triton kernel.
+
+For every candidate grid of a row the loop of `gptq.py` runs on the group, and the grid of least
+
+    loss = sum_j (e_j / U_jj)^2
+
+is kept (`bitmill.compensated_grid` has the candidates and the reasons). Least squares need no
+products with U^-1: with t = w U^-1, from the same loop without rounding, and e'_j = e_j / U_jj, the
+values ŵ = s v obey v U^-1 = (t - e') / s, so the best scale is s <t, t - e'> / |t - e'|^2.
+
+Tensors are columns first, [C, R]. The 128 columns are taken as four parts of 32: inside a part
+every column is quantized and its error spread over those after it, and a part starts from a matrix
+product with the errors of the parts before it. That is a fifth of the arithmetic of 128 columns at
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bitmill_kernels.clip_search_triton import LARGEST_SCALE, ROUNDING, _half, _inverse
+from bitmill_kernels.layout import GROUP_SIZE
+
+PART = GROUP_SIZE // 4
+ROWS_PER_PROGRAM = 32
+
+UNROUNDED, FIRST, REBASE, FIT, LAST = -1, 0, 1, 2, 3
+"""Kinds of runs of the loop: for t alone; for a candidate around the base, around the best so far
+as the new base, by least squares; and with the best grid, for the results."""
+
+
+@triton.jit
+def _part(
+    w: tl.tensor,
+    u_ptr: tl.tensor,
+    u_stride: tl.tensor,
+    reciprocal_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    t_ptr: tl.tensor,
+    stride: tl.tensor,
+    live: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    largest: tl.tensor,
+    count: tl.tensor,
+    quantize: tl.tensor,
+    store: tl.tensor,
+    loss: tl.tensor,
+    along: tl.tensor,
+    square: tl.tensor,
+    PART: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEARCH: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The loop over one part w [PART, ROWS]; returns errors and the three sums."""
+    column = tl.arange(0, PART)
+    inverse = _inverse(scale)
+    error = tl.zeros((PART, ROWS), tl.float32)
+    for j in range(count):
+        here = column[:, None] == j
+        value = tl.sum(tl.where(here, w, 0.0), axis=0)
+        code = tl.minimum(tl.maximum(value * inverse + zero, 0.0), largest)
+        code = (code + ROUNDING) - ROUNDING
+        missed = tl.where(quantize, value - (code - zero) * scale, value)
+        scaled = missed * tl.load(reciprocal_ptr + j)
+        loss += scaled * scaled
+        if SEARCH:
+            if store:
+                tl.store(codes_ptr + j * stride, code.to(tl.uint8), mask=live)
+            elif quantize:
+                t = tl.load(t_ptr + j * stride, mask=live, other=0.0)
+                along += t * (t - scaled)
+                square += (t - scaled) * (t - scaled)
+            else:
+                tl.store(t_ptr + j * stride, scaled, mask=live)
+        error = tl.where(here, missed[None, :], error)
+        u = tl.load(u_ptr + j * u_stride + column, mask=(column > j) & (column < count), other=0.0)
+        w -= u[:, None] * missed[None, :]
+    return error, loss, along, square
+
+
+@triton.jit
+def _weights(
+    w_ptr: tl.tensor, stride: tl.tensor, live: tl.tensor, count: tl.tensor, PART: tl.constexpr
+) -> tl.tensor:
+    column = tl.arange(0, PART)
+    mask = (column[:, None] < count) & live[None, :]
+    return tl.load(w_ptr[None, :] + column.to(tl.int64)[:, None] * stride, mask=mask, other=0.0)
+
+
+@triton.jit
+def _carried(
+    u_ptr: tl.tensor, stride: tl.tensor, error: tl.tensor, count: tl.tensor, PART: tl.constexpr
+) -> tl.tensor:
+    """What the errors [PART, ROWS] of an earlier part take from a later one, [PART, ROWS]."""
+    column = tl.arange(0, PART)
+    place = u_ptr + column[None, :] * stride + column[:, None]
+    u = tl.load(place, mask=column[:, None] < count, other=0.0)
+    return tl.dot(u, error, input_precision="tf32x3")
+
+
+@triton.jit
+def _loop(
+    w_ptr: tl.tensor,
+    w_stride: tl.tensor,
+    u_ptr: tl.tensor,
+    u_stride: tl.tensor,
+    reciprocal_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    error_ptr: tl.tensor,
+    stride: tl.tensor,
+    live: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    largest: tl.tensor,
+    C: tl.tensor,
+    quantize: tl.tensor,
+    store: tl.tensor,
+    PART: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEARCH: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The loop over all columns; returns loss, <t, t - e'> and |t - e'|^2 of every row.
+
+    Without `quantize` it writes t to where the errors go at last.
+    """
+    column = tl.arange(0, PART)
+    loss = tl.zeros((ROWS,), tl.float32)
+    along = tl.zeros((ROWS,), tl.float32)
+    square = tl.zeros((ROWS,), tl.float32)
+    error0 = tl.zeros((PART, ROWS), tl.float32)
+    error1 = tl.zeros((PART, ROWS), tl.float32)
+    error2 = tl.zeros((PART, ROWS), tl.float32)
+    for part in tl.static_range(4):
+        first = part * PART
+        count = tl.minimum(tl.maximum(C - first, 0), PART)
+        w = _weights(w_ptr + first * w_stride, w_stride, live, count, PART)
+        u_part = u_ptr + first
+        if part > 0:
+            w -= _carried(u_part, u_stride, error0, count, PART)
+        if part > 1:
+            w -= _carried(u_part + PART * u_stride, u_stride, error1, count, PART)
+        if part > 2:
+            w -= _carried(u_part + 2 * PART * u_stride, u_stride, error2, count, PART)
+        error, loss, along, square = _part(
+            w,
+            u_part + first * u_stride,
+            u_stride,
+            reciprocal_ptr + first,
+            codes_ptr + first * stride,
+            error_ptr + first * stride,
+            stride,
+            live,
+            scale,
+            zero,
+            largest,
+            count,
+            quantize,
+            store,
+            loss,
+            along,
+            square,
+            PART,
+            ROWS,
+            SEARCH,
+        )
+        if SEARCH and store:
+            mask = (column[:, None] < count) & live[None, :]
+            out = (first + column).to(tl.int64)[:, None] * stride
+            tl.store(error_ptr[None, :] + out, error, mask=mask)
+        if part == 0:
+            error0 = error
+        if part == 1:
+            error1 = error
+        if part == 2:
+            error2 = error
+    return loss, along, square
+
+
+@triton.jit
+def _group_solve_kernel(
+    w_ptr: tl.tensor,
+    u_ptr: tl.tensor,
+    reciprocal_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    largest_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    kind_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    error_ptr: tl.tensor,
+    loss_ptr: tl.tensor,
+    R: tl.tensor,
+    K: tl.tensor,
+    w_stride: tl.tensor,
+    u_stride: tl.tensor,
+    out_stride: tl.tensor,
+    largest_group_stride: tl.tensor,
+    largest_row_stride: tl.tensor,
+    steps: tl.tensor,
+    PART: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEARCH: tl.constexpr,
+) -> None:
+    group = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < R
+    first = group.to(tl.int64) * (4 * PART)
+    C = tl.minimum(K - group * (4 * PART), 4 * PART)
+    grid = group.to(tl.int64) * R + row
+    at = largest_ptr + group * largest_group_stride + row * largest_row_stride
+    largest = tl.load(at, mask=live, other=1.0)
+    unit = tl.where(largest < 1.5, 0.125, 1.0)
+    top = tl.where(largest < 1.5, 1.875, largest)
+    scale = tl.load(scale_ptr + grid, mask=live, other=0.0)
+    zero = tl.load(zero_ptr + grid, mask=live, other=0.0)
+    zero = tl.where(scale > 0, zero, 0.0)
+    base_scale = scale
+    base_zero = zero
+    best = tl.full((ROWS,), float("inf"), tl.float32)
+    best_along = tl.zeros((ROWS,), tl.float32)
+    best_square = tl.zeros((ROWS,), tl.float32)
+    for i in range(steps):
+        kind = tl.load(kind_ptr + i)
+        base_scale = tl.where(kind == 1, scale, base_scale)
+        base_zero = tl.where(kind == 1, zero, base_zero)
+        moved = _half(tl.minimum(base_scale * tl.load(factor_ptr + i), LARGEST_SCALE))
+        shifted = base_zero + tl.load(offset_ptr + i) * unit
+        shifted = tl.minimum(tl.maximum(shifted, 0.0), top)
+        ratio = tl.math.div_rn(best_along, tl.where(best_square > 0, best_square, 1.0))
+        fitted = _half(tl.minimum(scale * ratio, LARGEST_SCALE))
+        fitted = tl.where((best_square > 0) & (fitted > 0), fitted, scale)
+        new_scale = tl.where(kind == 2, fitted, tl.where(kind == 3, scale, moved))
+        new_zero = tl.where(kind >= 2, zero, shifted)
+        new_zero = tl.where(new_scale > 0, new_zero, 0.0)
+        loss, along, square = _loop(
+            w_ptr + first * w_stride + row,
+            w_stride,
+            u_ptr + first * u_stride + first,
+            u_stride,
+            reciprocal_ptr + first,
+            codes_ptr + first * out_stride + row,
+            error_ptr + first * out_stride + row,
+            out_stride,
+            live,
+            new_scale,
+            new_zero,
+            largest,
+            C,
+            kind >= 0,
+            kind == 3,
+            PART,
+            ROWS,
+            SEARCH,
+        )
+        better = (loss < best) & (kind >= 0)
+        best = tl.where(better, loss, best)
+        best_along = tl.where(better, along, best_along)
+        best_square = tl.where(better, square, best_square)
+        scale = tl.where(better, new_scale, scale)
+        zero = tl.where(better, new_zero, zero)
+        tl.debug_barrier()
+    tl.store(loss_ptr + grid, best, mask=live)
+    if SEARCH:
+        tl.store(scale_ptr + grid, scale, mask=live)
+        tl.store(zero_ptr + grid, zero, mask=live)
+
+
+class Candidates:
+    """Grids tried around a starting one, as tensors on a device.
+
+    first: (scale factor, zero steps) around the start; then: around the best of them; fits: times
+    that the scale is fitted by least squares at last. Empty ones leave the start as it is.
+    """
+
+    def __init__(
+        self,
+        first: Sequence[tuple[float, float]],
+        then: Sequence[tuple[float, float]],
+        fits: int,
+        device: torch.device,
+    ) -> None:
+        rows = [(*pair, FIRST) for pair in first]
+        rows += [(*pair, REBASE if i == 0 else FIRST) for i, pair in enumerate(then)]
+        rows += [(1.0, 0.0, FIT)] * fits
+        rows = [(1.0, 0.0, UNROUNDED), *rows, (1.0, 0.0, LAST)] if rows else [(1.0, 0.0, LAST)]
+        table = torch.tensor(rows, dtype=torch.float32)
+        self.steps = len(rows)
+        self.factors, self.offsets = (table[:, i].contiguous().to(device) for i in (0, 1))
+        self.kinds = table[:, 2].to(torch.int32).to(device)
+
+
+def group_solve_triton(
+    w: Tensor,
+    unit: Tensor,
+    reciprocal: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    largest: Tensor,
+    candidates: Candidates,
+    codes: Tensor,
+    error: Tensor,
+) -> None:
+    """Codes and errors of one group w f32 [C, R], columns first, on the best grid found.
+
+    unit: f32 [C, C] rows of the factor divided by their diagonal; reciprocal: f32 [C] 1 / U_jj;
+    largest: f32 [R] largest codes. scale, zero: f32 [R], the start, replaced by the grid found.
+    codes u8 [C, R] and error f32 [C, R] are written. Rows of w, codes and error are contiguous,
+    and those of codes and error equally far apart.
+    """
+    loss = torch.empty_like(scale)
+    _launch(w, unit, reciprocal, scale, zero, largest[None], candidates, codes, error, loss, True)
+
+
+def group_losses_triton(
+    w: Tensor, unit: Tensor, reciprocal: Tensor, scale: Tensor, zero: Tensor, largest: Tensor
+) -> Tensor:
+    """Losses f32 [G, R] of all groups of w f32 [K, R], each on its own grid f32 [G, R]."""
+    loss = torch.empty_like(scale)
+    start = Candidates([], [], 0, w.device)
+    _launch(w, unit, reciprocal, scale, zero, largest, start, w, w, loss, False)
+    return loss
+
+
+def _launch(
+    w: Tensor,
+    unit: Tensor,
+    reciprocal: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    largest: Tensor,
+    candidates: Candidates,
+    codes: Tensor,
+    error: Tensor,
+    loss: Tensor,
+    search: bool,
+) -> None:
+    K, R = w.shape
+    _group_solve_kernel[(triton.cdiv(R, ROWS_PER_PROGRAM), triton.cdiv(K, GROUP_SIZE))](
+        w,
+        unit,
+        reciprocal,
+        scale,
+        zero,
+        largest,
+        candidates.factors,
+        candidates.offsets,
+        candidates.kinds,
+        codes,
+        error,
+        loss,
+        R,
+        K,
+        w.stride(0),
+        unit.stride(0),
+        error.stride(0),
+        largest.stride(0),
+        largest.stride(1),
+        candidates.steps,
+        PART=PART,
+        ROWS=ROWS_PER_PROGRAM,
+        SEARCH=search,
+        num_warps=1,
+    )

@@ -1,0 +1,81 @@
+"""Cases for Triton's interpreter: whole solves and costs against those of plain torch."""
+
+import numpy as np
+import pytest
+import torch
+
+from bitmill.codes import output_error
+from bitmill.compensated_grid import CompensatedSettings
+from bitmill.gptq import Curvature, GptqSettings, polish, solve
+from bitmill.grid import ClipSettings
+from bitmill.rtn import round_to_nearest
+from bitmill.sensitivity import SensitivitySettings, linear_costs
+
+CLIP = ClipSettings(shrinks=4, zero_offsets=(1,), zero_scales=(0.9, 1.0), least_squares=1)
+SEARCH = CompensatedSettings(scales=(0.9,), zero_steps=(1,), zero_scales=(1.0,), least_squares=1)
+
+
+@pytest.fixture
+def linear():
+    generator = torch.Generator().manual_seed(6)
+    K = 300
+    x = torch.randn(2 * K, K, generator=generator) @ torch.randn(K, K, generator=generator)
+    W = torch.randn(11, K, generator=generator)
+    W[2] = 0.0
+    order = torch.randperm(K, generator=generator)
+    return W, Curvature.prepare(x.T @ x / len(x), order)
+
+
+def both(monkeypatch, call):
+    """Results of plain torch and of Triton."""
+    found = []
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("BITMILL_BACKEND", backend)
+        found.append(call())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("widths", "compensated", "schur"), [((3, 2, 1), SEARCH, False), ((4, 8, 2), None, True)]
+)
+def test_solving_and_polishing_reach_the_plain_error(
+    linear, monkeypatch, widths, compensated, schur
+):
+    W, curvature = linear
+    settings = GptqSettings(
+        clip=CLIP,
+        compensated=compensated,
+        clip_weight="schur" if schur else "hessian",
+        super_block=2,
+        rounds=1,
+    )
+    target = curvature.packed(W)
+
+    def run():
+        codes = solve(target, curvature, widths, settings)
+        return [codes, polish(target, codes, curvature.H, settings)]
+
+    for plain, fast in zip(*both(monkeypatch, run), strict=True):
+        errors = [output_error(target - c.values(), curvature.H) for c in (plain, fast)]
+        assert errors[1] == pytest.approx(errors[0], rel=0.01)
+        assert (plain.codes == fast.codes).float().mean() >= 0.95
+        assert torch.equal(fast.scales, fast.scales.half().float())
+        assert not fast.values()[2].any()
+
+
+def test_rounding_gives_the_plain_codes(linear, monkeypatch):
+    W, curvature = linear
+    plain, fast = both(
+        monkeypatch, lambda: round_to_nearest(W, (2, 1, 6), curvature.H.diagonal(), CLIP)
+    )
+    assert (plain.codes == fast.codes).float().mean() >= 0.98
+    assert (plain.scales == fast.scales).float().mean() >= 0.9
+
+
+def test_costs_are_the_plain_ones(linear, monkeypatch):
+    W, curvature = linear
+    weight = torch.rand(len(W), dtype=torch.float64) + 0.1
+    settings = SensitivitySettings(widths=(1, 2, 4), rows=8)
+    plain, fast = both(monkeypatch, lambda: linear_costs(W, weight, curvature, settings))
+    assert plain.shape == fast.shape == (3, 3)
+    assert np.allclose(plain, fast, rtol=0.01)
