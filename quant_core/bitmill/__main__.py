@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.errors import BitmillError, Cancelled, InputError
+from bitmill.launch import as_rank, check_devices, is_rank, run_ranks
+from bitmill.lifetime import die_with_parent
 from bitmill.progress import Progress
+from bitmill.quality import QualityReport
 from bitmill.spec import Budget, JobSpec, parse_spec
 from bitmill.storage import read_json
 
@@ -89,6 +92,7 @@ def _quantize_parser(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int)
     command.add_argument("--threads", type=int)
     command.add_argument("--device", default="cpu")
+    command.add_argument("--devices", type=int, help="accelerators to work on together")
     command.add_argument("--json", action="store_true")
 
 
@@ -139,7 +143,7 @@ def build_spec(arguments: argparse.Namespace) -> JobSpec:
     if arguments.map is not None:
         given = {"source": "inline", "map": read_json(arguments.map)}
         spec["allocation"] = spec.get("allocation", {}) | {"map": given}
-    for key in ("seed", "threads"):
+    for key in ("seed", "threads", "devices"):
         if getattr(arguments, key) is not None:
             spec[key] = getattr(arguments, key)
     return parse_spec(spec)
@@ -163,27 +167,44 @@ def show_progress(event: Progress) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
-    from bitmill.pipeline import run_job
-
     spec = build_spec(arguments)
     if spec.model.source != "path":
         raise InputError("quantize reads local folders; submit a job for other models")
+    model = Path(spec.model.path)
+    if is_rank():
+        _run_job(arguments, spec, model, arguments.work)
+        return {}
     with tempfile.TemporaryDirectory(dir=_parent(arguments.out)) as scratch:
-        result = run_job(
+        work = arguments.work or Path(scratch, "work")
+        if spec.devices > 1:
+            again = ["-P", "-m", "bitmill", *arguments.line, "--work", str(work)]
+            check_devices(spec.devices, arguments.device)
+            run_ranks(spec.devices, again)
+        else:
+            _run_job(arguments, spec, model, work)
+    quality = QualityReport.load(arguments.out / "quality.json")
+    return {
+        "folder": str(arguments.out),
+        "rows": [row.model_dump(mode="json") for row in quality.rows],
+    }
+
+
+def _run_job(arguments: argparse.Namespace, spec: JobSpec, model: Path, work: Path) -> None:
+    with as_rank(arguments.device) as (group, device):
+        from bitmill.pipeline import run_job
+
+        run_job(
             spec,
-            Path(spec.model.path),
-            arguments.work or Path(scratch, "work"),
+            model,
+            work,
             arguments.out,
             gguf=spec.model.file,
             profile_folder=arguments.profiles,
             task_folder=arguments.task_folder,
-            device=arguments.device,
+            device=device,
+            group=group,
             on_progress=show_progress,
         )
-    return {
-        "folder": str(result.output),
-        "rows": [row.model_dump(mode="json") for row in result.quality.rows],
-    }
 
 
 def _parent(out: Path) -> Path:
@@ -253,6 +274,7 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
 def _verify(arguments: argparse.Namespace) -> dict[str, Any]:
     from bitmill.pipeline import verify_order
 
+    die_with_parent()
     verify_order(read_json(arguments.order))
     return {}
 
@@ -282,6 +304,7 @@ def _metric(named: tuple[str, dict[str, float | None]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = parser().parse_args(argv)
+    arguments.line = sys.argv[1:] if argv is None else list(argv)
     run = {
         "quantize": _quantize,
         "evaluate": _evaluate,

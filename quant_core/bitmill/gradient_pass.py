@@ -102,8 +102,9 @@ class GradientPass:
         """Forward, then backward through all blocks.
 
         observer_of(i): who watches block i, or None. on_block(i, gradient) after block i, with
-        the gradient [S, T, D] at its input (S: of this rank), valid during the call; on_forward(i) after a forward
-        run of block i. resume: (i, that gradient) as given to on_block before: goes on at i - 1.
+        the gradient [S, T, D] at its input (of this rank's windows), valid during the call;
+        on_forward(i) after a forward run of block i. resume: (i, that gradient) as given to
+        on_block before: goes on at i - 1.
         """
         shape = (*self._tokens.shape, self._model.plan.hidden_size)
         size = self._tokens.numel() * self._model.plan.hidden_size * self._model.dtype.itemsize

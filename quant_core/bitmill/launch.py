@@ -11,7 +11,6 @@ first rank's own reason again as the same `BitmillError`, or says how a rank die
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -23,10 +22,11 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bitmill import errors
 from bitmill.errors import BitmillError, ResourceError
+from bitmill.lifetime import die_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -39,25 +39,11 @@ _LOOPBACK = "127.0.0.1"
 _GRACE_S = 30.0
 """How long a rank that lost another one waits to be ended, so that the other's reason is found."""
 
-_PR_SET_PDEATHSIG = 1
-
 
 class RankFailed(BitmillError):
     """A rank died without a reason of its own."""
 
     code = "rank_failed"
-
-
-def die_with_parent(signum: int = signal.SIGKILL, *, parent: int | None = None) -> None:
-    """Ask the kernel to signal this process when the thread that started it ends (Linux).
-
-    parent: its process id where it is known; it may be gone before this process could look.
-    """
-    parent = os.getppid() if parent is None else parent
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signum)
 
 
 def check_devices(count: int, device: str) -> None:
@@ -77,13 +63,12 @@ def check_devices(count: int, device: str) -> None:
     )
 
 
-def run_ranks(count: int, device: str, arguments: Sequence[str]) -> None:
+def run_ranks(count: int, arguments: Sequence[str]) -> None:
     """Run `python <arguments>` as `count` ranks and wait for all.
 
     Standard input, output and error are this process's. Threads (OMP_NUM_THREADS) are divided.
     Raises the `BitmillError` of the rank that failed first, or `RankFailed`; no rank is left then.
     """
-    check_devices(count, device)
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -148,8 +133,9 @@ def _reason(failures: dict[int, Any], count: int) -> BitmillError:
 def as_rank(device: str) -> Iterator[tuple[Group, torch.device]]:
     """Be one of the ranks that `run_ranks` or torchrun started: group and device of this process.
 
-    In a process that was started alone it is a group of one, and errors pass through. In a rank
-    they are left for the launcher, and the process ends.
+    In a process that was started alone it is a group of one, and errors pass through. A rank's
+    process ends here: what is left of an interpreter with gloo's threads in it may abort. Its
+    errors are left for the launcher.
     """
     launcher = os.environ.get(_LAUNCHER)
     if launcher is not None:
@@ -165,12 +151,19 @@ def as_rank(device: str) -> Iterator[tuple[Group, torch.device]]:
             yield found
     except PeerLost:
         time.sleep(_GRACE_S)
-        raise SystemExit(1) from None
+        _end(1)
     except Exception as error:  # noqa: BLE001  (the boundary of the process)
         if not isinstance(error, BitmillError):
             traceback.print_exc()
         _leave_reason(error)
-        raise SystemExit(1) from None
+        _end(1)
+    _end(0)
+
+
+def _end(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_rank() -> bool:

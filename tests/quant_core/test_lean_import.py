@@ -17,6 +17,7 @@ LEAN = (
     "bitmill.spec",
     "bitmill.bits",
     "bitmill.errors",
+    "bitmill.launch",
     "bitmill.plan",
     "bitmill.allocate",
     "bitmill.manifest",

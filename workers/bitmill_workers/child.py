@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,24 @@ from bitmill_workers.isolation import isolate_network
 from bitmill_workers.processes import start_lifeline
 
 Emit = Callable[[dict[str, Any]], None]
-Work = Callable[[dict[str, Any], Emit], dict[str, Any]]
 _LOCK_WAIT_S = 30.0
+
+
+class Emitter:
+    """Writes messages to the pipe `fd`, each whole."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._lock = threading.Lock()
+
+    def __call__(self, message: dict[str, Any]) -> None:
+        data = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            while data:
+                data = data[os.write(self.fd, data) :]
+
+
+Work = Callable[[dict[str, Any], Emitter], dict[str, Any]]
 
 
 def serve(argv: list[str], work: Work) -> int:
@@ -44,10 +60,10 @@ def serve(argv: list[str], work: Work) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if limit := request.get("file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    emit = _emitter(int(argv[1]))
+    emit = Emitter(int(argv[1]))
     try:
         if request.get("isolate"):
-            isolate_network()
+            isolate_network(ranks=request.get("spec", {}).get("devices", 1) > 1)
         with _only_one(request.get("lock")):
             result = work(request, emit)
     except Exception as error:  # noqa: BLE001  (the boundary of the process)
@@ -59,20 +75,8 @@ def serve(argv: list[str], work: Work) -> int:
     return int(Exit.OK)
 
 
-def _emitter(fd: int) -> Emit:
-    lock = threading.Lock()
-
-    def emit(message: dict[str, Any]) -> None:
-        data = json.dumps(message, separators=(",", ":")).encode() + b"\n"
-        with lock:
-            while data:
-                data = data[os.write(fd, data) :]
-
-    return emit
-
-
 @contextlib.contextmanager
-def _only_one(lock: str | None) -> Any:
+def _only_one(lock: str | None) -> Iterator[None]:
     """Hold the lock file; an earlier child of the same job has at most moments to live."""
     if lock is None:
         yield

@@ -26,14 +26,22 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def isolate_network() -> str:
+def isolate_network(*, ranks: bool = False) -> str:
     """Cut this process off and answer how: "namespace" or "landlock".
 
-    Call it while the process has a single thread. Raises `ResourceError` (code
-    `cannot_isolate`) where the system allows neither.
+    ranks: it starts processes that talk to each other. Call it while the process has a single
+    thread. Raises `ResourceError` (code `cannot_isolate`) where the system allows neither.
     """
     if _enter_namespace():
         return "namespace"
+    if ranks:
+        raise ResourceError(
+            "the ranks of a job on several devices need a network namespace of their own, which "
+            "this system refuses: allow user namespaces, give devices 1, or set "
+            "BITMILL_RUNNER_NETWORK=keep",
+            code="cannot_isolate",
+            param="devices",
+        )
     if _landlock():
         return "landlock"
     raise ResourceError(

@@ -8,7 +8,6 @@ that works on a job which has been given to someone else.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import select
@@ -21,19 +20,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from bitmill.lifetime import die_with_parent
+
 _CHUNK = 1 << 16
 _PASS = 1 << 20
 _DUMP_S = 1.0
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(signum: int = signal.SIGKILL) -> None:
-    """Ask the kernel to signal this process when the thread that started it ends (Linux)."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signum)
 
 
 def start_lifeline(lease_s: float) -> None:

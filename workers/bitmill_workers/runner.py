@@ -1,19 +1,49 @@
 """The runner: one job's pipeline in a process of its own, without network, secrets or database.
 
-Started by the supervisor as `python -m bitmill_workers.runner <request> <message fd>`.
+Started by the supervisor as `python -m bitmill_workers.runner <request> <message fd>`. For a job on
+several devices it is the launcher of their ranks (`rank.py`), which die with it.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bitmill_workers.child import Emit, serve
+from bitmill.launch import check_devices, run_ranks
+from bitmill_workers.child import Emit, Emitter, serve
+
+if TYPE_CHECKING:
+    import torch
+
+    from bitmill.distributed import Group
 
 
-def run(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+def run(request: dict[str, Any], emit: Emitter) -> dict[str, Any]:
     """Run the pipeline in local folders, relay its progress and return what it found."""
+    request["device"] = _device(request["device"])
+    devices = request["spec"].get("devices", 1)
+    if devices == 1:
+        return run_pipeline(request, emit, request["device"])
+    check_devices(devices, request["device"])
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        order, answer = Path(folder, "request.json"), Path(folder, "result.json")
+        order.write_text(json.dumps(request))
+        os.dup2(emit.fd, 0)  # the only descriptors that the launcher hands on are 0, 1 and 2
+        arguments = ["-m", "bitmill_workers.rank", str(order), str(answer)]
+        run_ranks(devices, arguments)
+        result: dict[str, Any] = json.loads(answer.read_bytes())
+        return result
+
+
+def run_pipeline(
+    request: dict[str, Any], emit: Emit, device: str | torch.device, group: Group | None = None
+) -> dict[str, Any]:
+    """The pipeline itself, in this process, as one rank of `group` or alone."""
+    from bitmill.distributed import SINGLE
     from bitmill.pipeline import run_job
     from bitmill.progress import Progress
     from bitmill.spec import parse_spec
@@ -29,7 +59,8 @@ def run(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         gguf=request["gguf"],
         map_file=Path(request["map_file"]) if request["map_file"] else None,
         profile_folder=Path(request["profile_folder"]),
-        device=_device(request["device"]),
+        device=device,
+        group=group or SINGLE,
         on_progress=on_progress,
         should_stop=lambda: False,
     )

@@ -8,9 +8,9 @@ import signal
 
 from celery import Celery, signals
 
+from bitmill.lifetime import die_with_parent
 from bitmill_workers.app import TASK
 from bitmill_workers.db import Database
-from bitmill_workers.processes import die_with_parent
 from bitmill_workers.settings import Settings
 from bitmill_workers.stop import StopRequest
 from bitmill_workers.supervisor import Supervisor

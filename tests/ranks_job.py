@@ -1,0 +1,94 @@
+"""Profiles and refined blocks of a tiny model by one rank or several: a test's job without stages.
+
+As a program, `ranks_job.py <model> <out> [rank to kill]`: one of the ranks that `run_ranks` starts;
+the rank named is killed when the last block is refined.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitmill.allocate import allocate
+from bitmill.blocks import StreamedModel
+from bitmill.calibration import CalibrationSet
+from bitmill.distributed import SINGLE, Group
+from bitmill.evaluate import StreamedLogits, perplexity_and_kl
+from bitmill.launch import as_rank
+from bitmill.plan import make_plan
+from bitmill.profiling import ProfileRequest, make_profile
+from bitmill.refinement import RefinedModel, RefineInputs, refine_model
+from bitmill.spec import parse_spec
+from bitmill.storage import write_json
+
+KINDS: dict[str, dict[str, Any]] = {
+    "knapsack": {"widths": [2, 3, 4]},
+    "sba": {"base": 3},
+    "orders": {},
+}
+
+
+def ranks_job(
+    model_folder: Path, out: Path, group: Group = SINGLE, die: int | None = None
+) -> RefinedModel:
+    """Profiles of every kind, a knapsack map and the refined blocks, in folders of `out`."""
+    asked: dict[str, Any] = {
+        "model": {"source": "path", "path": str(model_folder)},
+        "budget": {"code_bits": 3},
+        "allocation": {"widths": [2, 3, 4]},
+    }
+    spec = parse_spec(asked)
+    plan = make_plan(model_folder, spec)
+    model = StreamedModel(model_folder, plan, device=torch.device("cpu"), dtype=torch.float32)
+    tokens = torch.randint(2, 258, (15, 64), generator=torch.Generator().manual_seed(1))
+    calibration = CalibrationSet(tokens[:13], tokens[13:], "digest")
+    profiles = {}
+    for kind, settings in KINDS.items():
+        (out / kind).mkdir(parents=True, exist_ok=True)
+        profiles[kind] = make_profile(
+            model,
+            calibration.tokens,
+            plan,
+            ProfileRequest({"kind": kind, "order": "activation", **settings}, "model", "digest"),
+            folder=out / kind,
+            on_unit=lambda *_: None,
+            group=group,
+        )
+        if group.first:
+            profiles[kind].save(out / f"{kind}.npz")
+    profile = profiles["knapsack"]
+    bit_widths = allocate(plan, spec, profile)
+    orders = {li.name: torch.tensor(profile.orders[str(li.order)]) for li in profile.linears}
+    (out / "refine").mkdir(exist_ok=True)
+
+    def on_unit(done: int, *_: object) -> None:
+        if done == plan.block_count and group.rank == die:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    refine_model(
+        model,
+        RefineInputs(calibration, bit_widths, {name: o.long() for name, o in orders.items()}),
+        spec.refinement,
+        out / "refine",
+        seed=0,
+        on_unit=on_unit,
+        group=group,
+    )
+    refined = RefinedModel(out / "refine", plan)
+    measured = perplexity_and_kl(None, StreamedLogits(model), group.shard(tokens))
+    windows = measured.gathered(group, len(tokens))
+    if group.first:
+        write_json(out / "windows.json", windows.nll.tolist())
+        (out / "map.json").write_text(bit_widths.to_json())
+    return refined
+
+
+if __name__ == "__main__":
+    with as_rank("cpu") as (ranks, _):
+        killed = int(sys.argv[3]) if len(sys.argv) > 3 else None
+        ranks_job(Path(sys.argv[1]), Path(sys.argv[2]), ranks, killed)
