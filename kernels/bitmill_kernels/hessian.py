@@ -1,4 +1,4 @@
-"""Accumulation of the GPTQ Hessian H += x^T diag(weight) x, fp32 sums, never TF32.
+"""Accumulation of second moments, H += x^T diag(weight) x and others, fp32 sums, never TF32.
 
 bf16 and fp16 inputs on CUDA multiply in the tensor cores with fp32 output: their products are
 exact in fp32. A per-token weight is applied in fp32 and takes the slower fp32 product. The
@@ -19,21 +19,29 @@ FP32_CHUNK_TOKENS = 8192
 
 def hessian_update(H: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
     """Add the inputs x [T, K] (bf16, fp16 or f32), weighted f32 [T], to H f32 [K, K] in place."""
-    if H.dtype != torch.float32 or H.shape != (x.shape[1], x.shape[1]):
+    cross_update(H, x, x, weight)
+
+
+def cross_update(C: Tensor, left: Tensor, right: Tensor, weight: Tensor | None = None) -> None:
+    """Add left^T diag(weight) right to C f32 [M, K]: left [T, M], right [T, K], weight f32 [T]."""
+    shape = (left.shape[1], right.shape[1])
+    if C.dtype != torch.float32 or C.shape != shape or len(left) != len(right):
         raise ValueError(
-            f"H is {H.dtype} {tuple(H.shape)} for inputs {tuple(x.shape)}: "
-            f"give float32 [{x.shape[1]}, {x.shape[1]}]"
+            f"the sum is {C.dtype} {tuple(C.shape)} for inputs {tuple(left.shape)} and "
+            f"{tuple(right.shape)}: give float32 {list(shape)} and as many tokens on both sides"
         )
-    if weight is None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        H += torch.mm(x.t(), x, out_dtype=torch.float32)
+    halves = (torch.bfloat16, torch.float16)
+    if weight is None and left.is_cuda and left.dtype == right.dtype and left.dtype in halves:
+        C += torch.mm(left.t(), right, out_dtype=torch.float32)
         return
     with _exact_fp32():
-        for start in range(0, x.shape[0], FP32_CHUNK_TOKENS):
-            rows = x[start : start + FP32_CHUNK_TOKENS].float()
-            left = rows
+        for start in range(0, left.shape[0], FP32_CHUNK_TOKENS):
+            part = slice(start, start + FP32_CHUNK_TOKENS)
+            rows = right[part].float()
+            factor = rows if left is right else left[part].float()
             if weight is not None:
-                left = rows * weight[start : start + FP32_CHUNK_TOKENS, None].float()
-            H.addmm_(left.t(), rows)
+                factor = factor * weight[part, None].float()
+            C.addmm_(factor.t(), rows)
 
 
 @contextmanager

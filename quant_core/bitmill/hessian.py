@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bitmill.distributed import Group
 from bitmill.errors import CalibrationError, NumericalError
+from bitmill.timing import stage
 from bitmill_kernels.hessian import hessian_update
 
 DAMPING_LADDER = (0.005, 0.01, 0.05, 0.1)
@@ -50,8 +51,9 @@ class HessianAccumulator:
 
         Raises CalibrationError naming the token rows that are not finite.
         """
-        check_rows(x, self.name, self.tokens)
-        hessian_update(self._sum, x, weight)
+        with stage("hessian"):
+            check_rows(x, self.name, self.tokens)
+            hessian_update(self._sum, x, weight)
         self._mass += x.shape[0] if weight is None else weight.double().sum()
         self.tokens += x.shape[0]
 

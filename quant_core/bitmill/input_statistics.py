@@ -3,26 +3,30 @@
     H      = mean x x^T                     x: inputs behind the quantized prefix
     shift  = mean e x^T,  energy = mean |e|^2,  e = y' - y
 
-y' is what the source model's linear puts out for the same token. For a linear that writes to the
-residual stream e may be the whole stream's difference, (r' + y') - (r + y). The error of any
-replacement ŵ on these tokens follows without running anything:
+y' is what the source model's linear puts out for the same token, from its input x'. Both are W
+times their inputs, so with d = x' - x neither is run: shift = W mean d x^T and energy = tr(W (mean
+d d^T) W^T), from sums that linears with one input share. For a linear that writes to the residual
+stream e may be the whole stream's difference, (r' + y') - (r + y), which is summed as it is. The
+error of any replacement ŵ on these tokens follows without running anything:
 
     mean |y' - x ŵ^T|^2 = energy + 2 <W - ŵ, shift> + tr((W - ŵ) H (W - ŵ)^T)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from bitmill.blocks import StreamedModel
+from bitmill.blocks import StreamedModel, weight_of
 from bitmill.codes import output_error
 from bitmill.distributed import SINGLE, Group
 from bitmill.hessian import HessianAccumulator
-from bitmill.observe import Seen, observe
+from bitmill.observe import observe, observe_ends
+from bitmill.timing import stage
+from bitmill_kernels.hessian import cross_update, hessian_update
 
 RESIDUAL_TOLERANCE = 1e-3
 
@@ -71,25 +75,41 @@ class InputStatistics:
         return self.energy + 2 * float((residual * self.shift).sum(dtype=torch.float64)) + own
 
 
-class _Shift:
-    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
-        self._sum = torch.zeros(rows, columns, device=device)
+class _Sums:
+    """Weighted means of a b^T, a a^T or only its trace, over tokens; f32 [M, K] on one device."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device, squares: bool) -> None:
+        self._cross = torch.zeros(rows, columns, device=device)
+        self._squares = torch.zeros(rows, rows, device=device) if squares else None
         self._energy = torch.zeros((), dtype=torch.float64, device=device)
         self._mass = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, e: Tensor, x: Tensor, weight: Tensor | None) -> None:
-        e, x = e.float(), x.float()
-        weighted = e if weight is None else e * weight[:, None]
-        self._sum.addmm_(weighted.T, x)
-        self._energy += (weighted * e).sum(dtype=torch.float64)
-        self._mass += len(x) if weight is None else weight.double().sum()
+    def add(self, a: Tensor, b: Tensor, weight: Tensor | None) -> None:
+        """a [T, M] in fp32 or the dtype of b [T, K], which the product takes."""
+        with stage("hessian"):
+            cross_update(self._cross, a.to(b.dtype), b, weight)
+            if self._squares is not None:
+                hessian_update(self._squares, a.to(b.dtype), weight)
+            else:
+                own = a.float().square().sum(1, dtype=torch.float64)
+                self._energy += (own if weight is None else own * weight).sum()
+            self._mass += len(b) if weight is None else weight.double().sum()
 
     def all_reduce(self, group: Group) -> None:
-        group.all_reduce(self._sum, self._energy, self._mass)
+        group.all_reduce(self._cross, self._energy, self._mass)
+        if self._squares is not None:
+            group.all_reduce(self._squares)
 
     def mean(self) -> tuple[Tensor, float]:
+        """mean a b^T and mean |a|^2."""
         mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny)
-        return self._sum / mass.float(), float(self._energy / mass)
+        return self._cross / mass.float(), float(self._energy / mass)
+
+    def through(self, W: Tensor) -> tuple[Tensor, float]:
+        """mean (W a) b^T and mean |W a|^2 for W f32 [N, M]."""
+        assert self._squares is not None
+        mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny).float()
+        return W @ (self._cross / mass), output_error(W, self._squares / mass)
 
 
 def collect(
@@ -122,83 +142,65 @@ class _Collector:
     ) -> None:
         self.state, self.groups, self.token_weights = state, groups, token_weights
         self.hessians: dict[str, HessianAccumulator] = {}
-        self.shifts: dict[str, _Shift] = {}
+        self.drifts: dict[str, _Sums] = {}
+        self.shifts: dict[str, _Sums] = {}
         self.owner: dict[str, str] = {}
         for group in groups:
             plain = [name for name in group if name not in token_weights]
             for name in group:
-                self.owner[name] = name if name in token_weights else plain[0]
-                weight = state.linears[name].weight
-                assert isinstance(weight, Tensor)
-                owner = self.owner[name]
+                self.owner[name] = owner = name if name in token_weights else plain[0]
+                linear, device = state.model.plan.by_name[name], state.model.device
                 if owner not in self.hessians:
-                    columns = state.model.plan.by_name[name].columns
                     self.hessians[owner] = HessianAccumulator(
-                        columns, weight.device, name=f"the input of {name}"
+                        linear.columns, device, name=f"the input of {name}"
                     )
-                if shifts and not state.model.plan.by_name[name].routed:
-                    shape = state.model.plan.by_name[name].shape
-                    self.shifts[name] = _Shift(shape.rows, shape.columns, weight.device)
+                if not shifts or linear.routed:
+                    continue
+                if name in state.writers:
+                    self.shifts[name] = _Sums(linear.rows, linear.columns, device, False)
+                elif owner not in self.drifts:
+                    self.drifts[owner] = _Sums(linear.columns, linear.columns, device, True)
 
     def add(self, stream: Stream, part: slice) -> None:
         device = self.state.model.device
         hidden = stream.hidden[part].to(device)
-        now = self._observe(self.state.current, hidden)
-        was: dict[str, Seen] = {}
-        drift = None
-        if self.state.source is not None and stream.source is not None:
-            source = stream.source[part].to(device)
-            was = self._observe(self.state.source, source)
-            drift = (source - hidden).reshape(-1, hidden.shape[-1])
-        for group in self.groups:
-            if group[0] in now:
-                self._add_group(group, now, was, drift, part)
-
-    def _observe(self, block: nn.Module, hidden: Tensor) -> dict[str, Seen]:
-        """Inputs and outputs; without a source stream, of the first linear of each group only."""
-        state = self.state
-        if state.source is None:
-            names = {owner for owner in self.owner.values()}
-        else:
-            names = set(self.owner)
-            if names & set(state.writers):
-                last = max(state.writers.index(w) for w in names & set(state.writers))
-                names |= set(state.writers[: last + 1])
-        prefix = f"{state.model.plan.block_prefix}.{state.index}."
-        modules = {name: block.get_submodule(name.removeprefix(prefix)) for name in names}
-        return observe(state.model, state.index, block, modules, hidden)
-
-    def _add_group(
-        self,
-        group: Sequence[str],
-        now: Mapping[str, Seen],
-        was: Mapping[str, Seen],
-        drift: Tensor | None,
-        part: slice,
-    ) -> None:
-        for owner in dict.fromkeys(self.owner[name] for name in group):
-            self.hessians[owner].add(now[owner].x, self._weight(owner, part))
-        if drift is None:
+        x, y = self._observe(self.state.current, hidden)
+        if self.state.source is None or stream.source is None:
+            self._add_inputs(x, {}, part)
             return
-        for name in group:
+        source = stream.source[part].to(device)
+        x_source, y_source = self._observe(self.state.source, source)
+        self._add_inputs(x, x_source, part)
+        drift = (source.float() - hidden.float()).reshape(-1, hidden.shape[-1])
+        for name in self.state.writers:
+            if name in y:
+                drift += y_source[name].float() - y[name].float()
             if name in self.shifts:
-                self._add_shift(name, now, was, drift, part)
+                self.shifts[name].add(drift, x[self.owner[name]], self._weight(name, part))
 
-    def _add_shift(
-        self,
-        name: str,
-        now: Mapping[str, Seen],
-        was: Mapping[str, Seen],
-        drift: Tensor,
-        part: slice,
+    def _observe(
+        self, block: nn.Module, hidden: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Inputs of the first linear of each group, outputs of writers up to those asked about."""
+        state = self.state
+        prefix = f"{state.model.plan.block_prefix}.{state.index}."
+
+        def modules(names: Iterable[str]) -> dict[str, nn.Module]:
+            return {name: block.get_submodule(name.removeprefix(prefix)) for name in names}
+
+        places = [state.writers.index(name) for name in self.shifts]
+        writers = state.writers[: max(places, default=-1) + 1]
+        owners = modules(dict.fromkeys(self.owner.values()))
+        return observe_ends(state.model, state.index, block, owners, modules(writers), hidden)
+
+    def _add_inputs(
+        self, x: Mapping[str, Tensor], source: Mapping[str, Tensor], part: slice
     ) -> None:
-        writers = self.state.writers
-        if name in writers:
-            before = writers[: writers.index(name) + 1]
-            e = drift + sum(was[w].y - now[w].y for w in before)
-        else:
-            e = was[name].y - now[name].y
-        self.shifts[name].add(e, now[name].x, self._weight(name, part))
+        for owner, hessian in self.hessians.items():
+            if owner in x:
+                hessian.add(x[owner], self._weight(owner, part))
+        for owner, sums in self.drifts.items() if source else ():
+            sums.add(source[owner] - x[owner], x[owner], self._weight(owner, part))
 
     def _weight(self, name: str, part: slice) -> Tensor | None:
         if name not in self.token_weights:
@@ -209,15 +211,23 @@ class _Collector:
     def finish(self, ranks: Group) -> dict[str, InputStatistics]:
         for hessian in self.hessians.values():
             hessian.all_reduce(ranks)
-        for sums in self.shifts.values():
+        for sums in (*self.drifts.values(), *self.shifts.values()):
             sums.all_reduce(ranks)
         means = {owner: (h.mean(), h.tokens) for owner, h in self.hessians.items()}
         result = {}
         for name, owner in self.owner.items():
             H, tokens = means[owner]
-            shift, energy = self.shifts[name].mean() if name in self.shifts else (None, 0.0)
+            shift, energy = self._shift(name, owner)
             result[name] = InputStatistics(H, tokens, shift, energy)
         return result
+
+    def _shift(self, name: str, owner: str) -> tuple[Tensor | None, float]:
+        if name in self.shifts:
+            return self.shifts[name].mean()
+        if owner in self.drifts:
+            W = weight_of(self.state.linears[name]).detach().float()
+            return self.drifts[owner].through(W)
+        return None, 0.0
 
 
 @torch.no_grad()

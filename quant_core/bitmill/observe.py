@@ -39,17 +39,46 @@ def observe(
 
     A linear that was not called (an expert without tokens) is absent.
     """
-    seen: dict[str, Seen] = {}
+    inputs, outputs = observe_ends(model, index, block, modules, modules, hidden)
+    return {name: Seen(inputs[name], y) for name, y in outputs.items()}
 
-    def hook_of(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            seen[name] = Seen(_rows(args[0]), _rows(output))
-            if len(seen) == len(modules):
-                raise _Enough
+
+@torch.no_grad()
+def observe_ends(
+    model: StreamedModel,
+    index: int,
+    block: nn.Module,
+    read: Mapping[str, nn.Module],
+    written: Mapping[str, nn.Module],
+    hidden: Tensor,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs x [T, K] of some linears and outputs y [T, N] of others, as `observe` gives both.
+
+    A linear that is only read is not run if the block can stop there.
+    """
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def stop_if_done() -> None:
+        if len(inputs) == len(read) and len(outputs) == len(written):
+            raise _Enough
+
+    def before(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[name] = _rows(args[0])
+            stop_if_done()
 
         return hook
 
-    handles = [m.register_forward_hook(hook_of(name)) for name, m in modules.items()]
+    def after(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            outputs[name] = _rows(output)
+            stop_if_done()
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(before(name)) for name, m in read.items()]
+    handles += [m.register_forward_hook(after(name)) for name, m in written.items()]
     try:
         model.run_block(index, block, hidden)
     except _Enough:
@@ -57,7 +86,7 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return inputs, outputs
 
 
 @torch.no_grad()
