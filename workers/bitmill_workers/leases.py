@@ -33,7 +33,7 @@ class LeaseStore:
     def __init__(self, database: Database, *, lease_s: float) -> None:
         self.database = database
         self.lease_s = lease_s
-        self._next = _claim_edge(jobs.c.id == _first(database.dialect), lease_s)
+        self._claims: dict[tuple[str, ...], ReturningUpdate[Any]] = {}
 
     def claim_next(self, owner: str, queues: Sequence[str]) -> JobRecord | None:
         """Claim the first runnable job of these queues: by priority, fair rank and age."""
@@ -52,14 +52,16 @@ class LeaseStore:
         if self.database.dialect != "postgresql":
             return False
         with self.database.read() as conn:
-            runnable = sa.select(sa.exists().where(*_RUNNABLE))
-            return bool(conn.execute(runnable, {"queues": tuple(queues)}).scalar_one())
+            runnable = sa.exists().where(*_runnable(queues))
+            return bool(conn.execute(sa.select(runnable)).scalar_one())
 
     def _claim(self, owner: str, queues: Sequence[str]) -> JobRecord | None:
-        parameters = {"claimer": owner, "queues": tuple(queues)}
-        event = {"owner": owner}
+        key = tuple(queues)
+        if key not in self._claims:
+            self._claims[key] = _claim_edge(_first(queues, self.database.dialect), self.lease_s)
+        parameters, event = {"claimer": owner}, {"owner": owner}
         with self.database.write() as conn:
-            return follow(conn, self._next, "running", parameters=parameters, event=event)
+            return follow(conn, self._claims[key], "running", parameters=parameters, event=event)
 
     def renew(self, job_id: str, token: int) -> Renewal:
         """Extend the lease, and learn whether a cancel was asked or the deadline has passed."""
@@ -265,24 +267,28 @@ def _renewal(row: sa.Row[float | None, bool] | None) -> Renewal:
     return Renewal(held=True, cancel=cancel, overdue=bool(row.overdue))
 
 
-_RUNNABLE = (
-    jobs.c.state == "queued",
-    jobs.c.queue.in_(sa.bindparam("queues", expanding=True)),
-    jobs.c.not_before <= db_now(),
-)
+def _runnable(queues: Sequence[str]) -> tuple[sa.ColumnElement[bool], ...]:
+    # The state is no parameter: a prepared plan could not use the partial index of queued jobs.
+    # A list of single literals, unlike a list of strings, is not spelled out at every execution.
+    return (
+        jobs.c.state == sa.literal_column("'queued'"),
+        jobs.c.queue.in_([sa.literal(queue) for queue in queues]),
+        jobs.c.not_before <= db_now(),
+    )
 
 
-def _first(dialect: str) -> sa.ScalarSelect[str]:
+def _first(queues: Sequence[str], dialect: str) -> sa.ScalarSelect[str]:
     """The job that is claimed next; claimers on PostgreSQL skip what another has locked."""
     order = (jobs.c.priority.desc(), jobs.c.fair_rank, jobs.c.created_at)
-    head = sa.select(jobs.c.id).where(*_RUNNABLE).order_by(*order).limit(1)
+    head = sa.select(jobs.c.id).where(*_runnable(queues)).order_by(*order)
+    head = head.limit(sa.literal_column("1"))
     if dialect == "postgresql":
         head = head.with_for_update(skip_locked=True)
     return head.scalar_subquery()
 
 
-def _claim_edge(which: sa.ColumnElement[bool], lease_s: float) -> ReturningUpdate[Any]:
-    """Queued to running, for the parameters `claimer` and `queues`."""
+def _claim_edge(first: sa.ScalarSelect[str], lease_s: float) -> ReturningUpdate[Any]:
+    """Queued to running, for the parameter `claimer`."""
     values = {
         "owner": sa.bindparam("claimer"),
         "token": jobs.c.token + 1,
@@ -290,7 +296,7 @@ def _claim_edge(which: sa.ColumnElement[bool], lease_s: float) -> ReturningUpdat
         "lease_until": db_now() + lease_s,
         "started_at": sa.func.coalesce(jobs.c.started_at, db_now()),
     }
-    return edge(which, "running", where=_RUNNABLE, values=values)
+    return edge(jobs.c.id == first, "running", values=values)
 
 
 def _held(job_id: str, token: int) -> sa.ColumnElement[bool]:

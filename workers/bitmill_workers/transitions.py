@@ -65,7 +65,7 @@ def edge(
         columns |= {"finished_at": db_now(), "estimated_finish": None}
     return (
         sa.update(jobs)
-        .where(job, jobs.c.state.in_(sorted(legal)), *where)
+        .where(job, jobs.c.state.in_([sa.literal(state) for state in sorted(legal)]), *where)
         .values(columns | (values or {}))
         .returning(*jobs.c)
     )
