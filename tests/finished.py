@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +62,17 @@ class Stack:
         """A job with a map, a report and a weight file of these bytes."""
         return self.finish(self.running(**changes), weights)
 
-    def finish(self, job: JobRecord, weights: bytes = b"weights") -> JobRecord:
-        """Let a running job succeed."""
+    def finish(
+        self, job: JobRecord, weights: bytes = b"weights", others: Mapping[str, str] | None = None
+    ) -> JobRecord:
+        """Let a running job succeed; others: text of more files, by name."""
         folder = self.context.artifacts.attempt_folder(job.id, job.token)
         folder.mkdir(parents=True)
         (folder / "bit_width_map.json").write_text(json.dumps(MAP))
         (folder / "quality.json").write_text(json.dumps(REPORT))
         (folder / "model.safetensors").write_bytes(weights)
+        for name, text in (others or {}).items():
+            (folder / name).write_text(text)
         write_manifest(folder)
         assert self.leases.finalize(job.id, job.token)
         files = self.context.artifacts.publish(job.id, job.token, lambda done, total: None)

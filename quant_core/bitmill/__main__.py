@@ -19,6 +19,7 @@ from bitmill.launch import as_rank, check_devices, is_rank, run_ranks
 from bitmill.lifetime import die_with_parent
 from bitmill.progress import Progress
 from bitmill.quality import QualityReport
+from bitmill.report_learning import learning_summary
 from bitmill.spec import Budget, JobSpec, parse_spec
 from bitmill.storage import read_json
 
@@ -73,6 +74,12 @@ def _quantize_parser(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fuse-siblings", action="store_true", default=None)
     command.add_argument("--embeddings", choices=["keep", "quantize"])
     command.add_argument("--refine", choices=["rtn", "gptq", "omniquant"])
+    command.add_argument(
+        "--resume-parameters",
+        type=Path,
+        metavar="DIR",
+        help="a folder that a job with the same settings made: take what it learned, train nothing",
+    )
     command.add_argument("--calibration-text", type=Path)
     command.add_argument("--calibration-sequences", type=int)
     command.add_argument("--calibration-length", type=int)
@@ -116,6 +123,11 @@ def build_spec(arguments: argparse.Namespace) -> JobSpec:
     _put(spec, "allocation", arguments, method="method", widths="widths", order="order")
     _put(spec, "allocation", arguments, fuse_siblings="fuse_siblings", embeddings="embeddings")
     _put(spec, "refinement", arguments, method="refine")
+    if arguments.resume_parameters is not None:
+        refinement = spec.get("refinement", {})
+        given = {"source": "path", "path": str(arguments.resume_parameters)}
+        omniquant = refinement.get("omniquant", {}) | {"resume_parameters": given}
+        spec["refinement"] = refinement | {"omniquant": omniquant}
     _put(
         spec,
         "calibration",
@@ -186,6 +198,8 @@ def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "folder": str(arguments.out),
         "rows": [row.model_dump(mode="json") for row in quality.rows],
+        "learning": learning_summary(quality.blocks, quality.tuning),
+        "warnings": [f"warning: {warning}" for warning in quality.warnings],
     }
 
 
@@ -323,6 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(result))
     elif "rows" in result:
         show_rows(result["rows"])
+        for line in (*result.get("learning", ()), *result.get("warnings", ())):
+            print(line)
     return 0
 
 

@@ -21,7 +21,7 @@ from bitmill_service.hub_headers import fetch_headers
 from bitmill_service.problems import ProblemError
 from bitmill_service.schemas import PlanView, SizeView
 from bitmill_workers.fetch import check_model, local_model
-from bitmill_workers.inputs import calibration_file, given_map
+from bitmill_workers.inputs import calibration_file, check_parameters, given_map
 from bitmill_workers.tiers import choose_queue
 
 
@@ -93,8 +93,9 @@ def _uniform_size(plan: Plan, spec: JobSpec, width: int) -> SizeView:
 
 
 def _given(context: Context, spec: JobSpec) -> BitWidthMap | None:
-    """The map that the specification names, after a look at its calibration text."""
+    """The map that the specification names, after a look at its other references."""
     _check_calibration(context, spec)
+    check_parameters(spec, context.settings, context.jobs, context.artifacts)
     return given_map(spec, context.jobs, context.catalog, context.artifacts)
 
 

@@ -21,7 +21,7 @@ from bitmill_service.cli_output import (
     print_json,
     print_table,
 )
-from bitmill_service.cli_spec import budget, build_spec
+from bitmill_service.cli_spec import budget, build_spec, parameters_reference
 from bitmill_service.client import Client
 from bitmill_service.report_table import parse_rows, print_report
 from bitmill_service.schemas import JobView, PlanView
@@ -50,6 +50,14 @@ def submit(
         str | None, typer.Option(help="Allocation: uniform, sba, knapsack or map.")
     ] = None,
     refine: Annotated[str | None, typer.Option(help="Refinement: rtn, gptq or omniquant.")] = None,
+    resume_parameters: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JOB",
+            help="Train nothing: take what a job with the same settings learned, or a folder of "
+            "one, path:ROOT/FOLDER.",
+        ),
+    ] = None,
     order: Annotated[str | None, typer.Option(help="Columns: natural or activation.")] = None,
     calibration_sequences: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     calibration_length: Annotated[
@@ -81,7 +89,10 @@ def submit(
         budget_part=budget(code_bits, bits, size),
         changes={
             "allocation": {"method": method, "order": order},
-            "refinement": {"method": refine},
+            "refinement": {
+                "method": refine,
+                "omniquant": {"resume_parameters": parameters_reference(resume_parameters)},
+            },
             "calibration": {"sequences": calibration_sequences, "length": calibration_length},
             "label": label,
         },

@@ -33,6 +33,15 @@ def model_reference(model: str, file: str | None) -> dict[str, Any]:
     return reference
 
 
+def parameters_reference(given: str | None) -> dict[str, Any]:
+    """The JSON reference to learned parameters: of a job, or of a folder as `path:...`."""
+    if given is None:
+        return {}
+    if given.startswith("path:"):
+        return {"source": "path", "path": given.removeprefix("path:")}
+    return {"source": "job", "job_id": given}
+
+
 def budget(code_bits: float | None, bits: float | None, size: str | None) -> dict[str, Any]:
     """The JSON budget; `parse_spec` refuses none or two."""
     given: dict[str, Any] = {"code_bits": code_bits, "bits": bits}

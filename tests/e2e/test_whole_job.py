@@ -121,6 +121,28 @@ def test_checkpoint_is_whole_within_budget_and_generates(undisturbed: Path) -> N
     assert json.loads(said.stdout.splitlines()[-1])["text"]
 
 
+def test_what_one_job_learned_another_packs_without_training(
+    client: Client, tmp_path: Path
+) -> None:
+    learning = {"epochs": 2, "batch": 2}
+    asked = spec(
+        refinement={"method": "omniquant", "omniquant": learning},
+        calibration={"sequences": 4, "length": 64, "held_out": 2},
+    )
+    first = client.wait(client.submit(asked).id, timeout=200)
+    given = {"source": "job", "job_id": first.id}
+    asked["refinement"]["omniquant"] = learning | {"resume_parameters": given}
+    asked["allocation"] = {"method": "map", "order": "natural", "map": given}
+    second = client.wait(client.submit(asked).id, timeout=200)
+    for job in (first, second):
+        client.download(job.id, tmp_path / job.id)
+    bytes_of = [(tmp_path / j.id / "model.safetensors").read_bytes() for j in (first, second)]
+    assert bytes_of[0] == bytes_of[1]
+    reports = [client.report(job.id) for job in (first, second)]
+    assert [report["resumed"] for report in reports] == [False, True]
+    assert reports[0]["blocks"] == reports[1]["blocks"]
+
+
 def test_killed_runner_and_worker_resume_to_the_same_bytes(
     client: Client, service: EmbeddedService, undisturbed: Path, tmp_path: Path
 ) -> None:

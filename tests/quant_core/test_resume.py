@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +97,26 @@ def test_a_resumed_job_gives_the_same_bytes_and_trains_nothing(
     assert after.row("map omniquant").texts == before.row("knapsack omniquant").texts
     record = (tmp_path / "out" / RECORD_NAME).read_bytes()
     assert record == (trained.out / RECORD_NAME).read_bytes()
+
+
+def test_the_command_takes_the_folder_and_says_what_was_learned(
+    llama: Path, trained: Trained, tmp_path: Path
+) -> None:
+    (tmp_path / "spec.json").write_text(spec(LEARNING).model_dump_json())
+    options = {"--spec": tmp_path / "spec.json", "--out": tmp_path / "out"}
+    options |= {"--method": "map", "--map": trained.out / "bit_width_map.json"}
+    options |= {"--resume-parameters": trained.out}
+    arguments = [str(word) for pair in options.items() for word in pair]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "bitmill", "quantize", str(llama), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert stored(tmp_path / "out") == stored(trained.out)
+    assert re.search(r"^learned \d of 2 blocks in", done.stdout, re.MULTILINE)
+    assert re.search(r"^tuned all scales in", done.stdout, re.MULTILINE)
 
 
 def test_clipping_strengths_are_resumed_through_the_same_map_made_again(

@@ -1,4 +1,4 @@
-"""Maps and calibration files that a specification refers to."""
+"""Maps, calibration files and learned parameters that a specification refers to."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ import pytest
 
 from bitmill.bits import BitWidthMap
 from bitmill.errors import CalibrationError, InputError
+from bitmill.learned_parameters import RECORD_NAME
 from bitmill.spec import JobSpec, parse_spec
 from bitmill_workers.artifacts import LocalArtifacts
 from bitmill_workers.catalog import Catalog
-from bitmill_workers.inputs import MAP_FILE, given_map, local_spec, write_map
+from bitmill_workers.inputs import (
+    MAP_FILE,
+    fetch_parameters,
+    given_map,
+    local_spec,
+    write_map,
+)
 from bitmill_workers.jobs import JobStore
 from bitmill_workers.leases import LeaseStore
 from bitmill_workers.records import Artifact
@@ -99,3 +106,53 @@ def test_calibration_file_must_lie_below_a_root(settings: Settings, tmp_path: Pa
         with pytest.raises(CalibrationError) as refused:
             local_spec(calibrated(path), settings)
         assert (refused.value.code, refused.value.param) == (code, "calibration.text.path")
+
+
+def with_parameters(**reference: str) -> JobSpec:
+    omniquant = {"resume_parameters": reference}
+    return spec(refinement={"method": "omniquant", "omniquant": omniquant})
+
+
+def test_learned_parameters_of_a_job_become_a_local_folder(
+    settings: Settings,
+    store: JobStore,
+    leases: LeaseStore,
+    artifacts: LocalArtifacts,
+    tmp_path: Path,
+) -> None:
+    store.submit(spec())
+    job = leases.claim_next("w", QUEUES)
+    assert job is not None
+    names = (RECORD_NAME, "model.safetensors", "deep/file")
+    files = [Artifact(name, 1, "0" * 64, f"{job.id}/1/{name}") for name in names]
+    for file in files:
+        (artifacts.root / file.storage_key).parent.mkdir(parents=True, exist_ok=True)
+        (artifacts.root / file.storage_key).write_text(file.path)
+    asked, target = with_parameters(source="job", job_id=job.id), tmp_path / "parameters"
+    parts = (target, settings, store, artifacts)
+    with pytest.raises(InputError, match="no succeeded job"):
+        fetch_parameters(asked, *parts)
+    assert not target.exists()
+    assert leases.finalize(job.id, job.token)
+    assert leases.finish(job.id, job.token, {}, files)
+    assert fetch_parameters(spec(), *parts) is None
+    assert fetch_parameters(asked, *parts) == target
+    assert {name: (target / name).read_text() for name in names} == {n: n for n in names}
+    (artifacts.root / files[1].storage_key).unlink()
+    assert (target / "model.safetensors").read_text() == "model.safetensors"
+    given = local_spec(asked, settings, target)["refinement"]["omniquant"]
+    assert given["resume_parameters"] == {"source": "path", "path": str(target)}
+
+
+def test_learned_parameters_below_a_root_are_used_where_they_are(
+    settings: Settings, store: JobStore, artifacts: LocalArtifacts, tmp_path: Path
+) -> None:
+    parts = (tmp_path / "unused", settings, store, artifacts)
+    folder = settings.model_roots["models"] / "tiny"
+    asked = with_parameters(source="path", path="models/tiny")
+    with pytest.raises(InputError, match="no learned parameters in 'models/tiny'"):
+        fetch_parameters(asked, *parts)
+    (folder / RECORD_NAME).write_text("{}")
+    assert fetch_parameters(asked, *parts) == folder
+    with pytest.raises(InputError, match="not below an allowed root"):
+        fetch_parameters(with_parameters(source="path", path="elsewhere/tiny"), *parts)

@@ -157,6 +157,18 @@ def test_unreadable_object_is_an_error_of_its_own(stored: Settings) -> None:
     store.remove("job", 1)
     with pytest.raises(StorageUnavailable):
         store.read(file)
+    with pytest.raises(StorageUnavailable):
+        store.fetch(file, stored.data / "file")
+
+
+def test_object_is_fetched_to_a_file(stored: Settings) -> None:
+    store = open_artifacts(stored)
+    data = fill(store.attempt_folder("job", 1), 1000)
+    files = {f.path: f for f in store.publish("job", 1, lambda *_: None)}
+    store.drop_local("job", 1)
+    stored.data.mkdir(exist_ok=True)
+    store.fetch(files["model.safetensors"], stored.data / "file")
+    assert (stored.data / "file").read_bytes() == data
 
 
 def test_profile_made_here_is_found_elsewhere(stored: Settings, tmp_path: Path) -> None:

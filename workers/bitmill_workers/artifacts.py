@@ -6,6 +6,7 @@ succeed; prefixes that no row names are garbage. Keys come from the database, ne
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,9 @@ class ArtifactStore(Protocol):
 
     def read(self, artifact: Artifact) -> bytes:
         """The whole content of a small file."""
+
+    def fetch(self, artifact: Artifact, target: Path) -> None:
+        """Put a file, which may be large, at a local path that does not exist yet."""
 
     def attempts(self) -> Iterator[tuple[str, int]]:
         """Job id and token of every stored attempt, published or not."""
@@ -120,6 +124,14 @@ class LocalArtifacts:
     def read(self, artifact: Artifact) -> bytes:
         """The file's content."""
         return (self.root / artifact.storage_key).read_bytes()
+
+    def fetch(self, artifact: Artifact, target: Path) -> None:
+        """Link the file, or copy it to another file system."""
+        place = self.root / artifact.storage_key
+        try:
+            os.link(place, target)
+        except OSError:
+            shutil.copyfile(place, target)
 
     def attempts(self) -> Iterator[tuple[str, int]]:
         """All `<job id>/<token>` folders."""

@@ -1,4 +1,4 @@
-"""Everything outside the specification that a job needs: given maps and calibration files.
+"""What a job needs beside its specification: given maps, calibration files, learned parameters.
 
 The API looks for them before it accepts a job, the supervisor turns them into local files.
 """
@@ -10,12 +10,21 @@ from typing import Any
 
 from bitmill.bits import BitWidthMap
 from bitmill.errors import CalibrationError, InputError, ModelError
-from bitmill.spec import FileText, InlineMap, JobSpec, UploadedMap
+from bitmill.learned_parameters import PARAM, RECORD_NAME, LearnedFor
+from bitmill.spec import (
+    FileText,
+    InlineMap,
+    JobParameters,
+    JobSpec,
+    PathParameters,
+    UploadedMap,
+)
 from bitmill.storage import write_bytes
 from bitmill_workers.artifacts import ArtifactStore
 from bitmill_workers.catalog import Catalog
 from bitmill_workers.fetch import resolve_path
 from bitmill_workers.jobs import JobStore
+from bitmill_workers.records import Artifact
 from bitmill_workers.settings import Settings
 
 MAP_FILE = "bit_width_map.json"
@@ -38,9 +47,14 @@ def calibration_file(text: FileText, settings: Settings) -> Path:
     return place
 
 
-def local_spec(spec: JobSpec, settings: Settings) -> dict[str, Any]:
-    """The specification as JSON with the calibration file's path below a root made absolute."""
+def local_spec(spec: JobSpec, settings: Settings, parameters: Path | None = None) -> dict[str, Any]:
+    """The specification as JSON with local paths: of the calibration file below a root, and of
+    the folder of learned parameters.
+    """
     data = spec.model_dump(mode="json")
+    if parameters is not None:
+        given = {"source": "path", "path": str(parameters)}
+        data["refinement"]["omniquant"]["resume_parameters"] = given
     text = spec.calibration.text
     if isinstance(text, FileText):
         data["calibration"]["text"]["path"] = str(calibration_file(text, settings))
@@ -82,6 +96,68 @@ def write_map(
         return None
     write_bytes(target, found.to_json().encode())
     return target
+
+
+def check_parameters(
+    spec: JobSpec, settings: Settings, store: JobStore, artifacts: ArtifactStore
+) -> None:
+    """Refuse learned parameters that are not there, or that were learned with other settings.
+
+    Raises `InputError` (codes `parameters_not_found`, `path_not_allowed`, `unfit_parameters`).
+    """
+    given = spec.refinement.omniquant.resume_parameters
+    if given is None:
+        return
+    if isinstance(given, JobParameters):
+        data = artifacts.read(_parameter_files(given, store)[RECORD_NAME])
+    else:
+        data = (_parameter_folder(given, settings) / RECORD_NAME).read_bytes()
+    learned_for = LearnedFor.parse(data)
+    known = {"model": learned_for.model, "calibration": learned_for.calibration}
+    learned_for.check(LearnedFor.of_job(spec, **known))
+
+
+def fetch_parameters(
+    spec: JobSpec, target: Path, settings: Settings, store: JobStore, artifacts: ArtifactStore
+) -> Path | None:
+    """The local folder of the learned parameters that the specification refers to, if any.
+
+    target: the folder to make for those of a job. Raises `InputError` as `check_parameters` does.
+    """
+    given = spec.refinement.omniquant.resume_parameters
+    if given is None:
+        return None
+    if not isinstance(given, JobParameters):
+        return _parameter_folder(given, settings)
+    for path, artifact in _parameter_files(given, store).items():
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        artifacts.fetch(artifact, target / path)
+    return target
+
+
+def _parameter_files(given: JobParameters, store: JobStore) -> dict[str, Artifact]:
+    files = {file.path: file for file in store.artifacts(given.job_id)}
+    if RECORD_NAME not in files:
+        raise InputError(
+            f"there is no succeeded job {given.job_id!r} with learned parameters",
+            code="parameters_not_found",
+            param=f"{PARAM}.job_id",
+        )
+    return files
+
+
+def _parameter_folder(given: PathParameters, settings: Settings) -> Path:
+    try:
+        place, _ = resolve_path(given.path, settings.model_roots)
+    except ModelError as error:
+        raise InputError(error.message, code=error.code, param=f"{PARAM}.path") from error
+    if not (place / RECORD_NAME).is_file():
+        raise InputError(
+            f"there are no learned parameters in {given.path!r}",
+            code="parameters_not_found",
+            param=f"{PARAM}.path",
+        )
+    return place
 
 
 def _no_map(problem: str, member: str) -> InputError:

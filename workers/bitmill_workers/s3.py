@@ -114,6 +114,15 @@ class S3Artifacts:
         except _FAILURES as error:
             raise _unavailable(f"{artifact.path} cannot be read", error) from error
 
+    def fetch(self, artifact: Artifact, target: Path) -> None:
+        """Download the object. Raises `StorageUnavailable`."""
+        try:
+            self._client.download_file(
+                self._bucket, self._key(artifact.storage_key), str(target), Config=self._transfer
+            )
+        except _FAILURES as error:
+            raise _unavailable(f"{artifact.path} cannot be read", error) from error
+
     def attempts(self) -> Iterator[tuple[str, int]]:
         """Every `<job id>/<token>` prefix of the bucket and every local staging folder."""
         found = {

@@ -28,7 +28,7 @@ from bitmill_workers.db import Database
 from bitmill_workers.eta import Eta
 from bitmill_workers.exits import FINAL, Exit, classify, describe
 from bitmill_workers.fetch import local_model
-from bitmill_workers.inputs import local_spec, write_map
+from bitmill_workers.inputs import fetch_parameters, local_spec, write_map
 from bitmill_workers.jobs import JobStore
 from bitmill_workers.leases import LeaseStore
 from bitmill_workers.logs import log_fields
@@ -143,8 +143,11 @@ class Attempt:
         map_file = write_map(
             self.spec, self.folder / "map.json", parts.store, parts.catalog, parts.artifacts
         )
+        parameters = fetch_parameters(
+            self.spec, self.folder / "parameters", self.settings, parts.store, parts.artifacts
+        )
         request = {
-            "spec": local_spec(self.spec, self.settings),
+            "spec": local_spec(self.spec, self.settings, parameters),
             "model_folder": str(model_folder),
             "gguf": self.spec.model.file,
             "job_dir": str(home / "work"),
