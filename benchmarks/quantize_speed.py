@@ -1,12 +1,15 @@
 """How long a whole job takes: profile, allocate, refine and pack of a model of a real shape.
 
-    python benchmarks/quantize_speed.py --shape llama-7b --blocks 4 --device cuda
+    python benchmarks/quantize_speed.py --shape llama-7b --blocks 4 --device cuda --devices 2
 
 A checkpoint of N decoder blocks with random weights (normal, with outlier channels in the norms) is
 written to a temporary folder and run through the job's own stages. Windows are random tokens. Every
 decoder block of a stage is one unit; a unit's seconds are split by what the library was doing. All
 blocks of the shape are extrapolated: what was measured, plus the median of the units behind the
 first (which compiles kernels) for each block that is missing.
+
+With several devices the times are the first rank's, which waits for the others at every sum; memory
+is that of one rank.
 
 Random activations cost what real ones cost: no kernel's work depends on values. Quality is not
 measured here.
@@ -19,6 +22,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -34,7 +38,9 @@ from safetensors.torch import save_file
 
 from bitmill import pipeline
 from bitmill.calibration import CalibrationSet
+from bitmill.distributed import Group
 from bitmill.estimate import Machine, estimate
+from bitmill.launch import as_rank, is_rank, run_ranks
 from bitmill.plan import Plan
 from bitmill.progress import Progress
 from bitmill.spec import JobSpec, parse_spec
@@ -196,21 +202,23 @@ class Watch:
         self.units.append(Unit(name, number, self._recorder.take()))
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace, group: Group, device: torch.device) -> dict[str, Any]:
     shape = SHAPES[options.shape]
     spec = spec_of(options)
-    device = torch.device(options.device)
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
-        root = Path(name)
+        root = Path(group.broadcast(name))
         source = root / "source"
-        source.mkdir()
-        write_model(source, shape, options.blocks, options.tokens, options.device)
+        if group.first:
+            source.mkdir()
+            write_model(source, shape, options.blocks, options.tokens, options.device)
+        group.barrier()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with Memory() as memory, Recorder(device) as recorder, profiled(options):
             watch = Watch(recorder, options.blocks)
-            planned = run_stages(spec, source, root, device, watch, options, shape)
+            planned = run_stages(spec, source, root, device, group, watch, options, shape)
         peak = memory.peak
+        group.barrier()
     measured = {stage: seconds_of(stage, watch.units, options, shape) for stage in STAGES}
     full = replace_blocks(planned, shape.blocks)
     machine = Machine(accelerator=device.type == "cuda", threads=torch.get_num_threads())
@@ -223,6 +231,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "held_out": options.held_out,
         "profile_sequences": options.profile_sequences,
         "tokens": options.tokens,
+        "devices": group.size,
         "code_bits": options.bits,
         "refinement": spec.refinement.model_dump(mode="json", exclude={"omniquant"}),
         "stages": measured,
@@ -249,6 +258,7 @@ def spec_of(options: argparse.Namespace) -> JobSpec:
             "budget": {"code_bits": bits},
             "allocation": {"method": method},
             "refinement": refinement,
+            "devices": options.devices,
             "calibration": {
                 "sequences": options.sequences,
                 "length": options.tokens,
@@ -263,6 +273,7 @@ def run_stages(
     source: Path,
     root: Path,
     device: torch.device,
+    group: Group,
     watch: Watch,
     options: argparse.Namespace,
     shape: Shape,
@@ -273,12 +284,13 @@ def run_stages(
     job = pipeline.Job(
         spec=spec,
         model_folder=source,
-        space=Workspace(root / "job", watch, lambda: False),
+        space=Workspace(root / "job", watch, lambda: False, group),
         output=root / "out",
         gguf=None,
         given_map=None,
         profiles=None,
         device=device,
+        group=group,
     )
     resolved = pipeline.Source(source, "random")
     planned = pipeline.plan(job, resolved)
@@ -391,7 +403,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{result['of_blocks']} blocks",
         f"{result['sequences']} + {result['held_out']} windows of {result['tokens']} tokens "
         f"({result['profile_sequences']} for the profile), {result['code_bits']} code bits, on "
-        f"{result['machine']['device']}, torch {result['machine']['torch']}.",
+        f"{result['devices']} x {result['machine']['device']}, torch "
+        f"{result['machine']['torch']}.",
         "",
         "| stage | measured, s | one block, s | all blocks, s | parts of one block, s |",
         "|---|---|---|---|---|",
@@ -434,6 +447,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="parts of refinement that are switched off",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--devices", type=int, default=1, help="accelerators that work together")
     parser.add_argument("--scratch", type=Path, help="where the temporary folder is made")
     parser.add_argument("--trace", type=Path, help="write torch's profiler table to this file")
     parser.add_argument("--out", type=Path, help="folder for the result as JSON and markdown")
@@ -444,16 +458,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if options.devices > 1 and not is_rank():
+        run_ranks(options.devices, [__file__, *(arguments or sys.argv[1:])])
+        return 0
     begin = time.perf_counter()
-    result = run(options)
-    print(markdown(result))
-    print(f"wall time with making the model: {time.perf_counter() - begin:.1f} s")
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        name = f"quantize-speed-{options.shape}-{options.allocation}"
-        (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (options.out / f"{name}.md").write_text(markdown(result))
+    with as_rank(options.device) as (group, device):
+        result = run(options, group, device)
+        if group.first:
+            report(result, options.out, time.perf_counter() - begin)
     return 0
+
+
+def report(result: Mapping[str, Any], out: Path | None, seconds: float) -> None:
+    print(markdown(result))
+    print(f"wall time with making the model: {seconds:.1f} s")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        name = f"quantize-speed-{result['shape']}-{result['allocation']}"
+        name += f"-{result['devices']}" if result["devices"] > 1 else ""
+        (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / f"{name}.md").write_text(markdown(result))
 
 
 if __name__ == "__main__":

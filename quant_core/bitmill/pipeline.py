@@ -86,7 +86,7 @@ class Job:
     given_map: BitWidthMap | None
     profiles: Path | None
     device: torch.device
-    group: Group
+    group: Group = SINGLE
     task_folder: Path | None = None
 
     @property
