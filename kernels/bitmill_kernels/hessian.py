@@ -44,6 +44,13 @@ def cross_update(C: Tensor, left: Tensor, right: Tensor, weight: Tensor | None =
             C.addmm_(factor.t(), rows)
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left [T, K] times right [K, N], both of one dtype, as f32 [T, N] with fp32 sums."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
 @contextmanager
 def _exact_fp32() -> Iterator[None]:
     """Hold torch's fp32 matmul precision at full fp32, whatever the process has chosen."""

@@ -12,31 +12,36 @@ cost in GPTQ's own order). Differences from that code:
 - the Hessian is left as it was and damped relative to its mean; one ranking is searched and used;
 - the bias stands on both sides, softmax and KL are fp32, and KL is taken from source to quantized;
 - candidates are rounded on the clip-searched grid of the real quantizer, not on min-max;
-- all p come from one pass: ŷ(p + 1) - ŷ(p) is the product of two groups of inputs.
+- all p come from one pass: ŷ(p + 1) - ŷ(p) is the product of two groups of inputs;
+- that pass takes the first windows of up to 32,768 tokens; salience and order take all of them.
 
 With an activation order, groups are those of the ordered columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bitmill.blocks import StreamedModel, weight_of
 from bitmill.codes import group_slices
 from bitmill.distributed import Group
 from bitmill.gptq import check_weights
-from bitmill.grid import ClipSettings, clip_search, nearest_codes, values
+from bitmill.grid import ClipSettings
 from bitmill.hessian import activation_order, factor
 from bitmill.input_statistics import BlockState, Stream, collect
-from bitmill.observe import observe
+from bitmill.observe import observe_ends
 from bitmill.profile import SbaRecord
+from bitmill.rtn import round_to_nearest
 from bitmill.sensitivity import PROFILE_CLIP
+from bitmill.timing import stage
+from bitmill_kernels.hessian import product
 from bitmill_kernels.layout import GROUP_SIZE
 
 DAMPING = (0.01, 0.05, 0.1)
@@ -46,11 +51,12 @@ DAMPING = (0.01, 0.05, 0.1)
 class SbaSettings:
     """clip: the grid search of every candidate, None for the profile's quicker one.
 
-    tokens: inputs evaluated at once.
+    tokens: inputs evaluated at once; evaluated: limit of all inputs evaluated, in whole windows.
     """
 
     clip: ClipSettings | None = field(default_factory=ClipSettings)
     tokens: int = 2048
+    evaluated: int = 32768
     batch: int = 8
 
 
@@ -66,48 +72,59 @@ class SbaSearch:
         bias: Tensor | None = None,
         order: Tensor | None = None,
         settings: SbaSettings | None = None,
+        dtype: torch.dtype = torch.float32,
         name: str = "linear",
     ) -> None:
-        """W f32 [N, K], H f32 [K, K] and order i64 [K] in source columns; bias f32 [N]."""
+        """W f32 [N, K], H f32 [K, K] and order i64 [K] in source columns; bias f32 [N].
+
+        dtype: of the inputs; weights are multiplied in it, as the model would.
+        """
         self._settings = settings or SbaSettings()
         self._order, self._bias = order, bias
         if order is not None:
             self._order = order = order.to(W.device)
             W, H = W[:, order], H[order][:, order]
         check_weights(W, name)
-        self._W, self._tokens = W, 0
+        self._W, self._tokens, self._dtype = W, 0, dtype
         self._ranking = group_ranking(W, H, name)
         self._pairs = len(self._ranking) // 2
         self._divergence = torch.zeros(self._pairs + 1, dtype=torch.float64, device=W.device)
         self._quantize(H.diagonal(), base)
+        self._W = W.to(dtype)
 
     def _quantize(self, weight: Tensor, base: int) -> None:
         """ŷ(0)'s weights [N, K], and per p the change of its two groups [N, c]."""
         parts = dict(group_slices(self._W.shape[1]))
-        rounded = {group: self._rounded(part, weight, base) for group, part in parts.items()}
-        self._base = torch.cat(list(rounded.values()), 1)
-        self._steps: list[list[tuple[slice, Tensor]]] = []
-        for p in range(self._pairs):
-            low, high = self._ranking[p], self._ranking[-1 - p]
-            self._steps.append(
-                [
-                    (parts[group], self._rounded(parts[group], weight, width) - rounded[group])
-                    for group, width in ((low, base - 1), (high, base + 1))
-                ]
-            )
+        lows, highs = self._ranking[: self._pairs], self._ranking[::-1][: self._pairs]
+        rounded = self._rounded([base] * len(parts), weight)
+        widths = dict.fromkeys(parts, base) | dict.fromkeys(lows, base - 1)
+        widths |= dict.fromkeys(highs, base + 1)
+        change = (self._rounded(list(widths.values()), weight) - rounded).to(self._dtype)
+        self._base = rounded.to(self._dtype)
+        self._steps = [
+            [(parts[group], change[:, parts[group]]) for group in pair]
+            for pair in zip(lows, highs, strict=True)
+        ]
 
-    def _rounded(self, part: slice, weight: Tensor, width: int) -> Tensor:
-        block = self._W[:, part].contiguous()
-        clip = self._settings.clip or PROFILE_CLIP[width]
-        grid = clip_search(block, width, weight[part], settings=clip)
-        return values(nearest_codes(block, grid, width), grid)
+    def _rounded(self, widths: Sequence[int], weight: Tensor) -> Tensor:
+        """W on the grids of these widths, one per group, f32 [N, K]."""
+        parts = dict(group_slices(self._W.shape[1]))
+        result = torch.empty_like(self._W)
+        for width in sorted(set(widths)):
+            groups = [group for group in parts if widths[group] == width]
+            places = [torch.arange(parts[g].start, parts[g].stop) for g in groups]
+            columns = torch.cat(places).to(weight.device)
+            clip = self._settings.clip or PROFILE_CLIP[width]
+            mine = self._W[:, columns]
+            codes = round_to_nearest(mine, (width,) * len(groups), weight[columns], clip)
+            result[:, columns] = codes.values()
+        return result
 
     def add(self, x: Tensor) -> None:
         """Adds inputs x [T, K] in source column order, evaluating every p on them."""
-        for start in range(0, len(x), self._settings.tokens):
-            rows = x[start : start + self._settings.tokens].float()
-            rows = rows if self._order is None else rows[:, self._order]
-            self._divergence += self._evaluate(rows)
+        for rows in x.to(self._dtype).split(self._settings.tokens):
+            ordered = rows if self._order is None else rows[:, self._order]
+            self._divergence += self._evaluate(ordered)
         self._tokens += len(x)
 
     def all_reduce(self, group: Group) -> None:
@@ -122,12 +139,12 @@ class SbaSearch:
         sums = [_divergence(source, output)]
         for step in self._steps:
             for part, change in step:
-                output = output + x[:, part] @ change.T
+                output += product(x[:, part], change.T)
             sums.append(_divergence(source, output))
         return torch.stack(sums)
 
     def _output(self, x: Tensor, W: Tensor) -> Tensor:
-        y = x @ W.T
+        y = product(x, W.T)
         return y if self._bias is None else y + self._bias
 
     def record(self) -> SbaRecord:
@@ -182,15 +199,18 @@ def profile_block_sba(
             bias=None if bias is None else bias.float(),
             order=chosen.get(name),
             settings=settings,
+            dtype=model.dtype,
             name=name,
         )
     leads = {group[0]: group for group in groups}
     modules = {lead: linears[lead] for lead in leads}
-    for start in range(0, len(stream.hidden), settings.batch):
-        part = stream.hidden[start : start + settings.batch].to(model.device)
-        for lead, seen in observe(model, index, block, modules, part).items():
-            for name in leads[lead]:
-                searches[name].add(seen.x)
+    windows = settings.evaluated // (stream.hidden.shape[1] * stream.group.size)
+    for part in stream.hidden[: max(1, windows)].split(settings.batch):
+        seen, _ = observe_ends(model, index, block, modules, {}, part.to(model.device))
+        with stage("divergence"):
+            for lead, x in seen.items():
+                for name in leads[lead]:
+                    searches[name].add(x)
     for search in searches.values():
         search.all_reduce(stream.group)
     return {name: search.record() for name, search in searches.items()}, chosen
@@ -199,4 +219,5 @@ def profile_block_sba(
 def _divergence(source: Tensor, output: Tensor) -> Tensor:
     """Sum over tokens of KL(source || softmax(output)); source f32 [T, N] is a log-softmax."""
     candidate = torch.log_softmax(output, 1)
-    return (source.exp() * (source - candidate)).sum(dtype=torch.float64)
+    terms = functional.kl_div(candidate, source, reduction="none", log_target=True)
+    return terms.sum(dtype=torch.float64)

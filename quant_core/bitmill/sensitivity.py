@@ -58,6 +58,7 @@ from bitmill.hessian import DAMPING_LADDER, HessianAccumulator, activation_order
 from bitmill.plan import Plan
 from bitmill.profile import FloatArray, IndexArray, SensitivityProfile
 from bitmill.profile_checkpoint import BlockProfile, ProfileCheckpoint, joined_profile
+from bitmill.timing import stage
 from bitmill_kernels.backend import resolve_backend
 from bitmill_kernels.gptq import gptq_block
 from bitmill_kernels.layout import group_count
@@ -154,13 +155,13 @@ class BlockMoments:
 
     def seen(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Add one batch: x [T, K], gradient [T, N]."""
-        squares = gradient.float().square()
-        self._squares[name] += squares.sum(0, dtype=torch.float64)
+        norms = torch.linalg.vector_norm(gradient, dim=0, dtype=torch.float32)
+        self._squares[name] += norms.double().square()
         if self._owner[name] == name:
             self._plain[name].add(x)
         if not (self._weighted or self._settings.token_weights):
             return
-        importance = squares.sum(1)
+        importance = gradient.float().square().sum(1)
         if self._weighted:
             self._weighted[name].add(x, importance)
         if self._settings.token_weights:
@@ -320,7 +321,8 @@ class _Measurement:
                 H = found.H if found.weighted is None else found.weighted
                 shared = Curvature.prepare(H, order, damping=self._settings.damping, name=name)
             W = weight_of(modules[name]).detach().float()
-            costs = linear_costs(W, found.row_weight, shared, self._settings)
+            with stage("cost"):
+                costs = linear_costs(W, found.row_weight, shared, self._settings)
             if not np.isfinite(costs).all():
                 raise CalibrationError(
                     f"the costs of {name} are not finite: its gradients or inputs are too large "
