@@ -1,23 +1,8 @@
 import torch
 
 from bitmill.codes import LinearCodes, group_slices
-from bitmill.grid import ClipSettings
-from bitmill.rtn import round_to_nearest
 from bitmill.scale_refit import refit_scales
-
-
-def problem(seed=0, N=8, K=300):
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.eye(K) + 0.2 * torch.randn(K, K, generator=generator)
-    x = torch.randn(800, K, generator=generator) @ mix
-    W = 0.05 * torch.randn(N, K, generator=generator)
-    codes = round_to_nearest(W, (3, 1, 2), None, ClipSettings())
-    return W, x.T @ x / 800, codes
-
-
-def row_errors(W, codes, H):
-    R = (W - codes.values()).double()
-    return ((R @ H.double()) * R).sum(1)
+from rounded import problem, row_errors
 
 
 def test_the_refit_never_raises_the_error_of_a_row():
