@@ -17,7 +17,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev &
  && useradd --uid 10001 --create-home bitmill && install -d -o bitmill -g bitmill /data /cache
 COPY --from=build /opt/bitmill /opt/bitmill
 ENV PATH=/opt/bitmill/bin:$PATH PYTHONUNBUFFERED=1 BITMILL_DATA=/data TRITON_CACHE_DIR=/cache/triton \
-    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+    TORCH_EXTENSIONS_DIR=/cache/torch HF_HOME=/cache/huggingface PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 USER bitmill
 VOLUME ["/data", "/cache"]
 STOPSIGNAL SIGTERM

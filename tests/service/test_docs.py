@@ -31,6 +31,22 @@ def test_api_page_names_every_route_and_no_other(tmp_path: Path) -> None:
     assert set(table) == routes | {"GET /metrics"}
 
 
+def test_operations_page_names_every_setting_and_its_default() -> None:
+    """Defaults that are no plain value, such as a folder, are described in words."""
+    rows = re.findall(r"^\| (`BITMILL_.*?) \| (.*?) \|", (DOCS / "operations.md").read_text(), re.M)
+    described: dict[str, str] = {}
+    for names, values in rows:
+        named = re.findall(r"BITMILL_([A-Z0-9_]+)", names)
+        defaults = values.split(", ") if len(values.split(", ")) == len(named) else [values]
+        described |= dict(zip(named, defaults * len(named), strict=False))
+    internal = {"runner_module"}
+    fields = ServiceSettings.model_fields
+    assert {name.upper() for name in fields.keys() - internal} - described.keys() == set()
+    for name, field in fields.items():
+        if type(field.default) in (int, float) and field.default < 1 << 20 and name not in internal:
+            assert described[name.upper()] == f"{field.default:g}", name
+
+
 def test_api_page_names_every_code_with_its_status() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (.*) \|$", (DOCS / "api.md").read_text(), re.M)
     assert {code: (int(status), hint) for code, status, hint in rows} == dict(CODES)

@@ -33,6 +33,8 @@ def test_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         {"broker_url": "redis://:changeme@redis/0"},
         {"s3_secret_key": "minioadmin"},
         {"webhook_secret": ""},
+        {"webhook_secret": "REPLACE-with-openssl-rand-hex-24"},
+        {"database_url": "postgresql://u:REPLACE-with-openssl-rand-hex-24@db/x"},
     ],
 )
 def test_default_secrets_and_impossible_values_are_refused(values: dict[str, object]) -> None:

@@ -32,6 +32,11 @@ _DEFAULT_SECRETS = frozenset(
 )
 
 
+def _is_default(secret: str) -> bool:
+    """True for well-known words and for what deploy/environment.example asks to replace."""
+    return secret.lower() in _DEFAULT_SECRETS or secret.lower().startswith("replace")
+
+
 class Settings(BaseSettings):
     """Everything that a worker or the API process can be told; times in seconds, sizes in bytes.
 
@@ -112,7 +117,7 @@ class Settings(BaseSettings):
     @field_validator("s3_secret_key", "webhook_secret")
     @classmethod
     def _real_secret(cls, secret: SecretStr | None) -> SecretStr | None:
-        if secret is not None and secret.get_secret_value().lower() in _DEFAULT_SECRETS:
+        if secret is not None and _is_default(secret.get_secret_value()):
             raise ValueError("is a default or empty secret: set one of your own")
         return secret
 
@@ -120,7 +125,7 @@ class Settings(BaseSettings):
     @classmethod
     def _real_password(cls, url: str | None) -> str | None:
         password = urlsplit(url).password if url else None
-        if password is not None and password.lower() in _DEFAULT_SECRETS:
+        if password is not None and _is_default(password):
             raise ValueError("has a default or empty password: set one of your own")
         return url
 

@@ -45,9 +45,10 @@ _log = logging.getLogger(__name__)
 _RUNNER_SEES = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
     *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CUDA_HOME"),
-    *("BITMILL_BACKEND", "TRITON_INTERPRET", "TRITON_CACHE_DIR"),
+    *("PYTORCH_CUDA_ALLOC_CONF", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "CC", "CXX"),
+    *("BITMILL_BACKEND", "BITMILL_CPU_KERNEL", "BITMILL_CUDA_LIBRARY", "TRITON_INTERPRET"),
 )
-"""Environment variables that the runner inherits: none of ours, so no secret is among them."""
+"""Environment variables that the runner inherits: none of `Settings`, so no secret is there."""
 
 
 class Stopped(Exception):
