@@ -27,6 +27,10 @@ STAGES: tuple[tuple[str, ...], ...] = (
 )
 """Endings of module paths, in execution order; a stage's members under one parent are siblings."""
 
+ELEMENTWISE = {3: 2}
+"""Stage -> the stage under the same parent whose outputs, by activation functions and products of
+single elements alone, are its inputs; so in every architecture below."""
+
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 """Leaf names of matrices that choose experts; they are never quantized."""
 

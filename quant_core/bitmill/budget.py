@@ -39,7 +39,8 @@ class Footprint:
 def order_owners(plan: Plan, order: Order) -> dict[str, str]:
     """Linear -> the linear whose `.order` tensor holds its column order; empty for `natural`.
 
-    The first linear that reads an input owns the order of that input's columns.
+    The first linear that reads an input owns the order of that input's columns. An order that is
+    folded into the rows of the linears before it is stored nowhere.
     """
     if order == "natural":
         return {}
@@ -47,6 +48,7 @@ def order_owners(plan: Plan, order: Order) -> dict[str, str]:
         name: group[0]
         for block in range(plan.block_count)
         for group in plan.input_groups(block)
+        if group[0] not in plan.feeders
         for name in group
     }
 

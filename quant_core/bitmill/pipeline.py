@@ -39,6 +39,7 @@ from bitmill.checkpoint_source import CheckpointSource, check_all_finite
 from bitmill.distributed import SINGLE, Group
 from bitmill.errors import ResourceError, SpecError, VerificationError
 from bitmill.evaluate import StreamedLogits
+from bitmill.folding import FoldedModel
 from bitmill.gguf_source import convert_gguf
 from bitmill.learned_parameters import PARAM, RECORD_NAME, LearnedFor, LearnedParameters
 from bitmill.manifest import Manifest, read_manifest, write_manifest
@@ -429,14 +430,15 @@ def pack(
                 source=source.folder,
                 tensors=checkpoint_tensors(planned, bit_widths.linears, bit_widths.order),
                 bit_widths=bit_widths,
-                linear=refined.linear,
+                linear=FoldedModel(refined, planned).linear,
                 other=lambda name: stored.tensor(kept[name]),
                 orders={name: f"{owner}.order" for name, owner in owners.items()},
                 on_linear=on_linear,
             )
         storage.write_json(folder / HASHES_NAME, hashes)
 
-    return job.space.run("pack", {"refined": refined.digest}, work) / "packed"
+    inputs = {"refined": refined.digest, "folded": sorted(planned.feeders)}
+    return job.space.run("pack", inputs, work) / "packed"
 
 
 def verify(job: Job, planned: Plan, packed: Path, refined: RefinedModel) -> None:
@@ -447,7 +449,7 @@ def verify(job: Job, planned: Plan, packed: Path, refined: RefinedModel) -> None
             "folder": str(packed),
             "plan": str(job.space.root / "plan" / PLAN_NAME),
             "tensor_hashes": str(packed.parent / HASHES_NAME),
-            "code_hashes": refined.code_hashes(),
+            "code_hashes": FoldedModel(refined, planned).code_hashes(),
             "budget": job.spec.budget.model_dump(mode="json"),
             "report": str(folder / "verify.json"),
             "threads": torch.get_num_threads(),

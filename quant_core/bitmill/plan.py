@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bitmill.architectures import (
+    ELEMENTWISE,
     EMBEDDINGS,
     HEAD,
     ROUTERS,
@@ -139,6 +140,25 @@ class Plan(Closed):
         for linear in self.linears:
             blocks[linear.block].append(linear)
         return blocks
+
+    @cached_property
+    def feeders(self) -> dict[str, tuple[str, ...]]:
+        """Linear -> the linears whose outputs, element by element, become its inputs.
+
+        Its column order can be folded into their rows, which is exact: all of them are quantized,
+        have as many rows as it has columns, and no bias.
+        """
+        kept = {sibling_key(tensor.module.rpartition(".")[0]) for tensor in self.tensors}
+        found: dict[tuple[int, str], list[PlannedLinear]] = {}
+        for linear in self.linears:
+            found.setdefault(sibling_key(linear.name), []).append(linear)
+        feeders = {}
+        for (stage, parent), (linear, *others) in found.items():
+            source = (ELEMENTWISE.get(stage, -1), parent)
+            rows = {feeder.rows for feeder in found.get(source, ())}
+            if not others and rows == {linear.columns} and source not in kept:
+                feeders[linear.name] = tuple(feeder.name for feeder in found[source])
+        return feeders
 
     @cached_property
     def position_limit(self) -> int | None:

@@ -88,6 +88,12 @@ class RefinedModel:
         """One refined linear or embedding."""
         return load_block(self.folder, self.plan, self.plan.by_name[name].block, (name,))[name]
 
+    def order(self, name: str) -> Tensor | None:
+        """Column order i32 [K] of one refined linear, None where it has its own."""
+        with safe_open(_tensors(self.folder, self.plan.by_name[name].block), "pt") as file:
+            key = f"{name}.order"
+            return file.get_tensor(key) if key in file.keys() else None  # noqa: SIM118
+
     def reports(self) -> tuple[tuple[LinearQuality, ...], tuple[BlockQuality, ...]]:
         """What refinement says of every linear, and of every block where it learned."""
         linears: list[LinearQuality] = []

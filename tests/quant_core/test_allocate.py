@@ -129,7 +129,7 @@ def test_small_case_against_brute_force():
 def test_accounting_agrees_with_bits_and_layout():
     found = allocate(PLAN, job({"code_bits": 3.3}, order="activation"), PROFILE)
     taken = footprint(PLAN, found)
-    owned = 3 * (416 * 3 + 600)
+    owned = 3 * 416 * 3  # down_proj's order is folded
     assert order_bytes(PLAN, "activation") == 4 * owned
     assert taken.code_bits == pytest.approx(code_bits(PLAN.shapes, found.linears))
     assert taken.bits == pytest.approx(stored_bits(PLAN.shapes, found.linears, owned))
@@ -292,5 +292,6 @@ def test_curve_runs_from_the_smallest_to_the_largest_map():
     allocator = Allocator(PLAN, Allocation(widths=WIDTHS), PROFILE)
     middle = points[6]
     again = allocator.knapsack(Budget(size=middle.size))
-    assert PROFILE.predicted_loss(again.linears) <= middle.predicted_loss * 1.001
+    # 1/2048 of the size may be given up, here 0.002 bits, each of which divides losses by about 4
+    assert PROFILE.predicted_loss(again.linears) <= middle.predicted_loss * 1.004
     assert dataclasses.asdict(middle).keys() == {"size", "bits", "code_bits", "predicted_loss"}

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from bitmill.architectures import ARCHITECTURES, architecture, block_prefix
-from bitmill.blocks import StreamedModel, weight_of
+from bitmill.blocks import StreamedModel, set_weight, weight_of
 from bitmill.errors import ModelError
 from bitmill.experts import is_expert_stack
 from bitmill.plan import make_plan
@@ -54,6 +54,8 @@ COVERED: dict[str, tuple[dict[str, Any], int]] = {
     "stablelm": (GROUPED, 7),
     "starcoder2": (GROUPED, 6),
 }
+
+BIASED_OR_FUSED = {"phi3", "opt", "bloom", "gpt_neox", "gpt2", "starcoder2"}
 
 
 @pytest.fixture(scope="module", params=sorted(COVERED))
@@ -116,6 +118,25 @@ def test_plan_and_source_agree_on_every_weight(model_folder: Path) -> None:
         if ".experts." not in name:
             own = getattr(reference.get_submodule(parent), leaf)
             assert torch.equal(weight_of(own), from_source)
+
+
+def test_hidden_units_may_change_places_where_the_plan_says_so(model_folder: Path) -> None:
+    plan = make_plan(model_folder, SPEC)
+    assert bool(plan.feeders) == (plan.model_type not in BIASED_OR_FUSED)
+    model = StreamedModel(model_folder, plan, device=torch.device("cpu"), dtype=torch.float32)
+    block, moved = model.load_block(0), model.load_block(0)
+    modules = model.linears(moved, 0)
+    generator = torch.Generator().manual_seed(3)
+    for reader in modules.keys() & plan.feeders.keys():
+        weight = weight_of(modules[reader])
+        order = torch.randperm(weight.shape[1], generator=generator)
+        set_weight(modules[reader], weight[:, order].clone())
+        for feeder in plan.feeders[reader]:
+            set_weight(modules[feeder], weight_of(modules[feeder])[order].clone())
+    hidden = model.embed(torch.randint(0, VOCABULARY, (3, 20), generator=generator))
+    with torch.no_grad():
+        expected, found = model.run_block(0, block, hidden), model.run_block(0, moved, hidden)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_siblings_read_the_same_input(model_folder: Path) -> None:
