@@ -198,7 +198,7 @@ def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "folder": str(arguments.out),
         "rows": [row.model_dump(mode="json") for row in quality.rows],
-        "learning": learning_summary(quality.blocks, quality.tuning),
+        "learning": learning_summary(quality.blocks, quality.tuning, resumed=quality.resumed),
         "warnings": [f"warning: {warning}" for warning in quality.warnings],
     }
 

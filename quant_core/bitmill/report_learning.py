@@ -10,17 +10,18 @@ from bitmill.quality import BlockQuality, QualityReport, TuningQuality
 
 
 def learning_summary(
-    blocks: Sequence[BlockQuality], tuning: TuningQuality | None
+    blocks: Sequence[BlockQuality], tuning: TuningQuality | None, *, resumed: bool
 ) -> tuple[str, ...]:
     """Lines of plain text: what learning and tuning changed; none where nothing learned."""
     if not blocks:
         return ()
+    lines = ["learned by an earlier job; nothing was trained"] if resumed else []
     changes = {"held-out": held_out_change(blocks), **text_changes(blocks)}
     learned = sum(block.kept == "learned" for block in blocks)
-    lines = [
+    lines.append(
         f"learned {learned} of {len(blocks)} blocks in {sum(b.seconds for b in blocks):,.1f} s; "
         f"mean change of block errors: {', '.join(f'{n} {c:+.1%}' for n, c in changes.items())}"
-    ]
+    )
     if tuning is not None:
         pairs = {"held-out": (tuning.kl_before, tuning.kl_after), **tuning.texts}
         kls = ", ".join(f"{name} {a:.4g} to {b:.4g}" for name, (a, b) in pairs.items())

@@ -47,9 +47,7 @@ def print_learning(report: dict[str, Any]) -> None:
     )
     tuning = report.get("tuning")
     parsed = None if tuning is None else TuningQuality.model_validate(tuning)
-    if report.get("resumed"):
-        typer.echo("learned by an earlier job; nothing was trained")
-    for line in learning_summary(blocks, parsed):
+    for line in learning_summary(blocks, parsed, resumed=report.get("resumed", False)):
         typer.echo(line)
 
 

@@ -115,6 +115,7 @@ def test_the_command_takes_the_folder_and_says_what_was_learned(
     )
     assert done.returncode == 0, done.stderr
     assert stored(tmp_path / "out") == stored(trained.out)
+    assert "learned by an earlier job; nothing was trained\n" in done.stdout
     assert re.search(r"^learned \d of 2 blocks in", done.stdout, re.MULTILINE)
     assert re.search(r"^tuned all scales in", done.stdout, re.MULTILINE)
 
