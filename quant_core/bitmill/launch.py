@@ -77,6 +77,7 @@ def run_ranks(count: int, arguments: Sequence[str]) -> None:
     told = {
         _LAUNCHER: str(os.getpid()),
         "OMP_NUM_THREADS": str(max(1, threads // count)),
+        "MKL_NUM_THREADS": str(max(1, threads // count)),
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
     }

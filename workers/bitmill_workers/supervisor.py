@@ -169,7 +169,11 @@ class Attempt:
         threads = str(self.spec.threads or self.settings.threads)
         scratch = self.folder / "tmp"
         scratch.mkdir(exist_ok=True)
-        seen = {name: os.environ[name] for name in _RUNNER_SEES if name in os.environ}
+        seen = {
+            name: value
+            for name, value in os.environ.items()
+            if name in _RUNNER_SEES or name.startswith("NCCL_")
+        }
         return seen | {
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
