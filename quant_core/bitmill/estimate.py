@@ -116,7 +116,7 @@ def _host_bytes(plan: Plan, spec: JobSpec, machine: Machine, gguf: bool) -> int:
     element = _element_bytes(plan, machine)
     windows = spec.calibration.sequences + spec.calibration.held_out
     stream = windows * spec.calibration.length * plan.hidden_size * element
-    streams = 2 if spec.refinement.asymmetric else 1
+    streams = 2 if spec.refinement.asymmetric or spec.refinement.method == "omniquant" else 1
     block = 4 * max(_block_weights(plan, i) for i in {0, plan.block_count - 1})
     running = streams * stream + 2 * block
     converting = 10 * (plan.weights + _outside_weights(plan)) if gguf else 0

@@ -210,7 +210,7 @@ class _Run:
         self.count = len(own)
         self.hidden = quantized.embed_all(tokens, self.batch)
         held_out = len(inputs.tokens.held_out) > 0
-        self.asymmetric = settings.asymmetric and first_method(settings) == "gptq" and held_out
+        self.asymmetric = settings.asymmetric and settings.method == "gptq" and held_out
         self.learning: ModelLearning | None = None
         if settings.method == "omniquant":
             self.learning = ModelLearning(

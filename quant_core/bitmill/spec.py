@@ -243,7 +243,8 @@ class Refinement(Closed):
     compensated_grid: the grid is searched by GPTQ's own loss after the clip search.
     scale_refit: closed-form refit of the scales and descent of the codes after the pass.
     asymmetric: correction for the already quantized prefix, kept per linear only where the
-    error on held-out sequences falls.
+    error on held-out sequences falls. For method "gptq"; learning sees the quantized prefix itself
+    and starts better without the correction.
     """
 
     method: Literal["rtn", "gptq", "omniquant"] = "gptq"

@@ -228,6 +228,7 @@ def test_learned_blocks_and_tuned_scales_are_what_is_packed(llama, tmp_path):
     for block in result.quality.blocks:
         assert block.loss_after < block.loss_before or block.kept == "start"
         assert block.texts.keys() == {"wiki_evaluation", "handbook_evaluation"}
+    assert not any(linear.asymmetric for linear in result.quality.linears)
     tuning = result.quality.tuning
     assert tuning.steps == 4
     assert tuning.texts.keys() == {"wiki_evaluation", "handbook_evaluation"}
