@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
 
-from bitmill.errors import FormatError
+from bitmill.errors import FormatError, reason
 from bitmill_kernels.layout import GROUP_SIZE, PLANES, WIDTHS, group_columns, zero_bits
 
 __all__ = [
@@ -124,7 +124,7 @@ class BitWidthMap(BaseModel):
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise FormatError(f"{path.name} is not a bit-width map: {error}") from error
+            raise FormatError(f"{path.name} is not a bit-width map: {reason(error)}") from error
 
 
 def group_bytes(width: int, rows: int, columns: int) -> int:

@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from bitmill.errors import CalibrationError
+from bitmill.errors import CalibrationError, reason
 from bitmill.spec import BundledText, Calibration, DatasetText, FileText
 
 MAX_TEXT_BYTES = 512 << 20
@@ -79,7 +79,7 @@ def _file_text(source: FileText) -> str:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(
-            f"calibration text {path.name} cannot be read as UTF-8: {error}",
+            f"calibration text {path.name} cannot be read as UTF-8: {reason(error)}",
             param="calibration.text.path",
         ) from error
 
@@ -134,7 +134,8 @@ def load_tokenizer(folder: Path) -> Any:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CalibrationError(
-            f"the model's tokenizer cannot be loaded: {str(error)[:300]}",
+            "the model's tokenizer cannot be loaded: "
+            + str(error).replace(str(folder), folder.name)[:300],
             code="bad_tokenizer",
             param="model",
         ) from error

@@ -92,3 +92,8 @@ class Cancelled(BitmillError):
     """The caller asked the work to stop."""
 
     code = "cancelled"
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, without the path that an OSError names: a client may read the message."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from bitmill.errors import FormatError, VerificationError
+from bitmill.errors import FormatError, VerificationError, reason
 from bitmill.storage import sha256_file, write_bytes
 
 MANIFEST_NAME = "MANIFEST.json"
@@ -77,7 +77,7 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
     except (OSError, ValueError) as error:
         raise FormatError(
-            f"{MANIFEST_NAME} cannot be read: {error}", param=MANIFEST_NAME
+            f"{MANIFEST_NAME} cannot be read: {reason(error)}", param=MANIFEST_NAME
         ) from error
 
 

@@ -157,7 +157,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raise `ModelError` (pickle_checkpoint) where weights exist only in formats that can run code.
+    """Raise `ModelError` (pickle_refused) where weights exist only in formats that can run code.
 
     Such files beside safetensors are ignored: nothing ever opens them.
     """
@@ -168,7 +168,7 @@ def refuse_pickles(folder: Path) -> None:
         raise ModelError(
             f"{names[0]} is a pickle or another format that can run code when opened; Bitmill "
             "reads safetensors and GGUF only. Convert the model to safetensors first",
-            code="pickle_checkpoint",
+            code="pickle_refused",
             param=names[0],
         )
     raise ModelError(

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from bitmill import storage
 from bitmill.bits import WIDTHS, LinearShape
-from bitmill.errors import FormatError
+from bitmill.errors import FormatError, reason
 
 SCHEMA_VERSION = 1
 PROFILE_NAME = "profile.npz"
@@ -214,7 +214,7 @@ class SensitivityProfile:
         try:
             data = target.read_bytes()
         except OSError as error:
-            raise FormatError(f"{target.name} cannot be read: {error}") from error
+            raise FormatError(f"{target.name} cannot be read: {reason(error)}") from error
         return cls.from_bytes(data, name=target.name)
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from bitmill.allocate import curve
 from bitmill.bits import BitWidthMap
 from bitmill.budget import footprint
-from bitmill.errors import FormatError
+from bitmill.errors import FormatError, reason
 from bitmill.plan import Plan
 from bitmill.profile import SensitivityProfile
 from bitmill.spec import Allocation
@@ -65,7 +65,7 @@ class ProfileSummary(_Closed):
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise FormatError(f"{path.name} is not a profile summary: {error}") from error
+            raise FormatError(f"{path.name} is not a profile summary: {reason(error)}") from error
 
 
 def summarize(

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from bitmill.errors import FormatError
+from bitmill.errors import FormatError, reason
 
 
 class _Closed(BaseModel):
@@ -170,4 +170,4 @@ class QualityReport(_Closed):
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise FormatError(f"{path.name} is not a quality report: {error}") from error
+            raise FormatError(f"{path.name} is not a quality report: {reason(error)}") from error

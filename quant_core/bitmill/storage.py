@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bitmill.errors import FormatError, ResourceError
+from bitmill.errors import FormatError, ResourceError, reason
 
 _CHUNK = 4 << 20
 
@@ -74,7 +74,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise FormatError(f"{path.name} cannot be read as JSON: {error}") from error
+        raise FormatError(f"{path.name} cannot be read as JSON: {reason(error)}") from error
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def test_pickle_only_checkpoint_is_refused_by_name(name: str, tmp_path: Path) ->
     (tmp_path / name).write_bytes(b"\x80\x04.")
     with pytest.raises(ModelError, match=rf"{name} is a pickle") as caught:
         refuse_pickles(tmp_path)
-    assert caught.value.code == "pickle_checkpoint"
+    assert caught.value.code == "pickle_refused"
     (tmp_path / "model.safetensors").write_bytes(b"")
     refuse_pickles(tmp_path)
 
