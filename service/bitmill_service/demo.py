@@ -57,7 +57,7 @@ class DemoSettings:
     data: Path | None = None
     model: Path | None = None
     device: str = "auto"
-    code_bits: float = 3.0
+    bits: float = 3.0
     calibration_sequences: int = 8
     held_out: int = 2
     evaluation_sequences: int = 8
@@ -144,8 +144,8 @@ def demo_spec(settings: DemoSettings, file: str | None) -> JobSpec:
     return parse_spec(
         {
             "model": {"source": "path", "path": ROOT, "file": file},
-            "budget": {"code_bits": settings.code_bits},
-            "allocation": {"method": "sba", "order": "activation"},
+            "budget": {"bits": settings.bits},
+            "allocation": {"method": "knapsack", "order": "activation"},
             "refinement": {"method": "gptq", **FEW_TOKENS},
             "calibration": {
                 "sequences": settings.calibration_sequences,
@@ -181,7 +181,8 @@ def generate(checkpoint: Path, settings: DemoSettings) -> str:
 
 def _run_job(client: Client, spec: JobSpec, *, quiet: bool) -> JobView:
     job = client.submit(spec)
-    _say(f"job {job.id}: {spec.budget.value:g} code bits, sba, gptq", quiet=quiet)
+    what = f"{spec.budget.value:g} bits, {spec.allocation.method}, {spec.refinement.method}"
+    _say(f"job {job.id}: {what}", quiet=quiet)
     if quiet:
         return client.wait(job.id)
     with JobWatch(console()) as watch:

@@ -27,7 +27,7 @@ def test_model_is_found_by_what_the_folder_holds(tmp_path: Path) -> None:
 def test_job_is_the_main_one_at_the_stated_size(tmp_path: Path) -> None:
     settings = DemoSettings(out=tmp_path)
     spec = demo_spec(settings, "model.gguf")
-    assert (spec.budget.code_bits, spec.allocation.method) == (3.0, "sba")
+    assert (spec.budget.bits, spec.allocation.method) == (3.0, "knapsack")
     assert (spec.refinement.method, spec.evaluation.baselines) == ("gptq", ("uniform",))
     assert spec.calibration.sequences == settings.calibration_sequences
     assert spec.model.file == "model.gguf"
