@@ -172,8 +172,8 @@ class NativeStack:
         text = (ROOT / "deploy" / "nginx.conf").read_text()
         upstreams = " ".join(f"server 127.0.0.1:{self.ports[name]};" for name in ("api-0", "api-1"))
         for old, new in (
-            ("server api:8737 max_fails=2 fail_timeout=5s;", upstreams),
-            ("server storage:9000;", f"server 127.0.0.1:{self.ports['s3']};"),
+            ("server api:8737 resolve max_fails=2 fail_timeout=5s;", upstreams),
+            ("server storage:9000 resolve;", f"server 127.0.0.1:{self.ports['s3']};"),
             ("listen 8080;", f"listen 127.0.0.1:{self.ports['http']};"),
             ("listen 9000;", f"listen 127.0.0.1:{self.ports['storage']};"),
             ("/tmp/", f"{folder}/"),
