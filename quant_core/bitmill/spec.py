@@ -7,7 +7,7 @@ values in the message. A stored specification carries `schema_version`; readers 
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -21,6 +21,9 @@ class Closed(BaseModel):
     """Base of all specification parts: immutable, and unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Part = TypeVar("Part", bound=Closed)
 
 
 class Budget(Closed):
@@ -331,8 +334,13 @@ def parse_spec(data: object) -> JobSpec:
 
     Raises `SpecError` naming the first offending key, its value's problem and the rule.
     """
+    return parse_part(JobSpec, data)
+
+
+def parse_part(kind: type[Part], data: object) -> Part:
+    """Build one part of a specification; raises `SpecError` as `parse_spec` does."""
     try:
-        return JobSpec.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "spec"

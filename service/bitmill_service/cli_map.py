@@ -10,6 +10,7 @@ import typer
 
 from bitmill.bits import BitWidthMap
 from bitmill.slim_maps import read_slim_map
+from bitmill.spec import parse_part
 from bitmill.storage import write_bytes
 from bitmill_service.cli_output import (
     JsonFlag,
@@ -97,11 +98,12 @@ def allocate(
     json: JsonFlag = False,
 ) -> None:
     """Spend a budget on a stored sensitivity profile, without an accelerator."""
-    request = AllocationRequest.model_validate(
+    request = parse_part(
+        AllocationRequest,
         merge(
             {"budget": budget(code_bits, bits, size)},
             {"allocation": {"method": method}, "curve": curve},
-        )
+        ),
     )
     with open_client(url) as client:
         found = client.allocate(profile, request)

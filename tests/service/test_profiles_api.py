@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from typing import Any
 
 import httpx2
@@ -13,6 +15,7 @@ from bitmill.budget import footprint
 from bitmill.plan import Plan, PlannedLinear, Source
 from bitmill.profile import SensitivityProfile
 from bitmill.spec import Allocation
+from bitmill_service import cli
 from finished import Stack
 from plans import llama_plan, random_profile
 
@@ -127,6 +130,25 @@ def test_quantized_embeddings_of_the_profile_are_counted_or_the_difference_refus
         assert found["code_bits"] <= 3
     refused = allocate(http, url, budget={"code_bits": 3}, allocation={"embeddings": "keep"})
     assert (refused.status_code, refused.json()["param"]) == (422, "allocation.embeddings")
+
+
+def test_command_leaves_open_what_it_was_not_told(
+    stack: Stack, url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITMILL_URL", stack.url)
+    command = ["map", "allocate", url.rpartition("/")[2], "--method", "uniform", "--json"]
+    assert _bitmill(monkeypatch, *command, "--code-bits", "3") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["code_bits"], len(found["curve"])) == (3.0, 32)
+    assert _bitmill(monkeypatch, *command) == 2
+    assert "exactly one of code_bits, bits, size" in capsys.readouterr().err
+
+
+def _bitmill(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    monkeypatch.setattr(sys, "argv", ["bitmill", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0
 
 
 def test_other_method_may_be_asked_for(http: httpx2.Client, url: str) -> None:
