@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitmill.errors import InputError
 from bitmill_service.cli_output import JsonFlag, UrlOption, print_json, print_table
 
 if TYPE_CHECKING:
@@ -29,9 +30,17 @@ db = typer.Typer(help="Look after the job database.", no_args_is_help=True, rich
 
 def make_settings(**given: Any) -> ServiceSettings:
     """Settings from the environment, with the given (not None) options in place of its own."""
+    from pydantic import ValidationError
+
     from bitmill_service.settings import ServiceSettings
 
-    return ServiceSettings(**{key: value for key, value in given.items() if value is not None})
+    try:
+        return ServiceSettings(**{key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        name = f"BITMILL_{first['loc'][0]}".upper() if first["loc"] else "settings"
+        problem = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{name}: {problem}", code="invalid_settings", param=name) from error
 
 
 def model_roots(given: list[str] | None) -> dict[str, Path] | None:

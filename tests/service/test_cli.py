@@ -157,6 +157,14 @@ def test_submit_with_download_prints_one_json_document(
     assert len(done["download"]["fetched"]) == 5
 
 
+def test_bad_setting_is_named_without_a_trace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BITMILL_PORT", "many")
+    code, _, err = run(monkeypatch, capsys, "doctor")
+    assert (code, "BITMILL_PORT" in err, "Traceback" in err) == (2, True, False)
+
+
 def test_service_that_is_not_there_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

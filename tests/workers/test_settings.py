@@ -46,3 +46,7 @@ def test_secrets_are_not_shown() -> None:
     settings = Settings(hub_token="hf_canary", webhook_secret="canary")  # type: ignore[arg-type]
     assert "canary" not in repr(settings)
     assert "canary" not in settings.model_dump_json()
+    with pytest.raises(ValidationError) as refused:
+        Settings(hub_token="hf_canary", renew_s=80)  # type: ignore[arg-type]
+    assert "80" in str(refused.value)
+    assert "canary" not in str(refused.value)

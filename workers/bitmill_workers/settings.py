@@ -53,7 +53,9 @@ class Settings(BaseSettings):
     webhook_private: allow webhooks to private addresses and without TLS; for tests.
     """
 
-    model_config = SettingsConfigDict(env_prefix="BITMILL_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="BITMILL_", extra="ignore", frozen=True, hide_input_in_errors=True
+    )
 
     data: Path = Path("bitmill-data")
     database_url: str | None = None
