@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from json.encoder import encode_basestring
 
 from bitmill.errors import InputError
 
@@ -56,8 +57,9 @@ class TensorSpec:
     @cached_property
     def entry_bytes(self) -> int:
         """Length of its entry in a header, its comma included, the digits of offsets not."""
-        entry = _compact({self.name: self._entry(0)})
-        return len(entry) - len("{}") + len(",") - len(f"0{self.bytes}")
+        shape = ",".join(map(str, self.shape))
+        text = f':{{"dtype":"{self.dtype}","shape":[{shape}],"data_offsets":[,]}},'
+        return len(encode_basestring(self.name).encode()) + len(text)
 
     def _entry(self, offset: int) -> dict[str, object]:
         shape = list(self.shape)

@@ -9,6 +9,7 @@ from bitmill.safetensors_layout import (
     METADATA,
     TensorSpec,
     checkpoint_bytes,
+    header,
     header_bytes,
     shard,
 )
@@ -45,6 +46,14 @@ def test_bytes_equal_the_written_file(tmp_path, count):
     assert checkpoint_bytes(specs) == path.stat().st_size
     raw = path.read_bytes()
     assert header_bytes(specs) == 8 + int.from_bytes(raw[:8], "little")
+
+
+def test_odd_names_and_scalars_are_counted():
+    names = ["plain", 'quo"te', "back\\slash", "ümlaut", "tab\t", ""]
+    for shape in ((), (3, 40), (0,)):
+        tensors = [TensorSpec(name, "F32", shape) for name in names]
+        assert header_bytes(tensors) == len(header(tensors)[0])
+        assert [header_bytes([t]) for t in tensors] == [len(header([t])[0]) for t in tensors]
 
 
 def test_shards_keep_the_order_and_the_limit():
