@@ -5,16 +5,19 @@
 Errors of a block are measured on held-out windows of the calibration text, which choose what is
 kept, and on windows of other texts, which choose nothing (`watched_texts.py`). Before is the first
 solution of the block, GPTQ's where learning starts from it, after what was kept, both on the
-same inputs. Tuned scales are judged by KL likewise. A gain on the held-out windows that is none on
-another text is overfitting, and the report says so.
+same inputs. Tuned scales are judged by KL likewise. Where another text gains less than a tenth of
+what the held-out windows do (of the logarithm), the report says that learning overfits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bitmill.quality import BlockQuality, TuningQuality
+
+WORTH = 0.1
+"""Share of the gain on held-out text below which another text has not gained."""
 
 ADVICE = "calibrate on text closer to the intended use, or on more sequences"
 
@@ -42,20 +45,21 @@ def text_changes(blocks: Sequence[BlockQuality]) -> dict[str, float]:
 def overfitting_warnings(
     blocks: Sequence[BlockQuality], tuning: TuningQuality | None
 ) -> tuple[str, ...]:
-    """One sentence for each text on which learning, or tuning, gained nothing."""
-    gained = held_out_change(blocks)
-    found = [
-        f"learning lowered the block errors on the calibration text by {-gained:.1%} on average, "
-        f"but not on {name} ({change:+.1%}): it overfits; {ADVICE}"
-        for name, change in text_changes(blocks).items()
-        if gained < 0 <= change
-    ]
-    if tuning is not None and tuning.kept:
-        found += [
-            f"tuning the scales lowered the KL on the calibration text from {tuning.kl_before:.4g} "
-            f"to {tuning.kl_after:.4g}, but not on {name} ({before:.4g} to {after:.4g}): it "
-            f"overfits; {ADVICE}"
-            for name, (before, after) in tuning.texts.items()
-            if after >= before
-        ]
+    """One sentence for each text on which learning, or tuning, gained nothing worth the name."""
+    what = "learning lowered the block errors"
+    found = _warnings(what, held_out_change(blocks), text_changes(blocks))
+    if tuning is not None:
+        changes = {name: mean_change([pair]) for name, pair in tuning.texts.items()}
+        gained = mean_change([(tuning.kl_before, tuning.kl_after)])
+        found += _warnings("tuning the scales lowered the KL", gained, changes)
     return tuple(found)
+
+
+def _warnings(what: str, gained: float, changes: Mapping[str, float]) -> list[str]:
+    least = WORTH * math.log1p(gained)
+    return [
+        f"{what} on held-out calibration text by {-gained:.1%}, and on {name} by "
+        f"{-change:.2%}: it overfits; {ADVICE}"
+        for name, change in changes.items()
+        if gained < 0 and math.log1p(change) > least
+    ]

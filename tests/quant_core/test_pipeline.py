@@ -220,6 +220,27 @@ def test_verification_fails_closed_when_the_packed_folder_changes(llama, tmp_pat
     assert "other bytes on disk" in checked.stderr
 
 
+@pytest.mark.parametrize("narrow", [True, False])
+def test_a_job_that_learns_a_narrow_text_warns_of_overfitting(llama, tmp_path, narrow):
+    text = TEXT
+    if narrow:
+        (tmp_path / "narrow.txt").write_text("ab" * 1000)
+        text = {"source": "file", "path": str(tmp_path / "narrow.txt")}
+    events = []
+    asked = spec(
+        budget={"code_bits": 2},
+        refinement={"method": "omniquant", "omniquant": {"epochs": 12, "batch": 2}},
+        calibration={"text": text, "sequences": 16, "length": 64, "held_out": 4},
+    )
+    result = run_job(asked, llama, tmp_path / "work", tmp_path / "out", on_progress=events.append)
+    assert all(block.kept == "learned" for block in result.quality.blocks)
+    warned = [text for text in ("wiki_evaluation", "handbook_evaluation") if narrow]
+    for text, warning in zip(warned, result.quality.warnings, strict=True):
+        assert f"{text} by " in warning
+    told = [event.message for event in events if event.kind == "warning"]
+    assert told == list(result.quality.warnings)
+
+
 def test_learned_blocks_and_tuned_scales_are_what_is_packed(llama, tmp_path):
     learning = {"mode": "rounding", "epochs": 2, "batch": 2, "tune_scales_steps": 4}
     asked = spec(refinement={"method": "omniquant", "omniquant": learning})
