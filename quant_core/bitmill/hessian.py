@@ -41,7 +41,7 @@ class HessianAccumulator:
     """
 
     def __init__(self, columns: int, device: torch.device | str, *, name: str = "input") -> None:
-        self.name = name
+        self.name, self.columns = name, columns
         self.tokens = 0
         self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self._mass = torch.zeros((), dtype=torch.float64, device=device)

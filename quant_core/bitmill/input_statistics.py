@@ -25,6 +25,7 @@ from bitmill.codes import output_error
 from bitmill.distributed import SINGLE, Group
 from bitmill.hessian import HessianAccumulator
 from bitmill.observe import observe, observe_ends
+from bitmill.starved_experts import filled_means
 from bitmill.timing import stage
 from bitmill_kernels.hessian import cross_update, hessian_update
 
@@ -123,6 +124,7 @@ def collect(
     """Statistics of every linear in `groups` (lists of names that read the same input).
 
     Linears of a group share one H tensor unless they have token weights f32 [S, T] of their own.
+    H of experts that saw few tokens is filled up (`starved_experts.py`).
     Routed experts have no shift: the two streams send them different tokens.
     """
     shifts = state.source is not None and stream.source is not None
@@ -213,12 +215,13 @@ class _Collector:
             hessian.all_reduce(ranks)
         for sums in (*self.drifts.values(), *self.shifts.values()):
             sums.all_reduce(ranks)
-        means = {owner: (h.mean(), h.tokens) for owner, h in self.hessians.items()}
+        filled = filled_means(self.hessians)
+        means = {n: filled[n] if n in filled else h.mean() for n, h in self.hessians.items()}
         result = {}
         for name, owner in self.owner.items():
-            H, tokens = means[owner]
             shift, energy = self._shift(name, owner)
-            result[name] = InputStatistics(H, tokens, shift, energy)
+            tokens = self.hessians[owner].tokens
+            result[name] = InputStatistics(means[owner], tokens, shift, energy)
         return result
 
     def _shift(self, name: str, owner: str) -> tuple[Tensor | None, float]:

@@ -225,9 +225,9 @@ class _BlockJob:
 
     def _gathered(self, own: Refined, W: Tensor, statistics: InputStatistics) -> Refined:
         """All rows of a linear of which each rank has solved its own."""
+        weight, report = own[0], replace(own[1], tokens=statistics.tokens)
         if self.ranks.size == 1:
-            return own
-        weight, report = own
+            return weight, report
         count, device = len(W), W.device
         codes, scales, zeros = (
             self.ranks.gather_rows(rows.to(device).contiguous(), count).cpu()

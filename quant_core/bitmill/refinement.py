@@ -44,6 +44,7 @@ from bitmill.quality import BlockQuality, LinearQuality, TuningQuality
 from bitmill.refine import RefineSettings, refine_block
 from bitmill.refinement_report import LinearReport
 from bitmill.spec import Refinement
+from bitmill.starved_experts import is_starved, starved_note
 from bitmill.timing import stage
 
 TUNED_NAME = "tuned"
@@ -253,6 +254,8 @@ class _Run:
             notes.append(f"factorization failed at dampings {list(report.failed_dampings)}")
         if report.dead_columns:
             notes.append(f"{report.dead_columns} dead input columns")
+        if is_starved(report.name, report.tokens, linear.columns):
+            notes.append(starved_note(report.name, linear.columns))
         columns = group_columns(linear.columns)
         spent = sum(int(b) * c for b, c in zip(report.widths, columns, strict=True))
         return LinearQuality(
@@ -262,6 +265,7 @@ class _Run:
             damping=report.damping,
             scale_refit_gain=report.refit_gain,
             asymmetric=report.asymmetric > 0,
+            tokens=report.tokens,
             notes=tuple(notes),
         )
 

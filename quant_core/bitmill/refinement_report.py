@@ -21,6 +21,7 @@ class LinearReport:
     error:          as stored
     damping:        share of mean(diag H) that the factorization needed; failed_dampings the
                     shares at which it failed; dead_columns the inputs no token touched
+    tokens:         calibration tokens that reached the linear
     asymmetric:     strength of the prefix correction that was kept, 0 where it was not; ridge
                     the damping it was solved with, 0 for the factor's own
     held_out_error: against the source model's outputs on held-out tokens, after the solver's
@@ -38,6 +39,7 @@ class LinearReport:
     damping: float = 0.0
     failed_dampings: tuple[float, ...] = ()
     dead_columns: int = 0
+    tokens: int = 0
     asymmetric: float = 0.0
     ridge: float = 0.0
     held_out_error: float | None = None

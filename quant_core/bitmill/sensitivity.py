@@ -58,6 +58,7 @@ from bitmill.hessian import DAMPING_LADDER, HessianAccumulator, activation_order
 from bitmill.plan import Plan
 from bitmill.profile import FloatArray, IndexArray, SensitivityProfile
 from bitmill.profile_checkpoint import BlockProfile, ProfileCheckpoint, joined_profile
+from bitmill.starved_experts import fill_squares, filled_means
 from bitmill.timing import stage
 from bitmill_kernels.backend import resolve_backend
 from bitmill_kernels.gptq import gptq_block
@@ -125,6 +126,8 @@ class LinearMoments:
 class BlockMoments:
     """Accumulates the moments of one block's linears; a `BlockObserver`.
 
+    `all_reduce` and `fill` follow the last token.
+
     groups: names that read the same input; the first of each stands for it.
     """
 
@@ -152,6 +155,7 @@ class BlockMoments:
                 for name, (_, columns) in linears.items()
             }
         self._tokens: dict[str, list[Tensor]] = {name: [] for name in linears}
+        self._filled: dict[str, Tensor] = {}
 
     def seen(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Add one batch: x [T, K], gradient [T, N]."""
@@ -179,11 +183,17 @@ class BlockMoments:
             every = group.gather(own)
             self._tokens = {name: [tokens[name] for tokens in every] for name in own}
 
+    def fill(self) -> None:
+        """Fill up what starved experts saw; the last step before `of`."""
+        self._filled = filled_means(self._plain)
+        inputs = {name: self._plain[owner] for name, owner in self._owner.items()}
+        self._squares = fill_squares(self._squares, inputs)
+
     def of(self, name: str, predictions: int) -> LinearMoments:
-        """The moments of one linear; raises `CalibrationError` where its input saw no token."""
-        parts = self._tokens[name]
+        """The moments of one linear."""
+        parts, owner = self._tokens[name], self._owner[name]
         return LinearMoments(
-            H=self._plain[self._owner[name]].mean(),
+            H=self._filled[owner] if owner in self._filled else self._plain[owner].mean(),
             row_weight=self._squares[name] / predictions,
             weighted=self._weighted[name].mean() if self._weighted else None,
             tokens=torch.cat(parts) if parts else None,
@@ -287,6 +297,7 @@ class _Measurement:
         block = self._model.load_block(i)
         modules = self._model.linears(block, i)
         moments.all_reduce(self._ranks)
+        moments.fill()
         groups = self._plan.input_groups(i)
         owners = self._ranks.owners([self._columns(group) for group in groups])
         profiles = []

@@ -117,6 +117,7 @@ def test_moments_are_the_documented_means():
     for part in (slice(0, 20), slice(20, 50)):
         moments.seen("b", x[part], gb[part])
         moments.seen("a", x[part], ga[part])
+    moments.fill()
     found = moments.of("b", predictions=40)
     torch.testing.assert_close(found.H, x.T @ x / 50)
     torch.testing.assert_close(found.row_weight, gb.double().square().sum(0) / 40)
