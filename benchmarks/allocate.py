@@ -2,7 +2,8 @@
 
     python benchmarks/allocate.py
 
-Prints CPU milliseconds of the first budget (profile to map) and of the next ones, per budget kind.
+Prints CPU milliseconds of the first budget (profile to map) and of the next ones, per budget kind,
+and of a curve of 32 maps, alone and again.
 """
 
 from __future__ import annotations
@@ -51,6 +52,16 @@ def main() -> None:
                 f"{name:14} {groups:7} {kind:10} {times[0]:9.1f} {np.median(times[1:]):9.1f} "
                 f"{unspent:9.2e}"
             )
+        allocator = Allocator(plan, Allocation(), profile)
+        times = [timed(allocator), timed(allocator)]
+        print(f"{name:14} {groups:7} {'curve':10} {times[0]:9.1f} {times[1]:9.1f}")
+
+
+def timed(allocator: Allocator) -> float:
+    """CPU milliseconds of a curve."""
+    begin = time.process_time()
+    allocator.curve(32)
+    return 1000 * (time.process_time() - begin)
 
 
 if __name__ == "__main__":
