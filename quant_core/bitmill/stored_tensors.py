@@ -64,7 +64,7 @@ def stored_tensors(
     return stored + list(kept)
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 13)
 def _known(shape: LinearShape, widths: tuple[int, ...], owns_order: bool) -> list[TensorSpec]:
     """Neighbouring maps on a curve share most of their linears."""
     return linear_tensors(shape, widths, owns_order=owns_order)
