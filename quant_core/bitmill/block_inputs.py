@@ -1,11 +1,13 @@
-"""Inputs of decoder blocks kept on the host for a backward pass, within a memory limit.
+"""Inputs of decoder blocks kept for a backward pass, within a memory limit.
 
 Of L blocks the inputs of every s-th are kept from the forward pass; the others of a segment of s
 blocks are computed again when the backward pass reaches it:
 
     resident = ceil(L / s) + s - 1 inputs of S * T * D values
 
-s is the smallest that fits the limit, so a large limit means no block runs twice. Where no s fits,
+They stay on the accelerator where a share of its free memory holds them for some s: a copy to the
+host and back takes longer than running a block again. Else they wait on the host. s is the smallest
+that fits the limit, so a large limit means no block runs twice. Where no s fits,
 the one with the smallest need is taken and what exceeds the limit lives in memory-mapped files of a
 scratch folder. Recomputed inputs come from the same operations on the same batches, so s does not
 change a bit of the result.
@@ -47,6 +49,20 @@ def spare_host_bytes() -> int:
     return max(0, min(limits)) // 2
 
 
+def spare_device_bytes(device: torch.device) -> int:
+    """A third of what this process may still take of an accelerator's memory; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (free + cached) // 3
+
+
+def least_inputs(blocks: int) -> int:
+    """The fewest inputs that any s keeps at once."""
+    return min(math.ceil(blocks / s) + s - 1 for s in range(1, blocks + 1))
+
+
 def choose_every(blocks: int, bytes_of_input: int, limit: int) -> int:
     """The smallest s whose resident inputs fit `limit` bytes, else the one that needs least."""
     needs = [math.ceil(blocks / s) + s - 1 for s in range(1, blocks + 1)]
@@ -55,13 +71,19 @@ def choose_every(blocks: int, bytes_of_input: int, limit: int) -> int:
 
 
 class HostMemory:
-    """Allocates host tensors: in memory up to `limit` bytes, past it in files below `scratch`.
+    """Allocates tensors: in memory up to `limit` bytes, past it in files below `scratch`.
 
-    A context manager; leaving it removes the files.
+    device: whose memory the limit counts; files are mapped on the host. A context manager; leaving
+    it removes the files.
     """
 
-    def __init__(self, limit: int, scratch: Path | None = None) -> None:
-        self._limit = limit
+    def __init__(
+        self,
+        limit: int,
+        scratch: Path | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._limit, self._device = limit, device
         self._used = 0
         self._root = scratch
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -90,7 +112,7 @@ class HostMemory:
         size = math.prod(shape) * dtype.itemsize
         if self._used + size <= self._limit:
             self._used += size
-            tensor = torch.empty(shape, dtype=dtype)
+            tensor = torch.empty(shape, dtype=dtype, device=self._device)
             self._resident[tensor.data_ptr()] = size
             return tensor
         return self._mapped(shape, dtype, size)

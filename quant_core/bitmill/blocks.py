@@ -16,6 +16,7 @@ are remembered. No key-value cache is ever made.
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from transformers import initialization
 from transformers.pytorch_utils import Conv1D
 
+from bitmill.block_inputs import spare_device_bytes
 from bitmill.checkpoint_source import CheckpointSource, check_finite
 from bitmill.errors import ModelError
 from bitmill.experts import unfuse_experts
@@ -273,9 +275,13 @@ class StreamedModel:
         return cast(Tensor, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
     def embed_all(self, tokens: Tensor, batch: int) -> Tensor:
-        """The first block's inputs [S, T, D] on the host, of any number of windows [S, T]."""
+        """The first block's inputs [S, T, D] of any number of windows [S, T].
+
+        On the device where a sixth of its free memory holds them, else on the host.
+        """
         shape = (*tokens.shape, self.plan.hidden_size)
-        hidden = torch.empty(shape, dtype=self.dtype)
+        fits = 2 * math.prod(shape) * self.dtype.itemsize <= spare_device_bytes(self.device)
+        hidden = torch.empty(shape, dtype=self.dtype, device=self.device if fits else None)
         for start in range(0, len(tokens), batch):
             part = slice(start, start + batch)
             hidden[part] = self.embed(tokens[part]).to(hidden.device)

@@ -26,7 +26,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from bitmill.block_inputs import BlockInputs, HostMemory, choose_every, spare_host_bytes
+from bitmill.block_inputs import (
+    BlockInputs,
+    HostMemory,
+    choose_every,
+    least_inputs,
+    spare_device_bytes,
+    spare_host_bytes,
+)
 from bitmill.blocks import StreamedModel
 from bitmill.distributed import SINGLE, Group
 from bitmill.errors import CalibrationError
@@ -41,7 +48,8 @@ class PassSettings:
     """How the pass is run; only `labels` and `seed` (and the batch, by rounding) change results.
 
     batch: windows per run of a block. host_bytes: limit of what is kept in host memory; None takes
-    half of what is free. every: keep every s-th block input; None chooses s from the limit.
+    a third of the accelerator's where that is enough, else half of what the host has free. every:
+    keep every s-th block input; None chooses s from the limit.
     """
 
     batch: int = 4
@@ -108,9 +116,8 @@ class GradientPass:
         """
         shape = (*self._tokens.shape, self._model.plan.hidden_size)
         size = self._tokens.numel() * self._model.plan.hidden_size * self._model.dtype.itemsize
-        limit = self._settings.host_bytes
-        limit = (spare_host_bytes() if limit is None else limit) // self._ranks
-        with HostMemory(limit, self._scratch) as memory:
+        limit, where = self._room(size)
+        with HostMemory(limit, self._scratch, where) as memory:
             first = memory.empty(shape, self._model.dtype)
             for part in self._parts():
                 first[part] = self._model.embed(self._tokens[part]).to(first.device)
@@ -127,6 +134,15 @@ class GradientPass:
                 self._backward(i, inputs.take(i), gradient, observer_of(i))
                 if on_block:
                     on_block(i, gradient)
+
+    def _room(self, size: int) -> tuple[int, torch.device]:
+        """Bytes for block inputs of `size` bytes each, and the memory to take them from."""
+        device, limit = self._model.device, self._settings.host_bytes
+        spare = spare_device_bytes(device) - size
+        if limit is None and spare >= least_inputs(self._model.block_count) * size:
+            return spare, device
+        limit = spare_host_bytes() if limit is None else limit
+        return limit // self._ranks, torch.device("cpu")
 
     def _start(
         self,
@@ -147,7 +163,7 @@ class GradientPass:
         top, gradient = resume
         if top:
             memory.free(inputs.forward(top))
-        return top, gradient.to(self._model.dtype)
+        return top, gradient.to(first.device, self._model.dtype)
 
     def _parts(self) -> Iterator[slice]:
         for start in range(0, len(self._tokens), self._settings.batch):
@@ -197,7 +213,9 @@ class GradientPass:
                     with torch.no_grad():
                         answer = self._model.logits(source[part, place])
                     labels = answer.float().softmax(-1)
-                gradient[part, place] = self._slice_gradient(x, labels, generator).cpu()
+                gradient[part, place] = self._slice_gradient(x, labels, generator).to(
+                    gradient.device
+                )
 
     def _slice_gradient(self, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """labels: int64 [B, T] of tokens, or f32 [B, T, V] of probabilities."""

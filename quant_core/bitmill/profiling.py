@@ -163,7 +163,7 @@ def _stream(
         blocks.append(SensitivityProfile.load(paths[i]))
         for start in range(0, len(hidden), batch):
             part = slice(start, start + batch)
-            hidden[part] = model.run_block(i, block, hidden[part]).cpu()
+            hidden[part] = model.run_block(i, block, hidden[part]).to(hidden.device)
         on_unit(i + 1, plan.block_count, "block", "")
     return blocks
 

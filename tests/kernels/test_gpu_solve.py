@@ -1,0 +1,66 @@
+"""Search, column loop and polish on a CUDA device against plain torch on the CPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from bitmill.codes import output_error
+from bitmill.compensated_grid import CompensatedSettings
+from bitmill.gptq import Curvature, GptqSettings, polish, solve
+from bitmill.hessian import Factor
+from bitmill.rtn import round_to_nearest
+from bitmill.sensitivity import SensitivitySettings, linear_costs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def on_cuda(curvature):
+    factor = curvature.factor
+    moved = Factor(factor.upper.cuda(), factor.damping, factor.dead, factor.failed)
+    return Curvature(curvature.H.cuda(), moved, None)
+
+
+def linear(N, K):
+    generator = torch.Generator().manual_seed(N + K)
+    x = torch.randn(2 * K, K, generator=generator) @ torch.randn(K, K, generator=generator)
+    W = torch.randn(N, K, generator=generator)
+    W[2] = 0.0
+    return W, Curvature.prepare(x.T @ x / len(x))
+
+
+@pytest.mark.parametrize("compensated", [None, CompensatedSettings()], ids=["clip", "search"])
+@pytest.mark.parametrize(("N", "K"), [(75, 700), (256, 640)])
+def test_solving_and_polishing_reach_the_plain_error(N, K, compensated):
+    W, curvature = linear(N, K)
+    widths = (3, 2, 4, 8, 2, 1)[: -(-K // 128)]
+    settings = GptqSettings(compensated=compensated)
+    plain = solve(W, curvature, widths, settings)
+    cuda = on_cuda(curvature)
+    fast = solve(W.cuda(), cuda, widths, settings)
+    again = solve(W.cuda(), cuda, widths, settings)
+    assert torch.equal(fast.codes, again.codes)
+    for one, two in (
+        (plain, fast),
+        (polish(W, plain, curvature.H, settings), polish(W.cuda(), fast, cuda.H, settings)),
+    ):
+        errors = [output_error(W - c.values().cpu(), curvature.H) for c in (one, two)]
+        assert errors[1] == pytest.approx(errors[0], rel=0.01)
+        assert (one.codes == two.codes.cpu()).float().mean() >= 0.9
+        assert output_error(W.cuda() - two.values(), cuda.H) == pytest.approx(errors[1], rel=1e-3)
+
+
+def test_rounding_and_costs_are_the_plain_ones():
+    W, curvature = linear(300, 700)
+    diagonal = curvature.H.diagonal()
+    clip = GptqSettings().clip
+    plain = round_to_nearest(W, (2, 1, 6, 3, 4, 5), diagonal, clip)
+    fast = round_to_nearest(W.cuda(), (2, 1, 6, 3, 4, 5), diagonal.cuda(), clip)
+    assert (plain.codes == fast.codes.cpu()).float().mean() >= 0.99
+    settings = SensitivitySettings(widths=(1, 2, 3, 4, 8), rows=200)
+    weight = torch.rand(300, dtype=torch.float64)
+    expected = linear_costs(W, weight, curvature, settings)
+    found = linear_costs(W.cuda(), weight, on_cuda(curvature), settings)
+    assert np.allclose(found, expected, rtol=0.01)
