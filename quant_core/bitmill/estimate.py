@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 from bitmill.bits import BitWidthMap
 from bitmill.budget import footprint
-from bitmill.errors import ResourceError
 from bitmill.plan import Plan, PlannedLinear
 from bitmill.spec import Closed, JobSpec
 
@@ -34,13 +33,10 @@ EVALUATION_WINDOWS = 40
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a job would run; None for a limit that is not known."""
+    """Where a job would run."""
 
     accelerator: bool = False
     threads: int = 2
-    accelerator_bytes: int | None = None
-    host_bytes: int | None = None
-    disk_bytes: int | None = None
 
 
 class Estimate(Closed):
@@ -172,29 +168,3 @@ def estimate(
         smallest_size=smallest,
         largest_size=largest,
     )
-
-
-def check_fits(needed: Estimate, machine: Machine) -> None:
-    """Raise `ResourceError` where the machine has too little, saying what would help."""
-    cases = (
-        (
-            "accelerator memory",
-            needed.accelerator_bytes,
-            machine.accelerator_bytes,
-            "use a larger accelerator or a shorter calibration.length",
-        ),
-        (
-            "host memory",
-            needed.host_bytes,
-            machine.host_bytes,
-            "lower calibration.sequences or calibration.length, or use a larger machine",
-        ),
-        ("disk space", needed.disk_bytes, machine.disk_bytes, "free some space"),
-    )
-    for what, need, limit, advice in cases:
-        if limit is not None and need > limit:
-            raise ResourceError(
-                f"the job needs about {need:,} bytes of {what}, there are {limit:,}: {advice}",
-                code="does_not_fit",
-                param=what.replace(" ", "_"),
-            )

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.errors import ModelError
+from bitmill.safetensors_layout import INDEX_NAME
 
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 200_000
 MAX_RANK = 8
 MAX_NAME = 512
-INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -151,7 +151,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
 
 def _read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> file name of a sharded checkpoint's index."""
-    path = folder / INDEX_FILE
+    path = folder / INDEX_NAME
     if path.stat().st_size > 2 * MAX_HEADER:
         raise _refuse(path, f"the index has {path.stat().st_size} bytes")
     try:
@@ -168,7 +168,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 def safetensors_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder: those of its index, or the single file."""
-    if (folder / INDEX_FILE).is_file():
+    if (folder / INDEX_NAME).is_file():
         files = [folder / name for name in sorted(set(_read_index(folder).values()))]
     elif (folder / SINGLE_FILE).is_file():
         files = [folder / SINGLE_FILE]
@@ -177,7 +177,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     for path in files:
         if not path.is_file():
             raise ModelError(
-                f"{INDEX_FILE} names {path.name}, which is missing; fetch the model again",
+                f"{INDEX_NAME} names {path.name}, which is missing; fetch the model again",
                 code="missing_file",
                 param=path.name,
             )
@@ -195,8 +195,8 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
             if name in tensors:
                 raise _refuse(path, f"{name} is also in {tensors[name].file}")
             tensors[name] = tensor
-    if (folder / INDEX_FILE).is_file():
+    if (folder / INDEX_NAME).is_file():
         for name, file in _read_index(folder).items():
             if name not in tensors or tensors[name].file != file:
-                raise _refuse(folder / INDEX_FILE, f"it puts {name} into {file}, which has it not")
+                raise _refuse(folder / INDEX_NAME, f"it puts {name} into {file}, which has it not")
     return tensors
