@@ -103,8 +103,10 @@ def architecture(model_type: str) -> Architecture:
     """The declaration of a `model_type`; raises `ModelError` listing the known ones."""
     found = ARCHITECTURES.get(model_type)
     if found is None:
+        text = f"{model_type}_text"
+        alone = f" (its text model alone is, as {text!r})" if text in ARCHITECTURES else ""
         raise ModelError(
-            f"model_type {model_type!r} is not supported; supported are "
+            f"model_type {model_type!r} is not supported{alone}; supported are "
             f"{', '.join(sorted(ARCHITECTURES))}. A new one is one line in "
             "bitmill/architectures.py, if transformers itself implements it",
             code="unsupported_architecture",

@@ -11,14 +11,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from bitmill.architectures import ARCHITECTURES, architecture, block_prefix
+from bitmill.bits import BitWidthMap
 from bitmill.blocks import StreamedModel, set_weight, weight_of
+from bitmill.calibration import CalibrationSet
 from bitmill.errors import ModelError
+from bitmill.evaluate import StreamedLogits, perplexity_and_kl
 from bitmill.experts import is_expert_stack
+from bitmill.measurement import with_weights
 from bitmill.plan import make_plan
-from bitmill.spec import parse_spec
+from bitmill.refinement import RefinedModel, RefineInputs, refine_model
+from bitmill.sensitivity import SensitivitySettings, profile_knapsack
+from bitmill.spec import Refinement, parse_spec
 from tiny import VOCABULARY, save_tiny
 
 SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})
+
+QUICK = Refinement(compensated_grid=False, scale_refit=False)
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -159,10 +167,29 @@ def test_siblings_read_the_same_input(model_folder: Path) -> None:
     assert set(first) == set(groups[0])
 
 
+def test_every_block_is_profiled_and_refined(model_folder: Path, tmp_path: Path) -> None:
+    plan = make_plan(model_folder, SPEC)
+    model = StreamedModel(model_folder, plan, device=torch.device("cpu"), dtype=torch.float32)
+    tokens = torch.randint(0, VOCABULARY, (8, 40), generator=torch.Generator().manual_seed(3))
+    profile = profile_knapsack(model, tokens, plan, SensitivitySettings(widths=(8,), rows=32))
+    assert [linear.name for linear in profile.linears] == [linear.name for linear in plan.linears]
+    orders = {li.name: torch.tensor(profile.orders[str(li.order)]).long() for li in profile.linears}
+    widths = {shape.name: (8,) * shape.groups for shape in plan.shapes}
+    calibration = CalibrationSet(tokens[:6], tokens[6:], "")
+    inputs = RefineInputs(calibration, BitWidthMap(linears=widths), orders)
+    refine_model(model, inputs, QUICK, tmp_path, seed=0, on_unit=lambda *_: None)
+    refined = RefinedModel(tmp_path, plan)
+    packed = with_weights(model, lambda name: refined.linear(name).dequantize())
+    divergence = perplexity_and_kl(StreamedLogits(model), packed, tokens).kl.mean()
+    assert 0 < divergence < 0.01
+
+
 def test_unknown_model_type_lists_the_known_ones() -> None:
     with pytest.raises(ModelError, match=r"'mamba' is not supported.*llama.*opt") as caught:
         architecture("mamba")
     assert caught.value.code == "unsupported_architecture"
+    with pytest.raises(ModelError, match=r"its text model alone is, as 'gemma3_text'"):
+        architecture("gemma3")
 
 
 def test_missing_blocks_are_counted() -> None:
