@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from bitmill.packed import QuantizedWeight
 from bitmill.plan import Plan
 from bitmill.refinement import RefinedModel
@@ -24,14 +26,13 @@ class FoldedModel:
         self._reader = {name: reader for reader, names in plan.feeders.items() for name in names}
 
     def linear(self, name: str) -> QuantizedWeight:
-        """One linear or embedding: rows in the order of the linear it feeds, if that has one."""
+        """One linear or embedding as it is packed."""
         weight = self._refined.linear(name)
         if name in self._feeders:
             return replace(weight, order=None)
-        order = self._refined.order(self._reader[name]) if name in self._reader else None
-        if order is None:
+        rows = self.rows(name)
+        if rows is None:
             return weight
-        rows = order.long()
         return replace(
             weight,
             codes=weight.codes[rows],
@@ -39,7 +40,7 @@ class FoldedModel:
             zeros=weight.zeros[:, rows],
         )
 
-    def code_hashes(self) -> dict[str, str]:
-        """SHA-256 of the codes u8 [N, K] of every linear and embedding."""
-        moved = {name: self.linear(name).codes_sha256() for name in self._reader}
-        return self._refined.code_hashes() | moved
+    def rows(self, name: str) -> Tensor | None:
+        """i64 [N]: packed row n is the refined linear's row rows[n]; None where none moved."""
+        order = self._refined.order(self._reader[name]) if name in self._reader else None
+        return None if order is None else order.long()

@@ -449,7 +449,8 @@ def verify(job: Job, planned: Plan, packed: Path, refined: RefinedModel) -> None
             "folder": str(packed),
             "plan": str(job.space.root / "plan" / PLAN_NAME),
             "tensor_hashes": str(packed.parent / HASHES_NAME),
-            "code_hashes": FoldedModel(refined, planned).code_hashes(),
+            "code_hashes": refined.code_hashes(),
+            "refined": str(refined.folder),
             "budget": job.spec.budget.model_dump(mode="json"),
             "report": str(folder / "verify.json"),
             "threads": torch.get_num_threads(),
@@ -463,12 +464,14 @@ def verify(job: Job, planned: Plan, packed: Path, refined: RefinedModel) -> None
 def verify_order(order: dict[str, Any]) -> None:
     """What the fresh process of `verify` does; `order` is the JSON that the stage wrote."""
     torch.set_num_threads(order["threads"])
+    planned = Plan.model_validate_json(Path(order["plan"]).read_bytes())
     report = verify_folder(
         Path(order["folder"]),
         order["code_hashes"],
         Budget.model_validate(order["budget"]),
-        Plan.model_validate_json(Path(order["plan"]).read_bytes()),
+        planned,
         tensor_hashes=storage.read_json(Path(order["tensor_hashes"])),
+        rows=FoldedModel(RefinedModel(Path(order["refined"]), planned), planned).rows,
     )
     storage.write_json(Path(order["report"]), report.model_dump(mode="json"))
 

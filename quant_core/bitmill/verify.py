@@ -13,7 +13,8 @@ the writer, and the size, code bits or stored bits within the budget.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from bitmill.budget import Footprint, checkpoint_tensors, describe, footprint, l
 from bitmill.checkpoint import PackedCheckpoint, read_bit_width_map, tensor_bytes
 from bitmill.errors import BitmillError, VerificationError
 from bitmill.linear import QuantizedLinear
-from bitmill.packed import PackedTensor
+from bitmill.packed import PackedTensor, undo_order
 from bitmill.plan import Plan
 from bitmill.safetensors_layout import TensorSpec
 from bitmill.spec import Budget
@@ -58,6 +59,7 @@ def verify_folder(
     plan: Plan,
     *,
     tensor_hashes: Mapping[str, str],
+    rows: Callable[[str], Tensor | None] = lambda _: None,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> VerifyReport:
@@ -65,6 +67,7 @@ def verify_folder(
 
     expected_code_hashes: `QuantizedWeight.codes_sha256` by linear
     tensor_hashes: what `write_checkpoint` returned
+    rows: i64 [N] of a linear whose rows moved after its codes were hashed, see `folding.py`
 
     Raises VerificationError for the first difference, naming the tensor or the limit.
     """
@@ -76,7 +79,8 @@ def verify_folder(
         specs = checkpoint_tensors(plan, bit_widths.linears, bit_widths.order)
         _check_tensors(checkpoint, specs, tensor_hashes)
         spent = _check_budget(checkpoint, bit_widths, plan, budget)
-        errors = _check_linears(checkpoint, plan, expected_code_hashes, torch.device(device), seed)
+        expected = _Expected(expected_code_hashes, rows)
+        errors = _check_linears(checkpoint, plan, expected, torch.device(device), seed)
     except VerificationError:
         raise
     except BitmillError as error:
@@ -139,10 +143,28 @@ def _check_tensors(
             )
 
 
+@dataclass(frozen=True)
+class _Expected:
+    """Codes as they were computed: their hashes, and which rows moved since."""
+
+    hashes: Mapping[str, str]
+    rows: Callable[[str], Tensor | None]
+
+    def check(self, name: str, packed: PackedTensor) -> None:
+        weight = packed.unpack()
+        rows = self.rows(name)
+        if rows is not None:
+            weight = replace(weight, codes=undo_order(weight.codes.T, rows).T)
+        if weight.codes_sha256() != self.hashes[name]:
+            raise VerificationError(
+                f"linear {name} has other codes on disk than were computed", param=name
+            )
+
+
 def _check_linears(
     checkpoint: PackedCheckpoint,
     plan: Plan,
-    hashes: Mapping[str, str],
+    expected: _Expected,
     device: torch.device,
     seed: int,
 ) -> dict[str, float]:
@@ -150,11 +172,7 @@ def _check_linears(
     worst = dict.fromkeys(LIMITS, 0.0)
     for shape in plan.shapes:
         packed = checkpoint.linear(shape)
-        if packed.unpack().codes_sha256() != hashes[shape.name]:
-            raise VerificationError(
-                f"linear {shape.name} has other codes on disk than were computed",
-                param=shape.name,
-            )
+        expected.check(shape.name, packed)
         x = torch.randn(ROWS, shape.columns, generator=generator)
         for dtype, most in LIMITS.items():
             error = forward_error(packed, x.to(device, dtype))

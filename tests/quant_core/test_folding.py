@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +14,15 @@ from safetensors.torch import load_file
 from bitmill import load
 from bitmill.bits import BitWidthMap
 from bitmill.budget import checkpoint_tensors, measure, order_owners
-from bitmill.checkpoint import PackedCheckpoint, write_checkpoint
+from bitmill.checkpoint import PackedCheckpoint, tensor_bytes, write_checkpoint
+from bitmill.errors import VerificationError
 from bitmill.folding import FoldedModel
 from bitmill.packed import QuantizedWeight
 from bitmill.plan import Plan, make_plan
 from bitmill.refinement import RefinedModel, save_block
-from bitmill.spec import parse_spec
+from bitmill.spec import Budget, parse_spec
 from bitmill.stored_tensors import stored_tensors
+from bitmill.verify import verify_folder
 from tiny import VOCABULARY, tiny_llama
 from weights import rounded_weight
 
@@ -129,12 +133,21 @@ def test_rows_follow_the_columns_they_feed(case: Case) -> None:
     assert torch.equal(weights.linear(DOWN).dequantize(), expected)
 
 
-def test_hashes_are_those_of_what_is_packed(case: Case) -> None:
-    hashes = FoldedModel(case.refined, case.plan).code_hashes()
-    checkpoint = PackedCheckpoint.open(case.folded)
-    for shape in case.plan.shapes:
-        assert hashes[shape.name] == checkpoint.linear(shape).unpack().codes_sha256()
-    assert hashes[GATE] != case.refined.code_hashes()[GATE]
+def test_verification_needs_to_know_which_rows_moved(case: Case) -> None:
+    hashes = case.refined.code_hashes()
+    tensors = {
+        name: hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        for name, tensor in load_file(case.folded / "model.safetensors").items()
+    }
+
+    def verify(rows: Callable[[str], torch.Tensor | None]) -> None:
+        verify_folder(
+            case.folded, hashes, Budget(bits=16), case.plan, tensor_hashes=tensors, rows=rows
+        )
+
+    verify(FoldedModel(case.refined, case.plan).rows)
+    with pytest.raises(VerificationError, match="gate_proj has other codes on disk"):
+        verify(lambda _: None)
 
 
 def test_a_folded_order_takes_no_bytes(case: Case) -> None:
