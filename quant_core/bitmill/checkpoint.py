@@ -73,7 +73,7 @@ def write_checkpoint(
     source: Path,
     tensors: Sequence[TensorSpec],
     bit_widths: BitWidthMap,
-    linear: Callable[[str], QuantizedWeight],
+    linear: Callable[[str], QuantizedWeight | PackedTensor],
     other: Callable[[str], Tensor],
     orders: Mapping[str, str | None] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -94,7 +94,9 @@ def write_checkpoint(
     config = PackedConfig.from_map(bit_widths, orders)
     with disk_errors(folder), _ShardWriter(folder, tensors, max_shard_bytes) as writer:
         for packed in config.linears.values():
-            weight = PackedTensor.pack(linear(packed.name))
+            weight = linear(packed.name)
+            if isinstance(weight, QuantizedWeight):
+                weight = PackedTensor.pack(weight)
             for name, tensor in weight.tensors(packed.name, owns_order=packed.owns_order).items():
                 writer.write(name, tensor)
             if on_linear:

@@ -71,16 +71,16 @@ class LinearCodes:
         return top.to(self.scales.device)[:, None].expand_as(self.scales)
 
     def finish(self, order: Tensor | None) -> QuantizedWeight:
-        """The stored form, on the CPU; order is i64 [K], or None for natural order."""
+        """The stored form, on the same device; order is i64 [K], or None for natural order."""
         zeros = [
             stored_zero(zero, width) for zero, width in zip(self.zeros, self.widths, strict=True)
         ]
         return QuantizedWeight(
-            self.codes.cpu(),
-            self.scales.to(torch.float16).cpu(),
-            torch.stack(zeros).cpu(),
+            self.codes,
+            self.scales.to(torch.float16),
+            torch.stack(zeros),
             self.widths,
-            None if order is None else order.to(torch.int32).cpu(),
+            None if order is None else order.to(torch.int32),
         )
 
 

@@ -82,7 +82,7 @@ class QuantizedWeight:
 
     def codes_sha256(self) -> str:
         """SHA-256 of the codes as N*K bytes, row by row in packed column order."""
-        return hashlib.sha256(self.codes.contiguous().cpu().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self.codes.contiguous().cpu().numpy().data).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,13 +207,17 @@ def _check_scales(scales: Tensor, name: str) -> None:
 
 
 def _check_limits(codes: Tensor, zeros: Tensor, widths: tuple[int, ...]) -> None:
-    for group, part in enumerate(codes.split(GROUP_SIZE, dim=1)):
-        _check_limit(part, widths[group], group, "code")
-        _check_limit(zeros[group], zero_bits(widths[group]), group, "zero")
+    if not codes.numel():
+        return
+    columns = codes.amax(0).split(GROUP_SIZE)
+    of_codes = torch.stack([part.amax() for part in columns]).tolist()
+    of_zeros = zeros.amax(1).tolist()
+    for group, width in enumerate(widths):
+        _check_limit(of_codes[group], width, group, "code")
+        _check_limit(of_zeros[group], zero_bits(width), group, "zero")
 
 
-def _check_limit(values: Tensor, bits: int, group: int, what: str) -> None:
-    largest = int(values.max()) if values.numel() else 0
+def _check_limit(largest: int, bits: int, group: int, what: str) -> None:
     if largest >> bits:
         raise FormatError(
             f"{what} {largest} of group {group} does not fit {bits} bits: "

@@ -230,7 +230,7 @@ class _BlockJob:
             return weight, report
         count, device = len(W), W.device
         codes, scales, zeros = (
-            self.ranks.gather_rows(rows.to(device).contiguous(), count).cpu()
+            self.ranks.gather_rows(rows.to(device).contiguous(), count)
             for rows in (weight.codes, weight.scales.T, weight.zeros.T)
         )
         whole = replace(

@@ -16,7 +16,9 @@ Of several ranks each carries the hidden states of its own windows; the first on
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +96,10 @@ class RefinedModel:
         with safe_open(_tensors(self.folder, self.plan.by_name[name].block), "pt") as file:
             key = f"{name}.order"
             return file.get_tensor(key) if key in file.keys() else None  # noqa: SIM118
+
+    def packed(self, name: str) -> PackedTensor:
+        """One refined linear or embedding as it is stored."""
+        return _load_packed(self.folder, self.plan, self.plan.by_name[name].block, (name,))[name]
 
     def reports(self) -> tuple[tuple[LinearQuality, ...], tuple[BlockQuality, ...]]:
         """What refinement says of every linear, and of every block where it learned."""
@@ -328,20 +334,27 @@ def save_block(
     linears: list[LinearQuality],
     learning: dict[str, Any] | None,
 ) -> None:
-    """Write a finished block: tensors first, then the report that marks it as finished."""
-    tensors: dict[str, Tensor] = {}
-    with stage("pack"):
-        for name, weight in weights.items():
-            packed = PackedTensor.pack(weight).tensors(name)
-            tensors |= {key: value.contiguous() for key, value in packed.items()}
-    with stage("write"):
-        storage.write_bytes(_tensors(folder, i), save(tensors))
+    """Write a finished block: tensors first, then the report that marks it as finished.
+
+    Hashes, which take longer than all else, are made in threads meanwhile.
+    """
+    with ThreadPoolExecutor() as pool:
+        codes = {name: pool.submit(weight.codes_sha256) for name, weight in weights.items()}
+        tensors: dict[str, Tensor] = {}
+        with stage("pack"):
+            for name, weight in weights.items():
+                packed = PackedTensor.pack(weight).tensors(name)
+                tensors |= {key: value.contiguous().cpu() for key, value in packed.items()}
+            data = save(tensors)
+        whole = pool.submit(lambda: hashlib.sha256(data).hexdigest())
+        with stage("write"):
+            storage.write_bytes(_tensors(folder, i), data)
     report = {
         "linears": [linear.model_dump(mode="json") for linear in linears],
         "learning": learning,
         "widths": {name: "".join(map(str, weight.widths)) for name, weight in weights.items()},
-        "code_hashes": {name: weight.codes_sha256() for name, weight in weights.items()},
-        "tensors_sha256": storage.sha256_file(_tensors(folder, i)),
+        "code_hashes": {name: digest.result() for name, digest in codes.items()},
+        "tensors_sha256": whole.result(),
     }
     storage.write_json(_report(folder, i), report)
 
@@ -350,6 +363,12 @@ def load_block(
     folder: Path, plan: Plan, i: int, names: tuple[str, ...] | None = None
 ) -> dict[str, QuantizedWeight]:
     """The refined linears of block i (or the named ones)."""
+    return {name: packed.unpack() for name, packed in _load_packed(folder, plan, i, names).items()}
+
+
+def _load_packed(
+    folder: Path, plan: Plan, i: int, names: tuple[str, ...] | None
+) -> dict[str, PackedTensor]:
     widths = storage.read_json(_report(folder, i))["widths"]
     loaded = {}
     with safe_open(_tensors(folder, i), framework="pt") as file:
@@ -361,8 +380,7 @@ def load_block(
             tensors = {key: file.get_tensor(key) for key in keys if key.startswith(f"{name}.")}
             order = tensors.pop(f"{name}.order", None)
             digits = tuple(int(b) for b in widths[name])
-            packed = PackedTensor.from_tensors(
+            loaded[name] = PackedTensor.from_tensors(
                 name, tensors, shape.rows, shape.columns, digits, order
             )
-            loaded[name] = packed.unpack()
     return loaded
