@@ -1,4 +1,4 @@
-"""Commands that need torch: `python -m bitmill quantize|evaluate|generate|bench|report|verify`.
+"""Commands that need torch: `python -m bitmill quantize|evaluate|generate|bench|verify`.
 
 The `bitmill` script runs these in a process of their own, so that the service stays torch-free.
 Exit codes: 0 done, 2 refused input, 3 failed, 4 cancelled.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitmill.errors import BitmillError, Cancelled, InputError
+from bitmill.errors import BitmillError, Cancelled, InputError, ModelError
 from bitmill.launch import as_rank, check_devices, is_rank, run_ranks
 from bitmill.lifetime import die_with_parent
 from bitmill.progress import Progress
@@ -183,6 +183,8 @@ def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
     if spec.model.source != "path":
         raise InputError("quantize reads local folders; submit a job for other models")
     model = Path(spec.model.path)
+    if not model.is_dir():
+        raise ModelError(f"there is no folder {model}", code="model_not_found", param="model")
     if is_rank():
         _run_job(arguments, spec, model, arguments.work)
         return {}
@@ -315,6 +317,13 @@ def _metric(named: tuple[str, dict[str, float | None]]) -> str:
     return f"{name} {found['value']:.4f}{error}"
 
 
+def _print_error(error: BitmillError, *, as_json: bool) -> None:
+    """One message on standard error, in the form that `bitmill` itself uses."""
+    body = {"code": error.code, "message": error.message, "param": error.param, "hint": None}
+    text = json.dumps({"error": body}) if as_json else f"error: {error.message}"
+    print(text, file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = parser().parse_args(argv)
@@ -331,8 +340,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Cancelled:
         return 4
     except BitmillError as error:
-        print(f"error: {error.message}", file=sys.stderr)
+        _print_error(error, as_json=getattr(arguments, "json", False))
         return 2 if isinstance(error, InputError) else 3
+    except KeyboardInterrupt:
+        return 130
     if getattr(arguments, "json", False):
         print(json.dumps(result))
     elif "rows" in result:
