@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -253,6 +254,6 @@ def residual_writers(
     hidden = hidden.to(model.device, model.dtype)
     seen = observe(model, index, block, {name: linears[name] for name in names}, hidden)
     output = model.run_block(index, block, hidden)
-    total = hidden + sum(seen[name].y for name in names).view_as(hidden)  # type: ignore[union-attr]
+    total = hidden + reduce(torch.add, (seen[name].y for name in names)).view_as(hidden)
     missing = (output - total).float().norm() / output.float().norm()
     return names if float(missing) < RESIDUAL_TOLERANCE else ()

@@ -116,13 +116,15 @@ def straight_round(x: Tensor) -> Tensor:
 
 def straight_half(x: Tensor) -> Tensor:
     """x rounded through fp16, with the gradient of x."""
-    return _Straight.apply(x, x.half().float())  # type: ignore[no-any-return]
+    half: Tensor = _Straight.apply(x, x.half().float())
+    return half
 
 
 def straight_zero(zero: Tensor, rows: BlockRows) -> Tensor:
     """The nearest storable zero points f32 [R, 1], with the gradient of `zero`."""
     nearest = torch.minimum((zero / rows.zero_step).round() * rows.zero_step, rows.zero_top)
-    return _Straight.apply(zero, nearest.clamp(min=0.0))  # type: ignore[no-any-return]
+    storable: Tensor = _Straight.apply(zero, nearest.clamp(min=0.0))
+    return storable
 
 
 def _codes(position: Tensor, zero: Tensor, largest: Tensor) -> Tensor:

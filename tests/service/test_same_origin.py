@@ -35,14 +35,14 @@ def test_embedded_service_answers_for_loopback_names_only(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("host", ["[::1]:8737", "LOCALHOST:1", "127.0.0.1:8737"])
 def test_names_of_loopback_are_recognized(host: str) -> None:
-    SameOrigin(lambda *_: None, LOOPBACK_NAMES).check("GET", host, None)  # type: ignore[arg-type]
+    SameOrigin(lambda *_: None, LOOPBACK_NAMES).check("GET", host, None)
 
 
 @pytest.mark.parametrize(
     "host", ["", "127.0.0.1.evil.example", "localhost.evil.example:80", "[::1", "a]b"]
 )
 def test_other_names_are_refused(host: str) -> None:
-    guard = SameOrigin(lambda *_: None, LOOPBACK_NAMES)  # type: ignore[arg-type]
+    guard = SameOrigin(lambda *_: None, LOOPBACK_NAMES)
     with pytest.raises(ProblemError) as refused:
         guard.check("GET", host, None)
     assert refused.value.status == 421

@@ -30,7 +30,7 @@ class _Hub(BaseHTTPRequestHandler):
     requests: list[str]
 
     def do_GET(self) -> None:
-        self.server.requests.append(self.path)  # type: ignore[attr-defined]
+        self.server.requests.append(self.path)
         parts = self.path.split("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             self._api(parts[2:])
@@ -92,7 +92,7 @@ class _Hub(BaseHTTPRequestHandler):
 def hub(settings: Settings) -> Iterator[Settings]:
     """Settings whose Hub is a server of this process."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    server.requests = []  # type: ignore[attr-defined]
+    server.requests = []
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     yield settings.model_copy(update={"hub_endpoint": url})

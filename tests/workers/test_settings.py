@@ -39,14 +39,14 @@ def test_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 )
 def test_default_secrets_and_impossible_values_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        Settings(**values)  # type: ignore[arg-type]
+        Settings(**values)
 
 
 def test_secrets_are_not_shown() -> None:
-    settings = Settings(hub_token="hf_canary", webhook_secret="canary")  # type: ignore[arg-type]
+    settings = Settings(hub_token="hf_canary", webhook_secret="canary")
     assert "canary" not in repr(settings)
     assert "canary" not in settings.model_dump_json()
     with pytest.raises(ValidationError) as refused:
-        Settings(hub_token="hf_canary", renew_s=80)  # type: ignore[arg-type]
+        Settings(hub_token="hf_canary", renew_s=80)
     assert "80" in str(refused.value)
     assert "canary" not in str(refused.value)

@@ -155,7 +155,7 @@ def test_cancel_ends_the_runner_and_its_children(
     assert job.shown_state == "cancelled"
     assert len(seen) == 2
     for pid in seen:
-        wait_for(lambda pid=pid: not alive(pid), "the group's end", 5)  # type: ignore[misc]
+        wait_for(lambda pid=pid: not alive(pid), "the group's end", 5)
     assert not processes_of(job.id)
 
 

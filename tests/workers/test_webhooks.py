@@ -38,8 +38,8 @@ SECRET = "a-long-random-value"
 class _Receiver(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.got.append((dict(self.headers), body))  # type: ignore[attr-defined]
-        status = self.server.answers.pop(0)  # type: ignore[attr-defined]
+        self.server.got.append((dict(self.headers), body))
+        status = self.server.answers.pop(0)
         self.send_response(status)
         if status == 302:
             self.send_header("Location", "http://127.0.0.1:1/")
@@ -53,7 +53,7 @@ class _Receiver(BaseHTTPRequestHandler):
 @pytest.fixture
 def receiver() -> Iterator[HTTPServer]:
     server = HTTPServer(("127.0.0.1", 0), _Receiver)
-    server.got, server.answers = [], []  # type: ignore[attr-defined]
+    server.got, server.answers = [], []
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield server
     server.shutdown()
@@ -79,7 +79,7 @@ def test_message_is_signed_and_repeated_until_taken(
     sender = WebhookSender(allowed, database)
     assert sender.deliver_due() == 0
     store.request_cancel(job.id)
-    receiver.answers[:] = [503, 302, 200]  # type: ignore[attr-defined]
+    receiver.answers[:] = [503, 302, 200]
     assert sender.deliver_due() == 0
     assert sender.deliver_due() == 0
     due_now(database)
@@ -88,7 +88,7 @@ def test_message_is_signed_and_repeated_until_taken(
     assert sender.deliver_due() == 1
     due_now(database)
     assert sender.deliver_due() == 0
-    got = receiver.got  # type: ignore[attr-defined]
+    got = receiver.got
     assert len(got) == 3
     headers, body = got[-1]
     at, digest = (part.split("=")[1] for part in headers["Bitmill-Signature"].split(","))

@@ -169,10 +169,7 @@ def test_garbage_in_the_broker_stops_nothing(
         worker = start()
         if (
             wait_for(
-                lambda worker=worker: (
-                    worker.poll() is not None  # type: ignore[misc]
-                    or store.get(job.id).finished
-                ),
+                lambda worker=worker: worker.poll() is not None or store.get(job.id).finished,
                 "a result or the worker's end",
             )
             and store.get(job.id).finished

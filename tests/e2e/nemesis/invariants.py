@@ -67,7 +67,7 @@ def _stale(store: JobStore, jobs: list[JobRecord], settings: Settings) -> list[s
     found = []
     for job in jobs:
         for before, after in itertools.pairwise(history(store, job)):
-            if after not in TRANSITIONS[before]:  # type: ignore[index]
+            if after not in TRANSITIONS[before]:
                 found.append(f"{job.id} {before} -> {after}")
         for artifact in store.artifacts(job.id):
             if not artifact.storage_key.startswith(f"{job.id}/{job.token}/"):
@@ -109,7 +109,7 @@ def _keys(database: Database, accepted: dict[str, str]) -> list[str]:
 
     with database.read() as conn:
         query = sa.select(idempotency.c.key, idempotency.c.job_id)
-        stored: dict[str, str] = dict(conn.execute(query).all())  # type: ignore[arg-type]
+        stored: dict[str, str] = dict(conn.execute(query).all())
     return [f"{k}: {j} and {stored.get(k)}" for k, j in accepted.items() if stored.get(k) != j]
 
 

@@ -127,7 +127,7 @@ def run(kind: str, folder: Path, *, seed: int, count: int, workers: int, faults:
 def _hurt(
     stack: ProductionStack | EmbeddedStack,
     kinds: tuple,
-    count: int,  # type: ignore[type-arg]
+    count: int,
     dice: random.Random,
 ) -> Counter[str]:
     """Inject `count` faults, every kind at least once where the count allows."""

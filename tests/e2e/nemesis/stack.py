@@ -260,7 +260,7 @@ def children(pid: int) -> list[int]:
 def request(stack: Stack, method: str, path: str, **options: object) -> httpx2.Response:
     """One HTTP request to a living API; connection errors are the caller's."""
     with httpx2.Client(base_url=stack.url, timeout=30) as client:
-        return client.request(method, path, **options)  # type: ignore[arg-type]
+        return client.request(method, path, **options)
 
 
 def runners(stack: Stack) -> list[int]:
