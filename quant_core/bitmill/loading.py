@@ -52,10 +52,15 @@ def load(
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a packed folder."""
-    return AutoTokenizer.from_pretrained(
-        Path(folder), local_files_only=True, trust_remote_code=False
-    )
+    """The tokenizer of a packed folder. Raises FormatError where it cannot be loaded."""
+    folder = Path(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise FormatError(
+            f"{folder.name} holds no tokenizer that can be loaded: give a packed folder",
+            param="tokenizer",
+        ) from error
 
 
 def model_shapes(folder: Path) -> list[LinearShape]:

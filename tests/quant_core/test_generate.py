@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bitmill
-from bitmill.errors import InputError
+from bitmill.errors import FormatError, InputError
 from bitmill.generate import _pieces, stream
 from tiny import tiny_llama
 from weights import PackedModel, pack_model
@@ -37,6 +37,11 @@ def test_sampling_depends_on_the_seed_alone(packed: PackedModel) -> None:
 
     assert text(1) == text(1)
     assert text(1) != text(2)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="nowhere holds no tokenizer"):
+        stream(tmp_path / "nowhere", "a")
 
 
 def test_a_character_of_several_tokens_comes_in_one_piece(packed: PackedModel) -> None:
