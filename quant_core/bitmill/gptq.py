@@ -67,11 +67,15 @@ class GptqSettings:
 
 @dataclass(frozen=True, eq=False)
 class Curvature:
-    """H f32 [K, K] in packed column order, its factor, and that order (i64 [K], None = natural)."""
+    """H f32 [K, K] in packed column order, its factor, and that order (i64 [K], None = natural).
+
+    ridged: factors of H with other dampings, kept where several linears ask for the same.
+    """
 
     H: Tensor
     factor: Factor
     order: Tensor | None
+    ridged: dict[float, Tensor] | None = None
 
     @classmethod
     def prepare(
@@ -80,14 +84,18 @@ class Curvature:
         order: Tensor | None = None,
         *,
         damping: tuple[float, ...] = DAMPING_LADDER,
+        shared: bool = False,
         name: str = "input",
     ) -> Curvature:
-        """From H in source column order. Raises NumericalError as `hessian.factor` does."""
+        """From H in source column order; shared: between linears, which keep `ridged` then.
+
+        Raises NumericalError as `hessian.factor` does.
+        """
         with stage("factor"):
             if order is not None:
                 order = order.to(H.device)
                 H = H[order][:, order]
-            return cls(H, factor(H, ladder=damping, name=name), order)
+            return cls(H, factor(H, ladder=damping, name=name), order, {} if shared else None)
 
     def packed(self, matrix: Tensor) -> Tensor:
         """The columns of matrix [*, K] moved from source to packed order."""
@@ -104,10 +112,16 @@ class Curvature:
 
     def _solve(self, matrix: Tensor, ridge: float) -> Tensor:
         if ridge:
-            lower = torch.linalg.cholesky(damped(self.H, ridge))
-            return torch.cholesky_solve(matrix.T, lower).T
+            return torch.cholesky_solve(matrix.T, self._lower(ridge)).T
         U = self.factor.upper
         return (matrix @ U.T) @ U
+
+    def _lower(self, ridge: float) -> Tensor:
+        if self.ridged is None:
+            return torch.linalg.cholesky(damped(self.H, ridge))
+        if ridge not in self.ridged:
+            self.ridged[ridge] = torch.linalg.cholesky(damped(self.H, ridge))
+        return self.ridged[ridge]
 
 
 def quantize_gptq(
@@ -162,8 +176,9 @@ def quantize_corrected(
 
     judge: held-out error of any ŵ f32 [N, K] in source column order. Strengths and ridges are
     compared as float targets; the best is kept if it also wins against no correction after the
-    column loop of both. Refit, descent and gain follow for the one kept. A large ridge keeps the
-    correction to directions the calibration inputs hold much of, which few tokens call for.
+    column loop of both, on clip-searched grids. The compensated search of grids, polishing and gain
+    follow for the one kept. A large ridge keeps the correction to directions the calibration inputs
+    hold much of, which few tokens call for.
     """
     settings = settings or GptqSettings()
     check_weights(W, name)
@@ -173,11 +188,14 @@ def quantize_corrected(
     targets = [source + strength * moves[ridge] for strength, ridge in tried]
     ideal = [judge(curvature.unpacked(target)) for target in targets]
     best = min(range(len(tried)), key=ideal.__getitem__)
-    both = solve(torch.cat([source, targets[best]]), curvature, tuple(widths), settings)
+    quick = replace(settings, compensated=None)
+    both = solve(torch.cat([source, targets[best]]), curvature, tuple(widths), quick)
     plain, moved = both.rows(slice(None, len(source))), both.rows(slice(len(source), None))
     errors = [judge(curvature.unpacked(codes.values())) for codes in (plain, moved)]
     kept = errors[1] < errors[0]
     target, solved = (targets[best], moved) if kept else (source, plain)
+    if settings.compensated is not None:
+        solved = solve(target, curvature, tuple(widths), settings)
     final = polish(target, solved, curvature.H, settings)
     strength, ridge = tried[best] if kept else (0.0, 0.0)
     report = replace(

@@ -169,6 +169,7 @@ class _BlockJob:
                     statistics.H,
                     self.orders.get(name),
                     damping=self.settings.gptq.damping,
+                    shared=len(group) > 1,
                     name=name,
                 )
             solved = self._gptq(name, W, statistics, prepared[key], unseen.get(name))
