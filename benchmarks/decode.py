@@ -5,9 +5,9 @@
 
 One decode step (batch 1) of the whole model is captured in a CUDA graph and replayed; the median
 of the replays counts. Both models share every line but the products: q/k/v and gate/up are one
-product each in both. What lies between the products is compiled by torch.compile. The KV cache
-is static and full. Embedding and head stay fp16. Prefill is timed eagerly. Peak memory is that
-of building and running the model, of weights made on the device.
+product each in both. What lies between the products is in `decode_glue.py`. The KV cache is static
+and full. Embedding and head stay fp16. Prefill is timed eagerly. Peak memory is that of building
+and running the model, of weights made on the device.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 import triton
+from decode_glue import EPSILON, Glue
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
 from bitmill_kernels.layout import code_tensor_shapes, zero_tensor_shapes
 from bitmill_kernels.linear import MixedLinear
@@ -83,7 +84,7 @@ def half_product(rows: list[int], K: int) -> Product:
 def normed(hidden: Tensor, added: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(hidden + added, its RMS norm)."""
     total = hidden + added
-    return total, rms_norm(total, (total.shape[-1],), scale)
+    return total, rms_norm(total, (total.shape[-1],), scale, EPSILON)
 
 
 def gated(gate_up: Tensor) -> Tensor:
@@ -94,18 +95,6 @@ def gated(gate_up: Tensor) -> Tensor:
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat((-second, first), dim=-1) * sine
-
-
-def attend(
-    qkv: Tensor, keys: Tensor, values: Tensor, cosine: Tensor, sine: Tensor, place: Tensor
-) -> Tensor:
-    """Attention of one token [1, 3 * hidden] over the whole static cache [heads, cache, size]."""
-    heads, _, size = keys.shape
-    q, k, v = (part.view(heads, 1, size) for part in qkv.chunk(3, dim=-1))
-    keys.index_copy_(1, place, rotate(k, cosine, sine))
-    values.index_copy_(1, place, v)
-    y = scaled_dot_product_attention(rotate(q, cosine, sine)[None], keys[None], values[None])
-    return y.reshape(1, heads * size)
 
 
 def attend_prefill(qkv: Tensor, heads: int, size: int, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -137,28 +126,25 @@ class Model:
         angle = torch.rand(shape.cache, shape.head_size, device=DEVICE)
         self.cosine, self.sine = angle.cos().to(HALF), angle.sin().to(HALF)
         self.place = torch.tensor([shape.cache - 1], device=DEVICE)
-        self.normed = torch.compile(normed)
-        self.gated = torch.compile(gated)
-        self.attend = torch.compile(attend)
+        self.nothing = torch.zeros(1, shape.hidden, device=DEVICE, dtype=HALF)
+        self.glue = Glue(shape.heads, shape.head_size, shape.cache, DEVICE)
 
     def step(self, token: Tensor) -> Tensor:
         """Next token int64 [1] of a token int64 [1]."""
-        hidden = self.embedding[token]
-        hidden, x = self.normed(hidden, torch.zeros_like(hidden), self.scale)
-        cosine, sine = self.cosine[self.place], self.sine[self.place]
-        for i, layer in enumerate(self.layers):
-            qkv = layer["qkv"](x)
-            mixed = self.attend(qkv, self.keys[i], self.values[i], cosine, sine, self.place)
-            hidden, x = self.normed(hidden, layer["o"](mixed), self.scale)
-            hidden, x = self.normed(
-                hidden, layer["down"](self.gated(layer["gate_up"](x))), self.scale
-            )
+        glue = self.glue
+        hidden = embedding(token, self.embedding)
+        x = glue.add_norm(hidden, self.nothing, self.scale)
+        for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
+            mixed = glue.attend(layer["qkv"](x), keys, values, self.cosine, self.sine, self.place)
+            x = glue.add_norm(hidden, layer["o"](mixed), self.scale)
+            inner = glue.gate(layer["gate_up"](x))
+            x = glue.add_norm(hidden, layer["down"](inner), self.scale)
         return linear(x, self.head).argmax(-1)
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """Logits of the last token of int64 [T]."""
         hidden = self.embedding[tokens]
-        x = rms_norm(hidden, (self.shape.hidden,), self.scale)
+        x = rms_norm(hidden, (self.shape.hidden,), self.scale, EPSILON)
         cosine, sine = self.cosine[: len(tokens)], self.sine[: len(tokens)]
         for layer in self.layers:
             mixed = attend_prefill(
@@ -167,6 +153,39 @@ class Model:
             hidden, x = normed(hidden, layer["o"](mixed), self.scale)
             hidden, x = normed(hidden, layer["down"](gated(layer["gate_up"](x))), self.scale)
         return linear(x[-1:], self.head)
+
+
+def check_glue(shape: Shape) -> None:
+    """Raise RuntimeError where the glue differs from torch by more than rounding."""
+    size, place = shape.head_size, shape.cache - 3
+    glue = Glue(shape.heads, size, shape.cache, DEVICE)
+    hidden, added, scale = (torch.randn(1, shape.hidden, device=DEVICE).half() for _ in range(3))
+    expected, expected_norm = normed(hidden, added, scale[0])
+    norm = glue.add_norm(hidden, added, scale)
+    gate_up = torch.randn(1, 2 * shape.inner, device=DEVICE).half()
+    cache = (shape.heads, shape.cache, size)
+    keys, values = (torch.randn(cache, device=DEVICE).half() for _ in range(2))
+    angle = torch.rand(shape.cache, size, device=DEVICE)
+    cosine, sine = angle.cos().half(), angle.sin().half()
+    qkv = torch.randn(1, 3 * shape.hidden, device=DEVICE).half()
+    q, k, v = (part.view(shape.heads, 1, size) for part in qkv.chunk(3, dim=-1))
+    here = slice(place, place + 1)
+    q, k = rotate(q, cosine[here], sine[here]), rotate(k, cosine[here], sine[here])
+    attended = [keys.clone(), values.clone()]
+    attended[0][:, here], attended[1][:, here] = k, v
+    mixed = scaled_dot_product_attention(q[None], *(part[None] for part in attended))
+    found = glue.attend(qkv, keys, values, cosine, sine, torch.tensor([place], device=DEVICE))
+    pairs = {
+        "sum": (hidden, expected),
+        "norm": (norm, expected_norm),
+        "gate": (glue.gate(gate_up), gated(gate_up)),
+        "keys": (keys, attended[0]),
+        "values": (values, attended[1]),
+        "attention": (found, mixed.reshape(1, -1)),
+    }
+    for name, (got, wanted) in pairs.items():
+        if not torch.allclose(got, wanted, rtol=1e-2, atol=5e-3):
+            raise RuntimeError(f"the decode glue is wrong: {name} differs from torch")
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
@@ -216,6 +235,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     shape = Shape(layers=options.layers)
+    check_glue(shape)
     packed = measure(shape, tuple(int(width) for width in options.widths))
     half = measure(shape, None)
     gpu = torch.cuda.get_device_name()

@@ -1,4 +1,4 @@
-// Decode product on Hopper and later: y = x W^T for up to 16 tokens, W in the runtime layout.
+// Decode product on Hopper and later: y = x W^T for up to 32 tokens, W in the runtime layout.
 //
 //   y[t, n] = factor[t] * sum over groups g of
 //             scale[n, g] * (sum_k code[n, k] * x[t, k] - zero[n, g] * sums[g, t])  + bias[n]
@@ -6,9 +6,9 @@
 // The same equation and layout as decode_triton.py; what differs is how the bytes travel.
 //
 // One block per slot of every multiprocessor takes an equal share of the bytes: a run of
-// consecutive units, a unit being one tile of rows times one pair of groups. One thread of an
-// extra warp streams the units' planes and scale words into a ring in shared memory by bulk
-// copies, across tiles and widths without a pause. Every other warp owns 16*ROW_TILES rows of
+// consecutive units, a unit being one tile of rows times one pair of groups. An extra warp streams
+// the units' planes and scale words into a ring in shared memory by bulk copies, across tiles and
+// widths without a pause; a table made by the host tells it where they are. Every other warp owns 16*ROW_TILES rows of
 // each unit and multiplies them by mma.m16n8k16 with the weights as the left operand:
 //
 //   rows of a pair are 32w contiguous bytes, so a lane's 8 or 16 bytes of row lane/4 are whole
@@ -36,21 +36,34 @@ namespace {
 constexpr int kMinimumExponent = 16;
 constexpr int kPrologueWarps = 2;
 
+// Packed columns [first, first + live) of the two groups of a pair.
 struct PairRow {
-  int width;
-  uint32_t low, high, grid;  // offsets in units of 16 bytes
-  int first[2], live[2];     // packed columns of the two groups
+  int width, first[2], live[2];
 };
 
-struct TileRow {
-  int first_pair, pair_count, row, first_unit;
-  int output, live_rows, first_block, blocks;
+// A unit of a block: where its bytes are, in units of 16; where its sums go; its columns.
+struct alignas(16) Source {
+  uint32_t low, high, grid;
+  int pair;
+};
+struct alignas(16) Target {
+  uint16_t width, ends;  // ends: the last of its tile in this block
+  uint16_t live_rows, blocks;
+  int output, first_block;
+};
+struct alignas(16) Columns {
+  int first[2];
+  uint16_t live[2], width;
+};
+struct UnitRow {
+  Source source;
+  Target target;
+  Columns columns;
 };
 
-// Units [begin, end); its first tile; activations of unit begin + i are chunk i % chunks.
-struct BlockRow {
-  int begin, end, tile, chunks;
-  int row, pair_of_unit, tile_end, unused;
+// The row before those of a block's units. Activations of unit i are chunk i % chunks.
+struct alignas(16) BlockRow {
+  int units, chunks;
 };
 
 }  // namespace
@@ -59,8 +72,7 @@ extern "C" struct DecodeArguments {
   const uint8_t* planes;
   const uint8_t* grid;
   const PairRow* pairs;
-  const TileRow* tiles;
-  const BlockRow* blocks;
+  const UnitRow* units;  // for each block one BlockRow, then unit_capacity rows
   const void* x;
   const int* order;
   uint8_t* inputs;  // converted activations of all pairs, null where blocks convert their own
@@ -73,12 +85,20 @@ extern "C" struct DecodeArguments {
   int x_stride;
   int output_stride;
   int chunk_capacity;
+  int unit_capacity;
   int stage_count;
   int stage_bytes;
   int is_bf16;
 };
 
 namespace {
+
+template <class Row>
+__device__ __forceinline__ Row load_row(const Row* from) {
+  static_assert(sizeof(Row) == 16);
+  const uint4 words = __ldg(reinterpret_cast<const uint4*>(from));
+  return *reinterpret_cast<const Row*>(&words);
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -258,7 +278,7 @@ __device__ __forceinline__ void add_unit(const uint8_t* low, const uint8_t* high
 }
 
 template <int ROW_TILES, int TOKEN_TILES>
-__device__ __forceinline__ void store_outputs(const DecodeArguments& p, const TileRow& tile,
+__device__ __forceinline__ void store_outputs(const DecodeArguments& p, const Target& tile,
                                               int warp_row, Lane lane,
                                               const float (&total)[ROW_TILES][TOKEN_TILES][4]) {
 #pragma unroll
@@ -292,12 +312,11 @@ __device__ __forceinline__ void store_outputs(const DecodeArguments& p, const Ti
 // Leaves this warp's sums in the workspace; the last block of the tile adds them in order.
 // Slot 1 of a block is for the tile that begins in it, slot 0 for the one it continues.
 template <int WARPS, int ROW_TILES, int TOKEN_TILES>
-__device__ __forceinline__ bool reduce(const DecodeArguments& p, const TileRow& tile, int tile_id,
-                                       int begin, int warp, Lane lane,
-                                       float (&total)[ROW_TILES][TOKEN_TILES][4]) {
+__device__ __forceinline__ bool reduce(const DecodeArguments& p, const Target& tile, int warp,
+                                       Lane lane, float (&total)[ROW_TILES][TOKEN_TILES][4]) {
   constexpr int kCells = ROW_TILES * TOKEN_TILES * 4;
   const int thread = lane.row * 4 + lane.column;
-  const int slot = tile.first_unit >= begin ? 1 : 0;
+  const int slot = tile.first_block == blockIdx.x ? 1 : 0;
   float* mine = p.partial + ((blockIdx.x * 2 + slot) * WARPS + warp) * kCells * 32 + thread;
 #pragma unroll
   for (int i = 0; i < kCells; ++i) {
@@ -306,7 +325,7 @@ __device__ __forceinline__ bool reduce(const DecodeArguments& p, const TileRow& 
   }
   __syncwarp();
   int arrived = 0;
-  int* counter = p.counters + tile_id * WARPS + warp;
+  int* counter = p.counters + tile.first_block * WARPS + warp;
   if (thread == 0) {
     asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
                  : "=r"(arrived)
@@ -317,6 +336,7 @@ __device__ __forceinline__ bool reduce(const DecodeArguments& p, const TileRow& 
   if (arrived != tile.blocks - 1) return false;
 #pragma unroll
   for (int i = 0; i < kCells; ++i) total[i / (4 * TOKEN_TILES)][i / 4 % TOKEN_TILES][i % 4] = 0.0f;
+#pragma unroll(32 / kCells)
   for (int b = 0; b < tile.blocks; ++b) {
     const int from_slot = b == 0 ? 1 : 0;
     const float* from =
@@ -347,11 +367,14 @@ __device__ __forceinline__ float load_input(const DecodeArguments& p, int64_t at
 
 // Converts one token of one pair: a warp, a half of it for each group. Each group is divided by a
 // power of two that brings it below 2^15, and each field by its place value.
-__device__ __forceinline__ void convert(const DecodeArguments& p, const PairRow& pair, int token,
+template <class Row>
+__device__ __forceinline__ void convert(const DecodeArguments& p, const Row& pair, int token,
                                         int thread, uint8_t* to) {
   const int group = thread / 16, vector = thread % 16 / 4, column = thread % 4;
   const int low = low_plane(pair.width);
   const bool narrow = pair.width == 1 || pair.width == 3 || pair.width == 5;
+  const int first = group ? pair.first[1] : pair.first[0];
+  const int live = group ? pair.live[1] : pair.live[0];
   float values[4][2];
   float largest = 0.0f;
 #pragma unroll
@@ -364,8 +387,8 @@ __device__ __forceinline__ void convert(const DecodeArguments& p, const PairRow&
     for (int h = 0; h < 2; ++h) {
       const int c = j * 16 * low + 2 * word + h;
       float value = 0.0f;
-      if (c < pair.live[group]) {
-        const int k = pair.first[group] + c;
+      if (c < live) {
+        const int k = first + c;
         value = load_input(p, static_cast<int64_t>(token) * p.x_stride + (p.order ? p.order[k] : k));
       }
       values[i][h] = value;
@@ -401,108 +424,84 @@ __device__ __forceinline__ void convert(const DecodeArguments& p, const PairRow&
   }
 }
 
-// Walks the units of a block: `next` gives the pair of the current unit and steps on.
-struct Cursor {
-  int unit, tile, row, pair_of_unit, tile_end;
-
-  __device__ explicit Cursor(const BlockRow& block)
-      : unit(block.begin),
-        tile(block.tile),
-        row(block.row),
-        pair_of_unit(block.pair_of_unit),
-        tile_end(block.tile_end) {}
-
-  __device__ void enter(const DecodeArguments& p) {
-    const TileRow here = p.tiles[tile];
-    row = here.row;
-    pair_of_unit = here.first_pair - here.first_unit;
-    tile_end = here.first_unit + here.pair_count;
-  }
-
-  __device__ int next(const DecodeArguments& p) {
-    if (unit == tile_end) {
-      ++tile;
-      enter(p);
-    }
-    return pair_of_unit + unit++;
-  }
-};
-
+// Streams the planes and scales of all units into the ring, and the activations where the prologue
+// kernel converted them. Lane j works out the addresses of every 32nd unit and issues its copies.
 template <int ROWS>
-__device__ void produce(const DecodeArguments& p, const BlockRow& block, const PairRow* pairs,
-                        uint64_t* full, uint64_t* empty, uint8_t* ring) {
+__device__ void produce(const DecodeArguments& p, const UnitRow* units, uint64_t* full,
+                        uint64_t* empty, uint8_t* ring, int lane) {
   uint64_t once, keep;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
   const int x_bytes = p.inputs ? input_bytes(p.tokens) : 0;
-  // Activations follow their own cursor: it starts when the prologue is done, at the latest when
-  // the ring is full of weights.
-  Cursor weights(block), inputs(block);
-  bool ready = false;
-  for (int i = 0; i < block.end - block.begin; ++i) {
-    const int stage = i % p.stage_count;
-    if (i >= p.stage_count) barrier_wait(empty + stage, (i / p.stage_count - 1) & 1);
-    const PairRow& pair = pairs[weights.next(p)];
-    const int low = low_plane(pair.width), high = pair.width - low;
-    uint8_t* scales = ring + stage * p.stage_bytes + x_bytes;
+  const int count = load_row(reinterpret_cast<const BlockRow*>(units - 1)).units;
+  const int first = min(count, p.stage_count);
+  for (int base = 0; base < count; base += 32) {
+    const int mine = min(base + lane, p.unit_capacity - 1);
+    const Source unit = load_row(&units[mine].source);
+    const int width = load_row(&units[mine].target).width;
+    const int stage = mine % p.stage_count, parity = (mine / p.stage_count - 1) & 1;
+    const int low_bytes = ROWS * 32 * low_plane(width);
+    const int high_bytes = ROWS * 32 * width - low_bytes;
+    const uint8_t* low = p.planes + (static_cast<size_t>(unit.low) << 4);
+    const uint8_t* high = p.planes + (static_cast<size_t>(unit.high) << 4);
+    const uint8_t* grid = p.grid + (static_cast<size_t>(unit.grid) << 4);
+    const uint8_t* inputs = p.inputs + static_cast<size_t>(unit.pair) * x_bytes;
+    uint8_t* staged = ring + stage * p.stage_bytes;
+    uint8_t* scales = staged + x_bytes;
     uint8_t* planes = scales + ROWS * 8;
-    barrier_expect(full + stage, x_bytes + ROWS * (8 + 32 * pair.width));
-    bulk_copy(planes, p.planes + (static_cast<size_t>(pair.low) << 4) + weights.row * 32 * low,
-              ROWS * 32 * low, full + stage, once);
-    if (high) {
-      bulk_copy(planes + ROWS * 32 * low,
-                p.planes + (static_cast<size_t>(pair.high) << 4) + weights.row * 32 * high,
-                ROWS * 32 * high, full + stage, once);
-    }
-    bulk_copy(scales, p.grid + (static_cast<size_t>(pair.grid) << 4) + weights.row * 8, ROWS * 8,
-              full + stage, once);
-    if (!p.inputs) continue;
-    if (!ready && (i + 1 == p.stage_count || i + 1 == block.end - block.begin)) {
-      asm volatile("griddepcontrol.wait;" ::: "memory");
-      asm volatile("fence.proxy.async;" ::: "memory");  // the prologue wrote by ordinary stores
-      ready = true;
-    }
-    while (ready && inputs.unit <= block.begin + i) {
-      const int s = (inputs.unit - block.begin) % p.stage_count;
-      bulk_copy(ring + s * p.stage_bytes,
-                p.inputs + static_cast<size_t>(inputs.next(p)) * x_bytes, x_bytes, full + s, keep);
+    for (int i = base; i < min(base + 32, count); ++i) {
+      if (i - base == lane) {
+        if (i >= first) barrier_wait(empty + stage, parity);
+        barrier_expect(full + stage, x_bytes + ROWS * 8 + low_bytes + high_bytes);
+        bulk_copy(planes, low, low_bytes, full + stage, once);
+        if (high_bytes) bulk_copy(planes + low_bytes, high, high_bytes, full + stage, once);
+        bulk_copy(scales, grid, ROWS * 8, full + stage, once);
+        if (x_bytes && i >= first) bulk_copy(staged, inputs, x_bytes, full + stage, keep);
+      }
+      __syncwarp();
+      if (x_bytes && i == first - 1) {  // the ring is full of weights: now for the activations
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        asm volatile("fence.proxy.async;" ::: "memory");  // the prologue wrote by ordinary stores
+        if (lane < first) bulk_copy(staged, inputs, x_bytes, full + stage, keep);
+        __syncwarp();
+      }
     }
   }
 }
 
 template <int WARPS, int ROW_TILES, int TOKEN_TILES>
-__device__ void consume(const DecodeArguments& p, const BlockRow& block, const PairRow* pairs,
-                        uint64_t* full, uint64_t* empty, const uint8_t* ring, uint8_t* chunks,
-                        int warp, int thread) {
+__device__ void consume(const DecodeArguments& p, const UnitRow* units, uint64_t* full,
+                        uint64_t* empty, const uint8_t* ring, uint8_t* chunks, int warp,
+                        int thread) {
   constexpr int kRows = WARPS * ROW_TILES * 16;
   const Lane lane = {thread / 4, thread % 4};
   const int warp_row = warp * ROW_TILES * 16;
   const int x_bytes = input_bytes(p.tokens), staged_bytes = p.inputs ? x_bytes : 0;
+  const BlockRow block = load_row(reinterpret_cast<const BlockRow*>(units - 1));
+  Target next = load_row(&units->target);
   if (!p.inputs) {
+    Columns columns = load_row(&units[min(warp, p.unit_capacity - 1)].columns);
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    Cursor cursor(block);
-    for (int c = 0; c < block.chunks; ++c) {
-      const PairRow& pair = pairs[cursor.next(p)];
-      for (int t = 0; t < p.tokens && c % WARPS == warp; ++t) {
-        convert(p, pair, t, thread, chunks + c * x_bytes);
-      }
+    for (int c = warp; c < block.chunks; c += WARPS) {
+      if (c > warp) columns = load_row(&units[c].columns);
+      for (int t = 0; t < p.tokens; ++t) convert(p, columns, t, thread, chunks + c * x_bytes);
     }
     asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
   }
   int token[TOKEN_TILES];
 #pragma unroll
   for (int n = 0; n < TOKEN_TILES; ++n) token[n] = min(n * 8 + lane.row, p.tokens - 1);
-  Cursor cursor(block);
   float total[ROW_TILES][TOKEN_TILES][4] = {};
-  for (int stage = 0, parity = 0, chunk = 0; cursor.unit < block.end;) {
-    const int width = pairs[cursor.next(p)].width;
+  for (int i = 0, stage = 0, parity = 0, chunk = 0; i < block.units; ++i) {
+    const Target unit = next;
+    next = load_row(&units[min(i + 1, p.unit_capacity - 1)].target);
     const uint8_t* staged = ring + stage * p.stage_bytes;
     const uint8_t* inputs = p.inputs ? staged : chunks + chunk * x_bytes;
     const uint8_t* scales = staged + staged_bytes + warp_row * 8;
     const uint8_t* planes = staged + staged_bytes + kRows * 8;
     if (++chunk == block.chunks) chunk = 0;
     barrier_wait(full + stage, parity);
-    switch (width) {
+    switch (unit.width) {
 #define BITMILL_WIDTH(WIDTH, LOW, HIGH)                                                        \
   case WIDTH:                                                                                  \
     add_unit<LOW, HIGH>(planes + warp_row * 32 * LOW,                                          \
@@ -521,16 +520,13 @@ __device__ void consume(const DecodeArguments& p, const BlockRow& block, const P
     __syncwarp();
     if (thread == 0) barrier_arrive(empty + stage);
     if (++stage == p.stage_count) stage = 0, parity ^= 1;
-    if (cursor.unit == cursor.tile_end || cursor.unit == block.end) {
-      const TileRow tile = p.tiles[cursor.tile];
-      bool mine = true;
-      if (tile.blocks > 1) {
-        mine = reduce<WARPS>(p, tile, cursor.tile, block.begin, warp, lane, total);
+    if (unit.ends) {
+      if (unit.blocks == 1 || reduce<WARPS>(p, unit, warp, lane, total)) {
+        store_outputs(p, unit, warp_row, lane, total);
       }
-      if (mine) store_outputs(p, tile, warp_row, lane, total);
 #pragma unroll
-      for (int i = 0; i < ROW_TILES * TOKEN_TILES * 4; ++i) {
-        total[i / (4 * TOKEN_TILES)][i / 4 % TOKEN_TILES][i % 4] = 0.0f;
+      for (int c = 0; c < ROW_TILES * TOKEN_TILES * 4; ++c) {
+        total[c / (4 * TOKEN_TILES)][c / 4 % TOKEN_TILES][c % 4] = 0.0f;
       }
     }
   }
@@ -542,16 +538,10 @@ __global__ void __launch_bounds__((WARPS + 1) * 32, BLOCKS)
   extern __shared__ __align__(128) uint8_t memory[];
   uint64_t* full = reinterpret_cast<uint64_t*>(memory);
   uint64_t* empty = full + p.stage_count;
-  PairRow* pairs = reinterpret_cast<PairRow*>(empty + p.stage_count);
-  const int tables = p.stage_count * 16 + p.pair_count * static_cast<int>(sizeof(PairRow));
+  uint8_t* chunks = memory + p.stage_count * 16;
   const int inputs = p.chunk_capacity * input_bytes(p.tokens);
-  uint8_t* chunks = memory + tables;
-  uint8_t* ring = memory + (tables + inputs + 127) / 128 * 128;
+  uint8_t* ring = memory + (p.stage_count * 16 + inputs + 127) / 128 * 128;
   asm volatile("griddepcontrol.launch_dependents;");
-  const BlockRow block = p.blocks[blockIdx.x];
-  for (int i = threadIdx.x; i < 2 * p.pair_count; i += (WARPS + 1) * 32) {
-    reinterpret_cast<uint4*>(pairs)[i] = reinterpret_cast<const uint4*>(p.pairs)[i];
-  }
   if (threadIdx.x == 0) {
     for (int s = 0; s < p.stage_count; ++s) {
       barrier_init(full + s, 1);
@@ -560,12 +550,13 @@ __global__ void __launch_bounds__((WARPS + 1) * 32, BLOCKS)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  const UnitRow* units = p.units + static_cast<size_t>(blockIdx.x) * (1 + p.unit_capacity) + 1;
   const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
   if (warp == WARPS) {
-    if (thread == 0) produce<WARPS * ROW_TILES * 16>(p, block, pairs, full, empty, ring);
+    produce<WARPS * ROW_TILES * 16>(p, units, full, empty, ring, thread);
   } else {
-    consume<WARPS, ROW_TILES, TOKEN_TILES>(p, block, pairs, full, empty, ring, chunks, warp,
-                                             thread);
+    consume<WARPS, ROW_TILES, TOKEN_TILES>(p, units, full, empty, ring, chunks, warp,
+                                           thread);
   }
 }
 
@@ -626,14 +617,14 @@ extern "C" int bitmill_decode(const DecodeArguments* arguments, int warps, int r
   if (warps == WARPS && row_tiles == ROW_TILES && blocks_per_processor == BLOCKS &&       \
       token_tiles <= TOKEN_TILES)                                                         \
     return launch<WARPS, ROW_TILES, TOKEN_TILES, BLOCKS>(*arguments, blocks, shared, overlap, s);
-  BITMILL_SHAPE(4, 1, 1, 4)
-  BITMILL_SHAPE(4, 1, 2, 4)
-  BITMILL_SHAPE(4, 2, 1, 3)
-  BITMILL_SHAPE(4, 2, 2, 3)
   BITMILL_SHAPE(8, 2, 1, 1)
   BITMILL_SHAPE(8, 2, 2, 1)
   BITMILL_SHAPE(8, 2, 4, 1)
+  BITMILL_SHAPE(4, 2, 1, 3)
+  BITMILL_SHAPE(4, 2, 2, 3)
   BITMILL_SHAPE(4, 2, 4, 2)
+  BITMILL_SHAPE(4, 1, 1, 4)
+  BITMILL_SHAPE(4, 1, 2, 4)
 #undef BITMILL_SHAPE
   return -1;
 }

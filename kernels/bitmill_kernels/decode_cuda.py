@@ -1,8 +1,4 @@
-"""Loading, scheduling and launching of the CUDA decode kernel (`decode_cuda.cu`).
-
-The kernel is compiled by nvcc at first use, through torch's extension loader, and called through
-ctypes: it knows no torch types, so one build serves every torch version. On machines without
-nvcc, BITMILL_DECODE_LIBRARY names a library that was built elsewhere.
+"""Scheduling and launching of the CUDA decode kernel (`decode_cuda.cu`).
 
 Schedule: the units of a launch, (tile of rows, pair of groups), tile by tile, are cut into one
 run per resident block, of equal cost. A unit's cost is its bytes plus a constant for the work
@@ -12,19 +8,16 @@ that does not depend on its width.
 from __future__ import annotations
 
 import ctypes
-import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bitmill_kernels.layout import GROUP_SIZE, group_columns
-from bitmill_kernels.runtime import Member, Pair, RuntimeWeight
+from bitmill_kernels.cuda_library import load_library
+from bitmill_kernels.layout import GROUP_SIZE, PLANES, group_columns
+from bitmill_kernels.runtime import Pair, RuntimeWeight
 from bitmill_kernels.workspace import workspace
 
 TOKEN_BUCKETS = (2, 8, 16, 32)
@@ -33,16 +26,12 @@ TOKEN_BUCKETS = (2, 8, 16, 32)
 FUSED_TOKENS = 2
 """So many tokens are converted by every block for itself, more by the prologue kernel."""
 
-SMALLEST_CAPABILITY = (9, 0)
 SHARED_KEPT_FREE = 3072
 RESERVED_SHARED_BYTES = 1024
 MAX_SHARED_BYTES = 227 * 1024
-MAX_CHUNK_BYTES = 24 * 1024
+MAX_CHUNK_BYTES = 16 * 1024
 MAX_STAGES = 8
-PAIR_ROW_BYTES = 32
 UNIT_COST_IN_WIDTHS = 1.0
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,8 +63,7 @@ class _Arguments(ctypes.Structure):
                 "planes",
                 "grid",
                 "pairs",
-                "tiles",
-                "blocks",
+                "units",
                 "x",
                 "order",
                 "inputs",
@@ -93,6 +81,7 @@ class _Arguments(ctypes.Structure):
                 "x_stride",
                 "output_stride",
                 "chunk_capacity",
+                "unit_capacity",
                 "stage_count",
                 "stage_bytes",
                 "is_bf16",
@@ -122,8 +111,7 @@ def plan_shared(
     widest = max(pair.width for member in weight.members for pair in member.pairs)
     stage_bytes = -(-(staged + shape.rows * (8 + 32 * widest)) // 128) * 128
     available = (per_processor - SHARED_KEPT_FREE) // shape.blocks - RESERVED_SHARED_BYTES
-    fixed = 16 * MAX_STAGES + PAIR_ROW_BYTES * weight.pair_count + 128
-    fixed += chunks * _input_bytes(tokens)
+    fixed = 16 * MAX_STAGES + 128 + chunks * _input_bytes(tokens)
     stages = min(MAX_STAGES, (min(available, MAX_SHARED_BYTES) - fixed) // stage_bytes)
     return SharedPlan(stages, stage_bytes, fixed + stages * stage_bytes) if stages >= 2 else None
 
@@ -135,65 +123,103 @@ def divides_rows(weight: RuntimeWeight, shape: BlockShape) -> bool:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Host tables i32 of one launch shape: pairs [P, 8], tiles [tiles, 8], blocks [blocks, 8]."""
+    """Host tables i32 of one launch shape, as `decode_cuda.cu` reads them.
+
+    pairs: [P, 5] = width, first packed columns of the two groups, live columns of both.
+    units: [blocks, 1 + capacity, 12], for each block a `BlockRow` and its `UnitRow`s.
+    """
 
     pairs: np.ndarray
-    tiles: np.ndarray
-    blocks: np.ndarray
+    units: np.ndarray
+
+    @property
+    def capacity(self) -> int:
+        """Most units of a block."""
+        return int(self.units.shape[1]) - 1
+
+    @property
+    def chunks(self) -> int:
+        """Most pairs whose activations a block needs."""
+        return int(self.units[:, 0, 1].max())
 
 
 def build_schedule(weight: RuntimeWeight, rows: int, block_count: int) -> Schedule:
     """Share the units of all members out among `block_count` blocks, fewer if units are fewer."""
-    pairs = [
-        _pair_row(pair, group_columns(weight.K))
-        for member in weight.members
-        for pair in member.pairs
+    columns = group_columns(weight.K)
+    pairs = np.array(
+        [_pair_row(pair, columns) for member in weight.members for pair in member.pairs],
+        dtype=np.int32,
+    )
+    unit = _units(weight, rows)
+    starts = _equal_runs(pairs[unit["pair"], 0] + UNIT_COST_IN_WIDTHS, block_count)
+    count = len(unit["pair"])
+    block = np.searchsorted(starts, np.arange(count), side="right") - 1
+    ends_tile = np.diff(unit["tile"], append=-1) != 0
+    first_block = block[np.searchsorted(unit["tile"], unit["tile"], side="left")]
+    last_block = block[np.searchsorted(unit["tile"], unit["tile"], side="right") - 1]
+    fields = [
+        *(unit["low"], unit["high"], unit["grid"], unit["pair"]),
+        pairs[unit["pair"], 0] | (ends_tile | (np.diff(block, append=-1) != 0)) << 16,
+        unit["live_rows"] | (last_block - first_block + 1) << 16,
+        *(unit["output"], first_block),
+        *(pairs[unit["pair"], 1], pairs[unit["pair"], 2]),
+        pairs[unit["pair"], 3] | pairs[unit["pair"], 4] << 16,
+        pairs[unit["pair"], 0],
     ]
-    tiles: list[list[int]] = []
-    costs: list[np.ndarray] = []
-    first_pair = first_unit = 0
-    for member in weight.members:
-        cost = np.array([pair.width + UNIT_COST_IN_WIDTHS for pair in member.pairs])
-        for row in range(0, member.rows, rows):
-            place = [first_pair, len(cost), row, first_unit]
-            tiles.append([*place, member.first_output + row, _live_rows(member, row, rows), 0, 0])
-            costs.append(cost)
-            first_unit += len(cost)
-        first_pair += len(member.pairs)
-    starts = _equal_runs(np.concatenate(costs), block_count)
-    table = np.array(tiles, dtype=np.int32)
-    last_unit = table[:, 3] + table[:, 1] - 1
-    table[:, 6] = np.searchsorted(starts, table[:, 3], side="right") - 1
-    table[:, 7] = np.searchsorted(starts, last_unit, side="right") - table[:, 6]
-    return Schedule(np.array(pairs, dtype=np.int32), table, _blocks(starts, table))
+    lengths = np.diff(starts, append=count)
+    table = np.zeros((len(starts), 1 + int(lengths.max()), len(fields)), dtype=np.uint32)
+    table[block, 1 + np.arange(count) - starts[block]] = np.stack(fields, axis=1)
+    table[:, 0, 0] = lengths
+    table[:, 0, 1] = _chunks(weight, unit["member"], starts, lengths)
+    return Schedule(pairs, table.view(np.int32))
 
 
 def _pair_row(pair: Pair, columns: list[int]) -> list[int]:
     first = [0 if group is None else group * GROUP_SIZE for group in pair.groups]
     live = [0 if group is None else columns[group] for group in pair.groups]
-    return [pair.width, pair.low // 16, pair.high // 16, pair.grid // 16, *first, *live]
+    return [pair.width, *first, *live]
 
 
-def _live_rows(member: Member, row: int, rows: int) -> int:
-    return max(0, min(rows, member.N - row))
+def _units(weight: RuntimeWeight, rows: int) -> dict[str, np.ndarray]:
+    """Fields of every unit: tile by tile, in each the pairs in order. Offsets in 16 bytes."""
+    parts: dict[str, list[np.ndarray]] = {}
+    first_pair = first_tile = 0
+    for index, member in enumerate(weight.members):
+        count = len(member.pairs)
+        tiles = member.rows // rows
+        row = np.repeat(np.arange(tiles, dtype=np.int64) * rows, count)
+        low, high, grid, low_bits, high_bits = np.tile(
+            np.array([_offsets(pair) for pair in member.pairs], dtype=np.int64).T, tiles
+        )
+        found = {
+            "low": low + row * 2 * low_bits,
+            "high": high + row * 2 * high_bits,
+            "grid": grid + row // 2,
+            "pair": first_pair + np.tile(np.arange(count), tiles),
+            "tile": first_tile + np.repeat(np.arange(tiles), count),
+            "member": np.full(count * tiles, index),
+            "output": member.first_output + row,
+            "live_rows": np.clip(member.N - row, 0, rows),
+        }
+        for name, values in found.items():
+            parts.setdefault(name, []).append(values)
+        first_pair += count
+        first_tile += tiles
+    return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def _blocks(starts: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-    """Rows (begin, end, tile, chunks, row, pair of unit 0, end of the tile, 0) of each block.
+def _offsets(pair: Pair) -> tuple[int, int, int, int, int]:
+    low_bits, *high_bits = PLANES[pair.width]
+    return pair.low // 16, pair.high // 16, pair.grid // 16, low_bits, sum(high_bits)
 
-    A block that stays in one member needs each of its pairs' activations once.
-    """
-    ends = np.append(starts[1:], tiles[-1, 3] + tiles[-1, 1])
-    first = np.searchsorted(tiles[:, 3], starts, side="right") - 1
-    last = np.searchsorted(tiles[:, 3], ends - 1, side="right") - 1
-    same_member = tiles[first, 0] == tiles[last, 0]
-    chunks = np.where(same_member, np.minimum(ends - starts, tiles[first, 1]), ends - starts)
-    columns = [
-        *(starts, ends, first, chunks, tiles[first, 2]),
-        *(tiles[first, 0] - tiles[first, 3], tiles[first, 3] + tiles[first, 1]),
-        np.zeros_like(starts),
-    ]
-    return np.stack(columns, axis=1).astype(np.int32)
+
+def _chunks(
+    weight: RuntimeWeight, member: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
+    """Pairs whose activations each block needs: once each where it stays in one member."""
+    pairs = np.array([len(found.pairs) for found in weight.members])
+    first, last = member[starts], member[starts + lengths - 1]
+    return np.where(first == last, np.minimum(lengths, pairs[first]), lengths)
 
 
 def _equal_runs(cost: np.ndarray, count: int) -> np.ndarray:
@@ -268,17 +294,16 @@ class _Launch:
         schedule = build_schedule(
             weight, shape.rows, properties.multi_processor_count * shape.blocks
         )
-        self.block_count = len(schedule.blocks)
-        self._tables = [
-            torch.from_numpy(table).to(device)
-            for table in (schedule.pairs, schedule.tiles, schedule.blocks)
-        ]
-        counters = len(schedule.tiles) * shape.warps
+        self.block_count = len(schedule.units)
+        self._capacity = schedule.capacity
+        self._pairs = torch.from_numpy(schedule.pairs).to(device)
+        self._units = torch.from_numpy(schedule.units).to(device)
+        counters = self.block_count * shape.warps
         self._counters = torch.zeros(counters, dtype=torch.int32, device=device)
         cells = shape.rows * 8 * -(-tokens // 8)
         self._partial = workspace("decode partial", self.block_count * 2 * cells * 4, device)
         shared = properties.shared_memory_per_multiprocessor
-        self._chunks = int(schedule.blocks[:, 3].max()) if tokens <= FUSED_TOKENS else 0
+        self._chunks = schedule.chunks if tokens <= FUSED_TOKENS else 0
         plan = None
         if 0 < self._chunks * _input_bytes(tokens) <= MAX_CHUNK_BYTES:
             plan = plan_shared(weight, shape, tokens, self._chunks, shared)
@@ -298,13 +323,12 @@ class _Launch:
             self._inputs = workspace("decode inputs", size, device)
 
     def fill(self, arguments: _Arguments) -> None:
-        pairs, tiles, blocks = self._tables
-        arguments.pairs, arguments.tiles = pairs.data_ptr(), tiles.data_ptr()
-        arguments.blocks, arguments.partial = blocks.data_ptr(), self._partial.data_ptr()
-        arguments.counters = self._counters.data_ptr()
+        arguments.pairs, arguments.units = self._pairs.data_ptr(), self._units.data_ptr()
+        arguments.partial, arguments.counters = self._partial.data_ptr(), self._counters.data_ptr()
         arguments.inputs = None if self._inputs is None else self._inputs.data_ptr()
-        arguments.pair_count = pairs.shape[0]
+        arguments.pair_count = self._pairs.shape[0]
         arguments.chunk_capacity = self._chunks
+        arguments.unit_capacity = self._capacity
         arguments.stage_count = self._plan.stages
         arguments.stage_bytes = self._plan.stage_bytes
 
@@ -312,44 +336,3 @@ class _Launch:
 def _input_bytes(tokens: int) -> int:
     """Bytes of one pair's activations: 8 vectors of 64 bytes a token, then (scale, sum) twice."""
     return 528 * tokens
-
-
-def available(device: torch.device) -> bool:
-    """Whether the kernel can run on this device: Hopper or later, and a compiler to build it."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < SMALLEST_CAPABILITY:
-        return False
-    try:
-        load_library()
-    except (OSError, RuntimeError) as error:
-        _say_unavailable(str(error).splitlines()[0])
-        return False
-    return True
-
-
-@cache
-def load_library() -> ctypes.CDLL:
-    """Compile the kernel if need be and load it. Raises RuntimeError or OSError where it cannot."""
-    library = ctypes.CDLL(os.environ.get("BITMILL_DECODE_LIBRARY") or _build())
-    pointer, integer = ctypes.c_void_p, ctypes.c_int
-    library.bitmill_decode.argtypes = [pointer] + [integer] * 6 + [pointer]
-    return library
-
-
-def _build() -> str:
-    from torch.utils.cpp_extension import get_default_build_root, load
-
-    folder = Path(get_default_build_root()) / "bitmill_decode"
-    os.makedirs(folder, exist_ok=True)
-    load(
-        "bitmill_decode",
-        [str(Path(__file__).with_name("decode_cuda.cu"))],
-        extra_cuda_cflags=["-O3", "-std=c++17"],
-        build_directory=str(folder),
-        is_python_module=False,
-    )
-    return str(folder / "bitmill_decode.so")
-
-
-@cache
-def _say_unavailable(reason: str) -> None:
-    _LOG.warning("the CUDA decode kernel is unavailable (%s): Triton decodes instead", reason)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitmill_kernels.layout import GROUP_SIZE, group_columns
-from bitmill_kernels.runtime import RuntimeWeight
+from bitmill_kernels.runtime import Member, RuntimeWeight
 
 TILE_ROWS = 64
 
@@ -165,13 +165,11 @@ class Dequantizer:
                 )
             tiles += [
                 (first_pair, len(member.pairs), row, member.first_output + row, live)
-                for row in range(0, member.N, TILE_ROWS)
-                for live in (min(TILE_ROWS, member.N - row),)
+                for row, live in _tiles(member)
             ]
         self._pairs = torch.tensor(pairs, dtype=torch.int32, device=device)
         self._tiles = torch.tensor(tiles, dtype=torch.int32, device=device)
-        whole = -(-max_rows // TILE_ROWS) * TILE_ROWS
-        self.runs = _runs([(tile[3], tile[4]) for tile in tiles], whole)
+        self.runs = row_runs(weight, max_rows)
 
     def __call__(self, run: RowRun, out: Tensor) -> None:
         """Fill out [run.rows, K], f16, bf16 or f32, contiguous."""
@@ -190,13 +188,24 @@ class Dequantizer:
         )
 
 
-def _runs(tiles: list[tuple[int, int]], max_rows: int) -> list[RowRun]:
-    """Split tiles (first output, rows) into runs of at most `max_rows` rows."""
+def row_runs(weight: RuntimeWeight, max_rows: int) -> list[RowRun]:
+    """All outputs in runs of `max_rows` rows, rounded up to whole tiles, but for the last."""
+    whole = -(-max_rows // TILE_ROWS) * TILE_ROWS
+    tiles = [
+        (member.first_output + row, rows)
+        for member in weight.members
+        for row, rows in _tiles(member)
+    ]
     runs: list[RowRun] = []
     for i, (first, rows) in enumerate(tiles):
         last = runs[-1] if runs else None
-        if last is not None and last.rows + rows <= max_rows:
+        if last is not None and last.rows + rows <= whole:
             runs[-1] = RowRun(last.first_tile, last.tiles + 1, last.first, last.rows + rows)
         else:
             runs.append(RowRun(i, 1, first, rows))
     return runs
+
+
+def _tiles(member: Member) -> list[tuple[int, int]]:
+    """(first row, rows) of each tile of a member."""
+    return [(row, min(TILE_ROWS, member.N - row)) for row in range(0, member.N, TILE_ROWS)]

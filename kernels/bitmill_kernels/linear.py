@@ -2,12 +2,12 @@
 
     y[t, n] = sum_k x[t, order[k]] * w[n, k] + bias[n]
 
-On CUDA, by the number of tokens T: the compiled CUDA kernel up to 32 (Triton where it is not
-available), Triton up to `DEQUANTIZE_ABOVE`, above it dequantized weights and the vendor's product.
-fp32 activations always take the last, in fp32. On a CPU: `cpu.py`. The backend `reference`, asked
-for by name or by BITMILL_BACKEND, multiplies with a dequantized copy of the weight in the dtype
-of the activations and in source column order: as fast as the original linear, as large, and equal
-to it bit for bit.
+On CUDA, by the number of tokens T: the compiled CUDA kernel up to 32, Triton up to
+`DEQUANTIZE_ABOVE`, above it dequantized weights and the vendor's product. Where the CUDA kernels
+are not available, Triton decodes and dequantizes. fp32 activations always take the last, in fp32.
+On a CPU: `cpu.py`. The backend `reference`, asked for by name or by BITMILL_BACKEND, multiplies
+with a dequantized copy of the weight in the dtype of the activations and in source column order:
+as fast as the original linear, as large, and equal to it bit for bit.
 
 The product is the custom operator `bitmill::mixed_linear`, so `torch.compile` treats it as one
 opaque call and CUDA graphs capture it. It takes a handle, not the tensors: layouts and workspaces
@@ -123,7 +123,7 @@ class _AcceleratedProduct:
     """Chooses a kernel by the number of tokens; everything is built here."""
 
     def __init__(self, weight: RuntimeWeight) -> None:
-        from bitmill_kernels import decode_cuda, tiles
+        from bitmill_kernels import cuda_library, decode_cuda, dequantize_cuda, tiles
         from bitmill_kernels.decode_triton import TritonDecoder
         from bitmill_kernels.dequantize_triton import Dequantizer
 
@@ -135,13 +135,15 @@ class _AcceleratedProduct:
             weight, tiles.triton_tiles(weight, processors), asm=not interpreted()
         )
         self._narrow: decode_cuda.CudaDecoder | None = None
-        if properties and decode_cuda.available(device):
+        compiled = properties is not None and cuda_library.available(device)
+        if properties and compiled:
             shared = properties.shared_memory_per_multiprocessor
             shapes = tiles.block_shapes(weight, properties.name, shared)
             self._narrow = decode_cuda.CudaDecoder(weight, shapes) if shapes else None
-        _say_choice(str(device), self._narrow is not None)
+        _say_choice(str(device), compiled)
         runs = -(-weight.N * weight.K // SCRATCH_ELEMENTS)
-        self._dequantizer = Dequantizer(weight, -(-weight.N // runs))
+        dequantizer = dequantize_cuda.CudaDequantizer if compiled else Dequantizer
+        self._dequantizer = dequantizer(weight, -(-weight.N // runs))
         self._scratch_rows = max(run.rows for run in self._dequantizer.runs)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -183,5 +185,5 @@ def _say_dense() -> None:
 
 @cache
 def _say_choice(device: str, compiled: bool) -> None:
-    decoder = "the compiled CUDA kernel" if compiled else "the Triton kernel"
-    _LOG.info("packed linears on %s decode with %s", device, decoder)
+    kernels = "the compiled CUDA kernels" if compiled else "the Triton kernels"
+    _LOG.info("packed linears on %s run in %s", device, kernels)

@@ -5,7 +5,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from bitmill_kernels import decode_cuda, reference
+from bitmill_kernels import cuda_library, reference
 from bitmill_kernels.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder
 from bitmill_kernels.gptq import gptq_block
 from bitmill_kernels.hessian import hessian_update
@@ -46,7 +46,7 @@ def decoders(weight, T):
 
 @pytest.fixture
 def compiled():
-    if not decode_cuda.available(GPU):
+    if not cuda_library.available(GPU):
         pytest.skip("the CUDA kernel needs Hopper or later and nvcc")
 
 
@@ -72,7 +72,7 @@ def test_every_launch_shape_is_right_and_repeatable(compiled, T, dtype):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_code_of_every_field_is_exact(width, backend, monkeypatch):
     if backend == "triton":
-        monkeypatch.setattr(decode_cuda, "available", lambda device: False)
+        monkeypatch.setattr(cuda_library, "available", lambda device: False)
     codes = torch.arange(256).remainder(1 << width).to(torch.uint8).roll(3).repeat(256, 1)
     tensors = pack_codes(codes, [width] * 2)
     tensors |= pack_zeros(torch.zeros(2, 256, dtype=torch.uint8), [width] * 2)
@@ -173,4 +173,5 @@ def test_hessian_sums_match_double_precision(dtype):
     H, expected = torch.zeros(384, 384, device=GPU), torch.zeros(384, 384, device=GPU).double()
     hessian_update(H, x)
     reference.hessian_update(expected, x)
-    assert relative_error(H, expected) < 1e-5
+    # the tensor cores truncate their fp32 sums, which all have one sign here
+    assert relative_error(H, expected) < (1e-5 if dtype == torch.float32 else 3e-5)

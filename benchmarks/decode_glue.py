@@ -1,0 +1,223 @@
+"""What lies between the products of a Llama decode step, one token, as three Triton kernels.
+
+Both models of `decode.py` run these. Each begins while the launch before it drains (programmatic
+dependent launch) and reads what that one wrote only after `gdc_wait`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+EPSILON = 1e-5
+TILE = 64
+GATE_BLOCK = 512
+
+
+@triton.jit
+def _begin(OVERLAP: tl.constexpr) -> None:
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _wait(OVERLAP: tl.constexpr) -> None:
+    if OVERLAP:
+        gdc_wait()
+
+
+@triton.jit
+def _add_norm_kernel(
+    hidden_ptr: tl.tensor,
+    added_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    EPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+) -> None:
+    _begin(OVERLAP)
+    i = tl.arange(0, BLOCK)
+    mask = i < SIZE
+    scale = tl.load(scale_ptr + i, mask=mask, other=0.0)
+    _wait(OVERLAP)
+    total = tl.load(hidden_ptr + i, mask=mask, other=0.0) + tl.load(
+        added_ptr + i, mask=mask, other=0.0
+    )
+    tl.store(hidden_ptr + i, total, mask=mask)
+    wide = total.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide, axis=0) / SIZE + EPS)
+    tl.store(out_ptr + i, (wide * inverse).to(tl.float16) * scale, mask=mask)
+
+
+@triton.jit
+def _gate_kernel(
+    gate_up_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+) -> None:
+    _begin(OVERLAP)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < SIZE
+    _wait(OVERLAP)
+    gate = tl.load(gate_up_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + SIZE + i, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i, gate * tl.sigmoid(gate) * up, mask=mask)
+
+
+@triton.jit
+def _rotated(
+    head_ptr: tl.tensor, cosine: tl.tensor, sine: tl.tensor, SIZE: tl.constexpr
+) -> tl.tensor:
+    d = tl.arange(0, SIZE)
+    other = tl.load(head_ptr + (d + SIZE // 2) % SIZE).to(tl.float32)
+    turned = tl.where(d < SIZE // 2, -other, other)
+    return tl.load(head_ptr + d).to(tl.float32) * cosine + turned * sine
+
+
+@triton.jit
+def _attend_kernel(
+    qkv_ptr: tl.tensor,
+    keys_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    cosine_ptr: tl.tensor,
+    sine_ptr: tl.tensor,
+    place_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    counter_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    CACHE: tl.constexpr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+) -> None:
+    _begin(OVERLAP)
+    SPLITS: tl.constexpr = CACHE // POSITIONS
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    d = tl.arange(0, SIZE)
+    position = split * POSITIONS + tl.arange(0, POSITIONS)
+    at = (head * CACHE + position)[:, None] * SIZE + d[None, :]
+    place = tl.load(place_ptr)
+    keys = tl.load(keys_ptr + at)  # of earlier steps, like the values: no launch nearby writes them
+    values = tl.load(values_ptr + at)
+    cosine = tl.load(cosine_ptr + place * SIZE + d).to(tl.float32)
+    sine = tl.load(sine_ptr + place * SIZE + d).to(tl.float32)
+    _wait(OVERLAP)
+    query = _rotated(qkv_ptr + head * SIZE, cosine, sine, SIZE)
+    key = _rotated(qkv_ptr + (HEADS + head) * SIZE, cosine, sine, SIZE).to(tl.float16)
+    value = tl.load(qkv_ptr + (2 * HEADS + head) * SIZE + d)
+    new = (position == place)[:, None]
+    keys = tl.where(new, key[None, :], keys)
+    values = tl.where(new, value[None, :], values)
+    written = new & (d >= 0)[None, :]
+    tl.store(keys_ptr + at, keys, mask=written)
+    tl.store(values_ptr + at, values, mask=written)
+    score = tl.sum(keys.to(tl.float32) * query[None, :], axis=1) * (SIZE**-0.5)
+    largest = tl.max(score, axis=0)
+    weight = tl.exp(score - largest)
+    mixed = tl.sum(values.to(tl.float32) * weight[:, None], axis=0)
+    part = partial_ptr + (head * SPLITS + split) * (SIZE + 2)
+    tl.store(part + d, mixed)
+    tl.store(part + SIZE, largest)
+    tl.store(part + SIZE + 1, tl.sum(weight, axis=0))
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter_ptr + head, 1, sem="acq_rel")
+    if arrived == SPLITS - 1:
+        parts = partial_ptr + (head * SPLITS + tl.arange(0, SPLITS)) * (SIZE + 2)
+        maxima = tl.load(parts + SIZE, cache_modifier=".cg")
+        share = tl.exp(maxima - tl.max(maxima, axis=0))
+        total = tl.sum(share * tl.load(parts + SIZE + 1, cache_modifier=".cg"), axis=0)
+        rows = tl.load(parts[:, None] + d[None, :], cache_modifier=".cg")
+        mixed = tl.sum(rows * share[:, None], axis=0) / total
+        tl.store(out_ptr + head * SIZE + d, mixed.to(tl.float16))
+        tl.atomic_xchg(counter_ptr + head, 0)
+
+
+class Glue:
+    """The kernels and their scratch for one model shape; `overlap` off is for the interpreter."""
+
+    def __init__(
+        self, heads: int, size: int, cache: int, device: torch.device, *, overlap: bool = True
+    ) -> None:
+        """heads of `size`, `cache` positions: a multiple of 64."""
+        self.heads, self.size, self.cache = heads, size, cache
+        self._overlap = overlap
+        self._launch = {"launch_pdl": True} if overlap else {}
+        self._partial = torch.empty(heads * (cache // TILE) * (size + 2), device=device)
+        self._counter = torch.zeros(heads, dtype=torch.int32, device=device)
+
+    def add_norm(self, hidden: Tensor, added: Tensor, scale: Tensor) -> Tensor:
+        """RMS norm [1, n] of hidden + added; hidden becomes the sum. All fp16."""
+        out = torch.empty_like(hidden)
+        n = hidden.shape[-1]
+        _add_norm_kernel[(1,)](
+            hidden,
+            added,
+            scale,
+            out,
+            EPS=EPSILON,
+            SIZE=n,
+            BLOCK=triton.next_power_of_2(n),
+            OVERLAP=self._overlap,
+            num_warps=16,
+            **self._launch,
+        )
+        return out
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up, fp16 [1, n] of [1, 2n]."""
+        n = gate_up.shape[-1] // 2
+        out = gate_up.new_empty(1, n)
+        _gate_kernel[(triton.cdiv(n, GATE_BLOCK),)](
+            gate_up,
+            out,
+            SIZE=n,
+            BLOCK=GATE_BLOCK,
+            OVERLAP=self._overlap,
+            num_warps=4,
+            **self._launch,
+        )
+        return out
+
+    def attend(
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        place: Tensor,
+    ) -> Tensor:
+        """Attention fp16 [1, heads * size] of one token's qkv over the whole cache.
+
+        keys, values: [heads, cache, size], to which this token's are added at position `place`
+        [1]. cosine, sine: [cache, size].
+        """
+        out = qkv.new_empty(1, self.heads * self.size)
+        _attend_kernel[(self.heads, self.cache // TILE)](
+            qkv,
+            keys,
+            values,
+            cosine,
+            sine,
+            place,
+            self._partial,
+            self._counter,
+            out,
+            CACHE=self.cache,
+            HEADS=self.heads,
+            SIZE=self.size,
+            POSITIONS=TILE,
+            OVERLAP=self._overlap,
+            num_warps=4,
+            **self._launch,
+        )
+        return out

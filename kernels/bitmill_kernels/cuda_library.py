@@ -1,0 +1,63 @@
+"""The compiled CUDA kernels: `decode_cuda.cu` and `dequantize_cuda.cu` in one library.
+
+Compiled by nvcc at first use, through torch's extension loader, and called through ctypes: the
+library knows no torch types, so one build serves every torch version. On machines without nvcc,
+BITMILL_CUDA_LIBRARY names a library that was built elsewhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCES = ("decode_cuda.cu", "dequantize_cuda.cu")
+SMALLEST_CAPABILITY = (9, 0)
+
+_LOG = logging.getLogger(__name__)
+
+
+def available(device: torch.device) -> bool:
+    """Whether the library can run on this device: Hopper or later, and a compiler to build it."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < SMALLEST_CAPABILITY:
+        return False
+    try:
+        load_library()
+    except (OSError, RuntimeError) as error:
+        _say_unavailable(str(error).splitlines()[0])
+        return False
+    return True
+
+
+@cache
+def load_library() -> ctypes.CDLL:
+    """Compile the kernels if need be and load them. Raises RuntimeError or OSError on failure."""
+    library = ctypes.CDLL(os.environ.get("BITMILL_CUDA_LIBRARY") or _build())
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    library.bitmill_decode.argtypes = [pointer] + [integer] * 6 + [pointer]
+    library.bitmill_dequantize_rows.argtypes = [pointer, pointer]
+    return library
+
+
+def _build() -> str:
+    from torch.utils.cpp_extension import get_default_build_root, load
+
+    folder = Path(get_default_build_root()) / "bitmill_cuda"
+    os.makedirs(folder, exist_ok=True)
+    load(
+        "bitmill_cuda",
+        [str(Path(__file__).with_name(source)) for source in SOURCES],
+        extra_cuda_cflags=["-O3", "-std=c++17"],
+        build_directory=str(folder),
+        is_python_module=False,
+    )
+    return str(folder / "bitmill_cuda.so")
+
+
+@cache
+def _say_unavailable(reason: str) -> None:
+    _LOG.warning("the CUDA kernels are unavailable (%s): Triton takes their place", reason)
