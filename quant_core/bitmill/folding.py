@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from bitmill.packed import QuantizedWeight
+from bitmill.packed import PackedTensor
 from bitmill.plan import Plan
 from bitmill.refinement import RefinedModel
 
@@ -25,20 +25,13 @@ class FoldedModel:
         self._refined, self._feeders = refined, plan.feeders
         self._reader = {name: reader for reader, names in plan.feeders.items() for name in names}
 
-    def linear(self, name: str) -> QuantizedWeight:
+    def linear(self, name: str) -> PackedTensor:
         """One linear or embedding as it is packed."""
-        weight = self._refined.linear(name)
+        packed = self._refined.packed(name)
         if name in self._feeders:
-            return replace(weight, order=None)
+            return replace(packed, order=None)
         rows = self.rows(name)
-        if rows is None:
-            return weight
-        return replace(
-            weight,
-            codes=weight.codes[rows],
-            scales=weight.scales[:, rows],
-            zeros=weight.zeros[:, rows],
-        )
+        return packed if rows is None else packed.with_rows(rows)
 
     def rows(self, name: str) -> Tensor | None:
         """i64 [N]: packed row n is the refined linear's row rows[n]; None where none moved."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -142,6 +142,15 @@ class PackedTensor:
         codes = unpack_codes(self.planes, self.widths, self.N, self.K)
         zeros = unpack_zeros(self.planes, self.widths, self.N)
         return QuantizedWeight(codes, self.scales, zeros, self.widths, self.order)
+
+    def with_rows(self, rows: Tensor) -> PackedTensor:
+        """The linear whose row n is this one's row rows[n], i64 [N]; exact."""
+        zeros = pack_zeros(unpack_zeros(self.planes, self.widths, self.N)[:, rows], self.widths)
+        planes = {
+            key: zeros[key] if key in zeros else plane.index_select(-2, rows)
+            for key, plane in self.planes.items()
+        }
+        return replace(self, planes=planes, scales=self.scales[:, rows])
 
     def tensors(self, prefix: str, *, owns_order: bool = True) -> dict[str, Tensor]:
         """Tensors by their name in the checkpoint.

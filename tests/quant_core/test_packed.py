@@ -123,3 +123,15 @@ def test_damaged_tensors_are_refused_by_name(
     with pytest.raises(FormatError, match=message) as refusal:
         PackedTensor.from_tensors("a", tensors, 5, 137, (3, 4))
     assert refusal.value.param == name
+
+
+@pytest.mark.parametrize("K", [384, 400, 90])
+def test_rows_move_in_packed_form(K: int) -> None:
+    widths = (1, 3, 8, 6)[: -(-K // 128)]
+    weight = random_weight(37, K, widths, ordered=True)
+    rows = torch.randperm(37, generator=torch.Generator().manual_seed(1))
+    moved = PackedTensor.pack(weight).with_rows(rows).unpack()
+    assert torch.equal(moved.codes, weight.codes[rows])
+    assert torch.equal(moved.scales, weight.scales[:, rows])
+    assert torch.equal(moved.zeros, weight.zeros[:, rows])
+    assert moved.order is weight.order
