@@ -86,8 +86,8 @@ class Group:
         return [value]
 
     def total(self, value: float) -> float:
-        """A sum over ranks."""
-        return sum(self.gather(value))
+        """A sum over ranks, in float64."""
+        return value
 
     def broadcast(self, value: T) -> T:
         """The first rank's picklable value."""
@@ -127,6 +127,9 @@ class _Ranks(Group):
         with _peers():
             dist.all_gather(found, own)
         return found
+
+    def total(self, value: float) -> float:
+        return float(sum(self._all(torch.tensor(value, dtype=torch.float64))))
 
     def gather(self, value: T) -> list[T]:
         found: list[T | None] = [None] * self.size

@@ -61,12 +61,10 @@ def joined_report(own: LinearReport, energy: float, rows: int, ranks: Group) -> 
     energy: tr(W H W^T) of the rank's rows, which weighs its relative errors.
     """
     names = ("error_rounding", "error_solver", "error")
-    energies = ranks.gather(energy)
-    total = sum(energies) or 1.0
-    errors = ranks.gather([getattr(own, name) for name in names])
+    parts = ranks.gather((energy, [getattr(own, name) for name in names]))
+    total = sum(share for share, _ in parts) or 1.0
     joined = [
-        sum(e * value for e, value in zip(energies, values, strict=True)) / total
-        for values in zip(*errors, strict=True)
+        sum(share * errors[place] for share, errors in parts) / total for place in range(len(names))
     ]
     return replace(own, rows=rows, **dict(zip(names, joined, strict=True)))
 
