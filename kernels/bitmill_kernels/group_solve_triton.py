@@ -12,11 +12,17 @@ Tensors are columns first, [C, R]. The 128 columns are taken as four parts of 32
 every column is quantized and its error spread over those after it, and a part starts from a matrix
 product with the errors of the parts before it. That is a fifth of the arithmetic of 128 columns at
 once.
+
+One row's loop is a long chain of dependent steps and a matrix has few rows for a GPU, so candidates
+that do not wait for each other run in programs of their own: three launches, six loops long instead
+of twenty. A later launch reads the losses of the earlier ones and finds the best again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,9 +35,9 @@ from bitmill_kernels.layout import GROUP_SIZE
 PART = GROUP_SIZE // 4
 ROWS_PER_PROGRAM = 32
 
-UNROUNDED, FIRST, REBASE, FIT, LAST = -1, 0, 1, 2, 3
-"""Kinds of runs of the loop: for t alone; for a candidate around the base, around the best so far
-as the new base, by least squares; and with the best grid, for the results."""
+UNROUNDED, AROUND, REBASE, FIT, LAST, MEASURE = -1, 0, 1, 2, 3, 4
+"""Kinds of steps, each a run of the loop: for t alone; on a grid around the base, around the best
+so far as the new base, fitted by least squares; on the best for the results, or for its sums."""
 
 
 @triton.jit
@@ -49,6 +55,7 @@ def _part(
     largest: tl.tensor,
     count: tl.tensor,
     quantize: tl.tensor,
+    score: tl.tensor,
     store: tl.tensor,
     loss: tl.tensor,
     along: tl.tensor,
@@ -72,11 +79,11 @@ def _part(
         if SEARCH:
             if store:
                 tl.store(codes_ptr + j * stride, code.to(tl.uint8), mask=live)
-            elif quantize:
+            elif score:
                 t = tl.load(t_ptr + j * stride, mask=live, other=0.0)
                 along += t * (t - scaled)
                 square += (t - scaled) * (t - scaled)
-            else:
+            elif not quantize:
                 tl.store(t_ptr + j * stride, scaled, mask=live)
         error = tl.where(here, missed[None, :], error)
         u = tl.load(u_ptr + j * u_stride + column, mask=(column > j) & (column < count), other=0.0)
@@ -120,12 +127,13 @@ def _loop(
     largest: tl.tensor,
     C: tl.tensor,
     quantize: tl.tensor,
+    score: tl.tensor,
     store: tl.tensor,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
     SEARCH: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The loop over all columns; returns loss, <t, t - e'> and |t - e'|^2 of every row.
+    """The loop over all columns; returns loss and, with `score`, <t, t - e'> and |t - e'|^2.
 
     Without `quantize` it writes t to where the errors go at last.
     """
@@ -161,6 +169,7 @@ def _loop(
             largest,
             count,
             quantize,
+            score,
             store,
             loss,
             along,
@@ -180,6 +189,32 @@ def _loop(
         if part == 2:
             error2 = error
     return loss, along, square
+
+
+@triton.jit
+def _grid_of(
+    kind: tl.tensor,
+    factor: tl.tensor,
+    offset: tl.tensor,
+    base_scale: tl.tensor,
+    base_zero: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    along: tl.tensor,
+    square: tl.tensor,
+    largest: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The grid of one step: around the base, fitted to the best so far, or the best itself."""
+    unit = tl.where(largest < 1.5, 0.125, 1.0)
+    top = tl.where(largest < 1.5, 1.875, largest)
+    moved = _half(tl.minimum(base_scale * factor, LARGEST_SCALE))
+    shifted = tl.minimum(tl.maximum(base_zero + offset * unit, 0.0), top)
+    ratio = tl.math.div_rn(along, tl.where(square > 0, square, 1.0))
+    fitted = _half(tl.minimum(scale * ratio, LARGEST_SCALE))
+    fitted = tl.where((square > 0) & (fitted > 0), fitted, scale)
+    new_scale = tl.where(kind == 2, fitted, tl.where(kind > 2, scale, moved))
+    new_zero = tl.where(kind >= 2, zero, shifted)
+    return new_scale, tl.where(new_scale > 0, new_zero, 0.0)
 
 
 @triton.jit
@@ -203,12 +238,14 @@ def _group_solve_kernel(
     out_stride: tl.tensor,
     largest_group_stride: tl.tensor,
     largest_row_stride: tl.tensor,
-    steps: tl.tensor,
+    settled: tl.tensor,
+    each: tl.tensor,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
     SEARCH: tl.constexpr,
 ) -> None:
     group = tl.program_id(1)
+    begin = settled + tl.program_id(2) * each
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < R
     first = group.to(tl.int64) * (4 * PART)
@@ -216,8 +253,6 @@ def _group_solve_kernel(
     grid = group.to(tl.int64) * R + row
     at = largest_ptr + group * largest_group_stride + row * largest_row_stride
     largest = tl.load(at, mask=live, other=1.0)
-    unit = tl.where(largest < 1.5, 0.125, 1.0)
-    top = tl.where(largest < 1.5, 1.875, largest)
     scale = tl.load(scale_ptr + grid, mask=live, other=0.0)
     zero = tl.load(zero_ptr + grid, mask=live, other=0.0)
     zero = tl.where(scale > 0, zero, 0.0)
@@ -226,48 +261,60 @@ def _group_solve_kernel(
     best = tl.full((ROWS,), float("inf"), tl.float32)
     best_along = tl.zeros((ROWS,), tl.float32)
     best_square = tl.zeros((ROWS,), tl.float32)
-    for i in range(steps):
-        kind = tl.load(kind_ptr + i)
-        base_scale = tl.where(kind == 1, scale, base_scale)
-        base_zero = tl.where(kind == 1, zero, base_zero)
-        moved = _half(tl.minimum(base_scale * tl.load(factor_ptr + i), LARGEST_SCALE))
-        shifted = base_zero + tl.load(offset_ptr + i) * unit
-        shifted = tl.minimum(tl.maximum(shifted, 0.0), top)
-        ratio = tl.math.div_rn(best_along, tl.where(best_square > 0, best_square, 1.0))
-        fitted = _half(tl.minimum(scale * ratio, LARGEST_SCALE))
-        fitted = tl.where((best_square > 0) & (fitted > 0), fitted, scale)
-        new_scale = tl.where(kind == 2, fitted, tl.where(kind == 3, scale, moved))
-        new_zero = tl.where(kind >= 2, zero, shifted)
-        new_zero = tl.where(new_scale > 0, new_zero, 0.0)
-        loss, along, square = _loop(
-            w_ptr + first * w_stride + row,
-            w_stride,
-            u_ptr + first * u_stride + first,
-            u_stride,
-            reciprocal_ptr + first,
-            codes_ptr + first * out_stride + row,
-            error_ptr + first * out_stride + row,
-            out_stride,
-            live,
-            new_scale,
-            new_zero,
-            largest,
-            C,
-            kind >= 0,
-            kind == 3,
-            PART,
-            ROWS,
-            SEARCH,
-        )
-        better = (loss < best) & (kind >= 0)
-        best = tl.where(better, loss, best)
-        best_along = tl.where(better, along, best_along)
-        best_square = tl.where(better, square, best_square)
-        scale = tl.where(better, new_scale, scale)
-        zero = tl.where(better, new_zero, zero)
-        tl.debug_barrier()
-    tl.store(loss_ptr + grid, best, mask=live)
-    if SEARCH:
+    for i in range(begin + each):
+        if (i < settled) | (i >= begin):
+            kind = tl.load(kind_ptr + i)
+            base_scale = tl.where(kind == 1, scale, base_scale)
+            base_zero = tl.where(kind == 1, zero, base_zero)
+            new_scale, new_zero = _grid_of(
+                kind,
+                tl.load(factor_ptr + i),
+                tl.load(offset_ptr + i),
+                base_scale,
+                base_zero,
+                scale,
+                zero,
+                best_along,
+                best_square,
+                largest,
+            )
+            if i < settled:
+                loss = tl.load(loss_ptr + i * R + row, mask=live, other=0.0)
+                along = best_along
+                square = best_square
+            else:
+                loss, along, square = _loop(
+                    w_ptr + first * w_stride + row,
+                    w_stride,
+                    u_ptr + first * u_stride + first,
+                    u_stride,
+                    reciprocal_ptr + first,
+                    codes_ptr + first * out_stride + row,
+                    error_ptr + first * out_stride + row,
+                    out_stride,
+                    live,
+                    new_scale,
+                    new_zero,
+                    largest,
+                    C,
+                    kind >= 0,
+                    (kind == 2) | (kind == 4),
+                    kind == 3,
+                    PART,
+                    ROWS,
+                    SEARCH,
+                )
+                tl.store(loss_ptr + i * R + grid, loss, mask=live)
+            better = ((loss < best) & (kind >= 0)) | (kind == 4)
+            best = tl.where(better, loss, best)
+            best_along = tl.where(better, along, best_along)
+            best_square = tl.where(better, square, best_square)
+            scale = tl.where(better, new_scale, scale)
+            zero = tl.where(better, new_zero, zero)
+        if i == settled - 1:
+            base_scale = scale
+            base_zero = zero
+    if SEARCH and tl.load(kind_ptr + begin + each - 1) == 3:
         tl.store(scale_ptr + grid, scale, mask=live)
         tl.store(zero_ptr + grid, zero, mask=live)
 
@@ -286,14 +333,28 @@ class Candidates:
         fits: int,
         device: torch.device,
     ) -> None:
-        rows = [(*pair, FIRST) for pair in first]
-        rows += [(*pair, REBASE if i == 0 else FIRST) for i, pair in enumerate(then)]
-        rows += [(1.0, 0.0, FIT)] * fits
-        rows = [(1.0, 0.0, UNROUNDED), *rows, (1.0, 0.0, LAST)] if rows else [(1.0, 0.0, LAST)]
+        rows = [(1.0, 0.0, UNROUNDED)] * bool(fits) + [(*pair, AROUND) for pair in first]
+        starts = [0, len(rows)]
+        rows += [(*pair, AROUND if i else REBASE) for i, pair in enumerate(then)]
+        starts.append(len(rows))
+        rows += [(1.0, 0.0, MEASURE)] * bool(fits) + [(1.0, 0.0, FIT)] * fits
+        rows += [(1.0, 0.0, LAST)]
+        self.launches = [
+            Launch(begin, 1, end - begin) for begin, end in pairwise(starts) if end > begin
+        ]
+        self.launches.append(Launch(starts[-1], len(rows) - starts[-1], 1))
         table = torch.tensor(rows, dtype=torch.float32)
         self.steps = len(rows)
         self.factors, self.offsets = (table[:, i].contiguous().to(device) for i in (0, 1))
         self.kinds = table[:, 2].to(torch.int32).to(device)
+
+
+class Launch(NamedTuple):
+    """Steps that run side by side, `each` of them in a program, once `settled` ones have run."""
+
+    settled: int
+    each: int
+    programs: int
 
 
 def group_solve_triton(
@@ -314,7 +375,7 @@ def group_solve_triton(
     codes u8 [C, R] and error f32 [C, R] are written. Rows of w, codes and error are contiguous,
     and those of codes and error equally far apart.
     """
-    loss = torch.empty_like(scale)
+    loss = torch.empty(candidates.steps, len(scale), dtype=torch.float32, device=w.device)
     _launch(w, unit, reciprocal, scale, zero, largest[None], candidates, codes, error, loss, True)
 
 
@@ -342,29 +403,32 @@ def _launch(
     search: bool,
 ) -> None:
     K, R = w.shape
-    _group_solve_kernel[(triton.cdiv(R, ROWS_PER_PROGRAM), triton.cdiv(K, GROUP_SIZE))](
-        w,
-        unit,
-        reciprocal,
-        scale,
-        zero,
-        largest,
-        candidates.factors,
-        candidates.offsets,
-        candidates.kinds,
-        codes,
-        error,
-        loss,
-        R,
-        K,
-        w.stride(0),
-        unit.stride(0),
-        error.stride(0),
-        largest.stride(0),
-        largest.stride(1),
-        candidates.steps,
-        PART=PART,
-        ROWS=ROWS_PER_PROGRAM,
-        SEARCH=search,
-        num_warps=1,
-    )
+    blocks, groups = triton.cdiv(R, ROWS_PER_PROGRAM), triton.cdiv(K, GROUP_SIZE)
+    for settled, each, programs in candidates.launches:
+        _group_solve_kernel[(blocks, groups, programs)](
+            w,
+            unit,
+            reciprocal,
+            scale,
+            zero,
+            largest,
+            candidates.factors,
+            candidates.offsets,
+            candidates.kinds,
+            codes,
+            error,
+            loss,
+            R,
+            K,
+            w.stride(0),
+            unit.stride(0),
+            error.stride(0),
+            largest.stride(0),
+            largest.stride(1),
+            settled,
+            each,
+            PART=PART,
+            ROWS=ROWS_PER_PROGRAM,
+            SEARCH=search,
+            num_warps=1,
+        )

@@ -117,11 +117,12 @@ class Curvature:
         return (matrix @ U.T) @ U
 
     def _lower(self, ridge: float) -> Tensor:
-        if self.ridged is None:
-            return torch.linalg.cholesky(damped(self.H, ridge))
-        if ridge not in self.ridged:
-            self.ridged[ridge] = torch.linalg.cholesky(damped(self.H, ridge))
-        return self.ridged[ridge]
+        if self.ridged is not None and ridge in self.ridged:
+            return self.ridged[ridge]
+        lower: Tensor = torch.linalg.cholesky(damped(self.H, ridge))
+        if self.ridged is not None:
+            self.ridged[ridge] = lower
+        return lower
 
 
 def quantize_gptq(

@@ -13,6 +13,7 @@ from bitmill.sensitivity import SensitivitySettings, linear_costs
 
 CLIP = ClipSettings(shrinks=4, zero_offsets=(1,), zero_scales=(0.9, 1.0), least_squares=1)
 SEARCH = CompensatedSettings(scales=(0.9,), zero_steps=(1,), zero_scales=(1.0,), least_squares=1)
+SCALES = CompensatedSettings(scales=(0.9, 1.1), zero_steps=(), least_squares=0)
 
 
 @pytest.fixture
@@ -36,7 +37,8 @@ def both(monkeypatch, call):
 
 
 @pytest.mark.parametrize(
-    ("widths", "compensated", "schur"), [((3, 2, 1), SEARCH, False), ((4, 8, 2), None, True)]
+    ("widths", "compensated", "schur"),
+    [((3, 2, 1), SEARCH, False), ((4, 8, 2), None, True), ((2, 3, 4), SCALES, False)],
 )
 def test_solving_and_polishing_reach_the_plain_error(
     linear, monkeypatch, widths, compensated, schur
