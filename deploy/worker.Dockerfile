@@ -1,6 +1,7 @@
-# The index decides the CUDA version of torch; the driver of the host must support it.
+# The index decides the CUDA version of torch; the driver of the host must support it. PyPI's torch
+# 2.13.0 is built for CUDA 13.0.
 FROM python:3.11-slim-bookworm AS build
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cu128
+ARG TORCH_INDEX=https://pypi.org/simple
 WORKDIR /src
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 RUN python -m venv /opt/bitmill \
