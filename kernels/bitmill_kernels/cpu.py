@@ -38,6 +38,13 @@ TILE_ELEMENTS = 1 << 18
 FUSED_TOKENS = 8
 TOKENS_PER_CALL = 4
 
+VECTOR_FLAGS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+"""Compiler flags by what torch finds the processor capable of, not "native": the folder of compiled
+kernels may be shared by unlike machines, so each capability has its own build."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -176,12 +183,13 @@ def load_library() -> ctypes.CDLL | None:
 def _build() -> ctypes.CDLL:
     from torch.utils.cpp_extension import get_default_build_root, load
 
-    folder = Path(get_default_build_root()) / "bitmill_cpu"
+    capability = torch.backends.cpu.get_cpu_capability()
+    folder = Path(get_default_build_root()) / f"bitmill_cpu_{capability.replace(' ', '_').lower()}"
     os.makedirs(folder, exist_ok=True)
     load(
         "bitmill_cpu",
         [str(Path(__file__).with_name("cpu_kernel.cpp"))],
-        extra_cflags=["-O3", "-march=native", "-fopenmp"],
+        extra_cflags=["-O3", *VECTOR_FLAGS.get(capability, ()), "-fopenmp"],
         extra_ldflags=["-fopenmp"],
         build_directory=str(folder),
         is_python_module=False,
