@@ -25,7 +25,7 @@ from bitmill.blocks import StreamedModel, weight_of
 from bitmill.codes import output_error
 from bitmill.distributed import SINGLE, Group
 from bitmill.hessian import HessianAccumulator
-from bitmill.observe import observe, observe_ends
+from bitmill.observe import Ends, observe, observe_ends
 from bitmill.starved_experts import filled_means
 from bitmill.timing import stage
 from bitmill_kernels.hessian import cross_update, hessian_update
@@ -121,15 +121,17 @@ def collect(
     *,
     batch: int,
     token_weights: Mapping[str, Tensor] | None = None,
+    advance_source: bool = False,
 ) -> dict[str, InputStatistics]:
     """Statistics of every linear in `groups` (lists of names that read the same input).
 
     Linears of a group share one H tensor unless they have token weights f32 [S, T] of their own.
     H of experts that saw few tokens is filled up (`starved_experts.py`).
-    Routed experts have no shift: the two streams send them different tokens.
+    Routed experts have no shift: the two streams send them different tokens. advance_source: where
+    a source runs beside, it runs to its end and its outputs replace stream.source.
     """
     shifts = state.source is not None and stream.source is not None
-    collector = _Collector(state, groups, token_weights or {}, shifts)
+    collector = _Collector(state, groups, token_weights or {}, shifts, advance_source)
     for start in range(0, stream.hidden.shape[0], batch):
         collector.add(stream, slice(start, start + batch))
     return collector.finish(stream.group)
@@ -142,7 +144,9 @@ class _Collector:
         groups: Sequence[Sequence[str]],
         token_weights: Mapping[str, Tensor],
         shifts: bool,
+        advance_source: bool,
     ) -> None:
+        self.advance_source = advance_source
         self.state, self.groups, self.token_weights = state, groups, token_weights
         self.hessians: dict[str, HessianAccumulator] = {}
         self.drifts: dict[str, _Sums] = {}
@@ -167,12 +171,14 @@ class _Collector:
     def add(self, stream: Stream, part: slice) -> None:
         device = self.state.model.device
         hidden = stream.hidden[part].to(device)
-        x, y = self._observe(self.state.current, hidden)
+        x, y, _ = self._observe(self.state.current, hidden)
         if self.state.source is None or stream.source is None:
             self._add_inputs(x, {}, part)
             return
         source = stream.source[part].to(device)
-        x_source, y_source = self._observe(self.state.source, source)
+        x_source, y_source, behind = self._observe(
+            self.state.source, source, whole=self.advance_source
+        )
         self._add_inputs(x, x_source, part)
         drift = (source.float() - hidden.float()).reshape(-1, hidden.shape[-1])
         for name in self.state.writers:
@@ -180,10 +186,10 @@ class _Collector:
                 drift += y_source[name].float() - y[name].float()
             if name in self.shifts:
                 self.shifts[name].add(drift, x[self.owner[name]], self._weight(name, part))
+        if behind is not None:
+            stream.source[part] = behind.to(stream.source.device)
 
-    def _observe(
-        self, block: nn.Module, hidden: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _observe(self, block: nn.Module, hidden: Tensor, *, whole: bool = False) -> Ends:
         """Inputs of the first linear of each group, outputs of writers up to those asked about."""
         state = self.state
         prefix = f"{state.model.plan.block_prefix}.{state.index}."
@@ -194,7 +200,9 @@ class _Collector:
         places = [state.writers.index(name) for name in self.shifts]
         writers = state.writers[: max(places, default=-1) + 1]
         owners = modules(dict.fromkeys(self.owner.values()))
-        return observe_ends(state.model, state.index, block, owners, modules(writers), hidden)
+        return observe_ends(
+            state.model, state.index, block, owners, modules(writers), hidden, whole=whole
+        )
 
     def _add_inputs(
         self, x: Mapping[str, Tensor], source: Mapping[str, Tensor], part: slice

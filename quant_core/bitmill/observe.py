@@ -23,6 +23,14 @@ class Seen(NamedTuple):
     y: Tensor
 
 
+class Ends(NamedTuple):
+    """Inputs [T, K] and outputs [T, N] by name, and the whole block's output where asked for."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    block: Tensor | None
+
+
 class _Enough(Exception):
     """Every linear asked about has been called."""
 
@@ -39,7 +47,7 @@ def observe(
 
     A linear that was not called (an expert without tokens) is absent.
     """
-    inputs, outputs = observe_ends(model, index, block, modules, modules, hidden)
+    inputs, outputs, _ = observe_ends(model, index, block, modules, modules, hidden)
     return {name: Seen(inputs[name], y) for name, y in outputs.items()}
 
 
@@ -51,16 +59,18 @@ def observe_ends(
     read: Mapping[str, nn.Module],
     written: Mapping[str, nn.Module],
     hidden: Tensor,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Inputs x [T, K] of some linears and outputs y [T, N] of others, as `observe` gives both.
+    *,
+    whole: bool = False,
+) -> Ends:
+    """Inputs of some linears and outputs of others, as `observe` gives both.
 
-    A linear that is only read is not run if the block can stop there.
+    A linear that is only read is not run if the block can stop there. whole: it runs to its end.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
     def stop_if_done() -> None:
-        if len(inputs) == len(read) and len(outputs) == len(written):
+        if not whole and len(inputs) == len(read) and len(outputs) == len(written):
             raise _Enough
 
     def before(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -79,14 +89,15 @@ def observe_ends(
 
     handles = [m.register_forward_pre_hook(before(name)) for name, m in read.items()]
     handles += [m.register_forward_hook(after(name)) for name, m in written.items()]
+    result = None
     try:
-        model.run_block(index, block, hidden)
+        result = model.run_block(index, block, hidden)
     except _Enough:
         pass
     finally:
         for handle in handles:
             handle.remove()
-    return inputs, outputs
+    return Ends(inputs, outputs, result if whole else None)
 
 
 @torch.no_grad()

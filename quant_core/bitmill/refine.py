@@ -59,6 +59,7 @@ class RefineSettings:
     linear adds to it); it needs the source stream and held-out tokens; strengths and ridges (see
     `gptq.quantize_corrected`) are tried, beside no correction
     batch: sequences per run of the block
+    advance_source: replace the source's streams by what the block gives for them, on the way
     """
 
     method: Literal["rtn", "gptq"] = "gptq"
@@ -68,6 +69,7 @@ class RefineSettings:
     strengths: tuple[float, ...] = (1.0,)
     ridges: tuple[float, ...] = (0.0, 0.05, 0.5)
     batch: int = 8
+    advance_source: bool = False
 
 
 def refine_block(
@@ -103,8 +105,10 @@ def refine_block(
         stream.group,
     )
     done: dict[str, Refined] = {}
-    for stage in job.stages():
-        refined = job.refine_stage(stage, stream, held_out)
+    stages = list(job.stages())
+    for stage in stages:
+        last = settings.advance_source and stage is stages[-1]
+        refined = job.refine_stage(stage, stream, held_out, last)
         done |= refined
         if settings.true_sequential:
             job.install(refined)
@@ -134,13 +138,26 @@ class _BlockJob:
                 yield [group for group in groups if group]
 
     def refine_stage(
-        self, groups: Sequence[Sequence[str]], stream: Stream, held_out: Stream | None
+        self,
+        groups: Sequence[Sequence[str]],
+        stream: Stream,
+        held_out: Stream | None,
+        advance_source: bool,
     ) -> dict[str, Refined]:
         batch = self.settings.batch
-        seen = collect(self.state, groups, stream, batch=batch, token_weights=self.token_weights)
+        seen = collect(
+            self.state,
+            groups,
+            stream,
+            batch=batch,
+            token_weights=self.token_weights,
+            advance_source=advance_source,
+        )
         unseen: dict[str, InputStatistics] = {}
         if self.settings.asymmetric != "off" and held_out is not None:
-            unseen = collect(self.state, groups, held_out, batch=batch)
+            unseen = collect(
+                self.state, groups, held_out, batch=batch, advance_source=advance_source
+            )
         result: dict[str, Refined] = {}
         for group in groups:
             result |= self._refine_group(group, seen, unseen)

@@ -241,6 +241,8 @@ class _Run:
             orders={n: self.inputs.orders[n] for n in names if n in self.inputs.orders},
             held_out=self._stream(slice(self.count, None)) if self.asymmetric else None,
         )
+        if self.asymmetric and names:
+            self._source_is_behind = i
         qualities = [self._quality(entry) for entry in report.linears]
         if self.learning is None or self.source is None:
             return weights, qualities, None
@@ -285,9 +287,11 @@ class _Run:
 
     @torch.no_grad()
     def _run(self, i: int, block: nn.Module, hidden: Tensor) -> None:
-        for start in range(0, len(hidden), self.batch):
-            part = slice(start, start + self.batch)
-            hidden[part] = self.model.run_block(i, block, hidden[part]).to(hidden.device)
+        """In the batches that statistics are taken in: the same bytes, whoever runs the source."""
+        for windows in (hidden[: self.count], hidden[self.count :]):
+            for start in range(0, len(windows), self.batch):
+                part = windows[start : start + self.batch]
+                part[:] = self.model.run_block(i, block, part).to(part.device)
 
 
 def first_method(settings: Refinement) -> Literal["rtn", "gptq"]:
@@ -307,6 +311,7 @@ def refine_settings(settings: Refinement, batch: int, asymmetric: bool) -> Refin
         ),
         asymmetric="residual" if asymmetric else "off",
         batch=batch,
+        advance_source=asymmetric,
     )
 
 

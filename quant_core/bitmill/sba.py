@@ -206,9 +206,9 @@ def profile_block_sba(
     modules = {lead: linears[lead] for lead in leads}
     windows = settings.evaluated // (stream.hidden.shape[1] * stream.group.size)
     for part in stream.hidden[: max(1, windows)].split(settings.batch):
-        seen, _ = observe_ends(model, index, block, modules, {}, part.to(model.device))
+        ends = observe_ends(model, index, block, modules, {}, part.to(model.device))
         with stage("divergence"):
-            for lead, x in seen.items():
+            for lead, x in ends.inputs.items():
                 for name in leads[lead]:
                     searches[name].add(x)
     for search in searches.values():

@@ -183,6 +183,19 @@ def test_asymmetric_without_its_streams_is_refused(llama):
         refine(llama, 0, Stream(llama.embed(tokens(2))), settings=settings)
 
 
+def test_the_source_moves_on_while_its_block_is_refined(opt):
+    hidden, unseen = opt.embed(tokens(5)), opt.embed(tokens(3, seed=1))
+    streams = [Stream(x + 0.01, x.clone()) for x in (hidden, unseen)]
+    settings = RefineSettings(gptq=QUICK, asymmetric="residual", batch=2, advance_source=True)
+    block, _, _ = refine(opt, 0, streams[0], held_out=streams[1], settings=settings)
+    source = opt.load_block(0)
+    for x, stream in zip((hidden, unseen), streams, strict=True):
+        assert torch.equal(stream.hidden, x + 0.01)
+        expected = [opt.run_block(0, source, part) for part in x.split(2)]
+        assert torch.equal(stream.source, torch.cat(expected))
+        assert not torch.allclose(opt.run_block(0, block, x), stream.source, atol=1e-4)
+
+
 def test_token_weights_decide_what_a_linear_is_fitted_to(llama):
     stream = Stream(llama.embed(tokens(4)))
     name = PREFIX + "self_attn.q_proj"
