@@ -34,11 +34,9 @@ from bitmill.checkpoint_source import CheckpointSource, check_finite
 from bitmill.errors import ModelError
 from bitmill.experts import unfuse_experts
 from bitmill.model_config import read_config
-from bitmill.plan import Plan, Source, input_groups
+from bitmill.plan import Plan, Source
 from bitmill.prefetch import BlockPrefetcher
 from bitmill.timing import stage
-
-__all__ = ["StreamedModel", "capture_inputs", "input_groups", "set_weight", "weight_of"]
 
 _REMEMBERED_SHAPES = 4
 

@@ -76,12 +76,6 @@ def stored_zero(zero: Tensor, width: int) -> Tensor:
     return (zero * ONE_BIT_ZERO_STEPS if width == 1 else zero).round().to(torch.uint8)
 
 
-def real_zero(stored: Tensor, width: int) -> Tensor:
-    """Inverse of `stored_zero`: f32, in codes."""
-    zero = stored.float()
-    return zero / ONE_BIT_ZERO_STEPS if width == 1 else zero
-
-
 def round_scale(scale: Tensor) -> Tensor:
     """The nearest fp16 value of each scale, as f32.
 

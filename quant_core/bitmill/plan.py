@@ -194,13 +194,8 @@ class Plan(Closed):
         return [list(groups.values()) for groups in stages.values()]
 
     def input_groups(self, block: int) -> list[list[str]]:
-        """Full names that read the same input together, in execution order."""
+        """Full names that read the same input, in execution order: [[q, k, v], [o], ...]."""
         return [group for stage in self.input_stages(block) for group in stage]
-
-
-def input_groups(plan: Plan, block: int) -> list[list[str]]:
-    """Full names of a block's linears that read the same input, e.g. [[q, k, v], [o], ...]."""
-    return plan.input_groups(block)
 
 
 def _is_expert_stack(name: str, header: TensorHeader) -> bool:

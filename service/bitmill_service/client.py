@@ -294,12 +294,6 @@ class Client:
         )
         return MapView.model_validate(response.json())
 
-    def openapi(self) -> dict[str, Any]:
-        """The service's OpenAPI document."""
-        document = self._send("GET", "/openapi.json").json()
-        assert isinstance(document, dict)
-        return document
-
     def ready(self) -> bool:
         """Whether the service can take jobs."""
         response = self._raw("GET", "/readyz", tries=1)

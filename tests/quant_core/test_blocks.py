@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from bitmill.blocks import StreamedModel, capture_inputs, input_groups, set_weight, weight_of
+from bitmill.blocks import StreamedModel, capture_inputs, set_weight, weight_of
 from bitmill.errors import ModelError
 from bitmill.plan import make_plan
 from bitmill.spec import parse_spec
@@ -122,7 +122,7 @@ def test_capture_sees_what_the_linears_read(folder: Path) -> None:
     model, tokens = streamed(folder), some_tokens(3, 10)
     block = model.load_block(0)
     modules = model.linears(block, 0)
-    chosen = {group[0]: modules[group[0]] for group in input_groups(model.plan, 0)}
+    chosen = {group[0]: modules[group[0]] for group in model.plan.input_groups(0)}
     outputs: dict[str, torch.Tensor] = {}
     for name, module in chosen.items():
         module.register_forward_hook(lambda _, __, out, name=name: outputs.update({name: out}))

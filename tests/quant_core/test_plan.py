@@ -16,7 +16,7 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 from bitmill.blocks import StreamedModel
 from bitmill.checkpoint_source import CheckpointSource
 from bitmill.errors import ModelError, SpecError
-from bitmill.plan import Plan, check_lengths, input_groups, make_plan
+from bitmill.plan import Plan, check_lengths, make_plan
 from bitmill.spec import JobSpec, parse_spec
 from tiny import VOCABULARY, save_tiny, tiny_llama, tiny_opt
 
@@ -58,7 +58,7 @@ def test_biases_are_kept_tensors(tmp_path: Path) -> None:
     plan = make_plan(tiny_opt(tmp_path / "m"), spec())
     kept = {t.name for t in plan.tensors}
     assert all(f"{li.name}.bias" in kept for li in plan.linears)
-    assert input_groups(plan, 0)[0] == [
+    assert plan.input_groups(0)[0] == [
         f"model.decoder.layers.0.self_attn.{x}_proj" for x in ("q", "k", "v")
     ]
 
