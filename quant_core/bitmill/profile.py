@@ -176,12 +176,15 @@ class SensitivityProfile:
 
     @property
     def key(self) -> str:
-        """Hex SHA-256 of what the profile was made from; equal keys, same measurement."""
+        """Hex SHA-256 of what the profile was made from, its id in the service.
+
+        Equal keys, same measurement.
+        """
         return profile_key(self.model_digest, self.calibration_digest, self.settings)
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of the stored bytes: the profile's id in the service."""
+        """Hex SHA-256 of the stored bytes."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:

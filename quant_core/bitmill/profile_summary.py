@@ -94,7 +94,7 @@ def summarize(
             predicted_loss=_rounded(profile.predicted_loss({name: widths})),
         )
     return ProfileSummary(
-        profile_id=profile.digest,
+        profile_id=profile.key,
         reference_width=reference,
         linears=linears,
         curve=tuple(

@@ -162,7 +162,7 @@ class PlanView(View):
 
 
 class ProfileView(View):
-    """A stored sensitivity profile; `id` is its content hash.
+    """A stored sensitivity profile; `id` is the hash of what it was made from.
 
     widths, linears and groups are counted when one profile is asked for, not in lists.
     """

@@ -41,7 +41,7 @@ def test_losses_add_up_to_the_profile_s_prediction(summary: ProfileSummary) -> N
     total = sum(linear.predicted_loss for linear in summary.linears.values())
     assert total == pytest.approx(profile.predicted_loss(bit_widths.linears), rel=1e-3)
     assert summary.linears.keys() == bit_widths.linears.keys()
-    assert summary.profile_id == profile.digest
+    assert summary.profile_id == profile.key
 
 
 def test_groups_are_costs_at_the_width_nearest_to_the_mean(summary: ProfileSummary) -> None:

@@ -138,7 +138,7 @@ class Renewal:
 
 @dataclass(frozen=True, slots=True)
 class ProfileRecord:
-    """A kept sensitivity profile; `id` is its content hash, `path` its folder's storage key."""
+    """A kept sensitivity profile; `id` is the hash of what it was made from, `path` its folder."""
 
     id: str
     model: str

@@ -165,7 +165,7 @@ class Settings(BaseSettings):
 
     @property
     def profiles_folder(self) -> Path:
-        """Sensitivity profiles: `<content hash>/...`."""
+        """Sensitivity profiles: `<profile id>/...`."""
         return self.data / "profiles"
 
     @property
