@@ -14,7 +14,9 @@ from bitmill_service.views import profile_view
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 
-ProfileId = Annotated[str, Path(pattern=r"^[\w-]{1,64}$", description="Hash of what the profile was made from.")]
+ProfileId = Annotated[
+    str, Path(pattern=r"^[\w-]{1,64}$", description="Hash of what the profile was made from.")
+]
 
 
 @router.get("", response_model=ProfilePage)
