@@ -5,11 +5,13 @@ Memory and disk are sums of the tensors that the stages hold at once, so they ar
     accelerator  what lies outside the blocks, two blocks (quantized and source), the widest
                  stage's Hessians with factor and inverse, the widest linear's working copies,
                  one batch of activations, one slice of logits
-    host         hidden states of all windows (twice with the asymmetric correction), one block
+    host         hidden states of all windows (twice with the asymmetric correction), one block per
+                 rank of a job on several devices
     disk         converted source (GGUF only), refined blocks and the packed checkpoint
 
 Time counts multiply-adds of forward and backward passes, Hessians and GPTQ against an assumed
-speed, and ignores everything else: an order of magnitude, good for choosing a queue.
+speed, and ignores everything else: an order of magnitude, good for choosing a queue. Of several
+devices each needs the accelerator's memory; what they wait for each other is not counted.
 """
 
 from __future__ import annotations
@@ -114,9 +116,9 @@ def _host_bytes(plan: Plan, spec: JobSpec, machine: Machine, gguf: bool) -> int:
     stream = windows * spec.calibration.length * plan.hidden_size * element
     streams = 2 if spec.refinement.asymmetric or spec.refinement.method == "omniquant" else 1
     block = 4 * max(_block_weights(plan, i) for i in {0, plan.block_count - 1})
-    running = streams * stream + 2 * block
+    running = streams * stream + (2 * block + OVERHEAD) * spec.devices
     converting = 10 * (plan.weights + _outside_weights(plan)) if gguf else 0
-    return OVERHEAD + max(running, converting)
+    return max(running, OVERHEAD + converting)
 
 
 def _linear_work(linear: PlannedLinear, tokens: float) -> tuple[float, float]:
@@ -128,7 +130,7 @@ def _linear_work(linear: PlannedLinear, tokens: float) -> tuple[float, float]:
 def _seconds(plan: Plan, spec: JobSpec, machine: Machine) -> float:
     speed = CPU_FLOPS_PER_THREAD * machine.threads
     if machine.accelerator:
-        speed = ACCELERATOR_FLOPS[_element_bytes(plan, machine)]
+        speed = ACCELERATOR_FLOPS[_element_bytes(plan, machine)] * spec.devices
     tokens = spec.calibration.length * (spec.calibration.sequences + spec.calibration.held_out)
     active = 1.0 if not plan.experts else min(1.0, 8 / plan.experts)
     forward = solving = hessians = 0.0
@@ -162,7 +164,7 @@ def estimate(
     host = _host_bytes(plan, spec, machine, gguf)
     return Estimate(
         accelerator_bytes=accelerator,
-        host_bytes=host if machine.accelerator else host + accelerator - OVERHEAD,
+        host_bytes=host if machine.accelerator else host + spec.devices * (accelerator - OVERHEAD),
         disk_bytes=converted + 2 * packed,
         seconds=_seconds(plan, spec, machine),
         smallest_size=smallest,

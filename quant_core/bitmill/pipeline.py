@@ -53,7 +53,7 @@ from bitmill.measurement import (
 )
 from bitmill.model_config import refuse_pickles
 from bitmill.overfitting import overfitting_warnings
-from bitmill.plan import Plan, check_lengths, make_plan
+from bitmill.plan import Plan, check_lengths, check_rows, make_plan
 from bitmill.profile import PROFILE_NAME, SensitivityProfile, profile_key
 from bitmill.profile_summary import SUMMARY_NAME, summarize
 from bitmill.profiling import ProfileRequest, make_profile
@@ -246,6 +246,7 @@ def plan(job: Job, source: Source) -> Plan:
         made = make_plan(source.folder, job.spec)
         check_budget(made, job.spec, job.given_map)
         check_lengths(made, job.spec)
+        check_rows(made, job.spec)
         _task_suite(job)
         with CheckpointSource(source.folder) as tensors:
             check_all_finite(tensors)
@@ -257,6 +258,7 @@ def plan(job: Job, source: Source) -> Plan:
         "budget": job.spec.budget.model_dump(mode="json"),
         "map": job.given_map.to_json() if job.given_map else None,
         "tasks": job.spec.evaluation.tasks,
+        "devices": job.spec.devices,
     }
     folder = job.space.run("plan", inputs, work)
     return Plan.model_validate_json((folder / PLAN_NAME).read_bytes())

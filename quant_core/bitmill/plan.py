@@ -366,6 +366,17 @@ def check_lengths(plan: Plan, spec: JobSpec) -> None:
     plan.check_length(spec.evaluation.length, "evaluation.length")
 
 
+def check_rows(plan: Plan, spec: JobSpec) -> None:
+    """Raise `SpecError` where a linear has fewer output rows than devices that divide them."""
+    for linear in plan.linears:
+        if linear.rows < spec.devices:
+            raise SpecError(
+                f"devices is {spec.devices}, {linear.name} has {linear.rows} output rows to "
+                "divide: give at most as many devices, or keep that linear",
+                param="devices",
+            )
+
+
 def make_plan(folder: Path, spec: JobSpec, *, gguf: str | None = None) -> Plan:
     """Plan a job for a local model folder, or for one GGUF file in it.
 

@@ -109,5 +109,10 @@ def test_needs_grow_with_what_is_asked() -> None:
     assert large.seconds > 5 * small.seconds
     assert slow.seconds > 100 * small.seconds
     assert slower.seconds == pytest.approx(2 * slow.seconds)
+    pair = estimate(LLAMA_7B, spec(calibration=CALIBRATION, devices=2), machine)
+    assert pair.seconds == pytest.approx(small.seconds / 2)
+    assert pair.accelerator_bytes == small.accelerator_bytes
+    block = 4 * sum(li.shape.weights for li in LLAMA_7B.block_linears(0))
+    assert pair.host_bytes > small.host_bytes + 2 * block
     plain = spec(calibration=CALIBRATION, refinement={"asymmetric": False})
     assert estimate(LLAMA_7B, plain, machine).host_bytes < small.host_bytes

@@ -16,7 +16,7 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 from bitmill.blocks import StreamedModel
 from bitmill.checkpoint_source import CheckpointSource
 from bitmill.errors import ModelError, SpecError
-from bitmill.plan import Plan, check_lengths, make_plan
+from bitmill.plan import Plan, check_lengths, check_rows, make_plan
 from bitmill.spec import JobSpec, parse_spec
 from tiny import VOCABULARY, save_tiny, tiny_llama, tiny_opt
 
@@ -219,6 +219,14 @@ def test_windows_longer_than_a_position_table_are_refused(tmp_path: Path) -> Non
     model = StreamedModel(tmp_path / "opt", opt, device=torch.device("cpu"), dtype=torch.float32)
     with pytest.raises(SpecError, match="length is 513"):
         model.embed(torch.zeros(1, 513, dtype=torch.int64))
+
+
+def test_rows_that_cannot_be_divided_among_the_devices_are_refused(tmp_path: Path) -> None:
+    narrow = tiny_llama(tmp_path / "m", num_attention_heads=4, num_key_value_heads=1, head_dim=8)
+    plan = make_plan(narrow, spec())
+    check_rows(plan, spec(devices=8))
+    with pytest.raises(SpecError, match=r"devices is 9, model\.layers\.0\.\S+k_proj has 8 output"):
+        check_rows(plan, spec(devices=9))
 
 
 def test_planning_reads_no_tensor_library(tmp_path: Path) -> None:
