@@ -13,14 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from bitmill.blocks import StreamedModel, capture_inputs, set_weight, weight_of
 from bitmill.errors import ModelError
 from bitmill.plan import make_plan
-from bitmill.spec import parse_spec
+from streaming import SPEC, streamed
 from tiny import VOCABULARY, save_tiny, tiny_llama, tiny_opt
-
-SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})
-
-
-def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
-    return StreamedModel(folder, make_plan(folder, SPEC), device=torch.device("cpu"), dtype=dtype)
 
 
 def some_tokens(*shape: int) -> torch.Tensor:

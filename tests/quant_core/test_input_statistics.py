@@ -1,22 +1,13 @@
-from pathlib import Path
-
 import pytest
 import torch
 
 from bitmill.blocks import StreamedModel
 from bitmill.input_statistics import BlockState, Stream, collect, residual_writers
 from bitmill.observe import observe
-from bitmill.plan import make_plan
-from bitmill.spec import Budget, JobSpec, PathModel
+from streaming import streamed, token_windows
 from tiny import tiny_llama, tiny_opt
 
 PREFIX = "model.layers.0."
-
-
-def streamed(folder: Path) -> StreamedModel:
-    spec = JobSpec(model=PathModel(path=str(folder)), budget=Budget(code_bits=3))
-    plan = make_plan(folder, spec)
-    return StreamedModel(folder, plan, device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +20,9 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
     return streamed(tiny_opt(tmp_path_factory.mktemp("opt")))
 
 
-def tokens(S, seed=0, T=48):
-    return torch.randint(2, 258, (S, T), generator=torch.Generator().manual_seed(seed))
-
-
 def test_statistics_predict_the_error_of_any_replacement(opt):
     """Independent: run the linear on the inputs and compare outputs token by token."""
-    calibration = opt.embed(tokens(5))
+    calibration = opt.embed(token_windows(5))
     noisy = calibration + 0.05 * torch.randn(
         calibration.shape, generator=torch.Generator().manual_seed(3)
     )
@@ -64,7 +51,7 @@ def test_statistics_predict_the_error_of_any_replacement(opt):
 
 def test_linears_behind_a_norm_do_not_count_as_residual_writers(llama):
     block = llama.load_block(0)
-    hidden = llama.embed(tokens(1))
+    hidden = llama.embed(token_windows(1))
     assert residual_writers(llama, 0, block, hidden) == (
         PREFIX + "self_attn.o_proj",
         PREFIX + "mlp.down_proj",
@@ -77,7 +64,7 @@ def test_linears_of_a_group_share_h_unless_they_weigh_tokens_themselves(llama):
     block = llama.load_block(0)
     state = BlockState(llama, 0, block, None, llama.linears(block, 0))
     names = [PREFIX + f"self_attn.{part}_proj" for part in "qkv"]
-    stream = Stream(llama.embed(tokens(3)))
+    stream = Stream(llama.embed(token_windows(3)))
     shared = collect(state, [names], stream, batch=2)
     assert shared[names[0]].H is shared[names[2]].H
     weight = torch.rand(3, 48, generator=torch.Generator().manual_seed(1))

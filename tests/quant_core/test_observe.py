@@ -1,20 +1,15 @@
-from pathlib import Path
-
 import pytest
 import torch
 
 from bitmill.blocks import StreamedModel
 from bitmill.observe import advance, observe
-from bitmill.plan import make_plan
-from bitmill.spec import Budget, JobSpec, PathModel
+from streaming import streamed
 from tiny import tiny_llama
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
-    folder: Path = tiny_llama(tmp_path_factory.mktemp("llama"))
-    plan = make_plan(folder, JobSpec(model=PathModel(path="."), budget=Budget(code_bits=3)))
-    return StreamedModel(folder, plan, device=torch.device("cpu"), dtype=torch.float32)
+    return streamed(tiny_llama(tmp_path_factory.mktemp("llama")))
 
 
 def hidden(model):

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,9 +8,8 @@ from bitmill.grid import ClipSettings
 from bitmill.hessian import activation_order
 from bitmill.input_statistics import BlockState, Stream, collect
 from bitmill.observe import advance, observe
-from bitmill.plan import make_plan
 from bitmill.refine import RefineSettings, refine_block
-from bitmill.spec import Budget, JobSpec, PathModel
+from streaming import streamed, token_windows
 from tiny import tiny_llama, tiny_opt
 
 QUICK = GptqSettings(clip=ClipSettings.shrink_only(), compensated=None, rounds=0)
@@ -25,12 +22,6 @@ BEFORE = {
 }
 
 
-def streamed(folder: Path) -> StreamedModel:
-    spec = JobSpec(model=PathModel(path=str(folder)), budget=Budget(code_bits=3))
-    plan = make_plan(folder, spec)
-    return StreamedModel(folder, plan, device=torch.device("cpu"), dtype=torch.float32)
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
     return streamed(tiny_llama(tmp_path_factory.mktemp("llama")))
@@ -39,10 +30,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
     return streamed(tiny_opt(tmp_path_factory.mktemp("opt")))
-
-
-def tokens(S, seed=0, T=48):
-    return torch.randint(2, 258, (S, T), generator=torch.Generator().manual_seed(seed))
 
 
 def widths_of(model, index, width):
@@ -62,7 +49,7 @@ def refine(model, index, stream, width=3, **options):
 
 
 def test_the_block_computes_with_the_stored_weights(llama):
-    stream = Stream(llama.embed(tokens(6)))
+    stream = Stream(llama.embed(token_windows(6)))
     block, weights, report = refine(llama, 0, stream)
     linears = llama.linears(block, 0)
     assert set(weights) == set(linears)
@@ -75,7 +62,7 @@ def test_the_block_computes_with_the_stored_weights(llama):
 @pytest.mark.parametrize("name", BEFORE)
 def test_later_stages_see_the_quantized_ones_before_them(llama, name):
     """Independent: the block rebuilt by hand with everything before the linear quantized."""
-    stream = Stream(llama.embed(tokens(6)))
+    stream = Stream(llama.embed(token_windows(6)))
     _, weights, _ = refine(llama, 0, stream, width=2)
     by_hand = llama.load_block(0)
     with torch.no_grad():
@@ -101,8 +88,8 @@ def test_later_stages_see_the_quantized_ones_before_them(llama, name):
 
 @pytest.mark.parametrize("width", [2, 4])
 def test_gptq_keeps_the_block_closer_than_rounding(llama, width):
-    hidden = llama.embed(tokens(24))
-    fresh = llama.embed(tokens(8, seed=9))
+    hidden = llama.embed(token_windows(24))
+    fresh = llama.embed(token_windows(8, seed=9))
     exact = advance(llama, 0, llama.load_block(0), fresh, batch=4)
     errors = []
     for settings in (
@@ -115,7 +102,7 @@ def test_gptq_keeps_the_block_closer_than_rounding(llama, width):
 
 
 def test_same_input_same_bytes_whatever_the_batch(llama):
-    stream = Stream(llama.embed(tokens(6)))
+    stream = Stream(llama.embed(token_windows(6)))
     one, two = (
         refine(llama, 0, stream, settings=RefineSettings(gptq=QUICK, batch=batch))[1]
         for batch in (6, 6)
@@ -127,7 +114,7 @@ def test_same_input_same_bytes_whatever_the_batch(llama):
 
 
 def test_linears_without_widths_keep_the_source_precision(llama):
-    stream = Stream(llama.embed(tokens(4)))
+    stream = Stream(llama.embed(token_windows(4)))
     block = llama.load_block(0)
     before = block.mlp.down_proj.weight.clone()
     widths = widths_of(llama, 0, 3)
@@ -138,7 +125,7 @@ def test_linears_without_widths_keep_the_source_precision(llama):
 
 
 def test_column_orders_are_stored_and_undone(llama):
-    stream = Stream(llama.embed(tokens(4)))
+    stream = Stream(llama.embed(token_windows(4)))
     block = llama.load_block(0)
     state = BlockState(llama, 0, block, None, llama.linears(block, 0))
     seen = collect(state, llama.plan.input_groups(0), stream, batch=2)
@@ -155,7 +142,7 @@ def test_column_orders_are_stored_and_undone(llama):
 
 @pytest.mark.parametrize("mode", ["inputs", "residual"])
 def test_the_correction_is_kept_only_where_held_out_error_falls(opt, mode):
-    calibration, unseen = opt.embed(tokens(24)), opt.embed(tokens(6, seed=5))
+    calibration, unseen = opt.embed(token_windows(24)), opt.embed(token_windows(6, seed=5))
     source, source_unseen = calibration.clone(), unseen.clone()
     first, _, _ = refine(opt, 0, Stream(calibration), width=2)
     exact = opt.load_block(0)
@@ -180,11 +167,11 @@ def test_the_correction_is_kept_only_where_held_out_error_falls(opt, mode):
 def test_asymmetric_without_its_streams_is_refused(llama):
     settings = RefineSettings(gptq=QUICK, asymmetric="inputs")
     with pytest.raises(ValueError, match="source model's block inputs"):
-        refine(llama, 0, Stream(llama.embed(tokens(2))), settings=settings)
+        refine(llama, 0, Stream(llama.embed(token_windows(2))), settings=settings)
 
 
 def test_the_source_moves_on_while_its_block_is_refined(opt):
-    hidden, unseen = opt.embed(tokens(5)), opt.embed(tokens(3, seed=1))
+    hidden, unseen = opt.embed(token_windows(5)), opt.embed(token_windows(3, seed=1))
     streams = [Stream(x + 0.01, x.clone()) for x in (hidden, unseen)]
     settings = RefineSettings(gptq=QUICK, asymmetric="residual", batch=2, advance_source=True)
     block, _, _ = refine(opt, 0, streams[0], held_out=streams[1], settings=settings)
@@ -197,7 +184,7 @@ def test_the_source_moves_on_while_its_block_is_refined(opt):
 
 
 def test_token_weights_decide_what_a_linear_is_fitted_to(llama):
-    stream = Stream(llama.embed(tokens(4)))
+    stream = Stream(llama.embed(token_windows(4)))
     name = PREFIX + "self_attn.q_proj"
     weight = torch.zeros(4, 48)
     weight[0] = 1.0
@@ -211,14 +198,14 @@ def test_token_weights_decide_what_a_linear_is_fitted_to(llama):
 
 
 def test_a_non_finite_calibration_token_is_named(llama):
-    hidden = llama.embed(tokens(3))
+    hidden = llama.embed(token_windows(3))
     hidden[1, 5] = float("nan")
     with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.q_proj: tokens \[53"):
         refine(llama, 0, Stream(hidden), settings=RefineSettings(gptq=QUICK, batch=1))
 
 
 def test_blockwise_statistics_ignore_the_stages_before(llama):
-    stream = Stream(llama.embed(tokens(4)))
+    stream = Stream(llama.embed(token_windows(4)))
     settings = RefineSettings(gptq=QUICK, true_sequential=False)
     block, weights, _ = refine(llama, 0, stream, settings=settings)
     float_block = llama.load_block(0)

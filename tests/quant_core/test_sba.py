@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -8,9 +6,8 @@ from bitmill.blocks import StreamedModel
 from bitmill.grid import ClipSettings, clip_search, nearest_codes, values
 from bitmill.hessian import activation_order
 from bitmill.input_statistics import Stream
-from bitmill.plan import make_plan
 from bitmill.sba import SbaSearch, SbaSettings, group_ranking, profile_block_sba
-from bitmill.spec import Budget, JobSpec, PathModel
+from streaming import streamed
 from tiny import tiny_opt
 
 QUICK = SbaSettings(clip=ClipSettings.shrink_only(), tokens=64)
@@ -118,10 +115,7 @@ def test_one_strong_and_one_weak_group_are_worth_swapping():
 
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
-    folder: Path = tiny_opt(tmp_path_factory.mktemp("opt"))
-    spec = JobSpec(model=PathModel(path=str(folder)), budget=Budget(code_bits=3))
-    plan = make_plan(folder, spec)
-    return StreamedModel(folder, plan, device=torch.device("cpu"), dtype=torch.float32)
+    return streamed(tiny_opt(tmp_path_factory.mktemp("opt")))
 
 
 @pytest.mark.parametrize("order", ["natural", "activation"])

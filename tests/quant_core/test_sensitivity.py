@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bitmill import profile_checkpoint
-from bitmill.blocks import StreamedModel
 from bitmill.codes import group_slices
 from bitmill.errors import CalibrationError
 from bitmill.gptq import Curvature, GptqSettings, quantize_gptq
@@ -26,10 +25,9 @@ from bitmill.sensitivity import (
     profile_knapsack,
     sample_rows,
 )
-from bitmill.spec import parse_spec
+from streaming import SPEC, streamed
 from tiny import VOCABULARY, tiny_llama, tiny_opt
 
-SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})
 QUICK = SensitivitySettings(
     widths=(2, 4), clip=ClipSettings.min_max(), gradients=PassSettings(batch=3)
 )
@@ -43,10 +41,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_opt(tmp_path_factory.mktemp("opt") / "model")
-
-
-def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
-    return StreamedModel(folder, make_plan(folder, SPEC), device=torch.device("cpu"), dtype=dtype)
 
 
 def some_tokens(windows: int = 5, length: int = 24) -> Tensor:
