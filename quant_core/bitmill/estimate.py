@@ -2,12 +2,16 @@
 
 Memory and disk are sums of the tensors that the stages hold at once, so they are near the truth:
 
-    accelerator  what lies outside the blocks, two blocks (quantized and source), the widest
-                 stage's Hessians with factor and inverse, the widest linear's working copies,
-                 one batch of activations, one slice of logits
+    accelerator  what lies outside the blocks, three blocks (quantized, source, the next), the
+                 widest stage's Hessians with factors, the widest linear's working copies, one
+                 batch of activations, one slice of logits
     host         hidden states of all windows (twice with the asymmetric correction), one block per
-                 rank of a job on several devices
+                 rank of a job on several devices; block inputs of a backward pass wait in files
+                 where memory is short and are not counted
     disk         converted source (GGUF only), refined blocks and the packed checkpoint
+
+Hidden states and block inputs move to the accelerator where a third of its free memory holds them;
+that is not counted there, nor taken off the host's share.
 
 Time counts multiply-adds of forward and backward passes, Hessians and GPTQ against an assumed
 speed, and ignores everything else: an order of magnitude, good for choosing a queue. Of several
@@ -27,6 +31,8 @@ from bitmill.spec import Closed, JobSpec
 BATCH_TOKENS = 16384
 LOGIT_BYTES = 3 * 4 << 25
 OVERHEAD = 512 << 20
+ACCELERATOR_LIBRARIES = 5 << 29
+"""Host memory of the libraries of CUDA and torch in one process, from a model of 7B on an H100."""
 WORKING_COPIES = 6
 CPU_FLOPS_PER_THREAD = 2.5e10
 ACCELERATOR_FLOPS = {2: 4e14, 4: 4e13}
@@ -78,13 +84,15 @@ def _block_weights(plan: Plan, block: int) -> int:
     return kept + sum(linear.shape.weights for linear in plan.block_linears(block))
 
 
-def _hessian_bytes(plan: Plan, block: int) -> int:
-    """Float32 second moments of a block's widest stage, and factor and inverse of the widest."""
+def _hessian_bytes(plan: Plan, spec: JobSpec, block: int) -> int:
+    """Float32 second moments of a block's widest stage, those of held-out windows too where they
+    judge, and for the widest input an ordered copy, the factor and its rows divided."""
+    judged = 2 if spec.refinement.asymmetric else 1
     stages = [
         [plan.by_name[group[0]].columns for group in stage] for stage in plan.input_stages(block)
     ]
     together = max(sum(k * k for k in stage) for stage in stages)
-    return 4 * (together + 2 * max(k * k for stage in stages for k in stage))
+    return 4 * (judged * together + 3 * max(k * k for stage in stages for k in stage))
 
 
 def _activation_bytes(plan: Plan, block: int, tokens: int, element: int) -> int:
@@ -101,8 +109,8 @@ def _accelerator_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:
     tokens = max(BATCH_TOKENS, spec.calibration.length)
     largest = max(linear.shape.weights for linear in plan.matrices)
     per_block = [
-        2 * element * _block_weights(plan, i)
-        + _hessian_bytes(plan, i)
+        3 * element * _block_weights(plan, i)
+        + _hessian_bytes(plan, spec, i)
         + _activation_bytes(plan, i, tokens, element)
         for i in {0, plan.block_count - 1}
     ]
@@ -116,7 +124,8 @@ def _host_bytes(plan: Plan, spec: JobSpec, machine: Machine, gguf: bool) -> int:
     stream = windows * spec.calibration.length * plan.hidden_size * element
     streams = 2 if spec.refinement.asymmetric or spec.refinement.method == "omniquant" else 1
     block = 4 * max(_block_weights(plan, i) for i in {0, plan.block_count - 1})
-    running = streams * stream + (2 * block + OVERHEAD) * spec.devices
+    process = ACCELERATOR_LIBRARIES if machine.accelerator else OVERHEAD
+    running = streams * stream + (2 * block + process) * spec.devices
     converting = 10 * (plan.weights + _outside_weights(plan)) if gguf else 0
     return max(running, OVERHEAD + converting)
 

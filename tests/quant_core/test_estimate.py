@@ -90,8 +90,8 @@ def test_what_is_held_at_once_is_counted() -> None:
     machine = Machine(accelerator=True)
     made = estimate(LLAMA_70B, spec(calibration=CALIBRATION), machine)
     block = 2 * sum(li.shape.weights for li in LLAMA_70B.block_linears(0))
-    hessians = 4 * 3 * 28672**2
-    assert made.accelerator_bytes > 2 * block + hessians + 2 * 2 * 32000 * 8192
+    hessians = 4 * 5 * 28672**2
+    assert made.accelerator_bytes > 3 * block + hessians + 2 * 2 * 32000 * 8192
     assert made.accelerator_bytes < 40 * GIB
     stream = 128 * 2048 * 8192 * 2
     assert 2 * stream < made.host_bytes < 2 * stream + 10 * GIB
