@@ -67,9 +67,10 @@ def run_ranks(count: int, arguments: Sequence[str]) -> None:
     """Run `python <arguments>` as `count` ranks and wait for all.
 
     Standard input, output and error are this process's. Threads (OMP_NUM_THREADS) are divided.
-    Raises the `BitmillError` of the rank that failed first, or `RankFailed`; no rank is left then.
+    Raises the `BitmillError` of the rank that failed first, or `RankFailed`; a signal ends all and
+    then this process. No rank is left in any case.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -96,6 +97,8 @@ def run_ranks(count: int, arguments: Sequence[str]) -> None:
         )
         try:
             elastic_launch(config, sys.executable)(*arguments)
+        except SignalException as error:
+            raise SystemExit(128 + error.sigval) from None
         except ChildFailedError as error:
             raise _reason(error.failures, count) from error
 

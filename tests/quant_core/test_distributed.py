@@ -154,6 +154,7 @@ def assert_like_one_rank(out: Path, alone: tuple[Path, RefinedModel]) -> None:
         assert same.float().mean() > 0.99, name
 
 
+@pytest.mark.e2e
 def test_two_ranks_do_what_one_does_and_repeat_it_byte_for_byte(
     model: Path, alone: tuple[Path, RefinedModel], pair: Path, tmp_path: Path
 ) -> None:
@@ -162,6 +163,7 @@ def test_two_ranks_do_what_one_does_and_repeat_it_byte_for_byte(
     assert bytes_of(tmp_path) == bytes_of(pair)
 
 
+@pytest.mark.e2e
 def test_three_ranks_with_fewer_held_out_windows_than_ranks(
     model: Path, alone: tuple[Path, RefinedModel], tmp_path: Path
 ) -> None:
@@ -169,6 +171,7 @@ def test_three_ranks_with_fewer_held_out_windows_than_ranks(
     assert_like_one_rank(tmp_path, alone)
 
 
+@pytest.mark.e2e
 def test_a_killed_rank_ends_all_and_the_next_run_goes_on_at_the_last_finished_block(
     model: Path, pair: Path, tmp_path: Path
 ) -> None:
@@ -196,7 +199,8 @@ with as_rank("cpu") as (group, device):
 """
 
 
-def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+def test_ranks_do_not_outlive_their_launcher(tmp_path: Path, signum: signal.Signals) -> None:
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, tmp_path, WAITING])
     limit = time.monotonic() + 120
     while len(list(tmp_path.iterdir())) < 2:
@@ -204,8 +208,8 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
         assert launcher.poll() is None
         time.sleep(0.05)
     assert len(mentioning(str(tmp_path))) == 3
-    launcher.send_signal(signal.SIGKILL)
-    launcher.wait()
+    launcher.send_signal(signum)
+    assert launcher.wait() == (-signum if signum == signal.SIGKILL else 128 + signum)
     while mentioning(str(tmp_path)):
         assert time.monotonic() < limit
         time.sleep(0.05)
