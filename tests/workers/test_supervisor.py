@@ -75,6 +75,17 @@ def test_finished_job_shows_its_files_log_and_result(
     assert not settings.job_folder(job.id).exists()
 
 
+def test_stored_specification_of_another_version_fails_by_name(
+    settings: Settings, database: Database, stop: StopRequest
+) -> None:
+    supervisor = Supervisor(settings, database)
+    job = supervisor.store.submit(spec()).job
+    set_columns(database, job.id, spec=job.spec | {"colour": "red"})
+    assert supervisor.run_next(stop)
+    job = supervisor.store.get(job.id)
+    assert (job.state, job.error_code, job.error_param) == ("failed", "invalid_spec", "colour")
+
+
 def test_refused_input_fails_at_once_with_code_and_parameter(
     settings: Settings, database: Database, stop: StopRequest
 ) -> None:

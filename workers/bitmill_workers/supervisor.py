@@ -20,8 +20,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bitmill.errors import BitmillError
-from bitmill.spec import HubModel, JobSpec
+from bitmill.errors import BitmillError, SpecError
+from bitmill.spec import HubModel, JobSpec, parse_spec
 from bitmill_workers.artifacts import ArtifactStore, open_artifacts
 from bitmill_workers.catalog import Catalog
 from bitmill_workers.db import Database
@@ -76,18 +76,26 @@ class Supervisor:
             return False
         with log_fields(job_id=job.id, attempt=job.attempt, worker=self.settings.worker_name):
             _log.info("attempt starts")
-            Attempt(self, job, stop).run()
+            try:
+                spec = parse_spec(job.spec)
+            except SpecError as error:
+                # Stored by a version that knew other fields; no worker of this one can run it.
+                self.leases.fail(job.id, job.token, error.code, error.message, param=error.param)
+            else:
+                Attempt(self, job, spec, stop).run()
         return True
 
 
 class Attempt:
     """A claimed job, from claim to release."""
 
-    def __init__(self, supervisor: Supervisor, job: JobRecord, stop: StopRequest) -> None:
+    def __init__(
+        self, supervisor: Supervisor, job: JobRecord, spec: JobSpec, stop: StopRequest
+    ) -> None:
         self.parts = supervisor
         self.settings = supervisor.settings
         self.job = job
-        self.spec = JobSpec.model_validate(job.spec)
+        self.spec = spec
         self.stop = stop
         self.key = (job.id, job.token)
         eta = Eta(stage_seconds(supervisor.store.database, job.model))

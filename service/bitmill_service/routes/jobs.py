@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response, status
 from fastapi.responses import JSONResponse
 
-from bitmill.spec import JobSpec
+from bitmill.spec import JobSpec, parse_spec
 from bitmill.storage import sha256_json
 from bitmill_service.admission import admit, plan_job, route
 from bitmill_service.context import Context, ContextDep, JobDep, JobId
@@ -112,7 +112,7 @@ def retry_job(job: JobDep, context: ContextDep, idempotency_key: IdempotencyKey 
     request_hash = sha256_json({"retry": job.id})
     if replayed := _replayed(context, idempotency_key, request_hash, tenant=job.tenant):
         return replayed
-    spec = JobSpec.model_validate(job.spec)
+    spec = parse_spec(job.spec)
     admit(context, spec)
     submission = context.jobs.submit(
         spec,
