@@ -96,6 +96,7 @@ class GradientPass:
         self._tokens = group.shard(tokens)
         self._ranks = group.size
         self._prepare = prepare
+        self._passed: tuple[int, nn.Module] | None = None
         self._scratch = scratch
         self.predictions = tokens.shape[0] * (tokens.shape[1] - 1)
 
@@ -134,6 +135,12 @@ class GradientPass:
                 self._backward(i, inputs.take(i), gradient, observer_of(i))
                 if on_block:
                     on_block(i, gradient)
+
+    def source_block(self, i: int) -> nn.Module:
+        """Block i with the source's weights: the one just gone through backward, or a fresh one."""
+        if self._passed is not None and self._passed[0] == i and self._prepare is None:
+            return self._passed[1]
+        return self._model.load_block(i)
 
     def _room(self, size: int) -> tuple[int, torch.device]:
         """Bytes for block inputs of `size` bytes each, and the memory to take them from."""
@@ -233,6 +240,7 @@ class GradientPass:
         self, i: int, inputs: Tensor, gradient: Tensor, observer: BlockObserver | None
     ) -> None:
         """Replace the gradient at block i's output by that at its input, in place."""
+        self._passed = None
         block = self._load(i)
         modules = self._model.linears(block, i)
         for part in self._parts():
@@ -250,6 +258,7 @@ class GradientPass:
                     code="non_finite_gradient",
                 )
             gradient[part] = x.grad.to(gradient.device, gradient.dtype)
+        self._passed = i, block
 
 
 @contextmanager

@@ -273,7 +273,8 @@ class _Measurement:
 
         def done(i: int, gradient: Tensor) -> None:
             if i not in found:
-                found[i] = self._measure(i, self._moments.pop(i), gradients.predictions)
+                moments, block = self._moments.pop(i), gradients.source_block(i)
+                found[i] = self._measure(i, block, moments, gradients.predictions)
                 self._saved.save(i, found[i])
             self._saved.save_gradient(i, gradient)
             report(2 * count - i)
@@ -293,8 +294,9 @@ class _Measurement:
         return [found[i] for i in range(count)]
 
     @torch.no_grad()
-    def _measure(self, i: int, moments: BlockMoments, predictions: int) -> BlockProfile:
-        block = self._model.load_block(i)
+    def _measure(
+        self, i: int, block: nn.Module, moments: BlockMoments, predictions: int
+    ) -> BlockProfile:
         modules = self._model.linears(block, i)
         moments.all_reduce(self._ranks)
         moments.fill()

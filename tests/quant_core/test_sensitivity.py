@@ -352,3 +352,19 @@ def test_gradients_that_are_not_finite_are_refused(llama):
 
     with pytest.raises(CalibrationError):
         profile_knapsack(model, some_tokens(), model.plan, QUICK, prepare=explode)
+
+
+def test_the_block_just_passed_serves_for_its_weights_unless_it_was_changed(llama: Path) -> None:
+    model = streamed(llama)
+    plain = GradientPass(model, some_tokens(2), PassSettings())
+    plain.run(lambda i: None)
+    assert plain.source_block(0) is plain.source_block(0)
+    assert plain.source_block(1) is not plain.source_block(1)
+
+    def halve(_: int, block: torch.nn.Module) -> None:
+        block.mlp.up_proj.weight.mul_(0.5)
+
+    changed = GradientPass(model, some_tokens(2), PassSettings(), prepare=halve)
+    changed.run(lambda i: None)
+    weight = changed.source_block(0).mlp.up_proj.weight
+    assert torch.equal(weight, model.load_block(0).mlp.up_proj.weight)
