@@ -205,8 +205,10 @@ def profile_block_sba(
     leads = {group[0]: group for group in groups}
     modules = {lead: linears[lead] for lead in leads}
     windows = settings.evaluated // (stream.hidden.shape[1] * stream.group.size)
-    for part in stream.hidden[: max(1, windows)].split(settings.batch):
-        ends = observe_ends(model, index, block, modules, {}, part.to(model.device))
+    some = stream.hidden[: max(1, windows)]
+    for start in range(0, len(some), settings.batch):
+        part = some[start : start + settings.batch].to(model.device)
+        ends = observe_ends(model, index, block, modules, {}, part)
         with stage("divergence"):
             for lead, x in ends.inputs.items():
                 for name in leads[lead]:

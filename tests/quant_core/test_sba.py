@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -145,3 +147,16 @@ def test_a_block_is_profiled_on_its_own_inputs(opt, order):
     search.add(x)
     assert records[name].salience.tolist() == search.record().salience.tolist()
     assert np.allclose(records[name].kl, search.record().kl, rtol=1e-3)
+
+
+def test_candidates_are_judged_on_the_first_windows_up_to_a_limit(opt):
+    tokens = torch.randint(2, 258, (5, 48), generator=torch.Generator().manual_seed(1))
+    stream, block = Stream(opt.embed(tokens)), opt.load_block(0)
+    whole = SbaSettings(clip=ClipSettings.shrink_only(), batch=2)
+    limited = replace(whole, evaluated=2 * 48 + 47)
+    every, _ = profile_block_sba(opt, 0, block, stream, 3, settings=whole)
+    some, _ = profile_block_sba(opt, 0, block, stream, 3, settings=limited)
+    for name, record in some.items():
+        assert record.salience.tolist() == every[name].salience.tolist()
+        assert record.kl.tolist() != every[name].kl.tolist()
+        assert abs(record.kl - every[name].kl).max() < 0.5 * every[name].kl.max()
