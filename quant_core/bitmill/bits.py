@@ -25,6 +25,7 @@ from bitmill_kernels.layout import GROUP_SIZE, PLANES, WIDTHS, group_columns, ze
 
 __all__ = [
     "GROUP_SIZE",
+    "MAP_NAME",
     "PLANES",
     "WIDTHS",
     "BitWidthMap",
@@ -35,6 +36,9 @@ __all__ = [
     "linear_bytes",
     "stored_bits",
 ]
+
+MAP_NAME = "bit_width_map.json"
+"""File of a packed folder's bit-width map."""
 
 
 @dataclass(frozen=True)

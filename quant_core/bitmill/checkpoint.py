@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from bitmill.bits import BitWidthMap, LinearShape
+from bitmill.bits import MAP_NAME, BitWidthMap, LinearShape
 from bitmill.errors import FormatError, ModelError
 from bitmill.headers import TensorHeader, read_headers, safetensors_files
 from bitmill.model_config import sanitize
@@ -39,7 +39,6 @@ from bitmill.storage import disk_errors, read_json, write_bytes, write_json
 from bitmill.stored_tensors import linear_tensors
 
 CONFIG_NAME = "config.json"
-MAP_NAME = "bit_width_map.json"
 COPIED_FILES = (
     "generation_config.json",
     "tokenizer*",

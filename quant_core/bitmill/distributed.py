@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -132,10 +132,10 @@ class _Ranks(Group):
         return float(sum(self._all(torch.tensor(value, dtype=torch.float64))))
 
     def gather(self, value: T) -> list[T]:
-        found: list[T | None] = [None] * self.size
+        found: list[Any] = [None] * self.size
         with _peers():
             dist.all_gather_object(found, value)
-        return found  # type: ignore[return-value]
+        return found
 
     def broadcast(self, value: T) -> T:
         found = [value]

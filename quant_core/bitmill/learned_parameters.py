@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from bitmill.bits import BitWidthMap
+from bitmill.bits import MAP_NAME, BitWidthMap
 from bitmill.errors import FormatError, InputError
 from bitmill.manifest import MANIFEST_NAME, Manifest, read_manifest
 from bitmill.spec import JobSpec, Refinement
@@ -95,7 +95,7 @@ class LearnedParameters:
 
     def check_map(self, bit_widths: BitWidthMap) -> None:
         """Refuse another map than the one that the parameters were learned for."""
-        learned = BitWidthMap.load(self.folder / "bit_width_map.json")
+        learned = BitWidthMap.load(self.folder / MAP_NAME)
         if learned == bit_widths:
             return
         names = sorted({*learned.linears, *bit_widths.linears})

@@ -27,14 +27,11 @@ import torch
 
 from bitmill import storage
 from bitmill.allocate import Allocator, allocate, check_budget
-from bitmill.bits import WIDTHS, BitWidthMap
+from bitmill.bits import MAP_NAME, WIDTHS, BitWidthMap
 from bitmill.blocks import StreamedModel
 from bitmill.budget import checkpoint_tensors, footprint, order_owners
 from bitmill.calibration import CalibrationSet, calibration_tokens
-from bitmill.checkpoint import (
-    MAP_NAME,
-    write_checkpoint,
-)
+from bitmill.checkpoint import write_checkpoint
 from bitmill.checkpoint_source import CheckpointSource, check_all_finite
 from bitmill.distributed import SINGLE, Group
 from bitmill.errors import ResourceError, SpecError, VerificationError

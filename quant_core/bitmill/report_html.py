@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from bitmill.bits import BitWidthMap
+from bitmill.bits import MAP_NAME, BitWidthMap
 from bitmill.profile_summary import SUMMARY_NAME, ProfileSummary
 from bitmill.quality import LinearQuality, QualityReport, QualityRow
 from bitmill.report_charts import (
@@ -88,7 +88,7 @@ class ReportData:
         summary = folder / SUMMARY_NAME
         return cls(
             folder.resolve().name,
-            BitWidthMap.load(folder / "bit_width_map.json"),
+            BitWidthMap.load(folder / MAP_NAME),
             QualityReport.load(folder / "quality.json"),
             ProfileSummary.load(summary) if summary.is_file() else None,
         )

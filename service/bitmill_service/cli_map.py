@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bitmill.bits import BitWidthMap
+from bitmill.bits import MAP_NAME, BitWidthMap
 from bitmill.slim_maps import read_slim_map
 from bitmill.spec import parse_part
 from bitmill.storage import write_bytes
@@ -37,7 +37,7 @@ def load_map(target: str, url: str | None) -> BitWidthMap:
     """The map that a command-line argument means."""
     path = Path(target)
     if path.is_dir():
-        return BitWidthMap.load(path / "bit_width_map.json")
+        return BitWidthMap.load(path / MAP_NAME)
     if path.suffix == ".pt":
         return read_slim_map(path)
     if path.is_file() or path.suffix == ".json":

@@ -24,6 +24,7 @@ from typing import Any
 
 import typer
 
+from bitmill.bits import MAP_NAME
 from bitmill.errors import InputError, VerificationError
 from bitmill.manifest import MANIFEST_NAME, check_folder
 from bitmill.spec import JobSpec, parse_spec
@@ -100,7 +101,7 @@ def run_demo(settings: DemoSettings, *, as_json: bool) -> None:
         with _log_on_failure(client):
             job = _run_job(client, spec, quiet=as_json)
         _say("downloading through the API", quiet=as_json)
-        map_file = settings.out / "bit_width_map.json"
+        map_file = settings.out / MAP_NAME
         client.download(job.id, checkpoint)
         write_bytes(map_file, client.bit_width_map(job.id).to_json().encode())
         report = client.report(job.id)

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from bitmill.bits import BitWidthMap
+from bitmill.bits import MAP_NAME, BitWidthMap
 from bitmill.errors import CalibrationError, InputError
 from bitmill.learned_parameters import RECORD_NAME
 from bitmill.spec import JobSpec, parse_spec
 from bitmill_workers.artifacts import LocalArtifacts
 from bitmill_workers.catalog import Catalog
 from bitmill_workers.inputs import (
-    MAP_FILE,
     fetch_parameters,
     given_map,
     local_spec,
@@ -54,7 +53,7 @@ def test_map_is_found_wherever_it_is(
     store.submit(spec())
     job = leases.claim_next("w", QUEUES)
     assert job is not None
-    file = Artifact(MAP_FILE, 1, "0" * 64, f"{job.id}/1/{MAP_FILE}")
+    file = Artifact(MAP_NAME, 1, "0" * 64, f"{job.id}/1/{MAP_NAME}")
     (artifacts.root / job.id / "1").mkdir(parents=True)
     (artifacts.root / file.storage_key).write_text(MAP.to_json())
     assert leases.finalize(job.id, job.token)

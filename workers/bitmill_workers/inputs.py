@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bitmill.bits import BitWidthMap
+from bitmill.bits import MAP_NAME, BitWidthMap
 from bitmill.errors import CalibrationError, InputError, ModelError
 from bitmill.learned_parameters import PARAM, RECORD_NAME, LearnedFor
 from bitmill.spec import (
@@ -27,7 +27,6 @@ from bitmill_workers.jobs import JobStore
 from bitmill_workers.records import Artifact
 from bitmill_workers.settings import Settings
 
-MAP_FILE = "bit_width_map.json"
 _TEXT_PARAM = "calibration.text.path"
 
 
@@ -78,7 +77,7 @@ def given_map(
         if record is None:
             raise _no_map(f"no bit-width map {given.map_id!r} was uploaded", "map_id")
         return BitWidthMap.model_validate(record.map)
-    artifact = store.artifact(given.job_id, MAP_FILE)
+    artifact = store.artifact(given.job_id, MAP_NAME)
     if artifact is None:
         raise _no_map(f"there is no succeeded job {given.job_id!r} with a bit-width map", "job_id")
     return BitWidthMap.model_validate_json(artifacts.read(artifact))

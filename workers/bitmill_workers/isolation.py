@@ -2,8 +2,8 @@
 
 A network namespace of its own, with loopback only, where the kernel allows one; otherwise a
 Landlock rule set that refuses every TCP connect and bind (Linux 6.7, docs.kernel.org
-userspace-api/landlock), which needs no privilege and works within containers. With Landlock,
-ranks of one job on several accelerators cannot reach each other, and UDP stays possible.
+userspace-api/landlock), which needs no privilege and works within containers. With Landlock UDP
+stays possible, and a job on several accelerators, whose ranks talk to each other, is refused.
 """
 
 from __future__ import annotations

@@ -9,14 +9,13 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import RedirectResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from bitmill.bits import BitWidthMap
+from bitmill.bits import MAP_NAME, BitWidthMap
 from bitmill_service.context import Context, ContextDep, JobDep
 from bitmill_service.events import EventStreamRoute, first_event, job_events
 from bitmill_service.files import StoredFile, file_response, head_response
 from bitmill_service.problems import ProblemError
 from bitmill_service.schemas import EventPage, FileList, LogPage
 from bitmill_service.views import event_view, file_view, log_view
-from bitmill_workers.inputs import MAP_FILE
 from bitmill_workers.records import Artifact, JobRecord
 
 REPORT_FILE = "quality.json"
@@ -82,7 +81,7 @@ def read_logs(
 @router.get("/bit-width-map", response_model=BitWidthMap)
 def read_map(job: JobDep, context: ContextDep) -> Response:
     """The width of every group of every quantized linear."""
-    return _json_file(context, job, MAP_FILE)
+    return _json_file(context, job, MAP_NAME)
 
 
 @router.get("/report")
