@@ -6,7 +6,8 @@ A checkpoint of N decoder blocks with random weights (normal, with outlier chann
 written to a temporary folder and run through the job's own stages. Windows are random tokens. Every
 decoder block of a stage is one unit; a unit's seconds are split by what the library was doing. All
 blocks of the shape are extrapolated: what was measured, plus the median of the units behind the
-first (which compiles kernels) for each block that is missing.
+first (which compiles kernels) for each block that is missing, and the forward passes that a
+backward pass through all blocks would repeat.
 
 With several devices the times are the first rank's, which waits for the others at every sum; memory
 is that of one rank.
@@ -37,6 +38,12 @@ import transformers
 from safetensors.torch import save_file
 
 from bitmill import pipeline
+from bitmill.block_inputs import (
+    choose_every,
+    least_inputs,
+    spare_device_bytes,
+    spare_host_bytes,
+)
 from bitmill.calibration import CalibrationSet
 from bitmill.distributed import Group
 from bitmill.estimate import Machine, estimate
@@ -220,6 +227,9 @@ def run(options: argparse.Namespace, group: Group, device: torch.device) -> dict
         peak = memory.peak
         group.barrier()
     measured = {stage: seconds_of(stage, watch.units, options, shape) for stage in STAGES}
+    forward = measured["profile"]["phases"].get("profile forward", 0.0)
+    again = runs_again(options, shape, device) * shape.blocks * forward
+    measured["profile"]["all_blocks"] = round(measured["profile"]["all_blocks"] + again, 2)
     full = replace_blocks(planned, shape.blocks)
     machine = Machine(accelerator=device.type == "cuda", threads=torch.get_num_threads())
     return {
@@ -243,6 +253,16 @@ def run(options: argparse.Namespace, group: Group, device: torch.device) -> dict
         "machine": machine_of(device),
         "units": [asdict(unit) for unit in watch.units],
     }
+
+
+def runs_again(options: argparse.Namespace, shape: Shape, device: torch.device) -> float:
+    """Share of all blocks that a backward pass runs forward twice, to keep fewer inputs."""
+    element = 2 if device.type == "cuda" else 4
+    size = options.profile_sequences * options.tokens * shape.hidden * element
+    room = spare_device_bytes(device) - size
+    if room < least_inputs(shape.blocks) * size:
+        room = spare_host_bytes()
+    return 1 - 1 / choose_every(shape.blocks, size, room)
 
 
 STAGES = ("profile", "allocate", "refine", "pack")
@@ -311,6 +331,7 @@ def seconds_of(
     measured = sum(unit.total for unit in mine)
     missing = shape.blocks - options.blocks
     parts: dict[str, float] = {}
+    phases: dict[str, float] = {}
     for phase in dict.fromkeys(unit.stage for unit in mine if unit.number > 0):
         steady = [unit.seconds for unit in mine if unit.stage == phase and unit.number > 0]
         if stage == "pack":
@@ -320,11 +341,13 @@ def seconds_of(
         for name in {name for seconds in steady for name in seconds}:
             times = [seconds.get(name, 0.0) for seconds in steady]
             parts[name] = parts.get(name, 0.0) + statistics.median(times)
+        phases[phase] = sum(parts.values()) - sum(phases.values())
     block = sum(parts.values())
     return {
         "measured": round(measured, 3),
         "block": round(block, 4),
         "all_blocks": round(measured + missing * block, 2),
+        "phases": {phase: round(seconds, 4) for phase, seconds in phases.items()},
         "block_parts": {k: round(v, 4) for k, v in sorted(parts.items(), key=lambda kv: -kv[1])},
     }
 
