@@ -173,7 +173,7 @@ def load_library() -> ctypes.CDLL | None:
     try:
         library = _build()
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         _LOG.warning("packed linears on the CPU unpack tiles with torch, slowly: %s", reason)
         return None
     _LOG.info("packed linears on the CPU run in the compiled kernel")

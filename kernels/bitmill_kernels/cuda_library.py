@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -27,8 +28,8 @@ def available(device: torch.device) -> bool:
         return False
     try:
         load_library()
-    except (OSError, RuntimeError) as error:
-        _say_unavailable(str(error).splitlines()[0])
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        _say_unavailable(str(error).partition("\n")[0])
         return False
     return True
 

@@ -87,7 +87,7 @@ def _decode_time(
         try:
             return median(_times(_captured_step(model, prompt), new_tokens, device)), True
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0]
             _LOG.warning("the decode step cannot be captured in a CUDA graph: %s", reason)
     cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
     token = prompt[:, -1:]

@@ -64,7 +64,7 @@ def classify(error: BaseException) -> tuple[Exit, str, str, str | None]:
         return Exit.RESOURCE, "disk_full", message, None
     # torch is not imported here; its class is told by name.
     if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
-        return Exit.OUT_OF_MEMORY, "out_of_memory", str(error).splitlines()[0], None
+        return Exit.OUT_OF_MEMORY, "out_of_memory", str(error).partition("\n")[0], None
     return Exit.CRASH, "internal", f"{type(error).__name__}: {error}", None
 
 
