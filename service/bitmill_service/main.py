@@ -78,7 +78,6 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         version=health.VERSION,
         description=_DESCRIPTION,
         lifespan=_lifespan,
-        dependencies=[Depends(refuse_unknown_query)],
         responses=problems.openapi_responses(),
     )
     app.state.context = context
@@ -92,7 +91,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         job_outputs.router,
         profiles.router,
         maps.router,
-        health.router,
     ):
-        app.include_router(router)
+        app.include_router(router, dependencies=[Depends(refuse_unknown_query)])
+    app.include_router(health.router)
     return app

@@ -1,6 +1,7 @@
 """Refuses query parameters that a route does not take.
 
-A misspelt `validate_only` would otherwise create the job that it was meant to try.
+A misspelt `validate_only` would otherwise create the job that it was meant to try. Health and
+metrics are asked by programs that add parameters of their own, and take any.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from bitmill.errors import InputError
 
 
 def refuse_unknown_query(request: Request) -> None:
-    """A dependency of every route; raises `InputError` (code `invalid_request`)."""
+    """A dependency of every route below /v1; raises `InputError` (code `invalid_request`)."""
     route = request.scope["route"]
     assert isinstance(route, APIRoute)
     known = set(_names(route.dependant))
