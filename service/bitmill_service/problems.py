@@ -240,7 +240,8 @@ async def _on_store_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_unstorable(request: Request, error: Exception) -> JSONResponse:
     """PostgreSQL takes no NUL character in a text, which JSON and addresses can hold."""
-    _log.warning("a value cannot be stored: %s", error)
+    assert isinstance(error, DataError)
+    _log.warning("a value cannot be stored: %s", error.orig)
     return _respond(
         request,
         status=422,
