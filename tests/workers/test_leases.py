@@ -86,6 +86,13 @@ def test_log_of_a_worker_that_loses_its_job_meanwhile_is_refused(
     assert store.read_log(job.id).data == b"new"
 
 
+def test_any_reason_can_be_stored(job: JobRecord, store: JobStore, leases: LeaseStore) -> None:
+    assert leases.fail(job.id, job.token, "bad_shape", "a\0b", param="layers." * 70)
+    failed = store.get(job.id)
+    assert failed.error_message == "a\N{REPLACEMENT CHARACTER}b"
+    assert failed.error_param == ("layers." * 70)[:200]
+
+
 def test_finish_shows_files_and_result_once(
     job: JobRecord, store: JobStore, leases: LeaseStore
 ) -> None:

@@ -17,7 +17,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from bitmill_workers.db import Database, db_now
 from bitmill_workers.records import Artifact, JobRecord, Renewal
 from bitmill_workers.states import ACTIVE, State
-from bitmill_workers.tables import artifacts, job_logs, jobs
+from bitmill_workers.tables import LONGEST_PARAM, artifacts, job_logs, jobs
 from bitmill_workers.transitions import add_events, edge, follow, transition
 
 MAX_EVENTS = 50_000
@@ -164,7 +164,7 @@ class LeaseStore:
         self, job_id: str, token: int, code: str, message: str, *, param: str | None = None
     ) -> bool:
         """End the job as failed; False where the caller is fenced."""
-        values = {"error_code": code, "error_message": message, "error_param": param}
+        values = _error(code, message, param)
         with self.database.write() as conn:
             job = transition(
                 conn, _held(job_id, token), "failed", values=values, event={"code": code}
@@ -249,9 +249,21 @@ def requeue(
     if again is not None:
         return True
     code, message = failure
-    ended = {"error_code": code, "error_message": message, counter: count + 1}
+    ended = _error(code, message) | {counter: count + 1}
     event = {"reason": reason, "code": code}
     return transition(conn, which, "failed", sources=active, values=ended, event=event) is not None
+
+
+def _error(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """The columns that say why a job failed; what no column can hold must not keep it from ending.
+
+    PostgreSQL's texts take no NUL character, which the name of a stranger's tensor may bring.
+    """
+    return {
+        "error_code": code,
+        "error_message": message.replace("\0", "\N{REPLACEMENT CHARACTER}"),
+        "error_param": param and param.replace("\0", "\N{REPLACEMENT CHARACTER}")[:LONGEST_PARAM],
+    }
 
 
 def _flags() -> tuple[sa.ColumnElement[float | None], sa.ColumnElement[bool]]:
