@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from bitmill.distributed import SINGLE, Group
 from bitmill.errors import CalibrationError, ResourceError, SpecError
 from bitmill.launch import RankFailed, check_devices, run_ranks
+from bitmill.profile import SensitivityProfile
 from bitmill.refinement import RefinedModel
 from bitmill.spec import parse_spec
 from ranks_job import ranks_job
@@ -145,10 +147,17 @@ def assert_like_one_rank(out: Path, alone: tuple[Path, RefinedModel]) -> None:
     folder, one = alone
     for name in ("windows.json", "map.json", "orders.npz"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
+    for kind in ("knapsack", "sba"):
+        found, expected = (SensitivityProfile.load(at / f"{kind}.npz") for at in (out, folder))
+        for mine, theirs in zip(found.linears, expected.linears, strict=True):
+            np.testing.assert_allclose(mine.costs, theirs.costs, rtol=0.01)
+        for name, record in expected.sba.get(3, {}).items():
+            assert (found.sba[3][name].salience == record.salience).all()
+            np.testing.assert_allclose(found.sba[3][name].kl, record.kl, rtol=0.01)
     several = RefinedModel(out / "refine", one.plan)
-    for found, expected in zip(several.reports()[0], one.reports()[0], strict=True):
-        assert found.name == expected.name
-        assert found.relative_error == pytest.approx(expected.relative_error, rel=0.02)
+    for ours, alones in zip(several.reports()[0], one.reports()[0], strict=True):
+        assert (ours.name, ours.tokens) == (alones.name, alones.tokens)
+        assert ours.relative_error == pytest.approx(alones.relative_error, rel=0.02)
     for name in (linear.name for linear in one.plan.block_linears(0)[:3]):
         same = several.linear(name).codes == one.linear(name).codes
         assert same.float().mean() > 0.99, name
