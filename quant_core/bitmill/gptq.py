@@ -59,7 +59,7 @@ class GptqSettings:
     compensated: CompensatedSettings | None = field(default_factory=CompensatedSettings)
     damping: tuple[float, ...] = DAMPING_LADDER
     super_block: int = 4
-    rounds: int = 2
+    rounds: int = 4
     refit: bool = True
     descent: bool = True
     gain: float = 0.0
