@@ -402,6 +402,8 @@ def _launch(
     loss: Tensor,
     search: bool,
 ) -> None:
+    if unit.stride(1) != 1:
+        raise ValueError(f"unit has strides {unit.stride()}: give its rows one after the other")
     K, R = w.shape
     blocks, groups = triton.cdiv(R, ROWS_PER_PROGRAM), triton.cdiv(K, GROUP_SIZE)
     for settled, each, programs in candidates.launches:

@@ -70,7 +70,7 @@ class HessianAccumulator:
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """Upper U f32 [K, K] with (U^T U)^-1 = H + damping * mean(diag H) * I.
+    """Upper U f32 [K, K], row by row, with (U^T U)^-1 = H + damping * mean(diag H) * I.
 
     dead: columns that no calibration token touched; failed: damping rungs whose Cholesky failed.
     """
@@ -127,7 +127,9 @@ def factor(H: Tensor, *, ladder: tuple[float, ...] = DAMPING_LADDER, name: str =
     for damping in ladder:
         inverse = _inverse_factor(damped(H.flip(0, 1), damping, copy=False))
         if inverse is not None:
-            return Factor(inverse.flip(0, 1), damping, dead, tuple(failed))
+            upper = inverse.flip(0, 1)
+            del inverse
+            return Factor(upper.contiguous(), damping, dead, tuple(failed))
         failed.append(damping)
     raise NumericalError(
         f"the Hessian of {name} ({len(H)} columns, {dead} dead) is not positive definite even with "
