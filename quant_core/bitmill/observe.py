@@ -65,6 +65,7 @@ def observe_ends(
     """Inputs of some linears and outputs of others, as `observe` gives both.
 
     A linear that is only read is not run if the block can stop there. whole: it runs to its end.
+    Outputs are copies: a block may add to them in place (falcon adds attention to its MLP's).
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -82,7 +83,7 @@ def observe_ends(
 
     def after(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            outputs[name] = _rows(output)
+            outputs[name] = _rows(output).clone()
             stop_if_done()
 
         return hook
