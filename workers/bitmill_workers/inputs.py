@@ -137,11 +137,8 @@ def fetch_parameters(
 def _parameter_files(given: JobParameters, store: JobStore) -> dict[str, Artifact]:
     files = {file.path: file for file in store.artifacts(given.job_id)}
     if RECORD_NAME not in files:
-        raise InputError(
-            f"there is no succeeded job {given.job_id!r} with learned parameters",
-            code="parameters_not_found",
-            param=f"{PARAM}.job_id",
-        )
+        what = f"there is no succeeded job {given.job_id!r} with learned parameters"
+        raise _no_parameters(what, "job_id")
     return files
 
 
@@ -151,12 +148,12 @@ def _parameter_folder(given: PathParameters, settings: Settings) -> Path:
     except ModelError as error:
         raise InputError(error.message, code=error.code, param=f"{PARAM}.path") from error
     if not (place / RECORD_NAME).is_file():
-        raise InputError(
-            f"there are no learned parameters in {given.path!r}",
-            code="parameters_not_found",
-            param=f"{PARAM}.path",
-        )
+        raise _no_parameters(f"there are no learned parameters in {given.path!r}", "path")
     return place
+
+
+def _no_parameters(problem: str, member: str) -> InputError:
+    return InputError(problem, code="parameters_not_found", param=f"{PARAM}.{member}")
 
 
 def _no_map(problem: str, member: str) -> InputError:
