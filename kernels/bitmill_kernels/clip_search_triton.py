@@ -45,6 +45,27 @@ def _error(
 
 
 @triton.jit
+def _better(
+    w: tl.tensor,
+    h: tl.tensor,
+    largest: tl.tensor,
+    new_scale: tl.tensor,
+    new_zero: tl.tensor,
+    best: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Error and grid [R] of the better of two grids, the old one where they are equal."""
+    error = _error(w, h, new_scale, new_zero, largest)
+    better = error < best
+    return (
+        tl.where(better, error, best),
+        tl.where(better, new_scale, scale),
+        tl.where(better, new_zero, zero),
+    )
+
+
+@triton.jit
 def _half(scale: tl.tensor) -> tl.tensor:
     return scale.to(tl.float16).to(tl.float32)
 
@@ -93,22 +114,14 @@ def _clip_search_kernel(
     for i in range(shrinks):
         new_scale = _half(step * tl.load(shrink_ptr + i))
         new_zero = tl.where(new_scale > 0, middle, 0.0)
-        error = _error(w, h, new_scale, new_zero, largest)
-        better = error < best
-        best = tl.where(better, error, best)
-        scale = tl.where(better, new_scale, scale)
-        zero = tl.where(better, new_zero, zero)
+        best, scale, zero = _better(w, h, largest, new_scale, new_zero, best, scale, zero)
     base_scale = scale
     base_zero = zero
     for i in range(moves):
         new_scale = _half(tl.minimum(base_scale * tl.load(factor_ptr + i), LARGEST_SCALE))
         new_zero = tl.minimum(tl.maximum(base_zero + tl.load(offset_ptr + i), 0.0), largest)
         new_zero = tl.where(new_scale > 0, new_zero, 0.0)
-        error = _error(w, h, new_scale, new_zero, largest)
-        better = error < best
-        best = tl.where(better, error, best)
-        scale = tl.where(better, new_scale, scale)
-        zero = tl.where(better, new_zero, zero)
+        best, scale, zero = _better(w, h, largest, new_scale, new_zero, best, scale, zero)
     for _ in range(fits):
         v = _steps(w, scale, zero, largest)
         product = tl.sum(w * v * h[:, None], axis=0)
@@ -117,11 +130,7 @@ def _clip_search_kernel(
         legal = (square > 0) & (fitted > 0) & (fitted <= LARGEST_SCALE)
         new_scale = _half(tl.where(legal, fitted, scale))
         new_zero = tl.where(new_scale > 0, zero, 0.0)
-        error = _error(w, h, new_scale, new_zero, largest)
-        better = error < best
-        best = tl.where(better, error, best)
-        scale = tl.where(better, new_scale, scale)
-        zero = tl.where(better, new_zero, zero)
+        best, scale, zero = _better(w, h, largest, new_scale, new_zero, best, scale, zero)
     scale = tl.where(widest == float("inf"), widest, scale)
     out = group.to(tl.int64) * R + row
     tl.store(scale_ptr + out, scale, mask=row_live)
