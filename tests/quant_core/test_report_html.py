@@ -18,10 +18,10 @@ from bitmill.quality import (
     QualityReport,
     QualityRow,
     TextQuality,
-    TuningQuality,
 )
 from bitmill.report_charts import WIDTH_COLOURS, ink, log_colours, mean_colour, width_strip
 from bitmill.report_html import write_report
+from learned_reports import tuning_quality
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 VOID = {"meta", "br", "line", "polyline", "circle"}
@@ -209,18 +209,7 @@ def learned() -> dict[str, Any]:
     )
     texts = {"handbook_evaluation": (0.6, 0.6)}
     change = {"index": 1, "kept": "start", "loss_after": 0.5, "texts": texts, "gave_up": True}
-    tuning = TuningQuality(
-        kl_before=0.3,
-        kl_after=0.25,
-        kept=True,
-        texts={"handbook_evaluation": (0.4, 0.35)},
-        seconds=7,
-        steps=20,
-        best_step=15,
-        rollbacks=0,
-        gave_up=False,
-    )
-    return {"blocks": (block, block.model_copy(update=change)), "tuning": tuning}
+    return {"blocks": (block, block.model_copy(update=change)), "tuning": tuning_quality(0.35)}
 
 
 def test_every_learned_block_and_the_tuning_are_shown(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from bitmill.quality import BlockQuality, QualityReport, TuningQuality
+from bitmill.quality import BlockQuality, QualityReport
 from bitmill_service.cli import app
+from learned_reports import tuning_quality
 
 
 def block(index: int, after: float, other: float) -> BlockQuality:
@@ -33,21 +34,10 @@ def printed(folder: Path, report: QualityReport) -> list[str]:
 
 
 def test_learned_blocks_tuning_and_warnings_are_printed(tmp_path: Path) -> None:
-    tuning = TuningQuality(
-        kl_before=0.3,
-        kl_after=0.25,
-        kept=True,
-        texts={"handbook_evaluation": (0.4, 0.42)},
-        seconds=7,
-        steps=20,
-        best_step=15,
-        rollbacks=0,
-        gave_up=False,
-    )
     report = QualityReport(
         rows=(),
         blocks=(block(0, 0.4, 1.1), block(1, 0.5, 1.0)),
-        tuning=tuning,
+        tuning=tuning_quality(0.42),
         resumed=True,
         warnings=("it overfits",),
     )
