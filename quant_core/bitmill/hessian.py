@@ -92,20 +92,16 @@ def activation_order(H: Tensor) -> Tensor:
     return torch.argsort(H.diagonal(), descending=True, stable=True)
 
 
-def _inverse_factor(H: Tensor) -> Tensor | None:
-    """M^-1 of H = M M^T, or None where H is not positive definite; two more matrices at most."""
-    lower, info = torch.linalg.cholesky_ex(H)
-    if int(info):
-        return None
-    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+def _inverse(lower: Tensor) -> Tensor:
+    eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
     return inverse
 
 
-def damped(H: Tensor, damping: float, *, copy: bool = True) -> Tensor:
-    """H with damping * mean(diag H) on its diagonal; the identity where H is zero."""
+def damped(H: Tensor, damping: float) -> Tensor:
+    """A copy of H with damping * mean(diag H) on its diagonal; the identity where H is zero."""
     mean = H.diagonal().mean()
-    result = H.clone() if copy else H
+    result = H.clone()
     result.diagonal().add_(torch.where(mean > 0, damping * mean, torch.ones_like(mean)))
     return result
 
@@ -125,11 +121,10 @@ def factor(H: Tensor, *, ladder: tuple[float, ...] = DAMPING_LADDER, name: str =
     dead = int((H.diagonal() <= 0).sum())
     failed: list[float] = []
     for damping in ladder:
-        inverse = _inverse_factor(damped(H.flip(0, 1), damping, copy=False))
-        if inverse is not None:
-            upper = inverse.flip(0, 1)
-            del inverse
-            return Factor(upper.contiguous(), damping, dead, tuple(failed))
+        lower, info = torch.linalg.cholesky_ex(damped(H, damping).flip(0, 1))
+        if int(info) == 0:
+            upper = _inverse(lower).flip(0, 1).contiguous()
+            return Factor(upper, damping, dead, tuple(failed))
         failed.append(damping)
     raise NumericalError(
         f"the Hessian of {name} ({len(H)} columns, {dead} dead) is not positive definite even with "
