@@ -248,8 +248,8 @@ def run(options: argparse.Namespace, group: Group, device: torch.device) -> dict
         "seconds_all_blocks": round(sum(part["all_blocks"] for part in measured.values()), 1),
         "device_peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
         "host_peak_bytes": peak,
-        "estimated_for_these_blocks": asdict_of(estimate(planned, spec, machine)),
-        "estimated_for_all_blocks": asdict_of(estimate(full, spec, machine)),
+        "estimated_for_these_blocks": estimate(planned, spec, machine).model_dump(mode="json"),
+        "estimated_for_all_blocks": estimate(full, spec, machine).model_dump(mode="json"),
         "machine": machine_of(device),
         "units": [asdict(unit) for unit in watch.units],
     }
@@ -385,10 +385,6 @@ def replace_blocks(planned: Plan, blocks: int) -> Plan:
         ],
     }
     return Plan.model_validate(copied)
-
-
-def asdict_of(needed: Any) -> dict[str, Any]:
-    return dict(needed.model_dump(mode="json"))
 
 
 @contextmanager
