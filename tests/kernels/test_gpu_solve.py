@@ -10,6 +10,7 @@ from bitmill.gptq import Curvature, GptqSettings, polish, solve
 from bitmill.hessian import Factor
 from bitmill.rtn import round_to_nearest
 from bitmill.sensitivity import SensitivitySettings, linear_costs
+from bitmill_kernels.split_product import split_product
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,3 +65,15 @@ def test_rounding_and_costs_are_the_plain_ones():
     expected = linear_costs(W, weight, curvature, settings)
     found = linear_costs(W.cuda(), weight, on_cuda(curvature), settings)
     assert np.allclose(found, expected, rtol=0.01)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("M", "K", "N"), [(256, 1000, 128), (3, 129, 77), (1, 1, 1)])
+def test_split_products_are_near_those_of_fp64(M, K, N, flip):
+    left, right = torch.randn(M, K), 1e20 * torch.randn(N, K).T
+    if flip:
+        left, right = left.T.contiguous().T, right.contiguous()
+    exact = left.double() @ right.double()
+    found = split_product(left.cuda(), right.cuda())
+    assert found.dtype == torch.float32
+    assert float((found.cpu().double() - exact).norm()) < 2e-5 * float(exact.norm())
