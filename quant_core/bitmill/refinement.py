@@ -1,31 +1,28 @@
 """Refinement of a whole model, block by block, and what it leaves on disk.
 
-Every finished block is one `block-00012.safetensors` of packed tensors beside a
-`block-00012.json` of reports and hashes. A run that was killed reloads finished blocks, puts their
-dequantized weights into the stream and goes on: the inputs of later blocks, and so their bytes,
-are the same. Held-out sequences travel behind the calibration sequences.
+Every finished block is saved (`refined_blocks.py`) while the streams move behind it. A run that was
+killed reloads finished blocks, puts their dequantized weights into the stream and goes on: the
+inputs of later blocks, and so their bytes, are the same. Held-out sequences travel behind the
+calibration sequences.
 
 With method "omniquant" each block is learned after its first solution (`learning.py`), and a tuning
 of all scales at the end, where one is asked for, leaves its blocks in the subfolder `tuned`.
 
-Embeddings and heads that are quantized too come first, as `embeddings.safetensors` and its report:
-the blocks read what the quantized embedding gives.
+Embeddings and heads that are quantized too come first: the blocks read what the quantized embedding
+gives.
 
 Of several ranks each carries the hidden states of its own windows; the first one writes.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from bitmill import storage
@@ -35,7 +32,6 @@ from bitmill.calibration import CalibrationSet
 from bitmill.compensated_grid import CompensatedSettings
 from bitmill.distributed import SINGLE, Group
 from bitmill.embeddings import quantize_embeddings
-from bitmill.errors import FormatError
 from bitmill.gptq import GptqSettings
 from bitmill.grid import ClipSettings
 from bitmill.input_statistics import Stream
@@ -44,18 +40,24 @@ from bitmill.packed import PackedTensor, QuantizedWeight
 from bitmill.plan import Plan
 from bitmill.quality import BlockQuality, LinearQuality, TuningQuality
 from bitmill.refine import RefineSettings, refine_block
+from bitmill.refined_blocks import (
+    EMBEDDINGS,
+    BlockSaver,
+    load_block,
+    load_packed,
+    parts_of,
+    report_path,
+    save_block,
+    tensors_path,
+)
 from bitmill.refinement_report import LinearReport
 from bitmill.spec import Refinement
 from bitmill.starved_experts import is_starved, starved_note
-from bitmill.timing import stage
 
 TUNED_NAME = "tuned"
 TUNING_NAME = "tuning.json"
 BATCH_TOKENS = 16384
 """Tokens that run through a block at once."""
-
-EMBEDDINGS = -1
-"""Stands for the embeddings where a block's number is asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,14 +79,14 @@ class RefinedModel:
     @property
     def digest(self) -> str:
         """Hash of all block reports, which hold the hashes of all packed tensors."""
-        files = [_report(self.folder, i) for i in _parts(self.plan)]
+        files = [report_path(self.folder, i) for i in parts_of(self.plan)]
         return storage.sha256_json([storage.sha256_file(file) for file in files])
 
     def code_hashes(self) -> dict[str, str]:
         """SHA-256 of the codes u8 [N, K] of every linear and embedding."""
         hashes: dict[str, str] = {}
-        for i in _parts(self.plan):
-            hashes |= storage.read_json(_report(self.folder, i))["code_hashes"]
+        for i in parts_of(self.plan):
+            hashes |= storage.read_json(report_path(self.folder, i))["code_hashes"]
         return hashes
 
     def linear(self, name: str) -> QuantizedWeight:
@@ -93,20 +95,20 @@ class RefinedModel:
 
     def order(self, name: str) -> Tensor | None:
         """Column order i32 [K] of one refined linear, None where it has its own."""
-        with safe_open(_tensors(self.folder, self.plan.by_name[name].block), "pt") as file:
+        with safe_open(tensors_path(self.folder, self.plan.by_name[name].block), "pt") as file:
             key = f"{name}.order"
             return file.get_tensor(key) if key in file.keys() else None  # noqa: SIM118
 
     def packed(self, name: str) -> PackedTensor:
         """One refined linear or embedding as it is stored."""
-        return _load_packed(self.folder, self.plan, self.plan.by_name[name].block, (name,))[name]
+        return load_packed(self.folder, self.plan, self.plan.by_name[name].block, (name,))[name]
 
     def reports(self) -> tuple[tuple[LinearQuality, ...], tuple[BlockQuality, ...]]:
         """What refinement says of every linear, and of every block where it learned."""
         linears: list[LinearQuality] = []
         blocks: list[BlockQuality] = []
-        for i in _parts(self.plan):
-            data = storage.read_json(_report(self.folder, i))
+        for i in parts_of(self.plan):
+            data = storage.read_json(report_path(self.folder, i))
             linears += [LinearQuality.model_validate(entry) for entry in data["linears"]]
             if data["learning"] is not None:
                 blocks.append(BlockQuality.model_validate(data["learning"]))
@@ -132,29 +134,32 @@ def refine_model(
 ) -> None:
     """Quantize every linear of the map; `folder` may hold blocks of an earlier, killed run.
 
-    on_unit: told blocks done, their number, the unit and a message. group: ranks that make this
+    on_unit: told blocks saved, their number, the unit and a message. group: ranks that make this
     call together.
     """
     if group.first:
         _refine_embeddings(model, inputs, folder)
-    finished = group.broadcast([_report(folder, i).is_file() for i in range(model.block_count)])
+    finished = group.broadcast([report_path(folder, i).is_file() for i in range(model.block_count)])
     embeddings = _load_embeddings(folder, model.plan)
     matrices = {name: weight.dequantize() for name, weight in embeddings.items()}
     run = _Run(model, model.with_matrices(matrices), inputs, settings, folder, seed, group)
-    for i in range(model.block_count):
-        block = model.load_block(i)
-        if finished[i]:
-            weights = load_block(folder, model.plan, i)
-            for name, module in model.linears(block, i).items():
-                if name in weights:
-                    set_weight(module, weights[name].dequantize())
-        else:
-            refined = run.refine(i, block)
-            if group.first:
-                save_block(folder, i, *refined)
-        if i + 1 < model.block_count:
-            run.advance(i, block)
-        on_unit(i + 1, model.block_count, "block", "")
+    with BlockSaver(folder, model.device) as saver:
+        for i in range(model.block_count):
+            block = model.load_block(i)
+            if finished[i]:
+                weights = load_block(folder, model.plan, i)
+                for name, module in model.linears(block, i).items():
+                    if name in weights:
+                        set_weight(module, weights[name].dequantize())
+            else:
+                refined = run.refine(i, block)
+                if group.first:
+                    saver.save(i, *refined)
+                del refined  # the saver drops it when the block is saved
+            if i + 1 < model.block_count:
+                run.advance(i, block)
+            saver.wait()
+            on_unit(i + 1, model.block_count, "block", "")
     if run.learning is not None:
         _tune(run.learning, model.plan, folder)
     group.barrier()
@@ -173,12 +178,12 @@ def _tune(learning: ModelLearning, plan: Plan, folder: Path) -> None:
     weights, report = tuned
     with storage.atomic_folder(folder / TUNED_NAME) as target:
         for i in range(plan.block_count):
-            data = storage.read_json(_report(folder, i))
+            data = storage.read_json(report_path(folder, i))
             linears = [LinearQuality.model_validate(entry) for entry in data["linears"]]
             block = {linear.name: weights[linear.name] for linear in plan.block_linears(i)}
             save_block(target, i, block, linears, data["learning"])
         if embeddings:
-            data = storage.read_json(_report(folder, EMBEDDINGS))
+            data = storage.read_json(report_path(folder, EMBEDDINGS))
             linears = [LinearQuality.model_validate(entry) for entry in data["linears"]]
             save_block(target, EMBEDDINGS, embeddings, linears, None)
         storage.write_json(target / TUNING_NAME, report.model_dump(mode="json"))
@@ -186,7 +191,7 @@ def _tune(learning: ModelLearning, plan: Plan, folder: Path) -> None:
 
 def _refine_embeddings(model: StreamedModel, inputs: RefineInputs, folder: Path) -> None:
     """Quantize embeddings and heads, where the plan does."""
-    if model.plan.embeddings and not _report(folder, EMBEDDINGS).is_file():
+    if model.plan.embeddings and not report_path(folder, EMBEDDINGS).is_file():
         widths = inputs.bit_widths.linears
         weights, reports = quantize_embeddings(model, inputs.tokens.tokens, widths)
         save_block(folder, EMBEDDINGS, weights, reports, None)
@@ -313,79 +318,3 @@ def refine_settings(settings: Refinement, batch: int, asymmetric: bool) -> Refin
         batch=batch,
         advance_source=asymmetric,
     )
-
-
-def _parts(plan: Plan) -> Iterator[int]:
-    """All blocks, behind the embeddings where they are quantized."""
-    yield from range(EMBEDDINGS if plan.embeddings else 0, plan.block_count)
-
-
-def _tensors(folder: Path, i: int) -> Path:
-    return folder / f"{_part_name(i)}.safetensors"
-
-
-def _report(folder: Path, i: int) -> Path:
-    return folder / f"{_part_name(i)}.json"
-
-
-def _part_name(i: int) -> str:
-    return "embeddings" if i == EMBEDDINGS else f"block-{i:05}"
-
-
-def save_block(
-    folder: Path,
-    i: int,
-    weights: Mapping[str, QuantizedWeight],
-    linears: list[LinearQuality],
-    learning: dict[str, Any] | None,
-) -> None:
-    """Write a finished block: tensors first, then the report that marks it as finished.
-
-    Hashes, which take longer than all else, are made in threads meanwhile.
-    """
-    with ThreadPoolExecutor() as pool:
-        codes = {name: pool.submit(weight.codes_sha256) for name, weight in weights.items()}
-        tensors: dict[str, Tensor] = {}
-        with stage("pack"):
-            for name, weight in weights.items():
-                packed = PackedTensor.pack(weight).tensors(name)
-                tensors |= {key: value.contiguous().cpu() for key, value in packed.items()}
-            data = save(tensors)
-        whole = pool.submit(lambda: hashlib.sha256(data).hexdigest())
-        with stage("write"):
-            storage.write_bytes(_tensors(folder, i), data)
-    report = {
-        "linears": [linear.model_dump(mode="json") for linear in linears],
-        "learning": learning,
-        "widths": {name: "".join(map(str, weight.widths)) for name, weight in weights.items()},
-        "code_hashes": {name: digest.result() for name, digest in codes.items()},
-        "tensors_sha256": whole.result(),
-    }
-    storage.write_json(_report(folder, i), report)
-
-
-def load_block(
-    folder: Path, plan: Plan, i: int, names: tuple[str, ...] | None = None
-) -> dict[str, QuantizedWeight]:
-    """The refined linears of block i (or the named ones)."""
-    return {name: packed.unpack() for name, packed in _load_packed(folder, plan, i, names).items()}
-
-
-def _load_packed(
-    folder: Path, plan: Plan, i: int, names: tuple[str, ...] | None
-) -> dict[str, PackedTensor]:
-    widths = storage.read_json(_report(folder, i))["widths"]
-    loaded = {}
-    with safe_open(_tensors(folder, i), framework="pt") as file:
-        keys = list(file.keys())
-        for name in names if names is not None else widths:
-            if name not in widths:
-                raise FormatError(f"block {i} holds no refined {name}", param=name)
-            shape = plan.by_name[name].shape
-            tensors = {key: file.get_tensor(key) for key in keys if key.startswith(f"{name}.")}
-            order = tensors.pop(f"{name}.order", None)
-            digits = tuple(int(b) for b in widths[name])
-            loaded[name] = PackedTensor.from_tensors(
-                name, tensors, shape.rows, shape.columns, digits, order
-            )
-    return loaded

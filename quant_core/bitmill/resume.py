@@ -11,7 +11,8 @@ from bitmill.errors import FormatError
 from bitmill.learned_parameters import PARAM, LearnedParameters
 from bitmill.plan import Plan, PlannedLinear
 from bitmill.quality import QualityReport
-from bitmill.refinement import EMBEDDINGS, TUNING_NAME, save_block
+from bitmill.refined_blocks import EMBEDDINGS, save_block
+from bitmill.refinement import TUNING_NAME
 from bitmill.storage import write_json
 
 

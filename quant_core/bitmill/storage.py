@@ -49,13 +49,13 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".tmp-{target.name}")
 
 
-def write_bytes(target: Path, data: bytes) -> None:
-    """Write a file atomically and durably."""
+def write_bytes(target: Path, *data: bytes | memoryview) -> None:
+    """Write a file atomically and durably, of pieces one behind the other."""
     temporary = _temporary(target)
     try:
         with disk_errors(target):
             with temporary.open("wb") as handle:
-                handle.write(data)
+                handle.writelines(data)
                 handle.flush()
                 os.fsync(handle.fileno())
             temporary.replace(target)

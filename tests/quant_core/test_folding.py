@@ -19,7 +19,8 @@ from bitmill.errors import VerificationError
 from bitmill.folding import FoldedModel
 from bitmill.packed import QuantizedWeight
 from bitmill.plan import Plan, make_plan
-from bitmill.refinement import RefinedModel, save_block
+from bitmill.refined_blocks import save_block
+from bitmill.refinement import RefinedModel
 from bitmill.spec import Budget, parse_spec
 from bitmill.stored_tensors import stored_tensors
 from bitmill.verify import verify_folder
