@@ -196,7 +196,6 @@ class Bench:
                     self.model, i, block, Stream(hidden), base, order=variant.order, orders=orders
                 )
                 records |= found
-                hidden = advance(self.model, i, block, hidden, batch=BATCH)
             self._sba[variant.order] = records
         return self._sba[variant.order]
 

@@ -29,11 +29,12 @@ from bitmill.blocks import StreamedModel
 from bitmill.distributed import SINGLE, Group
 from bitmill.embeddings import embedding_profiles
 from bitmill.hessian import activation_order
-from bitmill.input_statistics import BlockState, Stream, collect
+from bitmill.input_statistics import Stream
 from bitmill.plan import Plan
 from bitmill.profile import IndexArray, LinearProfile, SbaRecord, SensitivityProfile
 from bitmill.sba import SbaSettings, profile_block_sba
 from bitmill.sensitivity import SensitivitySettings, profile_knapsack
+from bitmill.source_run import run_source_block
 
 BATCH_TOKENS = 8192
 """Tokens that run through a block at once."""
@@ -146,7 +147,7 @@ def _stream(
     on_unit: OnUnit,
     group: Group,
 ) -> list[SensitivityProfile]:
-    """One profile per block, in order."""
+    """One profile per block, in order. A measurement replaces block inputs by the outputs."""
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
     paths = [folder / f"block-{i:05}.npz" for i in range(model.block_count)]
     finished = group.broadcast([path.is_file() for path in paths])
@@ -160,10 +161,11 @@ def _stream(
             if group.first:
                 measured.save(paths[i])
             group.barrier()
+        else:
+            for start in range(0, len(hidden), batch):
+                part = slice(start, start + batch)
+                hidden[part] = model.run_block(i, block, hidden[part]).to(hidden.device)
         blocks.append(SensitivityProfile.load(paths[i]))
-        for start in range(0, len(hidden), batch):
-            part = slice(start, start + batch)
-            hidden[part] = model.run_block(i, block, hidden[part]).to(hidden.device)
         on_unit(i + 1, plan.block_count, "block", "")
     return blocks
 
@@ -191,10 +193,8 @@ def _measure_orders(
     request: ProfileRequest,
     batch: int,
 ) -> SensitivityProfile:
-    state = BlockState(model, i, block, None, model.linears(block, i))
-    groups = model.plan.input_groups(i)
-    seen = collect(state, groups, stream, batch=batch)
-    orders = {name: activation_order(statistics.H) for name, statistics in seen.items()}
+    seen = run_source_block(model, i, block, stream, batch=batch)
+    orders = {name: activation_order(H) for name, H in seen.H.items()}
     return _block_profile(model, i, request, orders, {})
 
 

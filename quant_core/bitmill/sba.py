@@ -12,8 +12,8 @@ cost in GPTQ's own order). Differences from that code:
 - the Hessian is left as it was and damped relative to its mean; one ranking is searched and used;
 - the bias stands on both sides, softmax and KL are fp32, and KL is taken from source to quantized;
 - candidates are rounded on the clip-searched grid of the real quantizer, not on min-max;
-- all p come from one pass: ŷ(p + 1) - ŷ(p) is the product of two groups of inputs;
-- that pass takes the first windows of up to 32,768 tokens; salience and order take all of them.
+- all p come from one pass that adds up ŷ(p) - y: a step is the product of two groups of inputs;
+- that pass takes the first windows, about 32,768 tokens; salience and order take all of them.
 
 With an activation order, groups are those of the ordered columns.
 """
@@ -22,27 +22,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bitmill.blocks import StreamedModel, weight_of
-from bitmill.codes import group_slices
 from bitmill.distributed import Group
 from bitmill.gptq import check_weights
 from bitmill.grid import ClipSettings
 from bitmill.hessian import activation_order, factor
-from bitmill.input_statistics import BlockState, Stream, collect
-from bitmill.observe import observe_ends
+from bitmill.input_statistics import Stream
 from bitmill.profile import SbaRecord
 from bitmill.rtn import round_to_nearest
 from bitmill.sensitivity import PROFILE_CLIP
+from bitmill.source_run import run_source_block
 from bitmill.timing import stage
+from bitmill_kernels.divergence import divergence
 from bitmill_kernels.hessian import product
-from bitmill_kernels.layout import GROUP_SIZE
+from bitmill_kernels.layout import GROUP_SIZE, group_count
 
 DAMPING = (0.01, 0.05, 0.1)
 
@@ -51,7 +50,8 @@ DAMPING = (0.01, 0.05, 0.1)
 class SbaSettings:
     """clip: the grid search of every candidate, None for the profile's quicker one.
 
-    tokens: inputs evaluated at once; evaluated: limit of all inputs evaluated, in whole windows.
+    tokens: inputs evaluated at once; evaluated: inputs evaluated in all, where there are as many:
+    whole windows, rounded up to whole batches of windows.
     """
 
     clip: ClipSettings | None = field(default_factory=ClipSettings)
@@ -60,71 +60,90 @@ class SbaSettings:
     batch: int = 8
 
 
+@dataclass(frozen=True, eq=False)
+class SbaInput:
+    """What the linears that read one input share.
+
+    order: i64 [K], packed column k is source column order[k]; weight: diag H and pivots: U_jj^2,
+    f32 [K] each, in packed columns.
+    """
+
+    order: Tensor
+    weight: Tensor
+    pivots: Tensor
+
+    @classmethod
+    def prepare(cls, H: Tensor, order: Tensor | None = None, name: str = "linear") -> Self:
+        """H f32 [K, K] and order i64 [K] (None: natural) in source columns."""
+        if order is None:
+            order = torch.arange(len(H))
+        else:
+            H = H[order][:, order]
+        order = order.to(H.device)
+        with stage("factor"):
+            upper = factor(H, ladder=DAMPING, name=name).upper
+        return cls(order, H.diagonal().clone(), upper.diagonal().square())
+
+
 class SbaSearch:
     """The search for one linear: feed it inputs with `add`, then read `record`."""
 
     def __init__(
         self,
         W: Tensor,
-        H: Tensor,
+        shared: SbaInput,
         base: int,
         *,
         bias: Tensor | None = None,
-        order: Tensor | None = None,
         settings: SbaSettings | None = None,
         dtype: torch.dtype = torch.float32,
         name: str = "linear",
     ) -> None:
-        """W f32 [N, K], H f32 [K, K] and order i64 [K] in source columns; bias f32 [N].
+        """W f32 [N, K] in source columns; bias f32 [N].
 
-        dtype: of the inputs; weights are multiplied in it, as the model would.
+        dtype: of the inputs; weights and their changes are multiplied in it.
         """
         self._settings = settings or SbaSettings()
-        self._order, self._bias = order, bias
-        if order is not None:
-            self._order = order = order.to(W.device)
-            W, H = W[:, order], H[order][:, order]
+        self._bias, self._shared, self._tokens = bias, shared, 0
         check_weights(W, name)
-        self._W, self._tokens, self._dtype = W, 0, dtype
-        self._ranking = group_ranking(W, H, name)
+        packed = W[:, shared.order]
+        self._ranking = group_ranking(packed, shared.pivots)
         self._pairs = len(self._ranking) // 2
         self._divergence = torch.zeros(self._pairs + 1, dtype=torch.float64, device=W.device)
-        self._quantize(H.diagonal(), base)
         self._W = W.to(dtype)
+        self._quantize(packed, base)
 
-    def _quantize(self, weight: Tensor, base: int) -> None:
-        """ŷ(0)'s weights [N, K], and per p the change of its two groups [N, c]."""
-        parts = dict(group_slices(self._W.shape[1]))
+    def _quantize(self, W: Tensor, base: int) -> None:
+        """Changes of the weights W, packed: of all at p = 0 [N, K], and of two groups per step."""
+        every = range(group_count(W.shape[1]))
         lows, highs = self._ranking[: self._pairs], self._ranking[::-1][: self._pairs]
-        rounded = self._rounded([base] * len(parts), weight)
-        widths = dict.fromkeys(parts, base) | dict.fromkeys(lows, base - 1)
-        widths |= dict.fromkeys(highs, base + 1)
-        change = (self._rounded(list(widths.values()), weight) - rounded).to(self._dtype)
-        self._base = rounded.to(self._dtype)
-        self._steps = [
-            [(parts[group], change[:, parts[group]]) for group in pair]
-            for pair in zip(lows, highs, strict=True)
-        ]
+        rounded, _ = self._rounded(W, every, base)
+        change = torch.empty_like(self._W)
+        change[:, self._shared.order] = (rounded - W).to(change.dtype)
+        self._change = change
+        parts, places = [], []
+        for groups, width in ((lows, base - 1), (highs, base + 1)):
+            swapped, columns = self._rounded(W, groups, width)
+            parts.append((swapped - rounded[:, columns]).to(change.dtype))
+            places.append(self._shared.order[columns])
+        self._swaps = _side_by_side(*parts)
+        self._columns = _side_by_side(*places)
 
-    def _rounded(self, widths: Sequence[int], weight: Tensor) -> Tensor:
-        """W on the grids of these widths, one per group, f32 [N, K]."""
-        parts = dict(group_slices(self._W.shape[1]))
-        result = torch.empty_like(self._W)
-        for width in sorted(set(widths)):
-            groups = [group for group in parts if widths[group] == width]
-            places = [torch.arange(parts[g].start, parts[g].stop) for g in groups]
-            columns = torch.cat(places).to(weight.device)
-            clip = self._settings.clip or PROFILE_CLIP[width]
-            mine = self._W[:, columns]
-            codes = round_to_nearest(mine, (width,) * len(groups), weight[columns], clip)
-            result[:, columns] = codes.values()
-        return result
+    def _rounded(self, W: Tensor, groups: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
+        """Some groups of W on grids of one width, f32 [N, c], and their packed columns i64 [c]."""
+        place = torch.arange(W.shape[1]).split(GROUP_SIZE)
+        if not groups:
+            return W[:, :0], place[0][:0]
+        columns = torch.cat([place[group] for group in groups]).to(W.device)
+        clip = self._settings.clip or PROFILE_CLIP[width]
+        widths = (width,) * len(groups)
+        codes = round_to_nearest(W[:, columns], widths, self._shared.weight[columns], clip)
+        return codes.values(), columns
 
     def add(self, x: Tensor) -> None:
         """Adds inputs x [T, K] in source column order, evaluating every p on them."""
-        for rows in x.to(self._dtype).split(self._settings.tokens):
-            ordered = rows if self._order is None else rows[:, self._order]
-            self._divergence += self._evaluate(ordered)
+        for rows in x.to(self._W.dtype).split(self._settings.tokens):
+            self._divergence += self._evaluate(rows)
         self._tokens += len(x)
 
     def all_reduce(self, group: Group) -> None:
@@ -134,18 +153,16 @@ class SbaSearch:
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """Summed KL of every p over the tokens of x, float64 [P + 1]."""
-        source = torch.log_softmax(self._output(x, self._W), 1)
-        output = self._output(x, self._base)
-        sums = [_divergence(source, output)]
-        for step in self._steps:
-            for part, change in step:
-                output += product(x[:, part], change.T)
-            sums.append(_divergence(source, output))
-        return torch.stack(sums)
-
-    def _output(self, x: Tensor, W: Tensor) -> Tensor:
-        y = product(x, W.T)
-        return y if self._bias is None else y + self._bias
+        y = product(x, self._W.T)
+        source = torch.log_softmax(y if self._bias is None else y.add_(self._bias), 1)
+        change = product(x, self._change.T)
+        found = [divergence(source, change)]
+        inputs = x[:, self._columns].split(2 * GROUP_SIZE, 1)
+        swaps = self._swaps.split(2 * GROUP_SIZE, 1)
+        for p in range(self._pairs):
+            _add_product(change, inputs[p], swaps[p].T)
+            found.append(divergence(source, change))
+        return torch.stack(found).sum(1, dtype=torch.float64)
 
     def record(self) -> SbaRecord:
         """The salience ranking and mean KL of p = 0, 1, ... on the inputs seen."""
@@ -155,13 +172,15 @@ class SbaSearch:
         )
 
 
-def group_ranking(W: Tensor, H: Tensor, name: str = "linear") -> list[int]:
-    """Full groups of W f32 [N, K] from least to most salient; equal ones in column order."""
-    inverse = factor(H, ladder=DAMPING, name=name).upper.diagonal().square()
-    salience = W.double().square().sum(0) / inverse.double()
+def group_ranking(W: Tensor, pivots: Tensor) -> list[int]:
+    """Full groups of W f32 [N, K] from least to most salient; equal ones in column order.
+
+    pivots: U_jj^2 f32 [K] of the same columns.
+    """
+    salience = W.double().square().sum(0) / pivots.double()
     full = W.shape[1] // GROUP_SIZE
     groups = salience[: full * GROUP_SIZE].view(full, GROUP_SIZE).sum(1)
-    return [int(group) for group in torch.argsort(groups, stable=True)]
+    return [int(group) for group in torch.argsort(groups, stable=True).tolist()]
 
 
 @torch.no_grad()
@@ -178,48 +197,51 @@ def profile_block_sba(
 ) -> tuple[dict[str, SbaRecord], dict[str, Tensor]]:
     """Records of every linear of a block and, for activation order, the order of each i64 [K].
 
-    stream: block inputs [S, T, D] of the source model, whose float weights the block holds. One
-    pass makes the Hessians, a second one all divergences. `orders` gives orders already chosen.
+    stream: block inputs [S, T, D] of the source model, whose float weights the block holds; the
+    block's outputs take their place. One run of the block makes the Hessians and keeps the inputs
+    that are evaluated. `orders` gives orders already chosen.
     """
     settings = settings or SbaSettings()
     linears = model.linears(block, index)
-    groups = model.plan.input_groups(index)
-    state = BlockState(model, index, block, None, linears)
-    statistics = collect(state, groups, stream, batch=settings.batch)
-    chosen = dict(orders or {})
-    if order == "activation" and not orders:
-        chosen = {name: activation_order(seen.H) for name, seen in statistics.items()}
-    searches = {}
-    for name, module in linears.items():
-        bias = getattr(module, "bias", None)
-        searches[name] = SbaSearch(
-            weight_of(module).float(),
-            statistics[name].H,
-            base,
-            bias=None if bias is None else bias.float(),
-            order=chosen.get(name),
-            settings=settings,
-            dtype=model.dtype,
-            name=name,
-        )
-    leads = {group[0]: group for group in groups}
-    modules = {lead: linears[lead] for lead in leads}
-    windows = settings.evaluated // (stream.hidden.shape[1] * stream.group.size)
-    some = stream.hidden[: max(1, windows)]
-    for start in range(0, len(some), settings.batch):
-        part = some[start : start + settings.batch].to(model.device)
-        ends = observe_ends(model, index, block, modules, {}, part)
-        with stage("divergence"):
-            for lead, x in ends.inputs.items():
-                for name in leads[lead]:
-                    searches[name].add(x)
-    for search in searches.values():
-        search.all_reduce(stream.group)
-    return {name: search.record() for name, search in searches.items()}, chosen
+    windows = max(1, settings.evaluated // (stream.hidden.shape[1] * stream.group.size))
+    seen = run_source_block(model, index, block, stream, batch=settings.batch, keep=windows)
+    chosen: dict[str, Tensor] = {}
+    records: dict[str, SbaRecord] = {}
+    for group in model.plan.input_groups(index):
+        lead = group[0]
+        H, inputs = seen.H.pop(lead), seen.inputs.pop(lead)
+        if order == "activation":
+            found = orders[lead] if orders else activation_order(H)
+            chosen |= dict.fromkeys(group, found)
+        shared = SbaInput.prepare(H, chosen.get(lead), lead)
+        for name in group:
+            bias = getattr(linears[name], "bias", None)
+            search = SbaSearch(
+                weight_of(linears[name]).float(),
+                shared,
+                base,
+                bias=None if bias is None else bias.float(),
+                settings=settings,
+                dtype=model.dtype,
+                name=name,
+            )
+            with stage("divergence"):
+                for x in inputs:
+                    search.add(x)
+            search.all_reduce(stream.group)
+            records[name] = search.record()
+    return {name: records[name] for name in linears}, chosen
 
 
-def _divergence(source: Tensor, output: Tensor) -> Tensor:
-    """Sum over tokens of KL(source || softmax(output)); source f32 [T, N] is a log-softmax."""
-    candidate = torch.log_softmax(output, 1)
-    terms = functional.kl_div(candidate, source, reduction="none", log_target=True)
-    return terms.sum(dtype=torch.float64)
+def _side_by_side(lows: Tensor, highs: Tensor) -> Tensor:
+    """Groups along the last dimension, taken in turns: low 0, high 0, low 1, high 1 and so on."""
+    pairs = [part.unflatten(-1, (-1, GROUP_SIZE)) for part in (lows, highs)]
+    return torch.stack(pairs, -2).flatten(-3)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left [T, K] times right [K, N], both of one dtype, to total f32 [T, N]."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
