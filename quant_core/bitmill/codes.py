@@ -8,9 +8,10 @@ in codes, not the stored integers. `finish` turns the result into the checked `Q
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -82,6 +83,21 @@ class LinearCodes:
             self.widths,
             None if order is None else order.to(torch.int32),
         )
+
+
+def row_slices(matrices: Sequence[Tensor]) -> list[slice]:
+    """The rows of each matrix [N_i, *] where all stand one below the other."""
+    ends = list(accumulate(map(len, matrices)))
+    return [slice(end - len(matrix), end) for matrix, end in zip(matrices, ends, strict=True)]
+
+
+def stacked_largest(
+    widths: Sequence[tuple[int, ...]], rows: Sequence[slice], device: torch.device
+) -> Tensor:
+    """Largest codes f32 [G, N] of linears that stand one below the other."""
+    tops = torch.tensor([[float(max_code(width)) for width in own] for own in widths]).to(device)
+    counts = [mine.stop - mine.start for mine in rows]
+    return torch.cat([top[:, None].expand(-1, n) for top, n in zip(tops, counts, strict=True)], 1)
 
 
 def per_column(grid: Tensor, columns: int) -> Tensor:

@@ -1,29 +1,26 @@
 """GPTQ's column loop on an accelerator: the same steps as `gptq.solve`, in few launches.
 
-Weights lie columns first, [K, N], so that a group is one slab and neighbouring threads hold
-neighbouring rows. A group takes four launches: the errors pending from its super-block, the clip
-search, the compensated search with the loop itself, and, once per super-block, the product that
-carries its errors on. Nothing waits for the device before the end.
+Linears that read one input stand one below the other as one matrix, so that a group is visited once
+for all of them. Weights lie columns first, [K, N], so that a group is one slab and neighbouring
+threads hold neighbouring rows. A group takes four launches: the errors pending from its
+super-block, the clip search, the compensated search with the loop itself, and, once per
+super-block, the product that carries its errors on. Nothing waits for the device before the end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from bitmill.codes import LinearCodes, group_slices
+from bitmill.codes import LinearCodes, group_slices, row_slices, stacked_largest
 from bitmill.compensated_grid import CompensatedSettings, unit_rows
-from bitmill.grid import (
-    Grid,
-    clip_search,
-    clip_search_groups,
-    max_code,
-    relative_weights,
-    round_scale,
-)
+from bitmill.grid import Grid, clip_search, clip_search_groups, relative_weights, round_scale
 from bitmill_kernels.layout import GROUP_SIZE
+from bitmill_kernels.split_product import LOW_LEFT, LOW_RIGHT, grouped_parts, parts_product
 
 if TYPE_CHECKING:
     from bitmill.gptq import Curvature, GptqSettings
@@ -31,9 +28,12 @@ if TYPE_CHECKING:
 
 
 def solve_on_device(
-    W: Tensor, curvature: Curvature, widths: tuple[int, ...], settings: GptqSettings
-) -> LinearCodes:
-    """The column loop on W f32 [N, K] in packed order.
+    matrices: Sequence[Tensor],
+    curvature: Curvature,
+    widths: Sequence[tuple[int, ...]],
+    settings: GptqSettings,
+) -> list[LinearCodes]:
+    """The column loop on matrices f32 [N_i, K] in packed order, each with widths of its own.
 
     Raises NumericalError where a scale does not fit fp16.
     """
@@ -43,47 +43,51 @@ def solve_on_device(
     unit, reciprocal = unit_rows(U), U.diagonal().reciprocal()
     schur = settings.clip_weight == "schur"
     weight = relative_weights(reciprocal.square() if schur else curvature.H.diagonal())
-    candidates = candidates_of(settings.compensated, W.device)
-    (N, K), span = W.shape, settings.super_block * GROUP_SIZE
-    work = W.T.contiguous()
-    if work.data_ptr() == W.data_ptr():
-        work = work.clone()
-    codes = torch.empty(K, N, dtype=torch.uint8, device=W.device)
-    error = torch.empty(min(span, K), N, device=W.device)
-    largest = torch.tensor([float(max_code(width)) for width in widths]).to(W.device)
-    grids: list[Grid] = []
+    candidates = candidates_of(settings.compensated, U.device)
+    work = torch.cat([W.T for W in matrices], 1)
+    (K, N), span = work.shape, settings.super_block * GROUP_SIZE
+    rows = row_slices(matrices)
+    largest = stacked_largest(widths, rows, U.device)
+    codes = torch.empty(K, N, dtype=torch.uint8, device=U.device)
+    scales, zeros = torch.empty_like(largest), torch.empty_like(largest)
+    error = torch.empty(GROUP_SIZE, N, device=U.device)
+    unit_parts = grouped_parts(unit, LOW_LEFT)
+    error_parts = torch.empty(3 * min(span, K), N, dtype=torch.bfloat16, device=U.device)
     for group, part in group_slices(K):
-        first = part.start - part.start % span
-        pending = part.start - first
-        block = work[part]
-        if pending:
-            block = torch.addmm(block, unit[first : part.start, part].T, error[:pending], alpha=-1)
-        tops = largest[group].expand(1, N)
-        if widths[group] == 1:
-            grid = clip_search(block.T, 1, weight[part], settings=settings.clip)
-        else:
-            found = clip_search_groups(block, tops, weight[part], settings.clip)
-            grid = Grid(found.scale[0], found.zero[0])
-        missed = error[pending : pending + len(block)]
+        first, last = part.start - part.start % span, part.stop
+        block, missed = work[part], error[: last - part.start]
+        if part.start > first:
+            pending = unit_parts[3 * first : 3 * part.start, part]
+            block -= parts_product(pending.T, error_parts[: len(pending)])
+        tops = largest[group : group + 1]
+        found = clip_search_groups(block, tops, weight[part], settings.clip)
+        scales[group], zeros[group] = found.scale[0], found.zero[0]
+        for mine, own in zip(rows, widths, strict=True):
+            if own[group] == 1:
+                one = clip_search(block[:, mine].T, 1, weight[part], settings=settings.clip)
+                scales[group, mine], zeros[group, mine] = one
         group_solve_triton(
             block,
             unit[part, part],
             reciprocal[part],
-            *grid,
-            tops[0],
+            scales[group],
+            zeros[group],
+            largest[group],
             candidates,
             codes[part],
             missed,
         )
-        grids.append(grid)
-        last = part.stop
+        grouped_parts(missed, LOW_RIGHT, error_parts[3 * (part.start - first) : 3 * (last - first)])
         if last - first == span and last < K:
-            work[last:].addmm_(unit[first:last, last:].T, error, alpha=-1)
-    scales = round_scale(torch.stack([grid.scale for grid in grids]))
-    zeros = torch.stack([grid.zero for grid in grids])
-    return LinearCodes(codes.T.contiguous(), scales, zeros, widths)
+            work[last:] -= parts_product(unit_parts[3 * first : 3 * last, last:].T, error_parts)
+    whole = Grid(round_scale(scales), zeros)
+    return [
+        LinearCodes(codes[:, mine].T.contiguous(), whole.scale[:, mine], whole.zero[:, mine], own)
+        for mine, own in zip(rows, widths, strict=True)
+    ]
 
 
+@cache
 def candidates_of(settings: CompensatedSettings | None, device: torch.device) -> Candidates:
     """The grids that `compensated_grid.fit_compensated` tries, in its order; none without it."""
     from bitmill_kernels.group_solve_triton import Candidates

@@ -14,6 +14,8 @@ arXiv 2504.02692, GPTAQ); `a` = 0 leaves it out. After the loop, scales are refi
 descend once more, alternating (`polish.py`); neither raises the error.
 
 `Curvature` holds what linears that read the same input share: H in packed order and its factor.
+Given H the rows are independent, so such linears are solved as one tall matrix on an accelerator
+and one by one on the CPU, with the same results.
 """
 
 from __future__ import annotations
@@ -42,6 +44,11 @@ from bitmill.timing import stage
 from bitmill_kernels.backend import resolve_backend
 from bitmill_kernels.gptq import gptq_block
 from bitmill_kernels.layout import GROUP_SIZE
+from bitmill_kernels.split_product import split_product
+from bitmill_kernels.substitution import cholesky_solve
+
+SAMPLED_ROWS = 512
+"""Rows of a linear on which strengths and ridges of its correction are compared."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +76,13 @@ class GptqSettings:
 class Curvature:
     """H f32 [K, K] in packed column order, its factor, and that order (i64 [K], None = natural).
 
-    ridged: factors of H with other dampings, kept where several linears ask for the same.
+    ridged: Cholesky factors of H with other dampings, kept for the linears to come.
     """
 
     H: Tensor
     factor: Factor
     order: Tensor | None
-    ridged: dict[float, Tensor] | None = None
+    ridged: dict[float, Tensor] = field(default_factory=dict)
 
     @classmethod
     def prepare(
@@ -84,18 +91,14 @@ class Curvature:
         order: Tensor | None = None,
         *,
         damping: tuple[float, ...] = DAMPING_LADDER,
-        shared: bool = False,
         name: str = "input",
     ) -> Curvature:
-        """From H in source column order; shared: between linears, which keep `ridged` then.
-
-        Raises NumericalError as `hessian.factor` does.
-        """
+        """From H in source column order. Raises NumericalError as `hessian.factor` does."""
         with stage("factor"):
             if order is not None:
                 order = order.to(H.device)
                 H = H[order][:, order]
-            return cls(H, factor(H, ladder=damping, name=name), order, {} if shared else None)
+            return cls(H, factor(H, ladder=damping, name=name), order)
 
     def packed(self, matrix: Tensor) -> Tensor:
         """The columns of matrix [*, K] moved from source to packed order."""
@@ -108,21 +111,53 @@ class Curvature:
     def solve(self, matrix: Tensor, ridge: float = 0.0) -> Tensor:
         """matrix [*, K] times the inverse of H, damped by the factor's damping or by `ridge`."""
         with stage("factor"):
-            return self._solve(matrix, ridge)
-
-    def _solve(self, matrix: Tensor, ridge: float) -> Tensor:
-        if ridge:
-            return torch.cholesky_solve(matrix.T, self._lower(ridge)).T
-        U = self.factor.upper
-        return (matrix @ U.T) @ U
+            if ridge:
+                return cholesky_solve(self._lower(ridge), matrix.T).T
+            U = self.factor.upper
+            return split_product(split_product(matrix, U.T), U)
 
     def _lower(self, ridge: float) -> Tensor:
-        if self.ridged is not None and ridge in self.ridged:
-            return self.ridged[ridge]
-        lower: Tensor = torch.linalg.cholesky(damped(self.H, ridge))
-        if self.ridged is not None:
-            self.ridged[ridge] = lower
-        return lower
+        if ridge not in self.ridged:
+            self.ridged[ridge] = torch.linalg.cholesky(damped(self.H, ridge))
+        return self.ridged[ridge]
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What may move a linear's target for its prefix.
+
+    shift: f32 [N, K], the mean (y' - y)^T x of calibration tokens
+    judge: held-out error of ŵ f32 [M, K] in the given rows (i64 [M] or a slice), up to a constant
+        that depends on the rows alone
+    sample: rows i64 [M] on which strengths and ridges are compared
+    """
+
+    shift: Tensor
+    judge: Callable[[Tensor, Tensor | slice], float]
+    sample: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """One of the linears that read one input: W f32 [N, K], in source column order; a width per
+    group of packed columns."""
+
+    name: str
+    W: Tensor
+    widths: tuple[int, ...]
+    correction: Correction | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Goal:
+    """Where a linear is going, f32 [N, K] in packed order, with entries of its report."""
+
+    source: Tensor
+    target: Tensor
+    strength: float = 0.0
+    ridge: float = 0.0
+    held_out_error: float | None = None
+    held_out_symmetric: float | None = None
 
 
 def quantize_gptq(
@@ -152,70 +187,132 @@ def quantize_gptq(
     if not isinstance(H, Curvature):
         H = Curvature.prepare(H, order, damping=settings.damping, name=name)
     source = H.packed(W.to(H.H.device, torch.float32))
-    target = source
+    goal = _Goal(source, source)
     if shift is not None and strength:
         target = source + strength * H.solve(H.packed(shift), ridge)
-    solved = solve(target, H, tuple(widths), settings)
-    final = polish(target, solved, H.H, settings)
-    kept = strength if shift is not None else 0.0
-    return final.finish(H.order), _report(source, solved, final, H, kept, name)
+        goal = _Goal(source, target, strength, ridge)
+    return _reach([Linear(name, W, tuple(widths))], [goal], H, settings)[0]
 
 
-def quantize_corrected(
-    W: Tensor,
+def quantize_siblings(
+    linears: Sequence[Linear],
     curvature: Curvature,
-    widths: Sequence[int],
-    shift: Tensor,
-    judge: Callable[[Tensor], float],
     *,
     strengths: Sequence[float] = (1.0,),
     ridges: Sequence[float] = (0.0,),
     settings: GptqSettings | None = None,
-    name: str = "linear",
-) -> tuple[QuantizedWeight, LinearReport]:
-    """As `quantize_gptq`, with the correction of least held-out error, or none.
+) -> list[tuple[QuantizedWeight, LinearReport]]:
+    """As `quantize_gptq`, for linears that read one input, each with its best correction or none.
 
-    judge: held-out error of any ŵ f32 [N, K] in source column order. Strengths and ridges are
-    compared as float targets; the best is kept if it also wins against no correction after the
-    column loop of both, on clip-searched grids. The compensated search of grids, polishing and gain
-    follow for the one kept. A large ridge keeps the correction to directions the calibration inputs
-    hold much of, which few tokens call for.
+    Strengths and ridges are compared as float targets on a sample of rows; the best is kept if it
+    also wins against no correction after the column loop of both, on clip-searched grids, over all
+    rows. The compensated search of grids, polishing and gain follow for the one kept. A large ridge
+    keeps the correction to directions the calibration inputs hold much of, which few tokens call
+    for.
     """
     settings = settings or GptqSettings()
-    check_weights(W, name)
-    source = curvature.packed(W.to(curvature.H.device, torch.float32))
-    tried = [(strength, ridge) for ridge in ridges for strength in strengths]
-    moves = {ridge: curvature.solve(curvature.packed(shift), ridge) for ridge in ridges}
-    targets = [source + strength * moves[ridge] for strength, ridge in tried]
-    ideal = [judge(curvature.unpacked(target)) for target in targets]
-    best = min(range(len(tried)), key=ideal.__getitem__)
+    goals = []
+    for linear in linears:
+        check_weights(linear.W, linear.name)
+        source = curvature.packed(linear.W.to(curvature.H.device, torch.float32))
+        goals.append(_corrected(source, linear.correction, curvature, strengths, ridges))
+    goals = _judged(linears, goals, curvature, settings)
+    return _reach(linears, goals, curvature, settings)
+
+
+def sampled_rows(count: int, device: torch.device) -> Tensor:
+    """At most `SAMPLED_ROWS` of `count` rows, evenly spaced: i64 [M], ascending."""
+    most = min(count, SAMPLED_ROWS)
+    return torch.arange(most, device=device) * count // max(most, 1)
+
+
+def _corrected(
+    source: Tensor,
+    correction: Correction | None,
+    curvature: Curvature,
+    strengths: Sequence[float],
+    ridges: Sequence[float],
+) -> _Goal:
+    """The corrected target of least held-out error, were it not quantized; source f32 [N, K]."""
+    if correction is None:
+        return _Goal(source, source)
+    rows, tried = correction.sample, {}
+    shift, some = curvature.packed(correction.shift), source[rows]
+    for ridge in ridges:
+        move = curvature.solve(shift[rows], ridge)
+        for strength in strengths:
+            target = curvature.unpacked(some + strength * move)
+            tried[strength, ridge] = correction.judge(target, rows)
+    strength, ridge = min(tried, key=tried.__getitem__)
+    target = source + strength * curvature.solve(shift, ridge)
+    return _Goal(source, target, strength, ridge)
+
+
+def _judged(
+    linears: Sequence[Linear],
+    goals: Sequence[_Goal],
+    curvature: Curvature,
+    settings: GptqSettings,
+) -> list[_Goal]:
+    """The goals whose corrections win after a quick column loop; the others go to the source."""
     quick = replace(settings, compensated=None)
-    both = solve(torch.cat([source, targets[best]]), curvature, tuple(widths), quick)
-    plain, moved = both.rows(slice(None, len(source))), both.rows(slice(len(source), None))
-    errors = [judge(curvature.unpacked(codes.values())) for codes in (plain, moved)]
-    kept = errors[1] < errors[0]
-    target, solved = (targets[best], moved) if kept else (source, plain)
-    if settings.compensated is not None:
-        solved = solve(target, curvature, tuple(widths), settings)
-    final = polish(target, solved, curvature.H, settings)
-    strength, ridge = tried[best] if kept else (0.0, 0.0)
-    report = replace(
-        _report(source, solved, final, curvature, strength, name),
-        ridge=ridge,
-        held_out_error=min(errors),
-        held_out_symmetric=errors[0],
-    )
-    return final.finish(curvature.order), report
+    moved = [i for i, linear in enumerate(linears) if linear.correction is not None]
+    both = [W for i in moved for W in (goals[i].source, goals[i].target)]
+    widths = [linears[i].widths for i in moved for _ in range(2)]
+    solved = iter(solve_siblings(both, curvature, widths, quick) if moved else ())
+    result = []
+    for linear, goal in zip(linears, goals, strict=True):
+        if linear.correction is None:
+            result.append(goal)
+            continue
+        plain, corrected = (
+            linear.correction.judge(curvature.unpacked(next(solved).values()), slice(None))
+            for _ in range(2)
+        )
+        if not corrected < plain:
+            goal = _Goal(goal.source, goal.source)
+        best = min(plain, corrected)
+        result.append(replace(goal, held_out_error=best, held_out_symmetric=plain))
+    return result
+
+
+def _reach(
+    linears: Sequence[Linear],
+    goals: Sequence[_Goal],
+    curvature: Curvature,
+    settings: GptqSettings,
+) -> list[tuple[QuantizedWeight, LinearReport]]:
+    """Column loop and polishing towards the goals, with reports."""
+    targets, widths = [goal.target for goal in goals], [linear.widths for linear in linears]
+    solved = solve_siblings(targets, curvature, widths, settings)
+    final = polish_siblings(targets, solved, curvature.H, settings)
+    return [
+        (codes.finish(curvature.order), _report(linear.name, goal, before, codes, curvature))
+        for linear, goal, before, codes in zip(linears, goals, solved, final, strict=True)
+    ]
 
 
 def solve(
     W: Tensor, curvature: Curvature, widths: tuple[int, ...], settings: GptqSettings
 ) -> LinearCodes:
     """The column loop on W f32 [N, K] in packed order."""
+    return solve_siblings([W], curvature, [widths], settings)[0]
+
+
+def solve_siblings(
+    matrices: Sequence[Tensor],
+    curvature: Curvature,
+    widths: Sequence[tuple[int, ...]],
+    settings: GptqSettings,
+) -> list[LinearCodes]:
+    """The column loop on matrices f32 [N_i, K] in packed order, each with widths of its own."""
     with stage("solve"):
-        if resolve_backend("auto", W.device) == "triton":
-            return solve_on_device(W, curvature, widths, settings)
-        return _solve_torch(W, curvature, widths, settings)
+        if resolve_backend("auto", curvature.H.device) == "triton":
+            return solve_on_device(matrices, curvature, widths, settings)
+        return [
+            _solve_torch(W, curvature, own, settings)
+            for W, own in zip(matrices, widths, strict=True)
+        ]
 
 
 def _solve_torch(
@@ -263,14 +360,27 @@ def fit_grid(
 
 def polish(W: Tensor, codes: LinearCodes, H: Tensor, settings: GptqSettings) -> LinearCodes:
     """Sweeps over scales and codes towards W f32 [N, K], all in packed order."""
+    return polish_siblings([W], [codes], H, settings)[0]
+
+
+def polish_siblings(
+    matrices: Sequence[Tensor], codes: Sequence[LinearCodes], H: Tensor, settings: GptqSettings
+) -> list[LinearCodes]:
+    """`polish` for each of matrices f32 [N_i, K]."""
     with stage("polish"):
         if settings.rounds and settings.refit and settings.descent:
-            codes = polish_codes(W, codes, H, sweeps=settings.rounds)
-        elif settings.rounds and settings.refit:
-            codes = refit_scales(W, codes, H, sweeps=2 * settings.rounds)
-        elif settings.rounds and settings.descent:
-            codes = descend_codes(W, codes, H, sweeps=settings.rounds)
-        return restore_gain(W, codes, H, strength=settings.gain) if settings.gain else codes
+            codes = polish_codes(matrices, codes, H, sweeps=settings.rounds)
+        pairs = zip(matrices, codes, strict=True)
+        return [_swept(W, own, H, settings) for W, own in pairs]
+
+
+def _swept(W: Tensor, codes: LinearCodes, H: Tensor, settings: GptqSettings) -> LinearCodes:
+    """Sweeps of one kind alone, where only one is wanted, and the gain."""
+    if settings.rounds and settings.refit and not settings.descent:
+        codes = refit_scales(W, codes, H, sweeps=2 * settings.rounds)
+    elif settings.rounds and settings.descent and not settings.refit:
+        codes = descend_codes(W, codes, H, sweeps=settings.rounds)
+    return restore_gain(W, codes, H, strength=settings.gain) if settings.gain else codes
 
 
 def check_weights(W: Tensor, name: str) -> None:
@@ -287,14 +397,9 @@ def check_weights(W: Tensor, name: str) -> None:
 
 
 def _report(
-    source: Tensor,
-    solved: LinearCodes,
-    final: LinearCodes,
-    curvature: Curvature,
-    strength: float,
-    name: str,
+    name: str, goal: _Goal, solved: LinearCodes, final: LinearCodes, curvature: Curvature
 ) -> LinearReport:
-    H = curvature.H
+    H, source = curvature.H, goal.source
     with stage("report"):
         rounded = round_to_nearest(source, solved.widths, None, ClipSettings.min_max())
         total = output_error(source, H)
@@ -314,5 +419,8 @@ def _report(
         damping=curvature.factor.damping,
         failed_dampings=curvature.factor.failed,
         dead_columns=curvature.factor.dead,
-        asymmetric=strength,
+        asymmetric=goal.strength,
+        ridge=goal.ridge,
+        held_out_error=goal.held_out_error,
+        held_out_symmetric=goal.held_out_symmetric,
     )

@@ -11,20 +11,42 @@ The error tr((W - ŵ) H (W - ŵ)^T) never rises. Dead columns and rows without a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from bitmill.codes import LinearCodes
+from bitmill.codes import LinearCodes, group_slices, row_slices, stacked_largest
 from bitmill.grid import max_code
 from bitmill.scale_refit import rounded_step
 from bitmill_kernels.backend import resolve_backend
 from bitmill_kernels.code_descent import descend_block
+from bitmill_kernels.layout import GROUP_SIZE
+from bitmill_kernels.split_product import (
+    LOW_LEFT,
+    LOW_RIGHT,
+    grouped_parts,
+    parts_product,
+    split_product,
+)
+
+SUPER_BLOCK = 4
+"""Groups whose changes reach the rest of the slope in one product, on an accelerator."""
 
 
-def polish_codes(W: Tensor, codes: LinearCodes, H: Tensor, *, sweeps: int) -> LinearCodes:
-    """New codes and scales: W f32 [N, K] is the target, H f32 [K, K], both in packed order."""
-    if resolve_backend("auto", W.device) == "triton":
-        return _polish_triton(W, codes, H, sweeps)
+def polish_codes(
+    matrices: Sequence[Tensor], codes: Sequence[LinearCodes], H: Tensor, *, sweeps: int
+) -> list[LinearCodes]:
+    """New codes and scales of linears that read one input.
+
+    matrices f32 [N_i, K] are the targets and H f32 [K, K], all in packed order.
+    """
+    if resolve_backend("auto", H.device) == "triton":
+        return _polish_triton(matrices, codes, H, sweeps)
+    return [_polish_torch(W, own, H, sweeps) for W, own in zip(matrices, codes, strict=True)]
+
+
+def _polish_torch(W: Tensor, codes: LinearCodes, H: Tensor, sweeps: int) -> LinearCodes:
     result, scales = codes.codes.clone(), codes.scales.clone()
     slope = (W - codes.values()) @ H
     for _ in range(sweeps):
@@ -63,29 +85,54 @@ def _refit(v: Tensor, slope: Tensor, H: Tensor, scale: Tensor) -> tuple[Tensor, 
     return scale + step, slope - step[:, None] * product
 
 
-def _polish_triton(W: Tensor, codes: LinearCodes, H: Tensor, sweeps: int) -> LinearCodes:
+def _polish_triton(
+    matrices: Sequence[Tensor], codes: Sequence[LinearCodes], H: Tensor, sweeps: int
+) -> list[LinearCodes]:
+    """The linears as one matrix, columns first, [K, N].
+
+    A super-block's changes go to the slope of all groups at once, at its end; a group inside takes
+    those pending from the groups before it.
+    """
     from bitmill_kernels.polish_triton import polish_group_triton
 
-    slope = H @ (W - codes.values()).T
-    old, scales = codes.codes.T.contiguous(), codes.scales.clone()
+    residual = [(W - own.values()).T for W, own in zip(matrices, codes, strict=True)]
+    slope = split_product(H, torch.cat(residual, 1))
+    old = torch.cat([own.codes.T for own in codes], 1)
     new = torch.empty_like(old)
+    scales = torch.cat([own.scales for own in codes], 1)
+    zeros = torch.cat([own.zeros for own in codes], 1)
+    rows, widths = row_slices(matrices), [own.widths for own in codes]
+    largest = stacked_largest(widths, rows, H.device)
     diagonal = H.diagonal()
     reciprocal = torch.where(diagonal > 0, 1.0 / diagonal, 0.0)
-    largest = codes.largest().contiguous()
+    (K, N), span = slope.shape, SUPER_BLOCK * GROUP_SIZE
+    change = torch.empty(GROUP_SIZE, N, device=H.device)
+    H_parts = grouped_parts(H, LOW_LEFT)
+    change_parts = torch.empty(3 * span, N, dtype=torch.bfloat16, device=H.device)
     for _ in range(sweeps):
-        for group, part in codes.groups():
-            change = torch.empty_like(slope[part])
+        for group, part in group_slices(K):
+            first, last = part.start - part.start % span, part.stop
+            here, changed = slope[part], change[: last - part.start]
+            if part.start > first:
+                pending = H_parts[3 * first : 3 * part.start, part]
+                here = here - parts_product(pending.T, change_parts[: len(pending)])
             polish_group_triton(
                 old[part],
-                slope[part],
+                here,
                 H[part, part],
                 reciprocal[part],
                 scales[group],
-                codes.zeros[group],
+                zeros[group],
                 largest[group],
                 new[part],
-                change,
+                changed,
             )
-            slope.addmm_(H[:, part], change, alpha=-1.0)
+            done = 3 * (last - first)
+            grouped_parts(changed, LOW_RIGHT, change_parts[3 * (part.start - first) : done])
+            if last - first == span or last == K:
+                slope -= parts_product(H_parts[3 * first : 3 * last].T, change_parts[:done])
         old, new = new, old
-    return LinearCodes(old.T.contiguous(), scales, codes.zeros, codes.widths)
+    return [
+        LinearCodes(old[:, mine].T.contiguous(), scales[:, mine], zeros[:, mine], own)
+        for mine, own in zip(rows, widths, strict=True)
+    ]

@@ -30,11 +30,13 @@ from bitmill.blocks import StreamedModel, set_weight, weight_of
 from bitmill.codes import output_error
 from bitmill.distributed import Group
 from bitmill.gptq import (
+    Correction,
     Curvature,
     GptqSettings,
+    Linear,
     check_weights,
-    quantize_corrected,
-    quantize_gptq,
+    quantize_siblings,
+    sampled_rows,
 )
 from bitmill.input_statistics import (
     BlockState,
@@ -57,7 +59,7 @@ class RefineSettings:
     true_sequential: each stage sees the quantized stages before it, else the block's own floats
     asymmetric: "off", "inputs" (y' of the linear alone) or "residual" (of the stream, where the
     linear adds to it); it needs the source stream and held-out tokens; strengths and ridges (see
-    `gptq.quantize_corrected`) are tried, beside no correction
+    `gptq.quantize_siblings`) are tried, beside no correction
     batch: sequences per run of the block
     advance_source: replace the source's streams by what the block gives for them, on the way
     """
@@ -169,38 +171,26 @@ class _BlockJob:
         seen: Mapping[str, InputStatistics],
         unseen: Mapping[str, InputStatistics],
     ) -> dict[str, Refined]:
-        """Linears that share H (and so the order) share its factorization."""
-        prepared: dict[int, Curvature] = {}
-        result = {}
-        for name in group:
-            W = self._weight(name)
-            statistics = seen[name]
-            if self.settings.method == "rtn":
-                result[name] = self._gathered(
-                    self._rtn(name, self._rows(W), statistics), W, statistics
-                )
-                continue
-            key = id(statistics.H)
-            if key not in prepared:
-                prepared[key] = Curvature.prepare(
-                    statistics.H,
-                    self.orders.get(name),
-                    damping=self.settings.gptq.damping,
-                    shared=len(group) > 1,
-                    name=name,
-                )
-            solved = self._gptq(name, W, statistics, prepared[key], unseen.get(name))
-            result[name] = self._gathered(solved, W, statistics)
-        return result
+        """Linears that share H (and so the order) are solved together."""
+        if self.settings.method == "rtn":
+            found = {name: self._rtn(name, seen[name]) for name in group}
+        else:
+            alike: dict[int, list[str]] = {}
+            for name in group:
+                alike.setdefault(id(seen[name].H), []).append(name)
+            found = {}
+            for names in alike.values():
+                found |= self._gptq(names, seen, unseen)
+        return {name: self._gathered(name, found[name], seen[name]) for name in group}
 
     def _weight(self, name: str) -> Tensor:
         W = weight_of(self.state.linears[name]).detach().float()
         check_weights(W, name)
         return W
 
-    def _rtn(self, name: str, W: Tensor, statistics: InputStatistics) -> Refined:
+    def _rtn(self, name: str, statistics: InputStatistics) -> Refined:
         return quantize_rtn(
-            W,
+            self._rows(self._weight(name)),
             self.widths[name],
             H=statistics.H,
             order=self.orders.get(name),
@@ -210,42 +200,61 @@ class _BlockJob:
 
     def _gptq(
         self,
-        name: str,
-        W: Tensor,
-        statistics: InputStatistics,
-        curvature: Curvature,
-        unseen: InputStatistics | None,
-    ) -> Refined:
-        """The plain solution, or the corrected one of least held-out error where it beats that."""
-        settings, rows = self.settings, self._rows(W)
-        if statistics.shift is None or unseen is None or unseen.shift is None:
-            return quantize_gptq(
-                rows, curvature, self.widths[name], settings=settings.gptq, name=name
-            )
-        scale = unseen.error(W) or 1.0
-        energy = unseen.energy if self.ranks.first else 0.0
-        own = replace(unseen, shift=self._rows(unseen.shift), energy=energy)
-        return quantize_corrected(
-            rows,
+        names: Sequence[str],
+        seen: Mapping[str, InputStatistics],
+        unseen: Mapping[str, InputStatistics],
+    ) -> dict[str, Refined]:
+        """Plain solutions, or the corrected ones of least held-out error where they beat those."""
+        settings, first = self.settings, names[0]
+        curvature = Curvature.prepare(
+            seen[first].H,
+            self.orders.get(first),
+            damping=settings.gptq.damping,
+            name=first,
+        )
+        linears = [self._linear(name, seen[name], unseen.get(name)) for name in names]
+        solved = quantize_siblings(
+            linears,
             curvature,
-            self.widths[name],
-            self._rows(statistics.shift),
-            lambda candidate: self.ranks.total(own.error(rows - candidate)) / scale,
             strengths=settings.strengths,
             ridges=settings.ridges,
             settings=settings.gptq,
-            name=name,
         )
+        return dict(zip(names, solved, strict=True))
+
+    def _linear(
+        self, name: str, statistics: InputStatistics, unseen: InputStatistics | None
+    ) -> Linear:
+        """This rank's rows of a linear, with what may correct them."""
+        W = self._weight(name)
+        rows, widths = self._rows(W), self.widths[name]
+        if statistics.shift is None or unseen is None or unseen.shift is None:
+            return Linear(name, rows, widths)
+        scale = unseen.error(W) or 1.0
+        energy = unseen.energy if self.ranks.first else 0.0
+        own = replace(unseen, energy=energy)
+        shift = self._rows(unseen.shift)
+
+        def judge(candidate: Tensor, chosen: Tensor | slice) -> float:
+            part = replace(own, shift=shift[chosen])
+            return self.ranks.total(part.error(rows[chosen] - candidate)) / scale
+
+        part = self.ranks.part(len(W))
+        sample = sampled_rows(len(W), W.device)
+        sample = sample[(sample >= part.start) & (sample < part.stop)] - part.start
+        correction = Correction(self._rows(statistics.shift), judge, sample)
+        return Linear(name, rows, widths, correction)
 
     def _rows(self, matrix: Tensor) -> Tensor:
         """This rank's rows of a matrix [N, *]."""
         return matrix[self.ranks.part(len(matrix))]
 
-    def _gathered(self, own: Refined, W: Tensor, statistics: InputStatistics) -> Refined:
+    def _gathered(self, name: str, own: Refined, statistics: InputStatistics) -> Refined:
         """All rows of a linear of which each rank has solved its own."""
         weight, report = own[0], replace(own[1], tokens=statistics.tokens)
         if self.ranks.size == 1:
             return weight, report
+        W = self._weight(name)
         count, device = len(W), W.device
         codes, scales, zeros = (
             self.ranks.gather_rows(rows.to(device).contiguous(), count)

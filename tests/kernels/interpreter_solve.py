@@ -6,7 +6,14 @@ import torch
 
 from bitmill.codes import output_error
 from bitmill.compensated_grid import CompensatedSettings
-from bitmill.gptq import Curvature, GptqSettings, polish, solve
+from bitmill.gptq import (
+    Curvature,
+    GptqSettings,
+    polish,
+    polish_siblings,
+    solve,
+    solve_siblings,
+)
 from bitmill.grid import ClipSettings
 from bitmill.rtn import round_to_nearest
 from bitmill.sensitivity import SensitivitySettings, linear_costs
@@ -63,6 +70,24 @@ def test_solving_and_polishing_reach_the_plain_error(
         assert (plain.codes == fast.codes).float().mean() >= 0.95
         assert torch.equal(fast.scales, fast.scales.half().float())
         assert not fast.values()[2].any()
+
+
+def test_siblings_are_solved_as_each_alone(linear, monkeypatch):
+    monkeypatch.setenv("BITMILL_BACKEND", "triton")
+    W, curvature = linear
+    settings = GptqSettings(clip=CLIP, compensated=SCALES, super_block=2, rounds=1)
+    widths = [(3, 2, 1), (1, 4, 3)]
+    matrices = [curvature.packed(W[:4]), curvature.packed(W[4:])]
+    together = solve_siblings(matrices, curvature, widths, settings)
+    polished = polish_siblings(matrices, together, curvature.H, settings)
+    for i, matrix in enumerate(matrices):
+        alone = solve(matrix, curvature, widths[i], settings)
+        after = polish(matrix, alone, curvature.H, settings)
+        for one, two in ((alone, together[i]), (after, polished[i])):
+            assert torch.equal(one.codes, two.codes)
+            assert torch.equal(one.scales, two.scales)
+            assert torch.equal(one.zeros, two.zeros)
+            assert two.widths == widths[i]
 
 
 def test_rounding_gives_the_plain_codes(linear, monkeypatch):

@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from bitmill_kernels.split_product import left_parts, right_parts, split_product
+from bitmill_kernels.split_product import (
+    LOW_LEFT,
+    LOW_RIGHT,
+    grouped_parts,
+    left_parts,
+    parts_product,
+    right_parts,
+    split_product,
+)
 
 
 def factors(M, K, N, flip_left=False, flip_right=False):
@@ -28,7 +36,7 @@ def test_three_products_of_halves_are_nearly_one_of_floats(M, K, N, flip_left, f
     assert [p.dtype for p in parts] == [torch.bfloat16] * 2
     assert parts[0].shape == (M, 3 * K)
     assert parts[1].shape == (3 * K, N)
-    assert missed(parts[0].double() @ parts[1].double(), left, right) < 2e-5
+    assert missed(parts_product(*parts), left, right) < 2e-5
     assert missed(left.bfloat16().double() @ right.bfloat16().double(), left, right) > 1e-4
 
 
@@ -44,3 +52,17 @@ def test_parts_of_strided_factors_keep_their_layout():
 def test_on_the_cpu_it_is_the_plain_product():
     left, right = factors(5, 300, 7)
     assert torch.equal(split_product(left, right), left @ right)
+
+
+@pytest.mark.parametrize("K", [1, 128, 300])
+def test_any_run_of_groups_can_be_multiplied(K):
+    left, right = factors(40, K, 7)
+    parts = grouped_parts(left.T, LOW_LEFT), grouped_parts(right, LOW_RIGHT)
+    for first, last in ((0, K), (128, K), (0, 128), (256, K)):
+        if first < last <= K:
+            mine, rows = slice(3 * first, 3 * last), slice(first, last)
+            found = parts_product(parts[0][mine, 5:20].T, parts[1][mine])
+            assert missed(found, left[5:20, rows], right[rows]) < 2e-5
+    out = torch.zeros(3 * K, 7, dtype=torch.bfloat16)
+    assert grouped_parts(right, LOW_RIGHT, out) is out
+    assert torch.equal(out, parts[1])

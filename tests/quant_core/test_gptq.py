@@ -4,7 +4,15 @@ from torch import Tensor
 
 from bitmill.compensated_grid import CompensatedSettings
 from bitmill.errors import NumericalError
-from bitmill.gptq import Curvature, GptqSettings, quantize_corrected, quantize_gptq
+from bitmill.gptq import (
+    Correction,
+    Curvature,
+    GptqSettings,
+    Linear,
+    quantize_gptq,
+    quantize_siblings,
+    sampled_rows,
+)
 from bitmill.grid import ClipSettings, clip_search, max_code
 from bitmill.hessian import activation_order
 from bitmill.rtn import quantize_rtn
@@ -206,11 +214,13 @@ def test_the_correction_is_chosen_by_the_judge():
     curvature = Curvature.prepare(H, activation_order(H))
 
     def chosen(target):
-        def judge(candidate):
-            R = candidate - target
+        def judge(candidate, rows):
+            R = candidate - target[rows]
             return float(((R @ H) * R).sum())
 
-        return quantize_corrected(W, curvature, (6, 6), shift, judge, strengths=(0.5, 1.0))[1]
+        correction = Correction(shift, judge, torch.arange(0, len(W), 2))
+        linear = Linear("linear", W, (6, 6), correction)
+        return quantize_siblings([linear], curvature, strengths=(0.5, 1.0))[0][1]
 
     assert [chosen(gain * W).asymmetric for gain in (0.9, 1.0, 1.05, 1.1, 1.3)] == [
         0.0,
@@ -233,3 +243,46 @@ def test_a_ridge_keeps_the_correction_to_strong_directions():
     strong, weak = H.diagonal().argmax(), H.diagonal().argmin()
     kept = (firm.dequantize() - W).norm(dim=0) / (plain.dequantize() - W).norm(dim=0)
     assert kept[strong] > kept[weak]
+
+
+def test_siblings_are_solved_as_each_alone():
+    """One corrected by its judge, one refused, one without a correction; widths of their own."""
+    W, H = layer(N=21)
+    curvature = Curvature.prepare(H, activation_order(H))
+
+    def judged(part, gain):
+        target, own = gain * W[part], W[part]
+
+        def judge(candidate, rows):
+            R = candidate - target[rows]
+            return float(((R @ H) * R).sum())
+
+        return Correction(0.1 * own @ H, judge, sampled_rows(len(own), own.device))
+
+    parts = slice(0, 4), slice(4, 13), slice(13, 21)
+    corrections = judged(parts[0], 1.1), judged(parts[1], 1.0), None
+    linears = [
+        Linear(f"linear {i}", W[parts[i]], widths, corrections[i])
+        for i, widths in enumerate(((3, 2), (1, 4), (2, 1)))
+    ]
+    ridges = (0.0, 0.5)
+    together = quantize_siblings(linears, curvature, ridges=ridges)
+    for linear, (weight, report) in zip(linears, together, strict=True):
+        [(alone, expected)] = quantize_siblings([linear], curvature, ridges=ridges)
+        assert alone.codes_sha256() == weight.codes_sha256()
+        assert torch.equal(alone.scales, weight.scales)
+        assert torch.equal(alone.zeros, weight.zeros)
+        assert expected == report
+    assert [report.asymmetric for _, report in together] == [1.0, 0.0, 0.0]
+    assert [report.held_out_error is None for _, report in together] == [False, False, True]
+
+
+@pytest.mark.parametrize("count", [0, 1, 512, 513, 5000])
+def test_sampled_rows_are_spread_evenly(count):
+    rows = sampled_rows(count, torch.device("cpu"))
+    assert len(rows) == min(count, 512)
+    assert torch.equal(rows, rows.unique())
+    if count:
+        gaps = torch.cat([rows, torch.tensor([count])]).diff()
+        assert int(rows[0]) == 0
+        assert int(gaps.max()) <= int(gaps.min()) + 1
