@@ -45,27 +45,49 @@ class HessianAccumulator:
         self.tokens = 0
         self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self._mass = torch.zeros((), dtype=torch.float64, device=device)
+        self._unchecked: list[Tensor] = []
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Adds inputs x [T, K] (bf16, fp16 or f32), weighted by f32 [T] >= 0 where given.
-
-        Raises CalibrationError naming the token rows that are not finite.
-        """
+        """Adds inputs x [T, K] (bf16, fp16 or f32), weighted by f32 [T] >= 0 where given."""
         with stage("hessian"):
-            check_rows(x, self.name, self.tokens)
+            self._unchecked.append(x.sum(1, dtype=torch.float32))
             hessian_update(self._sum, x, weight)
         self._mass += x.shape[0] if weight is None else weight.double().sum()
         self.tokens += x.shape[0]
 
     def all_reduce(self, group: Group) -> None:
-        """Add what the other ranks have seen."""
+        """Add what the other ranks have seen; raises as `mean` does."""
+        self._check_rows()
         group.all_reduce(self._sum, self._mass)
         self.tokens = int(group.total(self.tokens))
 
     def mean(self) -> Tensor:
-        """H f32 [K, K], symmetric; zero where no token (an expert's, say) was added."""
+        """H f32 [K, K], symmetric; zero where no token (an expert's, say) was added.
+
+        Raises CalibrationError naming the token rows that were not finite: not before, so that no
+        batch waits for the device.
+        """
+        self._check_rows()
         mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny)
         return symmetric(self._sum / mass.float())
+
+    def _check_rows(self) -> None:
+        """The sum of a row is not finite where one of its values is not."""
+        if not self._unchecked:
+            return
+        bad = ~torch.isfinite(torch.cat(self._unchecked))
+        self._unchecked.clear()
+        rows = bad.nonzero()[:, 0].tolist()
+        if not rows:
+            return
+        more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+        raise CalibrationError(
+            f"{len(rows)} of {len(bad)} calibration tokens give non-finite inputs to {self.name}: "
+            f"tokens {rows[:NAMED_ROWS]}{more}; leave that text out or run the model in a wider "
+            "dtype",
+            code="non_finite_calibration",
+            param=self.name,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,20 +152,5 @@ def factor(H: Tensor, *, ladder: tuple[float, ...] = DAMPING_LADDER, name: str =
         f"the Hessian of {name} ({len(H)} columns, {dead} dead) is not positive definite even with "
         f"damping {ladder[-1]:.1%}: use more calibration tokens or method 'rtn'",
         code="hessian_not_positive",
-        param=name,
-    )
-
-
-def check_rows(x: Tensor, name: str, first_row: int = 0) -> None:
-    """Raises CalibrationError if a token row of x [T, K] is not finite, naming the rows."""
-    bad = ~torch.isfinite(x).all(1)
-    if not bool(bad.any()):
-        return
-    rows = (bad.nonzero()[:, 0] + first_row).tolist()
-    more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
-    raise CalibrationError(
-        f"{len(rows)} of {len(x)} calibration tokens give non-finite inputs to {name}: tokens "
-        f"{rows[:NAMED_ROWS]}{more}; leave that text out or run the model in a wider dtype",
-        code="non_finite_calibration",
         param=name,
     )

@@ -14,8 +14,8 @@ error of any replacement ŵ on these tokens follows without running anything:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
@@ -26,9 +26,11 @@ from bitmill.codes import output_error
 from bitmill.distributed import SINGLE, Group
 from bitmill.hessian import HessianAccumulator
 from bitmill.observe import Ends, observe, observe_ends
+from bitmill.replay import Replay
 from bitmill.starved_experts import filled_means
 from bitmill.timing import stage
 from bitmill_kernels.hessian import cross_update, hessian_update
+from bitmill_kernels.split_product import split_product
 
 RESIDUAL_TOLERANCE = 1e-3
 
@@ -50,6 +52,7 @@ class BlockState:
     """A block being refined, its untouched copy (or None) and its linears by full name.
 
     writers: linears that add to the residual stream, in execution order; () leaves e = y' - y.
+    replay: what runs of both blocks keep for later ones.
     """
 
     model: StreamedModel
@@ -58,6 +61,7 @@ class BlockState:
     source: nn.Module | None
     linears: Mapping[str, nn.Module]
     writers: tuple[str, ...] = ()
+    replay: Replay = field(default_factory=Replay)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +91,16 @@ class _Sums:
         self._mass = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, a: Tensor, b: Tensor, weight: Tensor | None) -> None:
-        """a [T, M] in fp32 or the dtype of b [T, K], which the product takes."""
+        """a [T, M] in fp32 or the dtype of b [T, K], which the product takes.
+
+        a is f32 where only its trace is summed.
+        """
         with stage("hessian"):
             cross_update(self._cross, a.to(b.dtype), b, weight)
             if self._squares is not None:
                 hessian_update(self._squares, a.to(b.dtype), weight)
             else:
-                own = a.float().square().sum(1, dtype=torch.float64)
+                own = torch.linalg.vector_norm(a, dim=1).double().square()
                 self._energy += (own if weight is None else own * weight).sum()
             self._mass += len(b) if weight is None else weight.double().sum()
 
@@ -111,7 +118,7 @@ class _Sums:
         """mean (W a) b^T and mean |W a|^2 for W f32 [N, M]."""
         assert self._squares is not None
         mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny).float()
-        return W @ (self._cross / mass), output_error(W, self._squares / mass)
+        return split_product(W, self._cross / mass), output_error(W, self._squares / mass)
 
 
 def collect(
@@ -132,9 +139,25 @@ def collect(
     """
     shifts = state.source is not None and stream.source is not None
     collector = _Collector(state, groups, token_weights or {}, shifts, advance_source)
-    for start in range(0, stream.hidden.shape[0], batch):
-        collector.add(stream, slice(start, start + batch))
+    if sum(map(len, groups)) < len(state.linears):
+        state.replay.look(state.model, state.index, state.current, state.linears, stream.hidden[:1])
+    for part in _parts(stream, batch):
+        collector.add(stream, part)
     return collector.finish(stream.group)
+
+
+@torch.no_grad()
+def advance_hidden(state: BlockState, stream: Stream, *, batch: int) -> None:
+    """Replaces stream.hidden by what the block gives for it, the bytes of running it all."""
+    for part in _parts(stream, batch):
+        with state.replay.resumed(state.current, state.linears, (stream, part.start), last=True):
+            output = state.model.run_block(state.index, state.current, stream.hidden[part])
+        stream.hidden[part] = output.to(stream.hidden.device)
+
+
+def _parts(stream: Stream, batch: int) -> Iterator[slice]:
+    for start in range(0, len(stream.hidden), batch):
+        yield slice(start, start + batch)
 
 
 class _Collector:
@@ -147,6 +170,9 @@ class _Collector:
         advance_source: bool,
     ) -> None:
         self.advance_source = advance_source
+        self.source_linears: dict[str, nn.Module] = {}
+        if state.source is not None:
+            self.source_linears = state.model.linears(state.source, state.index)
         self.state, self.groups, self.token_weights = state, groups, token_weights
         self.hessians: dict[str, HessianAccumulator] = {}
         self.drifts: dict[str, _Sums] = {}
@@ -169,49 +195,65 @@ class _Collector:
                     self.drifts[owner] = _Sums(linear.columns, linear.columns, device, True)
 
     def add(self, stream: Stream, part: slice) -> None:
-        device = self.state.model.device
-        hidden = stream.hidden[part].to(device)
-        x, y, _ = self._observe(self.state.current, hidden)
-        if self.state.source is None or stream.source is None:
-            self._add_inputs(x, {}, part)
-            return
-        source = stream.source[part].to(device)
-        x_source, y_source, behind = self._observe(
-            self.state.source, source, whole=self.advance_source
-        )
-        self._add_inputs(x, x_source, part)
-        drift = (source.float() - hidden.float()).reshape(-1, hidden.shape[-1])
-        for name in self.state.writers:
-            if name in y:
-                drift += y_source[name].float() - y[name].float()
-            if name in self.shifts:
-                self.shifts[name].add(drift, x[self.owner[name]], self._weight(name, part))
-        if behind is not None:
-            stream.source[part] = behind.to(stream.source.device)
-
-    def _observe(self, block: nn.Module, hidden: Tensor, *, whole: bool = False) -> Ends:
-        """Inputs of the first linear of each group, outputs of writers up to those asked about."""
         state = self.state
-        prefix = f"{state.model.plan.block_prefix}.{state.index}."
-
-        def modules(names: Iterable[str]) -> dict[str, nn.Module]:
-            return {name: block.get_submodule(name.removeprefix(prefix)) for name in names}
-
+        hidden = stream.hidden[part].to(state.model.device)
         places = [state.writers.index(name) for name in self.shifts]
         writers = state.writers[: max(places, default=-1) + 1]
-        owners = modules(dict.fromkeys(self.owner.values()))
-        return observe_ends(
-            state.model, state.index, block, owners, modules(writers), hidden, whole=whole
-        )
-
-    def _add_inputs(
-        self, x: Mapping[str, Tensor], source: Mapping[str, Tensor], part: slice
-    ) -> None:
+        batch = (stream, part.start)
+        read = dict.fromkeys(self.owner.values())
+        with state.replay.resumed(state.current, state.linears, batch, read=read, written=writers):
+            x, y, _ = self._observe(state.current, state.linears, read, writers, hidden)
         for owner, hessian in self.hessians.items():
             if owner in x:
                 hessian.add(x[owner], self._weight(owner, part))
-        for owner, sums in self.drifts.items() if source else ():
-            sums.add(source[owner] - x[owner], x[owner], self._weight(owner, part))
+        whole = self.advance_source
+        if state.source is None or stream.source is None:
+            return
+        if not (self.drifts or self.shifts or whole):
+            return
+        source = stream.source[part].to(state.model.device)
+        with state.replay.resumed(
+            state.source,
+            self.source_linears,
+            batch,
+            read=self.drifts,
+            written=writers,
+            fixed=True,
+            last=whole,
+        ):
+            x_source, y_source, behind = self._observe(
+                state.source, self.source_linears, self.drifts, writers, source, whole=whole
+            )
+        for owner, sums in self.drifts.items():
+            sums.add(x_source[owner] - x[owner], x[owner], self._weight(owner, part))
+        if self.shifts:
+            drift = (source.float() - hidden).view(-1, hidden.shape[-1])
+            for name in writers:
+                drift += y_source[name].float() - y[name]
+                if name in self.shifts:
+                    self.shifts[name].add(drift, x[self.owner[name]], self._weight(name, part))
+        if behind is not None:
+            stream.source[part] = behind.to(stream.source.device)
+
+    def _observe(
+        self,
+        block: nn.Module,
+        linears: Mapping[str, nn.Module],
+        read: Iterable[str],
+        written: Iterable[str],
+        hidden: Tensor,
+        *,
+        whole: bool = False,
+    ) -> Ends:
+        return observe_ends(
+            self.state.model,
+            self.state.index,
+            block,
+            {name: linears[name] for name in read},
+            {name: linears[name] for name in written},
+            hidden,
+            whole=whole,
+        )
 
     def _weight(self, name: str, part: slice) -> Tensor | None:
         if name not in self.token_weights:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from bitmill.architectures import ARCHITECTURES, architecture, block_prefix
@@ -23,54 +22,18 @@ from bitmill.refinement import RefinedModel, RefineInputs, refine_model
 from bitmill.sensitivity import SensitivitySettings, profile_knapsack
 from bitmill.spec import Refinement, parse_spec
 from tiny import VOCABULARY, save_tiny
+from tiny_architectures import COVERED, tiny_config
 
 SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})
 
 QUICK = Refinement(compensated_grid=False, scale_refit=False)
-
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-    "initializer_range": 0.1,
-}
-GROUPED = {"num_key_value_heads": 2}
-WINDOWED = GROUPED | {"head_dim": 16, "sliding_window": 8}
-EXPERTS = GROUPED | {"head_dim": 16, "num_experts_per_tok": 2}
-# model_type -> what differs from COMMON, quantized linears of a block
-COVERED: dict[str, tuple[dict[str, Any], int]] = {
-    "llama": (GROUPED, 7),
-    "mistral": (WINDOWED, 7),
-    "mixtral": (EXPERTS | {"num_local_experts": 4}, 4 + 3 * 4),
-    "qwen2": (GROUPED, 7),
-    "qwen3": (GROUPED | {"head_dim": 16}, 7),
-    "qwen3_moe": (EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48}, 4 + 3 * 4),
-    "gemma2": (WINDOWED | {"query_pre_attn_scalar": 16}, 7),
-    "gemma3_text": (WINDOWED | {"num_hidden_layers": 6}, 7),
-    "phi3": (GROUPED, 4),
-    "opt": ({"ffn_dim": 96, "word_embed_proj_dim": 32, "init_std": 0.1}, 6),
-    "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 2}, 4),
-    "bloom": ({}, 4),
-    "gpt_neox": ({}, 4),
-    "gpt2": ({"n_inner": 96}, 4),
-    "stablelm": (GROUPED, 7),
-    "starcoder2": (GROUPED, 6),
-}
 
 BIASED_OR_FUSED = {"phi3", "opt", "bloom", "gpt_neox", "gpt2", "starcoder2"}
 
 
 @pytest.fixture(scope="module", params=sorted(COVERED))
 def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    changes, _ = COVERED[request.param]
-    config = AutoConfig.for_model(request.param, **(COMMON | changes))
-    return save_tiny(tmp_path_factory.mktemp("model") / request.param, config)
+    return save_tiny(tmp_path_factory.mktemp("model") / request.param, tiny_config(request.param))
 
 
 def test_every_declaration_is_covered() -> None:
