@@ -1,9 +1,8 @@
 """A packed Hugging Face folder: writing it tensor by tensor, and reading it with every check.
 
-Writing needs no more memory than one linear: the place of every tensor is known from names and
-shapes alone (`safetensors_layout`), so each is written where it belongs, in whatever order the
-caller supplies them. The files' bytes therefore depend on the tensors only, and their size is
-the predicted one.
+Writing needs no more memory than a few linears: the place of every tensor is known from names and
+shapes alone (`safetensors_layout`), so threads read, hash and write them where they belong, each at
+its own pace. The files' bytes depend on the tensors only, and their size is the predicted one.
 
 Reading trusts nothing: format version, names, shapes, dtypes, scales, zeros, column orders and
 padding bits are checked, and a FormatError names the tensor at fault.
@@ -12,11 +11,14 @@ padding bits are checked, and a FormatError names the tensor at fault.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -27,7 +29,7 @@ from bitmill.errors import FormatError, ModelError
 from bitmill.headers import TensorHeader, read_headers, safetensors_files
 from bitmill.model_config import sanitize
 from bitmill.packed import PackedTensor, QuantizedWeight, check_order
-from bitmill.packed_config import PackedConfig
+from bitmill.packed_config import PackedConfig, PackedLinear
 from bitmill.safetensors_layout import (
     INDEX_NAME,
     MAX_SHARD_BYTES,
@@ -37,6 +39,9 @@ from bitmill.safetensors_layout import (
 )
 from bitmill.storage import disk_errors, read_json, write_bytes, write_json
 from bitmill.stored_tensors import linear_tensors
+
+_THREADS = 4
+"""Linears that are read, hashed and written at once."""
 
 CONFIG_NAME = "config.json"
 COPIED_FILES = (
@@ -65,6 +70,9 @@ DTYPES = {
     "F64": torch.float64,
 }
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 
 def write_checkpoint(
     folder: Path,
@@ -82,31 +90,50 @@ def write_checkpoint(
 
     source: folder of the source model; its config and tokenizer are taken over
     tensors: what `stored_tensors` gives for this map, in that order
-    linear, other: supply a quantized linear by its name, any other tensor by its own; each is
-        asked for once and may be dropped after
+    linear, other: supply a quantized linear by its name, any other tensor by its own; threads ask
+        for each once and drop it after
     orders: name of the tensor that holds a linear's column order
-    on_linear: told the name of every linear written
+    on_linear: told the name of every linear written, in the order of the map
 
     Returns the hex SHA-256 of every stored tensor's bytes by name. Raises FormatError where what
     is supplied differs from `tensors`, ResourceError where the disk is full.
     """
     config = PackedConfig.from_map(bit_widths, orders)
-    with disk_errors(folder), _ShardWriter(folder, tensors, max_shard_bytes) as writer:
-        for packed in config.linears.values():
+    with (
+        disk_errors(folder),
+        _ShardWriter(folder, tensors, max_shard_bytes) as writer,
+        ThreadPoolExecutor(_THREADS) as pool,
+    ):
+
+        def write_linear(packed: PackedLinear) -> str:
             weight = linear(packed.name)
             if isinstance(weight, QuantizedWeight):
                 weight = PackedTensor.pack(weight)
             for name, tensor in weight.tensors(packed.name, owns_order=packed.owns_order).items():
                 writer.write(name, tensor)
+            return packed.name
+
+        for name in _in_order(pool, write_linear, config.linears.values()):
             if on_linear:
-                on_linear(packed.name)
-        for name in writer.missing():
-            writer.write(name, other(name))
+                on_linear(name)
+        for _ in _in_order(pool, lambda name: writer.write(name, other(name)), writer.missing()):
+            pass
     with disk_errors(folder):
         copy_companions(source, folder)
     write_bytes(folder / MAP_NAME, bit_widths.to_json().encode())
     write_packed_config(source, folder, config)
     return writer.digests
+
+
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`work(item)` of every item in order; `_THREADS` of them are under way ahead of the caller."""
+    ahead: deque[Future[R]] = deque()
+    for item in items:
+        if len(ahead) == _THREADS:
+            yield ahead.popleft().result()
+        ahead.append(pool.submit(work, item))
+    while ahead:
+        yield ahead.popleft().result()
 
 
 def write_packed_config(source: Path, folder: Path, config: PackedConfig) -> None:
@@ -131,10 +158,10 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 class _ShardWriter:
-    """Open shard files with their headers written; tensors go to their places in any order."""
+    """Open shard files with their headers written; threads put tensors in their places."""
 
     def __init__(self, folder: Path, tensors: Sequence[TensorSpec], max_bytes: int) -> None:
-        self.digests: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
         self._folder = folder
         self._specs = {spec.name: spec for spec in tensors}
         self._shards = shard(tensors, max_bytes)
@@ -146,7 +173,7 @@ class _ShardWriter:
             first, offsets = header(part)
             file = (self._folder / file_name).open("wb")
             self._files.append(file)
-            file.write(first)
+            _write_at(file, 0, memoryview(first))
             self._places.update({name: (file, offset) for name, offset in offsets.items()})
         return self
 
@@ -156,14 +183,19 @@ class _ShardWriter:
         if kind is None:
             self._write_index()
 
-    def missing(self) -> Iterator[str]:
+    @property
+    def digests(self) -> dict[str, str]:
+        """Hex SHA-256 of every tensor written by name, in the order of the files."""
+        return {name: self._digests[name] for name in self._specs if name in self._digests}
+
+    def missing(self) -> list[str]:
         """Names not written so far, in the order of the files."""
-        return (name for name in self._specs if name not in self.digests)
+        return [name for name in self._specs if name not in self._digests]
 
     def write(self, name: str, tensor: Tensor) -> None:
         spec = self._specs.get(name)
-        if spec is None or name in self.digests:
-            problem = "was written already" if name in self.digests else "has no place in the plan"
+        if spec is None or name in self._digests:
+            problem = "was written already" if name in self._digests else "has no place in the plan"
             raise FormatError(f"tensor {name} {problem}", param=name)
         if tensor.dtype != DTYPES[spec.dtype] or tuple(tensor.shape) != spec.shape:
             raise FormatError(
@@ -173,9 +205,8 @@ class _ShardWriter:
             )
         data = tensor_bytes(tensor)
         file, offset = self._places[name]
-        file.seek(offset)
-        file.write(data)
-        self.digests[name] = hashlib.sha256(data).hexdigest()
+        _write_at(file, offset, data)
+        self._digests[name] = hashlib.sha256(data).hexdigest()
 
     def _write_index(self) -> None:
         if len(self._shards) > 1:
@@ -183,6 +214,13 @@ class _ShardWriter:
             places = {spec.name: name for name, part in self._shards.items() for spec in part}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
             write_json(self._folder / INDEX_NAME, index)
+
+
+def _write_at(file: BinaryIO, offset: int, data: memoryview) -> None:
+    """Write all of `data`, of which the system takes 2 GiB at once; moves no shared position."""
+    while len(data):
+        written = os.pwrite(file.fileno(), data, offset)
+        data, offset = data[written:], offset + written
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -159,29 +159,39 @@ class BlockSaver:
             save_block(self._folder, i, weights, linears, learning)
 
 
-def load_block(
-    folder: Path, plan: Plan, i: int, names: tuple[str, ...] | None = None
-) -> dict[str, QuantizedWeight]:
-    """The refined linears of block i (or the named ones)."""
-    return {name: packed.unpack() for name, packed in load_packed(folder, plan, i, names).items()}
+class SavedBlock:
+    """A finished block, open for reading; threads may read at once."""
+
+    def __init__(self, folder: Path, plan: Plan, i: int) -> None:
+        self._plan, self._i = plan, i
+        self._widths: dict[str, str] = storage.read_json(report_path(folder, i))["widths"]
+        self._file = safe_open(tensors_path(folder, i), framework="pt")
+        self._keys: dict[str, list[str]] = {}
+        for key in self._file.keys():  # noqa: SIM118  (it is no mapping)
+            self._keys.setdefault(key.rpartition(".")[0], []).append(key)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its linears."""
+        return tuple(self._widths)
+
+    def packed(self, name: str) -> PackedTensor:
+        """One linear as it is stored. Raises `FormatError` where it is missing or damaged."""
+        if name not in self._widths:
+            raise FormatError(f"block {self._i} holds no refined {name}", param=name)
+        shape = self._plan.by_name[name].shape
+        tensors = {key: self._file.get_tensor(key) for key in self._keys.get(name, ())}
+        order = tensors.pop(f"{name}.order", None)
+        widths = tuple(int(b) for b in self._widths[name])
+        return PackedTensor.from_tensors(name, tensors, shape.rows, shape.columns, widths, order)
+
+    def order(self, name: str) -> Tensor | None:
+        """Column order i32 [K] of one linear, None where it has its own."""
+        key = f"{name}.order"
+        return self._file.get_tensor(key) if key in self._keys.get(name, ()) else None
 
 
-def load_packed(
-    folder: Path, plan: Plan, i: int, names: tuple[str, ...] | None
-) -> dict[str, PackedTensor]:
-    """The refined linears of block i (or the named ones) as they are stored."""
-    widths = storage.read_json(report_path(folder, i))["widths"]
-    loaded = {}
-    with safe_open(tensors_path(folder, i), framework="pt") as file:
-        keys = list(file.keys())
-        for name in names if names is not None else widths:
-            if name not in widths:
-                raise FormatError(f"block {i} holds no refined {name}", param=name)
-            shape = plan.by_name[name].shape
-            tensors = {key: file.get_tensor(key) for key in keys if key.startswith(f"{name}.")}
-            order = tensors.pop(f"{name}.order", None)
-            digits = tuple(int(b) for b in widths[name])
-            loaded[name] = PackedTensor.from_tensors(
-                name, tensors, shape.rows, shape.columns, digits, order
-            )
-    return loaded
+def load_block(folder: Path, plan: Plan, i: int) -> dict[str, QuantizedWeight]:
+    """The refined linears of block i."""
+    block = SavedBlock(folder, plan, i)
+    return {name: block.packed(name).unpack() for name in block.names}

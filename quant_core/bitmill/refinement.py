@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from bitmill import storage
@@ -43,12 +42,11 @@ from bitmill.refine import RefineSettings, refine_block
 from bitmill.refined_blocks import (
     EMBEDDINGS,
     BlockSaver,
+    SavedBlock,
     load_block,
-    load_packed,
     parts_of,
     report_path,
     save_block,
-    tensors_path,
 )
 from bitmill.refinement_report import LinearReport
 from bitmill.spec import Refinement
@@ -75,6 +73,7 @@ class RefinedModel:
     def __init__(self, folder: Path, plan: Plan) -> None:
         tuned = folder / TUNED_NAME
         self.folder, self.plan = tuned if tuned.is_dir() else folder, plan
+        self._blocks: dict[int, SavedBlock] = {}
 
     @property
     def digest(self) -> str:
@@ -91,17 +90,21 @@ class RefinedModel:
 
     def linear(self, name: str) -> QuantizedWeight:
         """One refined linear or embedding."""
-        return load_block(self.folder, self.plan, self.plan.by_name[name].block, (name,))[name]
+        return self.packed(name).unpack()
 
     def order(self, name: str) -> Tensor | None:
         """Column order i32 [K] of one refined linear, None where it has its own."""
-        with safe_open(tensors_path(self.folder, self.plan.by_name[name].block), "pt") as file:
-            key = f"{name}.order"
-            return file.get_tensor(key) if key in file.keys() else None  # noqa: SIM118
+        return self._block_of(name).order(name)
 
     def packed(self, name: str) -> PackedTensor:
         """One refined linear or embedding as it is stored."""
-        return load_packed(self.folder, self.plan, self.plan.by_name[name].block, (name,))[name]
+        return self._block_of(name).packed(name)
+
+    def _block_of(self, name: str) -> SavedBlock:
+        i = self.plan.by_name[name].block
+        if i not in self._blocks:
+            self._blocks[i] = SavedBlock(self.folder, self.plan, i)
+        return self._blocks[i]
 
     def reports(self) -> tuple[tuple[LinearQuality, ...], tuple[BlockQuality, ...]]:
         """What refinement says of every linear, and of every block where it learned."""

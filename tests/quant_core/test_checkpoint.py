@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from bitmill.budget import checkpoint_tensors, order_owners
 from bitmill.checkpoint import PackedCheckpoint, read_bit_width_map, write_checkpoint
-from bitmill.errors import BitmillError, FormatError, ModelError
+from bitmill.errors import BitmillError, Cancelled, FormatError, ModelError
 from bitmill.packed import QuantizedWeight
 from bitmill.safetensors_layout import INDEX_NAME, checkpoint_bytes
 from tiny import tiny_llama, tiny_opt
@@ -91,7 +92,24 @@ def test_writing_twice_gives_the_same_bytes(
     again = pack_model(source, tmp_path / "again", order="activation")
     for file in sorted(packed.folder.iterdir()):
         assert (again.folder / file.name).read_bytes() == file.read_bytes(), file.name
-    assert again.tensor_hashes == packed.tensor_hashes
+    assert list(again.tensor_hashes.items()) == list(packed.tensor_hashes.items())
+
+
+def test_linears_are_told_in_order_and_a_caller_that_stops_leaves_no_thread(
+    packed: PackedModel, source: Path, tmp_path: Path
+) -> None:
+    told: list[str] = []
+
+    def on_linear(name: str) -> None:
+        told.append(name)
+        if len(told) == 3:
+            raise Cancelled("stop")
+
+    before = set(threading.enumerate())
+    with pytest.raises(Cancelled):
+        pack_model(source, tmp_path, order="activation", on_linear=on_linear)
+    assert set(threading.enumerate()) == before
+    assert told == list(packed.map.linears)[:3]
 
 
 def test_shards_hold_the_same_tensors_and_have_an_index(
