@@ -17,6 +17,7 @@ goes on at the block it reached, after a forward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -243,6 +244,7 @@ class GradientPass:
         self._passed = None
         block = self._load(i)
         modules = self._model.linears(block, i)
+        largest = torch.zeros((), device=self._model.device)
         for part in self._parts():
             x = inputs[part].to(self._model.device).detach().requires_grad_()
             with _watching(modules, observer), torch.enable_grad():
@@ -251,13 +253,14 @@ class GradientPass:
                 with stage("backward"):
                     torch.autograd.backward(y, received)
             assert x.grad is not None
-            if not bool(torch.isfinite(x.grad).all()):
-                raise CalibrationError(
-                    f"the loss gradient at the input of block {i} is not finite: the calibration "
-                    "text drives the model out of range; use other text or a wider dtype",
-                    code="non_finite_gradient",
-                )
+            largest = torch.maximum(largest, torch.linalg.vector_norm(x.grad, ord=math.inf))
             gradient[part] = x.grad.to(gradient.device, gradient.dtype)
+        if not math.isfinite(float(largest)):
+            raise CalibrationError(
+                f"the loss gradient at the input of block {i} is not finite: the calibration "
+                "text drives the model out of range; use other text or a wider dtype",
+                code="non_finite_gradient",
+            )
         self._passed = i, block
 
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -113,11 +113,10 @@ class SensitivitySettings:
 class LinearMoments:
     """What the gradient pass knows of one linear.
 
-    H: f32 [K, K], mean of x x^T (of its input group); row_weight: f64 [N], q above;
-    weighted: f32 [K, K] or None; tokens: f32 [T of all windows] a_t or None.
+    row_weight: f64 [N], q above, on the CPU; weighted: f32 [K, K] or None; tokens: f32 [T of all
+    windows] a_t or None.
     """
 
-    H: Tensor
     row_weight: Tensor
     weighted: Tensor | None = None
     tokens: Tensor | None = None
@@ -126,7 +125,7 @@ class LinearMoments:
 class BlockMoments:
     """Accumulates the moments of one block's linears; a `BlockObserver`.
 
-    `all_reduce` and `fill` follow the last token.
+    `all_reduce` and `fill` follow the last token; `mean` and `of` follow those.
 
     groups: names that read the same input; the first of each stands for it.
     """
@@ -165,7 +164,7 @@ class BlockMoments:
             self._plain[name].add(x)
         if not (self._weighted or self._settings.token_weights):
             return
-        importance = gradient.float().square().sum(1)
+        importance = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32).square()
         if self._weighted:
             self._weighted[name].add(x, importance)
         if self._settings.token_weights:
@@ -184,16 +183,21 @@ class BlockMoments:
             self._tokens = {name: [tokens[name] for tokens in every] for name in own}
 
     def fill(self) -> None:
-        """Fill up what starved experts saw; the last step before `of`."""
+        """Fill up what starved experts saw."""
         self._filled = filled_means(self._plain)
         inputs = {name: self._plain[owner] for name, owner in self._owner.items()}
-        self._squares = fill_squares(self._squares, inputs)
+        filled = fill_squares(self._squares, inputs)
+        self._squares = {name: squares.cpu() for name, squares in filled.items()}
+
+    def mean(self, name: str) -> Tensor:
+        """H f32 [K, K], mean of x x^T, of a linear's input."""
+        owner = self._owner[name]
+        return self._filled[owner] if owner in self._filled else self._plain[owner].mean()
 
     def of(self, name: str, predictions: int) -> LinearMoments:
         """The moments of one linear."""
-        parts, owner = self._tokens[name], self._owner[name]
+        parts = self._tokens[name]
         return LinearMoments(
-            H=self._filled[owner] if owner in self._filled else self._plain[owner].mean(),
             row_weight=self._squares[name] / predictions,
             weighted=self._weighted[name].mean() if self._weighted else None,
             tokens=torch.cat(parts) if parts else None,
@@ -323,95 +327,133 @@ class _Measurement:
         profile: BlockProfile,
     ) -> None:
         """Linears that read one input share its order and, with plain moments, its factor."""
+        H = moments.mean(group[0])
         order: Tensor | None = None
-        shared: Curvature | None = None
-        for name in group:
-            found = moments.of(name, predictions)
-            if order is None and self._settings.order == "activation":
-                order = activation_order(found.H)
-                profile.orders[group[0]] = _index_array(order)
-            if shared is None or found.weighted is not None:
-                H = found.H if found.weighted is None else found.weighted
-                shared = Curvature.prepare(H, order, damping=self._settings.damping, name=name)
-            W = weight_of(modules[name]).detach().float()
+        if self._settings.order == "activation":
+            order = activation_order(H)
+            profile.orders[group[0]] = _index_array(order)
+        weighted = self._settings.moments == "weighted"
+        for names in [[name] for name in group] if weighted else [list(group)]:
+            found = [moments.of(name, predictions) for name in names]
+            if found[0].weighted is not None:
+                H = found[0].weighted
+            shared = Curvature.prepare(H, order, damping=self._settings.damping, name=names[0])
+            weights = [weight_of(modules[name]).detach() for name in names]
             with stage("cost"):
-                costs = linear_costs(W, found.row_weight, shared, self._settings)
-            if not np.isfinite(costs).all():
-                raise CalibrationError(
-                    f"the costs of {name} are not finite: its gradients or inputs are too large "
-                    "for fp32; use other calibration text",
-                    code="non_finite_costs",
-                    param=name,
+                costs = input_costs(
+                    weights, [one.row_weight for one in found], shared, self._settings
                 )
-            profile.shapes[name] = (W.shape[0], W.shape[1])
-            profile.costs[name] = costs
-            if order is not None:
-                profile.owners[name] = group[0]
-            if found.tokens is not None and len(found.tokens) == self._tokens:
-                self._saved.save_token_weights(name, found.tokens)
+            for name, one, table in zip(names, found, costs, strict=True):
+                self._keep(name, one, table, profile)
+                if order is not None:
+                    profile.owners[name] = group[0]
+
+    def _keep(
+        self, name: str, found: LinearMoments, costs: FloatArray, profile: BlockProfile
+    ) -> None:
+        if not np.isfinite(costs).all():
+            raise CalibrationError(
+                f"the costs of {name} are not finite: its gradients or inputs are too large "
+                "for fp32; use other calibration text",
+                code="non_finite_costs",
+                param=name,
+            )
+        linear = self._plan.by_name[name]
+        profile.shapes[name] = (linear.rows, linear.columns)
+        profile.costs[name] = costs
+        if found.tokens is not None and len(found.tokens) == self._tokens:
+            self._saved.save_token_weights(name, found.tokens)
 
 
 def linear_costs(
     W: Tensor, row_weight: Tensor, curvature: Curvature, settings: SensitivitySettings
 ) -> FloatArray:
-    """Costs float64 [G, B], nats per token, of every width for every group of one linear.
+    """`input_costs` of one linear."""
+    return input_costs([W], [row_weight], curvature, settings)[0]
 
-    W: f32 [N, K] in source column order; row_weight: [N].
+
+def input_costs(
+    weights: Sequence[Tensor],
+    row_weights: Sequence[Tensor],
+    curvature: Curvature,
+    settings: SensitivitySettings,
+) -> list[FloatArray]:
+    """Costs float64 [G, B], nats per token, of every width for every group of each linear.
+
+    weights: [N, K] of linears that read one input, in source column order; row_weights: [N] each.
     """
-    chosen, share = sample_rows(row_weight, settings.rows)
-    work = curvature.packed(W[chosen.to(W.device)]).clone()
-    rows = 0.5 * share.to(work.device)
+    device = weights[0].device
+    samples = [sample_rows(weight, settings.rows) for weight in row_weights]
+    rows = [W[s.chosen.to(device)].float() for W, s in zip(weights, samples, strict=True)]
+    losses = _row_losses(curvature.packed(torch.cat(rows)), curvature, settings).double()
+    share = torch.cat([s.share for s in samples]).to(device)
+    parts = (0.5 * share * losses).split([len(s.share) for s in samples], 2)
+    table = torch.stack([part.sum(2).T for part in parts]).clamp(min=0.0).cpu()
+    return [costs.numpy() for costs in table]
+
+
+def _row_losses(W: Tensor, curvature: Curvature, settings: SensitivitySettings) -> Tensor:
+    """d H d^T f32 [B, G, M] of every width, group and row of W f32 [M, K] in packed columns."""
     uncoupled = settings.cost == "compensated" and settings.compensate_from is None
     if uncoupled and resolve_backend("auto", W.device) == "triton":
-        found = _losses_on_device(work, curvature, settings).double()
-        table: FloatArray = (found @ rows).T.clamp(min=0.0).cpu().numpy()
-        return table
+        return _losses_on_device(W, curvature, settings)
     unit = unit_rows(curvature.factor.upper)
-    costs = []
+    work = W.clone()
+    losses = []
     for _, part in group_slices(W.shape[1]):
         block = work[:, part].contiguous()
-        losses = []
         for width in settings.widths:
             loss, error = _group_loss(block, part, width, curvature, unit, settings)
-            losses.append((rows * loss.double()).sum())
+            losses.append(loss)
             if width == settings.compensate_from and part.stop < W.shape[1]:
                 work[:, part.stop :] -= error @ unit[part, part.stop :]
-        costs.append(torch.stack(losses))
-    table = torch.stack(costs).clamp(min=0.0).cpu().numpy()
-    return table
+    return torch.stack(losses).view(-1, len(settings.widths), len(W)).transpose(0, 1)
 
 
 def _losses_on_device(W: Tensor, curvature: Curvature, settings: SensitivitySettings) -> Tensor:
-    """Losses f32 [B, G, M] of every width, group and row of W f32 [M, K], two launches a width."""
+    """`_row_losses` by one search per width and one launch that quantizes all of them."""
     from bitmill_kernels.group_solve_triton import group_losses_triton
 
     U = curvature.factor.upper
-    unit, reciprocal = unit_rows(U), U.diagonal().reciprocal()
     weight = relative_weights(curvature.H.diagonal())
     columns = W.T.contiguous()
-    losses = []
+    shape = (group_count(W.shape[1]), len(W))
+    grids, tops = [], []
     for width in settings.widths:
         clip = settings.clip or PROFILE_CLIP[width]
-        top = torch.full((1, 1), float(max_code(width)), device=W.device)
-        top = top.expand(group_count(W.shape[1]), len(W))
+        tops.append(torch.full(shape, float(max_code(width)), device=W.device))
         if width == 1:
-            grid = one_bit_groups(W, weight, clip)
+            grids.append(one_bit_groups(W, weight, clip))
         else:
-            found = clip_search_groups(columns, top, weight, clip)
-            grid = Grid(round_scale(found.scale), found.zero)
-        losses.append(group_losses_triton(columns, unit, reciprocal, *grid, top))
-    return torch.stack(losses)
+            found = clip_search_groups(columns, tops[-1], weight, clip)
+            grids.append(Grid(round_scale(found.scale), found.zero))
+    losses = group_losses_triton(
+        columns.repeat(1, len(grids)),
+        unit_rows(U),
+        U.diagonal().reciprocal(),
+        torch.cat([grid.scale for grid in grids], 1),
+        torch.cat([grid.zero for grid in grids], 1),
+        torch.cat(tops, 1),
+    )
+    return losses.view(-1, len(grids), len(W)).transpose(0, 1)
 
 
-def sample_rows(row_weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Rows that stand for all: indices i64 [M] ascending and their weights f64 [M], M <= count.
+class RowSample(NamedTuple):
+    """Rows that stand for all: indices i64 [M] ascending and their weights f64 [M], on the CPU."""
 
-    The weights add up to those of all rows. Rows are taken with probability in proportion to their
+    chosen: Tensor
+    share: Tensor
+
+
+def sample_rows(row_weight: Tensor, count: int) -> RowSample:
+    """At most `count` rows of a linear with the weights [N].
+
+    Their weights add up to those of all rows. A row is taken with probability in proportion to its
     weight, at equal steps of the cumulated weight, without chance.
     """
     weight = row_weight.detach().cpu().double()
     if len(weight) <= count or not bool(weight.sum() > 0):
-        return torch.arange(len(weight)), weight
+        return RowSample(torch.arange(len(weight)), weight)
     certain = torch.zeros(len(weight), dtype=torch.bool)
     while True:
         rest = torch.where(certain, 0.0, weight)
@@ -425,7 +467,7 @@ def sample_rows(row_weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
     share = torch.where(certain, weight, 0.0)
     share.index_add_(0, drawn, torch.full((len(drawn),), float(step), dtype=torch.float64))
     chosen = share.nonzero()[:, 0]
-    return chosen, share[chosen]
+    return RowSample(chosen, share[chosen])
 
 
 def _group_loss(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from bitmill.sensitivity import (
     PROFILE_CLIP,
     BlockMoments,
     SensitivitySettings,
+    input_costs,
     linear_costs,
     profile_knapsack,
     sample_rows,
@@ -113,7 +115,7 @@ def test_moments_are_the_documented_means():
         moments.seen("a", x[part], ga[part])
     moments.fill()
     found = moments.of("b", predictions=40)
-    torch.testing.assert_close(found.H, x.T @ x / 50)
+    torch.testing.assert_close(moments.mean("b"), x.T @ x / 50)
     torch.testing.assert_close(found.row_weight, gb.double().square().sum(0) / 40)
     importance = gb.square().sum(1)
     expected = (x.T * importance) @ x / importance.sum()
@@ -164,6 +166,19 @@ def test_compensated_costs_add_up_to_what_gptq_leaves():
     damped = H.double() + curvature.factor.damping * H.diagonal().mean() * torch.eye(300)
     expected = 0.5 * (q * ((d @ damped) * d).sum(1)).sum()
     assert costs[:, 1].sum() == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("compensate_from", [None, 3])
+def test_linears_of_one_input_cost_what_each_costs_alone(compensate_from):
+    curvature = Curvature.prepare(some_linear()[1])
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(rows, 300, generator=generator) for rows in (24, 5, 60)]
+    squares = [torch.rand(len(W), generator=generator).double() for W in weights]
+    settings = SensitivitySettings(widths=(1, 3), rows=16, compensate_from=compensate_from)
+    together = input_costs(weights, squares, curvature, settings)
+    for W, q, costs in zip(weights, squares, together, strict=True):
+        alone = linear_costs(W, q, curvature, settings)
+        np.testing.assert_allclose(costs, alone, rtol=1e-4)
 
 
 def test_compensation_lowers_every_cost():
@@ -352,6 +367,20 @@ def test_gradients_that_are_not_finite_are_refused(llama):
 
     with pytest.raises(CalibrationError):
         profile_knapsack(model, some_tokens(), model.plan, QUICK, prepare=explode)
+
+
+def test_a_gradient_that_overflows_in_one_batch_is_refused(llama, monkeypatch):
+    found = iter([math.inf, 1.0, math.nan, 1.0])
+
+    def overflow(self, x, *_):
+        return torch.full_like(x, next(found))
+
+    monkeypatch.setattr(GradientPass, "_slice_gradient", overflow)
+    model = streamed(llama)
+    for _ in range(2):
+        run = GradientPass(model, some_tokens(2), PassSettings(batch=1))
+        with pytest.raises(CalibrationError, match=f"block {model.block_count - 1} is not finite"):
+            run.run(lambda i: None)
 
 
 def test_the_block_just_passed_serves_for_its_weights_unless_it_was_changed(llama: Path) -> None:
