@@ -12,7 +12,7 @@ the same bytes. Such modules are found by running the block, not from a list.
 What is kept counts only while the weights of all linears that ran before it are the same, and
 nothing was added to it in place: autograd's version counters tell, so weights are to be changed
 through `set_weight`. What memory does not hold is run again. Given up: routed experts, of which one
-runs behind linears of another that are refined later.
+runs behind linears of another that are refined later, and what runs behind them.
 """
 
 from __future__ import annotations
@@ -230,15 +230,14 @@ class _Trace:
             handle.remove()
 
     def tails(self, routed: Set[str]) -> tuple[Tail, ...]:
-        """The outermost module that returns what a linear gave, of those that ran once."""
+        """The outermost modules that return what a linear gave, of those that ran once, ahead of
+        all routed experts."""
         found = []
         for name, tail in self._found.items():
-            if self._runs[tail.path] > 1 or self._runs[name] > 1 or name in routed:
-                continue
-            before = set(self._order[: self._order.index(name)])
-            if before & routed:
-                before |= routed
-            found.append(tail._replace(before=tuple(sorted(before))))
+            before = self._order[: self._order.index(name)]
+            once = self._runs[tail.path] == self._runs[name] == 1
+            if once and routed.isdisjoint((name, *before)):
+                found.append(tail._replace(before=tuple(before)))
         return tuple(found)
 
     def _linear_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:

@@ -173,7 +173,20 @@ def test_nothing_is_kept_without_room(llama, stream, monkeypatch):
     assert set(current.values()) == {5 * 24}
 
 
-def test_what_was_kept_before_a_weight_changed_is_run_again(llama, stream):
+@pytest.mark.parametrize("changed", ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"])
+def test_what_was_kept_before_a_weight_changed_is_run_again(llama, stream, changed):
+    state = block_state(llama, stream)
+    for _ in walk(state, stream):
+        pass
+    set_weight(
+        state.current.get_submodule(changed), 0.5 * state.source.get_submodule(changed).weight
+    )
+    expected = outputs(llama, state.current, stream.hidden)
+    advance_hidden(state, stream, batch=2)
+    assert torch.equal(stream.hidden, expected)
+
+
+def test_stages_without_the_linears_before_them_quantized(llama, stream):
     state = block_state(llama, stream)
     for found, fresh in walk(state, stream, sequential=False):
         assert_same(found, fresh)
@@ -181,6 +194,25 @@ def test_what_was_kept_before_a_weight_changed_is_run_again(llama, stream):
     expected = outputs(llama, state.current, stream.hidden)
     advance_hidden(state, stream, batch=2)
     assert torch.equal(stream.hidden, expected)
+
+
+def test_stages_can_be_observed_in_any_order(llama, stream):
+    state = block_state(llama, stream)
+    stages = llama.plan.input_stages(0)
+    for stage in (*stages, *reversed(stages), stages[2]):
+        fresh = collect(replace(state, replay=Replay()), stage, stream, batch=2)
+        assert_same(collect(state, stage, stream, batch=2), fresh)
+
+
+def test_what_the_block_adds_in_place_to_is_run_again(llama, stream):
+    state = block_state(llama, stream)
+    stages = llama.plan.input_stages(0)
+    collect(state, stages[0], stream, batch=2)
+    for block in (state.current, state.source):
+        block.self_attn.register_forward_hook(lambda _, args, output: (output[0].add_(1), None))
+    for stage in stages[1:]:
+        fresh = collect(replace(state, replay=Replay()), stage, stream, batch=2)
+        assert_same(collect(state, stage, stream, batch=2), fresh)
 
 
 def test_modules_that_change_what_their_linear_gave_are_run(llama, stream):
