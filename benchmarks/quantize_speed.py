@@ -40,13 +40,14 @@ from safetensors.torch import save_file
 from bitmill import pipeline
 from bitmill.block_inputs import (
     choose_every,
+    free_device_bytes,
     least_inputs,
-    spare_device_bytes,
     spare_host_bytes,
 )
 from bitmill.calibration import CalibrationSet
 from bitmill.distributed import Group
 from bitmill.estimate import Machine, estimate
+from bitmill.gradient_pass import PassSettings, input_room
 from bitmill.launch import as_rank, is_rank, run_ranks
 from bitmill.plan import Plan
 from bitmill.progress import Progress
@@ -228,9 +229,9 @@ def run(options: argparse.Namespace, group: Group, device: torch.device) -> dict
         group.barrier()
     measured = {stage: seconds_of(stage, watch.units, options, shape) for stage in STAGES}
     forward = measured["profile"]["phases"].get("profile forward", 0.0)
-    again = runs_again(options, shape, device) * shape.blocks * forward
-    measured["profile"]["all_blocks"] = round(measured["profile"]["all_blocks"] + again, 2)
     full = replace_blocks(planned, shape.blocks)
+    again = runs_again(options, full, device) * shape.blocks * forward
+    measured["profile"]["all_blocks"] = round(measured["profile"]["all_blocks"] + again, 2)
     machine = Machine(accelerator=device.type == "cuda", threads=torch.get_num_threads())
     return {
         "shape": options.shape,
@@ -255,14 +256,15 @@ def run(options: argparse.Namespace, group: Group, device: torch.device) -> dict
     }
 
 
-def runs_again(options: argparse.Namespace, shape: Shape, device: torch.device) -> float:
+def runs_again(options: argparse.Namespace, plan: Plan, device: torch.device) -> float:
     """Share of all blocks that a backward pass runs forward twice, to keep fewer inputs."""
     element = 2 if device.type == "cuda" else 4
-    size = options.profile_sequences * options.tokens * shape.hidden * element
-    room = spare_device_bytes(device) - size
-    if room < least_inputs(shape.blocks) * size:
+    size = options.profile_sequences * options.tokens * plan.hidden_size * element
+    tokens = PassSettings.batch * options.tokens
+    room = input_room(plan, free_device_bytes(device), element, tokens) - size
+    if room < least_inputs(plan.block_count) * size:
         room = spare_host_bytes()
-    return 1 - 1 / choose_every(shape.blocks, size, room)
+    return 1 - 1 / choose_every(plan.block_count, size, room)
 
 
 STAGES = ("profile", "allocate", "refine", "pack")

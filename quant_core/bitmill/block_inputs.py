@@ -5,12 +5,12 @@ blocks are computed again when the backward pass reaches it:
 
     resident = ceil(L / s) + s - 1 inputs of S * T * D values
 
-They stay on the accelerator where a share of its free memory holds them for some s: a copy to the
-host and back takes longer than running a block again. Else they wait on the host. s is the smallest
-that fits the limit, so a large limit means no block runs twice. Where no s fits,
-the one with the smallest need is taken and what exceeds the limit lives in memory-mapped files of a
-scratch folder. Recomputed inputs come from the same operations on the same batches, so s does not
-change a bit of the result.
+They stay on the accelerator where its free memory holds them for some s, beside what one block's
+turn takes: a copy to the host and back takes longer than running a block again. Else they wait on
+the host. s is the smallest that fits the limit, so a large limit means no block runs twice. Where
+no s fits, the one with the smallest need is taken and what exceeds the limit lives in memory-mapped
+files of a scratch folder. Recomputed inputs come from the same operations on the same batches, so s
+does not change a bit of the result.
 """
 
 from __future__ import annotations
@@ -48,13 +48,17 @@ def spare_host_bytes() -> int:
     return max(0, min(limits)) // 2
 
 
-def spare_device_bytes(device: torch.device) -> int:
-    """A third of what this process may still take of an accelerator's memory; 0 on a CPU."""
+def free_device_bytes(device: torch.device) -> int:
+    """What this process may still take of an accelerator's memory; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (free + cached) // 3
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def spare_device_bytes(device: torch.device) -> int:
+    """A third of an accelerator's free memory; 0 on a CPU."""
+    return free_device_bytes(device) // 3
 
 
 def least_inputs(blocks: int) -> int:

@@ -8,10 +8,11 @@ Memory and disk are sums of the tensors that the stages hold at once, so they ar
     host         hidden states of all windows (twice with the asymmetric correction), one block per
                  rank of a job on several devices; block inputs of a backward pass wait in files
                  where memory is short and are not counted
-    disk         converted source (GGUF only), refined blocks and the packed checkpoint
+    disk         converted source (GGUF only), refined blocks, of baselines too, and the packed
+                 checkpoint, as large as the budget allows
 
-Hidden states and block inputs move to the accelerator where a third of its free memory holds them;
-that is not counted there, nor taken off the host's share.
+Hidden states and block inputs move to the accelerator where its free memory has room for them; that
+is not counted there, nor taken off the host's share.
 
 Time counts multiply-adds of forward and backward passes, Hessians and GPTQ against an assumed
 speed, and ignores everything else: an order of magnitude, good for choosing a queue. Of several
@@ -23,7 +24,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bitmill.bits import BitWidthMap
+from bitmill.bits import WIDTHS, BitWidthMap
 from bitmill.budget import footprint
 from bitmill.plan import Plan, PlannedLinear
 from bitmill.spec import Closed, JobSpec
@@ -34,6 +35,7 @@ OVERHEAD = 512 << 20
 ACCELERATOR_LIBRARIES = 5 << 29
 """Host memory of the libraries of CUDA and torch in one process, from a model of 7B on an H100."""
 WORKING_COPIES = 6
+FACTOR_COPIES = 6
 CPU_FLOPS_PER_THREAD = 2.5e10
 ACCELERATOR_FLOPS = {2: 4e14, 4: 4e13}
 EVALUATION_WINDOWS = 40
@@ -104,6 +106,21 @@ def _activation_bytes(plan: Plan, block: int, tokens: int, element: int) -> int:
     return tokens * element * (width + 4 * plan.hidden_size)
 
 
+def backward_bytes(plan: Plan, element: int, tokens: int) -> int:
+    """Accelerator memory of one block's turn in a gradient pass, beside hidden states.
+
+    Two blocks (one is loaded ahead), second moments with the widest factor and what makes it,
+    values and gradients of one batch of tokens, one slice of logits.
+    """
+    per_block = []
+    for i in {0, plan.block_count - 1}:
+        squares = [plan.by_name[group[0]].columns ** 2 for group in plan.input_groups(i)]
+        moments = 4 * (sum(squares) + FACTOR_COPIES * max(squares))
+        activations = 2 * _activation_bytes(plan, i, tokens, element)
+        per_block.append(2 * element * _block_weights(plan, i) + moments + activations)
+    return LOGIT_BYTES + max(per_block)
+
+
 def _accelerator_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:
     element = _element_bytes(plan, machine)
     tokens = max(BATCH_TOKENS, spec.calibration.length)
@@ -118,16 +135,41 @@ def _accelerator_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:
     return OVERHEAD + fixed + max(per_block)
 
 
-def _host_bytes(plan: Plan, spec: JobSpec, machine: Machine, gguf: bool) -> int:
-    element = _element_bytes(plan, machine)
+def stream_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:
+    """Hidden states of all windows that refinement carries; files hold them where memory cannot."""
     windows = spec.calibration.sequences + spec.calibration.held_out
-    stream = windows * spec.calibration.length * plan.hidden_size * element
     streams = 2 if spec.refinement.asymmetric or spec.refinement.method == "omniquant" else 1
+    element = _element_bytes(plan, machine)
+    return streams * windows * spec.calibration.length * plan.hidden_size * element
+
+
+def fixed_host_bytes(plan: Plan, spec: JobSpec, machine: Machine, *, gguf: bool = False) -> int:
+    """Host memory that a job cannot do without, whatever the number of its windows."""
     block = 4 * max(_block_weights(plan, i) for i in {0, plan.block_count - 1})
     process = ACCELERATOR_LIBRARIES if machine.accelerator else OVERHEAD
-    running = streams * stream + (2 * block + process) * spec.devices
-    converting = 10 * (plan.weights + _outside_weights(plan)) if gguf else 0
-    return max(running, OVERHEAD + converting)
+    if not machine.accelerator:
+        process += _accelerator_bytes(plan, spec, machine) - OVERHEAD
+    converting = OVERHEAD + 10 * (plan.weights + _outside_weights(plan)) if gguf else 0
+    return max((2 * block + process) * spec.devices, converting)
+
+
+def packed_bytes(plan: Plan, spec: JobSpec) -> int:
+    """Bytes of the packed checkpoint at most."""
+    largest = _uniform_size(plan, spec, spec.allocation.legal_widths[-1])
+    if spec.budget.kind == "size":
+        return min(largest, int(spec.budget.value))
+    return min(largest, _uniform_size(plan, spec, min(WIDTHS[-1], math.ceil(spec.budget.value))))
+
+
+def _disk_bytes(plan: Plan, spec: JobSpec, gguf: bool) -> int:
+    packed = packed_bytes(plan, spec)
+    copies = 3 if spec.refinement.omniquant.tune_scales_steps else 2
+    baselines = sum(
+        packed if name == "uniform" else _uniform_size(plan, spec, int(name[-1]))
+        for name in spec.evaluation.baselines
+    )
+    converted = 4 * (plan.weights + _outside_weights(plan)) if gguf else 0
+    return converted + copies * packed + baselines
 
 
 def _linear_work(linear: PlannedLinear, tokens: float) -> tuple[float, float]:
@@ -167,14 +209,11 @@ def estimate(
     machine = machine or Machine()
     widths = spec.allocation.legal_widths
     smallest, largest = (_uniform_size(plan, spec, width) for width in (widths[0], widths[-1]))
-    packed = min(largest, int(spec.budget.value)) if spec.budget.kind == "size" else largest
-    converted = 4 * (plan.weights + _outside_weights(plan)) if gguf else 0
-    accelerator = _accelerator_bytes(plan, spec, machine)
-    host = _host_bytes(plan, spec, machine, gguf)
+    fixed = fixed_host_bytes(plan, spec, machine, gguf=gguf)
     return Estimate(
-        accelerator_bytes=accelerator,
-        host_bytes=host if machine.accelerator else host + spec.devices * (accelerator - OVERHEAD),
-        disk_bytes=converted + 2 * packed,
+        accelerator_bytes=_accelerator_bytes(plan, spec, machine),
+        host_bytes=fixed + stream_bytes(plan, spec, machine),
+        disk_bytes=_disk_bytes(plan, spec, gguf),
         seconds=_seconds(plan, spec, machine),
         smallest_size=smallest,
         largest_size=largest,

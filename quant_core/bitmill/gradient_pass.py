@@ -31,13 +31,15 @@ from bitmill.block_inputs import (
     BlockInputs,
     HostMemory,
     choose_every,
+    free_device_bytes,
     least_inputs,
-    spare_device_bytes,
     spare_host_bytes,
 )
 from bitmill.blocks import StreamedModel
 from bitmill.distributed import SINGLE, Group
 from bitmill.errors import CalibrationError
+from bitmill.estimate import backward_bytes
+from bitmill.plan import Plan
 from bitmill.timing import stage
 
 LOGIT_VALUES = 1 << 25
@@ -49,8 +51,8 @@ class PassSettings:
     """How the pass is run; only `labels` and `seed` (and the batch, by rounding) change results.
 
     batch: windows per run of a block. host_bytes: limit of what is kept in host memory; None takes
-    a third of the accelerator's where that is enough, else half of what the host has free. every:
-    keep every s-th block input; None chooses s from the limit.
+    the accelerator's where it has room for them (`input_room`), else half of what the host has
+    free. every: keep every s-th block input; None chooses s from the limit.
     """
 
     batch: int = 4
@@ -58,6 +60,15 @@ class PassSettings:
     seed: int = 0
     host_bytes: int | None = None
     every: int | None = None
+
+
+def input_room(plan: Plan, free: int, element: int, tokens: int) -> int:
+    """Bytes for block inputs of `free` ones on an accelerator, 0 or less where there are none.
+
+    A tenth stays free and so does what one block's turn takes; element: bytes of a value; tokens:
+    of one batch.
+    """
+    return free - free // 10 - backward_bytes(plan, element, tokens)
 
 
 class BlockObserver(Protocol):
@@ -146,7 +157,9 @@ class GradientPass:
     def _room(self, size: int) -> tuple[int, torch.device]:
         """Bytes for block inputs of `size` bytes each, and the memory to take them from."""
         device, limit = self._model.device, self._settings.host_bytes
-        spare = spare_device_bytes(device) - size
+        tokens = self._settings.batch * self._tokens.shape[1]
+        free = free_device_bytes(device)
+        spare = input_room(self._model.plan, free, self._model.dtype.itemsize, tokens) - size
         if limit is None and spare >= least_inputs(self._model.block_count) * size:
             return spare, device
         limit = spare_host_bytes() if limit is None else limit

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from bitmill.bits import BitWidthMap
+from bitmill.block_inputs import choose_every, least_inputs
 from bitmill.budget import footprint
-from bitmill.estimate import Machine, estimate
+from bitmill.estimate import Machine, backward_bytes, estimate
+from bitmill.gradient_pass import input_room
 from bitmill.plan import Plan, PlannedLinear, PlannedTensor, Source, make_plan
 from bitmill.spec import JobSpec, parse_spec
 from tiny import tiny_llama
@@ -116,3 +118,24 @@ def test_needs_grow_with_what_is_asked() -> None:
     assert pair.host_bytes > small.host_bytes + 2 * block
     plain = spec(calibration=CALIBRATION, refinement={"asymmetric": False})
     assert estimate(LLAMA_7B, plain, machine).host_bytes < small.host_bytes
+
+
+@pytest.mark.parametrize(
+    ("plan", "free", "windows", "every"),
+    [
+        (LLAMA_7B, 77, 128, 2),
+        (LLAMA_7B, 77, 32, 1),
+        (LLAMA_7B, 38, 128, 4),
+        (LLAMA_7B, 20, 128, None),
+        (LLAMA_70B, 77, 32, 3),
+        (LLAMA_70B, 38, 32, None),
+    ],
+)
+def test_block_inputs_leave_a_blocks_turn_its_memory(plan, free, windows, every) -> None:
+    """How many stay on an accelerator with so many GiB free; None: they wait on the host."""
+    size = windows * 2048 * plan.hidden_size * 2
+    turn = backward_bytes(plan, 2, 8192)
+    room = input_room(plan, free * GIB, 2, 8192) - size
+    assert room + size + turn <= 0.9 * free * GIB + 1
+    fits = room >= least_inputs(plan.block_count) * size
+    assert (choose_every(plan.block_count, size, room) if fits else None) == every
