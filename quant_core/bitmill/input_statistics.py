@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ from bitmill_kernels.hessian import cross_update, hessian_update
 from bitmill_kernels.split_product import split_product
 
 RESIDUAL_TOLERANCE = 1e-3
+
+Energy = Literal["squares", "trace"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,59 +69,71 @@ class BlockState:
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
-    """H f32 [K, K]; shift f32 [N, K] and energy where the source was run too; tokens seen."""
+    """H f32 [K, K]; tokens seen; where the source was run too shift f32 [N, K], and energy where
+    it was asked for."""
 
     H: Tensor
     tokens: int
     shift: Tensor | None = None
-    energy: float = 0.0
+    energy: float | None = None
 
     def error(self, residual: Tensor) -> float:
-        """mean |y' - x ŵ^T|^2 for residual = W - ŵ, f32 [N, K]."""
+        """mean |y' - x ŵ^T|^2 for residual = W - ŵ, f32 [N, K].
+
+        Raises ValueError where there is a shift but no energy.
+        """
         own = output_error(residual, self.H)
         if self.shift is None:
             return own
+        if self.energy is None:
+            raise ValueError("errors were not asked for: collect with judge=True")
         return self.energy + 2 * float((residual * self.shift).sum(dtype=torch.float64)) + own
 
 
 class _Sums:
-    """Weighted means of a b^T, a a^T or only its trace, over tokens; f32 [M, K] on one device."""
+    """Means of a b^T over tokens, f32 [M, K] on one device, weighted; of |a|^2 or |W a|^2.
 
-    def __init__(self, rows: int, columns: int, device: torch.device, squares: bool) -> None:
+    energy: what of a is summed for it, a a^T ("squares"), |a|^2 ("trace") or nothing.
+    """
+
+    def __init__(
+        self, rows: int, columns: int, device: torch.device, energy: Energy | None
+    ) -> None:
+        shape = {None: (), "trace": (), "squares": (rows, rows)}[energy]
+        dtype = torch.float32 if energy == "squares" else torch.float64
+        self._kind = energy
         self._cross = torch.zeros(rows, columns, device=device)
-        self._squares = torch.zeros(rows, rows, device=device) if squares else None
-        self._energy = torch.zeros((), dtype=torch.float64, device=device)
+        self._energy = torch.zeros(shape, dtype=dtype, device=device)
         self._mass = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, a: Tensor, b: Tensor, weight: Tensor | None) -> None:
         """a [T, M] in fp32 or the dtype of b [T, K], which the product takes.
 
-        a is f32 where only its trace is summed.
+        a is f32 where its trace is summed.
         """
         with stage("hessian"):
             cross_update(self._cross, a.to(b.dtype), b, weight)
-            if self._squares is not None:
-                hessian_update(self._squares, a.to(b.dtype), weight)
-            else:
+            if self._kind == "squares":
+                hessian_update(self._energy, a.to(b.dtype), weight)
+            elif self._kind == "trace":
                 own = torch.linalg.vector_norm(a, dim=1).double().square()
                 self._energy += (own if weight is None else own * weight).sum()
             self._mass += len(b) if weight is None else weight.double().sum()
 
     def all_reduce(self, group: Group) -> None:
         group.all_reduce(self._cross, self._energy, self._mass)
-        if self._squares is not None:
-            group.all_reduce(self._squares)
 
-    def mean(self) -> tuple[Tensor, float]:
+    def mean(self) -> tuple[Tensor, float | None]:
         """mean a b^T and mean |a|^2."""
         mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny)
-        return self._cross / mass.float(), float(self._energy / mass)
+        energy = float(self._energy / mass) if self._kind else None
+        return self._cross / mass.float(), energy
 
-    def through(self, W: Tensor) -> tuple[Tensor, float]:
+    def through(self, W: Tensor) -> tuple[Tensor, float | None]:
         """mean (W a) b^T and mean |W a|^2 for W f32 [N, M]."""
-        assert self._squares is not None
         mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny).float()
-        return split_product(W, self._cross / mass), output_error(W, self._squares / mass)
+        energy = output_error(W, self._energy / mass) if self._kind else None
+        return split_product(W, self._cross / mass), energy
 
 
 def collect(
@@ -129,16 +144,18 @@ def collect(
     batch: int,
     token_weights: Mapping[str, Tensor] | None = None,
     advance_source: bool = False,
+    judge: bool = True,
 ) -> dict[str, InputStatistics]:
     """Statistics of every linear in `groups` (lists of names that read the same input).
 
     Linears of a group share one H tensor unless they have token weights f32 [S, T] of their own.
     H of experts that saw few tokens is filled up (`starved_experts.py`).
     Routed experts have no shift: the two streams send them different tokens. advance_source: where
-    a source runs beside, it runs to its end and its outputs replace stream.source.
+    a source runs beside, it runs to its end and its outputs replace stream.source. judge: `error`
+    will be asked of what is returned; else energies are left out.
     """
     shifts = state.source is not None and stream.source is not None
-    collector = _Collector(state, groups, token_weights or {}, shifts, advance_source)
+    collector = _Collector(state, groups, token_weights or {}, shifts, advance_source, judge)
     if sum(map(len, groups)) < len(state.linears):
         state.replay.look(state.model, state.index, state.current, state.linears, stream.hidden[:1])
     for part in _parts(stream, batch):
@@ -168,6 +185,7 @@ class _Collector:
         token_weights: Mapping[str, Tensor],
         shifts: bool,
         advance_source: bool,
+        judge: bool,
     ) -> None:
         self.advance_source = advance_source
         self.source_linears: dict[str, nn.Module] = {}
@@ -190,9 +208,11 @@ class _Collector:
                 if not shifts or linear.routed:
                     continue
                 if name in state.writers:
-                    self.shifts[name] = _Sums(linear.rows, linear.columns, device, False)
+                    energy: Energy | None = "trace" if judge else None
+                    self.shifts[name] = _Sums(linear.rows, linear.columns, device, energy)
                 elif owner not in self.drifts:
-                    self.drifts[owner] = _Sums(linear.columns, linear.columns, device, True)
+                    energy = "squares" if judge else None
+                    self.drifts[owner] = _Sums(linear.columns, linear.columns, device, energy)
 
     def add(self, stream: Stream, part: slice) -> None:
         state = self.state
@@ -275,13 +295,13 @@ class _Collector:
             result[name] = InputStatistics(means[owner], tokens, shift, energy)
         return result
 
-    def _shift(self, name: str, owner: str) -> tuple[Tensor | None, float]:
+    def _shift(self, name: str, owner: str) -> tuple[Tensor | None, float | None]:
         if name in self.shifts:
             return self.shifts[name].mean()
         if owner in self.drifts:
             W = weight_of(self.state.linears[name]).detach().float()
             return self.drifts[owner].through(W)
-        return None, 0.0
+        return None, None
 
 
 @torch.no_grad()

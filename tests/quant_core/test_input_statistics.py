@@ -47,6 +47,10 @@ def test_statistics_predict_the_error_of_any_replacement(opt):
         expected = float((missing + changed).square().sum(1).mean())
         assert found.error((W - replacement).float()) == pytest.approx(expected, rel=1e-3)
         assert found.tokens == 5 * 48
+        plain = collect(state, [[name]], Stream(noisy, calibration), batch=2, judge=False)[name]
+        assert torch.equal(plain.shift, found.shift)
+        with pytest.raises(ValueError, match="judge=True"):
+            plain.error(replacement)
 
 
 def test_linears_behind_a_norm_do_not_count_as_residual_writers(llama):
