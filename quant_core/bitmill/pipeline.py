@@ -58,6 +58,7 @@ from bitmill.progress import Progress
 from bitmill.quality import QualityReport
 from bitmill.refinement import RefinedModel, RefineInputs, refine_model
 from bitmill.resume import take_over
+from bitmill.room import Room, check_room
 from bitmill.spec import Budget, InlineMap, JobSpec, PathParameters
 from bitmill.stages import Workspace
 from bitmill.tasks import TaskSuite
@@ -175,6 +176,7 @@ def run_job(
 
 
 def _run_stages(job: Job) -> Result:
+    check_machine(job)
     source = resolve(job)
     planned = plan(job, source)
     tokens = calibration_tokens(job.spec.calibration, source.folder, seed=job.spec.seed)
@@ -191,6 +193,13 @@ def _run_stages(job: Job) -> Result:
     quality = evaluate(job, source, planned, tokens, profiled, bit_widths, packed, refined)
     manifest = publish(job, packed, quality, learned_for)
     return Result(job.output, manifest, quality, profiled.key if profiled else None)
+
+
+def check_machine(job: Job) -> None:
+    """Raise `ResourceError` for a job that this machine cannot hold, before it does anything."""
+    planned = make_plan(job.model_folder, job.spec, gguf=job.gguf)
+    rooms = job.group.gather(Room.here(job.device, job.space.root, job.output))
+    check_room(planned, job.spec, Room.of_ranks(rooms), gguf=job.gguf is not None)
 
 
 def _learned_earlier(spec: JobSpec, asked: LearnedFor) -> LearnedParameters | None:

@@ -36,14 +36,21 @@ def machine(settings: Settings) -> Settings:
     return settings.model_copy(update=changes)
 
 
-def submit(settings: Settings, database: Database, devices: int) -> JobRecord:
+def submit(
+    settings: Settings,
+    database: Database,
+    devices: int,
+    *,
+    sequences: int = 4,
+    length: int = 64,
+) -> JobRecord:
     asked = spec(
         "models/llama",
         devices=devices,
         allocation=Allocation(method="uniform", order="natural"),
         refinement=Refinement(compensated_grid=False, scale_refit=False, asymmetric=False),
         calibration=Calibration(
-            text=FileText(path="models/text.txt"), sequences=4, length=64, held_out=2
+            text=FileText(path="models/text.txt"), sequences=sequences, length=length, held_out=2
         ),
         evaluation=Evaluation(texts=("wiki_evaluation",), sequences=2, length=64),
     )
@@ -125,6 +132,17 @@ def test_more_devices_than_the_worker_has_are_refused_with_what_it_has(
         "devices",
     )
     assert "asks for 64 devices, this machine has" in (failed.error_message or "")
+
+
+def test_a_job_that_does_not_fit_is_not_tried_again(
+    machine: Settings, database: Database, stop: StopRequest
+) -> None:
+    job = submit(machine, database, 1, sequences=65536, length=131072)
+    assert Supervisor(machine, database).run_next(stop)
+    failed = JobStore(database).get(job.id)
+    assert (failed.state, failed.error_code, failed.crash_count) == ("failed", "does_not_fit", 0)
+    assert failed.error_param == "calibration.sequences"
+    assert "are free; what would fit: calibration.sequences" in (failed.error_message or "")
 
 
 def test_ranks_are_not_started_behind_landlock(monkeypatch: pytest.MonkeyPatch) -> None:

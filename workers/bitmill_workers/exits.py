@@ -6,7 +6,7 @@
 | 10 | input error | the job fails at once |
 | 11 | numerical error | the job fails at once |
 | 12 | verification failed | the job fails at once |
-| 13 | disk full | the job fails at once |
+| 13 | disk full, or the machine too small | the job fails at once |
 | 42 | accelerator out of memory | once more on the next memory tier |
 | other, signals | crash | once more, then the job fails |
 """
