@@ -28,12 +28,28 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from bitmill_kernels.clip_search_triton import LARGEST_SCALE, ROUNDING, _half, _inverse
 from bitmill_kernels.layout import GROUP_SIZE
 
 PART = GROUP_SIZE // 4
 ROWS_PER_PROGRAM = 32
+
+VARYING = (
+    "R",
+    "K",
+    "w_stride",
+    "u_stride",
+    "out_stride",
+    "program_stride",
+    "largest_group_stride",
+    "largest_row_stride",
+    "settled",
+    "each",
+)
+"""Numbers that a compiled kernel takes as they come. Of the strides it must not know that they are
+multiples of 16, or it spreads a row's columns over threads for the sake of wider loads."""
 
 UNROUNDED, AROUND, REBASE, FIT, LAST, MEASURE = -1, 0, 1, 2, 3, 4
 """Kinds of steps, each a run of the loop: for t alone; on a grid around the base, around the best
@@ -43,72 +59,32 @@ so far as the new base, fitted by least squares; on the best for the results, or
 @triton.jit
 def _part(
     w: tl.tensor,
-    u_ptr: tl.tensor,
-    u_stride: tl.tensor,
-    reciprocal_ptr: tl.tensor,
-    codes_ptr: tl.tensor,
-    t_ptr: tl.tensor,
-    stride: tl.tensor,
-    live: tl.tensor,
+    u: tl.tensor,
     scale: tl.tensor,
     zero: tl.tensor,
     largest: tl.tensor,
-    count: tl.tensor,
     quantize: tl.tensor,
-    score: tl.tensor,
-    store: tl.tensor,
-    loss: tl.tensor,
-    along: tl.tensor,
-    square: tl.tensor,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
-    SEARCH: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """The loop over one part w [PART, ROWS]; returns errors and the three sums."""
-    column = tl.arange(0, PART)
+) -> tuple[tl.tensor, tl.tensor]:
+    """Codes and errors [PART, ROWS] of one part; u [PART, PART] holds U_ij / U_ii at [j, i].
+
+    Unrolled over columns that a thread holds whole, comparisons of columns are known to the
+    compiler, and so is that adding -0.0 does nothing.
+    """
+    column = tl.arange(0, PART)[:, None]
     inverse = _inverse(scale)
-    error = tl.zeros((PART, ROWS), tl.float32)
-    for j in range(count):
-        here = column[:, None] == j
-        value = tl.sum(tl.where(here, w, 0.0), axis=0)
+    given = tl.zeros((PART, ROWS), tl.float32)
+    for j in tl.static_range(PART):
+        row = tl.sum(tl.where(column == j, u, -0.0), axis=0)
+        spread = tl.where(column < j, row[:, None] * given, -0.0)
+        value = tl.sum(tl.where(column == j, w, spread), axis=0)
         code = tl.minimum(tl.maximum(value * inverse + zero, 0.0), largest)
         code = (code + ROUNDING) - ROUNDING
         missed = tl.where(quantize, value - (code - zero) * scale, value)
-        scaled = missed * tl.load(reciprocal_ptr + j)
-        loss += scaled * scaled
-        if SEARCH:
-            if store:
-                tl.store(codes_ptr + j * stride, code.to(tl.uint8), mask=live)
-            elif score:
-                t = tl.load(t_ptr + j * stride, mask=live, other=0.0)
-                along += t * (t - scaled)
-                square += (t - scaled) * (t - scaled)
-            elif not quantize:
-                tl.store(t_ptr + j * stride, scaled, mask=live)
-        error = tl.where(here, missed[None, :], error)
-        u = tl.load(u_ptr + j * u_stride + column, mask=(column > j) & (column < count), other=0.0)
-        w -= u[:, None] * missed[None, :]
-    return error, loss, along, square
-
-
-@triton.jit
-def _weights(
-    w_ptr: tl.tensor, stride: tl.tensor, live: tl.tensor, count: tl.tensor, PART: tl.constexpr
-) -> tl.tensor:
-    column = tl.arange(0, PART)
-    mask = (column[:, None] < count) & live[None, :]
-    return tl.load(w_ptr[None, :] + column.to(tl.int64)[:, None] * stride, mask=mask, other=0.0)
-
-
-@triton.jit
-def _carried(
-    u_ptr: tl.tensor, stride: tl.tensor, error: tl.tensor, count: tl.tensor, PART: tl.constexpr
-) -> tl.tensor:
-    """What the errors [PART, ROWS] of an earlier part take from a later one, [PART, ROWS]."""
-    column = tl.arange(0, PART)
-    place = u_ptr + column[None, :] * stride + column[:, None]
-    u = tl.load(place, mask=column[:, None] < count, other=0.0)
-    return tl.dot(u, error, input_precision="tf32x3")
+        given = tl.where(column == j, -missed[None, :], given)
+        w = tl.where(column == j, code[None, :], w)
+    return w, -given
 
 
 @triton.jit
@@ -119,6 +95,7 @@ def _loop(
     u_stride: tl.tensor,
     reciprocal_ptr: tl.tensor,
     codes_ptr: tl.tensor,
+    t_ptr: tl.tensor,
     error_ptr: tl.tensor,
     stride: tl.tensor,
     live: tl.tensor,
@@ -131,63 +108,48 @@ def _loop(
     store: tl.tensor,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
     SEARCH: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """The loop over all columns; returns loss and, with `score`, <t, t - e'> and |t - e'|^2.
 
-    Without `quantize` it writes t to where the errors go at last.
+    It leaves the errors at error_ptr and, without `quantize`, t at t_ptr.
     """
     column = tl.arange(0, PART)
     loss = tl.zeros((ROWS,), tl.float32)
     along = tl.zeros((ROWS,), tl.float32)
     square = tl.zeros((ROWS,), tl.float32)
-    error0 = tl.zeros((PART, ROWS), tl.float32)
-    error1 = tl.zeros((PART, ROWS), tl.float32)
-    error2 = tl.zeros((PART, ROWS), tl.float32)
-    for part in tl.static_range(4):
-        first = part * PART
-        count = tl.minimum(tl.maximum(C - first, 0), PART)
-        w = _weights(w_ptr + first * w_stride, w_stride, live, count, PART)
-        u_part = u_ptr + first
-        if part > 0:
-            w -= _carried(u_part, u_stride, error0, count, PART)
-        if part > 1:
-            w -= _carried(u_part + PART * u_stride, u_stride, error1, count, PART)
-        if part > 2:
-            w -= _carried(u_part + 2 * PART * u_stride, u_stride, error2, count, PART)
-        error, loss, along, square = _part(
-            w,
-            u_part + first * u_stride,
-            u_stride,
-            reciprocal_ptr + first,
-            codes_ptr + first * stride,
-            error_ptr + first * stride,
-            stride,
-            live,
-            scale,
-            zero,
-            largest,
-            count,
-            quantize,
-            score,
-            store,
-            loss,
-            along,
-            square,
-            PART,
-            ROWS,
-            SEARCH,
-        )
-        if SEARCH and store:
-            mask = (column[:, None] < count) & live[None, :]
-            out = (first + column).to(tl.int64)[:, None] * stride
-            tl.store(error_ptr[None, :] + out, error, mask=mask)
-        if part == 0:
-            error0 = error
-        if part == 1:
-            error1 = error
-        if part == 2:
-            error2 = error
+    for first in range(0, C, PART):
+        mask = ((first + column[:, None] < C) | WHOLE) & live[None, :]
+        place = (first + column)[:, None]
+        u_part = u_ptr + (first + column[:, None]) * u_stride + column[None, :]
+        w = tl.load(w_ptr[None, :] + place * w_stride, mask=mask, other=0.0)
+        for before in range(0, first, PART):
+            at = error_ptr[None, :] + (before + column)[:, None] * stride
+            error = tl.load(at, mask=live[None, :], other=0.0)
+            w -= tl.dot(tl.load(u_part + before), error, input_precision="tf32x3")
+        out = error_ptr[None, :] + place * stride
+        tl.store(out, w, mask=mask)
+        tl.debug_barrier()
+        w = tl.load(out, mask=mask, other=0.0)
+        tl.debug_barrier()
+        u = tl.load(u_part + first)
+        code, error = _part(w, u, scale, zero, largest, quantize, PART, ROWS)
+        tl.store(out, error, mask=mask)
+        tl.debug_barrier()
+        scaled = error * tl.load(reciprocal_ptr + first + column)[:, None]
+        loss += tl.sum(scaled * scaled, axis=0)
+        if SEARCH:
+            t_place = t_ptr[None, :] + place * stride
+            if store:
+                at_codes = codes_ptr[None, :] + place * stride
+                tl.store(at_codes, code.to(tl.uint8), mask=mask)
+            elif score:
+                t = tl.load(t_place, mask=mask, other=0.0)
+                along += tl.sum(t * (t - scaled), axis=0)
+                square += tl.sum((t - scaled) * (t - scaled), axis=0)
+            elif not quantize:
+                tl.store(t_place, scaled, mask=mask)
     return loss, along, square
 
 
@@ -217,7 +179,7 @@ def _grid_of(
     return new_scale, tl.where(new_scale > 0, new_zero, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _group_solve_kernel(
     w_ptr: tl.tensor,
     u_ptr: tl.tensor,
@@ -229,6 +191,7 @@ def _group_solve_kernel(
     offset_ptr: tl.tensor,
     kind_ptr: tl.tensor,
     codes_ptr: tl.tensor,
+    t_ptr: tl.tensor,
     error_ptr: tl.tensor,
     loss_ptr: tl.tensor,
     R: tl.tensor,
@@ -236,18 +199,21 @@ def _group_solve_kernel(
     w_stride: tl.tensor,
     u_stride: tl.tensor,
     out_stride: tl.tensor,
+    program_stride: tl.tensor,
     largest_group_stride: tl.tensor,
     largest_row_stride: tl.tensor,
     settled: tl.tensor,
     each: tl.tensor,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
     SEARCH: tl.constexpr,
 ) -> None:
     group = tl.program_id(1)
+    program = tl.program_id(2).to(tl.int64)
     begin = settled + tl.program_id(2) * each
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = row < R
+    live = (row < R) | WHOLE
     first = group.to(tl.int64) * (4 * PART)
     C = tl.minimum(K - group * (4 * PART), 4 * PART)
     grid = group.to(tl.int64) * R + row
@@ -286,11 +252,12 @@ def _group_solve_kernel(
                 loss, along, square = _loop(
                     w_ptr + first * w_stride + row,
                     w_stride,
-                    u_ptr + first * u_stride + first,
+                    u_ptr + first * u_stride,
                     u_stride,
                     reciprocal_ptr + first,
                     codes_ptr + first * out_stride + row,
-                    error_ptr + first * out_stride + row,
+                    t_ptr + row,
+                    error_ptr + program * program_stride + first * out_stride + row,
                     out_stride,
                     live,
                     new_scale,
@@ -302,6 +269,7 @@ def _group_solve_kernel(
                     kind == 3,
                     PART,
                     ROWS,
+                    WHOLE,
                     SEARCH,
                 )
                 tl.store(loss_ptr + i * R + grid, loss, mask=live)
@@ -343,6 +311,7 @@ class Candidates:
             Launch(begin, 1, end - begin) for begin, end in pairwise(starts) if end > begin
         ]
         self.launches.append(Launch(starts[-1], len(rows) - starts[-1], 1))
+        self.programs = max(launch.programs for launch in self.launches)
         table = torch.tensor(rows, dtype=torch.float32)
         self.steps = len(rows)
         self.factors, self.offsets = (table[:, i].contiguous().to(device) for i in (0, 1))
@@ -357,6 +326,22 @@ class Launch(NamedTuple):
     programs: int
 
 
+def diagonal_blocks(unit: Tensor, reciprocal: Tensor) -> tuple[Tensor, Tensor]:
+    """What the kernel reads of a factor: f32 [G, 128, 128] and [G, 128], filled up with zeros.
+
+    unit: f32 [K, K], rows of the factor divided by their diagonal; each group's own block is
+    transposed. reciprocal: f32 [K], 1 / U_jj.
+    """
+    groups = triton.cdiv(len(unit), GROUP_SIZE)
+    padding = groups * GROUP_SIZE - len(unit)
+    shape = (groups, GROUP_SIZE)
+    whole = functional.pad(unit, (0, padding, 0, padding)) if padding else unit
+    blocks = whole.unflatten(1, shape).unflatten(0, shape).diagonal(dim1=0, dim2=2)
+    return blocks.permute(2, 1, 0).contiguous(), functional.pad(reciprocal, (0, padding)).view(
+        shape
+    )
+
+
 def group_solve_triton(
     w: Tensor,
     unit: Tensor,
@@ -366,26 +351,34 @@ def group_solve_triton(
     largest: Tensor,
     candidates: Candidates,
     codes: Tensor,
+    t: Tensor,
     error: Tensor,
 ) -> None:
     """Codes and errors of one group w f32 [C, R], columns first, on the best grid found.
 
-    unit: f32 [C, C] rows of the factor divided by their diagonal; reciprocal: f32 [C] 1 / U_jj;
-    largest: f32 [R] largest codes. scale, zero: f32 [R], the start, replaced by the grid found.
-    codes u8 [C, R] and error f32 [C, R] are written. Rows of w, codes and error are contiguous,
-    and those of codes and error equally far apart.
+    unit f32 [128, 128], reciprocal f32 [128]: the group's `diagonal_blocks`; largest: f32 [R]
+    largest codes. scale, zero: f32 [R], the start, replaced by the grid found. Written: codes u8
+    [C, R], errors f32 [C, R] to error[0], and scratch: t f32 [C, R] and the rest of error f32
+    [candidates.programs, C, R]. Rows of all are contiguous, and those of codes, t and error equally
+    far apart.
     """
     loss = torch.empty(candidates.steps, len(scale), dtype=torch.float32, device=w.device)
-    _launch(w, unit, reciprocal, scale, zero, largest[None], candidates, codes, error, loss, True)
+    tables = unit, reciprocal, scale, zero, largest[None]
+    _launch(w, *tables, candidates, codes, t, error, loss, True)
 
 
 def group_losses_triton(
     w: Tensor, unit: Tensor, reciprocal: Tensor, scale: Tensor, zero: Tensor, largest: Tensor
 ) -> Tensor:
-    """Losses f32 [G, R] of all groups of w f32 [K, R], each on its own grid f32 [G, R]."""
+    """Losses f32 [G, R] of all groups of w f32 [K, R], each on its own grid f32 [G, R].
+
+    unit: f32 [K, K], rows of the factor divided by their diagonal; reciprocal: f32 [K] 1 / U_jj.
+    """
     loss = torch.empty_like(scale)
     start = Candidates([], [], 0, w.device)
-    _launch(w, unit, reciprocal, scale, zero, largest, start, w, w, loss, False)
+    tables = *diagonal_blocks(unit, reciprocal), scale, zero, largest
+    error = torch.empty_like(w, memory_format=torch.contiguous_format)
+    _launch(w, *tables, start, error, error, error[None], loss, False)
     return loss
 
 
@@ -398,12 +391,11 @@ def _launch(
     largest: Tensor,
     candidates: Candidates,
     codes: Tensor,
+    t: Tensor,
     error: Tensor,
     loss: Tensor,
     search: bool,
 ) -> None:
-    if unit.stride(1) != 1:
-        raise ValueError(f"unit has strides {unit.stride()}: give its rows one after the other")
     K, R = w.shape
     blocks, groups = triton.cdiv(R, ROWS_PER_PROGRAM), triton.cdiv(K, GROUP_SIZE)
     for settled, each, programs in candidates.launches:
@@ -418,12 +410,14 @@ def _launch(
             candidates.offsets,
             candidates.kinds,
             codes,
+            t,
             error,
             loss,
             R,
             K,
             w.stride(0),
-            unit.stride(0),
+            GROUP_SIZE,
+            error.stride(1),
             error.stride(0),
             largest.stride(0),
             largest.stride(1),
@@ -431,6 +425,8 @@ def _launch(
             each,
             PART=PART,
             ROWS=ROWS_PER_PROGRAM,
+            WHOLE=K % PART == R % ROWS_PER_PROGRAM == 0,
             SEARCH=search,
             num_warps=1,
+            num_stages=1,
         )

@@ -37,7 +37,7 @@ def solve_on_device(
 
     Raises NumericalError where a scale does not fit fp16.
     """
-    from bitmill_kernels.group_solve_triton import group_solve_triton
+    from bitmill_kernels.group_solve_triton import diagonal_blocks, group_solve_triton
 
     U = curvature.factor.upper
     unit, reciprocal = unit_rows(U), U.diagonal().reciprocal()
@@ -50,12 +50,14 @@ def solve_on_device(
     largest = stacked_largest(widths, rows, U.device)
     codes = torch.empty(K, N, dtype=torch.uint8, device=U.device)
     scales, zeros = torch.empty_like(largest), torch.empty_like(largest)
-    error = torch.empty(GROUP_SIZE, N, device=U.device)
+    t = torch.empty(GROUP_SIZE, N, device=U.device)
+    error = torch.empty(candidates.programs, GROUP_SIZE, N, device=U.device)
+    blocks, reciprocals = diagonal_blocks(unit, reciprocal)
     unit_parts = grouped_parts(unit, LOW_LEFT)
     error_parts = torch.empty(3 * min(span, K), N, dtype=torch.bfloat16, device=U.device)
     for group, part in group_slices(K):
         first, last = part.start - part.start % span, part.stop
-        block, missed = work[part], error[: last - part.start]
+        block, missed = work[part], error[:, : last - part.start]
         if part.start > first:
             pending = unit_parts[3 * first : 3 * part.start, part]
             block -= parts_product(pending.T, error_parts[: len(pending)])
@@ -64,20 +66,25 @@ def solve_on_device(
         scales[group], zeros[group] = found.scale[0], found.zero[0]
         for mine, own in zip(rows, widths, strict=True):
             if own[group] == 1:
-                one = clip_search(block[:, mine].T, 1, weight[part], settings=settings.clip)
+                one = clip_search(
+                    block[:, mine].T.contiguous(), 1, weight[part], settings=settings.clip
+                )
                 scales[group, mine], zeros[group, mine] = one
         group_solve_triton(
             block,
-            unit[part, part],
-            reciprocal[part],
+            blocks[group],
+            reciprocals[group],
             scales[group],
             zeros[group],
             largest[group],
             candidates,
             codes[part],
+            t,
             missed,
         )
-        grouped_parts(missed, LOW_RIGHT, error_parts[3 * (part.start - first) : 3 * (last - first)])
+        grouped_parts(
+            missed[0], LOW_RIGHT, error_parts[3 * (part.start - first) : 3 * (last - first)]
+        )
         if last - first == span and last < K:
             work[last:] -= parts_product(unit_parts[3 * first : 3 * last, last:].T, error_parts)
     whole = Grid(round_scale(scales), zeros)

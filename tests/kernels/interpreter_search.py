@@ -18,6 +18,7 @@ from bitmill.grid import (
 from bitmill_kernels import reference
 from bitmill_kernels.clip_search_triton import clip_search_triton
 from bitmill_kernels.group_solve_triton import (
+    diagonal_blocks,
     group_losses_triton,
     group_solve_triton,
 )
@@ -87,18 +88,23 @@ def test_the_search_ends_where_the_plain_one_does(R, C, widths):
     scale[0] = zero[0] = 0.0
     begun = Grid(scale.clone(), zero.clone())
     codes = torch.full((C, R), 255, dtype=torch.uint8)
-    error = torch.full((C, R), float("nan"))
+    candidates = candidates_of(SEARCH, torch.device("cpu"))
+    t = torch.full((C, R), float("nan"))
+    scratch = torch.full((candidates.programs, C, R), float("nan"))
+    blocks, reciprocals = diagonal_blocks(unit, reciprocal)
     group_solve_triton(
         w.T.contiguous(),
-        unit,
-        reciprocal,
+        blocks[0],
+        reciprocals[0],
         scale,
         zero,
         2.0**width - 1,
-        candidates_of(SEARCH, torch.device("cpu")),
+        candidates,
         codes,
-        error,
+        t,
+        scratch,
     )
+    error = scratch[0]
     assert torch.equal(scale, scale.half().float())
     for i, b in enumerate(widths):
         mine = rows == i

@@ -121,11 +121,10 @@ def test_the_other_kernels_compile_without_spills(kernel, constants, warps, tmp_
 
 
 def test_the_search_with_the_column_loop_stays_lean(tmp_path):
-    """Instructions per column of 32 rows inside a part, and tensor cores between parts."""
-    constants = {"ROWS": 32, "PART": 32, "SEARCH": True, "largest_row_stride": 0}
-    aligned = ("R", "w_stride", "u_stride", "out_stride")
-    _, code = compiled(_group_solve_kernel, constants, tmp_path, aligned=aligned, warps=1)
-    bodies = sorted(loops(code), key=len)
-    assert len(bodies) == 5
-    assert all(len(body) <= 300 for body in bodies[:4])
-    assert opcodes(bodies[4])["HMMA"] > 0
+    """Per part of 32 columns and 32 rows: no sums over threads, and tensor cores between parts."""
+    constants = {"ROWS": 32, "PART": 32, "WHOLE": True, "SEARCH": True}
+    _, code = compiled(_group_solve_kernel, constants, tmp_path, warps=1, stages=1)
+    assert opcodes(text for _, text in code)["SHFL"] == 0
+    between, part, _ = sorted(loops(code), key=len)
+    assert opcodes(between)["HMMA"] > 0
+    assert len(part) <= 3600
