@@ -121,7 +121,7 @@ def clip_search(
         return Grid(round_scale(found.scale[0]), found.zero[0])
     h = column_weight(W, weight)
     if width == 1 and settings.least_squares:
-        return _best(W, _two_level_candidates(W, h, settings.least_squares), width, h)
+        return _two_level_search(W, h, settings.least_squares)
     lo, hi = W.amin(1).clamp(max=0.0), W.amax(1).clamp(min=0.0)
     grid = _best(W, _shrunk_candidates(lo, hi, width, settings), width, h)
     if settings.zero_offsets and width > 1:
@@ -169,14 +169,18 @@ def one_bit_groups(W: Tensor, weight: Tensor, settings: ClipSettings) -> Grid:
     if not settings.least_squares:
         grid = clip_search(rows, 1, None, settings=settings)
     else:
-        grid = _best(rows, _two_level_candidates(rows, h, settings.least_squares), 1, h)
+        grid = _two_level_search(rows, h, settings.least_squares)
     return Grid(*(value.view(N, groups).T.contiguous() for value in grid))
 
 
 def relative_weights(weight: Tensor) -> Tensor:
     """Column weights f32 [K], each group's divided by their mean; ones where all are zero."""
-    parts = [column_weight(part[None], part) for part in weight.split(GROUP_SIZE)]
-    return torch.cat(parts)
+    full = len(weight) - len(weight) % GROUP_SIZE
+    groups = weight[:full].view(-1, GROUP_SIZE)
+    mean = groups.mean(1, keepdim=True)
+    whole = torch.where(mean > 0, groups / mean, torch.ones_like(groups)).flatten()
+    tail = weight[full:]
+    return torch.cat([whole, column_weight(tail[None], tail)]) if len(tail) else whole
 
 
 def column_weight(W: Tensor, weight: Tensor | None) -> Tensor:
@@ -202,7 +206,7 @@ def weighted_errors(W: Tensor, candidates: Grid, width: int, h: Tensor) -> Tenso
         w = W[part, None, :]
         scale, zero = candidates.scale[part, :, None], candidates.zero[part, :, None]
         error = w - scale * (_codes(w, scale, zero, width) - zero)
-        parts.append(_weighed(error.square(), h, part))
+        parts.append(error.square() @ h)
     return torch.cat(parts)
 
 
@@ -223,11 +227,6 @@ def legal_candidates(scale: Tensor, zero: Tensor, width: int) -> Grid:
 def _codes(w: Tensor, scale: Tensor, zero: Tensor, width: int) -> Tensor:
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
     return (w * inverse + zero).round().clamp_(0, max_code(width))
-
-
-def _weighed(values: Tensor, h: Tensor, rows: slice) -> Tensor:
-    """Sums over the columns of values [n, P, C], weighed by h f32 [C], or [N, C] row by row."""
-    return values @ h if h.dim() == 1 else torch.einsum("npc,nc->np", values, h[rows])
 
 
 def _best(W: Tensor, candidates: Grid, width: int, h: Tensor) -> Grid:
@@ -271,32 +270,51 @@ def _fitted_scale(product: Tensor, square: Tensor, fallback: Tensor) -> Tensor:
     return torch.where(legal, fitted, fallback)
 
 
-def _two_level_candidates(W: Tensor, h: Tensor, iterations: int) -> Grid:
-    """Every zero point of width 1 with its least-squares scale, from two starts: [N, 32]."""
-    low, high = _two_means(W, h)
-    zero = torch.arange(16, device=W.device, dtype=torch.float32) / ONE_BIT_ZERO_STEPS
-    zero = zero.repeat(2).expand(W.shape[0], -1)
-    gap, reach = high - low, torch.maximum(high.abs(), low.abs())
-    scale = torch.cat([gap[:, None].expand(-1, 16), reach[:, None].expand(-1, 16)], 1)
-    rows = max(1, chunk_elements(W.device) // (32 * W.shape[1]))
-    parts = []
-    for start in range(0, W.shape[0], rows):
-        part = slice(start, start + rows)
-        s, z, w = scale[part], zero[part], W[part, None, :]
-        for _ in range(iterations):
-            v = _codes(w, s[..., None], z[..., None], 1) - z[..., None]
-            s = _fitted_scale(_weighed(w * v, h, part), _weighed(v.square(), h, part), s)
-        parts.append(s)
-    return legal_candidates(torch.cat(parts), zero, 1)
+def _two_level_search(W: Tensor, h: Tensor, iterations: int) -> Grid:
+    """The best of every zero point of width 1 with its least-squares scale, from two starts.
 
-
-def _two_means(W: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted means below and above the split of least squared error, each f32 [N]."""
-    if W.shape[1] == 1:
-        return W[:, 0].clamp(max=0.0), W[:, 0].clamp(min=0.0)
-    ordered, index = W.sort(1)
+    h: f32 [C], or [N, C] row by row. Code 1 goes to the columns above a threshold, so all sums are
+    differences of cumulated ones over the sorted row.
+    """
+    ordered, index = W.contiguous().sort(1)
     weight = h[index] if h.dim() == 1 else h.gather(1, index)
     mass, moment = weight.cumsum(1), (weight * ordered).cumsum(1)
+    low, high = _two_means(ordered, mass, moment)
+    zero = torch.arange(16, device=W.device, dtype=torch.float32) / ONE_BIT_ZERO_STEPS
+    zero = zero.repeat(len(W), 2)
+    gap, reach = high - low, torch.maximum(high.abs(), low.abs())
+    scale = torch.cat([gap[:, None].expand(-1, 16), reach[:, None].expand(-1, 16)], 1)
+    for _ in range(iterations):
+        scale = _fitted_scale(*_two_level_sums(ordered, mass, moment, scale, zero), scale)
+    found = legal_candidates(scale, zero, 1)
+    product, square = _two_level_sums(ordered, mass, moment, *found)
+    return pick(found, found.scale * (found.scale * square - 2 * product))
+
+
+def _two_level_sums(
+    ordered: Tensor, mass: Tensor, moment: Tensor, scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
+    """sum_j h_j w_j v_j and sum_j h_j v_j^2 with v = q - z, for every candidate f32 [N, P].
+
+    ordered: rows in ascending order; mass, moment: h and h w of them cumulated, f32 [N, C].
+    """
+    never = torch.where(zero > 0.5, -torch.inf, torch.inf)
+    threshold = torch.where(scale > 0, (0.5 - zero) * scale, never)
+    below = torch.searchsorted(ordered, threshold, right=True)
+    lower, upper = -zero, 1 - zero
+    sums = []
+    for cumulated in (moment, mass):
+        under = functional.pad(cumulated, (1, 0)).gather(1, below)
+        sums.append((under, cumulated[:, -1:] - under))
+    (low_moment, high_moment), (low_mass, high_mass) = sums
+    product = lower * low_moment + upper * high_moment
+    return product, lower.square() * low_mass + upper.square() * high_mass
+
+
+def _two_means(ordered: Tensor, mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted means below and above the split of least squared error, each f32 [N]."""
+    if ordered.shape[1] == 1:
+        return ordered[:, 0].clamp(max=0.0), ordered[:, 0].clamp(min=0.0)
     left_mass, left = mass[:, :-1], moment[:, :-1]
     right_mass, right = mass[:, -1:] - left_mass, moment[:, -1:] - left
     tiny = torch.finfo(torch.float32).tiny

@@ -44,7 +44,6 @@ from bitmill.gptq import Curvature
 from bitmill.gradient_pass import GradientPass, PassSettings, Prepare
 from bitmill.grid import (
     ClipSettings,
-    Grid,
     clip_search,
     clip_search_groups,
     max_code,
@@ -425,13 +424,12 @@ def _losses_on_device(W: Tensor, curvature: Curvature, settings: SensitivitySett
         if width == 1:
             grids.append(one_bit_groups(W, weight, clip))
         else:
-            found = clip_search_groups(columns, tops[-1], weight, clip)
-            grids.append(Grid(round_scale(found.scale), found.zero))
+            grids.append(clip_search_groups(columns, tops[-1], weight, clip))
     losses = group_losses_triton(
         columns.repeat(1, len(grids)),
         unit_rows(U),
         U.diagonal().reciprocal(),
-        torch.cat([grid.scale for grid in grids], 1),
+        round_scale(torch.cat([grid.scale for grid in grids], 1)),
         torch.cat([grid.zero for grid in grids], 1),
         torch.cat(tops, 1),
     )

@@ -8,6 +8,8 @@ from bitmill.grid import (
     clip_search,
     max_code,
     nearest_codes,
+    one_bit_groups,
+    relative_weights,
     stored_zero,
     values,
     weighted_errors,
@@ -86,6 +88,16 @@ def test_width_1_is_as_good_as_every_split_of_the_row():
             for cut in range(1, 128)
         )
         assert best <= error <= 1.03 * best
+
+
+def test_groups_of_width_1_searched_at_once_are_those_searched_alone():
+    W, h = weights(N=20, C=300, seed=8)
+    h[128:256] = 0.0
+    found = one_bit_groups(W, relative_weights(h), ClipSettings())
+    for group, part in enumerate((slice(0, 128), slice(128, 256), slice(256, 300))):
+        alone = clip_search(W[:, part], 1, h[part])
+        assert torch.equal(found.zero[group], alone.zero)
+        assert torch.allclose(found.scale[group], alone.scale, rtol=2**-10)
 
 
 def test_width_1_reaches_levels_on_one_side_of_zero():
