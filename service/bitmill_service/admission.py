@@ -61,8 +61,9 @@ def route(context: Context, spec: JobSpec) -> str:
 
 
 def plan_view(plan: Plan, spec: JobSpec) -> PlanView:
-    """Counts, the range of sizes that the legal widths allow, and what a runner needs on a CPU."""
+    """Counts, the range of sizes that the legal widths allow, and what a runner needs."""
     widths = spec.allocation.legal_widths
+    gguf = spec.model.file is not None
     return PlanView(
         model_type=plan.model_type,
         blocks=plan.block_count,
@@ -72,7 +73,8 @@ def plan_view(plan: Plan, spec: JobSpec) -> PlanView:
         fused=[plan.input_groups(block) for block in range(min(1, plan.block_count))],
         smallest=_uniform_size(plan, spec, min(widths)),
         largest=_uniform_size(plan, spec, max(widths)),
-        estimate=estimate(plan, spec, gguf=spec.model.file is not None),
+        estimate=estimate(plan, spec, gguf=gguf),
+        on_accelerator=estimate(plan, spec, Machine(accelerator=True), gguf=gguf),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from bitmill.estimate import Estimate
 from bitmill_service.cli_output import (
     JobArgument,
     JsonFlag,
@@ -317,12 +318,19 @@ def _show_plan(plan: PlanView, *, as_json: bool) -> None:
     if as_json:
         print_json(plan.model_dump(mode="json"))
         return
-    needs = plan.estimate
     typer.echo(
         f"{plan.model_type}: {plan.blocks} blocks, {plan.linears} linears, {plan.groups} groups, "
         f"{plan.weights:,} weights\n"
         f"checkpoint: {format_size(plan.smallest.size)} at {plan.smallest.width} bits to "
         f"{format_size(plan.largest.size)} at {plan.largest.width} bits\n"
-        f"needs about {format_size(needs.host_bytes)} of memory, "
-        f"{format_size(needs.disk_bytes)} of disk"
+        f"needs on a CPU: {_needs(plan.estimate)}\n"
+        f"needs on accelerators: {format_size(plan.on_accelerator.accelerator_bytes)} of each, "
+        f"{_needs(plan.on_accelerator)}"
     )
+
+
+def _needs(estimate: Estimate) -> str:
+    """What a runner needs, in words; the time is no more than an order of magnitude."""
+    memory, disk = format_size(estimate.host_bytes), format_size(estimate.disk_bytes)
+    minutes = max(1, round(estimate.seconds / 60))
+    return f"{memory} of memory, {disk} of disk, about {minutes:,} min"

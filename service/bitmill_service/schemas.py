@@ -146,8 +146,8 @@ class PlanView(View):
     """What a job would work on: nothing was created.
 
     weights: quantized weights in all. smallest, largest: the legal widths' range. fused: linears
-    of the first block that read the same input. estimate: memory, disk and time of a runner
-    without an accelerator.
+    of the first block that read the same input. estimate, on_accelerator: memory, disk and time of
+    a runner without and with accelerators.
     """
 
     model_type: str
@@ -159,6 +159,7 @@ class PlanView(View):
     smallest: SizeView
     largest: SizeView
     estimate: Estimate
+    on_accelerator: Estimate
 
 
 class ProfileView(View):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,9 @@ def test_plan_is_shown_without_a_job(bitmill: Any, stack: Stack) -> None:
         0,
         "llama: 2 blocks, 14 linears, 28 groups, 399,360 weights",
     )
+    needs = r"[\d.]+ GB of memory, [\d.]+ [kM]B of disk, about 1 min"
+    assert re.fullmatch(f"needs on a CPU: {needs}", out.splitlines()[2])
+    assert re.fullmatch(f"needs on accelerators: [\\d.]+ GB of each, {needs}", out.splitlines()[3])
     assert json.loads(bitmill(*SUBMIT, "--validate-only", "--json")[1])["linears"] == 14
     assert sum(stack.context.jobs.counts().values()) == before
 

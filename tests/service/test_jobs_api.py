@@ -88,6 +88,7 @@ def test_plan_is_shown_and_nothing_created(http: httpx2.Client, stack: Stack) ->
     assert plan["smallest"]["width"] == 2
     assert plan["estimate"]["largest_size"] == plan["largest"]["size"]
     assert plan["estimate"]["host_bytes"] > 0
+    assert plan["on_accelerator"]["seconds"] < plan["estimate"]["seconds"]
     assert plan["fused"][0][0] == [
         f"model.layers.0.self_attn.{name}_proj" for name in ("q", "k", "v")
     ]
