@@ -47,6 +47,7 @@ from bitmill.input_statistics import (
 )
 from bitmill.packed import QuantizedWeight
 from bitmill.refinement_report import BlockReport, LinearReport, joined_report
+from bitmill.replay import Replay
 from bitmill.rtn import quantize_rtn
 
 Refined = tuple[QuantizedWeight, LinearReport]
@@ -86,12 +87,14 @@ def refine_block(
     held_out: Stream | None = None,
     token_weights: Mapping[str, Tensor] | None = None,
     on_linear: Callable[[LinearReport], None] | None = None,
+    replay: Replay | None = None,
 ) -> tuple[dict[str, QuantizedWeight], BlockReport]:
     """Quantizes every linear of block `index` that `widths` names (full names).
 
     stream: calibration block inputs; held_out: others, for choosing. orders: name -> i64 [K],
     packed column k is input column orders[name][k]; linears reading one input share one order.
     token_weights: name -> f32 [S, T] >= 0, how much each calibration token counts for a linear.
+    replay: a new one, for a caller who moves the same streams on by `advance_hidden`.
 
     Raises CalibrationError, naming the linear, where calibration gives non-finite inputs, and
     NumericalError where a factorization fails past the last damping.
@@ -99,7 +102,7 @@ def refine_block(
     settings = settings or RefineSettings()
     _check_streams(settings, stream, held_out)
     job = _BlockJob(
-        _block_state(model, index, block, stream, settings),
+        _block_state(model, index, block, stream, settings, replay or Replay()),
         widths,
         settings,
         orders or {},
@@ -154,6 +157,7 @@ class _BlockJob:
             batch=batch,
             token_weights=self.token_weights,
             advance_source=advance_source,
+            judge=False,
         )
         unseen: dict[str, InputStatistics] = {}
         if self.settings.asymmetric != "off" and held_out is not None:
@@ -283,11 +287,16 @@ def _check_streams(settings: RefineSettings, stream: Stream, held_out: Stream | 
 
 
 def _block_state(
-    model: StreamedModel, index: int, block: nn.Module, stream: Stream, settings: RefineSettings
+    model: StreamedModel,
+    index: int,
+    block: nn.Module,
+    stream: Stream,
+    settings: RefineSettings,
+    replay: Replay,
 ) -> BlockState:
     linears = model.linears(block, index)
     source = None if settings.asymmetric == "off" else copy.deepcopy(block)
-    state = BlockState(model, index, block, source, linears)
+    state = BlockState(model, index, block, source, linears, replay=replay)
     if settings.asymmetric == "residual":
         writers: tuple[str, ...] = ()
         if stream.group.first:

@@ -33,7 +33,7 @@ from bitmill.distributed import SINGLE, Group
 from bitmill.embeddings import quantize_embeddings
 from bitmill.gptq import GptqSettings
 from bitmill.grid import ClipSettings
-from bitmill.input_statistics import Stream
+from bitmill.input_statistics import BlockState, Stream, advance_hidden
 from bitmill.learning import ModelLearning
 from bitmill.packed import PackedTensor, QuantizedWeight
 from bitmill.plan import Plan
@@ -49,6 +49,7 @@ from bitmill.refined_blocks import (
     save_block,
 )
 from bitmill.refinement_report import LinearReport
+from bitmill.replay import Replay
 from bitmill.spec import Refinement
 from bitmill.starved_experts import is_starved, starved_note
 
@@ -234,6 +235,11 @@ class _Run:
         needed = self.asymmetric or self.learning is not None
         self.source = model.embed_all(tokens, self.batch) if needed else None
         self._source_is_behind: int | None = None
+        self._streams = (
+            self._stream(slice(None, self.count)),
+            self._stream(slice(self.count, None)),
+        )
+        self._replay = Replay()
 
     def refine(
         self, i: int, block: nn.Module
@@ -243,11 +249,12 @@ class _Run:
             self.model,
             i,
             block,
-            self._stream(slice(None, self.count)),
+            self._streams[0],
             {name: self.inputs.bit_widths.linears[name] for name in names},
             settings=refine_settings(self.settings, self.batch, self.asymmetric),
             orders={n: self.inputs.orders[n] for n in names if n in self.inputs.orders},
-            held_out=self._stream(slice(self.count, None)) if self.asymmetric else None,
+            held_out=self._streams[1] if self.asymmetric else None,
+            replay=self._replay if self.learning is None else None,
         )
         if self.asymmetric and names:
             self._source_is_behind = i
@@ -287,7 +294,11 @@ class _Run:
 
     def advance(self, i: int, block: nn.Module) -> None:
         """Move the streams behind block i: quantized, and of the source where it is carried."""
-        self._run(i, block, self.hidden)
+        linears = self.model.linears(block, i)
+        state = BlockState(self.model, i, block, None, linears, replay=self._replay)
+        for stream in self._streams:
+            advance_hidden(state, stream, batch=self.batch)
+        self._replay = Replay()
         if self.source is not None and self._source_is_behind != i:
             self._run(i, self.model.load_block(i), self.source)
         if self.learning is not None:
