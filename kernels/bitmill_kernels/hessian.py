@@ -3,7 +3,8 @@
 bf16 and fp16 inputs on CUDA multiply in the tensor cores with fp32 output: their products are
 exact in fp32. A per-token weight is applied in fp32 and takes the slower fp32 product. The
 factor 2/T of the paper (arXiv 2210.17323, section 3) is left to the caller: scale once at the
-end, not once per batch.
+end, not once per batch. Large H are symmetric halves: below the diagonal only what shares a block
+of columns with it is added, which leaves out three eighths of the operations.
 """
 
 from __future__ import annotations
@@ -14,12 +15,32 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from bitmill_kernels.layout import GROUP_SIZE, group_count
+
 FP32_CHUNK_TOKENS = 8192
+WHOLE_COLUMNS = 2047
+"""Up to so many columns, H is summed as a whole: smaller products are not faster."""
+
+COLUMN_BLOCKS = 4
 
 
 def hessian_update(H: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
-    """Add the inputs x [T, K] (bf16, fp16 or f32), weighted f32 [T], to H f32 [K, K] in place."""
-    cross_update(H, x, x, weight)
+    """Add the inputs x [T, K] (bf16, fp16 or f32), weighted f32 [T], to H f32 [K, K] in place.
+
+    Only the upper triangle is whole after it, with the diagonal: mirror it before use.
+    """
+    if H.shape != (x.shape[1], x.shape[1]) or x.shape[1] <= WHOLE_COLUMNS:
+        cross_update(H, x, x, weight)
+        return
+    for columns in column_blocks(x.shape[1]):
+        above = slice(0, columns.stop)
+        cross_update(H[above, columns], x[:, above], x[:, columns], weight)
+
+
+def column_blocks(K: int) -> list[slice]:
+    """Blocks of whole groups of columns, of like widths, that make up K columns."""
+    width = -(-group_count(K) // COLUMN_BLOCKS) * GROUP_SIZE
+    return [slice(start, min(start + width, K)) for start in range(0, K, width)]
 
 
 def cross_update(C: Tensor, left: Tensor, right: Tensor, weight: Tensor | None = None) -> None:

@@ -184,7 +184,8 @@ class _Run:
     @property
     def is_static(self) -> bool:
         """Whether every step runs the same kernels: data on the device, no routing of tokens."""
-        return self.data.inputs.device == self.model.device and not self.model.plan.experts
+        inputs = self.data.inputs
+        return inputs.device.type == self.model.device.type and not self.model.plan.experts
 
     def draw(self, batch: Tensor) -> None:
         """Choose calibration sequences i64 [B] for `loss`."""
@@ -267,7 +268,7 @@ def resident(tensors: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor,
     """The tensors on a GPU, where they take no more than a quarter of its free memory."""
     if device.type != "cuda":
         return tensors
-    size = sum(tensor.nbytes for tensor in tensors if tensor.device != device)
+    size = sum(tensor.nbytes for tensor in tensors if tensor.device.type != device.type)
     if size > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
         return tensors
     return tuple(tensor.to(device) for tensor in tensors)

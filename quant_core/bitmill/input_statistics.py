@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bitmill.blocks import StreamedModel, weight_of
 from bitmill.codes import output_error
 from bitmill.distributed import SINGLE, Group
-from bitmill.hessian import HessianAccumulator
+from bitmill.hessian import HessianAccumulator, symmetric
 from bitmill.observe import Ends, observe, observe_ends
 from bitmill.replay import Replay
 from bitmill.starved_experts import filled_means
@@ -132,7 +132,7 @@ class _Sums:
     def through(self, W: Tensor) -> tuple[Tensor, float | None]:
         """mean (W a) b^T and mean |W a|^2 for W f32 [N, M]."""
         mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny).float()
-        energy = output_error(W, self._energy / mass) if self._kind else None
+        energy = output_error(W, symmetric(self._energy / mass)) if self._kind else None
         return split_product(W, self._cross / mass), energy
 
 

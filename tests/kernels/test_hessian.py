@@ -2,7 +2,12 @@ import pytest
 import torch
 
 from bitmill_kernels import reference
-from bitmill_kernels.hessian import FP32_CHUNK_TOKENS, hessian_update
+from bitmill_kernels.hessian import (
+    FP32_CHUNK_TOKENS,
+    WHOLE_COLUMNS,
+    column_blocks,
+    hessian_update,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -17,6 +22,25 @@ def test_sums_match_double_precision(dtype, weighted, T):
     hessian_update(H, x, weight)
     reference.hessian_update(exact, x, weight)
     assert ((H.double() - exact).norm() / exact.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("K", [WHOLE_COLUMNS + 1, 2200])
+def test_the_upper_triangle_of_a_large_hessian_is_whole(K):
+    x = torch.randn(9, K, generator=torch.Generator().manual_seed(K))
+    H = torch.ones(K, K)
+    hessian_update(H, x)
+    exact = torch.ones(K, K) + x.T @ x
+    assert torch.allclose(H.triu(), exact.triu(), atol=1e-5)
+    assert torch.equal(H.tril(-640), torch.ones(K, K).tril(-640))
+
+
+def test_column_blocks_are_whole_groups_and_leave_nothing_out():
+    assert [(c.start, c.stop) for c in column_blocks(2200)] == [
+        (0, 640),
+        (640, 1280),
+        (1280, 1920),
+        (1920, 2200),
+    ]
 
 
 def test_the_process_wide_precision_is_kept_but_not_used():
