@@ -33,6 +33,7 @@ from bitmill.distributed import SINGLE, Group
 from bitmill.embeddings import quantize_embeddings
 from bitmill.gptq import GptqSettings
 from bitmill.grid import ClipSettings
+from bitmill.hidden_states import HiddenStates
 from bitmill.input_statistics import BlockState, Stream, advance_hidden
 from bitmill.learning import ModelLearning
 from bitmill.packed import PackedTensor, QuantizedWeight
@@ -135,19 +136,25 @@ def refine_model(
     seed: int,
     on_unit: Callable[[int, int, str, str], None],
     group: Group = SINGLE,
+    host_bytes: int | None = None,
 ) -> None:
     """Quantize every linear of the map; `folder` may hold blocks of an earlier, killed run.
 
     on_unit: told blocks saved, their number, the unit and a message. group: ranks that make this
-    call together.
+    call together. host_bytes: limit of the hidden states that this rank keeps in host memory
+    (`hidden_states.py`); past it they wait in files of `folder`.
     """
     if group.first:
         _refine_embeddings(model, inputs, folder)
     finished = group.broadcast([report_path(folder, i).is_file() for i in range(model.block_count)])
     embeddings = _load_embeddings(folder, model.plan)
     matrices = {name: weight.dequantize() for name, weight in embeddings.items()}
-    run = _Run(model, model.with_matrices(matrices), inputs, settings, folder, seed, group)
-    with BlockSaver(folder, model.device) as saver:
+    quantized = model.with_matrices(matrices)
+    with (
+        HiddenStates(model.device, folder, group=group, host_bytes=host_bytes) as states,
+        BlockSaver(folder, model.device) as saver,
+    ):
+        run = _Run(model, quantized, inputs, settings, folder, seed, group, states)
         for i in range(model.block_count):
             block = model.load_block(i)
             if finished[i]:
@@ -217,6 +224,7 @@ class _Run:
         folder: Path,
         seed: int,
         group: Group,
+        states: HiddenStates,
     ) -> None:
         self.model, self.inputs, self.settings = model, inputs, settings
         self.group = group
@@ -224,7 +232,7 @@ class _Run:
         tokens = torch.cat([own, group.shard(inputs.tokens.held_out)])
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
         self.count = len(own)
-        self.hidden = quantized.embed_all(tokens, self.batch)
+        self.hidden = states.embed(quantized, tokens, self.batch)
         held_out = len(inputs.tokens.held_out) > 0
         self.asymmetric = settings.asymmetric and settings.method == "gptq" and held_out
         self.learning: ModelLearning | None = None
@@ -233,7 +241,7 @@ class _Run:
                 model, quantized, inputs.tokens, settings.omniquant, folder, seed=seed
             )
         needed = self.asymmetric or self.learning is not None
-        self.source = model.embed_all(tokens, self.batch) if needed else None
+        self.source = states.embed(model, tokens, self.batch) if needed else None
         self._source_is_behind: int | None = None
         self._streams = (
             self._stream(slice(None, self.count)),

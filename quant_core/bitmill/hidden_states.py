@@ -1,0 +1,83 @@
+"""Memory for the hidden states [S, T, D] of all windows, wherever there is room for them.
+
+On the accelerator where a sixth of its free memory holds them; else on the host, page-locked, which
+lets the accelerator copy at the bus's full speed; past a limit in memory-mapped files.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from bitmill.block_inputs import HostMemory, spare_device_bytes, spare_host_bytes
+from bitmill.blocks import StreamedModel
+from bitmill.distributed import SINGLE, Group
+
+
+class HiddenStates:
+    """Allocates hidden states; a context manager, behind which they are not to be used.
+
+    scratch: a folder for files. group: ranks that share the host's memory. host_bytes: limit of
+    what this rank keeps in host memory; None takes its share of half of what is free.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        scratch: Path,
+        *,
+        group: Group = SINGLE,
+        host_bytes: int | None = None,
+    ) -> None:
+        limit = spare_host_bytes() // group.size if host_bytes is None else host_bytes
+        self._device = device
+        self._memory = HostMemory(limit, scratch)
+        self._locked: list[Tensor] = []
+
+    def __enter__(self) -> Self:
+        self._memory.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._locked:
+            torch.cuda.synchronize(self._device)
+        for tensor in self._locked:
+            torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+        self._memory.__exit__(*error)
+
+    def embed(self, model: StreamedModel, tokens: Tensor, batch: int) -> Tensor:
+        """The first block's inputs [S, T, D] of any number of windows [S, T].
+
+        Raises `ResourceError` where neither memory nor disk holds them.
+        """
+        hidden = self._empty((*tokens.shape, model.plan.hidden_size), model.dtype)
+        for start in range(0, len(tokens), batch):
+            part = slice(start, start + batch)
+            hidden[part] = model.embed(tokens[part]).to(hidden.device)
+        return hidden
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        if 2 * size <= spare_device_bytes(self._device):
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        spilled = self._memory.spilled
+        tensor = self._memory.empty(shape, dtype)
+        if self._device.type == "cuda" and size and self._memory.spilled == spilled:
+            self._lock(tensor, size)
+        return tensor
+
+    def _lock(self, tensor: Tensor, size: int) -> None:
+        """Page-lock a tensor where the system allows it.
+
+        Done here, because PyTorch's own pinned memory comes in powers of two.
+        """
+        if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0)) == 0:
+            self._locked.append(tensor)
+            return
+        with suppress(RuntimeError):  # the next launch reports the refusal once
+            torch.zeros(1, device=self._device)
