@@ -1,4 +1,7 @@
-"""One visit of a group by `bitmill.polish` as one Triton kernel: scales, codes, scales again.
+"""Visits of groups in turn by `bitmill.polish` as one Triton kernel: scales, codes, scales again.
+
+Rows are independent, so a program takes its rows through several groups; a group's slope loses what
+the groups before it in the same launch have changed, and the caller carries all changes on.
 
 With v = q - z, slope g = (W - ŵ) H and P = H v of the group, the scale takes a step d and the slope
 becomes g - d P. Columns then take their steps in order; a column's own slope has lost s H D, with s
@@ -12,7 +15,7 @@ with H split in two (codes are exact there). The last fit of the scale needs no 
     <g', v + D> = <g, v> - d <P, v> + <g - d P, D> - s (<P, D> + <D, H D>)
     <v + D, H (v + D)> = <P, v> + 2 <P, D> + <D, H D>
 
-Tensors are columns first, [C, R].
+Tensors are columns first, [K, R].
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from bitmill_kernels.layout import GROUP_SIZE
 PART = GROUP_SIZE // 4
 ROWS_PER_PROGRAM = 32
 
-VARYING = ("R", "C", "codes_stride", "slope_stride", "h_stride", "change_stride")
+VARYING = ("R", "K", "stride", "h_stride")
 """As in `group_solve_triton.py`: strides are not known to be multiples of 16."""
 
 
@@ -77,6 +80,13 @@ def _descend(
     return -taken, aim
 
 
+@triton.jit
+def _values(codes_ptr: tl.tensor, at: tl.tensor, mask: tl.tensor, zero: tl.tensor) -> tl.tensor:
+    """v = q - z of a tile, 0 where masked."""
+    codes = tl.load(codes_ptr + at, mask=mask, other=0).to(tl.float32)
+    return tl.where(mask, codes - zero[None, :], 0.0)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _polish_kernel(
     codes_ptr: tl.tensor,
@@ -88,103 +98,114 @@ def _polish_kernel(
     largest_ptr: tl.tensor,
     new_ptr: tl.tensor,
     change_ptr: tl.tensor,
+    own_slope_ptr: tl.tensor,
+    parts_ptr: tl.tensor,
     R: tl.tensor,
-    C: tl.tensor,
-    codes_stride: tl.tensor,
-    slope_stride: tl.tensor,
+    K: tl.tensor,
+    stride: tl.tensor,
     h_stride: tl.tensor,
-    change_stride: tl.tensor,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> None:
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :]
-    column = tl.arange(0, PART)
-    live = (row < R) | WHOLE
     lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_live = (lane < R) | WHOLE
-    begun = tl.load(scale_ptr + lane, mask=row_live, other=0.0)
-    zero = tl.load(zero_ptr + lane, mask=row_live, other=0.0)
-    largest = tl.load(largest_ptr + lane, mask=row_live, other=1.0)
-    for first in range(0, C, PART):
-        mine = first + column
-        product = tl.zeros((PART, ROWS), tl.float32)
-        for other in range(0, C, PART):
-            theirs = other + column
-            mask = ((theirs[:, None] < C) | WHOLE) & live
-            v = tl.load(codes_ptr + theirs[:, None] * codes_stride + row, mask=mask, other=0)
-            v = tl.where(mask, v.to(tl.float32) - zero[None, :], 0.0)
-            mask = ((mine[:, None] < C) & (theirs[None, :] < C)) | WHOLE
-            h = h_ptr + mine[:, None] * h_stride + theirs[None, :]
-            product = _product(tl.load(h, mask=mask, other=0.0), v, product)
-        mask = ((mine[:, None] < C) | WHOLE) & live
-        tl.store(change_ptr + mine[:, None] * change_stride + row, product, mask=mask)
-    tl.debug_barrier()
-    along = tl.zeros((ROWS,), tl.float32)
-    square = tl.zeros((ROWS,), tl.float32)
-    for first in range(0, C, PART):
-        mine = (first + column)[:, None]
-        mask = ((mine < C) | WHOLE) & live
-        v = tl.load(codes_ptr + mine * codes_stride + row, mask=mask, other=0)
-        v = v.to(tl.float32) - zero[None, :]
-        slope = tl.load(slope_ptr + mine * slope_stride + row, mask=mask, other=0.0)
-        product = tl.load(change_ptr + mine * change_stride + row, mask=mask, other=0.0)
-        along += tl.sum(slope * v, axis=0)
-        square += tl.sum(product * v, axis=0)
-    scale = _better_scale(begun, along, square)
-    inverse = _inverse(scale)
-    step = scale - begun
-    along -= step * square
-    mixed = tl.zeros((ROWS,), tl.float32)
-    own = tl.zeros((ROWS,), tl.float32)
-    for first in range(0, C, PART):
-        mine = first + column
-        spread = tl.zeros((PART, ROWS), tl.float32)
-        for other in range(0, first, PART):
-            theirs = other + column
-            moved = tl.load(new_ptr + theirs[:, None] * codes_stride + row, mask=live, other=0)
-            old = tl.load(codes_ptr + theirs[:, None] * codes_stride + row, mask=live, other=0)
-            h = h_ptr + mine[:, None] * h_stride + theirs[None, :]
-            h = tl.load(h, mask=(mine[:, None] < C) | WHOLE, other=0.0)
-            spread = _product(h, moved.to(tl.float32) - old.to(tl.float32), spread)
-        mask = ((mine[:, None] < C) | WHOLE) & live
-        place = change_ptr + mine[:, None] * change_stride + row
-        product = tl.load(place, mask=mask, other=0.0)
+    row, live = lane[None, :], row_live[None, :]
+    column = tl.arange(0, PART)
+    for start in range(0, K, 4 * PART):
+        stop = tl.minimum(start + 4 * PART, K)
+        at = start // (4 * PART) * stride + lane
+        begun = tl.load(scale_ptr + at, mask=row_live, other=0.0)
+        zero = tl.load(zero_ptr + at, mask=row_live, other=0.0)
+        largest = tl.load(largest_ptr + at, mask=row_live, other=1.0)
+        for first in range(start, stop, PART):
+            mine = first + column
+            inside = (mine[:, None] < stop) | WHOLE
+            here = mine[:, None] * stride + row
+            slope = tl.load(slope_ptr + here, mask=inside & live, other=0.0)
+            for other in range(0, start, PART):
+                theirs = other + column
+                change = tl.load(change_ptr + theirs[:, None] * stride + row, mask=live, other=0.0)
+                h = h_ptr + mine[:, None] * h_stride + theirs[None, :]
+                h = tl.load(h, mask=inside, other=0.0)
+                slope -= tl.dot(h, change, input_precision="tf32x3")
+            product = tl.zeros((PART, ROWS), tl.float32)
+            for other in range(start, stop, PART):
+                theirs = other + column
+                mask = ((theirs[:, None] < stop) | WHOLE) & live
+                v = _values(codes_ptr, theirs[:, None] * stride + row, mask, zero)
+                mask = inside & ((theirs[None, :] < stop) | WHOLE)
+                h = h_ptr + mine[:, None] * h_stride + theirs[None, :]
+                product = _product(tl.load(h, mask=mask, other=0.0), v, product)
+            tl.store(own_slope_ptr + here, slope, mask=inside & live)
+            tl.store(change_ptr + here, product, mask=inside & live)
         tl.debug_barrier()
-        tl.store(place, spread, mask=mask)
+        along = tl.zeros((ROWS,), tl.float32)
+        square = tl.zeros((ROWS,), tl.float32)
+        for first in range(start, stop, PART):
+            mine = (first + column)[:, None]
+            mask = ((mine < stop) | WHOLE) & live
+            here = mine * stride + row
+            v = _values(codes_ptr, here, mask, zero)
+            along += tl.sum(tl.load(own_slope_ptr + here, mask=mask, other=0.0) * v, axis=0)
+            square += tl.sum(tl.load(change_ptr + here, mask=mask, other=0.0) * v, axis=0)
+        scale = _better_scale(begun, along, square)
+        inverse = _inverse(scale)
+        step = scale - begun
+        along -= step * square
+        mixed = tl.zeros((ROWS,), tl.float32)
+        own = tl.zeros((ROWS,), tl.float32)
+        for first in range(start, stop, PART):
+            mine = first + column
+            inside = (mine < stop) | WHOLE
+            spread = tl.zeros((PART, ROWS), tl.float32)
+            for other in range(start, first, PART):
+                theirs = other + column
+                there = theirs[:, None] * stride + row
+                moved = _values(new_ptr, there, live, zero) - _values(codes_ptr, there, live, zero)
+                h = h_ptr + mine[:, None] * h_stride + theirs[None, :]
+                spread = _product(tl.load(h, mask=inside[:, None], other=0.0), moved, spread)
+            mask = inside[:, None] & live
+            here = mine[:, None] * stride + row
+            product = tl.load(change_ptr + here, mask=mask, other=0.0)
+            tl.debug_barrier()
+            tl.store(change_ptr + here, spread, mask=mask)
+            tl.debug_barrier()
+            spread = tl.load(change_ptr + here, mask=mask, other=0.0)
+            slope = tl.load(own_slope_ptr + here, mask=mask, other=0.0) - step[None, :] * product
+            reciprocal = tl.load(reciprocal_ptr + mine, mask=inside, other=0.0)[:, None]
+            old = tl.load(codes_ptr + here, mask=mask, other=0).to(tl.float32)
+            h = h_ptr + mine[:, None] * h_stride + mine[None, :]
+            h = tl.load(h, mask=inside[:, None] & inside[None, :], other=0.0)
+            towards = slope * inverse[None, :] - tl.where(scale > 0, spread, 0.0)
+            aim = old + towards * reciprocal
+            taken, sums = _descend(aim, old, h * reciprocal, largest, PART, ROWS)
+            tl.store(new_ptr + here, (old + taken).to(tl.uint8), mask=mask)
+            diagonal = tl.load(h_ptr + mine * (h_stride + 1), mask=inside, other=0.0)[:, None]
+            along += tl.sum(slope * taken, axis=0)
+            mixed += tl.sum(product * taken, axis=0)
+            own += tl.sum(taken * (2 * spread + diagonal * (2 * sums + taken)), axis=0)
+            tl.debug_barrier()
+        along -= scale * (mixed + own)
+        last = _better_scale(scale, along, square + 2 * mixed + own)
+        tl.store(scale_ptr + at, last, mask=row_live)
+        for first in range(start, stop, PART):
+            mine = (first + column)[:, None]
+            mask = ((mine < stop) | WHOLE) & live
+            here = mine * stride + row
+            new = _values(new_ptr, here, mask, zero)
+            change = new * last[None, :] - _values(codes_ptr, here, mask, zero) * begun[None, :]
+            tl.store(change_ptr + here, change, mask=mask)
+            high = change.to(tl.bfloat16)
+            low = (change - high.to(tl.float32)).to(tl.bfloat16)
+            part = parts_ptr + (2 * start + mine) * stride + row
+            tl.store(part, high, mask=mask)
+            tl.store(part + (stop - start) * stride, low, mask=mask)
+            tl.store(part + 2 * (stop - start) * stride, high, mask=mask)
         tl.debug_barrier()
-        spread = tl.load(place, mask=mask, other=0.0)
-        slope = tl.load(slope_ptr + mine[:, None] * slope_stride + row, mask=mask, other=0.0)
-        slope -= step[None, :] * product
-        inside = (mine < C) | WHOLE
-        reciprocal = tl.load(reciprocal_ptr + mine, mask=inside, other=0.0)[:, None]
-        old = tl.load(codes_ptr + mine[:, None] * codes_stride + row, mask=mask, other=0)
-        old = old.to(tl.float32)
-        mask_h = (inside[:, None] & inside[None, :]) | WHOLE
-        h = tl.load(h_ptr + mine[:, None] * h_stride + mine[None, :], mask=mask_h, other=0.0)
-        towards = slope * inverse[None, :] - tl.where(scale > 0, spread, 0.0)
-        taken, sums = _descend(old + towards * reciprocal, old, h * reciprocal, largest, PART, ROWS)
-        tl.store(
-            new_ptr + mine[:, None] * codes_stride + row, (old + taken).to(tl.uint8), mask=mask
-        )
-        diagonal = tl.load(h_ptr + mine * (h_stride + 1), mask=inside, other=0.0)[:, None]
-        along += tl.sum(slope * taken, axis=0)
-        mixed += tl.sum(product * taken, axis=0)
-        own += tl.sum(taken * (2 * spread + diagonal * (2 * sums + taken)), axis=0)
-        tl.debug_barrier()
-    along -= scale * (mixed + own)
-    last = _better_scale(scale, along, square + 2 * mixed + own)
-    for first in range(0, C, PART):
-        mine = (first + column)[:, None]
-        mask = ((mine < C) | WHOLE) & live
-        old = tl.load(codes_ptr + mine * codes_stride + row, mask=mask, other=0).to(tl.float32)
-        new = tl.load(new_ptr + mine * codes_stride + row, mask=mask, other=0).to(tl.float32)
-        change = (new - zero[None, :]) * last[None, :] - (old - zero[None, :]) * begun[None, :]
-        tl.store(change_ptr + mine * change_stride + row, change, mask=mask)
-    tl.store(scale_ptr + lane, last, mask=row_live)
 
 
-def polish_group_triton(
+def polish_groups_triton(
     codes: Tensor,
     slope: Tensor,
     H: Tensor,
@@ -193,15 +214,17 @@ def polish_group_triton(
     zero: Tensor,
     largest: Tensor,
     new: Tensor,
-    change: Tensor,
+    scratch: Tensor,
+    parts: Tensor,
 ) -> None:
-    """New codes and values of one group, columns first, and its scales in place.
+    """New codes and scales of a few groups in turn, columns first; scales in place.
 
-    codes: u8 [C, R]; slope: f32 [C, R]; H: f32 [C, C]; reciprocal: f32 [C] 1 / H_jj, 0 where H_jj
-    is not positive; scale, zero, largest: f32 [R]. Written: new codes u8 [C, R] (strided as codes
-    are), change of the values f32 [C, R], scale. Rows of all matrices are contiguous.
+    codes: u8 [K, R]; slope: f32 [K, R]; H: f32 [K, K]; reciprocal: f32 [K] 1 / H_jj, 0 where H_jj
+    is not positive; scale, zero, largest: f32 [G, R]. Written: new codes u8 [K, R], scale, and the
+    change of the values as `split_product.grouped_parts` of a right factor, bf16 [3 K, R]; scratch:
+    f32 [2, K, R], of which the first is that change in the end. All but H are contiguous.
     """
-    C, R = codes.shape
+    K, R = codes.shape
     _polish_kernel[(triton.cdiv(R, ROWS_PER_PROGRAM),)](
         codes,
         slope,
@@ -211,16 +234,16 @@ def polish_group_triton(
         zero,
         largest,
         new,
-        change,
+        scratch[0],
+        scratch[1],
+        parts,
         R,
-        C,
-        codes.stride(0),
-        slope.stride(0),
+        K,
+        R,
         H.stride(0),
-        change.stride(0),
         PART=PART,
         ROWS=ROWS_PER_PROGRAM,
-        WHOLE=C % PART == R % ROWS_PER_PROGRAM == 0,
+        WHOLE=K % PART == R % ROWS_PER_PROGRAM == 0,
         num_warps=1,
         num_stages=1,
     )

@@ -38,6 +38,14 @@ def parts_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
+def subtract_parts(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Takes the product of factors already split off a contiguous total f32 [M, N], in place."""
+    if not left.is_cuda:
+        total -= parts_product(left, right)
+        return
+    torch.addmm(total, left, right, out_dtype=torch.float32, alpha=-1, out=total)
+
+
 def left_parts(matrix: Tensor) -> Tensor:
     """bf16 [M, 3 K] of a left factor f32 [M, K]: high, high and low parts side by side."""
     return _stacked(matrix.T, LOW_LEFT).T

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitmill_kernels.split_product import split_product
+from bitmill_kernels.split_product import left_parts, right_parts, subtract_parts
 
 BLOCK = 1024
 
@@ -29,10 +29,10 @@ def substitute(lower: Tensor, right: Tensor, block: int = BLOCK) -> Tensor:
         part, rest = slice(start, start + block), slice(start + block, len(lower))
         x[part] = torch.linalg.solve_triangular(lower[part, part], x[part], upper=False)
         if rest.start < rest.stop:
-            x[rest] -= split_product(lower[rest, part], x[part])
+            subtract_parts(x[rest], left_parts(lower[rest, part]), right_parts(x[part]))
     for start in reversed(starts):
         part, rest = slice(start, start + block), slice(0, start)
         x[part] = torch.linalg.solve_triangular(lower[part, part].T, x[part], upper=True)
         if start:
-            x[rest] -= split_product(lower[part, rest].T, x[part])
+            subtract_parts(x[rest], left_parts(lower[part, rest].T), right_parts(x[part]))
     return x

@@ -20,7 +20,7 @@ from bitmill.codes import LinearCodes, group_slices, row_slices, stacked_largest
 from bitmill.compensated_grid import CompensatedSettings, unit_rows
 from bitmill.grid import Grid, clip_search, clip_search_groups, relative_weights, round_scale
 from bitmill_kernels.layout import GROUP_SIZE
-from bitmill_kernels.split_product import LOW_LEFT, LOW_RIGHT, grouped_parts, parts_product
+from bitmill_kernels.split_product import LOW_LEFT, LOW_RIGHT, grouped_parts, subtract_parts
 
 if TYPE_CHECKING:
     from bitmill.gptq import Curvature, GptqSettings
@@ -60,7 +60,7 @@ def solve_on_device(
         block, missed = work[part], error[:, : last - part.start]
         if part.start > first:
             pending = unit_parts[3 * first : 3 * part.start, part]
-            block -= parts_product(pending.T, error_parts[: len(pending)])
+            subtract_parts(block, pending.T, error_parts[: len(pending)])
         tops = largest[group : group + 1]
         found = clip_search_groups(block, tops, weight[part], settings.clip)
         scales[group], zeros[group] = found.scale[0], found.zero[0]
@@ -86,7 +86,7 @@ def solve_on_device(
             missed[0], LOW_RIGHT, error_parts[3 * (part.start - first) : 3 * (last - first)]
         )
         if last - first == span and last < K:
-            work[last:] -= parts_product(unit_parts[3 * first : 3 * last, last:].T, error_parts)
+            subtract_parts(work[last:], unit_parts[3 * first : 3 * last, last:].T, error_parts)
     whole = Grid(round_scale(scales), zeros)
     return [
         LinearCodes(codes[:, mine].T.contiguous(), whole.scale[:, mine], whole.zero[:, mine], own)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bitmill.codes import LinearCodes, group_slices, row_slices, stacked_largest
+from bitmill.codes import LinearCodes, row_slices, stacked_largest
 from bitmill.grid import max_code
 from bitmill.scale_refit import rounded_step
 from bitmill_kernels.backend import resolve_backend
@@ -24,10 +24,9 @@ from bitmill_kernels.code_descent import descend_block
 from bitmill_kernels.layout import GROUP_SIZE
 from bitmill_kernels.split_product import (
     LOW_LEFT,
-    LOW_RIGHT,
     grouped_parts,
-    parts_product,
     split_product,
+    subtract_parts,
 )
 
 SUPER_BLOCK = 4
@@ -90,10 +89,9 @@ def _polish_triton(
 ) -> list[LinearCodes]:
     """The linears as one matrix, columns first, [K, N].
 
-    A super-block's changes go to the slope of all groups at once, at its end; a group inside takes
-    those pending from the groups before it.
+    A super-block is visited in one launch, and its changes go to the slope of all groups at once.
     """
-    from bitmill_kernels.polish_triton import polish_group_triton
+    from bitmill_kernels.polish_triton import polish_groups_triton
 
     residual = [(W - own.values()).T for W, own in zip(matrices, codes, strict=True)]
     slope = split_product(H, torch.cat(residual, 1))
@@ -106,31 +104,27 @@ def _polish_triton(
     diagonal = H.diagonal()
     reciprocal = torch.where(diagonal > 0, 1.0 / diagonal, 0.0)
     (K, N), span = slope.shape, SUPER_BLOCK * GROUP_SIZE
-    change = torch.empty(GROUP_SIZE, N, device=H.device)
     H_parts = grouped_parts(H, LOW_LEFT)
-    change_parts = torch.empty(3 * span, N, dtype=torch.bfloat16, device=H.device)
+    scratch = torch.empty(2, min(span, K), N, device=H.device)
+    change = torch.empty(3 * min(span, K), N, dtype=torch.bfloat16, device=H.device)
     for _ in range(sweeps):
-        for group, part in group_slices(K):
-            first, last = part.start - part.start % span, part.stop
-            here, changed = slope[part], change[: last - part.start]
-            if part.start > first:
-                pending = H_parts[3 * first : 3 * part.start, part]
-                here = here - parts_product(pending.T, change_parts[: len(pending)])
-            polish_group_triton(
+        for first in range(0, K, span):
+            part = slice(first, min(first + span, K))
+            groups = slice(first // GROUP_SIZE, -(-part.stop // GROUP_SIZE))
+            polish_groups_triton(
                 old[part],
-                here,
+                slope[part],
                 H[part, part],
                 reciprocal[part],
-                scales[group],
-                zeros[group],
-                largest[group],
+                scales[groups],
+                zeros[groups],
+                largest[groups],
                 new[part],
-                changed,
+                scratch,
+                change,
             )
-            done = 3 * (last - first)
-            grouped_parts(changed, LOW_RIGHT, change_parts[3 * (part.start - first) : done])
-            if last - first == span or last == K:
-                slope -= parts_product(H_parts[3 * first : 3 * last].T, change_parts[:done])
+            changed = H_parts[3 * part.start : 3 * part.stop]
+            subtract_parts(slope, changed.T, change[: len(changed)])
         old, new = new, old
     return [
         LinearCodes(old[:, mine].T.contiguous(), scales[:, mine], zeros[:, mine], own)

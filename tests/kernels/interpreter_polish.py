@@ -1,52 +1,71 @@
-"""Cases for Triton's interpreter: a group's visit against the plain one of `bitmill.polish`."""
+"""Cases for Triton's interpreter: visits of groups against the plain ones of `bitmill.polish`."""
 
 import pytest
 import torch
 
-from bitmill.codes import LinearCodes
+from bitmill.codes import LinearCodes, group_slices
+from bitmill.grid import Grid
 from bitmill.polish import visit_group
-from bitmill_kernels.polish_triton import polish_group_triton
+from bitmill_kernels.polish_triton import polish_groups_triton
 
 
-@pytest.mark.parametrize(("R", "C", "width"), [(5, 128, 3), (18, 70, 2), (3, 1, 1)])
-def test_a_visit_ends_where_the_plain_one_does(R, C, width):
-    generator = torch.Generator().manual_seed(R + C)
-    x = torch.randn(3 * C, C, generator=generator)
+@pytest.mark.parametrize(("R", "K", "width"), [(5, 128, 3), (34, 300, 2), (3, 1, 1), (32, 256, 8)])
+def test_visits_end_where_the_plain_ones_do(R, K, width):
+    generator = torch.Generator().manual_seed(R + K)
+    x = torch.randn(3 * K, K, generator=generator)
     H = x.T @ x / len(x)
-    W = torch.randn(R, C, generator=generator)
-    scale = (1.1 * (W.amax(1) - W.amin(1)) / (2**width - 1)).clamp(min=0.05).half().float()
-    zero = (-W.amin(1) / scale).round().clamp(0, 2**width - 1)
-    scale[0] = 0.0
-    codes = (W / scale.clamp(min=0.1)[:, None] + zero[:, None]).round().clamp(0, 2**width - 1)
-    codes = codes.to(torch.uint8)
-    if C > 2:
+    W = torch.randn(R, K, generator=generator)
+    parts = list(group_slices(K))
+    reach = [W[:, part].amax(1) - W[:, part].amin(1) for _, part in parts]
+    scales = (1.1 * torch.stack(reach) / (2**width - 1)).clamp(min=0.05).half().float()
+    lows = torch.stack([W[:, part].amin(1) for _, part in parts])
+    zeros = (-lows / scales).round().clamp(0, 2**width - 1)
+    scales[:, 0] = 0.0
+    widths = (width,) * len(parts)
+    before = LinearCodes.nearest(W, Grid(scales, zeros), widths)
+    codes, zeros = before.codes, before.zeros
+    if K > 2:
         H[2], H[:, 2] = 0.0, 0.0
-    residual = W - scale[:, None] * (codes.float() - zero[:, None])
-    slope = residual @ H
-    expected = visit_group(codes, slope, H, scale, zero, 2**width - 1)
-    found_scale = scale.clone()
-    new = torch.full((C, R), 255, dtype=torch.uint8)
-    change = torch.full((C, R), float("nan"))
+    slope = (W - before.values()) @ H
+    expected, expected_scales = codes.clone(), scales.clone()
+    left = slope.clone()
+    for group, part in parts:
+        expected[:, part], expected_scales[group], change = visit_group(
+            codes[:, part],
+            left[:, part],
+            H[part, part],
+            scales[group],
+            zeros[group],
+            2**width - 1,
+        )
+        left -= change @ H[part]
+    found_scales = scales.clone()
+    new = torch.full((K, R), 255, dtype=torch.uint8)
+    scratch = torch.full((2, K, R), float("nan"))
+    change = torch.full((3 * K, R), float("nan"), dtype=torch.bfloat16)
     diagonal = H.diagonal()
-    polish_group_triton(
+    polish_groups_triton(
         codes.T.contiguous(),
         slope.T.contiguous(),
         H,
         torch.where(diagonal > 0, 1 / diagonal, 0.0),
-        found_scale,
-        zero,
-        torch.full((R,), 2.0**width - 1),
+        found_scales,
+        zeros,
+        torch.full((len(parts), R), 2.0**width - 1),
         new,
+        scratch,
         change,
     )
-    after = residual - change.T
-    plain = residual - expected[2]
-    errors = [((r @ H) * r).sum(1) for r in (after, plain, residual)]
-    assert torch.allclose(errors[0], errors[1], rtol=0.02, atol=1e-5)
+    after = LinearCodes(new.T, found_scales, zeros, widths)
+    plain = LinearCodes(expected, expected_scales, zeros, widths)
+    errors = [(((W - c.values()) @ H) * (W - c.values())).sum(1) for c in (after, plain, before)]
+    assert torch.allclose(errors[0], errors[1], rtol=0.03, atol=1e-5)
     assert (errors[0] <= errors[2] * (1 + 1e-5) + 1e-6).all()
-    assert (expected[0] == new.T).float().mean() >= 0.98
-    live = LinearCodes(new.T, found_scale[None], zero[None], (width,)).values()
-    before = LinearCodes(codes, scale[None], zero[None], (width,)).values()
-    assert torch.allclose(change.T, live - before, atol=1e-5)
+    assert (expected == new.T).float().mean() >= 0.97
+    assert torch.allclose(scratch[0].T, after.values() - before.values(), atol=1e-5)
+    for _, part in parts:
+        high, low, twin = change[3 * part.start : 3 * part.stop].float().chunk(3)
+        assert torch.equal(high, twin)
+        assert torch.allclose(high + low, scratch[0][part], rtol=1e-4, atol=1e-7)
     assert torch.equal(new.T[0], codes[0])
-    assert torch.equal(found_scale, found_scale.half().float())
+    assert torch.equal(found_scales, found_scales.half().float())

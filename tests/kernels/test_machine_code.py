@@ -121,7 +121,7 @@ def test_the_other_kernels_compile_without_spills(kernel, constants, warps, tmp_
 
 @pytest.mark.parametrize(
     ("kernel", "constants", "most"),
-    [(_group_solve_kernel, {"SEARCH": True}, 3600), (_polish_kernel, {}, 3800)],
+    [(_group_solve_kernel, {"SEARCH": True}, 3600), (_polish_kernel, {}, 3750)],
     ids=["search", "polish"],
 )
 def test_column_loops_stay_lean(kernel, constants, most, tmp_path):
@@ -129,7 +129,6 @@ def test_column_loops_stay_lean(kernel, constants, most, tmp_path):
     constants = {"ROWS": 32, "PART": 32, "WHOLE": True} | constants
     _, code = compiled(kernel, constants, tmp_path, warps=1, stages=1)
     assert opcodes(text for _, text in code)["SHFL"] == 0
-    assert len(code) <= 1.7 * most
     unrolled = [body for body in loops(code) if opcodes(body)["FFMA"] > 500]
     assert min(map(len, unrolled)) <= most
     assert opcodes(unrolled[0])["HMMA"] > 0
