@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +285,7 @@ def spec_of(options: argparse.Namespace) -> JobSpec:
                 "sequences": options.sequences,
                 "length": options.tokens,
                 "held_out": options.held_out,
+                "profile_sequences": options.profile_sequences,
             },
         }
     )
@@ -317,8 +318,7 @@ def run_stages(
     resolved = pipeline.Source(source, "random")
     planned = pipeline.plan(job, resolved)
     tokens = windows(shape, options.sequences, options.held_out, options.tokens)
-    some = replace(tokens, tokens=tokens.tokens[: options.profile_sequences])
-    profiled = pipeline.profile(job, resolved, planned, some)
+    profiled = pipeline.profile(job, resolved, planned, tokens)
     bit_widths = pipeline.allocate_widths(job, planned, profiled)
     refined = pipeline.refine(job, resolved, planned, tokens, profiled, bit_widths)
     pipeline.pack(job, resolved, planned, bit_widths, refined)

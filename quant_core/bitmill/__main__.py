@@ -84,6 +84,7 @@ def _quantize_parser(command: argparse.ArgumentParser) -> None:
     command.add_argument("--calibration-sequences", type=int)
     command.add_argument("--calibration-length", type=int)
     command.add_argument("--held-out", type=int)
+    command.add_argument("--profile-sequences", type=int)
     command.add_argument("--evaluation-sequences", type=int)
     command.add_argument("--evaluation-length", type=int)
     command.add_argument("--baseline", action="store_true", help="also measure uniform GPTQ")
@@ -135,6 +136,7 @@ def build_spec(arguments: argparse.Namespace) -> JobSpec:
         sequences="calibration_sequences",
         length="calibration_length",
         held_out="held_out",
+        profile_sequences="profile_sequences",
     )
     if arguments.calibration_text:
         spec["calibration"] = spec.get("calibration", {}) | {

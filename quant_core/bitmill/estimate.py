@@ -193,8 +193,10 @@ def _seconds(plan: Plan, spec: JobSpec, machine: Machine) -> float:
         for group in plan.input_groups(block):
             share = active if ".experts." in group[0] else 1.0
             hessians += 2.0 * plan.by_name[group[0]].columns ** 2 * tokens * share
-    passes = 6 if spec.refinement.asymmetric else 3
-    profile = 4 * forward + hessians if spec.allocation.method != "uniform" else 0.0
+    passes = 3 if spec.refinement.asymmetric else 2
+    profiled = spec.calibration.length * spec.calibration.profiled / tokens
+    measured = profiled * (4 * forward + hessians)
+    profile = measured if spec.allocation.method != "uniform" else 0.0
     windows = len(spec.evaluation.texts) * (spec.evaluation.sequences or EVALUATION_WINDOWS)
     share = windows * spec.evaluation.length / tokens
     head = 2.0 * plan.vocab_size * plan.hidden_size * tokens

@@ -288,6 +288,8 @@ def _profile_settings(job: Job, planned: Plan) -> dict[str, Any] | None:
         "dtype": str(compute_dtype(job.device, planned)),
         **job.fingerprint,
     }
+    if job.spec.calibration.profile_sequences is not None:
+        settings["sequences"] = job.spec.calibration.profile_sequences
     if planned.embeddings:
         settings["embeddings"] = [matrix.name for matrix in planned.embeddings]
     if allocation.method == "knapsack":
@@ -315,7 +317,7 @@ def profile(
             return
         made = make_profile(
             _open_model(job, source, planned),
-            tokens.tokens,
+            tokens.tokens[: job.spec.calibration.profiled],
             planned,
             ProfileRequest(settings, source.digest, tokens.digest),
             folder=folder,

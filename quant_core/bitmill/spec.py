@@ -115,7 +115,10 @@ class DatasetText(Closed):
 
 
 class Calibration(Closed):
-    """Which text is measured. `sequences` windows of `length` tokens, then `held_out` more."""
+    """Which text is measured. `sequences` windows of `length` tokens, then `held_out` more.
+
+    profile_sequences: how many of them the profile is measured on, from the first; None for all.
+    """
 
     text: Annotated[BundledText | FileText | DatasetText, Field(discriminator="source")] = (
         BundledText()
@@ -123,6 +126,21 @@ class Calibration(Closed):
     sequences: int = Field(default=64, ge=1, le=65536)
     length: int = Field(default=2048, ge=8, le=131072)
     held_out: int = Field(default=16, ge=0, le=4096)
+    profile_sequences: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _profile_within(self) -> Self:
+        if self.profile_sequences is not None and self.profile_sequences > self.sequences:
+            raise ValueError(
+                f"profile_sequences {self.profile_sequences} is above sequences "
+                f"{self.sequences}: give at most as many"
+            )
+        return self
+
+    @property
+    def profiled(self) -> int:
+        """Windows that the profile is measured on."""
+        return self.profile_sequences or self.sequences
 
 
 class InlineMap(Closed):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from bitmill.errors import BudgetError, CalibrationError, Cancelled, ModelError
 from bitmill.manifest import check_folder
 from bitmill.pipeline import run_job
+from bitmill.profiling import make_profile
 from bitmill.spec import parse_spec
 from tiny import tiny_llama, tiny_opt
 
@@ -103,6 +104,21 @@ def test_a_profile_is_made_once_and_gives_the_same_bytes_again(llama, sba_job, t
     assert made.stat().st_mtime_ns == stamp
     assert not [e for e in events if e.stage == "profile" and e.kind == "progress"]
     assert weights_of(output) == weights_of(tmp_path / "out")
+
+
+def test_the_profile_is_measured_on_the_first_windows_where_asked(llama, tmp_path, monkeypatch):
+    seen = []
+
+    def observed(model, tokens, *arguments, **options):
+        seen.append(tuple(tokens.shape))
+        return make_profile(model, tokens, *arguments, **options)
+
+    monkeypatch.setattr("bitmill.pipeline.make_profile", observed)
+    calibration = spec().calibration.model_dump() | {"profile_sequences": 2}
+    asked = spec(allocation={"method": "uniform", "order": "activation"}, calibration=calibration)
+    result = run_job(asked, llama, tmp_path / "work", tmp_path / "out")
+    assert seen == [(2, 64)]
+    assert result.quality.row("uniform gptq").code_bits == 3.0
 
 
 def test_knapsack_meets_a_budget_of_true_bits(llama, tmp_path):

@@ -34,6 +34,7 @@ def test_defaults_round_trip_through_json():
         ({"allocation": {"widths": [2, 3], "min_bits": 4}}, "allocation", "no width"),
         ({"allocation": {"widths": [2, 3], "edge_min_bits": 4}}, "allocation", "edge_min_bits 4"),
         ({"calibration": {"sequences": 0}}, "calibration.sequences", "1"),
+        ({"calibration": {"sequences": 4, "profile_sequences": 5}}, "calibration", "at most as"),
         ({"model": {"source": "hub", "repo_id": "a/b/c"}}, "model.hub.repo_id", "pattern"),
         ({"model": MODEL | {"file": "../x.gguf"}}, "model", "plain name"),
         ({"model": MODEL | {"file": "x.bin"}}, "model", "gguf"),
