@@ -364,13 +364,6 @@ class _Measurement:
             self._saved.save_token_weights(name, found.tokens)
 
 
-def linear_costs(
-    W: Tensor, row_weight: Tensor, curvature: Curvature, settings: SensitivitySettings
-) -> FloatArray:
-    """`input_costs` of one linear."""
-    return input_costs([W], [row_weight], curvature, settings)[0]
-
-
 def input_costs(
     weights: Sequence[Tensor],
     row_weights: Sequence[Tensor],

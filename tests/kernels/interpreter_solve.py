@@ -16,7 +16,7 @@ from bitmill.gptq import (
 )
 from bitmill.grid import ClipSettings
 from bitmill.rtn import round_to_nearest
-from bitmill.sensitivity import SensitivitySettings, linear_costs
+from bitmill.sensitivity import SensitivitySettings, input_costs
 
 CLIP = ClipSettings(shrinks=4, zero_offsets=(1,), zero_scales=(0.9, 1.0), least_squares=1)
 SEARCH = CompensatedSettings(scales=(0.9,), zero_steps=(1,), zero_scales=(1.0,), least_squares=1)
@@ -103,6 +103,8 @@ def test_costs_are_the_plain_ones(linear, monkeypatch):
     W, curvature = linear
     weight = torch.rand(len(W), dtype=torch.float64) + 0.1
     settings = SensitivitySettings(widths=(1, 2, 4), rows=8)
-    plain, fast = both(monkeypatch, lambda: linear_costs(W, weight, curvature, settings))
-    assert plain.shape == fast.shape == (3, 3)
-    assert np.allclose(plain, fast, rtol=0.01)
+    siblings = ([W, W[:5] - 1], [weight, weight[:5]])
+    found = both(monkeypatch, lambda: input_costs(*siblings, curvature, settings))
+    for plain, fast in zip(*found, strict=True):
+        assert plain.shape == fast.shape == (3, 3)
+        assert np.allclose(plain, fast, rtol=0.01)

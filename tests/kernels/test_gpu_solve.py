@@ -9,7 +9,7 @@ from bitmill.compensated_grid import CompensatedSettings
 from bitmill.gptq import Curvature, GptqSettings, polish, solve
 from bitmill.hessian import Factor
 from bitmill.rtn import round_to_nearest
-from bitmill.sensitivity import SensitivitySettings, linear_costs
+from bitmill.sensitivity import SensitivitySettings, input_costs
 from bitmill_kernels.split_product import split_product
 
 pytestmark = [
@@ -62,9 +62,12 @@ def test_rounding_and_costs_are_the_plain_ones():
     assert (plain.codes == fast.codes.cpu()).float().mean() >= 0.99
     settings = SensitivitySettings(widths=(1, 2, 3, 4, 8), rows=200)
     weight = torch.rand(300, dtype=torch.float64)
-    expected = linear_costs(W, weight, curvature, settings)
-    found = linear_costs(W.cuda(), weight, on_cuda(curvature), settings)
-    assert np.allclose(found, expected, rtol=0.01)
+    weights, row_weights = [W, W[:70] - 1], [weight, weight[:70]]
+    expected = input_costs(weights, row_weights, curvature, settings)
+    on_device = [matrix.cuda() for matrix in weights]
+    found = input_costs(on_device, row_weights, on_cuda(curvature), settings)
+    for one, two in zip(expected, found, strict=True):
+        assert np.allclose(one, two, rtol=0.01)
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -23,7 +23,6 @@ from bitmill.sensitivity import (
     BlockMoments,
     SensitivitySettings,
     input_costs,
-    linear_costs,
     profile_knapsack,
     sample_rows,
 )
@@ -132,6 +131,10 @@ def some_linear(rows: int = 24, columns: int = 300) -> tuple[Tensor, Tensor, Ten
     )
     x = x * torch.rand(columns, generator=generator).exp()
     return W, x.T @ x / 900, torch.rand(rows, generator=generator).double()
+
+
+def linear_costs(W, row_weight, curvature, settings):
+    return input_costs([W], [row_weight], curvature, settings)[0]
 
 
 def test_rounding_costs_are_the_formula():
