@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -155,7 +156,7 @@ class BlockSaver:
         linears: list[LinearQuality],
         learning: dict[str, Any] | None,
     ) -> None:
-        with torch.cuda.stream(self._stream):  # which does nothing for None
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             save_block(self._folder, i, weights, linears, learning)
 
 

@@ -123,16 +123,15 @@ def test_ranks_have_the_smallest_device_of_theirs() -> None:
 
 
 def test_what_a_killed_run_left_counts_as_free(tmp_path: Path) -> None:
-    cpu = torch.device("cpu")
-    before = Room.here(cpu, tmp_path / "work", tmp_path / "out")
-    assert before.accelerator is None
-    assert before.output is None
-    assert GB // 10 < before.host < 10**5 * GB
     (tmp_path / "work" / "refine").mkdir(parents=True)
-    with (tmp_path / "work" / "refine" / "block").open("wb") as file:
-        file.write(bytes(200 << 20))
-    after = Room.here(cpu, tmp_path / "work", tmp_path / "out")
-    assert after.disk > before.disk - (100 << 20)
+    (tmp_path / "work" / "refine" / "block").write_bytes(bytes(200 << 20))
+    cpu = torch.device("cpu")
+    other = Room.here(cpu, tmp_path / "other", tmp_path / "out")
+    room = Room.here(cpu, tmp_path / "work", tmp_path / "out")
+    assert room.accelerator is None
+    assert room.output is None
+    assert GB // 10 < room.host < 10**5 * GB
+    assert room.disk - other.disk == pytest.approx(200 << 20, rel=0.5)
 
 
 def test_a_job_that_does_not_fit_begins_no_stage(tmp_path: Path) -> None:
