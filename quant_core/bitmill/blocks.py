@@ -16,7 +16,6 @@ are remembered. No key-value cache is ever made.
 from __future__ import annotations
 
 import copy
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +28,6 @@ from torch import Tensor, nn
 from transformers import initialization
 from transformers.pytorch_utils import Conv1D
 
-from bitmill.block_inputs import spare_device_bytes
 from bitmill.checkpoint_source import CheckpointSource, check_finite
 from bitmill.errors import ModelError
 from bitmill.experts import unfuse_experts
@@ -271,19 +269,6 @@ class StreamedModel:
         arguments = self._record(tokens.to(self.device))
         args, kwargs = arguments[0]
         return cast(Tensor, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-
-    def embed_all(self, tokens: Tensor, batch: int) -> Tensor:
-        """The first block's inputs [S, T, D] of any number of windows [S, T].
-
-        On the device where a sixth of its free memory holds them, else on the host.
-        """
-        shape = (*tokens.shape, self.plan.hidden_size)
-        fits = 2 * math.prod(shape) * self.dtype.itemsize <= spare_device_bytes(self.device)
-        hidden = torch.empty(shape, dtype=self.dtype, device=self.device if fits else None)
-        for start in range(0, len(tokens), batch):
-            part = slice(start, start + batch)
-            hidden[part] = self.embed(tokens[part]).to(hidden.device)
-        return hidden
 
     def _record(self, tokens: Tensor) -> list[Arguments]:
         self.plan.check_length(tokens.shape[1], "length")

@@ -29,6 +29,7 @@ from bitmill.blocks import StreamedModel
 from bitmill.distributed import SINGLE, Group
 from bitmill.embeddings import embedding_profiles
 from bitmill.hessian import activation_order
+from bitmill.hidden_states import HiddenStates
 from bitmill.input_statistics import Stream
 from bitmill.plan import Plan
 from bitmill.profile import IndexArray, LinearProfile, SbaRecord, SensitivityProfile
@@ -151,22 +152,23 @@ def _stream(
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
     paths = [folder / f"block-{i:05}.npz" for i in range(model.block_count)]
     finished = group.broadcast([path.is_file() for path in paths])
-    hidden = model.embed_all(group.shard(tokens), batch)
     measure = _measure_sba if request.settings["kind"] == "sba" else _measure_orders
     blocks = []
-    for i in range(model.block_count):
-        block = model.load_block(i)
-        if not finished[i]:
-            measured = measure(model, i, block, Stream(hidden, None, group), request, batch)
-            if group.first:
-                measured.save(paths[i])
-            group.barrier()
-        else:
-            for start in range(0, len(hidden), batch):
-                part = slice(start, start + batch)
-                hidden[part] = model.run_block(i, block, hidden[part]).to(hidden.device)
-        blocks.append(SensitivityProfile.load(paths[i]))
-        on_unit(i + 1, plan.block_count, "block", "")
+    with HiddenStates(model.device, folder, group=group) as states:
+        hidden = states.embed(model, group.shard(tokens), batch)
+        for i in range(model.block_count):
+            block = model.load_block(i)
+            if not finished[i]:
+                measured = measure(model, i, block, Stream(hidden, None, group), request, batch)
+                if group.first:
+                    measured.save(paths[i])
+                group.barrier()
+            else:
+                for start in range(0, len(hidden), batch):
+                    part = slice(start, start + batch)
+                    hidden[part] = model.run_block(i, block, hidden[part]).to(hidden.device)
+            blocks.append(SensitivityProfile.load(paths[i]))
+            on_unit(i + 1, plan.block_count, "block", "")
     return blocks
 
 
