@@ -53,7 +53,7 @@ def cross_update(C: Tensor, left: Tensor, right: Tensor, weight: Tensor | None =
         )
     halves = (torch.bfloat16, torch.float16)
     if weight is None and left.is_cuda and left.dtype == right.dtype and left.dtype in halves:
-        C += torch.mm(left.t(), right, out_dtype=torch.float32)
+        add_product(C, left.t(), right)
         return
     with _exact_fp32():
         for start in range(0, left.shape[0], FP32_CHUNK_TOKENS):
@@ -70,6 +70,14 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left [T, K] times right [K, N], both of one dtype, to total f32 [T, N] in place."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from bitmill.sensitivity import PROFILE_CLIP
 from bitmill.source_run import run_source_block
 from bitmill.timing import stage
 from bitmill_kernels.divergence import divergence
-from bitmill_kernels.hessian import product
+from bitmill_kernels.hessian import add_product, product
 from bitmill_kernels.layout import GROUP_SIZE, group_count
 
 DAMPING = (0.01, 0.05, 0.1)
@@ -160,7 +160,7 @@ class SbaSearch:
         inputs = x[:, self._columns].split(2 * GROUP_SIZE, 1)
         swaps = self._swaps.split(2 * GROUP_SIZE, 1)
         for p in range(self._pairs):
-            _add_product(change, inputs[p], swaps[p].T)
+            add_product(change, inputs[p], swaps[p].T)
             found.append(divergence(source, change))
         return torch.stack(found).sum(1, dtype=torch.float64)
 
@@ -237,11 +237,3 @@ def _side_by_side(lows: Tensor, highs: Tensor) -> Tensor:
     """Groups along the last dimension, taken in turns: low 0, high 0, low 1, high 1 and so on."""
     pairs = [part.unflatten(-1, (-1, GROUP_SIZE)) for part in (lows, highs)]
     return torch.stack(pairs, -2).flatten(-3)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left [T, K] times right [K, N], both of one dtype, to total f32 [T, N]."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(left.float(), right.float())

@@ -167,11 +167,13 @@ def test_gptq_codes_equal_those_of_the_plain_loop(C):
     assert torch.allclose(error[same].double(), plain_error[same], atol=1e-4)
 
 
+@pytest.mark.parametrize("K", [384, 2304])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_hessian_sums_match_double_precision(dtype):
-    x = (torch.randn(3000, 384, device=GPU) + 1.0).to(dtype)
-    H, expected = torch.zeros(384, 384, device=GPU), torch.zeros(384, 384, device=GPU).double()
-    hessian_update(H, x)
+def test_hessian_sums_match_double_precision(dtype, K):
+    x = (torch.randn(3000, K, device=GPU) + 1.0).to(dtype)
+    H, expected = torch.zeros(K, K, device=GPU), torch.zeros(K, K, device=GPU).double()
+    for part in x.split(2000):
+        hessian_update(H, part)
     reference.hessian_update(expected, x)
     # the tensor cores truncate their fp32 sums, which all have one sign here
-    assert relative_error(H, expected) < (1e-5 if dtype == torch.float32 else 3e-5)
+    assert relative_error(H.triu(), expected.triu()) < (1e-5 if dtype == torch.float32 else 3e-5)
