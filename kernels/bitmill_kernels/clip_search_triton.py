@@ -70,7 +70,17 @@ def _half(scale: tl.tensor) -> tl.tensor:
     return scale.to(tl.float16).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(
+        "R",
+        "K",
+        "largest_group_stride",
+        "largest_row_stride",
+        "shrinks",
+        "moves",
+        "fits",
+    )
+)
 def _clip_search_kernel(
     w_ptr: tl.tensor,
     h_ptr: tl.tensor,
@@ -154,8 +164,7 @@ def clip_search_triton(
     K, R = w.shape
     groups = triton.cdiv(K, GROUP_SIZE)
     factors, offsets = moves or (shrinks, shrinks)
-    scale = torch.empty(groups, R, dtype=torch.float32, device=w.device)
-    zero = torch.empty_like(scale)
+    scale, zero = torch.empty(2, groups, R, dtype=torch.float32, device=w.device)
     _clip_search_kernel[(triton.cdiv(R, ROWS_PER_PROGRAM), groups)](
         w,
         h.contiguous(),

@@ -97,6 +97,7 @@ def _loop(
     codes_ptr: tl.tensor,
     t_ptr: tl.tensor,
     error_ptr: tl.tensor,
+    parts_ptr: tl.tensor,
     stride: tl.tensor,
     live: tl.tensor,
     scale: tl.tensor,
@@ -113,7 +114,8 @@ def _loop(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """The loop over all columns; returns loss and, with `score`, <t, t - e'> and |t - e'|^2.
 
-    It leaves the errors at error_ptr and, without `quantize`, t at t_ptr.
+    It leaves the errors at error_ptr, with `store` their split parts at parts_ptr and, without
+    `quantize`, t at t_ptr.
     """
     column = tl.arange(0, PART)
     loss = tl.zeros((ROWS,), tl.float32)
@@ -144,6 +146,12 @@ def _loop(
             if store:
                 at_codes = codes_ptr[None, :] + place * stride
                 tl.store(at_codes, code.to(tl.uint8), mask=mask)
+                high = error.to(tl.bfloat16)
+                low = (error - high.to(tl.float32)).to(tl.bfloat16)
+                at_parts = parts_ptr[None, :] + place * stride
+                tl.store(at_parts, high, mask=mask)
+                tl.store(at_parts + C * stride, low, mask=mask)
+                tl.store(at_parts + 2 * C * stride, high, mask=mask)
             elif score:
                 t = tl.load(t_place, mask=mask, other=0.0)
                 along += tl.sum(t * (t - scaled), axis=0)
@@ -193,6 +201,7 @@ def _group_solve_kernel(
     codes_ptr: tl.tensor,
     t_ptr: tl.tensor,
     error_ptr: tl.tensor,
+    parts_ptr: tl.tensor,
     loss_ptr: tl.tensor,
     R: tl.tensor,
     K: tl.tensor,
@@ -258,6 +267,7 @@ def _group_solve_kernel(
                     codes_ptr + first * out_stride + row,
                     t_ptr + row,
                     error_ptr + program * program_stride + first * out_stride + row,
+                    parts_ptr + row,
                     out_stride,
                     live,
                     new_scale,
@@ -326,6 +336,21 @@ class Launch(NamedTuple):
     programs: int
 
 
+class Scratch(NamedTuple):
+    """Room for the visits of groups: loss f32 [steps, R], t f32 [128, R] and errors f32
+    [programs, 128, R]."""
+
+    loss: Tensor
+    t: Tensor
+    error: Tensor
+
+    @classmethod
+    def of(cls, candidates: Candidates, R: int) -> Scratch:
+        """For R rows."""
+        shapes = (candidates.steps, R), (GROUP_SIZE, R), (candidates.programs, GROUP_SIZE, R)
+        return cls(*(torch.empty(shape, device=candidates.kinds.device) for shape in shapes))
+
+
 def diagonal_blocks(unit: Tensor, reciprocal: Tensor) -> tuple[Tensor, Tensor]:
     """What the kernel reads of a factor: f32 [G, 128, 128] and [G, 128], filled up with zeros.
 
@@ -351,20 +376,18 @@ def group_solve_triton(
     largest: Tensor,
     candidates: Candidates,
     codes: Tensor,
-    t: Tensor,
-    error: Tensor,
+    parts: Tensor,
+    scratch: Scratch,
 ) -> None:
     """Codes and errors of one group w f32 [C, R], columns first, on the best grid found.
 
     unit f32 [128, 128], reciprocal f32 [128]: the group's `diagonal_blocks`; largest: f32 [R]
     largest codes. scale, zero: f32 [R], the start, replaced by the grid found. Written: codes u8
-    [C, R], errors f32 [C, R] to error[0], and scratch: t f32 [C, R] and the rest of error f32
-    [candidates.programs, C, R]. Rows of all are contiguous, and those of codes, t and error equally
-    far apart.
+    [C, R] and the errors as `split_product.right_parts`, bf16 [3 C, R]; in fp32 they stay at
+    scratch.error[0]. Rows of w are contiguous, codes and parts as a whole.
     """
-    loss = torch.empty(candidates.steps, len(scale), dtype=torch.float32, device=w.device)
     tables = unit, reciprocal, scale, zero, largest[None]
-    _launch(w, *tables, candidates, codes, t, error, loss, True)
+    _launch(w, *tables, candidates, codes, parts, scratch, True)
 
 
 def group_losses_triton(
@@ -378,7 +401,7 @@ def group_losses_triton(
     start = Candidates([], [], 0, w.device)
     tables = *diagonal_blocks(unit, reciprocal), scale, zero, largest
     error = torch.empty_like(w, memory_format=torch.contiguous_format)
-    _launch(w, *tables, start, error, error, error[None], loss, False)
+    _launch(w, *tables, start, error, error, Scratch(loss, error, error[None]), False)
     return loss
 
 
@@ -391,12 +414,12 @@ def _launch(
     largest: Tensor,
     candidates: Candidates,
     codes: Tensor,
-    t: Tensor,
-    error: Tensor,
-    loss: Tensor,
+    parts: Tensor,
+    scratch: Scratch,
     search: bool,
 ) -> None:
     K, R = w.shape
+    loss, t, error = scratch
     blocks, groups = triton.cdiv(R, ROWS_PER_PROGRAM), triton.cdiv(K, GROUP_SIZE)
     for settled, each, programs in candidates.launches:
         _group_solve_kernel[(blocks, groups, programs)](
@@ -412,6 +435,7 @@ def _launch(
             codes,
             t,
             error,
+            parts,
             loss,
             R,
             K,

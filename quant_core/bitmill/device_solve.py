@@ -20,7 +20,7 @@ from bitmill.codes import LinearCodes, group_slices, row_slices, stacked_largest
 from bitmill.compensated_grid import CompensatedSettings, unit_rows
 from bitmill.grid import Grid, clip_search, clip_search_groups, relative_weights, round_scale
 from bitmill_kernels.layout import GROUP_SIZE
-from bitmill_kernels.split_product import LOW_LEFT, LOW_RIGHT, grouped_parts, subtract_parts
+from bitmill_kernels.split_product import LOW_LEFT, grouped_parts, subtract_parts
 
 if TYPE_CHECKING:
     from bitmill.gptq import Curvature, GptqSettings
@@ -37,7 +37,7 @@ def solve_on_device(
 
     Raises NumericalError where a scale does not fit fp16.
     """
-    from bitmill_kernels.group_solve_triton import diagonal_blocks, group_solve_triton
+    from bitmill_kernels.group_solve_triton import Scratch, diagonal_blocks, group_solve_triton
 
     U = curvature.factor.upper
     unit, reciprocal = unit_rows(U), U.diagonal().reciprocal()
@@ -49,44 +49,38 @@ def solve_on_device(
     rows = row_slices(matrices)
     largest = stacked_largest(widths, rows, U.device)
     codes = torch.empty(K, N, dtype=torch.uint8, device=U.device)
-    scales, zeros = torch.empty_like(largest), torch.empty_like(largest)
-    t = torch.empty(GROUP_SIZE, N, device=U.device)
-    error = torch.empty(candidates.programs, GROUP_SIZE, N, device=U.device)
+    grids: list[Grid] = []
     blocks, reciprocals = diagonal_blocks(unit, reciprocal)
     unit_parts = grouped_parts(unit, LOW_LEFT)
-    error_parts = torch.empty(3 * min(span, K), N, dtype=torch.bfloat16, device=U.device)
+    errors = torch.empty(3 * min(span, K), N, dtype=torch.bfloat16, device=U.device)
+    scratch = Scratch.of(candidates, N)
     for group, part in group_slices(K):
         first, last = part.start - part.start % span, part.stop
-        block, missed = work[part], error[:, : last - part.start]
+        block, pending = work[part], unit_parts[3 * first : 3 * part.start, part]
         if part.start > first:
-            pending = unit_parts[3 * first : 3 * part.start, part]
-            subtract_parts(block, pending.T, error_parts[: len(pending)])
-        tops = largest[group : group + 1]
-        found = clip_search_groups(block, tops, weight[part], settings.clip)
-        scales[group], zeros[group] = found.scale[0], found.zero[0]
+            subtract_parts(block, pending.T, errors[: len(pending)])
+        top = largest[group : group + 1]
+        found = clip_search_groups(block, top, weight[part], settings.clip)
+        grids.append(Grid(found.scale[0], found.zero[0]))
         for mine, own in zip(rows, widths, strict=True):
             if own[group] == 1:
-                one = clip_search(
-                    block[:, mine].T.contiguous(), 1, weight[part], settings=settings.clip
-                )
-                scales[group, mine], zeros[group, mine] = one
+                values = block[:, mine].T.contiguous()
+                one = clip_search(values, 1, weight[part], settings=settings.clip)
+                grids[-1].scale[mine], grids[-1].zero[mine] = one
         group_solve_triton(
             block,
             blocks[group],
             reciprocals[group],
-            scales[group],
-            zeros[group],
-            largest[group],
+            *grids[-1],
+            top[0],
             candidates,
             codes[part],
-            t,
-            missed,
-        )
-        grouped_parts(
-            missed[0], LOW_RIGHT, error_parts[3 * (part.start - first) : 3 * (last - first)]
+            errors[len(pending) : 3 * (last - first)],
+            scratch,
         )
         if last - first == span and last < K:
-            subtract_parts(work[last:], unit_parts[3 * first : 3 * last, last:].T, error_parts)
+            subtract_parts(work[last:], unit_parts[3 * first : 3 * last, last:].T, errors)
+    scales, zeros = (torch.stack(values) for values in zip(*grids, strict=True))
     whole = Grid(round_scale(scales), zeros)
     return [
         LinearCodes(codes[:, mine].T.contiguous(), whole.scale[:, mine], whole.zero[:, mine], own)

@@ -18,6 +18,7 @@ from bitmill.grid import (
 from bitmill_kernels import reference
 from bitmill_kernels.clip_search_triton import clip_search_triton
 from bitmill_kernels.group_solve_triton import (
+    Scratch,
     diagonal_blocks,
     group_losses_triton,
     group_solve_triton,
@@ -89,8 +90,10 @@ def test_the_search_ends_where_the_plain_one_does(R, C, widths):
     begun = Grid(scale.clone(), zero.clone())
     codes = torch.full((C, R), 255, dtype=torch.uint8)
     candidates = candidates_of(SEARCH, torch.device("cpu"))
-    t = torch.full((C, R), float("nan"))
-    scratch = torch.full((candidates.programs, C, R), float("nan"))
+    scratch = Scratch.of(candidates, R)
+    scratch.error.fill_(float("nan"))
+    scratch.t.fill_(float("nan"))
+    parts = torch.full((3 * C, R), float("nan"), dtype=torch.bfloat16)
     blocks, reciprocals = diagonal_blocks(unit, reciprocal)
     group_solve_triton(
         w.T.contiguous(),
@@ -101,10 +104,13 @@ def test_the_search_ends_where_the_plain_one_does(R, C, widths):
         2.0**width - 1,
         candidates,
         codes,
-        t,
+        parts,
         scratch,
     )
-    error = scratch[0]
+    error = scratch.error[0, :C]
+    high, low, twin = parts.float().chunk(3)
+    assert torch.equal(high, twin)
+    assert torch.allclose(high + low, error, rtol=1e-4)
     assert torch.equal(scale, scale.half().float())
     for i, b in enumerate(widths):
         mine = rows == i
