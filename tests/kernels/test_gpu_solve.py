@@ -6,11 +6,19 @@ import torch
 
 from bitmill.codes import output_error
 from bitmill.compensated_grid import CompensatedSettings
-from bitmill.gptq import Curvature, GptqSettings, polish, solve
+from bitmill.gptq import (
+    Curvature,
+    GptqSettings,
+    polish,
+    polish_siblings,
+    solve,
+    solve_siblings,
+)
 from bitmill.hessian import Factor
 from bitmill.rtn import round_to_nearest
 from bitmill.sensitivity import SensitivitySettings, input_costs
-from bitmill_kernels.split_product import split_product
+from bitmill_kernels.split_product import left_parts, right_parts, split_product, subtract_parts
+from bitmill_kernels.substitution import cholesky_solve
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,3 +88,37 @@ def test_split_products_are_near_those_of_fp64(M, K, N, flip):
     found = split_product(left.cuda(), right.cuda())
     assert found.dtype == torch.float32
     assert float((found.cpu().double() - exact).norm()) < 2e-5 * float(exact.norm())
+
+
+def test_products_are_taken_off_a_slab_in_place():
+    total, left, right = (torch.randn(*shape) for shape in ((300, 96), (40, 200), (200, 96)))
+    expected = total.double()
+    expected[100:140] -= left.double() @ right.double()
+    found = total.cuda()
+    subtract_parts(found[100:140], left_parts(left.cuda()), right_parts(right.cuda()))
+    assert float((found.cpu().double() - expected).norm()) < 1e-5 * float(expected.norm())
+
+
+def test_blocks_solve_what_the_whole_does():
+    x = torch.randn(5000, 2500)
+    lower = torch.linalg.cholesky(x.T @ x / len(x) + 0.1 * torch.eye(2500))
+    right = torch.randn(130, 2500).T
+    exact = torch.cholesky_solve(right.double(), lower.double())
+    found = cholesky_solve(lower.cuda(), right.cuda()).cpu().double()
+    assert float((found - exact).norm()) < 1e-4 * float(exact.norm())
+
+
+def test_siblings_are_solved_as_each_alone():
+    W, curvature = linear(160, 700)
+    cuda, settings = on_cuda(curvature), GptqSettings()
+    widths = [(3, 2, 4, 8, 2, 1), (1, 2, 3, 4, 5, 6)]
+    matrices = [W[:64].cuda(), W[64:].cuda()]
+    together = solve_siblings(matrices, cuda, widths, settings)
+    polished = polish_siblings(matrices, together, cuda.H, settings)
+    for i, matrix in enumerate(matrices):
+        alone = solve(matrix, cuda, widths[i], settings)
+        after = polish(matrix, alone, cuda.H, settings)
+        for one, two in ((alone, together[i]), (after, polished[i])):
+            assert (one.codes == two.codes).float().mean() >= 0.95
+            errors = [output_error(matrix - c.values(), cuda.H) for c in (one, two)]
+            assert errors[1] == pytest.approx(errors[0], rel=0.005)
