@@ -3,8 +3,8 @@
 Memory and disk are sums of the tensors that the stages hold at once, so they are near the truth:
 
     accelerator  what lies outside the blocks, three blocks (quantized, source, the next), the
-                 widest stage's Hessians with factors, the widest linear's working copies, one
-                 batch of activations, one slice of logits
+                 widest stage's Hessians with factors or what learning a block holds, the widest
+                 linear's working copies, one batch of activations, one slice of logits
     host         hidden states of all windows (twice with the asymmetric correction), one block per
                  rank of a job on several devices; block inputs of a backward pass wait in files
                  where memory is short and are not counted
@@ -36,6 +36,9 @@ ACCELERATOR_LIBRARIES = 5 << 29
 """Host memory of the libraries of CUDA and torch in one process, from a model of 7B on an H100."""
 WORKING_COPIES = 6
 FACTOR_COPIES = 6
+LEARNING_BYTES = 30
+"""Per weight of a block that is learned, see docs/omniquant.md."""
+LEARNING_BATCH = 4
 CPU_FLOPS_PER_THREAD = 2.5e10
 ACCELERATOR_FLOPS = {2: 4e14, 4: 4e13}
 EVALUATION_WINDOWS = 40
@@ -121,14 +124,27 @@ def backward_bytes(plan: Plan, element: int, tokens: int) -> int:
     return LOGIT_BYTES + max(per_block)
 
 
+def _learning_bytes(plan: Plan, spec: JobSpec, block: int, element: int) -> int:
+    """A block that is learned on one batch of windows, or in the turn of tuning all scales."""
+    asked = spec.refinement.omniquant
+    if spec.refinement.method != "omniquant" or asked.resume_parameters is not None:
+        return 0
+    tokens = (asked.batch or LEARNING_BATCH) * spec.calibration.length
+    learned = LEARNING_BYTES * _block_weights(plan, block)
+    held = plan.weights if asked.tune_scales_steps else 0
+    return max(learned, held) + 2 * _activation_bytes(plan, block, tokens, element)
+
+
 def _accelerator_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:
     element = _element_bytes(plan, machine)
     tokens = max(BATCH_TOKENS, spec.calibration.length)
     largest = max(linear.shape.weights for linear in plan.matrices)
     per_block = [
         3 * element * _block_weights(plan, i)
-        + _hessian_bytes(plan, spec, i)
-        + _activation_bytes(plan, i, tokens, element)
+        + max(
+            _hessian_bytes(plan, spec, i) + _activation_bytes(plan, i, tokens, element),
+            _learning_bytes(plan, spec, i, element),
+        )
         for i in {0, plan.block_count - 1}
     ]
     fixed = element * _outside_weights(plan) + LOGIT_BYTES + WORKING_COPIES * 4 * largest

@@ -158,6 +158,10 @@ def _smaller(spec: JobSpec) -> Iterator[tuple[str, Any, JobSpec]]:
     if refinement.asymmetric:
         plain = refinement.model_copy(update={"asymmetric": False})
         yield "refinement.asymmetric", False, _with(spec, refinement=plain)
+    if refinement.omniquant.tune_scales_steps:
+        learned = refinement.omniquant.model_copy(update={"tune_scales_steps": 0})
+        untuned = refinement.model_copy(update={"omniquant": learned})
+        yield "refinement.omniquant.tune_scales_steps", 0, _with(spec, refinement=untuned)
     for devices in _halves(spec.devices, 1):
         yield "devices", devices, _with(spec, devices=devices)
     if spec.evaluation.baselines:

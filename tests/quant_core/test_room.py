@@ -113,7 +113,8 @@ def test_baselines_and_tuned_blocks_are_kept_on_disk() -> None:
     check_room(PLAN, spec(), room)
     error = refusal(spec(evaluation={"baselines": ["uniform"]}), room)
     assert error.param == "evaluation.baselines"
-    refusal(spec(refinement={"method": "omniquant", "omniquant": {"tune_scales_steps": 4}}), room)
+    tuned = {"method": "omniquant", "omniquant": {"tune_scales_steps": 4}}
+    assert refusal(spec(refinement=tuned), room).param == "refinement.omniquant.tune_scales_steps"
 
 
 def test_ranks_have_the_smallest_device_of_theirs() -> None:
