@@ -32,6 +32,7 @@ from torch.nn import functional
 
 from bitmill_kernels.clip_search_triton import LARGEST_SCALE, ROUNDING, _half, _inverse
 from bitmill_kernels.layout import GROUP_SIZE
+from bitmill_kernels.split_dot_triton import split_dot
 
 PART = GROUP_SIZE // 4
 ROWS_PER_PROGRAM = 32
@@ -125,15 +126,16 @@ def _loop(
         mask = ((first + column[:, None] < C) | WHOLE) & live[None, :]
         place = (first + column)[:, None]
         u_part = u_ptr + (first + column[:, None]) * u_stride + column[None, :]
-        w = tl.load(w_ptr[None, :] + place * w_stride, mask=mask, other=0.0)
+        carried = tl.zeros((PART, ROWS), tl.float32)
         for before in range(0, first, PART):
             at = error_ptr[None, :] + (before + column)[:, None] * stride
             error = tl.load(at, mask=live[None, :], other=0.0)
-            w -= tl.dot(tl.load(u_part + before), error, input_precision="tf32x3")
+            carried = split_dot(tl.load(u_part + before), error, carried)
         out = error_ptr[None, :] + place * stride
-        tl.store(out, w, mask=mask)
+        tl.store(out, carried, mask=mask)
         tl.debug_barrier()
-        w = tl.load(out, mask=mask, other=0.0)
+        w = tl.load(w_ptr[None, :] + place * w_stride, mask=mask, other=0.0)
+        w -= tl.load(out, mask=mask, other=0.0)
         tl.debug_barrier()
         u = tl.load(u_part + first)
         code, error = _part(w, u, scale, zero, largest, quantize, PART, ROWS)

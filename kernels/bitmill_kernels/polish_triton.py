@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bitmill_kernels.clip_search_triton import LARGEST_SCALE, ROUNDING, _half, _inverse
 from bitmill_kernels.layout import GROUP_SIZE
+from bitmill_kernels.split_dot_triton import split_dot, split_left_dot
 
 PART = GROUP_SIZE // 4
 ROWS_PER_PROGRAM = 32
@@ -43,14 +44,6 @@ def _better_scale(scale: tl.tensor, slope: tl.tensor, curvature: tl.tensor) -> t
     step = new - scale
     helps = step * (2 * slope - curvature * step) > 0
     return tl.where(helps & rises & (scale > 0) & (new > 0), new, scale)
-
-
-@triton.jit
-def _product(h: tl.tensor, v: tl.tensor, total: tl.tensor) -> tl.tensor:
-    """total + h v for v that fits 11 bits; h is split in two."""
-    high = (h.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    total = tl.dot(high, v, total, input_precision="tf32")
-    return tl.dot(h - high, v, total, input_precision="tf32")
 
 
 @triton.jit
@@ -122,13 +115,14 @@ def _polish_kernel(
             mine = first + column
             inside = (mine[:, None] < stop) | WHOLE
             here = mine[:, None] * stride + row
-            slope = tl.load(slope_ptr + here, mask=inside & live, other=0.0)
+            pending = tl.zeros((PART, ROWS), tl.float32)
             for other in range(0, start, PART):
                 theirs = other + column
                 change = tl.load(change_ptr + theirs[:, None] * stride + row, mask=live, other=0.0)
                 h = h_ptr + mine[:, None] * h_stride + theirs[None, :]
                 h = tl.load(h, mask=inside, other=0.0)
-                slope -= tl.dot(h, change, input_precision="tf32x3")
+                pending = split_dot(h, change, pending)
+            slope = tl.load(slope_ptr + here, mask=inside & live, other=0.0) - pending
             product = tl.zeros((PART, ROWS), tl.float32)
             for other in range(start, stop, PART):
                 theirs = other + column
@@ -136,7 +130,7 @@ def _polish_kernel(
                 v = _values(codes_ptr, theirs[:, None] * stride + row, mask, zero)
                 mask = inside & ((theirs[None, :] < stop) | WHOLE)
                 h = h_ptr + mine[:, None] * h_stride + theirs[None, :]
-                product = _product(tl.load(h, mask=mask, other=0.0), v, product)
+                product = split_left_dot(tl.load(h, mask=mask, other=0.0), v, product)
             tl.store(own_slope_ptr + here, slope, mask=inside & live)
             tl.store(change_ptr + here, product, mask=inside & live)
         tl.debug_barrier()
@@ -164,7 +158,7 @@ def _polish_kernel(
                 there = theirs[:, None] * stride + row
                 moved = _values(new_ptr, there, live, zero) - _values(codes_ptr, there, live, zero)
                 h = h_ptr + mine[:, None] * h_stride + theirs[None, :]
-                spread = _product(tl.load(h, mask=inside[:, None], other=0.0), moved, spread)
+                spread = split_left_dot(tl.load(h, mask=inside[:, None], other=0.0), moved, spread)
             mask = inside[:, None] & live
             here = mine[:, None] * stride + row
             product = tl.load(change_ptr + here, mask=mask, other=0.0)
