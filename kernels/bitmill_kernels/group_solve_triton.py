@@ -8,10 +8,10 @@ is kept (`bitmill.compensated_grid` has the candidates and the reasons). Least s
 products with U^-1: with t = w U^-1, from the same loop without rounding, and e'_j = e_j / U_jj, the
 values ŵ = s v obey v U^-1 = (t - e') / s, so the best scale is s <t, t - e'> / |t - e'|^2.
 
-Tensors are columns first, [C, R]. The 128 columns are taken as four parts of 32: inside a part
-every column is quantized and its error spread over those after it, and a part starts from a matrix
-product with the errors of the parts before it. That is a fifth of the arithmetic of 128 columns at
-once.
+Tensors are columns first, [C, R]. The 128 columns are taken as four parts of 32. A part starts from
+a product with the errors of the parts before it, in the tensor cores; inside, a thread holds a row
+whole and the loop is unrolled, so that a column takes the errors before it without a word to other
+threads. Parts meet in memory, not in registers, which leaves either half the layout it needs.
 
 One row's loop is a long chain of dependent steps and a matrix has few rows for a GPU, so candidates
 that do not wait for each other run in programs of their own: three launches, six loops long instead

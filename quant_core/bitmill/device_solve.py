@@ -2,9 +2,9 @@
 
 Linears that read one input stand one below the other as one matrix, so that a group is visited once
 for all of them. Weights lie columns first, [K, N], so that a group is one slab and neighbouring
-threads hold neighbouring rows. A group takes four launches: the errors pending from its
-super-block, the clip search, the compensated search with the loop itself, and, once per
-super-block, the product that carries its errors on. Nothing waits for the device before the end.
+threads hold neighbouring rows. A group takes four steps: the errors pending from its super-block,
+the clip search, the compensated search with the loop itself, and, once per super-block, the product
+that carries its errors on. Nothing waits for the device before the end.
 """
 
 from __future__ import annotations
