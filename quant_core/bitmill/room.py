@@ -37,7 +37,6 @@ from bitmill.estimate import (
 from bitmill.plan import Plan
 from bitmill.spec import JobSpec
 
-_CGROUP = "/sys/fs/cgroup"
 _UNKNOWN = 1 << 62
 """Bytes of a machine that does not tell."""
 
@@ -77,21 +76,25 @@ class Room:
         return replace(rooms[0], accelerator=min(devices, default=None))
 
 
-def free_host_bytes() -> int:
-    """What this process may take of the machine's memory, or its cgroup's, or has taken."""
-    free = _bytes_in("/proc/meminfo").get("MemAvailable", _UNKNOWN)
-    pages = _bytes_in(f"{_CGROUP}/memory.stat")
+def free_host_bytes(system: Path = Path("/")) -> int:
+    """What this process may take of the machine's memory, or its cgroup's, or has taken.
+
+    system: the folder that holds `proc` and `sys`. Files that the cgroup's memory caches are free.
+    """
+    group = system / "sys/fs/cgroup"
+    free = _bytes_in(system / "proc/meminfo").get("MemAvailable", _UNKNOWN)
+    pages = _bytes_in(group / "memory.stat")
     with suppress(OSError, ValueError, KeyError):
-        limit = int(Path(_CGROUP, "memory.max").read_text())
-        used = int(Path(_CGROUP, "memory.current").read_text())
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
         free = min(free, limit - used + pages["inactive_file"] + pages["active_file"])
-    return free + _bytes_in("/proc/self/status").get("RssAnon", 0)
+    return free + _bytes_in(system / "proc/self/status").get("RssAnon", 0)
 
 
-def _bytes_in(file: str) -> dict[str, int]:
+def _bytes_in(file: Path) -> dict[str, int]:
     """Bytes by name of a file of lines like "Name: 12 kB" or "name 12"; none without the file."""
     try:
-        text = Path(file).read_text()
+        text = file.read_text()
     except OSError:
         return {}
     found = re.findall(r"^(\w+):?\s+(\d+)( kB)?$", text, re.MULTILINE)
