@@ -34,6 +34,7 @@ TYPES = {
     "out_ptr": "*fp16",
     "codes_ptr": "*u8",
     "new_ptr": "*u8",
+    "parts_ptr": "*bf16",
     "max_code": "fp32",
 }
 INTEGER_TABLES = ("order", "slots", "segments", "tiles", "pairs", "grid", "counter", "kind")
