@@ -143,7 +143,7 @@ def check_room(plan: Plan, spec: JobSpec, room: Room, *, gguf: bool = False) -> 
     if fitting:
         advice = f"what would fit: {', or '.join(fitting.values())}"
     raise ResourceError(
-        f"the job needs {' and '.join(map(str, lacking))}; {advice}",
+        f"the job needs {', and '.join(map(str, lacking))}; {advice}",
         code="does_not_fit",
         param=next(iter(fitting), "model"),
     )
