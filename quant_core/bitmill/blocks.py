@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from bitmill.checkpoint_source import CheckpointSource, check_finite
 from bitmill.errors import ModelError
 from bitmill.experts import unfuse_experts
+from bitmill.fused_norms import fuse_norms
 from bitmill.model_config import read_config
 from bitmill.plan import Plan, Source
 from bitmill.prefetch import BlockPrefetcher
@@ -295,6 +296,8 @@ class StreamedModel:
             self._recorder.restore(block)
             unfuse_experts(block)
             self._fill(block, f"{self.plan.block_prefix}.{i}")
+            if self.device.type != "cpu" and self.dtype.itemsize == 2:
+                fuse_norms(block)
         return block.eval()
 
     def run_block(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
