@@ -114,13 +114,18 @@ def group_slices(columns: int) -> Iterator[tuple[int, slice]]:
 
 
 def output_error(residual: Tensor, H: Tensor) -> float:
-    """tr(R H R^T) of a residual R f32 [N, K]: the mean squared output error, summed over rows.
+    """tr(R H R^T) of a residual R f32 [N, K]: the mean squared output error, summed over rows."""
+    return float(row_errors(residual, H).sum())
+
+
+def row_errors(residual: Tensor, H: Tensor) -> Tensor:
+    """The terms of `output_error`, one per row, f64 [N] on the device.
 
     On CUDA the product takes TF32: roundings of 2^-11 in single terms, which average out.
     """
     with _tf32(residual.device):
         product = residual @ H
-    return float((product * residual).sum(dtype=torch.float64))
+    return (product * residual).sum(1, dtype=torch.float64)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -89,6 +90,13 @@ class Group:
         """A sum over ranks, in float64."""
         return value
 
+    def totals(self, values: Tensor) -> list[float]:
+        """Sums over ranks of float64 values [M] on a device, in the order of the ranks."""
+        return [float(value) for value in values.tolist()]
+
+    def share(self, tensor: Tensor, owner: int) -> None:
+        """Fill a contiguous tensor with the one of the rank `owner`."""
+
     def broadcast(self, value: T) -> T:
         """The first rank's picklable value."""
         return value
@@ -130,6 +138,14 @@ class _Ranks(Group):
 
     def total(self, value: float) -> float:
         return float(sum(self._all(torch.tensor(value, dtype=torch.float64))))
+
+    def totals(self, values: Tensor) -> list[float]:
+        first, *others = self._all(values)
+        return super().totals(reduce(torch.add, others, first))
+
+    def share(self, tensor: Tensor, owner: int) -> None:
+        with _peers():
+            dist.broadcast(tensor, owner)
 
     def gather(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.size

@@ -20,7 +20,7 @@ and one by one on the CPU, with the same results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from bitmill.code_descent import descend_codes
-from bitmill.codes import LinearCodes, group_slices, output_error
+from bitmill.codes import LinearCodes, group_slices, row_errors
 from bitmill.compensated_grid import CompensatedSettings, fit_compensated, unit_rows
 from bitmill.device_solve import solve_on_device
+from bitmill.distributed import SINGLE, Group
 from bitmill.errors import NumericalError
 from bitmill.grid import ClipSettings, Grid, clip_search, max_code
 from bitmill.hessian import DAMPING_LADDER, Factor, damped, factor
@@ -47,8 +48,8 @@ from bitmill_kernels.layout import GROUP_SIZE
 from bitmill_kernels.split_product import split_product
 from bitmill_kernels.substitution import cholesky_solve
 
-SAMPLED_ROWS = 512
-"""Rows of a linear on which strengths and ridges of its correction are compared."""
+SAMPLED_ROWS = 1024
+"""Rows of a linear on which its corrections are compared with each other and with none."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,13 @@ class Correction:
     """What may move a linear's target for its prefix.
 
     shift: f32 [N, K], the mean (y' - y)^T x of calibration tokens
-    judge: held-out error of ŵ f32 [M, K] in the given rows (i64 [M] or a slice), up to a constant
-        that depends on the rows alone
-    sample: rows i64 [M] on which strengths and ridges are compared
+    sample: rows i64 [M] on which corrections are compared
+    judge: held-out error of ŵ f32 [M, K] in those rows, f64 [] on the device
     """
 
     shift: Tensor
-    judge: Callable[[Tensor, Tensor | slice], float]
     sample: Tensor
+    judge: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +183,7 @@ def quantize_gptq(
     Raises NumericalError for weights that are not finite or a Hessian that cannot be factored.
     """
     settings = settings or GptqSettings()
-    check_weights(W, name)
+    check_weights({name: W})
     if not isinstance(H, Curvature):
         H = Curvature.prepare(H, order, damping=settings.damping, name=name)
     source = H.packed(W.to(H.H.device, torch.float32))
@@ -191,7 +191,7 @@ def quantize_gptq(
     if shift is not None and strength:
         target = source + strength * H.solve(H.packed(shift), ridge)
         goal = _Goal(source, target, strength, ridge)
-    return _reach([Linear(name, W, tuple(widths))], [goal], H, settings)[0]
+    return _reach([Linear(name, W, tuple(widths))], [goal], H, settings, SINGLE)[0]
 
 
 def quantize_siblings(
@@ -201,79 +201,136 @@ def quantize_siblings(
     strengths: Sequence[float] = (1.0,),
     ridges: Sequence[float] = (0.0,),
     settings: GptqSettings | None = None,
+    ranks: Group = SINGLE,
 ) -> list[tuple[QuantizedWeight, LinearReport]]:
     """As `quantize_gptq`, for linears that read one input, each with its best correction or none.
 
     Strengths and ridges are compared as float targets on a sample of rows; the best is kept if it
-    also wins against no correction after the column loop of both, on clip-searched grids, over all
-    rows. The compensated search of grids, polishing and gain follow for the one kept. A large ridge
-    keeps the correction to directions the calibration inputs hold much of, which few tokens call
-    for.
+    also wins there against no correction after the column loop of both, on clip-searched grids. All
+    rows then go to the target kept, with the compensated search of grids, polishing and gain. A
+    large ridge keeps the correction to directions the calibration inputs hold much of, which few
+    tokens call for.
+
+    ranks: those that solve other rows of the same linears. Errors are sums over all of them;
+    held-out errors are those of the sample, relative to those of zeros in its place. Weights must
+    be finite (`check_weights`).
     """
     settings = settings or GptqSettings()
-    goals = []
-    for linear in linears:
-        check_weights(linear.W, linear.name)
-        source = curvature.packed(linear.W.to(curvature.H.device, torch.float32))
-        goals.append(_corrected(source, linear.correction, curvature, strengths, ridges))
-    goals = _judged(linears, goals, curvature, settings)
-    return _reach(linears, goals, curvature, settings)
+    device = curvature.H.device
+    sources = [curvature.packed(linear.W.to(device, torch.float32)) for linear in linears]
+    goals = _goals(linears, sources, curvature, strengths, ridges, settings, ranks)
+    return _reach(linears, goals, curvature, settings, ranks)
 
 
-def sampled_rows(count: int, device: torch.device) -> Tensor:
-    """At most `SAMPLED_ROWS` of `count` rows, evenly spaced: i64 [M], ascending."""
+def sampled_rows(count: int, device: torch.device, part: slice | None = None) -> Tensor:
+    """Those of a sample of `count` rows that lie in `part` (None: all), i64 [M], ascending.
+
+    The sample is at most `SAMPLED_ROWS` rows, evenly spaced.
+    """
+    part = part or slice(0, count)
     most = min(count, SAMPLED_ROWS)
-    return torch.arange(most, device=device) * count // max(most, 1)
+    first, last = (-(-end * most // max(count, 1)) for end in (part.start, part.stop))
+    return torch.arange(first, last, device=device) * count // max(most, 1)
 
 
-def _corrected(
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """A correction of a linear; source and target f32 [M, K] of its sample, in packed order."""
+
+    widths: tuple[int, ...]
+    correction: Correction
+    source: Tensor
+    target: Tensor
+    strength: float
+    ridge: float
+
+
+def _trials(
+    linear: Linear,
     source: Tensor,
-    correction: Correction | None,
     curvature: Curvature,
     strengths: Sequence[float],
     ridges: Sequence[float],
-) -> _Goal:
-    """The corrected target of least held-out error, were it not quantized; source f32 [N, K]."""
+) -> list[_Trial]:
+    """Every correction of a linear of source f32 [N, K] in packed order."""
+    correction = linear.correction
     if correction is None:
-        return _Goal(source, source)
-    rows, tried = correction.sample, {}
-    shift, some = curvature.packed(correction.shift), source[rows]
+        return []
+    some = source[correction.sample]
+    shift = curvature.packed(correction.shift[correction.sample])
+    trials = []
     for ridge in ridges:
-        move = curvature.solve(shift[rows], ridge)
+        move = curvature.solve(shift, ridge)
         for strength in strengths:
-            target = curvature.unpacked(some + strength * move)
-            tried[strength, ridge] = correction.judge(target, rows)
-    strength, ridge = min(tried, key=tried.__getitem__)
-    target = source + strength * curvature.solve(shift, ridge)
-    return _Goal(source, target, strength, ridge)
+            target = some + strength * move
+            trials.append(_Trial(linear.widths, correction, some, target, strength, ridge))
+    return trials
 
 
-def _judged(
+def _goals(
     linears: Sequence[Linear],
-    goals: Sequence[_Goal],
+    sources: Sequence[Tensor],
     curvature: Curvature,
+    strengths: Sequence[float],
+    ridges: Sequence[float],
     settings: GptqSettings,
+    ranks: Group,
 ) -> list[_Goal]:
-    """The goals whose corrections win after a quick column loop; the others go to the source."""
-    quick = replace(settings, compensated=None)
-    moved = [i for i, linear in enumerate(linears) if linear.correction is not None]
-    both = [W for i in moved for W in (goals[i].source, goals[i].target)]
-    widths = [linears[i].widths for i in moved for _ in range(2)]
-    solved = iter(solve_siblings(both, curvature, widths, quick) if moved else ())
+    """Sources f32 [N_i, K] in packed order, or what corrections that win move them to."""
+    every = [
+        _trials(linear, source, curvature, strengths, ridges)
+        for linear, source in zip(linears, sources, strict=True)
+    ]
+    trials = [trial for own in every for trial in own]
+    errors = _held_out([(trial, trial.target) for trial in trials], curvature, ranks)
+    error = dict(zip(trials, errors, strict=True))
+    best = [min(own, key=error.__getitem__) for own in every if own]
+    verdicts = iter(_verdicts(best, curvature, settings, ranks))
+    goals = []
+    for source, own in zip(sources, every, strict=True):
+        goal = _Goal(source, source)
+        if own:
+            trial, plain, corrected = next(verdicts)
+            if corrected < plain:
+                shift = curvature.packed(trial.correction.shift)
+                target = source + trial.strength * curvature.solve(shift, trial.ridge)
+                goal = _Goal(source, target, trial.strength, trial.ridge)
+            lowest = min(plain, corrected)
+            goal = replace(goal, held_out_error=lowest, held_out_symmetric=plain)
+        goals.append(goal)
+    return goals
+
+
+def _verdicts(
+    trials: Sequence[_Trial], curvature: Curvature, settings: GptqSettings, ranks: Group
+) -> list[tuple[_Trial, float, float]]:
+    """Relative held-out errors of the quantized samples, without each correction and with it."""
+    if not trials:
+        return []
+    both = [W for trial in trials for W in (trial.source, trial.target)]
+    widths = [trial.widths for trial in trials for _ in range(2)]
+    solved = iter(solve_siblings(both, curvature, widths, replace(settings, compensated=None)))
+    candidates = []
+    for trial in trials:
+        for W in (torch.zeros_like(trial.source), next(solved).values(), next(solved).values()):
+            candidates.append((trial, W))
+    errors = iter(_held_out(candidates, curvature, ranks))
     result = []
-    for linear, goal in zip(linears, goals, strict=True):
-        if linear.correction is None:
-            result.append(goal)
-            continue
-        plain, corrected = (
-            linear.correction.judge(curvature.unpacked(next(solved).values()), slice(None))
-            for _ in range(2)
-        )
-        if not corrected < plain:
-            goal = _Goal(goal.source, goal.source)
-        best = min(plain, corrected)
-        result.append(replace(goal, held_out_error=best, held_out_symmetric=plain))
+    for trial in trials:
+        whole, plain, corrected = (next(errors) for _ in range(3))
+        whole = whole or 1.0
+        result.append((trial, plain / whole, corrected / whole))
     return result
+
+
+def _held_out(
+    candidates: Sequence[tuple[_Trial, Tensor]], curvature: Curvature, ranks: Group
+) -> list[float]:
+    """Held-out errors of samples f32 [M, K] in packed order, all ranks' rows; infinite for NaN."""
+    if not candidates:
+        return []
+    errors = [trial.correction.judge(curvature.unpacked(W)) for trial, W in candidates]
+    return ranks.totals(torch.stack(errors).nan_to_num(nan=torch.inf))
 
 
 def _reach(
@@ -281,15 +338,15 @@ def _reach(
     goals: Sequence[_Goal],
     curvature: Curvature,
     settings: GptqSettings,
+    ranks: Group,
 ) -> list[tuple[QuantizedWeight, LinearReport]]:
     """Column loop and polishing towards the goals, with reports."""
     targets, widths = [goal.target for goal in goals], [linear.widths for linear in linears]
     solved = solve_siblings(targets, curvature, widths, settings)
     final = polish_siblings(targets, solved, curvature.H, settings)
-    return [
-        (codes.finish(curvature.order), _report(linear.name, goal, before, codes, curvature))
-        for linear, goal, before, codes in zip(linears, goals, solved, final, strict=True)
-    ]
+    reports = _reports(linears, goals, solved, final, curvature, ranks)
+    weights = [codes.finish(curvature.order) for codes in final]
+    return list(zip(weights, reports, strict=True))
 
 
 def solve(
@@ -383,10 +440,16 @@ def _swept(W: Tensor, codes: LinearCodes, H: Tensor, settings: GptqSettings) -> 
     return restore_gain(W, codes, H, strength=settings.gain) if settings.gain else codes
 
 
-def check_weights(W: Tensor, name: str) -> None:
-    """Raises NumericalError if W [N, K] holds NaN or infinity."""
-    bad = ~torch.isfinite(W)
-    if bool(bad.any()):
+def check_weights(weights: Mapping[str, Tensor]) -> None:
+    """Raises NumericalError, naming the linear, if one of matrices [N, K] holds NaN or infinity.
+
+    Waits for the device once.
+    """
+    finite = torch.stack([torch.isfinite(W).all() for W in weights.values()]).tolist()
+    for (name, W), good in zip(weights.items(), finite, strict=True):
+        if good:
+            continue
+        bad = ~torch.isfinite(W)
         row, column = (int(i) for i in bad.nonzero()[0])
         raise NumericalError(
             f"{name} has {int(bad.sum())} weights that are not finite, first at row {row}, column "
@@ -396,31 +459,44 @@ def check_weights(W: Tensor, name: str) -> None:
         )
 
 
-def _report(
-    name: str, goal: _Goal, solved: LinearCodes, final: LinearCodes, curvature: Curvature
-) -> LinearReport:
-    H, source = curvature.H, goal.source
+def _reports(
+    linears: Sequence[Linear],
+    goals: Sequence[_Goal],
+    solved: Sequence[LinearCodes],
+    final: Sequence[LinearCodes],
+    curvature: Curvature,
+    ranks: Group,
+) -> list[LinearReport]:
+    """Reports of codes before and after polishing, with errors of all ranks' rows."""
+    errors = []
     with stage("report"):
-        rounded = round_to_nearest(source, solved.widths, None, ClipSettings.min_max())
-        total = output_error(source, H)
-        errors = [
-            output_error(source - codes.values(), H) / total if total > 0 else 0.0
-            for codes in (rounded, solved, final)
-        ]
-    return LinearReport(
-        name=name,
-        method="gptq",
-        rows=source.shape[0],
-        columns=source.shape[1],
-        widths="".join(map(str, solved.widths)),
-        error_rounding=errors[0],
-        error_solver=errors[1],
-        error=errors[2],
-        damping=curvature.factor.damping,
-        failed_dampings=curvature.factor.failed,
-        dead_columns=curvature.factor.dead,
-        asymmetric=goal.strength,
-        ridge=goal.ridge,
-        held_out_error=goal.held_out_error,
-        held_out_symmetric=goal.held_out_symmetric,
-    )
+        for goal, before, after in zip(goals, solved, final, strict=True):
+            source = goal.source
+            rounded = round_to_nearest(source, before.widths, None, ClipSettings.min_max())
+            missing = (source - codes.values() for codes in (rounded, before, after))
+            errors += [row_errors(residual, curvature.H).sum() for residual in (source, *missing)]
+        totals = iter(ranks.totals(torch.stack(errors)))
+    reports = []
+    for linear, goal in zip(linears, goals, strict=True):
+        total = next(totals) or 1.0
+        rounding, solver, polished = (next(totals) / total for _ in range(3))
+        reports.append(
+            LinearReport(
+                name=linear.name,
+                method="gptq",
+                rows=linear.W.shape[0],
+                columns=linear.W.shape[1],
+                widths="".join(map(str, linear.widths)),
+                error_rounding=rounding,
+                error_solver=solver,
+                error=polished,
+                damping=curvature.factor.damping,
+                failed_dampings=curvature.factor.failed,
+                dead_columns=curvature.factor.dead,
+                asymmetric=goal.strength,
+                ridge=goal.ridge,
+                held_out_error=goal.held_out_error,
+                held_out_symmetric=goal.held_out_symmetric,
+            )
+        )
+    return reports

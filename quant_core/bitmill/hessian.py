@@ -133,24 +133,43 @@ def factor(H: Tensor, *, ladder: tuple[float, ...] = DAMPING_LADDER, name: str =
 
     Raises NumericalError, naming the linear, if H is not finite or no rung of the ladder succeeds.
     """
-    if not bool(torch.isfinite(H).all()):
-        raise NumericalError(
-            f"the Hessian of {name} is not finite: its inputs are too large for fp32 sums; "
-            "check the source model's activations",
-            code="hessian_not_finite",
-            param=name,
-        )
-    dead = int((H.diagonal() <= 0).sum())
+    lower, damping, dead, failed = _reversed_cholesky(H, ladder, name)
+    return Factor(_inverse(lower).flip(0, 1).contiguous(), damping, dead, failed)
+
+
+def squared_pivots(
+    H: Tensor, *, ladder: tuple[float, ...] = DAMPING_LADDER, name: str = "input"
+) -> Tensor:
+    """U_jj^2 of the factor of H f32 [K, K], f32 [K], without the rest of it. Raises as `factor`."""
+    lower = _reversed_cholesky(H, ladder, name)[0]
+    return lower.diagonal().flip(0).square().reciprocal()
+
+
+def _reversed_cholesky(
+    H: Tensor, ladder: tuple[float, ...], name: str
+) -> tuple[Tensor, float, int, tuple[float, ...]]:
+    """Lower M with M M^T = J (H + damping) J, the damping, dead columns and dampings that failed.
+
+    Waits for the device once per damping.
+    """
+    finite, dead = torch.isfinite(H).all().long(), (H.diagonal() <= 0).sum()
     failed: list[float] = []
     for damping in ladder:
         lower, info = torch.linalg.cholesky_ex(damped(H, damping).flip(0, 1))
-        if int(info) == 0:
-            upper = _inverse(lower).flip(0, 1).contiguous()
-            return Factor(upper, damping, dead, tuple(failed))
+        is_finite, count, broken = torch.stack([finite, dead, info.long()]).tolist()
+        if not is_finite:
+            raise NumericalError(
+                f"the Hessian of {name} is not finite: its inputs are too large for fp32 sums; "
+                "check the source model's activations",
+                code="hessian_not_finite",
+                param=name,
+            )
+        if not broken:
+            return lower, damping, count, tuple(failed)
         failed.append(damping)
     raise NumericalError(
-        f"the Hessian of {name} ({len(H)} columns, {dead} dead) is not positive definite even with "
-        f"damping {ladder[-1]:.1%}: use more calibration tokens or method 'rtn'",
+        f"the Hessian of {name} ({len(H)} columns, {int(dead)} dead) is not positive definite even "
+        f"with damping {ladder[-1]:.1%}: use more calibration tokens or method 'rtn'",
         code="hessian_not_positive",
         param=name,
     )

@@ -14,7 +14,7 @@ error of any replacement ŵ on these tokens follows without running anything:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Literal
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.blocks import StreamedModel, weight_of
-from bitmill.codes import output_error
+from bitmill.codes import row_errors
 from bitmill.distributed import SINGLE, Group
 from bitmill.hessian import HessianAccumulator, symmetric
 from bitmill.observe import Ends, observe, observe_ends
@@ -36,6 +36,9 @@ from bitmill_kernels.split_product import split_product
 RESIDUAL_TOLERANCE = 1e-3
 
 Energy = Literal["squares", "trace"]
+
+Rows = slice | Tensor
+"""Some rows of a matrix: a range, or indices i64 [M]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,37 +72,38 @@ class BlockState:
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
-    """H f32 [K, K]; tokens seen; where the source was run too shift f32 [N, K], and energy where
-    it was asked for."""
+    """H f32 [K, K]; tokens seen; where the source was run too, for the M rows asked for, shift f32
+    [M, K] and, where that was asked for, energy f64 [M]."""
 
     H: Tensor
     tokens: int
     shift: Tensor | None = None
-    energy: float | None = None
+    energy: Tensor | None = None
 
-    def error(self, residual: Tensor) -> float:
-        """mean |y' - x ŵ^T|^2 for residual = W - ŵ, f32 [N, K].
+    def error(self, residual: Tensor) -> Tensor:
+        """mean |y' - x ŵ^T|^2 of the rows asked for, f64 [] on the device.
 
-        Raises ValueError where there is a shift but no energy.
+        residual: W - ŵ, f32 [M, K]. Raises ValueError where there is a shift but no energy.
         """
-        own = output_error(residual, self.H)
+        own = row_errors(residual, self.H)
         if self.shift is None:
-            return own
+            return own.sum()
         if self.energy is None:
             raise ValueError("errors were not asked for: collect with judge=True")
-        return self.energy + 2 * float((residual * self.shift).sum(dtype=torch.float64)) + own
+        crossed = (residual * self.shift).sum(1, dtype=torch.float64)
+        return (self.energy + 2 * crossed + own).sum()
 
 
 class _Sums:
-    """Means of a b^T over tokens, f32 [M, K] on one device, weighted; of |a|^2 or |W a|^2.
+    """Means of a b^T over tokens, f32 [M, K] on one device, weighted; of a^2 or (W a)^2.
 
-    energy: what of a is summed for it, a a^T ("squares"), |a|^2 ("trace") or nothing.
+    energy: what of a is summed for it, a a^T ("squares"), a^2 ("trace") or nothing.
     """
 
     def __init__(
         self, rows: int, columns: int, device: torch.device, energy: Energy | None
     ) -> None:
-        shape = {None: (), "trace": (), "squares": (rows, rows)}[energy]
+        shape = {None: (), "trace": (rows,), "squares": (rows, rows)}[energy]
         dtype = torch.float32 if energy == "squares" else torch.float64
         self._kind = energy
         self._cross = torch.zeros(rows, columns, device=device)
@@ -116,23 +120,23 @@ class _Sums:
             if self._kind == "squares":
                 hessian_update(self._energy, a.to(b.dtype), weight)
             elif self._kind == "trace":
-                own = torch.linalg.vector_norm(a, dim=1).double().square()
-                self._energy += (own if weight is None else own * weight).sum()
+                own = a if weight is None else a * weight.sqrt()[:, None]
+                self._energy += torch.linalg.vector_norm(own, dim=0).double().square()
             self._mass += len(b) if weight is None else weight.double().sum()
 
     def all_reduce(self, group: Group) -> None:
         group.all_reduce(self._cross, self._energy, self._mass)
 
-    def mean(self) -> tuple[Tensor, float | None]:
-        """mean a b^T and mean |a|^2."""
+    def mean(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """mean a b^T and mean a^2, f64, of some of the M rows."""
         mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny)
-        energy = float(self._energy / mass) if self._kind else None
-        return self._cross / mass.float(), energy
+        energy = self._energy[rows] / mass if self._kind else None
+        return self._cross[rows] / mass.float(), energy
 
-    def through(self, W: Tensor) -> tuple[Tensor, float | None]:
-        """mean (W a) b^T and mean |W a|^2 for W f32 [N, M]."""
+    def through(self, W: Tensor) -> tuple[Tensor, Tensor | None]:
+        """mean (W a) b^T f32 [N, K] and mean (W a)^2 f64 [N] for W f32 [N, M]."""
         mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny).float()
-        energy = output_error(W, symmetric(self._energy / mass)) if self._kind else None
+        energy = row_errors(W, symmetric(self._energy / mass)) if self._kind else None
         return split_product(W, self._cross / mass), energy
 
 
@@ -145,6 +149,7 @@ def collect(
     token_weights: Mapping[str, Tensor] | None = None,
     advance_source: bool = False,
     judge: bool = True,
+    rows: Callable[[int], Rows] = lambda count: slice(count),
 ) -> dict[str, InputStatistics]:
     """Statistics of every linear in `groups` (lists of names that read the same input).
 
@@ -152,7 +157,8 @@ def collect(
     H of experts that saw few tokens is filled up (`starved_experts.py`).
     Routed experts have no shift: the two streams send them different tokens. advance_source: where
     a source runs beside, it runs to its end and its outputs replace stream.source. judge: `error`
-    will be asked of what is returned; else energies are left out.
+    will be asked of what is returned; else energies are left out. rows: those of a linear of so
+    many rows whose shift and energy are wanted.
     """
     shifts = state.source is not None and stream.source is not None
     collector = _Collector(state, groups, token_weights or {}, shifts, advance_source, judge)
@@ -160,7 +166,7 @@ def collect(
         state.replay.look(state.model, state.index, state.current, state.linears, stream.hidden[:1])
     for part in _parts(stream, batch):
         collector.add(stream, part)
-    return collector.finish(stream.group)
+    return collector.finish(stream.group, rows)
 
 
 @torch.no_grad()
@@ -281,7 +287,7 @@ class _Collector:
         weight = self.token_weights[name][part].reshape(-1)
         return weight.to(self.state.model.device, torch.float32)
 
-    def finish(self, ranks: Group) -> dict[str, InputStatistics]:
+    def finish(self, ranks: Group, rows: Callable[[int], Rows]) -> dict[str, InputStatistics]:
         for hessian in self.hessians.values():
             hessian.all_reduce(ranks)
         for sums in (*self.drifts.values(), *self.shifts.values()):
@@ -290,16 +296,19 @@ class _Collector:
         means = {n: filled[n] if n in filled else h.mean() for n, h in self.hessians.items()}
         result = {}
         for name, owner in self.owner.items():
-            shift, energy = self._shift(name, owner)
+            shift, energy = self._shift(name, owner, rows)
             tokens = self.hessians[owner].tokens
             result[name] = InputStatistics(means[owner], tokens, shift, energy)
         return result
 
-    def _shift(self, name: str, owner: str) -> tuple[Tensor | None, float | None]:
+    def _shift(
+        self, name: str, owner: str, rows: Callable[[int], Rows]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        some = rows(self.state.model.plan.by_name[name].rows)
         if name in self.shifts:
-            return self.shifts[name].mean()
+            return self.shifts[name].mean(some)
         if owner in self.drifts:
-            W = weight_of(self.state.linears[name]).detach().float()
+            W = weight_of(self.state.linears[name]).detach()[some].float()
             return self.drifts[owner].through(W)
         return None, None
 

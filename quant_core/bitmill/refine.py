@@ -27,7 +27,6 @@ from typing import Literal
 from torch import Tensor, nn
 
 from bitmill.blocks import StreamedModel, set_weight, weight_of
-from bitmill.codes import output_error
 from bitmill.distributed import Group
 from bitmill.gptq import (
     Correction,
@@ -46,7 +45,7 @@ from bitmill.input_statistics import (
     residual_writers,
 )
 from bitmill.packed import QuantizedWeight
-from bitmill.refinement_report import BlockReport, LinearReport, joined_report
+from bitmill.refinement_report import BlockReport, LinearReport
 from bitmill.replay import Replay
 from bitmill.rtn import quantize_rtn
 
@@ -101,6 +100,8 @@ def refine_block(
     """
     settings = settings or RefineSettings()
     _check_streams(settings, stream, held_out)
+    linears = model.linears(block, index)
+    check_weights({name: weight_of(linears[name]).detach() for name in widths})
     job = _BlockJob(
         _block_state(model, index, block, stream, settings, replay or Replay()),
         widths,
@@ -158,11 +159,17 @@ class _BlockJob:
             token_weights=self.token_weights,
             advance_source=advance_source,
             judge=False,
+            rows=self.ranks.part,
         )
         unseen: dict[str, InputStatistics] = {}
         if self.settings.asymmetric != "off" and held_out is not None:
             unseen = collect(
-                self.state, groups, held_out, batch=batch, advance_source=advance_source
+                self.state,
+                groups,
+                held_out,
+                batch=batch,
+                advance_source=advance_source,
+                rows=self._sample,
             )
         result: dict[str, Refined] = {}
         for group in groups:
@@ -188,18 +195,23 @@ class _BlockJob:
         return {name: self._gathered(name, found[name], seen[name]) for name in group}
 
     def _weight(self, name: str) -> Tensor:
-        W = weight_of(self.state.linears[name]).detach().float()
-        check_weights(W, name)
-        return W
+        """This rank's rows of a linear, f32."""
+        W = weight_of(self.state.linears[name]).detach()
+        return W[self.ranks.part(len(W))].float()
+
+    def _sample(self, count: int) -> Tensor:
+        """This rank's rows of the sample of a linear of `count` rows."""
+        return sampled_rows(count, self.state.model.device, self.ranks.part(count))
 
     def _rtn(self, name: str, statistics: InputStatistics) -> Refined:
         return quantize_rtn(
-            self._rows(self._weight(name)),
+            self._weight(name),
             self.widths[name],
             H=statistics.H,
             order=self.orders.get(name),
             clip=self.settings.gptq.clip,
             name=name,
+            ranks=self.ranks,
         )
 
     def _gptq(
@@ -223,6 +235,7 @@ class _BlockJob:
             strengths=settings.strengths,
             ridges=settings.ridges,
             settings=settings.gptq,
+            ranks=self.ranks,
         )
         return dict(zip(names, solved, strict=True))
 
@@ -230,45 +243,32 @@ class _BlockJob:
         self, name: str, statistics: InputStatistics, unseen: InputStatistics | None
     ) -> Linear:
         """This rank's rows of a linear, with what may correct them."""
-        W = self._weight(name)
-        rows, widths = self._rows(W), self.widths[name]
+        W, widths = self._weight(name), self.widths[name]
         if statistics.shift is None or unseen is None or unseen.shift is None:
-            return Linear(name, rows, widths)
-        scale = unseen.error(W) or 1.0
-        energy = unseen.energy if self.ranks.first else 0.0
-        own = replace(unseen, energy=energy)
-        shift = self._rows(unseen.shift)
+            return Linear(name, W, widths)
+        count = self.state.model.plan.by_name[name].rows
+        sample = self._sample(count) - self.ranks.part(count).start
+        some = W[sample]
 
-        def judge(candidate: Tensor, chosen: Tensor | slice) -> float:
-            part = replace(own, shift=shift[chosen])
-            return self.ranks.total(part.error(rows[chosen] - candidate)) / scale
+        def judge(candidate: Tensor) -> Tensor:
+            return unseen.error(some - candidate)
 
-        part = self.ranks.part(len(W))
-        sample = sampled_rows(len(W), W.device)
-        sample = sample[(sample >= part.start) & (sample < part.stop)] - part.start
-        correction = Correction(self._rows(statistics.shift), judge, sample)
-        return Linear(name, rows, widths, correction)
-
-    def _rows(self, matrix: Tensor) -> Tensor:
-        """This rank's rows of a matrix [N, *]."""
-        return matrix[self.ranks.part(len(matrix))]
+        return Linear(name, W, widths, Correction(statistics.shift, sample, judge))
 
     def _gathered(self, name: str, own: Refined, statistics: InputStatistics) -> Refined:
         """All rows of a linear of which each rank has solved its own."""
         weight, report = own[0], replace(own[1], tokens=statistics.tokens)
         if self.ranks.size == 1:
             return weight, report
-        W = self._weight(name)
-        count, device = len(W), W.device
+        count = self.state.model.plan.by_name[name].rows
         codes, scales, zeros = (
-            self.ranks.gather_rows(rows.to(device).contiguous(), count)
+            self.ranks.gather_rows(rows.contiguous(), count)
             for rows in (weight.codes, weight.scales.T, weight.zeros.T)
         )
         whole = replace(
             weight, codes=codes, scales=scales.T.contiguous(), zeros=zeros.T.contiguous()
         )
-        energy = output_error(self._rows(W), statistics.H)
-        return whole, joined_report(report, energy, count, self.ranks)
+        return whole, replace(report, rows=count)
 
     def install(self, refined: Mapping[str, Refined]) -> None:
         """Writes dequantized weights into the block."""

@@ -6,10 +6,8 @@ R = W - ŵ: 0 is exact, 1 is as bad as dropping the linear.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
-
-from bitmill.distributed import Group
 
 
 @dataclass(frozen=True)
@@ -24,8 +22,8 @@ class LinearReport:
     tokens:         calibration tokens that reached the linear
     asymmetric:     strength of the prefix correction that was kept, 0 where it was not; ridge
                     the damping it was solved with, 0 for the factor's own
-    held_out_error: against the source model's outputs on held-out tokens, after the solver's
-                    pass; held_out_symmetric the same without the correction
+    held_out_error: against the source model's outputs on held-out tokens, in a sample of
+                    rows and after a quick solve; held_out_symmetric the same without the correction
     """
 
     name: str
@@ -53,20 +51,6 @@ class LinearReport:
     def to_json(self) -> dict[str, Any]:
         """Plain values, `refit_gain` included."""
         return asdict(self) | {"refit_gain": self.refit_gain}
-
-
-def joined_report(own: LinearReport, energy: float, rows: int, ranks: Group) -> LinearReport:
-    """The report of a whole linear of `rows` outputs, of which each rank reports its own part.
-
-    energy: tr(W H W^T) of the rank's rows, which weighs its relative errors.
-    """
-    names = ("error_rounding", "error_solver", "error")
-    parts = ranks.gather((energy, [getattr(own, name) for name in names]))
-    total = sum(share for share, _ in parts) or 1.0
-    joined = [
-        sum(share * errors[place] for share, errors in parts) / total for place in range(len(names))
-    ]
-    return replace(own, rows=rows, **dict(zip(names, joined, strict=True)))
 
 
 @dataclass(frozen=True)

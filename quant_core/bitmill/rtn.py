@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bitmill.codes import LinearCodes, group_slices, output_error
+from bitmill.codes import LinearCodes, group_slices, row_errors
+from bitmill.distributed import SINGLE, Group
 from bitmill.grid import (
     ClipSettings,
     Grid,
@@ -37,11 +38,13 @@ def quantize_rtn(
     order: Tensor | None = None,
     clip: ClipSettings | None = None,
     name: str = "linear",
+    ranks: Group = SINGLE,
 ) -> tuple[QuantizedWeight, LinearReport]:
     """Codes, grids and report of one linear by rounding alone.
 
     W f32 [N, K], H f32 [K, K] or None, in source column order; order i64 [K]: packed column k is
     source column order[k]. Without H the report's errors are those of the weights themselves.
+    ranks: those that round other rows of the linear; errors are sums over all of them.
     """
     if order is not None:
         order = order.to(W.device)
@@ -51,17 +54,19 @@ def quantize_rtn(
     codes = round_to_nearest(W, tuple(widths), weight, clip or ClipSettings())
     plain = round_to_nearest(W, tuple(widths), None, ClipSettings.min_max())
     metric = torch.eye(W.shape[1], device=W.device) if H is None else H
-    total = output_error(W, metric) or 1.0
-    error = output_error(W - codes.values(), metric) / total
+    residuals = (W, W - plain.values(), W - codes.values())
+    errors = torch.stack([row_errors(residual, metric).sum() for residual in residuals])
+    total, rounding, error = ranks.totals(errors)
+    total = total or 1.0
     report = LinearReport(
         name=name,
         method="rtn",
         rows=W.shape[0],
         columns=W.shape[1],
         widths="".join(map(str, widths)),
-        error_rounding=output_error(W - plain.values(), metric) / total,
-        error_solver=error,
-        error=error,
+        error_rounding=rounding / total,
+        error_solver=error / total,
+        error=error / total,
     )
     return codes.finish(order), report
 

@@ -32,7 +32,7 @@ from bitmill.blocks import StreamedModel, weight_of
 from bitmill.distributed import Group
 from bitmill.gptq import check_weights
 from bitmill.grid import ClipSettings
-from bitmill.hessian import activation_order, factor
+from bitmill.hessian import activation_order, squared_pivots
 from bitmill.input_statistics import Stream
 from bitmill.profile import SbaRecord
 from bitmill.rtn import round_to_nearest
@@ -81,8 +81,8 @@ class SbaInput:
             H = H[order][:, order]
         order = order.to(H.device)
         with stage("factor"):
-            upper = factor(H, ladder=DAMPING, name=name).upper
-        return cls(order, H.diagonal().clone(), upper.diagonal().square())
+            squares = squared_pivots(H, ladder=DAMPING, name=name)
+        return cls(order, H.diagonal().clone(), squares)
 
 
 class SbaSearch:
@@ -105,7 +105,7 @@ class SbaSearch:
         """
         self._settings = settings or SbaSettings()
         self._bias, self._shared, self._tokens = bias, shared, 0
-        check_weights(W, name)
+        check_weights({name: W})
         packed = W[:, shared.order]
         self._ranking = group_ranking(packed, shared.pivots)
         self._pairs = len(self._ranking) // 2

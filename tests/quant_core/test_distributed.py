@@ -51,6 +51,8 @@ with as_rank("cpu") as (group, device):
     part = torch.tensor([1e8, 1.0, -1e8, 0.5])[group.rank :][:1].repeat(3)
     group.all_reduce(part)
     rows = torch.arange(20.0).view(5, 4)[group.part(5)]
+    mine = torch.full((2, 3), float(group.rank))
+    group.share(mine, 1)
     found = {
         "sum": part.tolist(),
         "rows": group.gather_rows(rows, 5).tolist(),
@@ -58,6 +60,8 @@ with as_rank("cpu") as (group, device):
         "ranks": group.gather(group.rank),
         "first": group.broadcast(group.rank + 10),
         "total": group.total(0.5),
+        "totals": group.totals(torch.tensor([1e16, 1.0, -1e16])[group.rank :][:1].double()),
+        "shared": mine.tolist(),
     }
     if len(sys.argv) > 2 and group.rank == 1:
         if sys.argv[2] == "refuse":
@@ -81,6 +85,8 @@ def test_sums_are_taken_in_the_order_of_the_ranks(tmp_path: Path) -> None:
             "ranks": [0, 1, 2],
             "first": 10,
             "total": 1.5,
+            "totals": [0.0],
+            "shared": [[1.0] * 3] * 2,
         }
 
 

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from bitmill.compensated_grid import CompensatedSettings
+from bitmill.distributed import Group
 from bitmill.errors import NumericalError
 from bitmill.gptq import (
     Correction,
@@ -214,11 +215,13 @@ def test_the_correction_is_chosen_by_the_judge():
     curvature = Curvature.prepare(H, activation_order(H))
 
     def chosen(target):
-        def judge(candidate, rows):
-            R = candidate - target[rows]
-            return float(((R @ H) * R).sum())
+        rows = torch.arange(0, len(W), 2)
 
-        correction = Correction(shift, judge, torch.arange(0, len(W), 2))
+        def judge(candidate):
+            R = candidate - target[rows]
+            return ((R @ H) * R).sum(dtype=torch.float64)
+
+        correction = Correction(shift, rows, judge)
         linear = Linear("linear", W, (6, 6), correction)
         return quantize_siblings([linear], curvature, strengths=(0.5, 1.0))[0][1]
 
@@ -253,11 +256,11 @@ def test_siblings_are_solved_as_each_alone():
     def judged(part, gain):
         target, own = gain * W[part], W[part]
 
-        def judge(candidate, rows):
-            R = candidate - target[rows]
-            return float(((R @ H) * R).sum())
+        def judge(candidate):
+            R = candidate - target
+            return ((R @ H) * R).sum(dtype=torch.float64)
 
-        return Correction(0.1 * own @ H, judge, sampled_rows(len(own), own.device))
+        return Correction(0.1 * own @ H, torch.arange(len(own)), judge)
 
     parts = slice(0, 4), slice(4, 13), slice(13, 21)
     corrections = judged(parts[0], 1.1), judged(parts[1], 1.0), None
@@ -277,12 +280,18 @@ def test_siblings_are_solved_as_each_alone():
     assert [report.held_out_error is None for _, report in together] == [False, False, True]
 
 
-@pytest.mark.parametrize("count", [0, 1, 512, 513, 5000])
+@pytest.mark.parametrize("count", [0, 1, 1024, 1025, 5000])
 def test_sampled_rows_are_spread_evenly(count):
     rows = sampled_rows(count, torch.device("cpu"))
-    assert len(rows) == min(count, 512)
+    assert len(rows) == min(count, 1024)
     assert torch.equal(rows, rows.unique())
     if count:
         gaps = torch.cat([rows, torch.tensor([count])]).diff()
         assert int(rows[0]) == 0
         assert int(gaps.max()) <= int(gaps.min()) + 1
+    for size in (2, 3, 7):
+        parts = [Group(rank, size).part(count) for rank in range(size)]
+        own = [sampled_rows(count, torch.device("cpu"), part) for part in parts]
+        assert torch.equal(torch.cat(own), rows)
+        for part, mine in zip(parts, own, strict=True):
+            assert ((mine >= part.start) & (mine < part.stop)).all()

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bitmill.errors import CalibrationError, NumericalError
-from bitmill.hessian import HessianAccumulator, activation_order, factor
+from bitmill.hessian import HessianAccumulator, activation_order, factor, squared_pivots
 
 
 def inputs(T=300, K=40, seed=0):
@@ -51,6 +51,16 @@ def test_the_factor_inverts_the_damped_hessian():
     assert found.damping == 0.005
     assert found.failed == ()
     assert found.dead == 0
+
+
+def test_squared_pivots_are_those_of_the_factor():
+    H = hessian(inputs())
+    H[5], H[:, 5] = 0.0, 0.0
+    found = squared_pivots(H, ladder=(0.01,))
+    expected = factor(H, ladder=(0.01,)).upper.diagonal().square()
+    assert torch.allclose(found, expected, rtol=1e-5)
+    with pytest.raises(NumericalError, match="not finite"):
+        squared_pivots(torch.full((4, 4), float("nan")))
 
 
 def test_the_hessian_is_left_as_it_was():

@@ -20,6 +20,10 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
     return streamed(tiny_opt(tmp_path_factory.mktemp("opt")))
 
 
+def every_third(count):
+    return torch.arange(0, count, 3)
+
+
 def test_statistics_predict_the_error_of_any_replacement(opt):
     """Independent: run the linear on the inputs and compare outputs token by token."""
     calibration = opt.embed(token_windows(5))
@@ -38,6 +42,7 @@ def test_statistics_predict_the_error_of_any_replacement(opt):
     stream_was = opt.run_block(0, source, calibration).flatten(0, 1)
     x, W = ran["now"].x.double(), block.fc2.weight.detach().double()
     changed = x @ (W - replacement.double()).T
+    some = torch.arange(0, len(W), 3)
     for chosen, missing in (
         ((), ran["was"].y.double() - ran["now"].y.double()),
         (writers, (stream_was - stream_now).detach().double()),
@@ -45,7 +50,12 @@ def test_statistics_predict_the_error_of_any_replacement(opt):
         state = BlockState(opt, 0, block, source, opt.linears(block, 0), chosen)
         found = collect(state, [[name]], Stream(noisy, calibration), batch=2)[name]
         expected = float((missing + changed).square().sum(1).mean())
-        assert found.error((W - replacement).float()) == pytest.approx(expected, rel=1e-3)
+        residual = (W - replacement).float()
+        assert float(found.error(residual)) == pytest.approx(expected, rel=1e-3)
+        part = collect(state, [[name]], Stream(noisy, calibration), batch=2, rows=every_third)
+        assert torch.equal(part[name].energy, found.energy[some])
+        exact = (missing + changed)[:, some].square().sum(1).mean()
+        assert float(part[name].error(residual[some])) == pytest.approx(float(exact), rel=1e-3)
         assert found.tokens == 5 * 48
         plain = collect(state, [[name]], Stream(noisy, calibration), batch=2, judge=False)[name]
         assert torch.equal(plain.shift, found.shift)
