@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -47,6 +48,9 @@ from bitmill_kernels.gptq import gptq_block
 from bitmill_kernels.layout import GROUP_SIZE
 from bitmill_kernels.split_product import split_product
 from bitmill_kernels.substitution import cholesky_solve
+
+FACTOR_WORK = 3.0
+"""Work of the factor of a Hessian and its inverse, in Cholesky factors."""
 
 SAMPLED_ROWS = 1024
 """Rows of a linear on which its corrections are compared with each other and with none."""
@@ -93,13 +97,22 @@ class Curvature:
         *,
         damping: tuple[float, ...] = DAMPING_LADDER,
         name: str = "input",
+        ridges: Sequence[float] = (),
+        ranks: Group = SINGLE,
     ) -> Curvature:
-        """From H in source column order. Raises NumericalError as `hessian.factor` does."""
+        """From H in source column order. Raises NumericalError as `hessian.factor` does.
+
+        ranks: those that hold this H too and will solve with these ridges. Each makes some of the
+        factors for all.
+        """
         with stage("factor"):
             if order is not None:
                 order = order.to(H.device)
                 H = H[order][:, order]
-            return cls(H, factor(H, ladder=damping, name=name), order)
+            if ranks.size == 1:
+                return cls(H, factor(H, ladder=damping, name=name), order)
+            found, ridged = _divided_factors(H, damping, name, ridges, ranks)
+            return cls(H, found, order, ridged)
 
     def packed(self, matrix: Tensor) -> Tensor:
         """The columns of matrix [*, K] moved from source to packed order."""
@@ -110,7 +123,10 @@ class Curvature:
         return matrix if self.order is None else undo_order(matrix, self.order)
 
     def solve(self, matrix: Tensor, ridge: float = 0.0) -> Tensor:
-        """matrix [*, K] times the inverse of H, damped by the factor's damping or by `ridge`."""
+        """matrix [*, K] times the inverse of H, damped by the factor's damping or by `ridge`.
+
+        NaN where H damped by `ridge` is not positive definite.
+        """
         with stage("factor"):
             if ridge:
                 return cholesky_solve(self._lower(ridge), matrix.T).T
@@ -119,8 +135,35 @@ class Curvature:
 
     def _lower(self, ridge: float) -> Tensor:
         if ridge not in self.ridged:
-            self.ridged[ridge] = torch.linalg.cholesky(damped(self.H, ridge))
+            self.ridged[ridge] = _ridged(self.H, ridge)
         return self.ridged[ridge]
+
+
+def _divided_factors(
+    H: Tensor, ladder: tuple[float, ...], name: str, ridges: Sequence[float], ranks: Group
+) -> tuple[Factor, dict[float, Tensor]]:
+    """The factor of H, which the first rank makes, and those with ridges, which others make."""
+    own = factor(H, ladder=ladder, name=name) if ranks.first else None
+    firm = [ridge for ridge in ridges if ridge]
+    _, *owners = ranks.owners([FACTOR_WORK, *(1.0 for _ in firm)])
+    ridged = {}
+    for ridge, owner in zip(firm, owners, strict=True):
+        mine = owner == ranks.rank
+        ridged[ridge] = _ridged(H, ridge).contiguous() if mine else H.new_empty(H.shape)
+    shared = ranks.broadcast(replace(own, upper=torch.empty(0)) if own else None)
+    assert shared is not None
+    found = replace(shared, upper=own.upper if own else H.new_empty(H.shape))
+    ranks.share(found.upper, 0)
+    for ridge, owner in zip(firm, owners, strict=True):
+        ranks.share(ridged[ridge], owner)
+    return found, ridged
+
+
+def _ridged(H: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor f32 [K, K] of H damped by `ridge`; NaN where there is none."""
+    lower, info = torch.linalg.cholesky_ex(damped(H, ridge))
+    result: Tensor = lower.mul_(torch.where(info == 0, 1.0, torch.nan))
+    return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +233,13 @@ def quantize_gptq(
     goal = _Goal(source, source)
     if shift is not None and strength:
         target = source + strength * H.solve(H.packed(shift), ridge)
+        if not bool(torch.isfinite(target).all()):
+            raise NumericalError(
+                f"the correction of {name} is not finite: its Hessian is not positive definite "
+                f"with a ridge of {ridge:.1%}, or its shift is not finite; use a larger ridge",
+                code="correction_not_finite",
+                param=name,
+            )
         goal = _Goal(source, target, strength, ridge)
     return _reach([Linear(name, W, tuple(widths))], [goal], H, settings, SINGLE)[0]
 
@@ -284,6 +334,7 @@ def _goals(
     trials = [trial for own in every for trial in own]
     errors = _held_out([(trial, trial.target) for trial in trials], curvature, ranks)
     error = dict(zip(trials, errors, strict=True))
+    every = [[trial for trial in own if isfinite(error[trial])] for own in every]
     best = [min(own, key=error.__getitem__) for own in every if own]
     verdicts = iter(_verdicts(best, curvature, settings, ranks))
     goals = []
@@ -326,11 +377,11 @@ def _verdicts(
 def _held_out(
     candidates: Sequence[tuple[_Trial, Tensor]], curvature: Curvature, ranks: Group
 ) -> list[float]:
-    """Held-out errors of samples f32 [M, K] in packed order, all ranks' rows; infinite for NaN."""
+    """Held-out errors of samples f32 [M, K] in packed order, of all ranks' rows."""
     if not candidates:
         return []
     errors = [trial.correction.judge(curvature.unpacked(W)) for trial, W in candidates]
-    return ranks.totals(torch.stack(errors).nan_to_num(nan=torch.inf))
+    return ranks.totals(torch.stack(errors))
 
 
 def _reach(

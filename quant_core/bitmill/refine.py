@@ -10,8 +10,9 @@ linear only where the error on held-out tokens, mean |y' - x ŵ^T|^2, falls. A l
 straight to the residual stream may also work against what the prefix has already lost there
 (`asymmetric="residual"`); which linears do is found by running the block, not from a list.
 
-Where the stream belongs to several ranks, H and shifts are sums over all windows. Every rank
-factors H, solves its part of each linear's rows, which are independent given H, and gets the rest.
+Where the stream belongs to several ranks, H and shifts are sums over all windows. The
+ranks divide the factors of H, then the rows of each linear, which are independent given H; each
+gets what the others made.
 
 At return the block computes with the dequantized weights. Given up: re-measuring q, k and v after
 each other, which read the same input and do not see each other.
@@ -222,13 +223,16 @@ class _BlockJob:
     ) -> dict[str, Refined]:
         """Plain solutions, or the corrected ones of least held-out error where they beat those."""
         settings, first = self.settings, names[0]
+        linears = [self._linear(name, seen[name], unseen.get(name)) for name in names]
+        corrected = any(linear.correction for linear in linears)
         curvature = Curvature.prepare(
             seen[first].H,
             self.orders.get(first),
             damping=settings.gptq.damping,
             name=first,
+            ridges=settings.ridges if corrected else (),
+            ranks=self.ranks,
         )
-        linears = [self._linear(name, seen[name], unseen.get(name)) for name in names]
         solved = quantize_siblings(
             linears,
             curvature,

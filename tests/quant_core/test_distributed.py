@@ -46,6 +46,7 @@ def test_work_goes_to_the_idlest_rank() -> None:
 GROUP = """
 import sys, torch
 from bitmill.errors import CalibrationError
+from bitmill.gptq import Curvature
 from bitmill.launch import as_rank
 with as_rank("cpu") as (group, device):
     part = torch.tensor([1e8, 1.0, -1e8, 0.5])[group.rank :][:1].repeat(3)
@@ -53,7 +54,12 @@ with as_rank("cpu") as (group, device):
     rows = torch.arange(20.0).view(5, 4)[group.part(5)]
     mine = torch.full((2, 3), float(group.rank))
     group.share(mine, 1)
+    x = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
+    H, ridges = x.T @ x / 300, (0.0, 0.05, 0.5, 1.0)
+    alone, divided = Curvature.prepare(H), Curvature.prepare(H, ridges=ridges, ranks=group)
+    solved = [torch.equal(divided.solve(x, r), alone.solve(x, r)) for r in ridges]
     found = {
+        "solved": [*solved, sorted(divided.ridged), divided.factor.damping],
         "sum": part.tolist(),
         "rows": group.gather_rows(rows, 5).tolist(),
         "bytes": group.gather_rows(rows[:, :1].byte(), 5).flatten().tolist(),
@@ -79,6 +85,7 @@ def test_sums_are_taken_in_the_order_of_the_ranks(tmp_path: Path) -> None:
     for rank in range(3):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found == {
+            "solved": [True, True, True, True, [0.05, 0.5, 1.0], 0.005],
             "sum": [0.0, 0.0, 0.0],
             "rows": torch.arange(20.0).view(5, 4).tolist(),
             "bytes": [0, 4, 8, 12, 16],

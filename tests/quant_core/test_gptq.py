@@ -248,6 +248,26 @@ def test_a_ridge_keeps_the_correction_to_strong_directions():
     assert kept[strong] > kept[weak]
 
 
+def test_a_ridge_that_leaves_no_factor_is_refused():
+    W, H = layer()
+    lowest = torch.linalg.eigvalsh(H.double())[0].float()
+    H -= (lowest + 0.02 * H.diagonal().mean()) * torch.eye(len(H))
+    curvature = Curvature.prepare(H)
+    assert curvature.factor.damping == 0.05
+    shift = 0.1 * W @ H
+
+    def judge(candidate):
+        return (candidate - 1.1 * W).double().square().sum()
+
+    linear = Linear("linear", W, (8, 8), Correction(shift, torch.arange(len(W)), judge))
+    chosen = [
+        quantize_siblings([linear], curvature, ridges=r)[0][1] for r in ((0.01, 0.5), (0.01,))
+    ]
+    assert [(report.asymmetric, report.ridge) for report in chosen] == [(1.0, 0.5), (0.0, 0.0)]
+    with pytest.raises(NumericalError, match=r"fc1 is not finite.*ridge of 1\.0%"):
+        quantize_gptq(W, curvature, (8, 8), shift=shift, ridge=0.01, name="fc1")
+
+
 def test_siblings_are_solved_as_each_alone():
     """One corrected by its judge, one refused, one without a correction; widths of their own."""
     W, H = layer(N=21)
