@@ -47,7 +47,7 @@ from bitmill_kernels.backend import resolve_backend
 from bitmill_kernels.gptq import gptq_block
 from bitmill_kernels.layout import GROUP_SIZE
 from bitmill_kernels.split_product import split_product
-from bitmill_kernels.substitution import cholesky_solve
+from bitmill_kernels.substitution import cholesky_solver
 
 FACTOR_WORK = 3.0
 """Work of the factor of a Hessian and its inverse, in Cholesky factors."""
@@ -81,13 +81,13 @@ class GptqSettings:
 class Curvature:
     """H f32 [K, K] in packed column order, its factor, and that order (i64 [K], None = natural).
 
-    ridged: Cholesky factors of H with other dampings, kept for the linears to come.
+    solvers: those of H with other dampings, by damping, kept for the linears to come.
     """
 
     H: Tensor
     factor: Factor
     order: Tensor | None
-    ridged: dict[float, Tensor] = field(default_factory=dict)
+    solvers: dict[float, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     @classmethod
     def prepare(
@@ -112,7 +112,7 @@ class Curvature:
             if ranks.size == 1:
                 return cls(H, factor(H, ladder=damping, name=name), order)
             found, ridged = _divided_factors(H, damping, name, ridges, ranks)
-            return cls(H, found, order, ridged)
+            return cls(H, found, order, {r: cholesky_solver(ridged[r]) for r in ridged})
 
     def packed(self, matrix: Tensor) -> Tensor:
         """The columns of matrix [*, K] moved from source to packed order."""
@@ -129,14 +129,11 @@ class Curvature:
         """
         with stage("factor"):
             if ridge:
-                return cholesky_solve(self._lower(ridge), matrix.T).T
+                if ridge not in self.solvers:
+                    self.solvers[ridge] = cholesky_solver(_ridged(self.H, ridge))
+                return self.solvers[ridge](matrix.T).T
             U = self.factor.upper
             return split_product(split_product(matrix, U.T), U)
-
-    def _lower(self, ridge: float) -> Tensor:
-        if ridge not in self.ridged:
-            self.ridged[ridge] = _ridged(self.H, ridge)
-        return self.ridged[ridge]
 
 
 def _divided_factors(

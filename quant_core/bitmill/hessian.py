@@ -27,6 +27,7 @@ from bitmill.distributed import Group
 from bitmill.errors import CalibrationError, NumericalError
 from bitmill.timing import stage
 from bitmill_kernels.hessian import hessian_update
+from bitmill_kernels.substitution import lower_inverse
 
 DAMPING_LADDER = (0.005, 0.01, 0.05, 0.1)
 """Damping as a share of the mean of diag H."""
@@ -114,12 +115,6 @@ def activation_order(H: Tensor) -> Tensor:
     return torch.argsort(H.diagonal(), descending=True, stable=True)
 
 
-def _inverse(lower: Tensor) -> Tensor:
-    eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return inverse
-
-
 def damped(H: Tensor, damping: float) -> Tensor:
     """A copy of H with damping * mean(diag H) on its diagonal; the identity where H is zero."""
     mean = H.diagonal().mean()
@@ -134,7 +129,7 @@ def factor(H: Tensor, *, ladder: tuple[float, ...] = DAMPING_LADDER, name: str =
     Raises NumericalError, naming the linear, if H is not finite or no rung of the ladder succeeds.
     """
     lower, damping, dead, failed = _reversed_cholesky(H, ladder, name)
-    return Factor(_inverse(lower).flip(0, 1).contiguous(), damping, dead, failed)
+    return Factor(lower_inverse(lower).flip(0, 1).contiguous(), damping, dead, failed)
 
 
 def squared_pivots(

@@ -18,7 +18,7 @@ from bitmill.hessian import Factor
 from bitmill.rtn import round_to_nearest
 from bitmill.sensitivity import SensitivitySettings, input_costs
 from bitmill_kernels.split_product import left_parts, right_parts, split_product, subtract_parts
-from bitmill_kernels.substitution import cholesky_solve
+from bitmill_kernels.substitution import cholesky_solver, lower_inverse
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,8 +104,11 @@ def test_blocks_solve_what_the_whole_does():
     lower = torch.linalg.cholesky(x.T @ x / len(x) + 0.1 * torch.eye(2500))
     right = torch.randn(130, 2500).T
     exact = torch.cholesky_solve(right.double(), lower.double())
-    found = cholesky_solve(lower.cuda(), right.cuda()).cpu().double()
+    found = cholesky_solver(lower.cuda())(right.cuda()).cpu().double()
     assert float((found - exact).norm()) < 1e-4 * float(exact.norm())
+    inverse = torch.linalg.inv(lower.double())
+    found = lower_inverse(lower.cuda()).cpu().double()
+    assert float((found - inverse).norm()) < 1e-4 * float(inverse.norm())
 
 
 def test_siblings_are_solved_as_each_alone():

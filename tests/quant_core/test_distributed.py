@@ -59,7 +59,7 @@ with as_rank("cpu") as (group, device):
     alone, divided = Curvature.prepare(H), Curvature.prepare(H, ridges=ridges, ranks=group)
     solved = [torch.equal(divided.solve(x, r), alone.solve(x, r)) for r in ridges]
     found = {
-        "solved": [*solved, sorted(divided.ridged), divided.factor.damping],
+        "solved": [*solved, sorted(divided.solvers), divided.factor.damping],
         "sum": part.tolist(),
         "rows": group.gather_rows(rows, 5).tolist(),
         "bytes": group.gather_rows(rows[:, :1].byte(), 5).flatten().tolist(),
