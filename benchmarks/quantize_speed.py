@@ -7,7 +7,8 @@ written to a temporary folder and run through the job's own stages. Windows are 
 decoder block of a stage is one unit; a unit's seconds are split by what the library was doing. All
 blocks of the shape are extrapolated: what was measured, plus the median of the units behind the
 first (which compiles kernels) for each block that is missing, and the forward passes that a
-backward pass through all blocks would repeat.
+backward pass through all blocks would repeat. A unit of refinement ends when its block is saved,
+early in the turn of the next one; the last one, which lacks that, is left out of the median too.
 
 With several devices the times are the first rank's, which waits for the others at every sum; memory
 is that of one rank.
@@ -339,7 +340,8 @@ def seconds_of(
         if stage == "pack":
             linears = len(steady) // options.blocks
             steady = [added(steady[i : i + linears]) for i in range(0, len(steady), linears)]
-        steady = steady[1:] or steady
+        inner = slice(1, -1) if stage == "refine" else slice(1, None)
+        steady = steady[inner] or [averaged(steady)]
         for name in {name for seconds in steady for name in seconds}:
             times = [seconds.get(name, 0.0) for seconds in steady]
             parts[name] = parts.get(name, 0.0) + statistics.median(times)
@@ -352,6 +354,10 @@ def seconds_of(
         "phases": {phase: round(seconds, 4) for phase, seconds in phases.items()},
         "block_parts": {k: round(v, 4) for k, v in sorted(parts.items(), key=lambda kv: -kv[1])},
     }
+
+
+def averaged(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {name: seconds / len(parts) for name, seconds in added(parts).items()}
 
 
 def added(parts: list[dict[str, float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ that are quantized too are the part before the first block, `embeddings.safetens
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -112,16 +112,17 @@ def _sha256(pieces: Iterable[bytes | memoryview]) -> str:
 class BlockSaver:
     """Saves blocks in a thread, one at a time, while the caller goes on.
 
-    folder: where they go; device: where they are computed. On CUDA, packing and copies run on a
-    stream of their own. What is saved is not to be written to any more. A context manager: no save
-    is under way behind it.
+    folder: where they go; device: where they are computed; on_saved: told the number of a block
+    that is saved, in the caller's thread. On CUDA, packing and copies run on a stream of their own.
+    What is saved is not to be written to any more. A context manager: no save is under way behind
+    it.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, device: torch.device, on_saved: Callable[[int], None]) -> None:
+        self._folder, self._on_saved = folder, on_saved
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save-block")
-        self._saving: Future[None] | None = None
+        self._saving: tuple[int, Future[None]] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -140,14 +141,20 @@ class BlockSaver:
         self.wait()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        self._saving = self._thread.submit(self._save, i, weights, linears, learning)
+        self._saving = i, self._thread.submit(self._save, i, weights, linears, learning)
 
     def wait(self) -> None:
         """Return when every block is saved. Raises what went wrong in the thread."""
         saving, self._saving = self._saving, None
         if saving is not None:
             with stage("write"):
-                saving.result()
+                saving[1].result()
+            self._on_saved(saving[0])
+
+    def look(self) -> None:
+        """Tell if the block is saved by now; else return at once."""
+        if self._saving is not None and self._saving[1].done():
+            self.wait()
 
     def _save(
         self,

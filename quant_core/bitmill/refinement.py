@@ -1,6 +1,6 @@
 """Refinement of a whole model, block by block, and what it leaves on disk.
 
-Every finished block is saved (`refined_blocks.py`) while the streams move behind it. A run that was
+Every finished block is saved (`refined_blocks.py`) while the next one is refined. A run that was
 killed reloads finished blocks, puts their dequantized weights into the stream and goes on: the
 inputs of later blocks, and so their bytes, are the same. Held-out sequences travel behind the
 calibration sequences.
@@ -150,9 +150,13 @@ def refine_model(
     embeddings = _load_embeddings(folder, model.plan)
     matrices = {name: weight.dequantize() for name, weight in embeddings.items()}
     quantized = model.with_matrices(matrices)
+
+    def tell(i: int) -> None:
+        on_unit(i + 1, model.block_count, "block", "")
+
     with (
         HiddenStates(model.device, folder, group=group, host_bytes=host_bytes) as states,
-        BlockSaver(folder, model.device) as saver,
+        BlockSaver(folder, model.device, tell) as saver,
     ):
         run = _Run(model, quantized, inputs, settings, folder, seed, group, states)
         for i in range(model.block_count):
@@ -163,14 +167,16 @@ def refine_model(
                     if name in weights:
                         set_weight(module, weights[name].dequantize())
             else:
-                refined = run.refine(i, block)
+                refined = run.refine(i, block, saver.look)
                 if group.first:
                     saver.save(i, *refined)
                 del refined  # the saver drops it when the block is saved
             if i + 1 < model.block_count:
                 run.advance(i, block)
-            saver.wait()
-            on_unit(i + 1, model.block_count, "block", "")
+            if finished[i] or not group.first:
+                saver.wait()
+                tell(i)
+        saver.wait()
     if run.learning is not None:
         _tune(run.learning, model.plan, folder)
     group.barrier()
@@ -250,7 +256,7 @@ class _Run:
         self._replay = Replay()
 
     def refine(
-        self, i: int, block: nn.Module
+        self, i: int, block: nn.Module, on_linear: Callable[[], None]
     ) -> tuple[dict[str, QuantizedWeight], list[LinearQuality], dict[str, Any] | None]:
         names = [linear.name for linear in self.model.plan.block_linears(i)]
         weights, report = refine_block(
@@ -262,6 +268,7 @@ class _Run:
             settings=refine_settings(self.settings, self.batch, self.asymmetric),
             orders={n: self.inputs.orders[n] for n in names if n in self.inputs.orders},
             held_out=self._streams[1] if self.asymmetric else None,
+            on_linear=lambda _: on_linear(),
             replay=self._replay if self.learning is None else None,
         )
         if self.asymmetric and names:

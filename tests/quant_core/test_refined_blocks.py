@@ -89,18 +89,33 @@ def test_the_caller_goes_on_while_a_block_is_saved(
         write_bytes(target, *data)
 
     monkeypatch.setattr(storage, "write_bytes", later)
-    with BlockSaver(tmp_path, CPU) as saver:
+    told: list[int] = []
+    with BlockSaver(tmp_path, CPU, told.append) as saver:
         saver.save(0, block_of(model.plan), [], None)
+        saver.look()
         assert not report_path(tmp_path, 0).exists()
+        assert told == []
         may_write.set()
         saver.save(1, block_of(model.plan, 1), [], None)
         assert report_path(tmp_path, 0).is_file()
+        assert told == [0]
         saver.wait()
         assert report_path(tmp_path, 1).is_file()
+        saver.look()
+        assert told == [0, 1]
+
+
+def test_a_look_tells_what_is_saved_by_then(model: StreamedModel, tmp_path: Path) -> None:
+    told: list[int] = []
+    with BlockSaver(tmp_path, CPU, told.append) as saver:
+        saver.save(0, block_of(model.plan), [], None)
+        while not told:
+            saver.look()
+    assert told == [0]
 
 
 def test_what_goes_wrong_in_the_thread_is_raised_once(model: StreamedModel, tmp_path: Path) -> None:
-    with BlockSaver(tmp_path / "missing", CPU) as saver:
+    with BlockSaver(tmp_path / "missing", CPU, list[int]().append) as saver:
         saver.save(0, block_of(model.plan), [], None)
         with pytest.raises(FileNotFoundError):
             saver.save(1, block_of(model.plan), [], None)
@@ -113,7 +128,7 @@ def test_an_error_of_the_caller_waits_for_the_save_and_is_the_one_raised(
     for folder in (tmp_path, tmp_path / "missing"):
         with (
             pytest.raises(ValueError, match="of the caller"),
-            BlockSaver(folder, CPU) as saver,
+            BlockSaver(folder, CPU, list[int]().append) as saver,
         ):
             saver.save(0, block_of(model.plan), [], None)
             raise ValueError("of the caller")
