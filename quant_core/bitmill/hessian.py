@@ -7,7 +7,7 @@
 the squared gradient of the loss at the linear's output) makes H the curvature of the loss instead
 of the layer's own error.
 
-U comes from one Cholesky factorization and one triangular solve: with J the reversal of rows and
+U comes from one Cholesky factorization and one triangular inverse: with J the reversal of rows and
 columns, J H J = M M^T gives H^-1 = (J M^-1 J)^T (J M^-1 J), and J M^-1 J is upper triangular. The
 usual route (Cholesky, inverse, Cholesky again) does three times the work and loses more digits.
 

@@ -1,15 +1,17 @@
 """What refinement knows about a linear's inputs, summed over a stream of block inputs.
 
     H      = mean x x^T                     x: inputs behind the quantized prefix
-    shift  = mean e x^T,  energy = mean |e|^2,  e = y' - y
+    shift  = mean e x^T,  energy = mean e^2, per row,  e = y' - y
 
 y' is what the source model's linear puts out for the same token, from its input x'. Both are W
-times their inputs, so with d = x' - x neither is run: shift = W mean d x^T and energy = tr(W (mean
-d d^T) W^T), from sums that linears with one input share. For a linear that writes to the residual
-stream e may be the whole stream's difference, (r' + y') - (r + y), which is summed as it is. The
-error of any replacement ŵ on these tokens follows without running anything:
+times their inputs, so with d = x' - x neither is run: shift = W mean d x^T and energy = diag(W
+(mean d d^T) W^T), from sums that linears with one input share. For a linear that writes to the
+residual stream e may be the whole stream's difference, (r' + y') - (r + y), which is summed as it
+is. The error of any replacement ŵ on these tokens follows without running anything:
 
-    mean |y' - x ŵ^T|^2 = energy + 2 <W - ŵ, shift> + tr((W - ŵ) H (W - ŵ)^T)
+    mean |y' - x ŵ^T|^2 = sum energy + 2 <W - ŵ, shift> + tr((W - ŵ) H (W - ŵ)^T)
+
+Rows of W are independent in all of it, so shifts and energies of some rows are had alone.
 """
 
 from __future__ import annotations

@@ -6,13 +6,14 @@ that linears of later stages see, and answer to, the error of earlier ones.
 
 With `asymmetric` the source model runs beside it, and each linear's target moves by the
 least-squares share of what its output lacks (`input_statistics.py`, `gptq.py`). That is kept per
-linear only where the error on held-out tokens, mean |y' - x ŵ^T|^2, falls. A linear that adds
-straight to the residual stream may also work against what the prefix has already lost there
-(`asymmetric="residual"`); which linears do is found by running the block, not from a list.
+linear only where the error of a sample of its rows on held-out tokens, mean |y' - x ŵ^T|^2, falls.
+A linear that adds straight to the residual stream may also work against what the prefix has already
+lost there (`asymmetric="residual"`); which linears do is found by running the block, not from a
+list.
 
-Where the stream belongs to several ranks, H and shifts are sums over all windows. The
-ranks divide the factors of H, then the rows of each linear, which are independent given H; each
-gets what the others made.
+Where the stream belongs to several ranks, H and shifts are sums over all windows. The ranks divide
+the factors of H, then the rows of each linear, which are independent given H; each gets what the
+others made.
 
 At return the block computes with the dequantized weights. Given up: re-measuring q, k and v after
 each other, which read the same input and do not see each other.
