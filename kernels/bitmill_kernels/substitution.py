@@ -4,8 +4,9 @@
     L X = 1:       X_ii = L_ii^-1,  X_ij = -L_ii^-1 sum_k<i L_ik X_kj
 
 The diagonal blocks of 1024 rows are inverted in fp32 once, so that a block is solved by one split
-product (`split_product.py`) and taken out of the rows to come by another. Substitution by the
-vendor's library runs at a fraction of a product's speed. On the CPU LAPACK does both.
+product (`split_product.py`) and taken out of the rows to come by another. An inverse, whose errors
+grow with the condition of L, takes fp32 products instead. Substitution by the vendor's library runs
+at a fraction of a product's speed. On the CPU LAPACK does both.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ def invert(lower: Tensor, block: int = BLOCK) -> Tensor:
         inverse = _inverted(lower[part, part])
         x[part, part] = inverse
         if before.stop:
-            x[part, before] = split_product(inverse, x[part, before])
+            x[part, before] = inverse @ x[part, before]
         if rest.start < rest.stop:
-            x[rest, done] -= split_product(lower[rest, part], x[part, done])
+            x[rest, done] -= lower[rest, part] @ x[part, done]
     return x
 
 
