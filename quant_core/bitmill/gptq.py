@@ -493,6 +493,8 @@ def check_weights(weights: Mapping[str, Tensor]) -> None:
 
     Waits for the device once.
     """
+    if not weights:
+        return
     finite = torch.stack([torch.isfinite(W).all() for W in weights.values()]).tolist()
     for (name, W), good in zip(weights.items(), finite, strict=True):
         if good:

@@ -103,7 +103,7 @@ def refine_block(
     settings = settings or RefineSettings()
     _check_streams(settings, stream, held_out)
     linears = model.linears(block, index)
-    check_weights({name: weight_of(linears[name]).detach() for name in widths})
+    check_weights({n: weight_of(linears[n]).detach() for n in linears if n in widths})
     job = _BlockJob(
         _block_state(model, index, block, stream, settings, replay or Replay()),
         widths,

@@ -234,6 +234,8 @@ def test_the_correction_is_chosen_by_the_judge():
     ]
     report = chosen(1.1 * W)
     assert report.held_out_error < report.held_out_symmetric
+    alone = quantize_gptq(W[::2], curvature, (6, 6), settings=PLAIN)[1]
+    assert chosen(W).held_out_symmetric == pytest.approx(alone.error, rel=1e-4)
 
 
 def test_a_ridge_keeps_the_correction_to_strong_directions():

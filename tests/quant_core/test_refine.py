@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bitmill.blocks import StreamedModel, weight_of
-from bitmill.errors import CalibrationError
+from bitmill.errors import CalibrationError, NumericalError
 from bitmill.gptq import GptqSettings, quantize_gptq
 from bitmill.grid import ClipSettings
 from bitmill.hessian import activation_order
@@ -122,6 +122,19 @@ def test_linears_without_widths_keep_the_source_precision(llama):
     weights, _ = refine_block(llama, 0, block, stream, widths, settings=RefineSettings(gptq=QUICK))
     assert set(weights) == set(widths)
     assert torch.equal(block.mlp.down_proj.weight, before)
+
+
+def test_a_block_without_widths_stays_and_its_weights_are_checked_before_it_runs(llama):
+    stream = Stream(llama.embed(token_windows(2)))
+    block = llama.load_block(0)
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    weights, report = refine_block(llama, 0, block, stream, {})
+    assert (weights, report.linears) == ({}, ())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
+    with torch.no_grad():
+        block.mlp.up_proj.weight[3, 7] = float("nan")
+    with pytest.raises(NumericalError, match=r"0\.mlp\.up_proj has 1 weights.*row 3, column 7"):
+        refine_block(llama, 0, block, stream, widths_of(llama, 0, 3))
 
 
 def test_column_orders_are_stored_and_undone(llama):
