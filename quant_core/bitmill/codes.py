@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from bitmill.grid import Grid, max_code, stored_zero
+from bitmill.grid import Grid, max_code, stored_zeros
 from bitmill.packed import QuantizedWeight
 from bitmill_kernels.layout import GROUP_SIZE, group_columns
 
@@ -73,13 +73,10 @@ class LinearCodes:
 
     def finish(self, order: Tensor | None) -> QuantizedWeight:
         """The stored form, on the same device; order is i64 [K], or None for natural order."""
-        zeros = [
-            stored_zero(zero, width) for zero, width in zip(self.zeros, self.widths, strict=True)
-        ]
         return QuantizedWeight(
             self.codes,
             self.scales.to(torch.float16),
-            torch.stack(zeros),
+            stored_zeros(self.zeros, self.widths),
             self.widths,
             None if order is None else order.to(torch.int32),
         )

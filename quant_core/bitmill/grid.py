@@ -20,6 +20,7 @@ error. Given up: the exact optimum over (s, z, q), which costs a sort per row fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -71,9 +72,10 @@ def max_code(width: int) -> int:
     return (1 << width) - 1
 
 
-def stored_zero(zero: Tensor, width: int) -> Tensor:
-    """Zero points as the format stores them: u8, in eighths at width 1."""
-    return (zero * ONE_BIT_ZERO_STEPS if width == 1 else zero).round().to(torch.uint8)
+def stored_zeros(zeros: Tensor, widths: Sequence[int]) -> Tensor:
+    """Zero points [G, N] as the format stores them: u8, in eighths at width 1."""
+    steps = torch.tensor([float(ONE_BIT_ZERO_STEPS) if width == 1 else 1.0 for width in widths])
+    return (zeros * steps.to(zeros.device)[:, None]).round().to(torch.uint8)
 
 
 def round_scale(scale: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ def _check_scales(scales: Tensor, name: str) -> None:
 def _check_limits(codes: Tensor, zeros: Tensor, widths: tuple[int, ...]) -> None:
     if not codes.numel():
         return
-    columns = codes.amax(0).split(GROUP_SIZE)
+    columns = codes.amax(0).cpu().split(GROUP_SIZE)
     of_codes = torch.stack([part.amax() for part in columns]).tolist()
     of_zeros = zeros.amax(1).tolist()
     for group, width in enumerate(widths):

@@ -10,7 +10,7 @@ from bitmill.grid import (
     nearest_codes,
     one_bit_groups,
     relative_weights,
-    stored_zero,
+    stored_zeros,
     values,
     weighted_errors,
 )
@@ -56,7 +56,7 @@ def test_grids_are_storable_and_never_worse_than_min_max(width):
     errors = [error_of(W, grid, width, h) for grid in grids]
     for grid in grids:
         assert_legal(grid, width)
-        stored = stored_zero(grid.zero, width)[None]
+        stored = stored_zeros(grid.zero[None], [width])
         assert torch.equal(real_zeros(stored, [width])[0], grid.zero)
     assert (errors[2] <= errors[1] * (1 + 1e-5)).all()
     assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
