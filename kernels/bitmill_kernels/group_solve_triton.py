@@ -353,20 +353,20 @@ class Scratch(NamedTuple):
         return cls(*(torch.empty(shape, device=candidates.kinds.device) for shape in shapes))
 
 
-def diagonal_blocks(unit: Tensor, reciprocal: Tensor) -> tuple[Tensor, Tensor]:
-    """What the kernel reads of a factor: f32 [G, 128, 128] and [G, 128], filled up with zeros.
+def diagonal_blocks(U: Tensor) -> tuple[Tensor, Tensor]:
+    """What the kernel reads of a factor U f32 [K, K]: f32 [G, 128, 128] and [G, 128].
 
-    unit: f32 [K, K], rows of the factor divided by their diagonal; each group's own block is
-    transposed. reciprocal: f32 [K], 1 / U_jj.
+    Each group's own block, transposed, its rows divided by their diagonal, and 1 / U_jj; filled up
+    with zeros.
     """
-    groups = triton.cdiv(len(unit), GROUP_SIZE)
-    padding = groups * GROUP_SIZE - len(unit)
+    groups = triton.cdiv(len(U), GROUP_SIZE)
+    padding = groups * GROUP_SIZE - len(U)
     shape = (groups, GROUP_SIZE)
-    whole = functional.pad(unit, (0, padding, 0, padding)) if padding else unit
+    whole = functional.pad(U, (0, padding, 0, padding)) if padding else U
     blocks = whole.unflatten(1, shape).unflatten(0, shape).diagonal(dim1=0, dim2=2)
-    return blocks.permute(2, 1, 0).contiguous(), functional.pad(reciprocal, (0, padding)).view(
-        shape
-    )
+    diagonal = functional.pad(U.diagonal(), (0, padding), value=1.0).view(shape)
+    reciprocals = functional.pad(U.diagonal().reciprocal(), (0, padding)).view(shape)
+    return (blocks.permute(2, 1, 0) / diagonal[:, None]).contiguous(), reciprocals
 
 
 def group_solve_triton(
@@ -393,15 +393,15 @@ def group_solve_triton(
 
 
 def group_losses_triton(
-    w: Tensor, unit: Tensor, reciprocal: Tensor, scale: Tensor, zero: Tensor, largest: Tensor
+    w: Tensor, U: Tensor, scale: Tensor, zero: Tensor, largest: Tensor
 ) -> Tensor:
     """Losses f32 [G, R] of all groups of w f32 [K, R], each on its own grid f32 [G, R].
 
-    unit: f32 [K, K], rows of the factor divided by their diagonal; reciprocal: f32 [K] 1 / U_jj.
+    U: f32 [K, K], the factor.
     """
     loss = torch.empty_like(scale)
     start = Candidates([], [], 0, w.device)
-    tables = *diagonal_blocks(unit, reciprocal), scale, zero, largest
+    tables = *diagonal_blocks(U), scale, zero, largest
     error = torch.empty_like(w, memory_format=torch.contiguous_format)
     _launch(w, *tables, start, error, error, Scratch(loss, error, error[None]), False)
     return loss

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bitmill.codes import LinearCodes, group_slices, row_slices, stacked_largest
-from bitmill.compensated_grid import CompensatedSettings, unit_rows
+from bitmill.compensated_grid import CompensatedSettings
 from bitmill.grid import Grid, clip_search, clip_search_groups, relative_weights, round_scale
 from bitmill_kernels.layout import GROUP_SIZE
 from bitmill_kernels.split_product import LOW_LEFT, grouped_parts, subtract_parts
@@ -25,6 +25,9 @@ from bitmill_kernels.split_product import LOW_LEFT, grouped_parts, subtract_part
 if TYPE_CHECKING:
     from bitmill.gptq import Curvature, GptqSettings
     from bitmill_kernels.group_solve_triton import Candidates
+
+SPLIT_ROWS = 8 * GROUP_SIZE
+"""Rows of a factor that are divided and split at once."""
 
 
 def solve_on_device(
@@ -40,9 +43,9 @@ def solve_on_device(
     from bitmill_kernels.group_solve_triton import Scratch, diagonal_blocks, group_solve_triton
 
     U = curvature.factor.upper
-    unit, reciprocal = unit_rows(U), U.diagonal().reciprocal()
     schur = settings.clip_weight == "schur"
-    weight = relative_weights(reciprocal.square() if schur else curvature.H.diagonal())
+    squares = U.diagonal().reciprocal().square() if schur else curvature.H.diagonal()
+    weight = relative_weights(squares)
     candidates = candidates_of(settings.compensated, U.device)
     work = torch.cat([W.T for W in matrices], 1)
     (K, N), span = work.shape, settings.super_block * GROUP_SIZE
@@ -50,8 +53,8 @@ def solve_on_device(
     largest = stacked_largest(widths, rows, U.device)
     codes = torch.empty(K, N, dtype=torch.uint8, device=U.device)
     grids: list[Grid] = []
-    blocks, reciprocals = diagonal_blocks(unit, reciprocal)
-    unit_parts = grouped_parts(unit, LOW_LEFT)
+    blocks, reciprocals = diagonal_blocks(U)
+    unit_parts = _unit_parts(U)
     errors = torch.empty(3 * min(span, K), N, dtype=torch.bfloat16, device=U.device)
     scratch = Scratch.of(candidates, N)
     for group, part in group_slices(K):
@@ -86,6 +89,19 @@ def solve_on_device(
         LinearCodes(codes[:, mine].T.contiguous(), whole.scale[:, mine], whole.zero[:, mine], own)
         for mine, own in zip(rows, widths, strict=True)
     ]
+
+
+def _unit_parts(U: Tensor) -> Tensor:
+    """Rows of U f32 [K, K] divided by their diagonal, as parts of a left factor, bf16 [3 K, K].
+
+    Made some rows at a time: large K leave no room for the divided rows too.
+    """
+    parts = torch.empty(3 * len(U), len(U), dtype=torch.bfloat16, device=U.device)
+    for start in range(0, len(U), SPLIT_ROWS):
+        rows = slice(start, min(start + SPLIT_ROWS, len(U)))
+        unit = U[rows] / U.diagonal()[rows, None]
+        grouped_parts(unit, LOW_LEFT, parts[3 * rows.start : 3 * rows.stop])
+    return parts
 
 
 @cache

@@ -91,13 +91,13 @@ def _block_weights(plan: Plan, block: int) -> int:
 
 def _hessian_bytes(plan: Plan, spec: JobSpec, block: int) -> int:
     """Float32 second moments of a block's widest stage, those of held-out windows too where they
-    judge, and for the widest input an ordered copy, the factor and its rows divided."""
+    judge, and for the widest input an ordered copy, the factor and two more while it is made."""
     judged = 2 if spec.refinement.asymmetric else 1
     stages = [
         [plan.by_name[group[0]].columns for group in stage] for stage in plan.input_stages(block)
     ]
     together = max(sum(k * k for k in stage) for stage in stages)
-    return 4 * (judged * together + 3 * max(k * k for stage in stages for k in stage))
+    return 4 * (judged * together + 4 * max(k * k for stage in stages for k in stage))
 
 
 def _activation_bytes(plan: Plan, block: int, tokens: int, element: int) -> int:

@@ -20,7 +20,7 @@ and one by one on the CPU, with the same results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Literal
@@ -81,7 +81,7 @@ class GptqSettings:
 class Curvature:
     """H f32 [K, K] in packed column order, its factor, and that order (i64 [K], None = natural).
 
-    solvers: those of H with other dampings, by damping, kept for the linears to come.
+    solvers: those of H with other dampings, by damping, while corrections are compared.
     """
 
     H: Tensor
@@ -242,7 +242,7 @@ def quantize_gptq(
 
 
 def quantize_siblings(
-    linears: Sequence[Linear],
+    linears: MutableSequence[Linear],
     curvature: Curvature,
     *,
     strengths: Sequence[float] = (1.0,),
@@ -260,12 +260,15 @@ def quantize_siblings(
 
     ranks: those that solve other rows of the same linears. Errors are sums over all of them;
     held-out errors are those of the sample, relative to those of zeros in its place. Weights must
-    be finite (`check_weights`).
+    be finite (`check_weights`). Corrections, which hold second moments, are taken out of `linears`
+    once they are judged, and solvers out of `curvature`: the column loop needs their memory.
     """
     settings = settings or GptqSettings()
     device = curvature.H.device
     sources = [curvature.packed(linear.W.to(device, torch.float32)) for linear in linears]
     goals = _goals(linears, sources, curvature, strengths, ridges, settings, ranks)
+    linears[:] = [replace(linear, correction=None) for linear in linears]
+    curvature.solvers.clear()
     return _reach(linears, goals, curvature, settings, ranks)
 
 
@@ -333,6 +336,8 @@ def _goals(
     error = dict(zip(trials, errors, strict=True))
     every = [[trial for trial in own if isfinite(error[trial])] for own in every]
     best = [min(own, key=error.__getitem__) for own in every if own]
+    for ridge in curvature.solvers.keys() - {trial.ridge for trial in best}:
+        del curvature.solvers[ridge]
     verdicts = iter(_verdicts(best, curvature, settings, ranks))
     goals = []
     for source, own in zip(sources, every, strict=True):

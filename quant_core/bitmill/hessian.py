@@ -26,7 +26,7 @@ from torch import Tensor
 from bitmill.distributed import Group
 from bitmill.errors import CalibrationError, NumericalError
 from bitmill.timing import stage
-from bitmill_kernels.hessian import hessian_update
+from bitmill_kernels.hessian import column_blocks, hessian_update
 from bitmill_kernels.substitution import lower_inverse
 
 DAMPING_LADDER = (0.005, 0.01, 0.05, 0.1)
@@ -70,7 +70,7 @@ class HessianAccumulator:
         """
         self._check_rows()
         mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny)
-        return symmetric(self._sum / mass.float())
+        return mirrored(self._sum / mass.float())
 
     def _check_rows(self) -> None:
         """The sum of a row is not finite where one of its values is not."""
@@ -104,10 +104,16 @@ class Factor:
     failed: tuple[float, ...]
 
 
-def symmetric(H: Tensor) -> Tensor:
-    """H with its upper triangle mirrored: sums over tokens differ in their last bits."""
-    upper = H.triu()
-    return upper + upper.triu(1).T
+def mirrored(H: Tensor) -> Tensor:
+    """H f32 [K, K] itself, with its upper triangle below the diagonal too.
+
+    Sums over tokens differ there in their last bits, or were not made.
+    """
+    for columns in column_blocks(len(H)):
+        upper, below = H[columns, columns].triu(), slice(columns.stop, None)
+        H[columns, columns] = upper + upper.triu(1).T
+        H[below, columns] = H[columns, below].T
+    return H
 
 
 def activation_order(H: Tensor) -> Tensor:

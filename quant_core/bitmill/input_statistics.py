@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bitmill.blocks import StreamedModel, weight_of
 from bitmill.codes import row_errors
 from bitmill.distributed import SINGLE, Group
-from bitmill.hessian import HessianAccumulator, symmetric
+from bitmill.hessian import HessianAccumulator, mirrored
 from bitmill.observe import Ends, observe, observe_ends
 from bitmill.replay import Replay
 from bitmill.starved_experts import filled_means
@@ -138,7 +138,7 @@ class _Sums:
     def through(self, W: Tensor) -> tuple[Tensor, Tensor | None]:
         """mean (W a) b^T f32 [N, K] and mean (W a)^2 f64 [N] for W f32 [N, M]."""
         mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny).float()
-        energy = row_errors(W, symmetric(self._energy / mass)) if self._kind else None
+        energy = row_errors(W, mirrored(self._energy / mass)) if self._kind else None
         return split_product(W, self._cross / mass), energy
 
 

@@ -181,10 +181,11 @@ class _BlockJob:
     def _refine_group(
         self,
         group: Sequence[str],
-        seen: Mapping[str, InputStatistics],
-        unseen: Mapping[str, InputStatistics],
+        seen: dict[str, InputStatistics],
+        unseen: dict[str, InputStatistics],
     ) -> dict[str, Refined]:
-        """Linears that share H (and so the order) are solved together."""
+        """Linears that share H (and so the order) are solved together; takes their statistics."""
+        tokens = {name: seen[name].tokens for name in group}
         if self.settings.method == "rtn":
             found = {name: self._rtn(name, seen[name]) for name in group}
         else:
@@ -194,7 +195,7 @@ class _BlockJob:
             found = {}
             for names in alike.values():
                 found |= self._gptq(names, seen, unseen)
-        return {name: self._gathered(name, found[name], seen[name]) for name in group}
+        return {name: self._gathered(name, found[name], tokens[name]) for name in group}
 
     def _weight(self, name: str) -> Tensor:
         """This rank's rows of a linear, f32."""
@@ -219,12 +220,12 @@ class _BlockJob:
     def _gptq(
         self,
         names: Sequence[str],
-        seen: Mapping[str, InputStatistics],
-        unseen: Mapping[str, InputStatistics],
+        seen: dict[str, InputStatistics],
+        unseen: dict[str, InputStatistics],
     ) -> dict[str, Refined]:
         """Plain solutions, or the corrected ones of least held-out error where they beat those."""
         settings, first = self.settings, names[0]
-        linears = [self._linear(name, seen[name], unseen.get(name)) for name in names]
+        linears = [self._linear(name, seen[name], unseen.pop(name, None)) for name in names]
         corrected = any(linear.correction for linear in linears)
         curvature = Curvature.prepare(
             seen[first].H,
@@ -234,6 +235,8 @@ class _BlockJob:
             ridges=settings.ridges if corrected else (),
             ranks=self.ranks,
         )
+        for name in names:
+            del seen[name]
         solved = quantize_siblings(
             linears,
             curvature,
@@ -260,9 +263,9 @@ class _BlockJob:
 
         return Linear(name, W, widths, Correction(statistics.shift, sample, judge))
 
-    def _gathered(self, name: str, own: Refined, statistics: InputStatistics) -> Refined:
+    def _gathered(self, name: str, own: Refined, tokens: int) -> Refined:
         """All rows of a linear of which each rank has solved its own."""
-        weight, report = own[0], replace(own[1], tokens=statistics.tokens)
+        weight, report = own[0], replace(own[1], tokens=tokens)
         if self.ranks.size == 1:
             return weight, report
         count = self.state.model.plan.by_name[name].rows

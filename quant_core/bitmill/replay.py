@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bitmill.block_inputs import spare_device_bytes, spare_host_bytes
 from bitmill.blocks import StreamedModel
 
-MOST_BYTES = 12 << 30
+MOST_BYTES = 10 << 30
 """Kept tensors, and three matrices [K, K] of the widest input K that a stage works with beside."""
 
 

@@ -420,8 +420,7 @@ def _losses_on_device(W: Tensor, curvature: Curvature, settings: SensitivitySett
             grids.append(clip_search_groups(columns, tops[-1], weight, clip))
     losses = group_losses_triton(
         columns.repeat(1, len(grids)),
-        unit_rows(U),
-        U.diagonal().reciprocal(),
+        U,
         round_scale(torch.cat([grid.scale for grid in grids], 1)),
         torch.cat([grid.zero for grid in grids], 1),
         torch.cat(tops, 1),

@@ -291,7 +291,10 @@ def test_siblings_are_solved_as_each_alone():
         for i, widths in enumerate(((3, 2), (1, 4), (2, 1)))
     ]
     ridges = (0.0, 0.5)
-    together = quantize_siblings(linears, curvature, ridges=ridges)
+    given = list(linears)
+    together = quantize_siblings(given, curvature, ridges=ridges)
+    assert [linear.correction for linear in given] == [None] * 3
+    assert not curvature.solvers
     for linear, (weight, report) in zip(linears, together, strict=True):
         [(alone, expected)] = quantize_siblings([linear], curvature, ridges=ridges)
         assert alone.codes_sha256() == weight.codes_sha256()

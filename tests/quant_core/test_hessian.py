@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from bitmill.errors import CalibrationError, NumericalError
-from bitmill.hessian import HessianAccumulator, activation_order, factor, squared_pivots
+from bitmill.hessian import (
+    HessianAccumulator,
+    activation_order,
+    factor,
+    mirrored,
+    squared_pivots,
+)
 
 
 def inputs(T=300, K=40, seed=0):
@@ -15,6 +21,14 @@ def hessian(x):
     accumulator = HessianAccumulator(x.shape[1], "cpu")
     accumulator.add(x)
     return accumulator.mean()
+
+
+@pytest.mark.parametrize("K", [1, 40, 300, 700])
+def test_the_upper_triangle_is_mirrored_in_place(K):
+    H = torch.randn(K, K, generator=torch.Generator().manual_seed(K))
+    upper = H.triu()
+    assert mirrored(H) is H
+    assert torch.equal(H, upper + upper.triu(1).T)
 
 
 def test_the_mean_does_not_depend_on_the_batches():
