@@ -41,13 +41,12 @@ from safetensors.torch import save_file
 from bitmill import pipeline
 from bitmill.block_inputs import (
     choose_every,
-    free_device_bytes,
     least_inputs,
-    spare_host_bytes,
 )
 from bitmill.calibration import CalibrationSet
 from bitmill.distributed import Group
 from bitmill.estimate import Machine, estimate
+from bitmill.free_memory import free_device_bytes, spare_host_bytes
 from bitmill.gradient_pass import PassSettings, input_room
 from bitmill.launch import as_rank, is_rank, run_ranks
 from bitmill.plan import Plan

@@ -19,7 +19,6 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -29,36 +28,8 @@ from torch import Tensor
 from bitmill.errors import ResourceError
 from bitmill.storage import disk_errors
 
-_FALLBACK_BYTES = 8 << 30
-
 Step = Callable[[int, Tensor, Tensor], None]
 """Runs block i: (i, its input [S, T, D], where its output goes [S, T, D])."""
-
-
-def spare_host_bytes() -> int:
-    """Half of what this process may still take of host memory: the machine's, or its cgroup's."""
-    limits = [_FALLBACK_BYTES]
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(line for line in lines if line.startswith("MemAvailable:"))
-        limits = [int(available.split()[1]) * 1024]
-    with suppress(OSError, ValueError):
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) - used)
-    return max(0, min(limits)) // 2
-
-
-def free_device_bytes(device: torch.device) -> int:
-    """What this process may still take of an accelerator's memory; 0 on a CPU."""
-    if device.type != "cuda":
-        return 0
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def spare_device_bytes(device: torch.device) -> int:
-    """A third of an accelerator's free memory; 0 on a CPU."""
-    return free_device_bytes(device) // 3
 
 
 def least_inputs(blocks: int) -> int:

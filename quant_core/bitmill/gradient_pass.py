@@ -31,14 +31,13 @@ from bitmill.block_inputs import (
     BlockInputs,
     HostMemory,
     choose_every,
-    free_device_bytes,
     least_inputs,
-    spare_host_bytes,
 )
 from bitmill.blocks import StreamedModel
 from bitmill.distributed import SINGLE, Group
 from bitmill.errors import CalibrationError
 from bitmill.estimate import backward_bytes
+from bitmill.free_memory import free_device_bytes, spare_host_bytes
 from bitmill.plan import Plan
 from bitmill.timing import stage
 

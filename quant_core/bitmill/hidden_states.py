@@ -14,9 +14,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from bitmill.block_inputs import HostMemory, spare_device_bytes, spare_host_bytes
+from bitmill.block_inputs import HostMemory
 from bitmill.blocks import StreamedModel
 from bitmill.distributed import SINGLE, Group
+from bitmill.free_memory import spare_device_bytes, spare_host_bytes
 
 
 class HiddenStates:

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitmill.block_inputs import spare_device_bytes, spare_host_bytes
 from bitmill.blocks import StreamedModel
+from bitmill.free_memory import spare_device_bytes, spare_host_bytes
 
 MOST_BYTES = 10 << 30
 """Kept tensors, and three matrices [K, K] of the widest input K that a stage works with beside."""

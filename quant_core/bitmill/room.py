@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -24,7 +23,6 @@ from typing import Any, Self
 
 import torch
 
-from bitmill.block_inputs import free_device_bytes
 from bitmill.errors import ResourceError
 from bitmill.estimate import (
     OVERHEAD,
@@ -34,11 +32,9 @@ from bitmill.estimate import (
     packed_bytes,
     stream_bytes,
 )
+from bitmill.free_memory import free_device_bytes, free_host_bytes, own_host_bytes
 from bitmill.plan import Plan
 from bitmill.spec import JobSpec
-
-_UNKNOWN = 1 << 62
-"""Bytes of a machine that does not tell."""
 
 _SHORTEST = 128
 """Tokens of the shortest window that is proposed."""
@@ -64,7 +60,7 @@ class Room:
         apart = at.stat().st_dev != to.stat().st_dev
         return cls(
             accelerator=free_device_bytes(device) if device.type == "cuda" else None,
-            host=free_host_bytes(),
+            host=free_host_bytes() + own_host_bytes(),
             disk=shutil.disk_usage(at).free + _held_bytes(work),
             output=shutil.disk_usage(to).free if apart else None,
         )
@@ -74,31 +70,6 @@ class Room:
         """The room of a job whose ranks have these: of one host, and devices of their own."""
         devices = [room.accelerator for room in rooms if room.accelerator is not None]
         return replace(rooms[0], accelerator=min(devices, default=None))
-
-
-def free_host_bytes(system: Path = Path("/")) -> int:
-    """What this process may take of the machine's memory, or its cgroup's, or has taken.
-
-    system: the folder that holds `proc` and `sys`. Files that the cgroup's memory caches are free.
-    """
-    group = system / "sys/fs/cgroup"
-    free = _bytes_in(system / "proc/meminfo").get("MemAvailable", _UNKNOWN)
-    pages = _bytes_in(group / "memory.stat")
-    with suppress(OSError, ValueError, KeyError):
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        free = min(free, limit - used + pages["inactive_file"] + pages["active_file"])
-    return free + _bytes_in(system / "proc/self/status").get("RssAnon", 0)
-
-
-def _bytes_in(file: Path) -> dict[str, int]:
-    """Bytes by name of a file of lines like "Name: 12 kB" or "name 12"; none without the file."""
-    try:
-        text = file.read_text()
-    except OSError:
-        return {}
-    found = re.findall(r"^(\w+):?\s+(\d+)( kB)?$", text, re.MULTILINE)
-    return {name: int(value) * (1024 if unit else 1) for name, value, unit in found}
 
 
 def _existing(path: Path) -> Path:

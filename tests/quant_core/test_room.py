@@ -13,7 +13,7 @@ import torch
 from bitmill.errors import ResourceError
 from bitmill.estimate import Machine, estimate, fixed_host_bytes, packed_bytes, stream_bytes
 from bitmill.pipeline import run_job
-from bitmill.room import Room, check_room, free_host_bytes
+from bitmill.room import Room, check_room
 from bitmill.spec import JobSpec, parse_spec
 from plans import llama_plan
 from tiny import tiny_llama
@@ -133,23 +133,6 @@ def test_what_a_killed_run_left_counts_as_free(tmp_path: Path) -> None:
     assert room.output is None
     assert GB // 10 < room.host < 10**5 * GB
     assert room.disk - other.disk == pytest.approx(200 << 20, rel=0.5)
-
-
-def test_free_memory_is_the_machines_or_the_cgroups_without_cached_files(tmp_path: Path) -> None:
-    group = tmp_path / "sys" / "fs" / "cgroup"
-    (tmp_path / "proc" / "self").mkdir(parents=True)
-    group.mkdir(parents=True)
-    assert free_host_bytes(tmp_path) > 10**15
-    meminfo = "MemTotal: 64 kB\nMemAvailable:   8 kB\nHugePages_Total: 0\n"
-    (tmp_path / "proc" / "meminfo").write_text(meminfo)
-    (tmp_path / "proc" / "self" / "status").write_text("Name: python\nRssAnon:\t1 kB\n")
-    assert free_host_bytes(tmp_path) == 9 * 1024
-    (group / "memory.max").write_text("max\n")
-    (group / "memory.current").write_text("6000\n")
-    (group / "memory.stat").write_text("anon 1000\nactive_file 1000\ninactive_file 2000\n")
-    assert free_host_bytes(tmp_path) == 9 * 1024
-    (group / "memory.max").write_text("7000\n")
-    assert free_host_bytes(tmp_path) == 7000 - 6000 + 3000 + 1024
 
 
 def test_a_job_that_does_not_fit_begins_no_stage(tmp_path: Path) -> None:

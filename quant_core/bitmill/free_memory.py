@@ -1,0 +1,64 @@
+"""How much memory a process may still take, of the host and of accelerators."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+_UNKNOWN = 1 << 62
+"""Bytes of a machine that does not tell."""
+
+_CAREFUL = 8 << 30
+"""Bytes that such a machine is taken to have where memory is a matter of speed."""
+
+
+def free_host_bytes(system: Path = Path("/")) -> int:
+    """What of the machine's memory, or its cgroup's, is free; cached files count as free.
+
+    system: the folder that holds `proc` and `sys`.
+    """
+    group = system / "sys/fs/cgroup"
+    free = _bytes_in(system / "proc/meminfo").get("MemAvailable", _UNKNOWN)
+    pages = _bytes_in(group / "memory.stat")
+    with suppress(OSError, ValueError, KeyError):
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        free = min(free, limit - used + pages["inactive_file"] + pages["active_file"])
+    return max(0, free)
+
+
+def own_host_bytes(system: Path = Path("/")) -> int:
+    """What this process has taken itself, without files."""
+    return _bytes_in(system / "proc/self/status").get("RssAnon", 0)
+
+
+def spare_host_bytes() -> int:
+    """Half of the free host memory."""
+    free = free_host_bytes()
+    return (free if free < _UNKNOWN else _CAREFUL) // 2
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """What this process may still take of an accelerator's memory; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def spare_device_bytes(device: torch.device) -> int:
+    """A third of an accelerator's free memory; 0 on a CPU."""
+    return free_device_bytes(device) // 3
+
+
+def _bytes_in(file: Path) -> dict[str, int]:
+    """Bytes by name of a file of lines like "Name: 12 kB" or "name 12"; none without the file."""
+    try:
+        text = file.read_text()
+    except OSError:
+        return {}
+    found = re.findall(r"^(\w+):?\s+(\d+)( kB)?$", text, re.MULTILINE)
+    return {name: int(value) * (1024 if unit else 1) for name, value, unit in found}
