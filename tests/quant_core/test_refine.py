@@ -1,9 +1,12 @@
+import gc
+
 import pytest
 import torch
 
+from bitmill import gptq
 from bitmill.blocks import StreamedModel, weight_of
 from bitmill.errors import CalibrationError, NumericalError
-from bitmill.gptq import GptqSettings, quantize_gptq
+from bitmill.gptq import GptqSettings, polish_siblings, quantize_gptq
 from bitmill.grid import ClipSettings
 from bitmill.hessian import activation_order
 from bitmill.input_statistics import BlockState, Stream, collect
@@ -228,3 +231,31 @@ def test_blockwise_statistics_ignore_the_stages_before(llama):
     name = PREFIX + "mlp.down_proj"
     assert (expected.codes == weights[name].codes).float().mean() > 0.99
     assert torch.equal(block.mlp.down_proj.weight, weights[name].dequantize())
+
+
+def test_second_moments_are_dropped_before_polishing(llama, monkeypatch):
+    """Of the inputs of down_proj [K, K] only H and its factor are left, each 3 GiB in a 70B."""
+    columns = llama.plan.by_name[PREFIX + "mlp.down_proj"].columns
+    left = {}
+
+    def counted(matrices, codes, H, settings):
+        squares = {
+            value.data_ptr()
+            for value in gc.get_objects()
+            if type(value) is torch.Tensor and value.shape == (len(H), len(H))
+        }
+        left[len(H)] = len(squares)
+        return polish_siblings(matrices, codes, H, settings)
+
+    monkeypatch.setattr(gptq, "polish_siblings", counted)
+    hidden, source = llama.embed(token_windows(6)), llama.embed(token_windows(6, seed=3))
+    order = torch.arange(columns).flip(0)
+    refine(
+        llama,
+        0,
+        Stream(hidden[:4], source[:4]),
+        settings=RefineSettings(gptq=QUICK, asymmetric="residual", batch=2),
+        held_out=Stream(hidden[4:], source[4:]),
+        orders={PREFIX + "mlp.down_proj": order},
+    )
+    assert left[columns] == 2
