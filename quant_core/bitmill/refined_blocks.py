@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -141,7 +142,8 @@ class BlockSaver:
         self.wait()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        self._saving = i, self._thread.submit(self._save, i, weights, linears, learning)
+        work = partial(save_block, self._folder, i, weights, linears, learning)
+        self._saving = i, self._thread.submit(self._aside, work)
 
     def wait(self) -> None:
         """Return when every block is saved. Raises what went wrong in the thread."""
@@ -156,15 +158,9 @@ class BlockSaver:
         if self._saving is not None and self._saving[1].done():
             self.wait()
 
-    def _save(
-        self,
-        i: int,
-        weights: Mapping[str, QuantizedWeight],
-        linears: list[LinearQuality],
-        learning: dict[str, Any] | None,
-    ) -> None:
+    def _aside(self, work: Callable[[], None]) -> None:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            save_block(self._folder, i, weights, linears, learning)
+            work()
 
 
 class SavedBlock:
@@ -175,7 +171,8 @@ class SavedBlock:
         self._widths: dict[str, str] = storage.read_json(report_path(folder, i))["widths"]
         self._file = safe_open(tensors_path(folder, i), framework="pt")
         self._keys: dict[str, list[str]] = {}
-        for key in self._file.keys():  # noqa: SIM118  (it is no mapping)
+        keys = self._file.keys()
+        for key in keys:
             self._keys.setdefault(key.rpartition(".")[0], []).append(key)
 
     @property
