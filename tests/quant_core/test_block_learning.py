@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 import torch
 
-from bitmill.block_learning import BlockData, learn_block
+from bitmill.block_learning import BlockData, _Run, learn_block
 from bitmill.blocks import set_weight, weight_of
 from bitmill.errors import CalibrationError, Cancelled
 from bitmill.omniquant import LearningSettings
@@ -164,3 +165,16 @@ def test_a_stop_reaches_the_caller_and_leaves_the_block_whole() -> None:
             model, 0, block, starts(0), block_data(), settings("scales"), seed=0, should_stop=stop
         )
     assert model.linears(block, 0) == linears
+
+
+@pytest.mark.parametrize(
+    ("device", "experts", "static"),
+    [("cuda:0", 0, True), ("cpu", 0, False), ("cuda:0", 4, False)],
+)
+def test_steps_are_static_on_the_models_device_whatever_its_index(
+    device: str, experts: int, static: bool
+) -> None:
+    inputs = SimpleNamespace(device=torch.device(device))
+    model = SimpleNamespace(device=torch.device("cuda"), plan=SimpleNamespace(experts=experts))
+    run = SimpleNamespace(data=SimpleNamespace(inputs=inputs), model=model)
+    assert vars(_Run)["is_static"].fget(run) is static
