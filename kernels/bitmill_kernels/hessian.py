@@ -19,7 +19,7 @@ from bitmill_kernels.layout import GROUP_SIZE, group_count
 
 FP32_CHUNK_TOKENS = 8192
 WHOLE_COLUMNS = 2047
-"""Up to so many columns, H is summed as a whole: smaller products are not faster."""
+"""Up to so many columns, H is summed as a whole, in one product."""
 
 COLUMN_BLOCKS = 4
 

@@ -4,9 +4,9 @@ transformers computes x / rms(x) in fp32, rounds it and multiplies by the weight
 take as long as the matrix products between two norms. `rms_norm` of torch does it in one, and
 rounds once instead of twice, so its result is nearer the exact one by a part of the last bit.
 
-Norms are found by what they compute, not from a list: a module whose only parameter is a vector and
-that agrees with `rms_norm` on random inputs. Others (weights that stand for 1 + w, norms with a
-bias) stay as they are.
+Norms are found by what they compute: a module with a `variance_epsilon`, as transformers names it,
+whose only parameter is a vector and that agrees with `rms_norm` on random inputs. Others (weights
+that stand for 1 + w, norms with a bias) stay as they are.
 """
 
 from __future__ import annotations
