@@ -7,7 +7,8 @@ y' is what the source model's linear puts out for the same token, from its input
 times their inputs, so with d = x' - x neither is run: shift = W mean d x^T and energy = diag(W
 (mean d d^T) W^T), from sums that linears with one input share. For a linear that writes to the
 residual stream e may be the whole stream's difference, (r' + y') - (r + y), which is summed as it
-is. The error of any replacement ŵ on these tokens follows without running anything:
+is; where only the shift is wanted y is left out of the sum, since mean y x^T = W H. The error of
+any replacement ŵ on these tokens follows without running anything:
 
     mean |y' - x ŵ^T|^2 = sum energy + 2 <W - ŵ, shift> + tr((W - ŵ) H (W - ŵ)^T)
 
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Literal
 
 import torch
@@ -36,6 +36,12 @@ from bitmill_kernels.hessian import cross_update, hessian_update
 from bitmill_kernels.split_product import split_product
 
 RESIDUAL_TOLERANCE = 1e-3
+RESIDUAL_ROUNDINGS = 2.0
+"""Share of a block's output that may be missing from input and linears: the least, and in units of
+the model's precision, in which the block's own sums are rounded."""
+
+COEFFICIENT_TOLERANCE = 0.05
+"""How far from 1 the least-squares factor may be by which a linear's output adds to the stream."""
 
 Energy = Literal["squares", "trace"]
 
@@ -221,16 +227,18 @@ class _Collector:
                 elif owner not in self.drifts:
                     energy = "squares" if judge else None
                     self.drifts[owner] = _Sums(linear.columns, linear.columns, device, energy)
+        places = [state.writers.index(name) for name in self.shifts]
+        self.writers = state.writers[: max(places, default=-1) + 1]
+        self.left_out = self.writers[-1] if self.writers and not judge else None
 
     def add(self, stream: Stream, part: slice) -> None:
         state = self.state
         hidden = stream.hidden[part].to(state.model.device)
-        places = [state.writers.index(name) for name in self.shifts]
-        writers = state.writers[: max(places, default=-1) + 1]
+        written = [name for name in self.writers if name != self.left_out]
         batch = (stream, part.start)
         read = dict.fromkeys(self.owner.values())
-        with state.replay.resumed(state.current, state.linears, batch, read=read, written=writers):
-            x, y, _ = self._observe(state.current, state.linears, read, writers, hidden)
+        with state.replay.resumed(state.current, state.linears, batch, read=read, written=written):
+            x, y, _ = self._observe(state.current, state.linears, read, written, hidden)
         for owner, hessian in self.hessians.items():
             if owner in x:
                 hessian.add(x[owner], self._weight(owner, part))
@@ -245,19 +253,24 @@ class _Collector:
             self.source_linears,
             batch,
             read=self.drifts,
-            written=writers,
+            written=self.writers,
             fixed=True,
             last=whole,
         ):
             x_source, y_source, behind = self._observe(
-                state.source, self.source_linears, self.drifts, writers, source, whole=whole
+                state.source, self.source_linears, self.drifts, self.writers, source, whole=whole
             )
         for owner, sums in self.drifts.items():
             sums.add(x_source[owner] - x[owner], x[owner], self._weight(owner, part))
         if self.shifts:
-            drift = (source.float() - hidden).view(-1, hidden.shape[-1])
-            for name in writers:
-                drift += y_source[name].float() - y[name]
+            exact = torch.float32 if self.left_out is None else hidden.dtype
+            drift = (source.to(exact) - hidden).view(-1, hidden.shape[-1])
+            for name in self.writers:
+                drift += y_source[name]
+                if name in y:
+                    drift -= y[name]
+                elif (bias := getattr(state.linears[name], "bias", None)) is not None:
+                    drift -= bias
                 if name in self.shifts:
                     self.shifts[name].add(drift, x[self.owner[name]], self._weight(name, part))
         if behind is not None:
@@ -298,21 +311,24 @@ class _Collector:
         means = {n: filled[n] if n in filled else h.mean() for n, h in self.hessians.items()}
         result = {}
         for name, owner in self.owner.items():
-            shift, energy = self._shift(name, owner, rows)
+            shift, energy = self._shift(name, owner, rows, means[owner])
             tokens = self.hessians[owner].tokens
             result[name] = InputStatistics(means[owner], tokens, shift, energy)
         return result
 
     def _shift(
-        self, name: str, owner: str, rows: Callable[[int], Rows]
+        self, name: str, owner: str, rows: Callable[[int], Rows], H: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         some = rows(self.state.model.plan.by_name[name].rows)
-        if name in self.shifts:
-            return self.shifts[name].mean(some)
-        if owner in self.drifts:
-            W = weight_of(self.state.linears[name]).detach()[some].float()
+        if name not in self.shifts and owner not in self.drifts:
+            return None, None
+        W = weight_of(self.state.linears[name]).detach()[some].float()
+        if owner in self.drifts and name not in self.shifts:
             return self.drifts[owner].through(W)
-        return None, None
+        shift, energy = self.shifts[name].mean(some)
+        if name == self.left_out:
+            shift -= split_product(W, H)
+        return shift, energy
 
 
 @torch.no_grad()
@@ -322,8 +338,8 @@ def residual_writers(
     """Linears of the block that add their output to the residual stream, in execution order.
 
     Candidates are linears alone in their stage with D output rows. They are accepted together if
-    block output = block input + the sum of their outputs on hidden [B, T, D], else there are none
-    (a norm after the linear, or experts).
+    block output = block input + the sum of their outputs on hidden [B, T, D], within the model's
+    rounding, else there are none (a norm or a factor after the linear, or experts).
     """
     linears = model.linears(block, index)
     stages = [stage for stage in model.plan.input_stages(index) if len(stage) == 1]
@@ -334,7 +350,11 @@ def residual_writers(
         return ()
     hidden = hidden.to(model.device, model.dtype)
     seen = observe(model, index, block, {name: linears[name] for name in names}, hidden)
-    output = model.run_block(index, block, hidden)
-    total = hidden + reduce(torch.add, (seen[name].y for name in names)).view_as(hidden)
-    missing = (output - total).float().norm() / output.float().norm()
-    return names if float(missing) < RESIDUAL_TOLERANCE else ()
+    output = model.run_block(index, block, hidden).float()
+    written = torch.stack([seen[name].y.float().flatten() for name in names])
+    added = (output - hidden.float()).flatten()
+    missing = (added - written.sum(0)).norm() / output.norm()
+    factors = torch.linalg.lstsq((written @ written.T).cpu(), (written @ added).cpu()).solution
+    allowed = max(RESIDUAL_TOLERANCE, RESIDUAL_ROUNDINGS * torch.finfo(model.dtype).eps)
+    whole = float((factors - 1).abs().max()) < COEFFICIENT_TOLERANCE
+    return names if whole and float(missing) < allowed else ()

@@ -31,6 +31,8 @@ def test_statistics_predict_the_error_of_any_replacement(opt):
         calibration.shape, generator=torch.Generator().manual_seed(3)
     )
     block, source = opt.load_block(0), opt.load_block(0)
+    for one in (block, source):
+        one.fc2.bias.copy_(torch.linspace(-0.1, 0.1, len(one.fc2.bias)))
     writers = residual_writers(opt, 0, block, noisy[:1])
     name = "model.decoder.layers.0.fc2"
     assert writers == ("model.decoder.layers.0.self_attn.out_proj", name)
@@ -58,7 +60,7 @@ def test_statistics_predict_the_error_of_any_replacement(opt):
         assert float(part[name].error(residual[some])) == pytest.approx(float(exact), rel=1e-3)
         assert found.tokens == 5 * 48
         plain = collect(state, [[name]], Stream(noisy, calibration), batch=2, judge=False)[name]
-        assert torch.equal(plain.shift, found.shift)
+        assert (plain.shift - found.shift).norm() < 1e-5 * found.shift.norm()
         with pytest.raises(ValueError, match="judge=True"):
             plain.error(replacement)
 
@@ -71,6 +73,26 @@ def test_linears_behind_a_norm_do_not_count_as_residual_writers(llama):
         PREFIX + "mlp.down_proj",
     )
     block.mlp.register_forward_hook(lambda _, args, output: torch.tanh(output))
+    assert residual_writers(llama, 0, block, hidden) == ()
+
+
+def test_half_precision_rounding_hides_no_residual_writer(tmp_path):
+    """Its own sums differ from the model's by more than 1e-3 of the output's norm."""
+    folder = tiny_llama(tmp_path)
+    model = streamed(folder, dtype=torch.bfloat16)
+    block, hidden = model.load_block(0), model.embed(token_windows(1))
+    writers = PREFIX + "self_attn.o_proj", PREFIX + "mlp.down_proj"
+    assert residual_writers(model, 0, block, hidden) == writers
+
+
+def test_a_linear_that_adds_a_share_of_its_output_is_no_residual_writer(llama):
+    """Granite scales what it adds; beside large hidden states little is missing."""
+    block = llama.load_block(0)
+    hidden = llama.embed(token_windows(1))
+    hidden = hidden * 2000 / hidden.std()
+    block.mlp.register_forward_hook(lambda _, args, output: 0.7 * output)
+    output, plain = (llama.run_block(0, b, hidden) for b in (block, llama.load_block(0)))
+    assert (output - plain).norm() < 1e-3 * plain.norm()
     assert residual_writers(llama, 0, block, hidden) == ()
 
 
