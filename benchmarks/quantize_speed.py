@@ -220,8 +220,7 @@ def run(options: argparse.Namespace, group: Group, device: torch.device) -> dict
             source.mkdir()
             write_model(source, shape, options.blocks, options.tokens, options.device)
         group.barrier()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        held = hold_rest(options.device_gib, device)
         with Memory() as memory, Recorder(device) as recorder, profiled(options):
             watch = Watch(recorder, options.blocks)
             planned = run_stages(spec, source, root, device, group, watch, options, shape)
@@ -247,13 +246,28 @@ def run(options: argparse.Namespace, group: Group, device: torch.device) -> dict
         "refinement": spec.refinement.model_dump(mode="json", exclude={"omniquant"}),
         "stages": measured,
         "seconds_all_blocks": round(sum(part["all_blocks"] for part in measured.values()), 1),
-        "device_peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+        "device_gib": options.device_gib,
+        "device_peak_bytes": device_peak(device) - held.numel(),
         "host_peak_bytes": peak,
         "estimated_for_these_blocks": estimate(planned, spec, machine).model_dump(mode="json"),
         "estimated_for_all_blocks": estimate(full, spec, machine).model_dump(mode="json"),
         "machine": machine_of(device),
         "units": [asdict(unit) for unit in watch.units],
     }
+
+
+def hold_rest(gib: float | None, device: torch.device) -> torch.Tensor:
+    """Takes a device's free memory, u8, but for so many GiB; none where all is left."""
+    free = free_device_bytes(device)
+    held = max(0, free - int(gib * (1 << 30))) if gib is not None else 0
+    tensor = torch.empty(held, dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return tensor
+
+
+def device_peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
 def runs_again(options: argparse.Namespace, plan: Plan, device: torch.device) -> float:
@@ -474,6 +488,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--devices", type=int, default=1, help="accelerators that work together")
+    parser.add_argument("--device-gib", type=float, help="device memory to take, the rest is held")
     parser.add_argument("--scratch", type=Path, help="where the temporary folder is made")
     parser.add_argument("--trace", type=Path, help="write torch's profiler table to this file")
     parser.add_argument("--out", type=Path, help="folder for the result as JSON and markdown")
