@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bitmill.code_descent import descend_codes
-from bitmill.codes import LinearCodes, group_slices, row_errors
+from bitmill.codes import LinearCodes, group_slices, row_errors, row_slices
 from bitmill.compensated_grid import CompensatedSettings, fit_compensated, unit_rows
 from bitmill.device_solve import solve_on_device
 from bitmill.distributed import SINGLE, Group
@@ -134,6 +134,13 @@ class Curvature:
                 return self.solvers[ridge](matrix.T).T
             U = self.factor.upper
             return split_product(split_product(matrix, U.T), U)
+
+    def solve_each(self, matrices: Sequence[Tensor], ridge: float = 0.0) -> list[Tensor]:
+        """`solve` of matrices [N_i, K], one below the other on an accelerator."""
+        if len(matrices) < 2 or resolve_backend("auto", self.H.device) != "triton":
+            return [self.solve(matrix, ridge) for matrix in matrices]
+        whole = self.solve(torch.cat(list(matrices)), ridge)
+        return [whole[mine] for mine in row_slices(matrices)]
 
 
 def _divided_factors(
@@ -296,25 +303,27 @@ class _Trial:
 
 
 def _trials(
-    linear: Linear,
-    source: Tensor,
+    linears: Sequence[Linear],
+    sources: Sequence[Tensor],
     curvature: Curvature,
     strengths: Sequence[float],
     ridges: Sequence[float],
-) -> list[_Trial]:
-    """Every correction of a linear of source f32 [N, K] in packed order."""
-    correction = linear.correction
-    if correction is None:
-        return []
-    some = source[correction.sample]
-    shift = curvature.packed(correction.shift[correction.sample])
-    trials = []
+) -> list[list[_Trial]]:
+    """Every correction of each linear of source f32 [N_i, K] in packed order."""
+    every: list[list[_Trial]] = [[] for _ in linears]
+    given = [
+        (own, linear.widths, correction, source[correction.sample])
+        for own, linear, source in zip(every, linears, sources, strict=True)
+        if (correction := linear.correction)
+    ]
+    shifts = [curvature.packed(move.shift[move.sample]) for _, _, move, _ in given]
     for ridge in ridges:
-        move = curvature.solve(shift, ridge)
-        for strength in strengths:
-            target = some + strength * move
-            trials.append(_Trial(linear.widths, correction, some, target, strength, ridge))
-    return trials
+        moves = curvature.solve_each(shifts, ridge)
+        for (own, widths, correction, some), move in zip(given, moves, strict=True):
+            for strength in strengths:
+                target = some + strength * move
+                own.append(_Trial(widths, correction, some, target, strength, ridge))
+    return every
 
 
 def _goals(
@@ -327,10 +336,7 @@ def _goals(
     ranks: Group,
 ) -> list[_Goal]:
     """Sources f32 [N_i, K] in packed order, or what corrections that win move them to."""
-    every = [
-        _trials(linear, source, curvature, strengths, ridges)
-        for linear, source in zip(linears, sources, strict=True)
-    ]
+    every = _trials(linears, sources, curvature, strengths, ridges)
     trials = [trial for own in every for trial in own]
     errors = _held_out([(trial, trial.target) for trial in trials], curvature, ranks)
     error = dict(zip(trials, errors, strict=True))
@@ -338,20 +344,31 @@ def _goals(
     best = [min(own, key=error.__getitem__) for own in every if own]
     for ridge in curvature.solvers.keys() - {trial.ridge for trial in best}:
         del curvature.solvers[ridge]
-    verdicts = iter(_verdicts(best, curvature, settings, ranks))
+    found = _verdicts(best, curvature, settings, ranks)
+    moves = _moves([trial for trial, plain, corrected in found if corrected < plain], curvature)
+    verdicts = iter(found)
     goals = []
     for source, own in zip(sources, every, strict=True):
         goal = _Goal(source, source)
         if own:
             trial, plain, corrected = next(verdicts)
-            if corrected < plain:
-                shift = curvature.packed(trial.correction.shift)
-                target = source + trial.strength * curvature.solve(shift, trial.ridge)
+            if trial in moves:
+                target = source + trial.strength * moves.pop(trial)
                 goal = _Goal(source, target, trial.strength, trial.ridge)
             lowest = min(plain, corrected)
             goal = replace(goal, held_out_error=lowest, held_out_symmetric=plain)
         goals.append(goal)
     return goals
+
+
+def _moves(trials: Sequence[_Trial], curvature: Curvature) -> dict[_Trial, Tensor]:
+    """What corrections move all rows by at strength 1, f32 [N, K] in packed order."""
+    moves: dict[_Trial, Tensor] = {}
+    for ridge in dict.fromkeys(trial.ridge for trial in trials):
+        alike = [trial for trial in trials if trial.ridge == ridge]
+        shifts = [curvature.packed(trial.correction.shift) for trial in alike]
+        moves |= zip(alike, curvature.solve_each(shifts, ridge), strict=True)
+    return moves
 
 
 def _verdicts(

@@ -7,10 +7,13 @@ import torch
 from bitmill.codes import output_error
 from bitmill.compensated_grid import CompensatedSettings
 from bitmill.gptq import (
+    Correction,
     Curvature,
     GptqSettings,
+    Linear,
     polish,
     polish_siblings,
+    quantize_siblings,
     solve,
     solve_siblings,
 )
@@ -88,6 +91,47 @@ def test_siblings_are_solved_as_each_alone(linear, monkeypatch):
             assert torch.equal(one.scales, two.scales)
             assert torch.equal(one.zeros, two.zeros)
             assert two.widths == widths[i]
+
+
+def test_corrections_of_siblings_are_those_of_each_alone(linear, monkeypatch):
+    """One is moved with a ridge, one without, one stays."""
+    monkeypatch.setenv("BITMILL_BACKEND", "triton")
+    W, prepared = linear
+    source = torch.argsort(prepared.order)
+    H = prepared.H[source][:, source]
+    settings = GptqSettings(clip=CLIP, compensated=None, super_block=2, rounds=1)
+    ridges = (0.0, 0.5)
+
+    def corrected(name, rows, gain, ridge):
+        some = W[rows]
+        shift = 0.2 * some @ H
+        move = prepared.unpacked(prepared.solve(prepared.packed(shift), ridge))
+        sample = torch.arange(0, len(some), 2)
+        target = (some + gain * move)[sample]
+
+        def judge(candidate):
+            R = candidate - target
+            return ((R @ H) * R).sum(dtype=torch.float64)
+
+        return Linear(name, some, (6, 8, 6), Correction(shift, sample, judge))
+
+    def solved(linears):
+        return quantize_siblings(linears, prepared, ridges=ridges, settings=settings)
+
+    linears = [
+        corrected("q", slice(0, 4), 1.0, 0.0),
+        corrected("k", slice(4, 8), 1.0, 0.5),
+        corrected("v", slice(8, 11), 0.0, 0.0),
+    ]
+    together = solved(list(linears))
+    chosen = [(report.asymmetric, report.ridge) for _, report in together]
+    assert chosen == [(1.0, 0.0), (1.0, 0.5), (0.0, 0.0)]
+    for one, (weight, report) in zip(linears, together, strict=True):
+        [(alone, expected)] = solved([one])
+        assert torch.equal(alone.codes, weight.codes)
+        assert torch.equal(alone.scales, weight.scales)
+        assert report.error == pytest.approx(expected.error, rel=1e-4)
+        assert report.held_out_error == pytest.approx(expected.held_out_error, rel=1e-4)
 
 
 def test_rounding_gives_the_plain_codes(linear, monkeypatch):
