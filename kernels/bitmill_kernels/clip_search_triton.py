@@ -154,18 +154,21 @@ def clip_search_triton(
     shrinks: Tensor,
     moves: tuple[Tensor, Tensor] | None,
     fits: int,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points f32 [G, R] of the groups of w f32 [K, R], columns first.
 
     h: f32 [K] column weights; largest: f32 [G, R] largest codes, at least 3, may be expanded;
     shrinks: f32 shares of the range; moves: scale factors and zero offsets; fits: least squares.
-    A range beyond fp16 gives an infinite scale.
+    A range beyond fp16 gives an infinite scale. out: where to write them, contiguous.
     """
     K, R = w.shape
-    groups = triton.cdiv(K, GROUP_SIZE)
+    groups = -(-K // GROUP_SIZE)
     factors, offsets = moves or (shrinks, shrinks)
-    scale, zero = torch.empty(2, groups, R, dtype=torch.float32, device=w.device)
-    _clip_search_kernel[(triton.cdiv(R, ROWS_PER_PROGRAM), groups)](
+    if out is None:
+        out = tuple(torch.empty(2, groups, R, dtype=torch.float32, device=w.device))
+    scale, zero = out
+    _clip_search_kernel[(-(-R // ROWS_PER_PROGRAM), groups)](
         w,
         h.contiguous(),
         largest,

@@ -45,46 +45,47 @@ def solve_on_device(
     U = curvature.factor.upper
     schur = settings.clip_weight == "schur"
     squares = U.diagonal().reciprocal().square() if schur else curvature.H.diagonal()
-    weight = relative_weights(squares)
     candidates = candidates_of(settings.compensated, U.device)
     work = torch.cat([W.T for W in matrices], 1)
     (K, N), span = work.shape, settings.super_block * GROUP_SIZE
     rows = row_slices(matrices)
     largest = stacked_largest(widths, rows, U.device)
     codes = torch.empty(K, N, dtype=torch.uint8, device=U.device)
-    grids: list[Grid] = []
-    blocks, reciprocals = diagonal_blocks(U)
+    grids = Grid(*torch.empty(2, len(largest), N, device=U.device))
     unit_parts = _unit_parts(U)
     errors = torch.empty(3 * min(span, K), N, dtype=torch.bfloat16, device=U.device)
+    before = [errors[: 3 * start] for start in range(0, len(errors) // 3, GROUP_SIZE)]
+    own_errors = errors.split(3 * GROUP_SIZE)
     scratch = Scratch.of(candidates, N)
-    for group, part in group_slices(K):
-        first, last = part.start - part.start % span, part.stop
-        block, pending = work[part], unit_parts[3 * first : 3 * part.start, part]
-        if part.start > first:
-            subtract_parts(block, pending.T, errors[: len(pending)])
-        top = largest[group : group + 1]
-        found = clip_search_groups(block, top, weight[part], settings.clip)
-        grids.append(Grid(found.scale[0], found.zero[0]))
+    groups = zip(
+        group_slices(K),
+        work.split(GROUP_SIZE),
+        relative_weights(squares).split(GROUP_SIZE),
+        largest.unbind(),
+        grids.scale.unbind(),
+        grids.zero.unbind(),
+        *(table.unbind() for table in diagonal_blocks(U)),
+        codes.split(GROUP_SIZE),
+        strict=True,
+    )
+    for (group, part), block, weight, top, scale, zero, unit, reciprocal, code in groups:
+        place, last = group % settings.super_block, part.stop
+        first = part.start - place * GROUP_SIZE
+        if place:
+            pending = unit_parts[3 * first : 3 * part.start, part].T
+            subtract_parts(block, pending, before[place])
+        clip_search_groups(block, top[None], weight, settings.clip, Grid(scale, zero))
         for mine, own in zip(rows, widths, strict=True):
             if own[group] == 1:
                 values = block[:, mine].T.contiguous()
-                one = clip_search(values, 1, weight[part], settings=settings.clip)
-                grids[-1].scale[mine], grids[-1].zero[mine] = one
+                scale[mine], zero[mine] = clip_search(values, 1, weight, settings=settings.clip)
+        errors_here = own_errors[place]
         group_solve_triton(
-            block,
-            blocks[group],
-            reciprocals[group],
-            *grids[-1],
-            top[0],
-            candidates,
-            codes[part],
-            errors[len(pending) : 3 * (last - first)],
-            scratch,
+            block, unit, reciprocal, scale, zero, top, candidates, code, errors_here, scratch
         )
         if last - first == span and last < K:
             subtract_parts(work[last:], unit_parts[3 * first : 3 * last, last:].T, errors)
-    scales, zeros = (torch.stack(values) for values in zip(*grids, strict=True))
-    whole = Grid(round_scale(scales), zeros)
+    whole = Grid(round_scale(grids.scale), grids.zero)
     return [
         LinearCodes(codes[:, mine].T.contiguous(), whole.scale[:, mine], whole.zero[:, mine], own)
         for mine, own in zip(rows, widths, strict=True)

@@ -133,16 +133,20 @@ def clip_search(
     return grid
 
 
-def clip_search_groups(W: Tensor, largest: Tensor, weight: Tensor, settings: ClipSettings) -> Grid:
+def clip_search_groups(
+    W: Tensor, largest: Tensor, weight: Tensor, settings: ClipSettings, out: Grid | None = None
+) -> Grid:
     """Grids f32 [G, N] of all groups of W f32 [K, N] (columns first) at once, by Triton.
 
     largest: f32 [G, N] largest codes, 3 or more; weight: f32 [K], as `relative_weights` gives it.
-    A range beyond fp16 gets an infinite scale: pass the scales through `round_scale`.
+    A range beyond fp16 gets an infinite scale: pass the scales through `round_scale`. out: where
+    to write the grids, contiguous.
     """
     from bitmill_kernels.clip_search_triton import clip_search_triton
 
     shrinks, moves = _search_plan(settings, W.device)
-    return Grid(*clip_search_triton(W, weight, largest, shrinks, moves, settings.least_squares))
+    fits = settings.least_squares
+    return Grid(*clip_search_triton(W, weight, largest, shrinks, moves, fits, out))
 
 
 @cache
