@@ -32,8 +32,14 @@ from bitmill.errors import BitmillError
 _PIECE = 1 << 24
 """Values that are exchanged at once: 64 MiB of f32 per rank."""
 
+_SMALL = 1 << 12
+"""Sums of up to so many values share an exchange."""
+
 _PATIENCE = timedelta(days=7)
 """The launcher notices a dead rank, so no call needs a limit of its own."""
+
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""The older of the two names goes with torch 2.13."""
 
 T = TypeVar("T")
 
@@ -113,12 +119,24 @@ class _Ranks(Group):
     """Several ranks in torch.distributed's default process group."""
 
     def all_reduce(self, *sums: Tensor) -> None:
+        small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in sums:
+            if tensor.numel() <= _SMALL:
+                small.setdefault((tensor.dtype, tensor.device), []).append(tensor.view(-1))
+                continue
             for piece in tensor.view(-1).split(_PIECE):
-                first, *others = self._all(piece)
-                for other in others:
-                    first += other
-                piece.copy_(first)
+                self._add_up(piece)
+        for alike in small.values():
+            joined = torch.cat(alike)
+            self._add_up(joined)
+            for tensor, total in zip(alike, joined.split([len(t) for t in alike]), strict=True):
+                tensor.copy_(total)
+
+    def _add_up(self, values: Tensor) -> None:
+        first, *others = self._all(values)
+        for other in others[:-1]:
+            first += other
+        torch.add(first, others[-1], out=values)
 
     def gather_rows(self, rows: Tensor, count: int) -> Tensor:
         parts = [self.part(count, rank) for rank in range(self.size)]
@@ -131,10 +149,11 @@ class _Ranks(Group):
         )
 
     def _all(self, own: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(own) for _ in range(self.size)]
+        """What every rank brings, tensors of one shape, in the order of the ranks."""
+        found = own.new_empty(self.size * own.numel())
         with _peers():
-            dist.all_gather(found, own)
-        return found
+            _gather_into(found, own.reshape(-1))
+        return list(found.view(self.size, *own.shape))
 
     def total(self, value: float) -> float:
         return float(sum(self._all(torch.tensor(value, dtype=torch.float64))))

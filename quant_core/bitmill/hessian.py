@@ -18,13 +18,16 @@ calibration token are counted: damping alone carries them, so they are rounded t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bitmill.distributed import Group
 from bitmill.errors import CalibrationError, NumericalError
+from bitmill.read_later import ReadLater
 from bitmill.timing import stage
 from bitmill_kernels.hessian import column_blocks, hessian_update
 from bitmill_kernels.substitution import lower_inverse
@@ -56,39 +59,51 @@ class HessianAccumulator:
         self._mass += x.shape[0] if weight is None else weight.double().sum()
         self.tokens += x.shape[0]
 
-    def all_reduce(self, group: Group) -> None:
-        """Add what the other ranks have seen; raises as `mean` does."""
-        self._check_rows()
-        group.all_reduce(self._sum, self._mass)
-        self.tokens = int(group.total(self.tokens))
-
     def mean(self) -> Tensor:
-        """H f32 [K, K], symmetric; zero where no token (an expert's, say) was added.
-
-        Raises CalibrationError naming the token rows that were not finite: not before, so that no
-        batch waits for the device.
-        """
-        self._check_rows()
+        """H f32 [K, K], symmetric; zero where no token (an expert's, say) was added."""
         mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny)
         return mirrored(self._sum / mass.float())
 
-    def _check_rows(self) -> None:
-        """The sum of a row is not finite where one of its values is not."""
+    def check_later(self) -> Callable[[], None]:
+        """What raises CalibrationError, naming the token rows, where inputs were not finite.
+
+        It waits for the device only as far as it has come by now.
+        """
         if not self._unchecked:
-            return
+            return lambda: None
         bad = ~torch.isfinite(torch.cat(self._unchecked))
         self._unchecked.clear()
-        rows = bad.nonzero()[:, 0].tolist()
-        if not rows:
-            return
-        more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
-        raise CalibrationError(
-            f"{len(rows)} of {len(bad)} calibration tokens give non-finite inputs to {self.name}: "
-            f"tokens {rows[:NAMED_ROWS]}{more}; leave that text out or run the model in a wider "
-            "dtype",
-            code="non_finite_calibration",
-            param=self.name,
-        )
+        return partial(_check_rows, self.name, bad, ReadLater(bad.any()))
+
+
+def _check_rows(name: str, bad: Tensor, some: ReadLater) -> None:
+    """The sum of a row is not finite where one of its values is not."""
+    if not some.read():
+        return
+    rows = bad.nonzero()[:, 0].tolist()
+    more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+    raise CalibrationError(
+        f"{len(rows)} of {len(bad)} calibration tokens give non-finite inputs to {name}: "
+        f"tokens {rows[:NAMED_ROWS]}{more}; leave that text out or run the model in a wider "
+        "dtype",
+        code="non_finite_calibration",
+        param=name,
+    )
+
+
+def all_reduce(hessians: Collection[HessianAccumulator], group: Group) -> Callable[[], None]:
+    """Add what the other ranks have seen; returns what checks all of this rank's inputs."""
+    checks = [hessian.check_later() for hessian in hessians]
+    group.all_reduce(*(sums for one in hessians for sums in (one._sum, one._mass)))
+    counts = group.gather([hessian.tokens for hessian in hessians])
+    for hessian, tokens in zip(hessians, zip(*counts, strict=True), strict=True):
+        hessian.tokens = sum(tokens)
+
+    def check() -> None:
+        for one in checks:
+            one()
+
+    return check
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,30 +149,41 @@ def factor(H: Tensor, *, ladder: tuple[float, ...] = DAMPING_LADDER, name: str =
 
     Raises NumericalError, naming the linear, if H is not finite or no rung of the ladder succeeds.
     """
-    lower, damping, dead, failed = _reversed_cholesky(H, ladder, name)
-    return Factor(lower_inverse(lower).flip(0, 1).contiguous(), damping, dead, failed)
+    return Factor(*_of_reversed_cholesky(H, ladder, name, _upper))
 
 
 def squared_pivots(
     H: Tensor, *, ladder: tuple[float, ...] = DAMPING_LADDER, name: str = "input"
 ) -> Tensor:
     """U_jj^2 of the factor of H f32 [K, K], f32 [K], without the rest of it. Raises as `factor`."""
-    lower = _reversed_cholesky(H, ladder, name)[0]
+    return _of_reversed_cholesky(H, ladder, name, _squared_pivots)[0]
+
+
+def _upper(lower: Tensor) -> Tensor:
+    return lower_inverse(lower).flip(0, 1).contiguous()
+
+
+def _squared_pivots(lower: Tensor) -> Tensor:
     return lower.diagonal().flip(0).square().reciprocal()
 
 
-def _reversed_cholesky(
-    H: Tensor, ladder: tuple[float, ...], name: str
+def _of_reversed_cholesky(
+    H: Tensor, ladder: tuple[float, ...], name: str, wanted: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, float, int, tuple[float, ...]]:
-    """Lower M with M M^T = J (H + damping) J, the damping, dead columns and dampings that failed.
+    """What is wanted of the lower M with M M^T = J (H + damping) J, the damping, dead columns and
+    dampings that failed.
 
-    Waits for the device once per damping.
+    Waits for the device once per damping, and has it work on what is wanted meanwhile: dropped
+    where there turns out to be no such M.
     """
     finite, dead = torch.isfinite(H).all().long(), (H.diagonal() <= 0).sum()
     failed: list[float] = []
     for damping in ladder:
         lower, info = torch.linalg.cholesky_ex(damped(H, damping).flip(0, 1))
-        is_finite, count, broken = torch.stack([finite, dead, info.long()]).tolist()
+        outcome = ReadLater(torch.stack([finite, dead, info.long()]))
+        found = wanted(lower)
+        del lower
+        is_finite, count, broken = outcome.read()
         if not is_finite:
             raise NumericalError(
                 f"the Hessian of {name} is not finite: its inputs are too large for fp32 sums; "
@@ -166,7 +192,8 @@ def _reversed_cholesky(
                 param=name,
             )
         if not broken:
-            return lower, damping, count, tuple(failed)
+            return found, damping, count, tuple(failed)
+        del found
         failed.append(damping)
     raise NumericalError(
         f"the Hessian of {name} ({len(H)} columns, {int(dead)} dead) is not positive definite even "

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bitmill.blocks import StreamedModel, weight_of
 from bitmill.codes import row_errors
 from bitmill.distributed import SINGLE, Group
-from bitmill.hessian import HessianAccumulator, mirrored
+from bitmill.hessian import HessianAccumulator, all_reduce, mirrored
 from bitmill.observe import Ends, observe, observe_ends
 from bitmill.replay import Replay
 from bitmill.starved_experts import filled_means
@@ -81,10 +81,14 @@ class BlockState:
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
     """H f32 [K, K]; tokens seen; where the source was run too, for the M rows asked for, shift f32
-    [M, K] and, where that was asked for, energy f64 [M]."""
+    [M, K] and, where that was asked for, energy f64 [M].
+
+    check: raises CalibrationError where inputs were not finite; all linears of a stage share it.
+    """
 
     H: Tensor
     tokens: int
+    check: Callable[[], None]
     shift: Tensor | None = None
     energy: Tensor | None = None
 
@@ -303,8 +307,7 @@ class _Collector:
         return weight.to(self.state.model.device, torch.float32)
 
     def finish(self, ranks: Group, rows: Callable[[int], Rows]) -> dict[str, InputStatistics]:
-        for hessian in self.hessians.values():
-            hessian.all_reduce(ranks)
+        check = all_reduce(self.hessians.values(), ranks)
         for sums in (*self.drifts.values(), *self.shifts.values()):
             sums.all_reduce(ranks)
         filled = filled_means(self.hessians)
@@ -313,7 +316,7 @@ class _Collector:
         for name, owner in self.owner.items():
             shift, energy = self._shift(name, owner, rows, means[owner])
             tokens = self.hessians[owner].tokens
-            result[name] = InputStatistics(means[owner], tokens, shift, energy)
+            result[name] = InputStatistics(means[owner], tokens, check, shift, energy)
         return result
 
     def _shift(

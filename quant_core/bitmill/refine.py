@@ -173,9 +173,14 @@ class _BlockJob:
                 advance_source=advance_source,
                 rows=self._sample,
             )
+        checks = dict.fromkeys(one.check for one in (*seen.values(), *unseen.values()))
         result: dict[str, Refined] = {}
-        for group in groups:
-            result |= self._refine_group(group, seen, unseen)
+        try:
+            for group in groups:
+                result |= self._refine_group(group, seen, unseen)
+        finally:  # before what such inputs may have led to
+            for check in checks:
+                check()
         return result
 
     def _refine_group(

@@ -53,7 +53,12 @@ from bitmill.grid import (
     round_scale,
     values,
 )
-from bitmill.hessian import DAMPING_LADDER, HessianAccumulator, activation_order
+from bitmill.hessian import (
+    DAMPING_LADDER,
+    HessianAccumulator,
+    activation_order,
+    all_reduce,
+)
 from bitmill.plan import Plan
 from bitmill.profile import FloatArray, IndexArray, SensitivityProfile
 from bitmill.profile_checkpoint import BlockProfile, ProfileCheckpoint, joined_profile
@@ -171,9 +176,9 @@ class BlockMoments:
 
     def all_reduce(self, group: Group) -> None:
         """Add what the other ranks have seen; token weights line up in the order of the windows."""
-        for hessian in (*self._plain.values(), *self._weighted.values()):
-            hessian.all_reduce(group)
+        check = all_reduce((*self._plain.values(), *self._weighted.values()), group)
         group.all_reduce(*self._squares.values())
+        check()
         if self._settings.token_weights:
             own = {
                 name: torch.cat([torch.empty(0), *parts]) for name, parts in self._tokens.items()

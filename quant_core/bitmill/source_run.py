@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.blocks import StreamedModel
-from bitmill.hessian import HessianAccumulator
+from bitmill.hessian import HessianAccumulator, all_reduce
 from bitmill.input_statistics import Stream
 from bitmill.observe import observe_ends
 from bitmill.starved_experts import filled_means
@@ -60,11 +60,11 @@ def run_source_block(
                 inputs[lead].append(x)
         assert ends.block is not None
         hidden[part] = ends.block.to(hidden.device, hidden.dtype)
-    for hessian in hessians.values():
-        hessian.all_reduce(stream.group)
+    check = all_reduce(hessians.values(), stream.group)
     filled = filled_means(hessians)
     means = {
         lead: filled[lead] if lead in filled else hessian.mean()
         for lead, hessian in hessians.items()
     }
+    check()
     return SourceRun(means, inputs)

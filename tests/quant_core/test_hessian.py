@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from bitmill import hessian as hessian_module
 from bitmill.errors import CalibrationError, NumericalError
 from bitmill.hessian import (
     HessianAccumulator,
@@ -93,6 +94,27 @@ def test_a_failed_factorization_climbs_the_ladder_and_is_recorded():
     assert found.damping == 0.05
 
 
+def test_the_device_inverts_while_it_is_asked(monkeypatch):
+    H, events = hessian(inputs()), []
+    lowest = torch.linalg.eigvalsh(H.double())[0].float()
+    H -= (lowest + 0.02 * H.diagonal().mean()) * torch.eye(40)
+
+    class Asked(hessian_module.ReadLater):
+        def read(self):
+            events.append("asked")
+            return super().read()
+
+    def inverted(lower):
+        events.append("inverted")
+        return lower_inverse(lower)
+
+    lower_inverse = hessian_module.lower_inverse
+    monkeypatch.setattr(hessian_module, "ReadLater", Asked)
+    monkeypatch.setattr(hessian_module, "lower_inverse", inverted)
+    assert factor(H).failed == (0.005, 0.01)
+    assert events == ["inverted", "asked"] * 3
+
+
 def test_past_the_last_damping_the_linear_is_refused_by_name():
     H = hessian(inputs())
     H -= H.diagonal().mean() * torch.eye(40)
@@ -126,8 +148,9 @@ def test_non_finite_tokens_are_named():
     x[7, 3], x[30, 0] = float("nan"), float("inf")
     accumulator.add(x)
     named = r"^2 of 100 .* inputs to layers\.1\.down_proj: tokens \[57, 80\]"
+    check = accumulator.check_later()
     with pytest.raises(CalibrationError, match=named) as error:
-        accumulator.mean()
+        check()
     assert error.value.param == "layers.1.down_proj"
 
 
