@@ -2,7 +2,8 @@
 
 Writing needs no more memory than a few linears: the place of every tensor is known from names and
 shapes alone (`safetensors_layout`), so threads read, hash and write them where they belong, each at
-its own pace. The files' bytes depend on the tensors only, and their size is the predicted one.
+its own pace, and the disk is at work from the first one on. The files' bytes depend on the tensors
+only, and their size is the predicted one.
 
 Reading trusts nothing: format version, names, shapes, dtypes, scales, zeros, column orders and
 padding bits are checked, and a FormatError names the tensor at fault.
@@ -16,8 +17,10 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import BinaryIO, TypeVar
 
 import torch
@@ -37,7 +40,7 @@ from bitmill.safetensors_layout import (
     header,
     shard,
 )
-from bitmill.storage import disk_errors, read_json, write_bytes, write_json
+from bitmill.storage import Flusher, disk_errors, read_json, write_bytes, write_json
 from bitmill.stored_tensors import linear_tensors
 
 _THREADS = 4
@@ -158,7 +161,10 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 class _ShardWriter:
-    """Open shard files with their headers written; threads put tensors in their places."""
+    """Open shard files with their headers written; threads put tensors in their places.
+
+    A file takes one write at a time, so tensors are hashed and files flushed beside it.
+    """
 
     def __init__(self, folder: Path, tensors: Sequence[TensorSpec], max_bytes: int) -> None:
         self._digests: dict[str, str] = {}
@@ -166,20 +172,27 @@ class _ShardWriter:
         self._specs = {spec.name: spec for spec in tensors}
         self._shards = shard(tensors, max_bytes)
         self._places: dict[str, tuple[BinaryIO, int]] = {}
-        self._files: list[BinaryIO] = []
+        self._hashing = ThreadPoolExecutor(_THREADS, thread_name_prefix="hash")
+        self._flusher = Flusher()
+        self._open = ExitStack()
 
     def __enter__(self) -> _ShardWriter:
         for file_name, part in self._shards.items():
             first, offsets = header(part)
-            file = (self._folder / file_name).open("wb")
-            self._files.append(file)
+            file = self._open.enter_context((self._folder / file_name).open("wb"))
             _write_at(file, 0, memoryview(first))
             self._places.update({name: (file, offset) for name, offset in offsets.items()})
+        self._open.enter_context(self._flusher)
+        self._open.enter_context(self._hashing)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for file in self._files:
-            file.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
         if kind is None:
             self._write_index()
 
@@ -205,8 +218,10 @@ class _ShardWriter:
             )
         data = tensor_bytes(tensor)
         file, offset = self._places[name]
+        digest = self._hashing.submit(hashlib.sha256, data)
         _write_at(file, offset, data)
-        self._digests[name] = hashlib.sha256(data).hexdigest()
+        self._flusher.wrote(file, len(data))
+        self._digests[name] = digest.result().hexdigest()
 
     def _write_index(self) -> None:
         if len(self._shards) > 1:

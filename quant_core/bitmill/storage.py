@@ -12,14 +12,17 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 from bitmill.errors import FormatError, ResourceError, reason
 
 _CHUNK = 4 << 20
+_FLUSH_BYTES = 64 << 20
 
 
 @contextmanager
@@ -43,6 +46,39 @@ def fsync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class Flusher:
+    """Flushes files to disk in a thread while they are written, so that the last flush is short.
+
+    every: bytes from one flush to the next. Threads may call it at once. A context manager: no
+    flush is under way behind it, and what went wrong in one was raised.
+    """
+
+    def __init__(self, every: int = _FLUSH_BYTES) -> None:
+        self._every, self._bytes = every, 0
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._flushing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+        if kind is None and self._flushing is not None:
+            self._flushing.result()
+
+    def wrote(self, file: BinaryIO, count: int) -> None:
+        """`count` more bytes of `file` are written. Raises what went wrong in a flush before."""
+        with self._lock:
+            self._bytes += count
+            if self._bytes < self._every or (self._flushing and not self._flushing.done()):
+                return
+            if self._flushing is not None:
+                self._flushing.result()
+            self._bytes = 0
+            self._flushing = self._thread.submit(os.fsync, file.fileno())
 
 
 def _temporary(target: Path) -> Path:

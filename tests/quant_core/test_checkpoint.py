@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -9,8 +11,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import pytest
 import safetensors.torch
@@ -18,11 +22,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bitmill import checkpoint as checkpoint_module
+from bitmill import storage
 from bitmill.budget import checkpoint_tensors, order_owners
-from bitmill.checkpoint import PackedCheckpoint, read_bit_width_map, write_checkpoint
-from bitmill.errors import BitmillError, Cancelled, FormatError, ModelError
+from bitmill.checkpoint import PackedCheckpoint, read_bit_width_map, tensor_bytes, write_checkpoint
+from bitmill.errors import BitmillError, Cancelled, FormatError, ModelError, ResourceError
 from bitmill.packed import QuantizedWeight
 from bitmill.safetensors_layout import INDEX_NAME, checkpoint_bytes
+from bitmill.storage import Flusher
 from tiny import tiny_llama, tiny_opt
 from weights import PackedModel, pack_model
 
@@ -110,6 +117,40 @@ def test_linears_are_told_in_order_and_a_caller_that_stops_leaves_no_thread(
         pack_model(source, tmp_path, order="activation", on_linear=on_linear)
     assert set(threading.enumerate()) == before
     assert told == list(packed.map.linears)[:3]
+
+
+def test_a_tensor_is_hashed_while_it_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Semaphore(0)
+
+    def sha256(data: memoryview) -> Any:
+        begun.release()
+        return hashlib.sha256(data)
+
+    def write_at(file: BinaryIO, offset: int, data: memoryview) -> None:
+        assert offset == 0 or begun.acquire(timeout=10)
+        write(file, offset, data)
+
+    write = checkpoint_module._write_at
+    monkeypatch.setattr(checkpoint_module, "hashlib", SimpleNamespace(sha256=sha256))
+    monkeypatch.setattr(checkpoint_module, "_write_at", write_at)
+    packed = pack_model(source, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    hashes = {k: hashlib.sha256(tensor_bytes(t)).hexdigest() for k, t in stored.items()}
+    assert packed.tensor_hashes == hashes
+
+
+def test_a_file_that_cannot_be_flushed_while_it_is_written_is_an_error(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(errno.EDQUOT, "quota exceeded")
+
+    monkeypatch.setattr(checkpoint_module, "Flusher", partial(Flusher, 1))
+    monkeypatch.setattr(storage, "os", SimpleNamespace(fsync=fsync))
+    with pytest.raises(ResourceError, match="no space left"):
+        pack_model(source, tmp_path)
 
 
 def test_shards_hold_the_same_tensors_and_have_an_index(

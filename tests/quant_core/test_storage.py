@@ -4,11 +4,14 @@ import json
 import resource
 import subprocess
 import sys
+from queue import Queue
+from threading import Event
 
 import pytest
 
 from bitmill.errors import FormatError, ResourceError
 from bitmill.storage import (
+    Flusher,
     atomic_folder,
     read_json,
     sha256_file,
@@ -50,6 +53,45 @@ def test_digests_do_not_depend_on_key_order(tmp_path):
     assert sha256_json({"a": 1, "b": 2}) == sha256_json(json.loads('{"b": 2, "a": 1}'))
     write_bytes(tmp_path / "f", b"abc")
     assert sha256_file(tmp_path / "f").startswith("ba7816bf")
+
+
+def test_a_file_is_flushed_while_it_is_written(tmp_path, monkeypatch):
+    flushed = Queue()
+    monkeypatch.setattr("bitmill.storage.os.fsync", flushed.put)
+    with (tmp_path / "f").open("wb") as file, Flusher(every=100) as flusher:
+        flusher.wrote(file, 99)
+        flusher.wrote(file, 1)
+        assert flushed.get(timeout=10) == file.fileno()
+        flusher.wrote(file, 50)
+    assert flushed.empty()
+
+
+def test_flushes_that_are_asked_for_during_one_become_one(tmp_path, monkeypatch):
+    began, go_on, count = Event(), Event(), []
+
+    def fsync(number):
+        count.append(number)
+        began.set()
+        assert go_on.wait(10)
+
+    monkeypatch.setattr("bitmill.storage.os.fsync", fsync)
+    with (tmp_path / "f").open("wb") as file, Flusher(every=1) as flusher:
+        flusher.wrote(file, 1)
+        assert began.wait(10)
+        for _ in range(5):
+            flusher.wrote(file, 1)
+        go_on.set()
+    assert len(count) == 1
+
+
+def test_what_goes_wrong_in_a_flush_is_raised(tmp_path, monkeypatch):
+    def fsync(_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("bitmill.storage.os.fsync", fsync)
+    file = (tmp_path / "f").open("wb")
+    with file, pytest.raises(OSError, match="is gone"), Flusher(every=1) as flusher:
+        flusher.wrote(file, 1)
 
 
 def test_a_file_over_the_size_limit_is_a_resource_error_and_leaves_nothing(tmp_path):
