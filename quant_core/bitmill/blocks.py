@@ -32,6 +32,7 @@ from bitmill.checkpoint_source import CheckpointSource, check_finite
 from bitmill.errors import ModelError
 from bitmill.experts import unfuse_experts
 from bitmill.fused_norms import fuse_norms
+from bitmill.fused_rotary import fuse_rotary
 from bitmill.model_config import read_config
 from bitmill.plan import Plan, Source
 from bitmill.prefetch import BlockPrefetcher
@@ -298,6 +299,7 @@ class StreamedModel:
             self._fill(block, f"{self.plan.block_prefix}.{i}")
             if self.device.type != "cpu" and self.dtype.itemsize == 2:
                 fuse_norms(block)
+                fuse_rotary(block)
         return block.eval()
 
     def run_block(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
