@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from bitmill.errors import ResourceError
+
+HOST_LIMIT = "BITMILL_HOST_BYTES"
+"""Environment variable: bytes of host memory that a job may take of what the machine has."""
 
 _UNKNOWN = 1 << 62
 """Bytes of a machine that does not tell."""
@@ -16,9 +22,10 @@ _CAREFUL = 8 << 30
 
 
 def free_host_bytes(system: Path = Path("/")) -> int:
-    """What of the machine's memory, or its cgroup's, is free; cached files count as free.
+    """What of the machine's memory, or its cgroup's, or of `HOST_LIMIT`, is free for this process.
 
-    system: the folder that holds `proc` and `sys`.
+    Cached files count as free. system: the folder that holds `proc` and `sys`. Raises ResourceError
+    where the limit is no number of bytes.
     """
     group = system / "sys/fs/cgroup"
     free = _bytes_in(system / "proc/meminfo").get("MemAvailable", _UNKNOWN)
@@ -27,7 +34,19 @@ def free_host_bytes(system: Path = Path("/")) -> int:
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
         free = min(free, limit - used + pages["inactive_file"] + pages["active_file"])
+    if text := os.environ.get(HOST_LIMIT):
+        free = min(free, _limit(text) - own_host_bytes(system))
     return max(0, free)
+
+
+def _limit(text: str) -> int:
+    if not text.isdecimal():
+        raise ResourceError(
+            f"{HOST_LIMIT} is {text!r}: give a whole number of bytes, or leave it out",
+            code="bad_host_limit",
+            param=HOST_LIMIT,
+        )
+    return int(text)
 
 
 def own_host_bytes(system: Path = Path("/")) -> int:

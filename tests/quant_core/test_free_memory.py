@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from bitmill import free_memory
+from bitmill.errors import ResourceError
 from bitmill.free_memory import (
     free_device_bytes,
     free_host_bytes,
@@ -33,6 +34,20 @@ def test_free_memory_is_the_machines_or_the_cgroups_with_cached_files(tmp_path: 
     assert free_host_bytes(tmp_path) == 7000 - 6000 + 3000
     (group / "memory.max").write_text("2000\n")
     assert free_host_bytes(tmp_path) == 0
+
+
+def test_a_limit_counts_what_the_process_has_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemAvailable: 8 kB\n")
+    (tmp_path / "proc" / "self" / "status").write_text("RssAnon:\t1 kB\n")
+    for limit, free in (("3072", 2048), ("1000", 0), ("99999", 8192), ("", 8192)):
+        monkeypatch.setenv("BITMILL_HOST_BYTES", limit)
+        assert free_host_bytes(tmp_path) == free
+    monkeypatch.setenv("BITMILL_HOST_BYTES", "96 GiB")
+    with pytest.raises(ResourceError, match="BITMILL_HOST_BYTES is '96 GiB'"):
+        free_host_bytes(tmp_path)
 
 
 def test_spare_memory_is_part_of_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:

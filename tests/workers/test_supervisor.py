@@ -234,12 +234,12 @@ def test_runner_sees_no_secret_and_its_log_is_capped(
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     monkeypatch.setenv("BITMILL_DATABASE_URL", "postgresql://canary")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
-    small = settings.model_copy(update={"log_bytes": 4096})
+    small = settings.model_copy(update={"log_bytes": 4096, "host_bytes": 1 << 34})
     job = run_label(small, database, stop, "environment=1 do=chatter")
     page = JobStore(database).read_log(job.id)
     assert (job.state, page.size, len(page.data)) == ("succeeded", 4096, 4096)
     shown = page.data.decode().split("environment ")[1].splitlines()[0].split()
-    assert "HF_HUB_OFFLINE" in shown
+    assert {"HF_HUB_OFFLINE", "BITMILL_HOST_BYTES"} <= set(shown)
     assert not {"HF_TOKEN", "BITMILL_DATABASE_URL", "AWS_SECRET_ACCESS_KEY"} & set(shown)
 
 

@@ -48,6 +48,7 @@ class Settings(BaseSettings):
     stop_grace_s: how long a stopping worker waits for a job that is just being published.
     collect_s: how often files of dead attempts are looked for.
     s3_public_endpoint: the object store's address as clients see it, for download addresses.
+    host_bytes: host memory that a job may take; hidden states past it wait in files.
     runner_network: "isolate" cuts the runner off from the network, or refuses to run it.
     presign_s: how long a download address of the object store is good for starting a download.
     webhook_private: allow webhooks to private addresses and without TLS; for tests.
@@ -84,6 +85,7 @@ class Settings(BaseSettings):
     log_bytes: int = Field(default=4 << 20, ge=1024)
     runner_network: Literal["keep", "isolate"] = "keep"
     runner_file_bytes: int | None = Field(default=None, ge=1 << 20)
+    host_bytes: int | None = Field(default=None, ge=1 << 30)
     collect_s: float = Field(default=60.0, gt=0)
     s3_bucket: str | None = None
     s3_endpoint: str | None = None

@@ -182,6 +182,8 @@ class Attempt:
             for name, value in os.environ.items()
             if name in _RUNNER_SEES or name.startswith("NCCL_")
         }
+        if self.settings.host_bytes is not None:
+            seen["BITMILL_HOST_BYTES"] = str(self.settings.host_bytes)
         return seen | {
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
