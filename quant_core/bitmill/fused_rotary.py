@@ -1,7 +1,7 @@
 """Rotary position embeddings of a block as one kernel, where weights are half precision.
 
-transformers turns queries and keys by ten kernels, which together take about as long as the matrix
-products between them. `bitmill_kernels.rotary` does it in one, and rounds once instead of thrice.
+transformers turns queries and keys by ten kernels, most of which read and write all of one of them.
+`bitmill_kernels.rotary` does it in one, and rounds once instead of three times.
 
 Attention is found by its code: a forward pass that calls `apply_rotary_pos_emb` of its own file,
 where that function agrees with `rotate` on random inputs. Such a module becomes an instance of a
