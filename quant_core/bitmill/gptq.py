@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
+from math import isfinite, nan
 from typing import Literal
 
 import torch
@@ -37,7 +37,7 @@ from bitmill.errors import NumericalError
 from bitmill.grid import ClipSettings, Grid, clip_search, max_code
 from bitmill.hessian import DAMPING_LADDER, Factor, damped, factor
 from bitmill.packed import QuantizedWeight, undo_order
-from bitmill.polish import polish_codes
+from bitmill.polish import polish_codes, polish_measured
 from bitmill.refinement_report import LinearReport
 from bitmill.row_gain import restore_gain
 from bitmill.rtn import round_to_nearest
@@ -245,7 +245,42 @@ def quantize_gptq(
                 param=name,
             )
         goal = _Goal(source, target, strength, ridge)
-    return _reach([Linear(name, W, tuple(widths))], [goal], H, settings, SINGLE)[0]
+    return _reach([Linear(name, W, tuple(widths))], [goal], H, settings).read(SINGLE)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """Linears that read one input, whose errors are still on the device.
+
+    reports: their errors are NaN; errors: f64 [L, 4], of zeros, of plain rounding, before and after
+    polishing, of this rank's rows
+    """
+
+    weights: Sequence[QuantizedWeight]
+    reports: Sequence[LinearReport]
+    errors: Tensor
+
+    def read(self, ranks: Group) -> list[tuple[QuantizedWeight, LinearReport]]:
+        """Weights and whole reports; waits for the device."""
+        return list(zip(self.weights, read_reports([self], ranks), strict=True))
+
+
+def read_reports(solved: Sequence[Solved], ranks: Group) -> list[LinearReport]:
+    """Reports of all linears in turn, with errors of all ranks' rows.
+
+    Waits for the device, and for all ranks, once.
+    """
+    if not solved:
+        return []
+    totals = iter(ranks.totals(torch.cat([one.errors.flatten() for one in solved])))
+    reports = []
+    for report in (report for one in solved for report in one.reports):
+        total = next(totals) or 1.0
+        rounding, solver, polished = (next(totals) / total for _ in range(3))
+        reports.append(
+            replace(report, error_rounding=rounding, error_solver=solver, error=polished)
+        )
+    return reports
 
 
 def quantize_siblings(
@@ -257,6 +292,21 @@ def quantize_siblings(
     settings: GptqSettings | None = None,
     ranks: Group = SINGLE,
 ) -> list[tuple[QuantizedWeight, LinearReport]]:
+    """`solve_corrected`, with reports that were waited for."""
+    return solve_corrected(
+        linears, curvature, strengths=strengths, ridges=ridges, settings=settings, ranks=ranks
+    ).read(ranks)
+
+
+def solve_corrected(
+    linears: MutableSequence[Linear],
+    curvature: Curvature,
+    *,
+    strengths: Sequence[float] = (1.0,),
+    ridges: Sequence[float] = (0.0,),
+    settings: GptqSettings | None = None,
+    ranks: Group = SINGLE,
+) -> Solved:
     """As `quantize_gptq`, for linears that read one input, each with its best correction or none.
 
     Strengths and ridges are compared as float targets on a sample of rows; the best is kept if it
@@ -276,7 +326,7 @@ def quantize_siblings(
     goals = _goals(linears, sources, curvature, strengths, ridges, settings, ranks)
     linears[:] = [replace(linear, correction=None) for linear in linears]
     curvature.solvers.clear()
-    return _reach(linears, goals, curvature, settings, ranks)
+    return _reach(linears, goals, curvature, settings)
 
 
 def sampled_rows(count: int, device: torch.device, part: slice | None = None) -> Tensor:
@@ -408,15 +458,28 @@ def _reach(
     goals: Sequence[_Goal],
     curvature: Curvature,
     settings: GptqSettings,
-    ranks: Group,
-) -> list[tuple[QuantizedWeight, LinearReport]]:
-    """Column loop and polishing towards the goals, with reports."""
+) -> Solved:
+    """Column loop and polishing towards the goals."""
     targets, widths = [goal.target for goal in goals], [linear.widths for linear in linears]
     solved = solve_siblings(targets, curvature, widths, settings)
-    final = polish_siblings(targets, solved, curvature.H, settings)
-    reports = _reports(linears, goals, solved, final, curvature, ranks)
+    sources, both = [goal.source for goal in goals], settings.refit and settings.descent
+    triton = resolve_backend("auto", curvature.H.device) == "triton"
+    if triton and both and settings.rounds and not settings.gain:
+        with stage("polish"):
+            final, errors = polish_measured(
+                targets, sources, solved, curvature.H, sweeps=settings.rounds
+            )
+    else:
+        final = polish_siblings(targets, solved, curvature.H, settings)
+        with stage("report"):
+            errors = _errors(sources * 2, [*solved, *final], curvature.H).view(2, -1)
+    with stage("report"):
+        floor = _floor(sources, widths, curvature.H)
     weights = [codes.finish(curvature.order) for codes in final]
-    return list(zip(weights, reports, strict=True))
+    reports = [
+        _report(linear, goal, curvature) for linear, goal in zip(linears, goals, strict=True)
+    ]
+    return Solved(weights, reports, torch.cat([floor, errors]).T)
 
 
 def solve(
@@ -531,44 +594,38 @@ def check_weights(weights: Mapping[str, Tensor]) -> None:
         )
 
 
-def _reports(
-    linears: Sequence[Linear],
-    goals: Sequence[_Goal],
-    solved: Sequence[LinearCodes],
-    final: Sequence[LinearCodes],
-    curvature: Curvature,
-    ranks: Group,
-) -> list[LinearReport]:
-    """Reports of codes before and after polishing, with errors of all ranks' rows."""
-    errors = []
-    with stage("report"):
-        for goal, before, after in zip(goals, solved, final, strict=True):
-            source = goal.source
-            rounded = round_to_nearest(source, before.widths, None, ClipSettings.min_max())
-            missing = (source - codes.values() for codes in (rounded, before, after))
-            errors += [row_errors(residual, curvature.H).sum() for residual in (source, *missing)]
-        totals = iter(ranks.totals(torch.stack(errors)))
-    reports = []
-    for linear, goal in zip(linears, goals, strict=True):
-        total = next(totals) or 1.0
-        rounding, solver, polished = (next(totals) / total for _ in range(3))
-        reports.append(
-            LinearReport(
-                name=linear.name,
-                method="gptq",
-                rows=linear.W.shape[0],
-                columns=linear.W.shape[1],
-                widths="".join(map(str, linear.widths)),
-                error_rounding=rounding,
-                error_solver=solver,
-                error=polished,
-                damping=curvature.factor.damping,
-                failed_dampings=curvature.factor.failed,
-                dead_columns=curvature.factor.dead,
-                asymmetric=goal.strength,
-                ridge=goal.ridge,
-                held_out_error=goal.held_out_error,
-                held_out_symmetric=goal.held_out_symmetric,
-            )
-        )
-    return reports
+def _floor(sources: Sequence[Tensor], widths: Sequence[tuple[int, ...]], H: Tensor) -> Tensor:
+    """Errors of zeros and of plain rounding, f64 [2, L]."""
+    zeros = torch.stack([row_errors(W, H).sum() for W in sources])
+    plain = ClipSettings.min_max()
+    rounded = [
+        round_to_nearest(W, own, None, plain) for W, own in zip(sources, widths, strict=True)
+    ]
+    return torch.stack([zeros, _errors(sources, rounded, H)])
+
+
+def _errors(sources: Sequence[Tensor], codes: Sequence[LinearCodes], H: Tensor) -> Tensor:
+    """tr(R H R^T) of each linear, f64 [L], with R = source - ŵ."""
+    pairs = zip(sources, codes, strict=True)
+    return torch.stack([row_errors(W - own.values(), H).sum() for W, own in pairs])
+
+
+def _report(linear: Linear, goal: _Goal, curvature: Curvature) -> LinearReport:
+    """All but the errors, which `read_errors` gives."""
+    return LinearReport(
+        name=linear.name,
+        method="gptq",
+        rows=linear.W.shape[0],
+        columns=linear.W.shape[1],
+        widths="".join(map(str, linear.widths)),
+        error_rounding=nan,
+        error_solver=nan,
+        error=nan,
+        damping=curvature.factor.damping,
+        failed_dampings=curvature.factor.failed,
+        dead_columns=curvature.factor.dead,
+        asymmetric=goal.strength,
+        ridge=goal.ridge,
+        held_out_error=goal.held_out_error,
+        held_out_symmetric=goal.held_out_symmetric,
+    )

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bitmill.codes import LinearCodes, row_slices, stacked_largest
+from bitmill.codes import LinearCodes, row_errors, row_slices, stacked_largest
 from bitmill.grid import max_code
 from bitmill.scale_refit import rounded_step
 from bitmill_kernels.backend import resolve_backend
@@ -41,8 +41,29 @@ def polish_codes(
     matrices f32 [N_i, K] are the targets and H f32 [K, K], all in packed order.
     """
     if resolve_backend("auto", H.device) == "triton":
-        return _polish_triton(matrices, codes, H, sweeps)
+        return _polish_triton(matrices, codes, H, sweeps)[0]
     return [_polish_torch(W, own, H, sweeps) for W, own in zip(matrices, codes, strict=True)]
+
+
+def polish_measured(
+    matrices: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    codes: Sequence[LinearCodes],
+    H: Tensor,
+    *,
+    sweeps: int,
+) -> tuple[list[LinearCodes], Tensor]:
+    """`polish_codes` by Triton, and errors f64 [2, L] of each linear before and after.
+
+    They are tr(R H R^T) with R = source - ŵ, for sources f32 [N_i, K] that may differ from the
+    targets by D. With the slope S = (target - ŵ) H at hand that is <R + D, S> + tr(D H D^T).
+    """
+    polished, sums = _polish_triton(matrices, codes, H, sweeps, sources)
+    moved = [
+        H.new_zeros((), dtype=torch.float64) if W is source else row_errors(source - W, H).sum()
+        for W, source in zip(matrices, sources, strict=True)
+    ]
+    return polished, torch.stack(sums) + torch.stack(moved)
 
 
 def _polish_torch(W: Tensor, codes: LinearCodes, H: Tensor, sweeps: int) -> LinearCodes:
@@ -85,16 +106,25 @@ def _refit(v: Tensor, slope: Tensor, H: Tensor, scale: Tensor) -> tuple[Tensor, 
 
 
 def _polish_triton(
-    matrices: Sequence[Tensor], codes: Sequence[LinearCodes], H: Tensor, sweeps: int
-) -> list[LinearCodes]:
-    """The linears as one matrix, columns first, [K, N].
+    matrices: Sequence[Tensor],
+    codes: Sequence[LinearCodes],
+    H: Tensor,
+    sweeps: int,
+    sources: Sequence[Tensor] | None = None,
+) -> tuple[list[LinearCodes], list[Tensor]]:
+    """The linears as one matrix, columns first, [K, N]; with sources `_leaning` before and after.
 
     A super-block is visited in one launch, and its changes go to the slope of all groups at once.
     """
     from bitmill_kernels.polish_triton import polish_groups_triton
 
-    residual = [(W - own.values()).T for W, own in zip(matrices, codes, strict=True)]
-    slope = split_product(H, torch.cat(residual, 1))
+    counts = [len(W) for W in matrices]
+    residual = torch.cat([(W - own.values()).T for W, own in zip(matrices, codes, strict=True)], 1)
+    slope = split_product(H, residual)
+    sums: list[Tensor] = []
+    if sources is not None:
+        sums.append(_leaning(residual.split(counts, 1), slope.split(counts, 1), matrices, sources))
+    del residual
     old = torch.cat([own.codes.T for own in codes], 1)
     new = torch.empty_like(old)
     scales = torch.cat([own.scales for own in codes], 1)
@@ -126,7 +156,25 @@ def _polish_triton(
             changed = H_parts[3 * part.start : 3 * part.stop]
             subtract_parts(slope, changed.T, change[: len(changed)])
         old, new = new, old
-    return [
+    polished = [
         LinearCodes(old[:, mine].T.contiguous(), scales[:, mine], zeros[:, mine], own)
         for mine, own in zip(rows, widths, strict=True)
     ]
+    if sources is not None:
+        left = [(W - own.values()).T for W, own in zip(matrices, polished, strict=True)]
+        sums.append(_leaning(left, slope.split(counts, 1), matrices, sources))
+    return polished, sums
+
+
+def _leaning(
+    residuals: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    matrices: Sequence[Tensor],
+    sources: Sequence[Tensor],
+) -> Tensor:
+    """<target - ŵ + 2 D, slope> of each linear, f64 [L]; residuals target - ŵ, columns first."""
+    found = []
+    for R, own, W, source in zip(residuals, slopes, matrices, sources, strict=True):
+        leaning = R if source is W else torch.add(R, (source - W).T, alpha=2)
+        found.append((leaning * own).sum(dtype=torch.float64))
+    return torch.stack(found)

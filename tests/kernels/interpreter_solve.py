@@ -1,5 +1,7 @@
 """Cases for Triton's interpreter: whole solves and costs against those of plain torch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from bitmill.gptq import (
     solve_siblings,
 )
 from bitmill.grid import ClipSettings
+from bitmill.polish import polish_measured
 from bitmill.rtn import round_to_nearest
 from bitmill.sensitivity import SensitivitySettings, input_costs
 
@@ -132,6 +135,26 @@ def test_corrections_of_siblings_are_those_of_each_alone(linear, monkeypatch):
         assert torch.equal(alone.scales, weight.scales)
         assert report.error == pytest.approx(expected.error, rel=1e-4)
         assert report.held_out_error == pytest.approx(expected.held_out_error, rel=1e-4)
+
+
+def test_errors_around_polishing_are_those_of_the_codes(linear, monkeypatch):
+    """Towards a source that is the target of one linear and not of the other."""
+    monkeypatch.setenv("BITMILL_BACKEND", "triton")
+    W, curvature = linear
+    settings = GptqSettings(clip=CLIP, compensated=None, super_block=2)
+    widths, H = [(3, 2, 4), (2, 8, 3)], curvature.H
+    matrices = [curvature.packed(W[:4]), curvature.packed(W[4:])]
+    sources = [matrices[0], matrices[1] + 0.1 * torch.randn(7, 300)]
+    codes = solve_siblings(matrices, curvature, widths, settings)
+    polished, errors = polish_measured(matrices, sources, codes, H, sweeps=2)
+    same = polish_siblings(matrices, codes, H, replace(settings, rounds=2))
+    for when, found in zip((codes, polished), errors, strict=True):
+        for source, own, error in zip(sources, when, found, strict=True):
+            assert float(error) == pytest.approx(output_error(source - own.values(), H), rel=1e-3)
+    assert float(errors[1, 0]) < float(errors[0, 0])
+    for one, two in zip(polished, same, strict=True):
+        assert torch.equal(one.codes, two.codes)
+        assert torch.equal(one.scales, two.scales)
 
 
 def test_rounding_gives_the_plain_codes(linear, monkeypatch):

@@ -1,3 +1,5 @@
+from math import isnan
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,9 @@ from bitmill.gptq import (
     Linear,
     quantize_gptq,
     quantize_siblings,
+    read_reports,
     sampled_rows,
+    solve_corrected,
 )
 from bitmill.grid import ClipSettings, clip_search, max_code
 from bitmill.hessian import activation_order
@@ -303,6 +307,29 @@ def test_siblings_are_solved_as_each_alone():
         assert expected == report
     assert [report.asymmetric for _, report in together] == [1.0, 0.0, 0.0]
     assert [report.held_out_error is None for _, report in together] == [False, False, True]
+
+
+def test_reports_of_several_inputs_are_read_at_once():
+    class Counting(Group):
+        calls = 0
+
+        def totals(self, values):
+            Counting.calls += 1
+            return super().totals(values)
+
+    W, H = layer()
+    curvature, ranks = Curvature.prepare(H), Counting()
+    pairs = [[Linear(f"{i}.{name}", W + i, (3, 2)) for name in "ab"] for i in range(2)]
+    solved = [solve_corrected(list(pair), curvature, ranks=ranks) for pair in pairs]
+    assert Counting.calls == 0
+    assert all(isnan(report.error) for one in solved for report in one.reports)
+    reports = read_reports(solved, ranks)
+    assert Counting.calls == 1
+    for i, linear in enumerate(pairs[0] + pairs[1]):
+        [(weight, expected)] = quantize_siblings([linear], curvature)
+        assert reports[i] == expected
+        assert solved[i // 2].weights[i % 2].codes_sha256() == weight.codes_sha256()
+    assert read_reports([], ranks) == []
 
 
 @pytest.mark.parametrize("count", [0, 1, 1024, 1025, 5000])
