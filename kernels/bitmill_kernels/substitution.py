@@ -6,12 +6,17 @@
 The diagonal blocks of 1024 rows are inverted in fp32 once, so that a block is solved by one split
 product (`split_product.py`) and taken out of the rows to come by another. An inverse, whose errors
 grow with the condition of L, takes fp32 products instead. Substitution by the vendor's library runs
-at a fraction of a product's speed. On the CPU LAPACK does both.
+at a fraction of a product's speed, so of the diagonal blocks too it inverts only tiles of 64 rows;
+tiles of twice the size follow from them, those of all blocks at once:
+
+    [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1 C^-1]
+
+On the CPU LAPACK does both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +29,7 @@ from bitmill_kernels.split_product import (
 )
 
 BLOCK = 1024
+TILE = 64
 
 
 def cholesky_solver(lower: Tensor) -> Callable[[Tensor], Tensor]:
@@ -50,7 +56,7 @@ class Substitution:
     def __init__(self, lower: Tensor, block: int = BLOCK) -> None:
         self._lower = lower
         self._parts = _parts(len(lower), block)
-        self._inverses = [_inverted(lower[part, part]) for part in self._parts]
+        self._inverses = _diagonal_inverses(lower, self._parts)
 
     def __call__(self, right: Tensor) -> Tensor:
         x, lower = right.clone(memory_format=torch.contiguous_format), self._lower
@@ -71,9 +77,9 @@ class Substitution:
 def invert(lower: Tensor, block: int = BLOCK) -> Tensor:
     """`lower_inverse` in blocks, on any device."""
     x = torch.zeros(lower.shape, dtype=lower.dtype, device=lower.device)
-    for part in _parts(len(lower), block):
+    parts = _parts(len(lower), block)
+    for part, inverse in zip(parts, _diagonal_inverses(lower, parts), strict=True):
         before, done, rest = slice(0, part.start), slice(0, part.stop), slice(part.stop, len(x))
-        inverse = _inverted(lower[part, part])
         x[part, part] = inverse
         if before.stop:
             x[part, before] = inverse @ x[part, before]
@@ -86,7 +92,35 @@ def _parts(count: int, block: int) -> list[slice]:
     return [slice(start, min(start + block, count)) for start in range(0, count, block)]
 
 
+def _diagonal_inverses(lower: Tensor, parts: Sequence[slice]) -> list[Tensor]:
+    """The inverses of the diagonal blocks of L f32 [K, K]."""
+    sizes = [part.stop - part.start for part in parts]
+    whole = TILE
+    while whole < max(sizes):
+        whole *= 2
+    x = torch.eye(whole, device=lower.device).repeat(len(parts), 1, 1)
+    for mine, part, size in zip(x, parts, sizes, strict=True):
+        mine[:size, :size] = lower[part, part]
+    tiles = _tiles(x, TILE)
+    tiles.copy_(_inverted(tiles))
+    size = TILE
+    while size < whole:
+        pairs = _tiles(x, 2 * size)
+        first, second = pairs[..., :size, :size], pairs[..., size:, size:]
+        below = pairs[..., size:, :size]
+        below.copy_((second @ below @ first).neg_())
+        size *= 2
+    return [mine[:size, :size] for mine, size in zip(x, sizes, strict=True)]
+
+
+def _tiles(blocks: Tensor, size: int) -> Tensor:
+    """The diagonal tiles of blocks [P, B, B], a view [P, B / size, size, size]."""
+    shape = (-1, size)
+    return blocks.unflatten(2, shape).unflatten(1, shape).diagonal(dim1=1, dim2=3).movedim(3, 1)
+
+
 def _inverted(lower: Tensor) -> Tensor:
-    eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+    """The inverses of L [..., K, K], lower triangular."""
+    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
     return inverse
