@@ -115,8 +115,9 @@ def _diagonal_inverses(lower: Tensor, parts: Sequence[slice]) -> list[Tensor]:
 
 def _tiles(blocks: Tensor, size: int) -> Tensor:
     """The diagonal tiles of blocks [P, B, B], a view [P, B / size, size, size]."""
-    shape = (-1, size)
-    return blocks.unflatten(2, shape).unflatten(1, shape).diagonal(dim1=1, dim2=3).movedim(3, 1)
+    P, B, _ = blocks.shape
+    grid = blocks.view(P, B // size, size, B // size, size)
+    return grid.diagonal(dim1=1, dim2=3).movedim(3, 1)
 
 
 def _inverted(lower: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import isfinite, nan
 from typing import Literal
 
@@ -36,7 +37,7 @@ from bitmill.distributed import SINGLE, Group
 from bitmill.errors import NumericalError
 from bitmill.grid import ClipSettings, Grid, clip_search, max_code
 from bitmill.hessian import DAMPING_LADDER, Factor, damped, factor
-from bitmill.packed import QuantizedWeight, undo_order
+from bitmill.packed import QuantizedWeight
 from bitmill.polish import polish_codes, polish_measured
 from bitmill.refinement_report import LinearReport
 from bitmill.row_gain import restore_gain
@@ -120,7 +121,13 @@ class Curvature:
 
     def unpacked(self, matrix: Tensor) -> Tensor:
         """The columns of matrix [*, K] moved from packed to source order."""
-        return matrix if self.order is None else undo_order(matrix, self.order)
+        return matrix if self.order is None else matrix.index_select(1, self._places)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """The packed column of each source column, i64 [K]."""
+        assert self.order is not None
+        return torch.argsort(self.order)
 
     def solve(self, matrix: Tensor, ridge: float = 0.0) -> Tensor:
         """matrix [*, K] times the inverse of H, damped by the factor's damping or by `ridge`.
