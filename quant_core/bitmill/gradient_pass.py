@@ -1,7 +1,8 @@
 """One backward pass through a model of which a single block is on the accelerator at a time.
 
     forward    block by block, inputs of every s-th block kept on the host (`block_inputs.py`)
-    head       dL/dh at the last block's output, positions in slices so that logits stay small
+    head       dL/dh at the last block's output, positions in slices so that logits stay small;
+               from L to the logits by the formula dL/dlogits = softmax(logits) - label
     backward   from the last block to the first: run the block on its input again, with gradients,
                and hand on dL/d(input)
 
@@ -41,8 +42,8 @@ from bitmill.free_memory import free_device_bytes, spare_host_bytes
 from bitmill.plan import Plan
 from bitmill.timing import stage
 
-LOGIT_VALUES = 1 << 25
-"""Values of one slice of logits: 128 MiB in fp32."""
+LOGIT_VALUES = 3 << 24
+"""Values of one slice of logits: 192 MiB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -220,19 +221,19 @@ class GradientPass:
     def _head_gradient(self, output: Tensor, gradient: Tensor, source: Tensor | None) -> None:
         """Write dL/d(output) [S, T, D]; the last position of a window predicts nothing."""
         generator = torch.Generator(self._model.device).manual_seed(self._settings.seed)
-        length = self._tokens.shape[1]
+        tokens = self._tokens.to(self._model.device)
+        length = tokens.shape[1]
         for part in self._parts():
-            targets = self._tokens[part]
+            targets = tokens[part]
             span = max(1, LOGIT_VALUES // (len(targets) * self._model.plan.vocab_size))
             gradient[part, -1] = 0
             for start in range(0, length - 1, span):
                 place = slice(start, min(start + span, length - 1))
-                labels = targets[:, place.start + 1 : place.stop + 1].to(self._model.device)
+                labels = targets[:, place.start + 1 : place.stop + 1]
                 x = output[part, place].to(self._model.device)
                 if source is not None:
                     with torch.no_grad():
-                        answer = self._model.logits(source[part, place])
-                    labels = answer.float().softmax(-1)
+                        labels = self._model.logits(source[part, place]).softmax(-1, torch.float32)
                 gradient[part, place] = self._slice_gradient(x, labels, generator).to(
                     gradient.device
                 )
@@ -241,13 +242,13 @@ class GradientPass:
         """labels: int64 [B, T] of tokens, or f32 [B, T, V] of probabilities."""
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            logits = self._model.logits(x).float().flatten(0, 1)
-            if self._settings.labels == "sampled":
-                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-                labels = drawn[:, 0]
-            labels = labels.view_as(logits) if labels.is_floating_point() else labels.flatten()
-            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        return torch.autograd.grad(loss, x)[0]
+            logits = self._model.logits(x)
+        received = logits.detach().softmax(-1, torch.float32)
+        if self._settings.labels == "sampled":
+            drawn = torch.multinomial(received.flatten(0, 1), 1, generator=generator)
+            labels = drawn.view_as(labels)
+        subtract_labels(received, labels)
+        return torch.autograd.grad(logits, x, received.to(logits.dtype))[0]
 
     def _backward(
         self, i: int, inputs: Tensor, gradient: Tensor, observer: BlockObserver | None
@@ -274,6 +275,18 @@ class GradientPass:
                 code="non_finite_gradient",
             )
         self._passed = i, block
+
+
+def subtract_labels(probabilities: Tensor, labels: Tensor) -> None:
+    """Turn softmaxes f32 [B, T, V] into gradients of the cross entropy at the logits, in place.
+
+    labels: int64 [B, T] of tokens, or f32 [B, T, V] of probabilities.
+    """
+    if labels.is_floating_point():
+        probabilities -= labels
+    else:
+        place = labels[..., None]
+        probabilities.scatter_(-1, place, probabilities.gather(-1, place) - 1)
 
 
 @contextmanager

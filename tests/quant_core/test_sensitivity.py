@@ -27,7 +27,8 @@ from bitmill.sensitivity import (
     sample_rows,
 )
 from streaming import SPEC, streamed
-from tiny import VOCABULARY, tiny_llama, tiny_opt
+from tiny import VOCABULARY, save_tiny, tiny_llama, tiny_opt
+from tiny_architectures import tiny_config
 
 QUICK = SensitivitySettings(
     widths=(2, 4), clip=ClipSettings.min_max(), gradients=PassSettings(batch=3)
@@ -42,6 +43,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_opt(tmp_path_factory.mktemp("opt") / "model")
+
+
+@pytest.fixture(scope="module")
+def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that bends its logits: tanh(logits / 30) * 30."""
+    return save_tiny(tmp_path_factory.mktemp("gemma2") / "model", tiny_config("gemma2"))
 
 
 def some_tokens(windows: int = 5, length: int = 24) -> Tensor:
@@ -100,6 +107,48 @@ def test_streamed_gradients_equal_autograd(family, batch, request, monkeypatch):
         )
         x = torch.cat(recorder.inputs[name])
         torch.testing.assert_close(x, expected_inputs[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("labels", ["text", "sampled", "source"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_at_the_last_output_is_autograds(capped, labels, dtype, monkeypatch):
+    monkeypatch.setattr("bitmill.gradient_pass.LOGIT_VALUES", 7 * 3 * VOCABULARY)
+    model, tokens = streamed(capped, dtype=dtype), some_tokens()
+    settings = PassSettings(batch=3, labels=labels, seed=5)
+    generator = torch.Generator().manual_seed(0)
+    output, source = torch.randn(2, *tokens.shape, model.plan.hidden_size, generator=generator)
+    output, source = output.to(dtype), source.to(dtype)
+    found = torch.full_like(output, math.nan)
+    GradientPass(model, tokens, settings)._head_gradient(
+        output, found, source if labels == "source" else None
+    )
+    expected = head_gradient(model, tokens, settings, output, source)
+    assert not expected[:, -1].any()
+    rtol, atol = (1e-4, 1e-6) if dtype == torch.float32 else (2e-2, 4e-3)
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol * float(expected.abs().max()))
+
+
+def head_gradient(model, tokens, settings, output, source):
+    """What `_head_gradient` writes, by autograd through the loss, in its slices of 7 positions."""
+    draws = torch.Generator().manual_seed(settings.seed)
+    gradient = torch.zeros_like(output)
+    for start in range(0, len(tokens), settings.batch):
+        windows = slice(start, start + settings.batch)
+        count = len(tokens[windows])
+        span = 7 * 3 // count
+        for first in range(0, tokens.shape[1] - 1, span):
+            place = slice(first, min(first + span, tokens.shape[1] - 1))
+            x = output[windows, place].clone().requires_grad_()
+            logits = model.logits(x).float().flatten(0, 1)
+            target = tokens[windows, place.start + 1 : place.stop + 1].flatten()
+            if settings.labels == "sampled":
+                chances = logits.detach().softmax(-1)
+                target = torch.multinomial(chances, 1, generator=draws)[:, 0]
+            elif settings.labels == "source":
+                target = model.logits(source[windows, place]).float().flatten(0, 1).softmax(-1)
+            loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+            gradient[windows, place] = torch.autograd.grad(loss, x)[0]
+    return gradient
 
 
 def test_moments_are_the_documented_means():
