@@ -160,19 +160,22 @@ def _divided_factors(
     ridged = {}
     for ridge, owner in zip(firm, owners, strict=True):
         mine = owner == ranks.rank
-        ridged[ridge] = _ridged(H, ridge).contiguous() if mine else H.new_empty(H.shape)
+        ridged[ridge] = _ridged(H, ridge) if mine else H.new_empty(H.shape).mT
     shared = ranks.broadcast(replace(own, upper=torch.empty(0)) if own else None)
     assert shared is not None
     found = replace(shared, upper=own.upper if own else H.new_empty(H.shape))
     ranks.share(found.upper, 0)
     for ridge, owner in zip(firm, owners, strict=True):
-        ranks.share(ridged[ridge], owner)
+        ranks.share(ridged[ridge].mT, owner)
     return found, ridged
 
 
 def _ridged(H: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor f32 [K, K] of H damped by `ridge`; NaN where there is none."""
-    lower, info = torch.linalg.cholesky_ex(damped(H, ridge))
+    """The Cholesky factor f32 [K, K] of H damped by `ridge`; NaN where there is none.
+
+    It lies columns first.
+    """
+    lower, info = torch.linalg.cholesky_ex(damped(H, ridge).mT)
     result: Tensor = lower.mul_(torch.where(info == 0, 1.0, torch.nan))
     return result
 

@@ -179,7 +179,8 @@ def _of_reversed_cholesky(
     finite, dead = torch.isfinite(H).all().long(), (H.diagonal() <= 0).sum()
     failed: list[float] = []
     for damping in ladder:
-        lower, info = torch.linalg.cholesky_ex(damped(H, damping).flip(0, 1))
+        # H is symmetric, and its transpose lies columns first, as LAPACK takes it
+        lower, info = torch.linalg.cholesky_ex(damped(H, damping).flip(0, 1).mT)
         outcome = ReadLater(torch.stack([finite, dead, info.long()]))
         found = wanted(lower)
         del lower
