@@ -89,15 +89,15 @@ def _block_weights(plan: Plan, block: int) -> int:
     return kept + sum(linear.shape.weights for linear in plan.block_linears(block))
 
 
-def _hessian_bytes(plan: Plan, spec: JobSpec, block: int) -> int:
+def _hessian_bytes(plan: Plan, judged: bool, block: int) -> int:
     """Float32 second moments of a block's widest stage, those of held-out windows too where they
     judge, and for the widest input an ordered copy, the factor and two more while it is made."""
-    judged = 2 if spec.refinement.asymmetric else 1
+    sets = 2 if judged else 1
     stages = [
         [plan.by_name[group[0]].columns for group in stage] for stage in plan.input_stages(block)
     ]
     together = max(sum(k * k for k in stage) for stage in stages)
-    return 4 * (judged * together + 4 * max(k * k for stage in stages for k in stage))
+    return 4 * (sets * together + 4 * max(k * k for stage in stages for k in stage))
 
 
 def _activation_bytes(plan: Plan, block: int, tokens: int, element: int) -> int:
@@ -124,6 +124,25 @@ def backward_bytes(plan: Plan, element: int, tokens: int) -> int:
     return LOGIT_BYTES + max(per_block)
 
 
+def refining_bytes(plan: Plan, element: int, tokens: int, *, judged: bool) -> int:
+    """Accelerator memory of one block's turn in refinement without learning, beside hidden states.
+
+    Three blocks (quantized, source, the next), the widest stage's second moments (see
+    `_hessian_bytes`), values of one batch of tokens, the widest linear's working copies.
+    """
+    per_block = [
+        3 * element * _block_weights(plan, i)
+        + _hessian_bytes(plan, judged, i)
+        + _activation_bytes(plan, i, tokens, element)
+        for i in {0, plan.block_count - 1}
+    ]
+    return max(per_block) + WORKING_COPIES * 4 * _widest(plan)
+
+
+def _widest(plan: Plan) -> int:
+    return max(linear.shape.weights for linear in plan.matrices)
+
+
 def _learning_bytes(plan: Plan, spec: JobSpec, block: int, element: int) -> int:
     """A block that is learned on one batch of windows, or in the turn of tuning all scales."""
     asked = spec.refinement.omniquant
@@ -138,17 +157,15 @@ def _learning_bytes(plan: Plan, spec: JobSpec, block: int, element: int) -> int:
 def _accelerator_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:
     element = _element_bytes(plan, machine)
     tokens = max(BATCH_TOKENS, spec.calibration.length)
-    largest = max(linear.shape.weights for linear in plan.matrices)
-    per_block = [
-        3 * element * _block_weights(plan, i)
-        + max(
-            _hessian_bytes(plan, spec, i) + _activation_bytes(plan, i, tokens, element),
-            _learning_bytes(plan, spec, i, element),
-        )
+    learning = [
+        3 * element * _block_weights(plan, i) + _learning_bytes(plan, spec, i, element)
         for i in {0, plan.block_count - 1}
     ]
-    fixed = element * _outside_weights(plan) + LOGIT_BYTES + WORKING_COPIES * 4 * largest
-    return OVERHEAD + fixed + max(per_block)
+    turn = max(
+        refining_bytes(plan, element, tokens, judged=spec.refinement.asymmetric),
+        max(learning) + WORKING_COPIES * 4 * _widest(plan),
+    )
+    return OVERHEAD + element * _outside_weights(plan) + LOGIT_BYTES + turn
 
 
 def stream_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:

@@ -1,7 +1,8 @@
 """Memory for the hidden states [S, T, D] of all windows, wherever there is room for them.
 
-On the accelerator where a sixth of its free memory holds them; else on the host, page-locked, which
-lets the accelerator copy at the bus's full speed; past a limit in memory-mapped files.
+On the accelerator where they are a sixth of its free memory or less and what a block's turn takes
+is left; else on the host, page-locked, which lets the accelerator copy at the bus's full speed;
+past a limit in memory-mapped files.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from torch import Tensor
 from bitmill.block_inputs import HostMemory
 from bitmill.blocks import StreamedModel
 from bitmill.distributed import SINGLE, Group
-from bitmill.free_memory import spare_device_bytes, spare_host_bytes
+from bitmill.free_memory import free_device_bytes, spare_host_bytes
 
 
 class HiddenStates:
     """Allocates hidden states; a context manager, behind which they are not to be used.
 
-    scratch: a folder for files. group: ranks that share the host's memory. host_bytes: limit of
-    what this rank keeps in host memory; None takes its share of half of what is free.
+    scratch: a folder for files. turn: bytes that a block's turn takes of the accelerator. group:
+    ranks that share the host's memory. host_bytes: limit of what this rank keeps in host memory;
+    None takes its share of half of what is free.
     """
 
     def __init__(
@@ -32,11 +34,12 @@ class HiddenStates:
         device: torch.device,
         scratch: Path,
         *,
+        turn: int,
         group: Group = SINGLE,
         host_bytes: int | None = None,
     ) -> None:
         limit = spare_host_bytes() // group.size if host_bytes is None else host_bytes
-        self._device = device
+        self._device, self._turn = device, turn
         self._memory = HostMemory(limit, scratch)
         self._locked: list[Tensor] = []
 
@@ -64,13 +67,17 @@ class HiddenStates:
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
-        if 2 * size <= spare_device_bytes(self._device):
+        if size <= self._device_room():
             return torch.empty(shape, dtype=dtype, device=self._device)
         spilled = self._memory.spilled
         tensor = self._memory.empty(shape, dtype)
         if self._device.type == "cuda" and size and self._memory.spilled == spilled:
             self._lock(tensor, size)
         return tensor
+
+    def _device_room(self) -> int:
+        free = free_device_bytes(self._device)
+        return min(free // 6, free - free // 10 - self._turn)
 
     def _lock(self, tensor: Tensor, size: int) -> None:
         """Page-lock a tensor where the system allows it.

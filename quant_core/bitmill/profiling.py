@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from bitmill.blocks import StreamedModel
 from bitmill.distributed import SINGLE, Group
 from bitmill.embeddings import embedding_profiles
+from bitmill.estimate import backward_bytes
 from bitmill.hessian import activation_order
 from bitmill.hidden_states import HiddenStates
 from bitmill.input_statistics import Stream
@@ -154,7 +155,8 @@ def _stream(
     finished = group.broadcast([path.is_file() for path in paths])
     measure = _measure_sba if request.settings["kind"] == "sba" else _measure_orders
     blocks = []
-    with HiddenStates(model.device, folder, group=group) as states:
+    turn = backward_bytes(plan, model.dtype.itemsize, batch * tokens.shape[1])
+    with HiddenStates(model.device, folder, turn=turn, group=group) as states:
         hidden = states.embed(model, group.shard(tokens), batch)
         for i in range(model.block_count):
             block = model.load_block(i)

@@ -31,6 +31,7 @@ from bitmill.calibration import CalibrationSet
 from bitmill.compensated_grid import CompensatedSettings
 from bitmill.distributed import SINGLE, Group
 from bitmill.embeddings import quantize_embeddings
+from bitmill.estimate import refining_bytes
 from bitmill.gptq import GptqSettings
 from bitmill.grid import ClipSettings
 from bitmill.hidden_states import HiddenStates
@@ -154,8 +155,11 @@ def refine_model(
     def tell(i: int) -> None:
         on_unit(i + 1, model.block_count, "block", "")
 
+    tokens = max(BATCH_TOKENS, inputs.tokens.tokens.shape[1])
+    element, judged = model.dtype.itemsize, settings.asymmetric
+    turn = refining_bytes(model.plan, element, tokens, judged=judged)
     with (
-        HiddenStates(model.device, folder, group=group, host_bytes=host_bytes) as states,
+        HiddenStates(model.device, folder, turn=turn, group=group, host_bytes=host_bytes) as states,
         BlockSaver(folder, model.device, tell) as saver,
     ):
         run = _Run(model, quantized, inputs, settings, folder, seed, group, states)

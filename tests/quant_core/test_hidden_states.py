@@ -35,9 +35,9 @@ def model(
 def test_windows_are_embedded_in_any_memory(
     model: StreamedModel, tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitmill.hidden_states.spare_device_bytes", lambda _: 0)
+    monkeypatch.setattr("bitmill.hidden_states.free_device_bytes", lambda _: 0)
     expected = model.embed(TOKENS).cpu()
-    with HiddenStates(model.device, tmp_path, host_bytes=limit) as states:
+    with HiddenStates(model.device, tmp_path, turn=0, host_bytes=limit) as states:
         found = states.embed(model, TOKENS, 3)
         assert found.device.type == "cpu"
         assert found.is_pinned() == (limit > 0 and model.device.type == "cuda")
@@ -45,6 +45,17 @@ def test_windows_are_embedded_in_any_memory(
         assert states.embed(model, TOKENS[:0], 3).shape == (0, 32, model.plan.hidden_size)
         assert len(list(tmp_path.iterdir())) == (limit == 0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_accelerator_keeps_what_a_turn_takes(
+    model: StreamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = TOKENS.numel() * model.plan.hidden_size * model.dtype.itemsize
+    monkeypatch.setattr("bitmill.hidden_states.free_device_bytes", lambda _: 10 * size)
+    for turn, stays in ((8 * size, True), (8 * size + 1, False)):
+        with HiddenStates(model.device, tmp_path, turn=turn, host_bytes=0) as states:
+            states.embed(model, TOKENS, 3)
+            assert (list(tmp_path.iterdir()) == []) == stays
 
 
 def refine(model: StreamedModel, folder: Path, host_bytes: int | None) -> RefinedModel:
@@ -66,7 +77,7 @@ def test_refinement_with_streams_in_files_gives_the_same_bytes(
     model: StreamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = refine(model, tmp_path / "memory", None)
-    monkeypatch.setattr("bitmill.hidden_states.spare_device_bytes", lambda _: 0)
+    monkeypatch.setattr("bitmill.hidden_states.free_device_bytes", lambda _: 0)
     spilled = refine(model, tmp_path / "files", 0)
     assert spilled.digest == plain.digest
     assert not list((tmp_path / "files").glob("block-inputs-*"))
