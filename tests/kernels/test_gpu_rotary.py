@@ -30,7 +30,7 @@ def on_cuda(x):
 
 
 def missed(found, exact):
-    return float((found.double() - exact).norm() / exact.norm())
+    return float((found.detach().double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
