@@ -95,13 +95,14 @@ def solve_on_device(
 def _unit_parts(U: Tensor) -> Tensor:
     """Rows of U f32 [K, K] divided by their diagonal, as parts of a left factor, bf16 [3 K, K].
 
-    Made some rows at a time: large K leave no room for the divided rows too.
+    Made some rows at a time: large K leave no room for the divided rows too. Columns left of the
+    diagonal of such rows, which nobody reads, stay unwritten.
     """
     parts = torch.empty(3 * len(U), len(U), dtype=torch.bfloat16, device=U.device)
     for start in range(0, len(U), SPLIT_ROWS):
         rows = slice(start, min(start + SPLIT_ROWS, len(U)))
-        unit = U[rows] / U.diagonal()[rows, None]
-        grouped_parts(unit, LOW_LEFT, parts[3 * rows.start : 3 * rows.stop])
+        unit = U[rows, start:] / U.diagonal()[rows, None]
+        grouped_parts(unit, LOW_LEFT, parts[3 * start : 3 * rows.stop, start:])
     return parts
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from bitmill import device_solve
 from bitmill.codes import output_error
 from bitmill.compensated_grid import CompensatedSettings
 from bitmill.gptq import (
@@ -76,6 +77,26 @@ def test_solving_and_polishing_reach_the_plain_error(
         assert (plain.codes == fast.codes).float().mean() >= 0.95
         assert torch.equal(fast.scales, fast.scales.half().float())
         assert not fast.values()[2].any()
+
+
+def test_only_the_upper_triangle_of_the_factor_is_read(linear, monkeypatch):
+    monkeypatch.setenv("BITMILL_BACKEND", "triton")
+    W, curvature = linear
+    settings = GptqSettings(clip=CLIP, compensated=None, super_block=2)
+    expected = solve(W, curvature, (3, 2, 4), settings)
+    monkeypatch.setattr(device_solve, "SPLIT_ROWS", 128)
+    whole = device_solve._unit_parts
+
+    def poisoned(U):
+        parts = whole(U)
+        for start in (128, 256):
+            parts[3 * start :, :start] = float("nan")
+        return parts
+
+    monkeypatch.setattr(device_solve, "_unit_parts", poisoned)
+    found = solve(W, curvature, (3, 2, 4), settings)
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.scales, expected.scales)
 
 
 def test_siblings_are_solved_as_each_alone(linear, monkeypatch):
