@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -163,7 +164,8 @@ def copy_companions(source: Path, folder: Path) -> None:
 class _ShardWriter:
     """Open shard files with their headers written; threads put tensors in their places.
 
-    A file takes one write at a time, so tensors are hashed and files flushed beside it.
+    A file takes one write at a time, and threads that ask for more keep cores busy with waiting:
+    tensors take turns here, and are hashed and flushed meanwhile.
     """
 
     def __init__(self, folder: Path, tensors: Sequence[TensorSpec], max_bytes: int) -> None:
@@ -174,6 +176,7 @@ class _ShardWriter:
         self._places: dict[str, tuple[BinaryIO, int]] = {}
         self._hashing = ThreadPoolExecutor(_THREADS, thread_name_prefix="hash")
         self._flusher = Flusher()
+        self._writing = threading.Lock()
         self._open = ExitStack()
 
     def __enter__(self) -> _ShardWriter:
@@ -219,7 +222,8 @@ class _ShardWriter:
         data = tensor_bytes(tensor)
         file, offset = self._places[name]
         digest = self._hashing.submit(hashlib.sha256, data)
-        _write_at(file, offset, data)
+        with self._writing:
+            _write_at(file, offset, data)
         self._flusher.wrote(file, len(data))
         self._digests[name] = digest.result().hexdigest()
 

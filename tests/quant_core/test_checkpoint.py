@@ -119,18 +119,20 @@ def test_linears_are_told_in_order_and_a_caller_that_stops_leaves_no_thread(
     assert told == list(packed.map.linears)[:3]
 
 
-def test_a_tensor_is_hashed_while_it_is_written(
+def test_tensors_are_written_one_at_a_time_and_hashed_meanwhile(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = threading.Semaphore(0)
+    begun, writing = threading.Semaphore(0), threading.Lock()
 
     def sha256(data: memoryview) -> Any:
         begun.release()
         return hashlib.sha256(data)
 
     def write_at(file: BinaryIO, offset: int, data: memoryview) -> None:
+        assert writing.acquire(blocking=False)
         assert offset == 0 or begun.acquire(timeout=10)
         write(file, offset, data)
+        writing.release()
 
     write = checkpoint_module._write_at
     monkeypatch.setattr(checkpoint_module, "hashlib", SimpleNamespace(sha256=sha256))
