@@ -11,7 +11,7 @@ The error tr((W - ŵ) H (W - ŵ)^T) never rises. Dead columns and rows without a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -161,13 +161,13 @@ def _polish_triton(
         for mine, own in zip(rows, widths, strict=True)
     ]
     if sources is not None:
-        left = [(W - own.values()).T for W, own in zip(matrices, polished, strict=True)]
+        left = ((W - own.values()).T for W, own in zip(matrices, polished, strict=True))
         sums.append(_leaning(left, slope.split(counts, 1), matrices, sources))
     return polished, sums
 
 
 def _leaning(
-    residuals: Sequence[Tensor],
+    residuals: Iterable[Tensor],
     slopes: Sequence[Tensor],
     matrices: Sequence[Tensor],
     sources: Sequence[Tensor],

@@ -14,7 +14,8 @@ from bitmill.gptq import (
     solve,
     solve_siblings,
 )
-from bitmill.hessian import Factor
+from bitmill.hessian import Factor, factor
+from bitmill.polish import polish_measured
 from bitmill.rtn import round_to_nearest
 from bitmill.sensitivity import SensitivitySettings, input_costs
 from bitmill_kernels.split_product import left_parts, right_parts, split_product, subtract_parts
@@ -125,3 +126,38 @@ def test_siblings_are_solved_as_each_alone():
             assert (one.codes == two.codes).float().mean() >= 0.95
             errors = [output_error(matrix - c.values(), cuda.H) for c in (one, two)]
             assert errors[1] == pytest.approx(errors[0], rel=0.005)
+
+
+def test_errors_around_polishing_are_those_of_the_codes():
+    W, curvature = linear(160, 700)
+    cuda, settings = on_cuda(curvature), GptqSettings(compensated=None)
+    widths = [(3, 2, 4, 8, 2, 1), (1, 2, 3, 4, 5, 6)]
+    matrices = [W[:64].cuda(), W[64:].cuda()]
+    sources = [matrices[0], matrices[1] + 0.1 * torch.randn(96, 700).cuda()]
+    codes = solve_siblings(matrices, cuda, widths, settings)
+    polished, errors = polish_measured(matrices, sources, codes, cuda.H, sweeps=4)
+    for when, found in zip((codes, polished), errors.tolist(), strict=True):
+        for source, own, error in zip(sources, when, found, strict=True):
+            assert error == pytest.approx(output_error(source - own.values(), cuda.H), rel=2e-3)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.05])
+def test_stacked_right_hand_sides_are_solved_as_each_alone(ridge):
+    W, curvature = linear(160, 1300)
+    cuda = on_cuda(curvature)
+    matrices = [W[:1].cuda(), W[1:64].cuda(), W[64:].cuda()]
+    for matrix, found in zip(matrices, cuda.solve_each(matrices, ridge), strict=True):
+        expected = curvature.solve(matrix.cpu(), ridge)
+        assert found.shape == matrix.shape
+        assert float((found.cpu() - expected).norm()) < 1e-3 * float(expected.norm())
+
+
+def test_a_factor_that_failed_is_made_again_with_more_damping():
+    H = linear(4, 1300)[1].H.double()
+    H -= (torch.linalg.eigvalsh(H)[0] + 0.02 * H.diagonal().mean()) * torch.eye(1300)
+    H = H.float().cuda()
+    found = factor(H)
+    assert found.failed == (0.005, 0.01)
+    damped = H.double() + found.damping * H.diagonal().double().mean() * torch.eye(1300).cuda()
+    U = found.upper.double()
+    assert float((U @ damped @ U.T - torch.eye(1300).cuda()).abs().max()) < 1e-2
