@@ -108,7 +108,7 @@ class Curvature:
         """
         with stage("factor"):
             if order is not None:
-                order = order.to(H.device)
+                order = order.to(H.device, non_blocking=True)
                 H = H[order][:, order]
             if ranks.size == 1:
                 return cls(H, factor(H, ladder=damping, name=name), order)

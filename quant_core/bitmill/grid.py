@@ -75,7 +75,8 @@ def max_code(width: int) -> int:
 def stored_zeros(zeros: Tensor, widths: Sequence[int]) -> Tensor:
     """Zero points [G, N] as the format stores them: u8, in eighths at width 1."""
     steps = torch.tensor([float(ONE_BIT_ZERO_STEPS) if width == 1 else 1.0 for width in widths])
-    return (zeros * steps.to(zeros.device)[:, None]).round().to(torch.uint8)
+    steps = steps.to(zeros.device, non_blocking=True)
+    return (zeros * steps[:, None]).round().to(torch.uint8)
 
 
 def round_scale(scale: Tensor) -> Tensor:
