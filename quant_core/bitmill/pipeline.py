@@ -63,6 +63,7 @@ from bitmill.spec import Budget, InlineMap, JobSpec, PathParameters
 from bitmill.stages import Workspace
 from bitmill.tasks import TaskSuite
 from bitmill.verify import verify_folder
+from bitmill.warm_up import warm_up
 
 PLAN_NAME = "plan.json"
 FILES_NAME = "files.json"
@@ -246,6 +247,7 @@ def resolve(job: Job) -> Source:
 
 def plan(job: Job, source: Source) -> Plan:
     """Linears, kept tensors and sizes; refuses impossible budgets, windows, tasks, NaN weights."""
+    warm_up(job.device)  # beside reading all weights
     allocation = job.spec.allocation.model_dump(mode="json")
 
     def work(folder: Path) -> None:
