@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -316,8 +315,6 @@ def run_stages(
     shape: Shape,
 ) -> Plan:
     """The job's stages from profile to pack, on windows of random tokens."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     job = pipeline.Job(
         spec=spec,
         model_folder=source,

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import reduce
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -116,7 +117,13 @@ SINGLE = Group()
 
 @dataclass(frozen=True)
 class _Ranks(Group):
-    """Several ranks in torch.distributed's default process group."""
+    """Several ranks in torch.distributed's default process group.
+
+    meeting: makes the accelerators' connections, which takes NCCL most of a second, beside other
+    work; no other call may come before the one that it makes.
+    """
+
+    meeting: Thread | None = None
 
     def all_reduce(self, *sums: Tensor) -> None:
         small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
@@ -150,6 +157,7 @@ class _Ranks(Group):
 
     def _all(self, own: Tensor) -> list[Tensor]:
         """What every rank brings, tensors of one shape, in the order of the ranks."""
+        self._meet(own)
         found = own.new_empty(self.size * own.numel())
         with _peers():
             _gather_into(found, own.reshape(-1))
@@ -163,6 +171,7 @@ class _Ranks(Group):
         return super().totals(reduce(torch.add, others, first))
 
     def share(self, tensor: Tensor, owner: int) -> None:
+        self._meet(tensor)
         with _peers():
             dist.broadcast(tensor, owner)
 
@@ -180,6 +189,16 @@ class _Ranks(Group):
 
     def barrier(self) -> None:
         self.gather(None)
+
+    def _meet(self, tensor: Tensor) -> None:
+        if tensor.is_cuda and self.meeting is not None:
+            self.meeting.join()
+
+
+def _exchange(device: torch.device) -> None:
+    """A first exchange; where it fails the next one says why."""
+    with suppress(RuntimeError), torch.cuda.device(device):
+        dist.broadcast(torch.zeros(1, device=device), 0)
 
 
 @contextmanager
@@ -209,8 +228,13 @@ def joined(device: str) -> Iterator[tuple[Group, torch.device]]:
         backend = "cpu:gloo,cuda:nccl"
     with _peers():
         dist.init_process_group(backend, timeout=_PATIENCE)
-    group = _Ranks(dist.get_rank(), size)
+    meeting = None
+    if backend != "gloo":
+        meeting = Thread(target=_exchange, args=(where,), daemon=True)
+        meeting.start()
+    group = _Ranks(dist.get_rank(), size, meeting)
     yield group, where
     group.barrier()
-    if backend != "gloo":  # whose threads may abort the process when they are taken down
+    if meeting is not None:  # gloo's threads may abort the process when they are taken down
+        meeting.join()
         dist.destroy_process_group()

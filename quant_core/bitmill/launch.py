@@ -139,13 +139,15 @@ def as_rank(device: str) -> Iterator[tuple[Group, torch.device]]:
 
     In a process that was started alone it is a group of one, and errors pass through. A rank's
     process ends here: what is left of an interpreter with gloo's threads in it may abort. Its
-    errors are left for the launcher.
+    errors are left for the launcher. Settings of the process come first (`process_settings.py`).
     """
     launcher = os.environ.get(_LAUNCHER)
     if launcher is not None:
         die_with_parent(parent=int(launcher))
     from bitmill.distributed import PeerLost, joined
+    from bitmill.process_settings import settle_process
 
+    settle_process()
     if launcher is None:
         with joined(device) as found:
             yield found
