@@ -51,6 +51,7 @@ from bitmill.measurement import (
 from bitmill.model_config import refuse_pickles
 from bitmill.overfitting import overfitting_warnings
 from bitmill.plan import Plan, check_lengths, check_rows, make_plan
+from bitmill.process_settings import settle_process
 from bitmill.profile import PROFILE_NAME, SensitivityProfile, profile_key
 from bitmill.profile_summary import SUMMARY_NAME, summarize
 from bitmill.profiling import ProfileRequest, make_profile
@@ -150,8 +151,7 @@ def run_job(
         )
     if spec.threads:
         torch.set_num_threads(max(1, spec.threads // group.size))
-    torch.backends.cuda.matmul.allow_tf32 = False
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: same bytes
+    settle_process()
     given = BitWidthMap.load(map_file) if map_file is not None else None
     if given is None and isinstance(spec.allocation.map, InlineMap):
         given = spec.allocation.map.map
