@@ -69,7 +69,7 @@ class LinearCodes:
     def largest(self) -> Tensor:
         """Largest codes, f32 [G, N]; a view of one number per group."""
         top = torch.tensor([float(max_code(width)) for width in self.widths])
-        return top.to(self.scales.device)[:, None].expand_as(self.scales)
+        return top.to(self.scales.device, non_blocking=True)[:, None].expand_as(self.scales)
 
     def finish(self, order: Tensor | None) -> QuantizedWeight:
         """The stored form, on the same device; order is i64 [K], or None for natural order."""
@@ -92,7 +92,8 @@ def stacked_largest(
     widths: Sequence[tuple[int, ...]], rows: Sequence[slice], device: torch.device
 ) -> Tensor:
     """Largest codes f32 [G, N] of linears that stand one below the other."""
-    tops = torch.tensor([[float(max_code(width)) for width in own] for own in widths]).to(device)
+    tops = torch.tensor([[float(max_code(width)) for width in own] for own in widths])
+    tops = tops.to(device, non_blocking=True)
     counts = [mine.stop - mine.start for mine in rows]
     return torch.cat([top[:, None].expand(-1, n) for top, n in zip(tops, counts, strict=True)], 1)
 

@@ -301,21 +301,6 @@ def quantize_siblings(
     ridges: Sequence[float] = (0.0,),
     settings: GptqSettings | None = None,
     ranks: Group = SINGLE,
-) -> list[tuple[QuantizedWeight, LinearReport]]:
-    """`solve_corrected`, with reports that were waited for."""
-    return solve_corrected(
-        linears, curvature, strengths=strengths, ridges=ridges, settings=settings, ranks=ranks
-    ).read(ranks)
-
-
-def solve_corrected(
-    linears: MutableSequence[Linear],
-    curvature: Curvature,
-    *,
-    strengths: Sequence[float] = (1.0,),
-    ridges: Sequence[float] = (0.0,),
-    settings: GptqSettings | None = None,
-    ranks: Group = SINGLE,
 ) -> Solved:
     """As `quantize_gptq`, for linears that read one input, each with its best correction or none.
 

@@ -35,8 +35,10 @@ from bitmill.gptq import (
     Curvature,
     GptqSettings,
     Linear,
+    Solved,
     check_weights,
     quantize_siblings,
+    read_reports,
     sampled_rows,
 )
 from bitmill.input_statistics import (
@@ -87,7 +89,7 @@ def refine_block(
     orders: Mapping[str, Tensor] | None = None,
     held_out: Stream | None = None,
     token_weights: Mapping[str, Tensor] | None = None,
-    on_linear: Callable[[LinearReport], None] | None = None,
+    on_stage: Callable[[], None] = lambda: None,
     replay: Replay | None = None,
 ) -> tuple[dict[str, QuantizedWeight], BlockReport]:
     """Quantizes every linear of block `index` that `widths` names (full names).
@@ -95,7 +97,8 @@ def refine_block(
     stream: calibration block inputs; held_out: others, for choosing. orders: name -> i64 [K],
     packed column k is input column orders[name][k]; linears reading one input share one order.
     token_weights: name -> f32 [S, T] >= 0, how much each calibration token counts for a linear.
-    replay: a new one, for a caller who moves the same streams on by `advance_hidden`.
+    on_stage: called after every stage. replay: a new one, for a caller who moves the same streams
+    on by `advance_hidden`.
 
     Raises CalibrationError, naming the linear, where calibration gives non-finite inputs, and
     NumericalError where a factorization fails past the last damping.
@@ -120,13 +123,15 @@ def refine_block(
         done |= refined
         if settings.true_sequential:
             job.install(refined)
-        if on_linear:
-            for _, report in refined.values():
-                on_linear(report)
+        on_stage()
     if not settings.true_sequential:
         job.install(done)
-    weights = {name: weight for name, (weight, _) in done.items()}
-    return weights, BlockReport(index, tuple(report for _, report in done.values()))
+    read = {report.name: report for report in read_reports(job.solved, stream.group)}
+    reports = [
+        replace(read.get(name, report), tokens=report.tokens, rows=report.rows)
+        for name, (_, report) in done.items()
+    ]
+    return {name: weight for name, (weight, _) in done.items()}, BlockReport(index, tuple(reports))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +142,7 @@ class _BlockJob:
     orders: Mapping[str, Tensor]
     token_weights: Mapping[str, Tensor]
     ranks: Group
+    solved: list[Solved] = field(default_factory=list)
 
     def stages(self) -> Iterator[list[list[str]]]:
         """Stages of input groups, without the linears that keep the source's precision."""
@@ -250,7 +256,8 @@ class _BlockJob:
             settings=settings.gptq,
             ranks=self.ranks,
         )
-        return dict(zip(names, solved, strict=True))
+        self.solved.append(replace(solved, weights=()))
+        return dict(zip(names, zip(solved.weights, solved.reports, strict=True), strict=True))
 
     def _linear(
         self, name: str, statistics: InputStatistics, unseen: InputStatistics | None

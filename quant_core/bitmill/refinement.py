@@ -260,7 +260,7 @@ class _Run:
         self._replay = Replay()
 
     def refine(
-        self, i: int, block: nn.Module, on_linear: Callable[[], None]
+        self, i: int, block: nn.Module, on_stage: Callable[[], None]
     ) -> tuple[dict[str, QuantizedWeight], list[LinearQuality], dict[str, Any] | None]:
         names = [linear.name for linear in self.model.plan.block_linears(i)]
         weights, report = refine_block(
@@ -272,7 +272,7 @@ class _Run:
             settings=refine_settings(self.settings, self.batch, self.asymmetric),
             orders={n: self.inputs.orders[n] for n in names if n in self.inputs.orders},
             held_out=self._streams[1] if self.asymmetric else None,
-            on_linear=lambda _: on_linear(),
+            on_stage=on_stage,
             replay=self._replay if self.learning is None else None,
         )
         if self.asymmetric and names:
@@ -329,7 +329,7 @@ class _Run:
         for windows in (hidden[: self.count], hidden[self.count :]):
             for start in range(0, len(windows), self.batch):
                 part = windows[start : start + self.batch]
-                part[:] = self.model.run_block(i, block, part).to(part.device)
+                part.copy_(self.model.run_block(i, block, part), non_blocking=True)
 
 
 def first_method(settings: Refinement) -> Literal["rtn", "gptq"]:

@@ -92,7 +92,8 @@ def _round_on_device(
 ) -> LinearCodes:
     """All groups of two bits and more searched in one launch."""
     h = relative_weights(W.new_ones(W.shape[1]) if weight is None else weight)
-    largest = torch.tensor([float(max_code(width)) for width in widths]).to(W.device)
+    largest = torch.tensor([float(max_code(width)) for width in widths])
+    largest = largest.to(W.device, non_blocking=True)
     found = clip_search_groups(W.T, largest[:, None].expand(-1, len(W)), h, clip)
     for group, part in group_slices(W.shape[1]):
         if widths[group] == 1:

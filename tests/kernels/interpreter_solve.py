@@ -9,6 +9,7 @@ import torch
 from bitmill import device_solve
 from bitmill.codes import output_error
 from bitmill.compensated_grid import CompensatedSettings
+from bitmill.distributed import SINGLE
 from bitmill.gptq import (
     Correction,
     Curvature,
@@ -140,7 +141,7 @@ def test_corrections_of_siblings_are_those_of_each_alone(linear, monkeypatch):
         return Linear(name, some, (6, 8, 6), Correction(shift, sample, judge))
 
     def solved(linears):
-        return quantize_siblings(linears, prepared, ridges=ridges, settings=settings)
+        return quantize_siblings(linears, prepared, ridges=ridges, settings=settings).read(SINGLE)
 
     linears = [
         corrected("q", slice(0, 4), 1.0, 0.0),

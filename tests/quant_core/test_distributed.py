@@ -156,7 +156,8 @@ def mentioning(word: str) -> list[int]:
 
 def assert_like_one_rank(out: Path, alone: tuple[Path, RefinedModel]) -> None:
     """The same windows, map and orders, byte for byte; errors but for rounding, and the codes that
-    come before a rounded sum can have grown."""
+    come before a rounded sum can have grown. Behind the first block a grown sum may also decide
+    whether a linear is corrected, which its error shows."""
     folder, one = alone
     for name in ("windows.json", "map.json", "orders.npz"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
@@ -170,7 +171,9 @@ def assert_like_one_rank(out: Path, alone: tuple[Path, RefinedModel]) -> None:
     several = RefinedModel(out / "refine", one.plan)
     for ours, alones in zip(several.reports()[0], one.reports()[0], strict=True):
         assert (ours.name, ours.tokens) == (alones.name, alones.tokens)
-        assert ours.relative_error == pytest.approx(alones.relative_error, rel=0.02)
+        first = one.plan.by_name[ours.name].block == 0
+        if first or ours.asymmetric == alones.asymmetric:
+            assert ours.relative_error == pytest.approx(alones.relative_error, rel=0.02)
     for name in (linear.name for linear in one.plan.block_linears(0)[:3]):
         same = several.linear(name).codes == one.linear(name).codes
         assert same.float().mean() > 0.99, name

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from bitmill.compensated_grid import CompensatedSettings
-from bitmill.distributed import Group
+from bitmill.distributed import SINGLE, Group
 from bitmill.errors import NumericalError
 from bitmill.gptq import (
     Correction,
@@ -16,7 +16,6 @@ from bitmill.gptq import (
     quantize_siblings,
     read_reports,
     sampled_rows,
-    solve_corrected,
 )
 from bitmill.grid import ClipSettings, clip_search, max_code
 from bitmill.hessian import activation_order
@@ -227,7 +226,7 @@ def test_the_correction_is_chosen_by_the_judge():
 
         correction = Correction(shift, rows, judge)
         linear = Linear("linear", W, (6, 6), correction)
-        return quantize_siblings([linear], curvature, strengths=(0.5, 1.0))[0][1]
+        return quantize_siblings([linear], curvature, strengths=(0.5, 1.0)).read(SINGLE)[0][1]
 
     assert [chosen(gain * W).asymmetric for gain in (0.9, 1.0, 1.05, 1.1, 1.3)] == [
         0.0,
@@ -267,7 +266,8 @@ def test_a_ridge_that_leaves_no_factor_is_refused():
 
     linear = Linear("linear", W, (8, 8), Correction(shift, torch.arange(len(W)), judge))
     chosen = [
-        quantize_siblings([linear], curvature, ridges=r)[0][1] for r in ((0.01, 0.5), (0.01,))
+        quantize_siblings([linear], curvature, ridges=r).read(SINGLE)[0][1]
+        for r in ((0.01, 0.5), (0.01,))
     ]
     assert [(report.asymmetric, report.ridge) for report in chosen] == [(1.0, 0.5), (0.0, 0.0)]
     with pytest.raises(NumericalError, match=r"fc1 is not finite.*ridge of 1\.0%"):
@@ -296,11 +296,11 @@ def test_siblings_are_solved_as_each_alone():
     ]
     ridges = (0.0, 0.5)
     given = list(linears)
-    together = quantize_siblings(given, curvature, ridges=ridges)
+    together = quantize_siblings(given, curvature, ridges=ridges).read(SINGLE)
     assert [linear.correction for linear in given] == [None] * 3
     assert not curvature.solvers
     for linear, (weight, report) in zip(linears, together, strict=True):
-        [(alone, expected)] = quantize_siblings([linear], curvature, ridges=ridges)
+        [(alone, expected)] = quantize_siblings([linear], curvature, ridges=ridges).read(SINGLE)
         assert alone.codes_sha256() == weight.codes_sha256()
         assert torch.equal(alone.scales, weight.scales)
         assert torch.equal(alone.zeros, weight.zeros)
@@ -320,13 +320,13 @@ def test_reports_of_several_inputs_are_read_at_once():
     W, H = layer()
     curvature, ranks = Curvature.prepare(H), Counting()
     pairs = [[Linear(f"{i}.{name}", W + i, (3, 2)) for name in "ab"] for i in range(2)]
-    solved = [solve_corrected(list(pair), curvature, ranks=ranks) for pair in pairs]
+    solved = [quantize_siblings(list(pair), curvature, ranks=ranks) for pair in pairs]
     assert Counting.calls == 0
     assert all(isnan(report.error) for one in solved for report in one.reports)
     reports = read_reports(solved, ranks)
     assert Counting.calls == 1
     for i, linear in enumerate(pairs[0] + pairs[1]):
-        [(weight, expected)] = quantize_siblings([linear], curvature)
+        [(weight, expected)] = quantize_siblings([linear], curvature).read(SINGLE)
         assert reports[i] == expected
         assert solved[i // 2].weights[i % 2].codes_sha256() == weight.codes_sha256()
     assert read_reports([], ranks) == []
