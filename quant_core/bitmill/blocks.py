@@ -310,7 +310,8 @@ class StreamedModel:
                 self._record(torch.zeros(key, dtype=torch.int64, device=self.device))
         args, kwargs = self._seen[key][i]
         with stage("forward"):
-            output = block(hidden.to(device=self.device, dtype=self.dtype), *args, **kwargs)
+            x = hidden.to(device=self.device, dtype=self.dtype, non_blocking=True)
+            output = block(x, *args, **kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def logits(self, hidden: Tensor) -> Tensor:

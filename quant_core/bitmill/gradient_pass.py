@@ -133,7 +133,7 @@ class GradientPass:
         with HostMemory(limit, self._scratch, where) as memory:
             first = memory.empty(shape, self._model.dtype)
             for part in self._parts():
-                first[part] = self._model.embed(self._tokens[part]).to(first.device)
+                first[part].copy_(self._model.embed(self._tokens[part]), non_blocking=True)
             every = self._settings.every or choose_every(self._model.block_count, size, limit)
             inputs = BlockInputs(
                 first,
@@ -212,7 +212,7 @@ class GradientPass:
         def step(i: int, x: Tensor, y: Tensor) -> None:
             block = self._load(i)
             for part in self._parts():
-                y[part] = self._model.run_block(i, block, x[part]).to(y.device, y.dtype)
+                y[part].copy_(self._model.run_block(i, block, x[part]), non_blocking=True)
             if on_forward:
                 on_forward(i)
 
@@ -259,15 +259,15 @@ class GradientPass:
         modules = self._model.linears(block, i)
         largest = torch.zeros((), device=self._model.device)
         for part in self._parts():
-            x = inputs[part].to(self._model.device).detach().requires_grad_()
+            x = inputs[part].to(self._model.device, non_blocking=True).detach().requires_grad_()
             with _watching(modules, observer), torch.enable_grad():
                 y = self._model.run_block(i, block, x)
-                received = gradient[part].to(self._model.device, y.dtype)
+                received = gradient[part].to(self._model.device, y.dtype, non_blocking=True)
                 with stage("backward"):
                     torch.autograd.backward(y, received)
             assert x.grad is not None
             largest = torch.maximum(largest, torch.linalg.vector_norm(x.grad, ord=math.inf))
-            gradient[part] = x.grad.to(gradient.device, gradient.dtype)
+            gradient[part].copy_(x.grad, non_blocking=True)
         if not math.isfinite(float(largest)):
             raise CalibrationError(
                 f"the loss gradient at the input of block {i} is not finite: the calibration "

@@ -3,6 +3,9 @@
 On the accelerator where they are a sixth of its free memory or less and what a block's turn takes
 is left; else on the host, page-locked, which lets the accelerator copy at the bus's full speed;
 past a limit in memory-mapped files.
+
+Whoever moves them to and fro does so without waiting, by copies into the place itself: the stream
+orders what it copies, so only a reader on the host has to wait for it.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ class HiddenStates:
         hidden = self._empty((*tokens.shape, model.plan.hidden_size), model.dtype)
         for start in range(0, len(tokens), batch):
             part = slice(start, start + batch)
-            hidden[part] = model.embed(tokens[part]).to(hidden.device)
+            hidden[part].copy_(model.embed(tokens[part]), non_blocking=True)
         return hidden
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

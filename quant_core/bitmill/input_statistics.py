@@ -187,7 +187,7 @@ def advance_hidden(state: BlockState, stream: Stream, *, batch: int) -> None:
     for part in _parts(stream, batch):
         with state.replay.resumed(state.current, state.linears, (stream, part.start), last=True):
             output = state.model.run_block(state.index, state.current, stream.hidden[part])
-        stream.hidden[part] = output.to(stream.hidden.device)
+        stream.hidden[part].copy_(output, non_blocking=True)
 
 
 def _parts(stream: Stream, batch: int) -> Iterator[slice]:
@@ -237,7 +237,7 @@ class _Collector:
 
     def add(self, stream: Stream, part: slice) -> None:
         state = self.state
-        hidden = stream.hidden[part].to(state.model.device)
+        hidden = stream.hidden[part].to(state.model.device, non_blocking=True)
         written = [name for name in self.writers if name != self.left_out]
         batch = (stream, part.start)
         read = dict.fromkeys(self.owner.values())
@@ -251,7 +251,7 @@ class _Collector:
             return
         if not (self.drifts or self.shifts or whole):
             return
-        source = stream.source[part].to(state.model.device)
+        source = stream.source[part].to(state.model.device, non_blocking=True)
         with state.replay.resumed(
             state.source,
             self.source_linears,
@@ -278,7 +278,7 @@ class _Collector:
                 if name in self.shifts:
                     self.shifts[name].add(drift, x[self.owner[name]], self._weight(name, part))
         if behind is not None:
-            stream.source[part] = behind.to(stream.source.device)
+            stream.source[part].copy_(behind, non_blocking=True)
 
     def _observe(
         self,

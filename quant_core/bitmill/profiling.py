@@ -168,7 +168,7 @@ def _stream(
             else:
                 for start in range(0, len(hidden), batch):
                     part = slice(start, start + batch)
-                    hidden[part] = model.run_block(i, block, hidden[part]).to(hidden.device)
+                    hidden[part].copy_(model.run_block(i, block, hidden[part]), non_blocking=True)
             blocks.append(SensitivityProfile.load(paths[i]))
             on_unit(i + 1, plan.block_count, "block", "")
     return blocks

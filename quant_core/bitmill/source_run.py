@@ -53,13 +53,15 @@ def run_source_block(
     inputs: dict[str, list[Tensor]] = {lead: [] for lead in leads}
     for start in range(0, len(hidden), batch):
         part = slice(start, start + batch)
-        ends = observe_ends(model, index, block, leads, {}, hidden[part].to(device), whole=True)
+        ends = observe_ends(
+            model, index, block, leads, {}, hidden[part].to(device, non_blocking=True), whole=True
+        )
         for lead, x in ends.inputs.items():
             hessians[lead].add(x)
             if start < keep:
                 inputs[lead].append(x)
         assert ends.block is not None
-        hidden[part] = ends.block.to(hidden.device, hidden.dtype)
+        hidden[part].copy_(ends.block, non_blocking=True)
     check = all_reduce(hessians.values(), stream.group)
     filled = filled_means(hessians)
     means = {
