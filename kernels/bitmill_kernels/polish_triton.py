@@ -9,11 +9,16 @@ the new scale and D the changes of codes before it, so
 
     q_j <- clamp(round(q_j + (g_j - d P_j) / (s H_jj) - sum_i<j H_ji D_i / H_jj))
 
-Parts of 32 columns are unrolled, one row to a thread; products between parts take the tensor cores,
-with H split in two (codes are exact there). The last fit of the scale needs no product, only sums:
+Parts of 32 columns are unrolled, one row to a thread. The last fit of the scale needs no product,
+only sums:
 
     <g', v + D> = <g, v> - d <P, v> + <g - d P, D> - s (<P, D> + <D, H D>)
     <v + D, H (v + D)> = <P, v> + 2 <P, D> + <D, H D>
+
+All products take the tensor cores, in bf16: codes are exact there, H comes split as the caller has
+it for its own products, and changes are left split as those take them (`split_product.py`). So
+nothing is split here, and reads are 16 bytes wide, which matters most: a program has few others
+beside it to wait with. H in fp32 serves only the unrolled parts.
 
 Tensors are columns first, [K, R].
 """
@@ -26,13 +31,14 @@ from torch import Tensor
 
 from bitmill_kernels.clip_search_triton import LARGEST_SCALE, ROUNDING, _half, _inverse
 from bitmill_kernels.layout import GROUP_SIZE
-from bitmill_kernels.split_dot_triton import split_dot, split_left_dot
 
 PART = GROUP_SIZE // 4
 ROWS_PER_PROGRAM = 32
+SCRATCH_COLUMNS = 2 * GROUP_SIZE + PART
 
 VARYING = ("R", "K", "stride", "h_stride")
-"""As in `group_solve_triton.py`: strides are not known to be multiples of 16."""
+"""As in `group_solve_triton.py`: these strides are not known to be multiples of 16, which leaves a
+row whole to a thread. `wide` and `h_wide` are the same numbers, known to be, for wide loads."""
 
 
 @triton.jit
@@ -85,18 +91,22 @@ def _polish_kernel(
     codes_ptr: tl.tensor,
     slope_ptr: tl.tensor,
     h_ptr: tl.tensor,
+    h_parts_ptr: tl.tensor,
     reciprocal_ptr: tl.tensor,
     scale_ptr: tl.tensor,
     zero_ptr: tl.tensor,
     largest_ptr: tl.tensor,
     new_ptr: tl.tensor,
-    change_ptr: tl.tensor,
-    own_slope_ptr: tl.tensor,
+    pending_ptr: tl.tensor,
+    product_ptr: tl.tensor,
+    spread_ptr: tl.tensor,
     parts_ptr: tl.tensor,
     R: tl.tensor,
     K: tl.tensor,
     stride: tl.tensor,
     h_stride: tl.tensor,
+    wide: tl.tensor,
+    h_wide: tl.tensor,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -105,97 +115,113 @@ def _polish_kernel(
     row_live = (lane < R) | WHOLE
     row, live = lane[None, :], row_live[None, :]
     column = tl.arange(0, PART)
+    # Loads of one shape get one layout: wide ones take other shapes than [PART, ROWS].
+    TILE: tl.constexpr = 2 * PART
+    tile = tl.arange(0, TILE)
+    half = tl.arange(0, PART // 2)
     for start in range(0, K, 4 * PART):
-        stop = tl.minimum(start + 4 * PART, K)
+        size = tl.minimum(K - start, 4 * PART)
         at = start // (4 * PART) * stride + lane
         begun = tl.load(scale_ptr + at, mask=row_live, other=0.0)
         zero = tl.load(zero_ptr + at, mask=row_live, other=0.0)
         largest = tl.load(largest_ptr + at, mask=row_live, other=1.0)
-        for first in range(start, stop, PART):
-            mine = first + column
-            inside = (mine[:, None] < stop) | WHOLE
-            here = mine[:, None] * stride + row
-            pending = tl.zeros((PART, ROWS), tl.float32)
-            for other in range(0, start, PART):
-                theirs = other + column
-                change = tl.load(change_ptr + theirs[:, None] * stride + row, mask=live, other=0.0)
-                h = h_ptr + mine[:, None] * h_stride + theirs[None, :]
+        high_ptr = h_parts_ptr + 3 * start * h_wide + start
+        low_ptr = high_ptr + 2 * size * h_wide
+        for first in range(0, size, TILE):
+            mine = (first + tile)[None, :]
+            inside = (mine < size) | WHOLE
+            pending = tl.zeros((TILE, ROWS), tl.float32)
+            for k in range(0, 3 * start, TILE):
+                theirs = (k + tile)[:, None]
+                h = h_parts_ptr + theirs * h_wide + start + mine
                 h = tl.load(h, mask=inside, other=0.0)
-                pending = split_dot(h, change, pending)
-            slope = tl.load(slope_ptr + here, mask=inside & live, other=0.0) - pending
-            product = tl.zeros((PART, ROWS), tl.float32)
-            for other in range(start, stop, PART):
-                theirs = other + column
-                mask = ((theirs[:, None] < stop) | WHOLE) & live
-                v = _values(codes_ptr, theirs[:, None] * stride + row, mask, zero)
-                mask = inside & ((theirs[None, :] < stop) | WHOLE)
-                h = h_ptr + mine[:, None] * h_stride + theirs[None, :]
-                product = split_left_dot(tl.load(h, mask=mask, other=0.0), v, product)
-            tl.store(own_slope_ptr + here, slope, mask=inside & live)
-            tl.store(change_ptr + here, product, mask=inside & live)
+                change = tl.load(parts_ptr + theirs * wide + row, mask=live, other=0.0)
+                pending = tl.dot(tl.trans(h), change, pending)
+            product = tl.zeros((TILE, ROWS), tl.float32)
+            for k in range(0, size, TILE):
+                theirs = (k + tile)[:, None]
+                known = (theirs < size) | WHOLE
+                v = _values(codes_ptr, (start + theirs) * wide + row, known & live, zero)
+                v = v.to(tl.bfloat16)
+                h = tl.load(low_ptr + theirs * h_wide + mine, mask=known & inside, other=0.0)
+                product = tl.dot(tl.trans(h), v, product)
+                h = tl.load(high_ptr + theirs * h_wide + mine, mask=known & inside, other=0.0)
+                product = tl.dot(tl.trans(h), v, product)
+            mine = (first + tile)[:, None]
+            mask = ((mine < size) | WHOLE) & live
+            tl.store(pending_ptr + mine * wide + row, pending, mask=mask)
+            tl.store(product_ptr + mine * wide + row, product, mask=mask)
         tl.debug_barrier()
         along = tl.zeros((ROWS,), tl.float32)
         square = tl.zeros((ROWS,), tl.float32)
-        for first in range(start, stop, PART):
+        for first in range(0, size, PART):
             mine = (first + column)[:, None]
-            mask = ((mine < stop) | WHOLE) & live
+            mask = ((mine < size) | WHOLE) & live
             here = mine * stride + row
-            v = _values(codes_ptr, here, mask, zero)
-            along += tl.sum(tl.load(own_slope_ptr + here, mask=mask, other=0.0) * v, axis=0)
-            square += tl.sum(tl.load(change_ptr + here, mask=mask, other=0.0) * v, axis=0)
+            v = _values(codes_ptr, start * stride + here, mask, zero)
+            slope = tl.load(slope_ptr + start * stride + here, mask=mask, other=0.0)
+            slope -= tl.load(pending_ptr + here, mask=mask, other=0.0)
+            along += tl.sum(slope * v, axis=0)
+            square += tl.sum(tl.load(product_ptr + here, mask=mask, other=0.0) * v, axis=0)
         scale = _better_scale(begun, along, square)
         inverse = _inverse(scale)
         step = scale - begun
         along -= step * square
         mixed = tl.zeros((ROWS,), tl.float32)
         own = tl.zeros((ROWS,), tl.float32)
-        for first in range(start, stop, PART):
+        moved_ptr = parts_ptr + 3 * start * wide
+        for first in range(0, size, PART):
             mine = first + column
-            inside = (mine < stop) | WHOLE
-            spread = tl.zeros((PART, ROWS), tl.float32)
-            for other in range(start, first, PART):
-                theirs = other + column
-                there = theirs[:, None] * stride + row
-                moved = _values(new_ptr, there, live, zero) - _values(codes_ptr, there, live, zero)
-                h = h_ptr + mine[:, None] * h_stride + theirs[None, :]
-                spread = split_left_dot(tl.load(h, mask=inside[:, None], other=0.0), moved, spread)
+            inside = (mine < size) | WHOLE
             mask = inside[:, None] & live
+            spread = tl.zeros((PART, ROWS), tl.float32)
+            for k in range(0, first, PART // 2):
+                theirs = (k + half)[:, None]
+                moved = tl.load(moved_ptr + theirs * wide + row, mask=live, other=0.0)
+                at_h = theirs * h_wide + mine[None, :]
+                h = tl.load(low_ptr + at_h, mask=inside[None, :], other=0.0)
+                spread = tl.dot(tl.trans(h), moved, spread)
+                h = tl.load(high_ptr + at_h, mask=inside[None, :], other=0.0)
+                spread = tl.dot(tl.trans(h), moved, spread)
+            at_spread = spread_ptr + column[:, None] * stride + row
+            tl.store(at_spread, spread, mask=live)
+            tl.debug_barrier()
+            spread = tl.load(at_spread, mask=live, other=0.0)
             here = mine[:, None] * stride + row
-            product = tl.load(change_ptr + here, mask=mask, other=0.0)
-            tl.debug_barrier()
-            tl.store(change_ptr + here, spread, mask=mask)
-            tl.debug_barrier()
-            spread = tl.load(change_ptr + here, mask=mask, other=0.0)
-            slope = tl.load(own_slope_ptr + here, mask=mask, other=0.0) - step[None, :] * product
-            reciprocal = tl.load(reciprocal_ptr + mine, mask=inside, other=0.0)[:, None]
-            old = tl.load(codes_ptr + here, mask=mask, other=0).to(tl.float32)
-            h = h_ptr + mine[:, None] * h_stride + mine[None, :]
-            h = tl.load(h, mask=inside[:, None] & inside[None, :], other=0.0)
+            product = tl.load(product_ptr + here, mask=mask, other=0.0)
+            slope = tl.load(slope_ptr + start * stride + here, mask=mask, other=0.0)
+            slope -= tl.load(pending_ptr + here, mask=mask, other=0.0) + step[None, :] * product
+            reciprocal = tl.load(reciprocal_ptr + start + mine, mask=inside, other=0.0)[:, None]
+            old = tl.load(codes_ptr + start * stride + here, mask=mask, other=0).to(tl.float32)
+            at_h = (start + mine[:, None]) * h_stride + start + mine[None, :]
+            h = tl.load(h_ptr + at_h, mask=inside[:, None] & inside[None, :], other=0.0)
             towards = slope * inverse[None, :] - tl.where(scale > 0, spread, 0.0)
             aim = old + towards * reciprocal
             taken, sums = _descend(aim, old, h * reciprocal, largest, PART, ROWS)
-            tl.store(new_ptr + here, (old + taken).to(tl.uint8), mask=mask)
-            diagonal = tl.load(h_ptr + mine * (h_stride + 1), mask=inside, other=0.0)[:, None]
+            tl.store(new_ptr + start * stride + here, (old + taken).to(tl.uint8), mask=mask)
+            tl.store(moved_ptr + here, taken.to(tl.bfloat16), mask=mask)
+            diagonal = tl.load(h_ptr + (start + mine) * (h_stride + 1), mask=inside, other=0.0)
             along += tl.sum(slope * taken, axis=0)
             mixed += tl.sum(product * taken, axis=0)
-            own += tl.sum(taken * (2 * spread + diagonal * (2 * sums + taken)), axis=0)
+            twice = 2 * spread + diagonal[:, None] * (2 * sums + taken)
+            own += tl.sum(taken * twice, axis=0)
             tl.debug_barrier()
         along -= scale * (mixed + own)
         last = _better_scale(scale, along, square + 2 * mixed + own)
         tl.store(scale_ptr + at, last, mask=row_live)
-        for first in range(start, stop, PART):
+        for first in range(0, size, PART):
             mine = (first + column)[:, None]
-            mask = ((mine < stop) | WHOLE) & live
+            mask = ((mine < size) | WHOLE) & live
             here = mine * stride + row
-            new = _values(new_ptr, here, mask, zero)
-            change = new * last[None, :] - _values(codes_ptr, here, mask, zero) * begun[None, :]
-            tl.store(change_ptr + here, change, mask=mask)
+            v = _values(codes_ptr, start * stride + here, mask, zero)
+            new = _values(new_ptr, start * stride + here, mask, zero)
+            change = new * last[None, :] - v * begun[None, :]
             high = change.to(tl.bfloat16)
             low = (change - high.to(tl.float32)).to(tl.bfloat16)
-            part = parts_ptr + (2 * start + mine) * stride + row
+            part = parts_ptr + 3 * start * stride + here
             tl.store(part, high, mask=mask)
-            tl.store(part + (stop - start) * stride, low, mask=mask)
-            tl.store(part + 2 * (stop - start) * stride, high, mask=mask)
+            tl.store(part + size * stride, low, mask=mask)
+            tl.store(part + 2 * size * stride, high, mask=mask)
         tl.debug_barrier()
 
 
@@ -203,6 +229,7 @@ def polish_groups_triton(
     codes: Tensor,
     slope: Tensor,
     H: Tensor,
+    H_parts: Tensor,
     reciprocal: Tensor,
     scale: Tensor,
     zero: Tensor,
@@ -213,31 +240,37 @@ def polish_groups_triton(
 ) -> None:
     """New codes and scales of a few groups in turn, columns first; scales in place.
 
-    codes: u8 [K, R]; slope: f32 [K, R]; H: f32 [K, K]; reciprocal: f32 [K] 1 / H_jj, 0 where H_jj
-    is not positive; scale, zero, largest: f32 [G, R]. Written: new codes u8 [K, R], scale, and the
-    change of the values as `split_product.grouped_parts` of a right factor, bf16 [3 K, R]; scratch:
-    f32 [2, K, R], of which the first is that change in the end. All but H are contiguous.
+    codes: u8 [K, R]; slope: f32 [K, R]; H: f32 [K, K], and its `split_product.grouped_parts` as a
+    left factor, bf16 [3 K, K]; reciprocal: f32 [K] 1 / H_jj, 0 where H_jj is not positive; scale,
+    zero, largest: f32 [G, R]. Written: new codes u8 [K, R], scale, and the change of the values as
+    parts of a right factor, bf16 [3 K, R]; scratch: f32 [SCRATCH_COLUMNS, R]. All but H and H_parts
+    are contiguous.
     """
     K, R = codes.shape
-    _polish_kernel[(triton.cdiv(R, ROWS_PER_PROGRAM),)](
+    pending, product, spread = scratch.split([GROUP_SIZE, GROUP_SIZE, PART])
+    _polish_kernel[(-(-R // ROWS_PER_PROGRAM),)](
         codes,
         slope,
         H,
+        H_parts,
         reciprocal,
         scale,
         zero,
         largest,
         new,
-        scratch[0],
-        scratch[1],
+        pending,
+        product,
+        spread,
         parts,
         R,
         K,
         R,
         H.stride(0),
+        R,
+        H_parts.stride(0),
         PART=PART,
         ROWS=ROWS_PER_PROGRAM,
-        WHOLE=K % PART == R % ROWS_PER_PROGRAM == 0,
+        WHOLE=K % (2 * PART) == R % ROWS_PER_PROGRAM == 0,
         num_warps=1,
         num_stages=1,
     )

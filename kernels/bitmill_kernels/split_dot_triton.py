@@ -22,11 +22,3 @@ def split_dot(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.tensor:
     total = tl.dot(left - left_high, right_high, total, input_precision="tf32")
     total = tl.dot(left_high, right - right_high, total, input_precision="tf32")
     return tl.dot(left_high, right_high, total, input_precision="tf32")
-
-
-@triton.jit
-def split_left_dot(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.tensor:
-    """The same for right factors of 11 bits, such as codes, which need no low part."""
-    high = _high(left)
-    total = tl.dot(left - high, right, total, input_precision="tf32")
-    return tl.dot(high, right, total, input_precision="tf32")

@@ -116,7 +116,7 @@ def _polish_triton(
 
     A super-block is visited in one launch, and its changes go to the slope of all groups at once.
     """
-    from bitmill_kernels.polish_triton import polish_groups_triton
+    from bitmill_kernels.polish_triton import SCRATCH_COLUMNS, polish_groups_triton
 
     counts = [len(W) for W in matrices]
     residual = torch.cat([(W - own.values()).T for W, own in zip(matrices, codes, strict=True)], 1)
@@ -135,16 +135,18 @@ def _polish_triton(
     reciprocal = torch.where(diagonal > 0, 1.0 / diagonal, 0.0)
     (K, N), span = slope.shape, SUPER_BLOCK * GROUP_SIZE
     H_parts = grouped_parts(H, LOW_LEFT)
-    scratch = torch.empty(2, min(span, K), N, device=H.device)
+    scratch = torch.empty(SCRATCH_COLUMNS, N, device=H.device)
     change = torch.empty(3 * min(span, K), N, dtype=torch.bfloat16, device=H.device)
     for _ in range(sweeps):
         for first in range(0, K, span):
             part = slice(first, min(first + span, K))
             groups = slice(first // GROUP_SIZE, -(-part.stop // GROUP_SIZE))
+            changed = H_parts[3 * part.start : 3 * part.stop]
             polish_groups_triton(
                 old[part],
                 slope[part],
                 H[part, part],
+                changed[:, part],
                 reciprocal[part],
                 scales[groups],
                 zeros[groups],
@@ -153,7 +155,6 @@ def _polish_triton(
                 scratch,
                 change,
             )
-            changed = H_parts[3 * part.start : 3 * part.stop]
             subtract_parts(slope, changed.T, change[: len(changed)])
         old, new = new, old
     polished = [

@@ -42,7 +42,7 @@ def linear(N, K):
 
 
 @pytest.mark.parametrize("compensated", [None, CompensatedSettings()], ids=["clip", "search"])
-@pytest.mark.parametrize(("N", "K"), [(75, 700), (40, 256)])
+@pytest.mark.parametrize(("N", "K"), [(75, 700), (40, 256), (33, 643), (64, 576)])
 def test_solving_and_polishing_reach_the_plain_error(N, K, compensated):
     W, curvature = linear(N, K)
     widths = (3, 2, 4, 8, 2, 1)[: -(-K // 128)]
