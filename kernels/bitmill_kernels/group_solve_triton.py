@@ -359,7 +359,7 @@ def diagonal_blocks(U: Tensor) -> tuple[Tensor, Tensor]:
     Each group's own block, transposed, its rows divided by their diagonal, and 1 / U_jj; filled up
     with zeros.
     """
-    groups = triton.cdiv(len(U), GROUP_SIZE)
+    groups = -(-len(U) // GROUP_SIZE)
     padding = groups * GROUP_SIZE - len(U)
     shape = (groups, GROUP_SIZE)
     whole = functional.pad(U, (0, padding, 0, padding)) if padding else U
@@ -422,7 +422,7 @@ def _launch(
 ) -> None:
     K, R = w.shape
     loss, t, error = scratch
-    blocks, groups = triton.cdiv(R, ROWS_PER_PROGRAM), triton.cdiv(K, GROUP_SIZE)
+    blocks, groups = -(-R // ROWS_PER_PROGRAM), -(-K // GROUP_SIZE)
     for settled, each, programs in candidates.launches:
         _group_solve_kernel[(blocks, groups, programs)](
             w,
