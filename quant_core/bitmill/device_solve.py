@@ -4,7 +4,8 @@ Linears that read one input stand one below the other as one matrix, so that a g
 for all of them. Weights lie columns first, [K, N], so that a group is one slab and neighbouring
 threads hold neighbouring rows. A group takes four steps: the errors pending from its super-block,
 the clip search, the compensated search with the loop itself, and, once per super-block, the product
-that carries its errors on. Nothing waits for the device before the end.
+that carries its errors on. Nothing waits for the device before the end, so the loop of every block
+is a graph's (`device_graphs.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from bitmill.codes import LinearCodes, group_slices, row_slices, stacked_largest
 from bitmill.compensated_grid import CompensatedSettings
+from bitmill.device_graphs import replayed
 from bitmill.grid import Grid, clip_search, clip_search_groups, relative_weights, round_scale
 from bitmill_kernels.layout import GROUP_SIZE
 from bitmill_kernels.split_product import LOW_LEFT, grouped_parts, subtract_parts
@@ -40,16 +42,51 @@ def solve_on_device(
 
     Raises NumericalError where a scale does not fit fp16.
     """
-    from bitmill_kernels.group_solve_triton import Scratch, diagonal_blocks, group_solve_triton
-
     U = curvature.factor.upper
     schur = settings.clip_weight == "schur"
     squares = U.diagonal().reciprocal().square() if schur else curvature.H.diagonal()
-    candidates = candidates_of(settings.compensated, U.device)
-    work = torch.cat([W.T for W in matrices], 1)
-    (K, N), span = work.shape, settings.super_block * GROUP_SIZE
     rows = row_slices(matrices)
-    largest = stacked_largest(widths, rows, U.device)
+    ones = tuple(
+        (group, mine.start, mine.stop)
+        for mine, own in zip(rows, widths, strict=True)
+        for group, width in enumerate(own)
+        if width == 1
+    )
+    given = (
+        torch.cat([W.T for W in matrices], 1),
+        U,
+        relative_weights(squares),
+        stacked_largest(widths, rows, U.device),
+    )
+    if ones:
+        codes, scales, zeros = _column_loop(settings, ones, *given)
+    else:
+        codes, scales, zeros = replayed(_column_loop, (settings, ones), given)
+    scales = round_scale(scales)
+    return [
+        LinearCodes(codes[:, mine].T.contiguous(), scales[:, mine], zeros[:, mine], own)
+        for mine, own in zip(rows, widths, strict=True)
+    ]
+
+
+def _column_loop(
+    settings: GptqSettings,
+    ones: tuple[tuple[int, int, int], ...],
+    work: Tensor,
+    U: Tensor,
+    weights: Tensor,
+    largest: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes u8 [K, N], scales and zeros f32 [G, N] of work f32 [K, N], which is used up.
+
+    U: f32 [K, K], the factor; weights: f32 [K] of the clip search; largest: f32 [G, N] largest
+    codes. ones: group, first and last row of linears whose group has width 1, which is searched by
+    itself; without them nothing waits for the device.
+    """
+    from bitmill_kernels.group_solve_triton import Scratch, diagonal_blocks, group_solve_triton
+
+    candidates = candidates_of(settings.compensated, U.device)
+    (K, N), span = work.shape, settings.super_block * GROUP_SIZE
     codes = torch.empty(K, N, dtype=torch.uint8, device=U.device)
     grids = Grid(*torch.empty(2, len(largest), N, device=U.device))
     unit_parts = _unit_parts(U)
@@ -60,7 +97,7 @@ def solve_on_device(
     groups = zip(
         group_slices(K),
         work.split(GROUP_SIZE),
-        relative_weights(squares).split(GROUP_SIZE),
+        weights.split(GROUP_SIZE),
         largest.unbind(),
         grids.scale.unbind(),
         grids.zero.unbind(),
@@ -75,21 +112,17 @@ def solve_on_device(
             pending = unit_parts[3 * first : 3 * part.start, part].T
             subtract_parts(block, pending, before[place])
         clip_search_groups(block, top[None], weight, settings.clip, Grid(scale, zero))
-        for mine, own in zip(rows, widths, strict=True):
-            if own[group] == 1:
-                values = block[:, mine].T.contiguous()
-                scale[mine], zero[mine] = clip_search(values, 1, weight, settings=settings.clip)
+        for start, stop in ((start, stop) for one, start, stop in ones if one == group):
+            values = block[:, start:stop].T.contiguous()
+            found = clip_search(values, 1, weight, settings=settings.clip)
+            scale[start:stop], zero[start:stop] = found
         errors_here = own_errors[place]
         group_solve_triton(
             block, unit, reciprocal, scale, zero, top, candidates, code, errors_here, scratch
         )
         if last - first == span and last < K:
             subtract_parts(work[last:], unit_parts[3 * first : 3 * last, last:].T, errors)
-    whole = Grid(round_scale(grids.scale), grids.zero)
-    return [
-        LinearCodes(codes[:, mine].T.contiguous(), whole.scale[:, mine], whole.zero[:, mine], own)
-        for mine, own in zip(rows, widths, strict=True)
-    ]
+    return codes, *grids
 
 
 def _unit_parts(U: Tensor) -> Tensor:

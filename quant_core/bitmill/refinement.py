@@ -29,6 +29,7 @@ from bitmill.bits import BitWidthMap, group_columns
 from bitmill.blocks import StreamedModel, set_weight
 from bitmill.calibration import CalibrationSet
 from bitmill.compensated_grid import CompensatedSettings
+from bitmill.device_graphs import graphs_kept
 from bitmill.distributed import SINGLE, Group
 from bitmill.embeddings import quantize_embeddings
 from bitmill.estimate import refining_bytes
@@ -161,6 +162,7 @@ def refine_model(
     with (
         HiddenStates(model.device, folder, turn=turn, group=group, host_bytes=host_bytes) as states,
         BlockSaver(folder, model.device, tell) as saver,
+        graphs_kept(model.device),
     ):
         run = _Run(model, quantized, inputs, settings, folder, seed, group, states)
         for i in range(model.block_count):

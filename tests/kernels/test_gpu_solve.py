@@ -6,6 +6,7 @@ import torch
 
 from bitmill.codes import output_error
 from bitmill.compensated_grid import CompensatedSettings
+from bitmill.device_graphs import graphs_kept
 from bitmill.gptq import (
     Curvature,
     GptqSettings,
@@ -39,6 +40,20 @@ def linear(N, K):
     W = torch.randn(N, K, generator=generator)
     W[2] = 0.0
     return W, Curvature.prepare(x.T @ x / len(x))
+
+
+def test_replayed_column_loops_give_the_same_bytes():
+    settings, cases = GptqSettings(), []
+    for seed, widths in enumerate(((3, 2, 4, 8, 2, 3), (2, 2, 3, 3, 4, 2), (3, 1, 4, 8, 2, 3)) * 2):
+        torch.manual_seed(seed)
+        x = torch.randn(1400, 700) @ torch.randn(700, 700)
+        cases.append((torch.randn(75, 700).cuda(), Curvature.prepare((x.T @ x).cuda()), widths))
+    launched = [solve(*case, settings) for case in cases]
+    with graphs_kept(torch.device("cuda")):
+        found = [solve(*case, settings) for case in cases]
+    for one, two in zip(launched, found, strict=True):
+        for name in ("codes", "scales", "zeros"):
+            assert torch.equal(getattr(one, name), getattr(two, name))
 
 
 @pytest.mark.parametrize("compensated", [None, CompensatedSettings()], ids=["clip", "search"])
