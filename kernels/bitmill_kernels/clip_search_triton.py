@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitmill_kernels.layout import GROUP_SIZE
 
-ROWS_PER_PROGRAM = 16
+ROWS_PER_PROGRAM = 8
 LARGEST_SCALE = tl.constexpr(65504.0)
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting rounds to even
 
