@@ -36,6 +36,7 @@ from bitmill.fused_rotary import fuse_rotary
 from bitmill.model_config import read_config
 from bitmill.plan import Plan, Source
 from bitmill.prefetch import BlockPrefetcher
+from bitmill.staging import Staging
 from bitmill.timing import stage
 
 _REMEMBERED_SHAPES = 4
@@ -135,6 +136,7 @@ class StreamedModel:
         self._blocks = cast(nn.ModuleList, self._skeleton.get_submodule(plan.block_prefix))
         self._seen: OrderedDict[tuple[int, int], list[Arguments]] = OrderedDict()
         self._recorder = _Recorder(self._blocks)
+        self._staging = Staging(device)
         self._load_outside_blocks()
         self._tuples = False
         self._tuples = self._finds_tuples()
@@ -193,7 +195,7 @@ class StreamedModel:
                 code="bad_shape",
                 param=name,
             )
-        value = value.to(self.device)
+        value = self._staging.to_device(value)
         check_finite(name, value)
         on_device = self.device.type != "cpu"
         return value.to(self.dtype, copy=not on_device)
