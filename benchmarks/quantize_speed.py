@@ -435,12 +435,13 @@ def machine_of(device: torch.device) -> dict[str, Any]:
 def markdown(result: Mapping[str, Any]) -> str:
     """The result as a table of stages, with the parts of one block."""
     gib = 1 << 30
+    held = f" with {result['device_gib']:g} GiB" if result["device_gib"] else ""
     lines = [
         f"## {result['shape']}, {result['allocation']}, {result['blocks']} of "
         f"{result['of_blocks']} blocks",
         f"{result['sequences']} + {result['held_out']} windows of {result['tokens']} tokens "
         f"({result['profile_sequences']} for the profile), {result['code_bits']} code bits, on "
-        f"{result['devices']} x {result['machine']['device']}, torch "
+        f"{result['devices']} x {result['machine']['device']}{held}, torch "
         f"{result['machine']['torch']}.",
         "",
         "| stage | measured, s | one block, s | all blocks, s | parts of one block, s |",

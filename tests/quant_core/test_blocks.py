@@ -229,7 +229,11 @@ def test_untied_head_that_is_stored_is_used(llama: Path, tmp_path: Path) -> None
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_an_accelerator_one_block_at_a_time(dtype: torch.dtype, tmp_path: Path) -> None:
-    """The same logits as the whole model there, with a fraction of its memory."""
+    """The logits of the whole model there, with a fraction of its memory.
+
+    Fused norms and rotations round less often than transformers' own in half precision, so there
+    both are held to the logits in fp32.
+    """
     device = torch.device("cuda")
     folder = tiny_llama(
         tmp_path / "m", num_hidden_layers=16, hidden_size=512, head_dim=128, intermediate_size=2048
@@ -244,7 +248,10 @@ def test_on_an_accelerator_one_block_at_a_time(dtype: torch.dtype, tmp_path: Pat
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     with torch.no_grad():
         expected = reference(tokens).logits
-    assert (logits - expected).abs().max() <= 1e-2 * expected.abs().max()
+    exact = reference.float()(tokens).logits.detach()
+    missed, allowed = ((value - exact).norm() / exact.norm() for value in (logits, expected))
+    assert missed <= 1.1 * allowed + 1e-4
+    reference.to(dtype)
     whole = sum(p.numel() * p.element_size() for p in reference.parameters())
     assert peak < whole / 2
     model.close()
