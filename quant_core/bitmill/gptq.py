@@ -606,7 +606,7 @@ def _errors(sources: Sequence[Tensor], codes: Sequence[LinearCodes], H: Tensor) 
 
 
 def _report(linear: Linear, goal: _Goal, curvature: Curvature) -> LinearReport:
-    """All but the errors, which `read_errors` gives."""
+    """All but the errors, which `read_reports` gives."""
     return LinearReport(
         name=linear.name,
         method="gptq",
