@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import ModuleType
 
 import pytest
@@ -33,11 +34,21 @@ def test_sixteen_claimers_take_each_of_two_thousand_jobs_once(settings: Settings
     assert (result["jobs"], result["claims_per_second"] > 0) == (2000, True)
 
 
-def test_one_key_submitted_two_hundred_times_makes_one_job(store: JobStore) -> None:
-    def submit(_: int) -> str:
-        return store.submit(spec(), idempotency_key="k", request_hash="h").job.id
+def test_a_key_submitted_by_twelve_at_once_makes_one_job(store: JobStore) -> None:
+    together = Barrier(12, timeout=60)
+
+    def submit(_: int) -> list[str]:
+        try:
+            return [submitted_with(f"k{i}") for i in range(17)]
+        except BaseException:
+            together.abort()
+            raise
+
+    def submitted_with(key: str) -> str:
+        together.wait()
+        return store.submit(spec(), idempotency_key=key, request_hash="h").job.id
 
     with ThreadPoolExecutor(12) as pool:
-        made = set(pool.map(submit, range(200)))
-    assert len(made) == 1
-    assert len(store.list().jobs) == 1
+        made = list(pool.map(submit, range(12)))
+    assert [len(set(ids)) for ids in zip(*made, strict=True)] == [1] * 17
+    assert len(store.list().jobs) == 17
