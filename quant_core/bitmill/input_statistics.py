@@ -323,15 +323,17 @@ class _Collector:
         self, name: str, owner: str, rows: Callable[[int], Rows], H: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         some = rows(self.state.model.plan.by_name[name].rows)
-        if name not in self.shifts and owner not in self.drifts:
-            return None, None
-        W = weight_of(self.state.linears[name]).detach()[some].float()
-        if owner in self.drifts and name not in self.shifts:
-            return self.drifts[owner].through(W)
-        shift, energy = self.shifts[name].mean(some)
-        if name == self.left_out:
-            shift -= split_product(W, H)
-        return shift, energy
+        if name in self.shifts:
+            shift, energy = self.shifts[name].mean(some)
+            if name == self.left_out:
+                shift -= split_product(self._weights(name, some), H)
+            return shift, energy
+        if owner in self.drifts:
+            return self.drifts[owner].through(self._weights(name, some))
+        return None, None
+
+    def _weights(self, name: str, some: Rows) -> Tensor:
+        return weight_of(self.state.linears[name]).detach()[some].float()
 
 
 @torch.no_grad()

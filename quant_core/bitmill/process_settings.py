@@ -8,8 +8,8 @@ import sys
 import torch
 
 SWITCH_S = 1e-4
-"""How long a thread that wants the interpreter waits for another. Python's own 5 ms would be a
-thousand launches that the accelerator does not get while blocks are loaded and saved beside."""
+"""How long a thread that wants the interpreter waits for another. In Python's own 5 ms the
+accelerator gets no launches while blocks are loaded and saved beside."""
 
 
 def settle_process() -> None:
