@@ -17,9 +17,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests")]
 
-from bitmill.allocate import Allocator  # noqa: E402
-from bitmill.budget import footprint  # noqa: E402
-from bitmill.spec import Allocation, Budget  # noqa: E402
+from bitmill.allocation.allocator import Allocator  # noqa: E402
+from bitmill.config.spec import Allocation, Budget  # noqa: E402
+from bitmill.formats.accounting import footprint  # noqa: E402
 from plans import llama_plan, random_profile  # noqa: E402
 
 MODELS = {

@@ -2,7 +2,7 @@
 
     python benchmarks/allocation_points.py SOURCE --device cuda --out OUT.json --jobs NAME:BITS ...
 
-Protocol, source and device as in `quality.py`; refinement is plain GPTQ with clip search, so that
+Protocol, source and device as in `results.py`; refinement is plain GPTQ with clip search, so that
 rows differ in their maps alone. `NAME` is one of COSTS below, or:
 
     slopes1, slopes2   costs corrected by the loss slopes at the map before, once or twice
@@ -27,13 +27,13 @@ from quality import Bench, measured, refined, spec_of, widths_histogram
 from quality_variants import CLIP, FULL, WIDTHS, Variant
 from torch import nn
 
-from bitmill.allocate import allocate
-from bitmill.bits import BitWidthMap
-from bitmill.gradient_pass import PassSettings
-from bitmill.grid import ClipSettings
-from bitmill.loss_slopes import KL_PASS, corrected, loss_slopes
-from bitmill.profile import SensitivityProfile
-from bitmill.sensitivity import SensitivitySettings, profile_knapsack
+from bitmill.allocation.allocator import allocate
+from bitmill.allocation.profile import SensitivityProfile
+from bitmill.calibration.gradients import PassSettings
+from bitmill.calibration.loss_slopes import KL_PASS, corrected, loss_slopes
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.quant.grid import ClipSettings
+from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
 
 BASE = SensitivitySettings(widths=WIDTHS, gradients=PassSettings(batch=8))
 SAMPLED = PassSettings(batch=8, labels="sampled")

@@ -23,12 +23,12 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bitmill.spec import Budget, JobSpec, PathModel
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.leases import LeaseStore
-from bitmill_workers.migrate import upgrade
-from bitmill_workers.tables import job_events
+from bitmill.config.spec import Budget, JobSpec, PathModel
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.leases import LeaseStore
+from bitmill_workers.store.migrate import upgrade
+from bitmill_workers.store.tables import job_events
 
 _meeting: list[Any] = []
 

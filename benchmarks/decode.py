@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
 from bitmill_kernels.layout import code_tensor_shapes, zero_tensor_shapes
-from bitmill_kernels.linear import MixedLinear
-from bitmill_kernels.runtime import PackedWeight
+from bitmill_kernels.matmul.linear import MixedLinear
+from bitmill_kernels.matmul.runtime import PackedWeight
 
 DEVICE = torch.device("cuda")
 HALF = torch.float16

@@ -25,12 +25,17 @@ from pathlib import Path
 import torch
 import triton
 
-from bitmill_kernels import cuda_library, decode_cuda, tiles
-from bitmill_kernels.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder
-from bitmill_kernels.decode_triton import TritonDecoder
 from bitmill_kernels.layout import WIDTHS, code_tensor_shapes, zero_tensor_shapes
-from bitmill_kernels.linear import MixedLinear
-from bitmill_kernels.runtime import PackedWeight, RuntimeWeight, build_runtime, dequantize_runtime
+from bitmill_kernels.matmul import cuda_library, decode_cuda, tiles
+from bitmill_kernels.matmul.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder
+from bitmill_kernels.matmul.decode_triton import TritonDecoder
+from bitmill_kernels.matmul.linear import MixedLinear
+from bitmill_kernels.matmul.runtime import (
+    PackedWeight,
+    RuntimeWeight,
+    build_runtime,
+    dequantize_runtime,
+)
 
 Product = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], None]
 """(x, bias, y) -> None"""

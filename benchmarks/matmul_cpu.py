@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from bitmill_kernels.cpu import load_library
 from bitmill_kernels.layout import WIDTHS, code_tensor_shapes, zero_tensor_shapes
-from bitmill_kernels.linear import MixedLinear
-from bitmill_kernels.runtime import PackedWeight
+from bitmill_kernels.matmul.cpu import load_library
+from bitmill_kernels.matmul.linear import MixedLinear
+from bitmill_kernels.matmul.runtime import PackedWeight
 
 ROUNDS = 200
 WARM_UP = 5

@@ -36,23 +36,23 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 import transformers
 
-from bitmill.allocate import allocate
-from bitmill.block_learning import BlockData, learn_block
-from bitmill.blocks import StreamedModel, set_weight, weight_of
-from bitmill.calibration import calibration_tokens, evaluation_tokens
-from bitmill.evaluate import perplexity_and_kl
-from bitmill.gguf_source import convert_gguf
-from bitmill.input_statistics import Stream
-from bitmill.observe import advance
-from bitmill.omniquant import LearningSettings
-from bitmill.output_metric import fisher_metric, gradient_moments
-from bitmill.plan import make_plan
-from bitmill.profile import SensitivityProfile
-from bitmill.refine import refine_block
-from bitmill.refinement import refine_settings
-from bitmill.sensitivity import SensitivitySettings, profile_knapsack
-from bitmill.spec import JobSpec, Refinement, parse_spec
-from bitmill.tune_scales import TuneSettings, tune_scales
+from bitmill.allocation.allocator import allocate
+from bitmill.allocation.profile import SensitivityProfile
+from bitmill.calibration.hooks import advance
+from bitmill.calibration.statistics import Stream
+from bitmill.calibration.windows import calibration_tokens, evaluation_tokens
+from bitmill.config.spec import JobSpec, Refinement, parse_spec
+from bitmill.evaluation.logits import perplexity_and_kl
+from bitmill.models.convert_gguf import convert_gguf
+from bitmill.models.streamed import StreamedModel, set_weight, weight_of
+from bitmill.plan.model_plan import make_plan
+from bitmill.refinement.block import refine_block
+from bitmill.refinement.model import refine_settings
+from bitmill.refinement.omniquant.block import BlockData, learn_block
+from bitmill.refinement.omniquant.end_to_end import TuneSettings, tune_scales
+from bitmill.refinement.omniquant.metric import fisher_metric, gradient_moments
+from bitmill.refinement.omniquant.settings import LearningSettings
+from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
 
 TEXTS = ("wiki_evaluation", "handbook_evaluation")
 LEARNING = {field.name for field in dataclasses.fields(LearningSettings)}

@@ -19,15 +19,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 import transformers
 
-from bitmill.block_learning import BlockData, learn_block
-from bitmill.blocks import StreamedModel
-from bitmill.input_statistics import Stream
-from bitmill.observe import advance
-from bitmill.omniquant import LearningSettings
-from bitmill.output_metric import fisher_metric
-from bitmill.plan import make_plan
-from bitmill.refine import refine_block
-from bitmill.spec import parse_spec
+from bitmill.calibration.hooks import advance
+from bitmill.calibration.statistics import Stream
+from bitmill.config.spec import parse_spec
+from bitmill.models.streamed import StreamedModel
+from bitmill.plan.model_plan import make_plan
+from bitmill.refinement.block import refine_block
+from bitmill.refinement.omniquant.block import BlockData, learn_block
+from bitmill.refinement.omniquant.metric import fisher_metric
+from bitmill.refinement.omniquant.settings import LearningSettings
 
 BLOCKS = 32
 SPEC = {"model": {"source": "path", "path": "."}, "budget": {"code_bits": 3}}

@@ -37,25 +37,25 @@ from quality_variants import Variant, variants
 from torch import Tensor, nn
 from value_basis import change_basis, value_bases
 
-from bitmill.allocate import allocate
-from bitmill.bits import BitWidthMap
-from bitmill.blocks import StreamedModel
-from bitmill.budget import footprint
-from bitmill.calibration import calibration_tokens, evaluation_tokens
-from bitmill.evaluate import Window, perplexity_and_kl
-from bitmill.gguf_source import convert_gguf
-from bitmill.hessian import activation_order
-from bitmill.input_statistics import BlockState, Stream, collect
-from bitmill.observe import advance
-from bitmill.plan import make_plan
-from bitmill.profile import SbaRecord, SensitivityProfile
-from bitmill.profile_checkpoint import load_token_weights
-from bitmill.refine import refine_block
-from bitmill.refinement_report import LinearReport
-from bitmill.sba import profile_block_sba
-from bitmill.sensitivity import profile_knapsack
-from bitmill.spec import Calibration, parse_spec
-from bitmill.storage import sha256_json
+from bitmill.allocation.allocator import allocate
+from bitmill.allocation.profile import SbaRecord, SensitivityProfile
+from bitmill.calibration.hessian import activation_order
+from bitmill.calibration.hooks import advance
+from bitmill.calibration.statistics import BlockState, Stream, collect
+from bitmill.calibration.windows import calibration_tokens, evaluation_tokens
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.spec import Calibration, parse_spec
+from bitmill.evaluation.logits import Window, perplexity_and_kl
+from bitmill.formats.accounting import footprint
+from bitmill.io.atomic import sha256_json
+from bitmill.models.convert_gguf import convert_gguf
+from bitmill.models.streamed import StreamedModel
+from bitmill.plan.model_plan import make_plan
+from bitmill.refinement.block import refine_block
+from bitmill.refinement.report import LinearReport
+from bitmill.sensitivity.checkpoint import load_token_weights
+from bitmill.sensitivity.fisher import profile_knapsack
+from bitmill.sensitivity.sba import profile_block_sba
 
 TEXTS = ("wiki_evaluation", "handbook_evaluation")
 BATCH = 8
@@ -239,7 +239,7 @@ def allocation(bench: Bench, variant: Variant) -> tuple[BitWidthMap, float | Non
 
 
 def sba_profile(bench: Bench, variant: Variant, base: int) -> SensitivityProfile:
-    from bitmill.profile import LinearProfile
+    from bitmill.allocation.profile import LinearProfile
 
     records = bench.sba(variant, base)
     owners: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Named variants of `quality.py`: each row of the ablation table, and how it is made."""
+"""Named variants of `results.py`: each row of the ablation table, and how it is made."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from bitmill.compensated_grid import CompensatedSettings
-from bitmill.gptq import GptqSettings
-from bitmill.gradient_pass import PassSettings
-from bitmill.grid import ClipSettings
-from bitmill.refine import RefineSettings
-from bitmill.sensitivity import SensitivitySettings
+from bitmill.calibration.gradients import PassSettings
+from bitmill.quant.grid import ClipSettings
+from bitmill.refinement.block import RefineSettings
+from bitmill.sensitivity.fisher import SensitivitySettings
+from bitmill.solvers.gptq.solve import GptqSettings
+from bitmill.solvers.grid_search import CompensatedSettings
 
 WIDTHS = (1, 2, 3, 4, 5, 6)
 

@@ -37,22 +37,22 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from bitmill import pipeline
-from bitmill.block_inputs import (
+from bitmill.calibration.block_inputs import (
     choose_every,
     least_inputs,
 )
-from bitmill.calibration import CalibrationSet
-from bitmill.distributed import Group
-from bitmill.estimate import Machine, estimate
-from bitmill.free_memory import free_device_bytes, spare_host_bytes
-from bitmill.gradient_pass import PassSettings, input_room
-from bitmill.launch import as_rank, is_rank, run_ranks
-from bitmill.plan import Plan
-from bitmill.progress import Progress
-from bitmill.spec import JobSpec, parse_spec
-from bitmill.stages import Workspace
-from bitmill.timing import Recorder
+from bitmill.calibration.gradients import PassSettings, input_room
+from bitmill.calibration.windows import CalibrationSet
+from bitmill.config.spec import JobSpec, parse_spec
+from bitmill.pipeline import job as pipeline
+from bitmill.pipeline.estimate import Machine, estimate
+from bitmill.pipeline.progress import Progress
+from bitmill.pipeline.workspace import Workspace
+from bitmill.plan.model_plan import Plan
+from bitmill.runtime.launch import as_rank, is_rank, run_ranks
+from bitmill.runtime.memory import free_device_bytes, spare_host_bytes
+from bitmill.runtime.ranks import Group
+from bitmill.runtime.stage_timer import Recorder
 
 OUTLIERS = 0.002
 """Share of a norm's channels that are ten times larger."""

@@ -28,12 +28,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bitmill.allocate import Allocator
-from bitmill.budget import footprint
-from bitmill.pipeline import run_job
-from bitmill.plan import Plan
-from bitmill.profile import SensitivityProfile
-from bitmill.spec import Budget, JobSpec, parse_spec
+from bitmill.allocation.allocator import Allocator
+from bitmill.allocation.profile import SensitivityProfile
+from bitmill.config.spec import Budget, JobSpec, parse_spec
+from bitmill.formats.accounting import footprint
+from bitmill.pipeline.job import run_job
+from bitmill.plan.model_plan import Plan
 
 JOBS = (3.0, 4.0)
 BUDGETS = (2.1, 2.3, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.5, 5.0)

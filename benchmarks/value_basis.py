@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bitmill.blocks import StreamedModel, set_weight, weight_of
-from bitmill.gradient_pass import GradientPass, PassSettings
+from bitmill.calibration.gradients import GradientPass, PassSettings
+from bitmill.models.streamed import StreamedModel, set_weight, weight_of
 
 EXPONENT = 0.15
 RIDGE = 1e-3

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.errors import InputError
-from bitmill.manifest import write_manifest
-from bitmill_workers.child import Emit, serve
+from bitmill.io.manifest import write_manifest
+from bitmill_workers.execution.child import Emit, serve
 
 
 def act(request: dict[str, Any], emit: Emit) -> dict[str, Any]:

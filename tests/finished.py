@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitmill.manifest import write_manifest
-from bitmill.spec import JobSpec, parse_spec
-from bitmill_service.context import Context
-from bitmill_workers.leases import LeaseStore
-from bitmill_workers.records import JobRecord
+from bitmill.config.spec import JobSpec, parse_spec
+from bitmill.io.manifest import write_manifest
+from bitmill_service.api.context import Context
+from bitmill_workers.store.leases import LeaseStore
+from bitmill_workers.store.records import JobRecord
 from stores import claim
 
 MAP = {

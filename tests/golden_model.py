@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from bitmill.bits import BitWidthMap, LinearShape
-from bitmill.checkpoint import write_checkpoint
-from bitmill.packed import QuantizedWeight
-from bitmill.safetensors_layout import TensorSpec
-from bitmill.stored_tensors import stored_tensors
+from bitmill.config.bit_width_map import BitWidthMap, LinearShape
+from bitmill.formats.packed.checkpoint import write_checkpoint
+from bitmill.formats.packed.layout import stored_tensors
+from bitmill.io.safetensors_layout import TensorSpec
+from bitmill.quant.tensors import QuantizedWeight
 from bitmill_kernels.layout import group_columns, zero_bits
 
 BLOCK = "model.layers.0"

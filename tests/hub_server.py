@@ -8,7 +8,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from bitmill_service.files import StoredFile, file_response
+from bitmill_service.api.files import StoredFile, file_response
 
 SHA = "b" * 40
 

@@ -3,8 +3,8 @@
 import torch
 
 from bitmill_kernels.layout import code_tensor_shapes, group_columns, zero_tensor_shapes
+from bitmill_kernels.matmul.runtime import PackedWeight
 from bitmill_kernels.pack import pack_codes, pack_zeros
-from bitmill_kernels.runtime import PackedWeight
 
 
 def random_linear(N, K, widths, *, seed=0, ordered=False):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitmill.quality import TuningQuality
+from bitmill.results import TuningQuality
 
 
 def tuning_quality(other: float) -> TuningQuality:

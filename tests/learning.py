@@ -10,13 +10,13 @@ from tempfile import mkdtemp
 import torch
 from torch import Tensor
 
-from bitmill.block_learning import BlockData
-from bitmill.blocks import StreamedModel, weight_of
-from bitmill.grid import ClipSettings
-from bitmill.packed import QuantizedWeight
-from bitmill.plan import make_plan
-from bitmill.rtn import quantize_rtn
-from bitmill.spec import parse_spec
+from bitmill.config.spec import parse_spec
+from bitmill.models.streamed import StreamedModel, weight_of
+from bitmill.plan.model_plan import make_plan
+from bitmill.quant.grid import ClipSettings
+from bitmill.quant.tensors import QuantizedWeight
+from bitmill.refinement.omniquant.block import BlockData
+from bitmill.solvers.rtn import quantize_rtn
 from tiny import tiny_llama
 
 SPEC = parse_spec({"model": {"source": "path", "path": "."}, "budget": {"code_bits": 3}})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitmill.bits import LinearShape
-from bitmill.plan import Plan, PlannedLinear, PlannedTensor, Source
-from bitmill.profile import LinearProfile, SbaRecord, SensitivityProfile
+from bitmill.allocation.profile import LinearProfile, SbaRecord, SensitivityProfile
+from bitmill.config.bit_width_map import LinearShape
+from bitmill.plan.model_plan import Plan, PlannedLinear, PlannedTensor, Source
 
 LLAMA_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

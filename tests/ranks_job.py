@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from bitmill.allocate import allocate
-from bitmill.blocks import StreamedModel
-from bitmill.calibration import CalibrationSet
-from bitmill.distributed import SINGLE, Group
-from bitmill.evaluate import StreamedLogits, perplexity_and_kl
-from bitmill.launch import as_rank
-from bitmill.plan import make_plan
-from bitmill.profiling import ProfileRequest, make_profile
-from bitmill.refinement import RefinedModel, RefineInputs, refine_model
-from bitmill.spec import parse_spec
-from bitmill.storage import write_json
+from bitmill.allocation.allocator import allocate
+from bitmill.calibration.windows import CalibrationSet
+from bitmill.config.spec import parse_spec
+from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
+from bitmill.io.atomic import write_json
+from bitmill.models.streamed import StreamedModel
+from bitmill.plan.model_plan import make_plan
+from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
+from bitmill.runtime.launch import as_rank
+from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.sensitivity.measure import ProfileRequest, make_profile
 
 KINDS: dict[str, dict[str, Any]] = {
     "knapsack": {"widths": [2, 3, 4]},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from bitmill.codes import LinearCodes
-from bitmill.grid import ClipSettings
-from bitmill.rtn import round_to_nearest
+from bitmill.quant.codes import LinearCodes
+from bitmill.quant.grid import ClipSettings
+from bitmill.solvers.rtn import round_to_nearest
 
 
 def problem(

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from bitmill.spec import Budget, JobSpec, PathModel
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.leases import LeaseStore
-from bitmill_workers.records import JobRecord
+from bitmill.config.spec import Budget, JobSpec, PathModel
 from bitmill_workers.settings import Settings
-from bitmill_workers.tables import jobs
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.leases import LeaseStore
+from bitmill_workers.store.records import JobRecord
+from bitmill_workers.store.tables import jobs
 
 T = TypeVar("T")
 QUEUES = ("cpu",)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from bitmill.blocks import StreamedModel
-from bitmill.plan import make_plan
-from bitmill.spec import parse_spec
+from bitmill.config.spec import parse_spec
+from bitmill.models.streamed import StreamedModel
+from bitmill.plan.model_plan import make_plan
 
 SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})
 

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from bitmill.bits import BitWidthMap
-from bitmill.budget import checkpoint_tensors, order_owners
-from bitmill.checkpoint import write_checkpoint
-from bitmill.packed import QuantizedWeight
-from bitmill.plan import Plan, make_plan
-from bitmill.spec import Allocation, Budget, JobSpec, PathModel
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.spec import Allocation, Budget, JobSpec, PathModel
+from bitmill.formats.accounting import checkpoint_tensors, order_owners
+from bitmill.formats.packed.checkpoint import write_checkpoint
+from bitmill.plan.model_plan import Plan, make_plan
+from bitmill.quant.tensors import QuantizedWeight
 from bitmill_kernels.layout import GROUP_SIZE, zero_bits
 
 

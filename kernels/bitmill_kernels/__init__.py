@@ -25,8 +25,8 @@ _MODULE_OF = {
     "unpack_codes": "pack",
     "unpack_zeros": "pack",
     "dequantize": "reference",
-    "gptq_block": "gptq",
-    "hessian_update": "hessian",
+    "gptq_block": "gptq.block",
+    "hessian_update": "linalg.hessian",
     "resolve_backend": "backend",
 }
 

@@ -11,20 +11,20 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "BitWidthMap": "bits",
+    "BitWidthMap": "config.bit_width_map",
     "BitmillError": "errors",
-    "Budget": "spec",
-    "JobSpec": "spec",
-    "Manifest": "manifest",
-    "PackedTensor": "packed",
-    "QuantizedLinear": "linear",
-    "QuantizedWeight": "packed",
-    "check_folder": "manifest",
-    "load": "loading",
-    "load_tokenizer": "loading",
-    "parse_spec": "spec",
-    "read_slim_map": "slim_maps",
-    "verify_folder": "verify",
+    "Budget": "config.spec",
+    "JobSpec": "config.spec",
+    "Manifest": "io.manifest",
+    "PackedTensor": "quant.tensors",
+    "QuantizedLinear": "inference.linear",
+    "QuantizedWeight": "quant.tensors",
+    "check_folder": "io.manifest",
+    "load": "inference.load",
+    "load_tokenizer": "inference.load",
+    "parse_spec": "config.spec",
+    "read_slim_map": "config.slim_llm",
+    "verify_folder": "pipeline.verify",
 }
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 The app owns connections to the job store and the broker, and a reconciler of which one replica at
 a time is active; it starts no worker, so any number of replicas can serve the same database.
-`bitmill serve` (`embedded.py`) puts a worker beside it.
+`bitmill serve` (`embedded/server.py`) puts a worker beside it.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from bitmill_service import problems
-from bitmill_service.context import Context
-from bitmill_service.metrics import new_registry
-from bitmill_service.middleware import BodyLimit, RequestContext
-from bitmill_service.query import refuse_unknown_query
-from bitmill_service.routes import health, job_outputs, jobs, maps, profiles
-from bitmill_service.same_origin import SameOrigin
+from bitmill_service.api.context import Context
+from bitmill_service.api.routes import health, job_outputs, jobs, maps, profiles
+from bitmill_service.http import problems
+from bitmill_service.http.metrics import new_registry
+from bitmill_service.http.middleware import BodyLimit, RequestContext
+from bitmill_service.http.query import refuse_unknown_query
+from bitmill_service.http.same_origin import SameOrigin
 from bitmill_service.settings import ServiceSettings
-from bitmill_workers.app import Dispatcher
-from bitmill_workers.artifacts import open_artifacts
-from bitmill_workers.catalog import Catalog
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.migrate import require_head
-from bitmill_workers.reconcile import Reconciler
+from bitmill_workers.messaging.app import Dispatcher
+from bitmill_workers.messaging.reconcile import Reconciler
+from bitmill_workers.storage.artifacts import open_artifacts
+from bitmill_workers.store.catalog import Catalog
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.migrate import require_head
 
 _DESCRIPTION = """Turns a language model into a mixed-precision checkpoint of exactly the size \
 asked for: submit a job, follow its events, download the bit-width map and the packed checkpoint.

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bitmill.bits import BitWidthMap
-from bitmill.estimate import Estimate
-from bitmill.spec import Allocation, Budget, Closed
-from bitmill_workers.states import TERMINAL, ShownState
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.spec import Allocation, Budget, Closed
+from bitmill.pipeline.estimate import Estimate
+from bitmill_workers.store.states import TERMINAL, ShownState
 
 
 class View(BaseModel):

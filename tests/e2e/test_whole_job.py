@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitmill.manifest import check_folder
-from bitmill_service.client import Client
-from bitmill_service.client_errors import JobFailed
-from bitmill_service.embedded import EmbeddedService
+from bitmill.io.manifest import check_folder
+from bitmill_service.client.client import Client
+from bitmill_service.client.errors import JobFailed
+from bitmill_service.embedded.server import EmbeddedService
 from bitmill_service.settings import ServiceSettings
 from stores import wait_for
 from tiny import tiny_llama
@@ -90,7 +90,7 @@ def runners(service: EmbeddedService) -> list[psutil.Process]:
     assert service.worker is not None
     pid = service.worker.pid
     below = psutil.Process(pid).children(recursive=True) if pid else []
-    found = [p for p in below if "bitmill_workers.runner" in p.cmdline()]
+    found = [p for p in below if "bitmill_workers.execution.runner" in p.cmdline()]
     return [p for p in found if p.ppid() not in {other.pid for other in found}]
 
 

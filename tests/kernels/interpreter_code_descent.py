@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitmill_kernels import reference
-from bitmill_kernels.code_descent import descend_block
+from bitmill_kernels.gptq.code_descent import descend_block
 
 
 @pytest.mark.parametrize("width", [1, 3, 8])

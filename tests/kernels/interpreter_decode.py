@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from bitmill_kernels import reference
-from bitmill_kernels.decode_triton import Tile, build_tables, launch_decode
 from bitmill_kernels.layout import WIDTHS
+from bitmill_kernels.matmul.decode_triton import Tile, build_tables, launch_decode
+from bitmill_kernels.matmul.prologue import prologue_reference, prologue_triton
+from bitmill_kernels.matmul.runtime import PackedWeight, build_runtime
 from bitmill_kernels.pack import pack_codes, pack_zeros
-from bitmill_kernels.prologue import prologue_reference, prologue_triton
-from bitmill_kernels.runtime import PackedWeight, build_runtime
 from kernel_cases import random_linear
 
 CPU = torch.device("cpu")

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from bitmill_kernels import reference
-from bitmill_kernels.dequantize_triton import Dequantizer
 from bitmill_kernels.layout import WIDTHS
-from bitmill_kernels.runtime import build_runtime
+from bitmill_kernels.matmul.dequantize_triton import Dequantizer
+from bitmill_kernels.matmul.runtime import build_runtime
 from kernel_cases import random_linear
 
 CPU = torch.device("cpu")

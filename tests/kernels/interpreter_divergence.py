@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitmill_kernels.divergence import divergence
+from bitmill_kernels.divergence.divergence import divergence
 from divergences import CASES, case, exact
 
 

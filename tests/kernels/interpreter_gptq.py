@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitmill_kernels import reference
-from bitmill_kernels.gptq import gptq_block
+from bitmill_kernels.gptq.block import gptq_block
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 8])

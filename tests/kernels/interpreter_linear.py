@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitmill_kernels import reference
-from bitmill_kernels.linear import MixedLinear
+from bitmill_kernels.matmul.linear import MixedLinear
 from kernel_cases import random_linear
 
 

@@ -1,14 +1,14 @@
-"""Cases for Triton's interpreter: visits of groups against the plain ones of `bitmill.polish`."""
+"""Cases for Triton's interpreter: visits of groups against those of `bitmill.solvers.polish`."""
 
 import pytest
 import torch
 from torch.nn import functional
 
-from bitmill.codes import LinearCodes, group_slices
-from bitmill.grid import Grid
-from bitmill.polish import visit_group
-from bitmill_kernels.polish_triton import SCRATCH_COLUMNS, polish_groups_triton
-from bitmill_kernels.split_product import LOW_LEFT, grouped_parts
+from bitmill.quant.codes import LinearCodes, group_slices
+from bitmill.quant.grid import Grid
+from bitmill.solvers.polish import visit_group
+from bitmill_kernels.gptq.polish_triton import SCRATCH_COLUMNS, polish_groups_triton
+from bitmill_kernels.linalg.split_product import LOW_LEFT, grouped_parts
 
 
 @pytest.mark.parametrize(("R", "K", "width"), [(5, 128, 3), (34, 301, 2), (3, 1, 1), (32, 320, 8)])

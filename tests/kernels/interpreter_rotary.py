@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitmill_kernels.rotary import rotate
+from bitmill_kernels.rotary.rotary import rotate
 from rotations import LAYOUTS, definition, tensors
 
 

@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from bitmill import grid as plain
-from bitmill.compensated_grid import CompensatedSettings, compensated_loss, fit_compensated
-from bitmill.device_solve import candidates_of
-from bitmill.grid import (
+from bitmill.quant import grid as plain
+from bitmill.quant.grid import (
     ClipSettings,
     Grid,
     clip_search,
@@ -15,9 +13,11 @@ from bitmill.grid import (
     relative_weights,
     weighted_errors,
 )
+from bitmill.solvers.gptq.column_loop_device import candidates_of
+from bitmill.solvers.grid_search import CompensatedSettings, compensated_loss, fit_compensated
 from bitmill_kernels import reference
-from bitmill_kernels.clip_search_triton import clip_search_triton
-from bitmill_kernels.group_solve_triton import (
+from bitmill_kernels.gptq.clip_search_triton import clip_search_triton
+from bitmill_kernels.gptq.group_solve_triton import (
     Scratch,
     diagonal_blocks,
     group_losses_triton,

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from bitmill import device_solve
-from bitmill.codes import output_error
-from bitmill.compensated_grid import CompensatedSettings
-from bitmill.distributed import SINGLE
-from bitmill.gptq import (
+from bitmill.quant.codes import output_error
+from bitmill.quant.grid import ClipSettings
+from bitmill.runtime.ranks import SINGLE
+from bitmill.sensitivity.fisher import SensitivitySettings, input_costs
+from bitmill.solvers.gptq import column_loop_device as device_solve
+from bitmill.solvers.gptq.solve import (
     Correction,
     Curvature,
     GptqSettings,
@@ -21,10 +22,9 @@ from bitmill.gptq import (
     solve,
     solve_siblings,
 )
-from bitmill.grid import ClipSettings
-from bitmill.polish import polish_measured
-from bitmill.rtn import round_to_nearest
-from bitmill.sensitivity import SensitivitySettings, input_costs
+from bitmill.solvers.grid_search import CompensatedSettings
+from bitmill.solvers.polish import polish_measured
+from bitmill.solvers.rtn import round_to_nearest
 
 CLIP = ClipSettings(shrinks=4, zero_offsets=(1,), zero_scales=(0.9, 1.0), least_squares=1)
 SEARCH = CompensatedSettings(scales=(0.9,), zero_steps=(1,), zero_scales=(1.0,), least_squares=1)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bitmill_kernels import reference
-from bitmill_kernels.code_descent import descend_block
+from bitmill_kernels.gptq.code_descent import descend_block
 
 
 def problem(R, C, width, seed):

@@ -3,8 +3,9 @@ import logging
 import pytest
 import torch
 
-from bitmill_kernels import cpu, reference
+from bitmill_kernels import reference
 from bitmill_kernels.layout import WIDTHS
+from bitmill_kernels.matmul import cpu
 from kernel_cases import random_linear
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def test_the_choice_is_logged_once(monkeypatch, caplog):
     cpu.load_library.cache_clear()
     monkeypatch.setenv("BITMILL_CPU_KERNEL", "0")
     weight, *_ = random_linear(4, 128, (4,))
-    with caplog.at_level(logging.INFO, logger="bitmill_kernels.cpu"):
+    with caplog.at_level(logging.INFO, logger="bitmill_kernels.matmul.cpu"):
         for _ in range(3):
             cpu.CpuProduct([weight], CPU)
     cpu.load_library.cache_clear()

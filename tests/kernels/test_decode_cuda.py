@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from bitmill_kernels import decode_cuda, tiles
-from bitmill_kernels.decode_cuda import SHAPES, BlockShape, build_schedule, plan_shared
 from bitmill_kernels.layout import PLANES, WIDTHS, group_columns
-from bitmill_kernels.runtime import build_runtime
+from bitmill_kernels.matmul import decode_cuda, tiles
+from bitmill_kernels.matmul.decode_cuda import SHAPES, BlockShape, build_schedule, plan_shared
+from bitmill_kernels.matmul.runtime import build_runtime
 from kernel_cases import random_linear
 
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitmill_kernels import dequantize_cuda
-from bitmill_kernels.dequantize_cuda import _parts
-from bitmill_kernels.dequantize_triton import row_runs
-from bitmill_kernels.runtime import build_runtime
+from bitmill_kernels.matmul import dequantize_cuda
+from bitmill_kernels.matmul.dequantize_cuda import _parts
+from bitmill_kernels.matmul.dequantize_triton import row_runs
+from bitmill_kernels.matmul.runtime import build_runtime
 from kernel_cases import random_linear
 
 CPU = torch.device("cpu")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bitmill_kernels import reference
-from bitmill_kernels.gptq import gptq_block
+from bitmill_kernels.gptq.block import gptq_block
 
 
 def block(R, C, width, seed=0):

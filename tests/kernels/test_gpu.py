@@ -5,14 +5,15 @@ from contextlib import suppress
 import pytest
 import torch
 
-from bitmill_kernels import cuda_library, reference
-from bitmill_kernels.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder
-from bitmill_kernels.gptq import gptq_block
-from bitmill_kernels.hessian import hessian_update
+from bitmill_kernels import reference
+from bitmill_kernels.gptq.block import gptq_block
 from bitmill_kernels.layout import WIDTHS
-from bitmill_kernels.linear import MixedLinear
+from bitmill_kernels.linalg.hessian import hessian_update
+from bitmill_kernels.matmul import cuda_library
+from bitmill_kernels.matmul.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder
+from bitmill_kernels.matmul.linear import MixedLinear
+from bitmill_kernels.matmul.runtime import PackedWeight, build_runtime, dequantize_runtime
 from bitmill_kernels.pack import pack_codes, pack_zeros
-from bitmill_kernels.runtime import PackedWeight, build_runtime, dequantize_runtime
 from kernel_cases import random_planes
 
 pytestmark = [

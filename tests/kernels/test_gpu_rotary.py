@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama
 
-from bitmill_kernels.rotary import rotate
+from bitmill_kernels.rotary.rotary import rotate
 from rotations import LAYOUTS, definition, tensors
 
 pytestmark = [

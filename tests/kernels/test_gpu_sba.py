@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bitmill.sba import SbaInput, SbaSearch
-from bitmill_kernels.divergence import divergence
+from bitmill.sensitivity.sba import SbaInput, SbaSearch
+from bitmill_kernels.divergence.divergence import divergence
 from divergences import CASES, case, exact
 
 pytestmark = [

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from bitmill.codes import output_error
-from bitmill.compensated_grid import CompensatedSettings
-from bitmill.device_graphs import graphs_kept
-from bitmill.gptq import (
+from bitmill.calibration.hessian import Factor, factor
+from bitmill.quant.codes import output_error
+from bitmill.runtime.graphs import graphs_kept
+from bitmill.sensitivity.fisher import SensitivitySettings, input_costs
+from bitmill.solvers.gptq.solve import (
     Curvature,
     GptqSettings,
     polish,
@@ -15,12 +16,16 @@ from bitmill.gptq import (
     solve,
     solve_siblings,
 )
-from bitmill.hessian import Factor, factor
-from bitmill.polish import polish_measured
-from bitmill.rtn import round_to_nearest
-from bitmill.sensitivity import SensitivitySettings, input_costs
-from bitmill_kernels.split_product import left_parts, right_parts, split_product, subtract_parts
-from bitmill_kernels.substitution import cholesky_solver, lower_inverse
+from bitmill.solvers.grid_search import CompensatedSettings
+from bitmill.solvers.polish import polish_measured
+from bitmill.solvers.rtn import round_to_nearest
+from bitmill_kernels.linalg.split_product import (
+    left_parts,
+    right_parts,
+    split_product,
+    subtract_parts,
+)
+from bitmill_kernels.linalg.substitution import cholesky_solver, lower_inverse
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bitmill_kernels import reference
-from bitmill_kernels.hessian import (
+from bitmill_kernels.linalg.hessian import (
     FP32_CHUNK_TOKENS,
     WHOLE_COLUMNS,
     column_blocks,

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from bitmill_kernels import reference
-from bitmill_kernels.linear import MixedLinear
-from bitmill_kernels.runtime import PackedWeight
+from bitmill_kernels.matmul.linear import MixedLinear
+from bitmill_kernels.matmul.runtime import PackedWeight
 from kernel_cases import random_linear
 
 CPU = torch.device("cpu")

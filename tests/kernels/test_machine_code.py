@@ -16,13 +16,13 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from bitmill_kernels.clip_search_triton import _clip_search_kernel  # noqa: E402
-from bitmill_kernels.decode_triton import decode_kernel  # noqa: E402
-from bitmill_kernels.dequantize_triton import _dequantize_kernel  # noqa: E402
-from bitmill_kernels.gptq_triton import _gptq_block_kernel  # noqa: E402
-from bitmill_kernels.group_solve_triton import _group_solve_kernel  # noqa: E402
-from bitmill_kernels.polish_triton import _polish_kernel  # noqa: E402
-from bitmill_kernels.prologue import _prologue_kernel  # noqa: E402
+from bitmill_kernels.gptq.block_triton import _gptq_block_kernel  # noqa: E402
+from bitmill_kernels.gptq.clip_search_triton import _clip_search_kernel  # noqa: E402
+from bitmill_kernels.gptq.group_solve_triton import _group_solve_kernel  # noqa: E402
+from bitmill_kernels.gptq.polish_triton import _polish_kernel  # noqa: E402
+from bitmill_kernels.matmul.decode_triton import decode_kernel  # noqa: E402
+from bitmill_kernels.matmul.dequantize_triton import _dequantize_kernel  # noqa: E402
+from bitmill_kernels.matmul.prologue import _prologue_kernel  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {

@@ -3,7 +3,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as phi3
 
-from bitmill_kernels.rotary import fits, rotate
+from bitmill_kernels.rotary.rotary import fits, rotate
 from rotations import LAYOUTS, definition, tensors
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from bitmill_kernels.layout import WIDTHS
+from bitmill_kernels.matmul.runtime import PackedWeight, build_runtime, dequantize_runtime
 from bitmill_kernels.reference import dequantize
-from bitmill_kernels.runtime import PackedWeight, build_runtime, dequantize_runtime
 from kernel_cases import random_linear
 
 CPU = torch.device("cpu")

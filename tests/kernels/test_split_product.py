@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bitmill_kernels.split_product import (
+from bitmill_kernels.linalg.split_product import (
     LOW_LEFT,
     LOW_RIGHT,
     grouped_parts,

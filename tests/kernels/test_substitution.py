@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bitmill_kernels.substitution import Substitution, cholesky_solver, invert, lower_inverse
+from bitmill_kernels.linalg.substitution import Substitution, cholesky_solver, invert, lower_inverse
 
 
 def lower_of(K):

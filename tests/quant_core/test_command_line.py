@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bitmill import __main__ as command_line
+from bitmill import cli as command_line
 
 
 def test_refusal_is_json_where_json_was_asked_for(

@@ -13,10 +13,10 @@ import torch
 from safetensors.numpy import load_file
 
 import bitmill
-from bitmill.bits import BitWidthMap
-from bitmill.checkpoint import PackedCheckpoint
-from bitmill.packed import QuantizedWeight
-from bitmill.spec import FileText, InlineMap, parse_spec
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.spec import FileText, InlineMap, parse_spec
+from bitmill.formats.packed.checkpoint import PackedCheckpoint
+from bitmill.quant.tensors import QuantizedWeight
 from golden_model import CONFIG, SHAPES, golden_tensor, golden_weight, write_golden
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -14,17 +14,17 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "triton", "safetensors")
 LEAN = (
     "bitmill",
-    "bitmill.spec",
-    "bitmill.bits",
+    "bitmill.config.spec",
+    "bitmill.config.bit_width_map",
     "bitmill.errors",
-    "bitmill.launch",
-    "bitmill.plan",
-    "bitmill.allocate",
-    "bitmill.manifest",
-    "bitmill.report_html",
-    "bitmill.packed_config",
-    "bitmill.slim_maps",
-    "bitmill.stored_tensors",
+    "bitmill.runtime.launch",
+    "bitmill.plan.model_plan",
+    "bitmill.allocation.allocator",
+    "bitmill.io.manifest",
+    "bitmill.reporting.html",
+    "bitmill.formats.packed.config",
+    "bitmill.config.slim_llm",
+    "bitmill.formats.packed.layout",
 )
 
 

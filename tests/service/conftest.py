@@ -8,10 +8,10 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from bitmill_service.client import Client
+from bitmill_service.client.client import Client
 from bitmill_service.main import create_app
 from bitmill_service.settings import ServiceSettings
-from bitmill_workers.migrate import upgrade
+from bitmill_workers.store.migrate import upgrade
 from finished import Stack
 from serving import serve
 from tiny import tiny_llama

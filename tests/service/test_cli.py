@@ -14,12 +14,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bitmill_service import cli, cli_output
-from bitmill_service.cli_local import PASS_ON
-from bitmill_service.cli_output import format_size, parse_size
+from bitmill_service.cli import main as cli
+from bitmill_service.cli import output as cli_output
+from bitmill_service.cli.local import PASS_ON
+from bitmill_service.cli.output import format_size, parse_size
+from bitmill_service.client.watch import JobWatch
 from bitmill_service.schemas import EventView
-from bitmill_service.watch import JobWatch
-from bitmill_workers.jobs import JobStore
+from bitmill_workers.store.jobs import JobStore
 from finished import MAP, Stack
 from stores import claim
 
@@ -207,7 +208,8 @@ def test_commands_of_the_library_keep_its_help_and_exit_code() -> None:
 
 def test_command_line_and_api_never_load_torch() -> None:
     code = (
-        "import sys, bitmill_service.cli, bitmill_service.main, bitmill_service.client\n"
+        "import sys, bitmill_service.cli.main, bitmill_service.main\n"
+        "import bitmill_service.client.client\n"
         "assert not {'torch', 'triton', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
@@ -215,7 +217,7 @@ def test_command_line_and_api_never_load_torch() -> None:
 
 def _script(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-P", "-m", "bitmill_service.cli", *arguments],
+        [sys.executable, "-P", "-m", "bitmill_service.cli.main", *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -10,10 +10,10 @@ import httpx2
 import pytest
 from fastapi import FastAPI, Request, Response
 
-from bitmill.spec import parse_spec
-from bitmill_service import client as client_module
-from bitmill_service.client import Client
-from bitmill_service.client_errors import (
+from bitmill.config.spec import parse_spec
+from bitmill_service.client import client as client_module
+from bitmill_service.client.client import Client
+from bitmill_service.client.errors import (
     JobCancelled,
     JobFailed,
     ServiceError,

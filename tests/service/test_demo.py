@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bitmill.errors import InputError
-from bitmill_service.demo import DemoSettings, _fresh_folder, demo_spec, find_model
-from bitmill_service.report_table import parse_rows, print_report
+from bitmill_service.cli.demo import DemoSettings, _fresh_folder, demo_spec, find_model
+from bitmill_service.cli.report_table import parse_rows, print_report
 
 TEXT = {"windows": 8, "tokens": 4096, "perplexity": 20.126, "perplexity_se": 0.5}
 

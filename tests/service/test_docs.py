@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bitmill_service.cli_docs import pages
+from bitmill_service.cli.docs import pages
+from bitmill_service.http.problems import CODES
 from bitmill_service.main import create_app
-from bitmill_service.problems import CODES
 from bitmill_service.settings import ServiceSettings
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="runs in a source tree
 
 def test_command_line_page_is_fresh() -> None:
     written = (DOCS / "cli.md").read_text()
-    assert written == "\n".join(pages()), "run `python -m bitmill_service.cli_docs > docs/cli.md`"
+    assert written == "\n".join(pages()), "run `python -m bitmill_service.cli.docs > docs/cli.md`"
 
 
 def test_api_page_names_every_route_and_no_other(tmp_path: Path) -> None:

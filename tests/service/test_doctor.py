@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bitmill_service.doctor import Check, _database, _disk, _hub, _packages, _service
+from bitmill_service.cli.doctor import Check, _database, _disk, _hub, _packages, _service
 from bitmill_service.settings import ServiceSettings
-from bitmill_workers.db import Database
-from bitmill_workers.migrate import upgrade
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.migrate import upgrade
 
 
 def test_database_is_absent_current_or_damaged(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from fastapi import FastAPI, Request, Response
 from starlette.responses import StreamingResponse
 
 from bitmill.errors import VerificationError
-from bitmill_service.client_errors import ServiceError
-from bitmill_service.download import Download, download_files, safe_target, select
-from bitmill_service.files import StoredFile, file_response
+from bitmill_service.api.files import StoredFile, file_response
+from bitmill_service.client.download import Download, download_files, safe_target, select
+from bitmill_service.client.errors import ServiceError
 from bitmill_service.schemas import FileView
 from serving import serve
 

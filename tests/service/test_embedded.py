@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from bitmill_service.client import Client
-from bitmill_service.embedded import EmbeddedService, ServeError, bind
+from bitmill_service.client.client import Client
+from bitmill_service.embedded.server import EmbeddedService, ServeError, bind
 from bitmill_service.settings import ServiceSettings
 from finished import spec_json
 from stores import alive, wait_for
@@ -26,7 +26,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "bitmill_service.cli", *arguments]
+    return [sys.executable, "-P", "-m", "bitmill_service.cli.main", *arguments]
 
 
 class Served:
@@ -42,7 +42,7 @@ class Served:
 
     def worker(self) -> psutil.Process:
         for child in psutil.Process(self.process.pid).children():
-            if "bitmill_service.worker_process" in child.cmdline():
+            if "bitmill_service.embedded.worker_process" in child.cmdline():
                 return child
         raise LookupError("no worker")
 

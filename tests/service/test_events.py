@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 from starlette.datastructures import Headers
 
-from bitmill_service.events import first_event, wants_stream
+from bitmill_service.api.events import first_event, wants_stream
 from finished import Stack
 
 

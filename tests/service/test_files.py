@@ -11,9 +11,9 @@ import pytest
 from fastapi import FastAPI, Request, Response
 from starlette.datastructures import Headers
 
-from bitmill_service import problems
-from bitmill_service.files import CHUNK, StoredFile, file_response, parse_range
-from bitmill_service.problems import ProblemError
+from bitmill_service.api.files import CHUNK, StoredFile, file_response, parse_range
+from bitmill_service.http import problems
+from bitmill_service.http.problems import ProblemError
 from serving import serve
 
 CONTENT = bytes(i * 7 % 251 for i in range(CHUNK + 1000))

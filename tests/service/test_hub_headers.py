@@ -9,10 +9,10 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from bitmill.config.spec import HubModel, parse_spec
 from bitmill.errors import ModelError
-from bitmill.plan import make_plan
-from bitmill.spec import HubModel, parse_spec
-from bitmill_service.hub_headers import fetch_headers
+from bitmill.plan.model_plan import make_plan
+from bitmill_service.api.hub_headers import fetch_headers
 from bitmill_service.settings import ServiceSettings
 from finished import Stack, spec_json
 from hub_server import hub_app

@@ -7,8 +7,8 @@ import hashlib
 import httpx2
 import pytest
 
-from bitmill_service.views import log_view
-from bitmill_workers.records import JobRecord, LogPage
+from bitmill_service.api.views import log_view
+from bitmill_workers.store.records import JobRecord, LogPage
 from finished import MAP, REPORT, Stack
 
 

@@ -10,9 +10,9 @@ import httpx2
 import pytest
 from typer.testing import CliRunner
 
-from bitmill.learned_parameters import RECORD_NAME, LearnedFor
-from bitmill.spec import parse_spec
-from bitmill_service.cli import app
+from bitmill.config.spec import parse_spec
+from bitmill.pipeline.learned_parameters import RECORD_NAME, LearnedFor
+from bitmill_service.cli.main import app
 from finished import Stack, spec_json
 
 LEARNING = {"epochs": 3}

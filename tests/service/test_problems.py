@@ -12,11 +12,11 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy.exc import DataError
 
 from bitmill import errors
-from bitmill_service import problems
+from bitmill_service.api.routes import jobs
+from bitmill_service.http import problems
+from bitmill_service.http.middleware import RequestContext
+from bitmill_service.http.problems import CODES, ProblemError, status_and_hint
 from bitmill_service.main import make_context
-from bitmill_service.middleware import RequestContext
-from bitmill_service.problems import CODES, ProblemError, status_and_hint
-from bitmill_service.routes import jobs
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.errors import (
     IdempotencyMismatch,

@@ -9,13 +9,13 @@ from typing import Any
 import httpx2
 import pytest
 
-from bitmill.allocate import Allocator
-from bitmill.bits import BitWidthMap
-from bitmill.budget import footprint
-from bitmill.plan import Plan, PlannedLinear, Source
-from bitmill.profile import SensitivityProfile
-from bitmill.spec import Allocation
-from bitmill_service import cli
+from bitmill.allocation.allocator import Allocator
+from bitmill.allocation.profile import SensitivityProfile
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.spec import Allocation
+from bitmill.formats.accounting import footprint
+from bitmill.plan.model_plan import Plan, PlannedLinear, Source
+from bitmill_service.cli import main as cli
 from finished import Stack
 from plans import llama_plan, random_profile
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from bitmill.quality import BlockQuality, QualityReport
-from bitmill_service.cli import app
+from bitmill.results import BlockQuality, QualityReport
+from bitmill_service.cli.main import app
 from learned_reports import tuning_quality
 
 

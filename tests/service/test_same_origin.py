@@ -7,9 +7,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from bitmill_service.embedded import EmbeddedService
-from bitmill_service.problems import ProblemError
-from bitmill_service.same_origin import LOOPBACK_NAMES, SameOrigin
+from bitmill_service.embedded.server import EmbeddedService
+from bitmill_service.http.problems import ProblemError
+from bitmill_service.http.same_origin import LOOPBACK_NAMES, SameOrigin
 from bitmill_service.settings import ServiceSettings
 from finished import Stack
 

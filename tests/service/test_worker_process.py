@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bitmill_service.data_lock import AlreadyInUse, FileLock
+from bitmill_service.embedded.data_lock import AlreadyInUse, FileLock
+from bitmill_service.embedded.worker_process import WorkerProcess, settings_environment, worker_lock
 from bitmill_service.settings import ServiceSettings
-from bitmill_service.worker_process import WorkerProcess, settings_environment, worker_lock
 from bitmill_workers.settings import Settings
 from stores import wait_for
 

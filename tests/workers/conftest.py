@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from bitmill_workers.catalog import Catalog
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.leases import LeaseStore
-from bitmill_workers.migrate import upgrade
 from bitmill_workers.settings import Settings
+from bitmill_workers.store.catalog import Catalog
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.leases import LeaseStore
+from bitmill_workers.store.migrate import upgrade
 from servers import Postgres, Redis
 
 

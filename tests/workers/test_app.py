@@ -8,16 +8,17 @@ import sys
 import time
 from pathlib import Path
 
-from bitmill_workers.app import Dispatcher, create_celery
+from bitmill_workers.messaging.app import Dispatcher, create_celery
 from bitmill_workers.settings import TIERS, Settings
 from stores import wait_for
 
 
 def test_no_celery_process_imports_torch() -> None:
     code = (
-        "import sys, bitmill_workers.app, bitmill_workers.jobs, bitmill_workers.tasks, "
-        "bitmill_workers.worker, bitmill_workers.reconcile, bitmill_workers.fetch, "
-        "bitmill_workers.supervisor, huggingface_hub; "
+        "import sys, bitmill_workers.messaging.app, bitmill_workers.store.jobs, "
+        "bitmill_workers.messaging.tasks, bitmill_workers.worker, "
+        "bitmill_workers.messaging.reconcile, bitmill_workers.execution.fetch, "
+        "bitmill_workers.execution.supervisor, huggingface_hub; "
         "huggingface_hub.HfApi, huggingface_hub.snapshot_download; "
         "assert not {'torch', 'transformers', 'triton'} & set(sys.modules)"
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from bitmill_workers.catalog import Catalog
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.leases import LeaseStore
-from bitmill_workers.tables import workers
+from bitmill_workers.store.catalog import Catalog
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.leases import LeaseStore
+from bitmill_workers.store.tables import workers
 from stores import QUEUES, spec
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from bitmill_workers.jobs import JobStore
 from bitmill_workers.settings import Settings
+from bitmill_workers.store.jobs import JobStore
 from stores import spec
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from bitmill_workers import db
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
+from bitmill_workers.store import db
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
 from stores import spec
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from bitmill.config.spec import Allocation, Calibration, Evaluation, FileText, Refinement
 from bitmill.errors import ResourceError
-from bitmill.spec import Allocation, Calibration, Evaluation, FileText, Refinement
-from bitmill_workers import isolation
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.records import JobRecord
+from bitmill_workers.execution import isolation
+from bitmill_workers.execution.stop import StopRequest
+from bitmill_workers.execution.supervisor import Supervisor
 from bitmill_workers.settings import Settings
-from bitmill_workers.stop import StopRequest
-from bitmill_workers.supervisor import Supervisor
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.records import JobRecord
 from stores import processes_of, spec, wait_for
 from tiny import tiny_llama
 
@@ -32,7 +32,7 @@ def machine(settings: Settings) -> Settings:
     root = settings.model_roots["models"]
     tiny_llama(root / "llama", num_hidden_layers=3)
     (root / "text.txt").write_bytes(TEXT.read_bytes())
-    changes = {"runner_module": "bitmill_workers.runner", "device": "cpu", "threads": 2}
+    changes = {"runner_module": "bitmill_workers.execution.runner", "device": "cpu", "threads": 2}
     return settings.model_copy(update=changes)
 
 
@@ -66,7 +66,7 @@ def stop() -> Iterator[StopRequest]:
 def ranks(settings: Settings) -> list[int]:
     """Process ids of the ranks at work."""
     ours = processes_of(str(settings.data))
-    return [pid for pid in processes_of("bitmill_workers.rank") if pid in ours]
+    return [pid for pid in processes_of("bitmill_workers.execution.rank") if pid in ours]
 
 
 def once_a_block_is_refined(settings: Settings, action: Callable[[], object]) -> threading.Thread:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bitmill_workers.db import Database
-from bitmill_workers.eta import Eta
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.leases import LeaseStore
+from bitmill_workers.execution.eta import Eta
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.leases import LeaseStore
 from stores import spec
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from bitmill.config.spec import HubModel, PathModel, UploadModel
 from bitmill.errors import ModelError, ResourceError
-from bitmill.spec import HubModel, PathModel, UploadModel
-from bitmill_workers.db import Database
-from bitmill_workers.fetch import check_model, fetch_model, local_model
-from bitmill_workers.jobs import JobStore
+from bitmill_workers.execution.fetch import check_model, fetch_model, local_model
+from bitmill_workers.execution.stop import StopRequest
+from bitmill_workers.execution.supervisor import Supervisor
 from bitmill_workers.settings import Settings
-from bitmill_workers.stop import StopRequest
-from bitmill_workers.supervisor import Supervisor
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
 from stores import spec
 
 SHA = "a" * 40

@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 
-from bitmill.bits import MAP_NAME, BitWidthMap
+from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
+from bitmill.config.spec import JobSpec, parse_spec
 from bitmill.errors import CalibrationError, InputError
-from bitmill.learned_parameters import RECORD_NAME
-from bitmill.spec import JobSpec, parse_spec
-from bitmill_workers.artifacts import LocalArtifacts
-from bitmill_workers.catalog import Catalog
-from bitmill_workers.inputs import (
+from bitmill.pipeline.learned_parameters import RECORD_NAME
+from bitmill_workers.execution.inputs import (
     fetch_parameters,
     given_map,
     local_spec,
     write_map,
 )
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.leases import LeaseStore
-from bitmill_workers.records import Artifact
 from bitmill_workers.settings import Settings
+from bitmill_workers.storage.artifacts import LocalArtifacts
+from bitmill_workers.store.catalog import Catalog
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.leases import LeaseStore
+from bitmill_workers.store.records import Artifact
 from stores import QUEUES, spec
 
 MAP = BitWidthMap(order="natural", linears={"model.layers.0.mlp.up_proj": (3, 3)})

@@ -10,7 +10,7 @@ import pytest
 
 CODE = """
 import socket, sys
-from bitmill_workers import isolation
+from bitmill_workers.execution import isolation
 how = {how}
 try:
     socket.create_connection(("127.0.0.1", {port}), timeout=5)

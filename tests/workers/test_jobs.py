@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bitmill_workers.db import Database
 from bitmill_workers.errors import IdempotencyMismatch, JobNotFound, StateConflict
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.leases import LeaseStore
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.leases import LeaseStore
 from stores import QUEUES, claim, set_columns, spec
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
@@ -162,7 +162,7 @@ def test_priority_comes_before_turns(store: JobStore, leases: LeaseStore) -> Non
 def test_expired_idempotency_key_can_be_used_again(store: JobStore, database: Database) -> None:
     import sqlalchemy as sa
 
-    from bitmill_workers.tables import idempotency
+    from bitmill_workers.store.tables import idempotency
 
     old = store.submit(spec(), idempotency_key="k", request_hash="a").job
     with database.write() as conn:

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.leases import LeaseStore
-from bitmill_workers.records import Artifact, JobRecord, Renewal
-from bitmill_workers.tables import jobs
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.leases import LeaseStore
+from bitmill_workers.store.records import Artifact, JobRecord, Renewal
+from bitmill_workers.store.tables import jobs
 from stores import QUEUES, set_columns, spec
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])

@@ -7,17 +7,17 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from bitmill_workers.db import Database
 from bitmill_workers.errors import StoreUnavailable
-from bitmill_workers.migrate import (
+from bitmill_workers.settings import Settings
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.migrate import (
     current_revision,
     downgrade,
     head_revision,
     require_head,
     upgrade,
 )
-from bitmill_workers.settings import Settings
-from bitmill_workers.tables import metadata
+from bitmill_workers.store.tables import metadata
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
 
@@ -44,7 +44,7 @@ def test_wrong_schema_is_refused(settings: Settings) -> None:
 
 
 def test_database_refuses_an_unknown_state(database: Database) -> None:
-    from bitmill_workers.jobs import JobStore
+    from bitmill_workers.store.jobs import JobStore
     from stores import set_columns, spec
 
     job = JobStore(database).submit(spec()).job

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from bitmill_workers.app import Dispatcher
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.leases import LeaseStore
-from bitmill_workers.reconcile import Reconciler
-from bitmill_workers.records import Artifact, JobRecord
+from bitmill_workers.messaging.app import Dispatcher
+from bitmill_workers.messaging.reconcile import Reconciler
 from bitmill_workers.settings import Settings
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.leases import LeaseStore
+from bitmill_workers.store.records import Artifact, JobRecord
 from stores import QUEUES, set_columns, spec, wait_for
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])

@@ -13,16 +13,16 @@ import httpx2
 import pytest
 from pydantic import SecretStr
 
-from bitmill.manifest import write_manifest
-from bitmill_workers.artifacts import open_artifacts
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.leases import LeaseStore
-from bitmill_workers.reconcile import Reconciler
-from bitmill_workers.s3 import S3Artifacts, StorageUnavailable
+from bitmill.io.manifest import write_manifest
+from bitmill_workers.execution.stop import StopRequest
+from bitmill_workers.execution.supervisor import Supervisor
+from bitmill_workers.messaging.reconcile import Reconciler
 from bitmill_workers.settings import Settings
-from bitmill_workers.stop import StopRequest
-from bitmill_workers.supervisor import Supervisor
+from bitmill_workers.storage.artifacts import open_artifacts
+from bitmill_workers.storage.s3 import S3Artifacts, StorageUnavailable
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.leases import LeaseStore
 from servers import free_port
 from stores import spec
 from tcp_proxy import TcpProxy
@@ -111,7 +111,7 @@ def test_job_is_published_whole_and_losers_are_collected(
     for token in (0, 7):
         fill(store.attempt_folder(job.id, token), 10)
         store.publish(job.id, token, lambda *_: None)
-    from bitmill_workers.app import Dispatcher
+    from bitmill_workers.messaging.app import Dispatcher
 
     dispatcher = Dispatcher(stored, lambda _: None)
     Reconciler(stored, database, dispatcher).collect_garbage()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.leases import LeaseStore
-from bitmill_workers.records import Artifact
-from bitmill_workers.stats import read_stats
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.leases import LeaseStore
+from bitmill_workers.store.records import Artifact
+from bitmill_workers.store.stats import read_stats
 from stores import set_columns, spec
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])

@@ -23,15 +23,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from bitmill_workers.app import Dispatcher
-from bitmill_workers.db import Database
 from bitmill_workers.errors import StateConflict
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.leases import LeaseStore
-from bitmill_workers.reconcile import Reconciler
+from bitmill_workers.messaging.app import Dispatcher
+from bitmill_workers.messaging.reconcile import Reconciler
 from bitmill_workers.settings import Settings
-from bitmill_workers.states import ACTIVE, TERMINAL
-from bitmill_workers.tables import jobs
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.leases import LeaseStore
+from bitmill_workers.store.states import ACTIVE, TERMINAL
+from bitmill_workers.store.tables import jobs
 from stores import spec
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])

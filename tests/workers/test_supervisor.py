@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.records import JobRecord
+from bitmill_workers.execution.stop import StopRequest
+from bitmill_workers.execution.supervisor import Supervisor
 from bitmill_workers.settings import Settings
-from bitmill_workers.stop import StopRequest
-from bitmill_workers.supervisor import Supervisor
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.records import JobRecord
 from stores import alive, processes_of, set_columns, spec, wait_for
 
 

@@ -16,19 +16,19 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from bitmill_workers import webhooks
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.settings import Settings
-from bitmill_workers.stats import read_stats
-from bitmill_workers.tables import outbox
-from bitmill_workers.webhooks import (
+from bitmill_workers.messaging import webhooks
+from bitmill_workers.messaging.webhooks import (
     MAX_TRIES,
     AddressRefused,
     WebhookSender,
     check_webhook_url,
     resolve_public,
 )
+from bitmill_workers.settings import Settings
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.stats import read_stats
+from bitmill_workers.store.tables import outbox
 from stores import spec
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])

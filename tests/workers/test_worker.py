@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from bitmill_workers.app import Dispatcher
-from bitmill_workers.catalog import Catalog
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.reconcile import Reconciler
-from bitmill_workers.records import JobRecord
+from bitmill_workers.messaging.app import Dispatcher
+from bitmill_workers.messaging.reconcile import Reconciler
 from bitmill_workers.settings import Settings
+from bitmill_workers.store.catalog import Catalog
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.records import JobRecord
 from stores import alive, processes_of, spec, start_worker, wait_for
 
 Start = Callable[[], "subprocess.Popen[bytes]"]

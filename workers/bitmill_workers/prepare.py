@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 import sys
 
-from bitmill_workers.artifacts import open_artifacts
-from bitmill_workers.db import Database
 from bitmill_workers.logs import configure_logs
-from bitmill_workers.migrate import current_revision, upgrade
 from bitmill_workers.settings import Settings
+from bitmill_workers.storage.artifacts import open_artifacts
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.migrate import current_revision, upgrade
 
 _log = logging.getLogger(__name__)
 

@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     route_by_memory: bool = False
     device: str = "auto"
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
-    runner_module: str = "bitmill_workers.runner"
+    runner_module: str = "bitmill_workers.execution.runner"
 
     lease_s: float = Field(default=90.0, gt=0)
     renew_s: float = Field(default=20.0, gt=0)

@@ -18,14 +18,14 @@ from importlib.metadata import version
 
 import sqlalchemy as sa
 
-from bitmill_workers.app import create_celery
-from bitmill_workers.artifacts import open_artifacts
-from bitmill_workers.catalog import Catalog
-from bitmill_workers.db import Database
-from bitmill_workers.garbage import collect_staging, collect_work
 from bitmill_workers.logs import configure_logs
-from bitmill_workers.migrate import require_head
+from bitmill_workers.messaging.app import create_celery
 from bitmill_workers.settings import Settings
+from bitmill_workers.storage.artifacts import open_artifacts
+from bitmill_workers.storage.garbage import collect_staging, collect_work
+from bitmill_workers.store.catalog import Catalog
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.migrate import require_head
 
 _BEAT_S = 20.0
 _COLLECT_S = 3600.0
@@ -39,7 +39,7 @@ def main() -> int:
     from celery import signals
     from celery.platforms import SecurityWarning
 
-    from bitmill_workers import tasks
+    from bitmill_workers.messaging import tasks
 
     warnings.simplefilter("ignore", SecurityWarning)
     settings = Settings()

@@ -113,7 +113,7 @@ def _submit(stack: Stack, label: str) -> bool:
 
 def repeat_messages(stack: Stack, dice: random.Random) -> bool:
     """F8: announce every job again, in any order, and jobs that do not exist."""
-    from bitmill_workers.app import Dispatcher
+    from bitmill_workers.messaging.app import Dispatcher
 
     with suppress(httpx2.HTTPError):
         ids = [j["id"] for j in request(stack, "GET", "/v1/jobs?limit=100").json()["jobs"]]

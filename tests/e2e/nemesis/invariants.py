@@ -17,11 +17,11 @@ from pathlib import Path
 import sqlalchemy as sa
 from stack import CANARY, Stack, request, runners
 
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.records import JobRecord
 from bitmill_workers.settings import Settings
-from bitmill_workers.states import TRANSITIONS
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.records import JobRecord
+from bitmill_workers.store.states import TRANSITIONS
 
 GRACE_S = 0.5
 """A frozen runner that wakes after its lease may live for moments before its watchdog ends it."""
@@ -105,7 +105,7 @@ def _artifacts(stack: Stack, store: JobStore, jobs: list[JobRecord]) -> list[str
 
 
 def _keys(database: Database, accepted: dict[str, str]) -> list[str]:
-    from bitmill_workers.tables import idempotency
+    from bitmill_workers.store.tables import idempotency
 
     with database.read() as conn:
         query = sa.select(idempotency.c.key, idempotency.c.job_id)

@@ -25,9 +25,9 @@ from faults import EMBEDDED, PRODUCTION
 from invariants import check
 from stack import EmbeddedStack, ProductionStack, make_model, request, spec_json
 
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.tables import job_events, jobs
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.tables import job_events, jobs
 
 
 @dataclass

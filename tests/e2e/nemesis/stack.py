@@ -12,9 +12,9 @@ from typing import Protocol
 
 import httpx2
 
-from bitmill_workers.db import Database
-from bitmill_workers.migrate import upgrade
 from bitmill_workers.settings import Settings
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.migrate import upgrade
 from servers import Postgres, Redis, end_group, free_port, listens
 from stores import environment_of, processes_of, wait_for
 from tcp_proxy import TcpProxy
@@ -208,7 +208,7 @@ class EmbeddedStack:
 
     def launch(self) -> subprocess.Popen[bytes]:
         """One more `bitmill serve` on this data folder and port."""
-        command = "from bitmill_service.cli import main; main()"
+        command = "from bitmill_service.cli.main import main; main()"
         with (self.folder / "serve.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-c", command, "serve", "--port", str(self._port)],

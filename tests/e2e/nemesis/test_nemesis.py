@@ -12,11 +12,11 @@ import pytest
 
 from bitmill_service.main import create_app
 from bitmill_service.settings import ServiceSettings
-from bitmill_workers.app import Dispatcher
-from bitmill_workers.db import Database
-from bitmill_workers.jobs import JobStore
-from bitmill_workers.migrate import upgrade
+from bitmill_workers.messaging.app import Dispatcher
 from bitmill_workers.settings import Settings
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.migrate import upgrade
 from servers import Postgres, Redis
 from serving import serve
 from stores import spec, start_worker, wait_for

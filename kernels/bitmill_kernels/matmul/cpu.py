@@ -1,0 +1,209 @@
+"""Packed linears on a CPU, without a dequantized copy of the weight.
+
+    y = x[:, order] @ W^T + bias
+
+Up to `FUSED_TOKENS` tokens multiply straight from the stored planes, in the compiled kernel
+(`cpu_kernel.cpp`). More tokens, or no compiler: a tile of rows is dequantized into the cache,
+multiplied by torch and dropped. fp32 inside; the result has the dtype of x.
+
+The kernel is compiled at first use by torch's extension loader and called through ctypes. Where
+that fails, tiles are unpacked by torch; the log names the choice once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitmill_kernels.layout import (
+    GROUP_SIZE,
+    PLANES,
+    ZERO_STEPS_OF_WIDTH_1,
+    group_columns,
+    plane_bytes,
+)
+from bitmill_kernels.matmul.runtime import PackedWeight
+from bitmill_kernels.pack import unpack_codes
+from bitmill_kernels.reference import dequantize
+
+TILE_ELEMENTS = 1 << 18
+FUSED_TOKENS = 8
+TOKENS_PER_CALL = 4
+
+VECTOR_FLAGS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+"""Compiler flags by what torch finds the processor capable of, not "native": the folder of compiled
+kernels may be shared by unlike machines, so each capability has its own build."""
+
+_LOG = logging.getLogger(__name__)
+
+
+class _Group(ctypes.Structure):
+    """`Group` of cpu_kernel.cpp, field by field."""
+
+    _fields_ = (
+        ("planes", ctypes.c_void_p * 2),
+        ("bits", ctypes.c_int32 * 2),
+        ("bytes", ctypes.c_int32 * 2),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("zero_steps", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("first", ctypes.c_int64),
+    )
+
+
+class CpuProduct:
+    """The product of `linear.py` on the stored planes, one linear of the stack after the other."""
+
+    def __init__(self, weights: Sequence[PackedWeight], device: torch.device) -> None:
+        self._linears = [_StoredLinear(weight, device) for weight in weights]
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """y [T, N] of x [T, K]."""
+        order = self._linears[0].order
+        inputs = (x if order is None else x.index_select(1, order)).float()
+        parts = [linear(inputs) for linear in self._linears]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+class _StoredLinear:
+    """One linear's planes where they are, as the checkpoint file maps them."""
+
+    def __init__(self, weight: PackedWeight, device: torch.device) -> None:
+        self._weight = weight
+        self._tensors = {
+            name: tensor.to(device).contiguous()
+            for name, tensor in weight.tensors.items()
+            if name.startswith(("codes", "tail", "scales"))
+        }
+        self._scales = self._tensors["scales"]
+        self._zeros = weight.zeros().to(device).contiguous()
+        self.order = None if weight.order is None else weight.order.to(device)
+        self._library = load_library() if device.type == "cpu" else None
+        self._groups = self._describe() if self._library is not None else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y f32 [T, N] of x f32 [T, K] in packed column order."""
+        y = torch.empty(x.shape[0], self._weight.N, device=x.device)
+        if self._library is not None and x.shape[0] <= FUSED_TOKENS:
+            self._multiply(x, y)
+            return y
+        rows = max(1, TILE_ELEMENTS // self._weight.K)
+        for first in range(0, self._weight.N, rows):
+            tile = self._dequantize(first, min(self._weight.N, first + rows))
+            torch.mm(x, tile.t(), out=y[:, first : first + tile.shape[0]])
+        return y
+
+    def _multiply(self, x: Tensor, y: Tensor) -> None:
+        groups = len(self._weight.widths)
+        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP_SIZE)).view(-1, groups, 128)
+        sums = padded.sum(-1)
+        for start in range(0, x.shape[0], TOKENS_PER_CALL):
+            count = min(TOKENS_PER_CALL, x.shape[0] - start)
+            assert self._library is not None
+            self._library.bitmill_multiply(
+                self._groups,
+                groups,
+                self._weight.N,
+                count,
+                padded[start].data_ptr(),
+                groups * GROUP_SIZE,
+                sums[start].data_ptr(),
+                y[start].data_ptr(),
+                torch.get_num_threads(),
+            )
+
+    def _dequantize(self, first: int, end: int) -> Tensor:
+        """Weights f32 [end - first, K] in packed column order."""
+        widths, K = self._weight.widths, self._weight.K
+        if self._library is not None:
+            tile = torch.empty(end - first, K)
+            threads = torch.get_num_threads()
+            self._library.bitmill_dequantize(
+                self._groups, len(widths), first, end, tile.data_ptr(), K, threads
+            )
+            return tile
+        planes = {
+            name: tensor[:, first:end] if name.startswith("codes") else tensor[first:end]
+            for name, tensor in self._tensors.items()
+            if name != "scales"
+        }
+        codes = unpack_codes(planes, widths, end - first, K)
+        return dequantize(codes, self._scales[:, first:end], self._zeros[:, first:end], widths)
+
+    def _describe(self) -> ctypes.Array[_Group]:
+        """One `Group` for each group, pointing into the stored tensors."""
+        columns = group_columns(self._weight.K)
+        groups = (_Group * len(columns))()
+        seen = dict.fromkeys(PLANES, 0)
+        for g, (width, count) in enumerate(zip(self._weight.widths, columns, strict=True)):
+            group = groups[g]
+            for p, plane in enumerate(PLANES[width]):
+                if count == GROUP_SIZE:
+                    stored = self._tensors[f"codes_b{width}_p{plane}"][seen[width]]
+                else:
+                    stored = self._tensors[f"tail_p{plane}"]
+                group.planes[p], group.bits[p] = stored.data_ptr(), plane
+                group.bytes[p] = plane_bytes(plane, count)
+            seen[width] += 1
+            group.scales, group.zeros = self._scales[g].data_ptr(), self._zeros[g].data_ptr()
+            group.zero_steps = ZERO_STEPS_OF_WIDTH_1 if width == 1 else 1
+            group.columns, group.first = count, g * GROUP_SIZE
+        return groups
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where it cannot be built or BITMILL_CPU_KERNEL is "0"."""
+    if os.environ.get("BITMILL_CPU_KERNEL", "1") == "0":
+        _LOG.info("packed linears on the CPU unpack tiles with torch: BITMILL_CPU_KERNEL is 0")
+        return None
+    try:
+        library = _build()
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        reason = str(error).partition("\n")[0]
+        _LOG.warning("packed linears on the CPU unpack tiles with torch, slowly: %s", reason)
+        return None
+    _LOG.info("packed linears on the CPU run in the compiled kernel")
+    return library
+
+
+def _build() -> ctypes.CDLL:
+    from torch.utils.cpp_extension import get_default_build_root, load
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    folder = Path(get_default_build_root()) / f"bitmill_cpu_{capability.replace(' ', '_').lower()}"
+    os.makedirs(folder, exist_ok=True)
+    load(
+        "bitmill_cpu",
+        [str(Path(__file__).with_name("cpu_kernel.cpp"))],
+        extra_cflags=["-O3", *VECTOR_FLAGS.get(capability, ()), "-fopenmp"],
+        extra_ldflags=["-fopenmp"],
+        build_directory=str(folder),
+        is_python_module=False,
+    )
+    library = ctypes.CDLL(str(folder / "bitmill_cpu.so"))
+    pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    library.bitmill_multiply.argtypes = [
+        *(pointer, integer, integer, integer),
+        *(pointer, long, pointer, pointer, integer),
+    ]
+    library.bitmill_multiply.restype = None
+    library.bitmill_dequantize.argtypes = [
+        *(pointer, integer, integer, integer),
+        *(pointer, long, integer),
+    ]
+    library.bitmill_dequantize.restype = None
+    return library

@@ -1,0 +1,189 @@
+"""The product of activations with stacked packed linears, by the fastest way at hand.
+
+    y[t, n] = sum_k x[t, order[k]] * w[n, k] + bias[n]
+
+On CUDA, by the number of tokens T: the compiled CUDA kernel up to 32, Triton up to
+`DEQUANTIZE_ABOVE`, above it dequantized weights and the vendor's product. Where the CUDA kernels
+are not available, Triton decodes and dequantizes. fp32 activations always take the last, in fp32.
+On a CPU: `cpu.py`. The backend `reference`, asked for by name or by BITMILL_BACKEND, multiplies
+with a dequantized copy of the weight in the dtype of the activations and in source column order:
+as fast as the original linear, as large, and equal to it bit for bit.
+
+The product is the custom operator `bitmill::mixed_linear`, so `torch.compile` treats it as one
+opaque call and CUDA graphs capture it. It takes a handle, not the tensors: layouts and workspaces
+are built once, at load, and no call allocates anything but its result.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from bitmill_kernels.backend import interpreted, resolve_backend, wants_reference
+from bitmill_kernels.matmul.runtime import PackedWeight, RuntimeWeight, build_runtime
+from bitmill_kernels.matmul.workspace import workspace
+from bitmill_kernels.pack import unpack_codes
+from bitmill_kernels.reference import dequantize
+
+DEQUANTIZE_ABOVE = 64
+SCRATCH_ELEMENTS = 1 << 26
+
+_LOG = logging.getLogger(__name__)
+_LINEARS: WeakValueDictionary[int, MixedLinear] = WeakValueDictionary()
+_HANDLES = itertools.count()
+
+Product = Callable[[Tensor, Tensor | None], Tensor]
+"""(x [T, K] with contiguous rows, bias [N] or None) -> y [T, N], all of one dtype."""
+
+
+class MixedLinear:
+    """Packed linears that read the same input, stacked by rows, ready to multiply.
+
+    `outputs` holds the rows of each; the result of a call is theirs side by side. Activations
+    must be on `device`.
+    """
+
+    def __init__(
+        self, weights: Sequence[PackedWeight], device: torch.device, *, backend: str = "auto"
+    ) -> None:
+        """Build the layout on `device`. Raises ValueError where the linears do not stack."""
+        self.outputs = tuple(weight.N for weight in weights)
+        self.N, self.K = sum(self.outputs), weights[0].K
+        self.device = device
+        self._product: Product = _build_product(weights, device, backend)
+        self._handle = next(_HANDLES)
+        _LINEARS[self._handle] = self
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y [..., N] of x [..., K] and bias [N], all of one dtype."""
+        y: Tensor = torch.ops.bitmill.mixed_linear(x, bias, self._handle, self.N)
+        return y
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What the operator calls; no shape is checked by the kernels."""
+        if x.shape[-1] != self.K:
+            raise ValueError(f"x has {x.shape[-1]} columns: the weight has {self.K}")
+        rows = x.reshape(-1, self.K)
+        y = self._product(rows if rows.stride(-1) == 1 else rows.contiguous(), bias)
+        return y.view(*x.shape[:-1], self.N)
+
+
+@torch.library.custom_op("bitmill::mixed_linear", mutates_args=())
+def _mixed_linear(x: Tensor, bias: Tensor | None, handle: int, outputs: int) -> Tensor:
+    return _LINEARS[handle].run(x, bias)
+
+
+@_mixed_linear.register_fake
+def _(x: Tensor, bias: Tensor | None, handle: int, outputs: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+def _build_product(weights: Sequence[PackedWeight], device: torch.device, backend: str) -> Product:
+    if wants_reference(backend):
+        return _DenseProduct(weights, device)
+    if resolve_backend(backend, device) == "triton":
+        return _AcceleratedProduct(build_runtime(weights, device))
+    from bitmill_kernels.matmul.cpu import CpuProduct
+
+    return CpuProduct(weights, device)
+
+
+class _DenseProduct:
+    """The reference: one dequantized copy [N, K] for each dtype that is used."""
+
+    def __init__(self, weights: Sequence[PackedWeight], device: torch.device) -> None:
+        _say_dense()
+        self._weight = torch.cat([_source_weight(weight).to(device) for weight in weights])
+        self._casts: dict[torch.dtype, Tensor] = {torch.float32: self._weight}
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dtype not in self._casts:
+            self._casts[x.dtype] = self._weight.to(x.dtype)
+        return torch.nn.functional.linear(x, self._casts[x.dtype], bias)
+
+
+def _source_weight(weight: PackedWeight) -> Tensor:
+    """Weight f32 [N, K] in source column order."""
+    codes = unpack_codes(weight.tensors, weight.widths, weight.N, weight.K)
+    values = dequantize(codes, weight.scales(), weight.zeros(), weight.widths)
+    if weight.order is None:
+        return values
+    source = torch.empty_like(values)
+    source[:, weight.order.long()] = values
+    return source
+
+
+class _AcceleratedProduct:
+    """Chooses a kernel by the number of tokens; everything is built here."""
+
+    def __init__(self, weight: RuntimeWeight) -> None:
+        from bitmill_kernels.matmul import cuda_library, decode_cuda, dequantize_cuda, tiles
+        from bitmill_kernels.matmul.decode_triton import TritonDecoder
+        from bitmill_kernels.matmul.dequantize_triton import Dequantizer
+
+        device = weight.planes.device
+        properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+        processors = properties.multi_processor_count if properties else 1
+        self._weight = weight
+        self._wide = TritonDecoder(
+            weight, tiles.triton_tiles(weight, processors), asm=not interpreted()
+        )
+        self._narrow: decode_cuda.CudaDecoder | None = None
+        compiled = properties is not None and cuda_library.available(device)
+        if properties and compiled:
+            shared = properties.shared_memory_per_multiprocessor
+            shapes = tiles.block_shapes(weight, properties.name, shared)
+            self._narrow = decode_cuda.CudaDecoder(weight, shapes) if shapes else None
+        _say_choice(str(device), compiled)
+        runs = -(-weight.N * weight.K // SCRATCH_ELEMENTS)
+        dequantizer = dequantize_cuda.CudaDequantizer if compiled else Dequantizer
+        self._dequantizer = dequantizer(weight, -(-weight.N // runs))
+        self._scratch_rows = max(run.rows for run in self._dequantizer.runs)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.empty(x.shape[0], self._weight.N, dtype=x.dtype, device=x.device)
+        T = x.shape[0]
+        if T == 0:
+            return y
+        if x.dtype == torch.float32 or T > DEQUANTIZE_ABOVE:
+            self._multiply_dequantized(x, bias, y)
+        elif self._narrow is not None and self._narrow.max_tokens >= T:
+            self._narrow(x, bias, y)
+        else:
+            self._wide(x, bias, y)
+        return y
+
+    def _multiply_dequantized(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        K, order = self._weight.K, self._weight.order
+        size = self._scratch_rows * K
+        scratch = workspace("dequantized", size * x.element_size(), x.device)
+        rows = scratch.view(x.dtype)[:size].view(-1, K)
+        inputs = x if order is None else x.index_select(1, order)
+        for run in self._dequantizer.runs:
+            self._dequantizer(run, rows)
+            weight = rows[: run.rows].t()
+            out = y[:, run.first : run.first + run.rows]
+            if bias is None:
+                torch.mm(inputs, weight, out=out)
+            else:
+                torch.addmm(bias[run.first : run.first + run.rows], inputs, weight, out=out)
+
+
+@cache
+def _say_dense() -> None:
+    _LOG.warning(
+        "packed linears run on the reference backend, which keeps a dequantized copy of each: "
+        "the model takes as much memory as the original in the compute dtype"
+    )
+
+
+@cache
+def _say_choice(device: str, compiled: bool) -> None:
+    kernels = "the compiled CUDA kernels" if compiled else "the Triton kernels"
+    _LOG.info("packed linears on %s run in %s", device, kernels)

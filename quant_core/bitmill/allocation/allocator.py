@@ -1,0 +1,300 @@
+"""Giving every group a width: budget in, bit-width map out. Pure numbers, no torch, deterministic.
+
+    uniform   the largest width that fits, everywhere
+    sba       SliM-LLM: p least salient groups one bit less, p most salient one bit more, per
+              linear p = argmin of the recorded output KL; balanced in columns
+    knapsack  minimize the profile's predicted loss over all groups of all linears at once
+    map       a given map, checked
+
+Groups that must agree form one unit (`groups.py`). A unit's cost and weight are sums over its
+groups, and one knapsack over units serves every constraint.
+
+`size` counts headers, which do not add up over groups. The largest payload whose checkpoint fits
+is searched downwards over a grid of limit / 2048 bytes that does not depend on the solution, so a
+larger budget never gives a worse map; at most 1/2048 of the budget is given up for that.
+
+Given up: the rest of `uniform` and `sba` budgets stays unspent, by definition of the methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from bitmill.allocation.groups import GroupTable, GroupWidths
+from bitmill.allocation.knapsack import FloatArray, IntArray, Knapsack
+from bitmill.allocation.profile import SensitivityProfile
+from bitmill.allocation.sba import sba_swaps, sba_widths
+from bitmill.config.bit_width_map import PLANES, BitWidthMap
+from bitmill.config.spec import Allocation, Budget, JobSpec
+from bitmill.errors import BudgetError, SpecError
+from bitmill.formats.accounting import Kind, describe, limit, measure, order_bytes, value
+from bitmill.plan.model_plan import Plan
+
+SIZE_GRID = 2048
+HEADER_SLACK_PER_TENSOR = 8
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One map on the curve of size against predicted loss (nats per token)."""
+
+    size: int
+    bits: float
+    code_bits: float
+    predicted_loss: float
+
+
+def allocate(
+    plan: Plan,
+    spec: JobSpec,
+    profile: SensitivityProfile | None = None,
+    given_map: BitWidthMap | None = None,
+) -> BitWidthMap:
+    """The map of a job. `knapsack` and `sba` need the profile, `map` the given map.
+
+    Raises `BudgetError` naming the smallest budget that would fit, `SpecError` for constraints
+    that exclude each other, `FormatError` for a profile or map of another model.
+    """
+    if spec.allocation.method == "map":
+        if given_map is None:
+            raise SpecError("allocation method 'map' needs a map", param="allocation.map")
+        return check_map(plan, spec, given_map)
+    return Allocator(plan, spec.allocation, profile).map(spec.budget)
+
+
+def check_budget(plan: Plan, spec: JobSpec, given_map: BitWidthMap | None = None) -> None:
+    """Raise `BudgetError` where no map can meet the budget; needs no profile and no weights."""
+    if spec.allocation.method == "map":
+        if given_map is not None:
+            check_map(plan, spec, given_map)
+        return
+    allocator = Allocator(plan, spec.allocation)
+    if spec.allocation.method == "sba":
+        allocator.sba_base(spec.budget)
+    else:
+        allocator.uniform(spec.budget)
+
+
+def curve(
+    profile: SensitivityProfile, plan: Plan, allocation: Allocation, points: int = 32
+) -> list[CurvePoint]:
+    """Knapsack maps from the smallest to the largest stored size, evenly spaced in bytes."""
+    return Allocator(plan, allocation, profile).curve(points)
+
+
+def check_map(plan: Plan, spec: JobSpec, given: BitWidthMap) -> BitWidthMap:
+    """The given map, if it fits the model, the column order asked for and the budget."""
+    given.check_shapes(plan.shapes)
+    if given.order != spec.allocation.order:
+        raise SpecError(
+            f"the map's groups are in {given.order} order but allocation.order is "
+            f"{spec.allocation.order!r}: set allocation.order to {given.order!r}",
+            param="allocation.order",
+        )
+    kind = spec.budget.kind
+    taken = measure(plan, given.linears, given.order, kind)
+    if taken > limit(plan, spec.budget):
+        raise _too_small(plan, spec.budget, taken, "the given map takes")
+    return given
+
+
+class Allocator:
+    """One plan and one set of constraints, maybe with a profile; serves any number of budgets."""
+
+    def __init__(
+        self, plan: Plan, allocation: Allocation, profile: SensitivityProfile | None = None
+    ) -> None:
+        self.plan = plan
+        self.allocation = allocation
+        self.groups = GroupTable(plan, allocation)
+        self._legal: list[int] = self.groups.widths.tolist()
+        self._profile = profile
+        self._solvers: dict[Kind, Knapsack] = {}
+        if profile is not None:
+            profile.check_shapes(plan.shapes)
+
+    @property
+    def profile(self) -> SensitivityProfile:
+        """The profile, where the method needs one; raises `SpecError` without it."""
+        if self._profile is None:
+            raise SpecError(
+                f"allocation method {self.allocation.method!r} needs a sensitivity profile",
+                param="allocation.method",
+            )
+        return self._profile
+
+    def map(self, budget: Budget) -> BitWidthMap:
+        """The map of the allocation's method: `uniform`, `sba` or `knapsack`."""
+        methods = {"uniform": self.uniform, "sba": self.sba, "knapsack": self.knapsack}
+        return methods[self.allocation.method](budget)
+
+    def uniform(self, budget: Budget) -> BitWidthMap:
+        """The largest single width that fits (edge blocks: at least `edge_min_bits`)."""
+        return self._map(self.groups.uniform(self._largest(budget, self._legal)))
+
+    def sba_base(self, budget: Budget) -> int:
+        """The base width at which `sba` profiles and allocates: the largest that fits."""
+        bases = [b for b in self._legal if {b - 1, b + 1} <= set(self._legal)]
+        if not bases or self.allocation.per_linear:
+            raise SpecError(
+                f"sba mixes widths b-1, b and b+1 inside a linear: widths {self._legal} with "
+                f"per_linear {self.allocation.per_linear} leave no base width; use 'uniform'",
+                param="allocation.widths",
+            )
+        return self._largest(budget, bases)
+
+    def sba(self, budget: Budget) -> BitWidthMap:
+        """SliM-LLM's map at the largest base width that fits.
+
+        Where zero points or headers of mixed widths cross the budget, the linears that gain least
+        stay uniform.
+        """
+        base = self.sba_base(budget)
+        swaps = sba_swaps(self.groups, self.profile, base)
+        order = sorted(swaps, key=lambda i: (swaps[i].gain, i))
+        for kept in range(len(order) + 1):
+            flat = sba_widths(self.groups, base, {i: swaps[i] for i in order[kept:]})
+            if self._fits(flat, budget):
+                return self._map(flat)
+        return self._map(self.groups.uniform(base))
+
+    def knapsack(self, budget: Budget) -> BitWidthMap:
+        """The map of least predicted loss; never worse than a uniform or sba map that fits."""
+        best = self._solve_size(budget) if budget.kind == "size" else self._solve(budget)
+        loss = self.predicted(best)
+        for flat in self._simple_maps():
+            other = self.predicted(flat)
+            if other < loss and self._fits(flat, budget):
+                best, loss = flat, other
+        return self._map(best)
+
+    def curve(self, points: int) -> list[CurvePoint]:
+        """See `curve`."""
+        solver = self._solver("bits")
+        largest = solver.weight_of(solver.solve(int(solver.weight.max(axis=1).sum())))
+        capacities = np.linspace(solver.minimum, largest, points).astype(np.int64)
+        return [self.point(self._flat(solver.solve(int(c)))) for c in np.unique(capacities)]
+
+    def point(self, flat: GroupWidths) -> CurvePoint:
+        """Size and predicted loss of the widths of all groups."""
+        code_bits, bits = (self.groups.measure(flat, kind) for kind in ("code_bits", "bits"))
+        return CurvePoint(
+            size=self.groups.measure(flat, "size"),
+            bits=float(value(self.plan, "bits", bits)),
+            code_bits=float(value(self.plan, "code_bits", code_bits)),
+            predicted_loss=self.predicted(flat),
+        )
+
+    def predicted(self, flat: GroupWidths) -> float:
+        """Predicted loss, nats per token, of the widths of all groups."""
+        return float(self._costs[np.arange(len(flat)), self.groups.column(flat)].sum())
+
+    @cached_property
+    def _costs(self) -> FloatArray:
+        """Costs of all groups at the legal widths: float64 [T, B]."""
+        missing = sorted(set(self._legal) - set(self.profile.widths))
+        if missing:
+            raise SpecError(
+                f"widths {missing} are not in the profile, which has "
+                f"{list(self.profile.widths)}: leave them out or make a new profile",
+                param="allocation.widths",
+            )
+        take = np.searchsorted(np.array(self.profile.widths), self.groups.widths)
+        return np.concatenate(
+            [self.profile.linear(linear.name).costs[:, take] for linear in self.plan.matrices]
+        )
+
+    def _solver(self, kind: Kind) -> Knapsack:
+        """The knapsack over units that counts code bits, or stored bytes for the other kinds."""
+        counted: Kind = "code_bits" if kind == "code_bits" else "bits"
+        if counted not in self._solvers:
+            unit = self.groups.unit
+            shape = (int(unit.max()) + 1, len(self._legal))
+            weight = np.zeros(shape, dtype=np.int64)
+            cost, allowed = np.zeros(shape), np.ones(shape, dtype=np.bool_)
+            np.add.at(weight, unit, self.groups.weights(counted))
+            np.add.at(cost, unit, self._costs)
+            np.logical_and.at(allowed, unit, self.groups.allowed)
+            self._solvers[counted] = Knapsack(weight, cost, allowed)
+        return self._solvers[counted]
+
+    def _solve(self, budget: Budget) -> GroupWidths:
+        """`code_bits` and `bits` are sums over groups."""
+        fixed = order_bytes(self.plan, self.allocation.order) if budget.kind == "bits" else 0
+        solver = self._solver(budget.kind)
+        capacity = limit(self.plan, budget) - fixed
+        if solver.minimum > capacity:
+            raise _too_small(self.plan, budget, solver.minimum + fixed)
+        return self._flat(solver.solve(capacity))
+
+    def _solve_size(self, budget: Budget) -> GroupWidths:
+        solver, capacity = self._solver("size"), int(budget.value)
+        step = max(1, capacity // SIZE_GRID)
+        payload = (capacity - self._smallest_rest) // step * step
+        while payload >= solver.minimum:
+            choice = solver.solve(payload)
+            flat = self._flat(choice)
+            if self._fits(flat, budget):
+                return flat
+            payload = min(payload - step, (solver.weight_of(choice) - 1) // step * step)
+        flat = self._flat(solver.smallest)
+        if not self._fits(flat, budget):
+            lowest = self.groups.uniform(self._legal[0])
+            sizes = [self.groups.measure(widths, "size") for widths in (flat, lowest)]
+            raise _too_small(self.plan, budget, min(sizes))
+        return flat
+
+    @cached_property
+    def _smallest_rest(self) -> int:
+        """Bytes of the checkpoint besides groups, as few as they can be.
+
+        A header is shortest with the fewest planes and the smallest offsets.
+        """
+        plain = [b for b in self._legal if len(PLANES[b]) == 1]
+        maps = [self.groups.uniform(width) for width in {self._legal[0], *plain[:1]}]
+        rest = [self.groups.measure(m, "size") - self.groups.measure(m, "bits") for m in maps]
+        tensors = len(self.plan.tensors) + 5 * len(self.plan.matrices)
+        slack = HEADER_SLACK_PER_TENSOR * tensors
+        return min(rest) + order_bytes(self.plan, self.allocation.order) - slack
+
+    def _simple_maps(self) -> Iterator[GroupWidths]:
+        """Uniform and sba maps of every base width that the constraints allow."""
+        for width in self._legal:
+            yield self.groups.uniform(width)
+        if self.allocation.per_linear:
+            return
+        for base in self.profile.sba:
+            if {base - 1, base, base + 1} <= set(self._legal):
+                swaps = sba_swaps(self.groups, self.profile, base)
+                yield sba_widths(self.groups, base, swaps)
+
+    def _largest(self, budget: Budget, candidates: list[int]) -> int:
+        for width in reversed(candidates):
+            if self._fits(self.groups.uniform(width), budget):
+                return width
+        lowest = self.groups.uniform(candidates[0])
+        raise _too_small(self.plan, budget, self.groups.measure(lowest, budget.kind))
+
+    def _flat(self, choice: IntArray) -> GroupWidths:
+        return self.groups.widths[choice][self.groups.unit]
+
+    def _map(self, flat: GroupWidths) -> BitWidthMap:
+        return BitWidthMap(order=self.allocation.order, linears=self.groups.named(flat))
+
+    def _fits(self, flat: GroupWidths, budget: Budget) -> bool:
+        return self.groups.measure(flat, budget.kind) <= limit(self.plan, budget)
+
+
+def _too_small(plan: Plan, budget: Budget, smallest: int, what: str = "") -> BudgetError:
+    needed = describe(plan, budget.kind, smallest)
+    given = f"{budget.value:,} bytes" if budget.kind == "size" else f"{budget.value}"
+    reason = f"{what} {needed}" if what else f"the smallest that fits the constraints is {needed}"
+    return BudgetError(
+        f"budget {budget.kind} = {given} cannot be met: {reason}; raise the budget or allow "
+        "smaller widths",
+        param=f"budget.{budget.kind}",
+    )

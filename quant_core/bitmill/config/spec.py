@@ -1,0 +1,365 @@
+"""Job specification: what a user asks for. Frozen, closed and versioned.
+
+Unknown keys are errors that name the key; illegal pairs are refused where they are built, with both
+values in the message. A stored specification carries `schema_version`; readers refuse others.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from bitmill.config.bit_width_map import WIDTHS, BitWidthMap
+from bitmill.errors import SpecError
+
+DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
+
+
+class Closed(BaseModel):
+    """Base of all specification parts: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Part = TypeVar("Part", bound=Closed)
+
+
+class Budget(Closed):
+    """Exactly one limit; it is never exceeded.
+
+    code_bits: sum(b*N*c) / sum(N*K) over the quantized linears, c = columns of a group
+    bits:      8 * stored bytes of codes, tails, zeros, scales and orders / sum(N*K)
+    size:      bytes of all safetensors files of the checkpoint, headers included
+    """
+
+    code_bits: float | None = Field(default=None, gt=0, le=16)
+    bits: float | None = Field(default=None, gt=0, le=32)
+    size: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [k for k in ("code_bits", "bits", "size") if getattr(self, k) is not None]
+        if len(given) != 1:
+            what = " and ".join(given) if given else "none"
+            raise ValueError(f"give exactly one of code_bits, bits, size; got {what}")
+        return self
+
+    @property
+    def kind(self) -> Literal["code_bits", "bits", "size"]:
+        """Name of the limit that was given."""
+        if self.code_bits is not None:
+            return "code_bits"
+        return "bits" if self.bits is not None else "size"
+
+    @property
+    def value(self) -> float | int:
+        """The limit in the unit of `kind`."""
+        value = getattr(self, self.kind)
+        assert isinstance(value, float | int)
+        return value
+
+
+class HubModel(Closed):
+    """A model repository on the Hugging Face Hub (or the host named by HF_ENDPOINT)."""
+
+    source: Literal["hub"] = "hub"
+    repo_id: str = Field(pattern=r"^[\w.-]{1,96}(/[\w.-]{1,96})?$", max_length=193)
+    revision: str = Field(default="main", pattern=r"^[\w./-]{1,128}$")
+    file: str | None = Field(default=None, max_length=512)
+
+
+class PathModel(Closed):
+    """A folder below one of the service's allow-listed roots (any folder without a service)."""
+
+    source: Literal["path"] = "path"
+    path: str = Field(min_length=1, max_length=4096)
+    file: str | None = Field(default=None, max_length=512)
+
+
+class UploadModel(Closed):
+    """A model uploaded to the service beforehand."""
+
+    source: Literal["upload"] = "upload"
+    upload_id: str = Field(pattern=r"^[\w-]{1,64}$")
+    file: str | None = Field(default=None, max_length=512)
+
+
+ModelRef = Annotated[HubModel | PathModel | UploadModel, Field(discriminator="source")]
+
+
+class BundledText(Closed):
+    """A text that ships with the library."""
+
+    source: Literal["bundled"] = "bundled"
+    name: Literal["wiki_calibration"] = "wiki_calibration"
+
+
+class FileText(Closed):
+    """A UTF-8 text file, or a .jsonl file whose `field` holds the text of each line."""
+
+    source: Literal["file"] = "file"
+    path: str = Field(min_length=1, max_length=4096)
+    field: str = "text"
+
+
+class DatasetText(Closed):
+    """A data set on the Hub, read through the `datasets` library where it is installed."""
+
+    source: Literal["dataset"] = "dataset"
+    name: str = Field(pattern=r"^[\w.-]{1,96}(/[\w.-]{1,96})?$")
+    config: str | None = None
+    split: str = "train"
+    field: str = "text"
+
+
+class Calibration(Closed):
+    """Which text is measured. `sequences` windows of `length` tokens, then `held_out` more.
+
+    profile_sequences: how many of them the profile is measured on, from the first; None for all.
+    """
+
+    text: Annotated[BundledText | FileText | DatasetText, Field(discriminator="source")] = (
+        BundledText()
+    )
+    sequences: int = Field(default=64, ge=1, le=65536)
+    length: int = Field(default=2048, ge=8, le=131072)
+    held_out: int = Field(default=16, ge=0, le=4096)
+    profile_sequences: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _profile_within(self) -> Self:
+        if self.profile_sequences is not None and self.profile_sequences > self.sequences:
+            raise ValueError(
+                f"profile_sequences {self.profile_sequences} is above sequences "
+                f"{self.sequences}: give at most as many"
+            )
+        return self
+
+    @property
+    def profiled(self) -> int:
+        """Windows that the profile is measured on."""
+        return self.profile_sequences or self.sequences
+
+
+class InlineMap(Closed):
+    """A bit-width map given in the specification itself."""
+
+    source: Literal["inline"] = "inline"
+    map: BitWidthMap
+
+
+class JobMap(Closed):
+    """The map of an earlier job of the same service."""
+
+    source: Literal["job"] = "job"
+    job_id: str = Field(pattern=r"^[\w-]{1,64}$")
+
+
+class UploadedMap(Closed):
+    """A map uploaded to the service beforehand."""
+
+    source: Literal["upload"] = "upload"
+    map_id: str = Field(pattern=r"^[\w-]{1,64}$")
+
+
+class Allocation(Closed):
+    """How widths are given to groups.
+
+    order: "activation" sorts the columns of each input by descending diag(H) before grouping;
+    linears that read the same input share one order. "natural" keeps the model's own order.
+    keep: glob patterns of full linear names that stay in the source precision.
+    fuse_siblings: q/k/v and gate/up of a block share one map.
+    per_linear: one width for all groups of a linear (for runtimes that need it).
+    edge_min_bits: smallest width in the first and the last decoder block.
+    embeddings: "quantize" packs the input embedding and the output head too, each with one width
+    for the whole matrix (once where they are tied); every budget then counts them.
+    """
+
+    method: Literal["uniform", "sba", "knapsack", "map"] = "knapsack"
+    widths: tuple[int, ...] = DEFAULT_WIDTHS
+    order: Literal["natural", "activation"] = "activation"
+    fuse_siblings: bool = False
+    per_linear: bool = False
+    keep: tuple[str, ...] = ()
+    embeddings: Literal["keep", "quantize"] = "keep"
+    min_bits: int | None = Field(default=None, ge=1, le=8)
+    max_bits: int | None = Field(default=None, ge=1, le=8)
+    edge_min_bits: int | None = Field(default=None, ge=1, le=8)
+    map: Annotated[InlineMap | JobMap | UploadedMap, Field(discriminator="source")] | None = None
+
+    @field_validator("widths")
+    @classmethod
+    def _known_widths(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
+        unknown = [w for w in widths if w not in WIDTHS]
+        if unknown or not widths:
+            raise ValueError(f"widths {list(widths)} must be a non-empty subset of {list(WIDTHS)}")
+        return tuple(sorted(set(widths)))
+
+    @model_validator(mode="after")
+    def _legal_pairs(self) -> Self:
+        if (self.method == "map") != (self.map is not None):
+            raise ValueError(
+                f"method {self.method!r} with map {'given' if self.map else 'missing'}: "
+                "give `map` with method 'map' and with no other"
+            )
+        if self.min_bits and self.max_bits and self.min_bits > self.max_bits:
+            raise ValueError(f"min_bits {self.min_bits} is above max_bits {self.max_bits}")
+        if not self.legal_widths:
+            raise ValueError(
+                f"no width of {list(self.widths)} lies within min_bits {self.min_bits} "
+                f"and max_bits {self.max_bits}"
+            )
+        if self.edge_min_bits and self.edge_min_bits > max(self.legal_widths):
+            raise ValueError(
+                f"edge_min_bits {self.edge_min_bits} is above the largest legal width "
+                f"{max(self.legal_widths)}"
+            )
+        return self
+
+    @property
+    def legal_widths(self) -> tuple[int, ...]:
+        """Widths within min_bits and max_bits, ascending."""
+        low, high = self.min_bits or min(WIDTHS), self.max_bits or max(WIDTHS)
+        return tuple(w for w in self.widths if low <= w <= high)
+
+
+class JobParameters(Closed):
+    """What an earlier job of the same service learned."""
+
+    source: Literal["job"] = "job"
+    job_id: str = Field(pattern=r"^[\w-]{1,64}$")
+
+
+class PathParameters(Closed):
+    """A published folder, below an allow-listed root (any folder without a service)."""
+
+    source: Literal["path"] = "path"
+    path: str = Field(min_length=1, max_length=4096)
+
+
+class OmniQuant(Closed):
+    """Block-wise learning (OmniQuant, and past it); see `bitmill.refinement.omniquant.settings`.
+
+    epochs, batch: passes over the calibration sequences and sequences per step; None takes the
+    mode's own.
+    resume_parameters: take what a job with these very settings learned, and train nothing.
+    """
+
+    mode: Literal["clipping", "scales", "rounding"] = "rounding"
+    epochs: int | None = Field(default=None, ge=0, le=1000)
+    batch: int | None = Field(default=None, ge=1, le=256)
+    augmented_loss: bool = False
+    tune_scales_steps: int = Field(default=0, ge=0, le=100_000)
+    resume_parameters: (
+        Annotated[JobParameters | PathParameters, Field(discriminator="source")] | None
+    ) = None
+
+
+class Refinement(Closed):
+    """How codes are found.
+
+    clip_search: ranges are clipped where that lowers the error weighted by diag(H).
+    compensated_grid: the grid is searched by GPTQ's own loss after the clip search.
+    scale_refit: closed-form refit of the scales and descent of the codes after the pass.
+    asymmetric: correction for the already quantized prefix, kept per linear only where the
+    error on held-out sequences falls. For method "gptq"; learning sees the quantized prefix itself
+    and starts better without the correction.
+    """
+
+    method: Literal["rtn", "gptq", "omniquant"] = "gptq"
+    clip_search: bool = True
+    compensated_grid: bool = True
+    scale_refit: bool = True
+    asymmetric: bool = True
+    omniquant: OmniQuant = OmniQuant()
+
+    @model_validator(mode="after")
+    def _resumes_what_learns(self) -> Self:
+        if self.omniquant.resume_parameters is not None and self.method != "omniquant":
+            raise ValueError(
+                f"omniquant.resume_parameters with method {self.method!r}: give method 'omniquant'"
+            )
+        return self
+
+
+TaskName = Annotated[str, Field(pattern=r"^[\w.+-]{1,128}$")]
+Baseline = Literal["uniform", "uniform-2", "uniform-3", "uniform-4"]
+
+
+class Evaluation(Closed):
+    """What is measured on the packed checkpoint; `sequences` caps the windows of each text.
+
+    tasks: lm-evaluation-harness tasks by name, measured on the source and on the result with the
+    whole model in memory; needs the extra `eval`.
+
+    baselines: also quantize and measure these: plain GPTQ in natural column order at one width,
+    "uniform" at the legal width nearest to the map's mean, "uniform-3" at 3 bits.
+    """
+
+    texts: tuple[Literal["wiki_evaluation", "handbook_evaluation"], ...] = (
+        "wiki_evaluation",
+        "handbook_evaluation",
+    )
+    sequences: int | None = Field(default=None, ge=1)
+    length: int = Field(default=2048, ge=8, le=131072)
+    baselines: tuple[Baseline, ...] = ()
+    tasks: tuple[TaskName, ...] = ()
+
+
+class JobSpec(Closed):
+    """Everything that determines a job's result, besides the model's own files.
+
+    threads: CPU threads of the runner (part of the result's identity: sums depend on it).
+    devices: accelerators that work on the job together, of one machine (part of its identity too).
+    """
+
+    schema_version: Literal[1] = 1
+    model: ModelRef
+    budget: Budget
+    allocation: Allocation = Allocation()
+    refinement: Refinement = Refinement()
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    devices: int = Field(default=1, ge=1, le=64)
+    label: str | None = Field(default=None, max_length=200)
+    deadline_s: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _learns_alone(self) -> Self:
+        if self.devices > 1 and self.refinement.method == "omniquant":
+            raise ValueError(
+                f"devices {self.devices} with refinement 'omniquant', which learns on one: "
+                "give devices 1, or method 'gptq'"
+            )
+        return self
+
+    @field_validator("model")
+    @classmethod
+    def _plain_file(cls, model: ModelRef) -> ModelRef:
+        if model.file is not None:
+            parts = PurePosixPath(model.file).parts
+            if len(parts) != 1 or ".." in parts or not model.file.endswith(".gguf"):
+                raise ValueError(f"file {model.file!r} must be the plain name of a .gguf file")
+        return model
+
+
+def parse_spec(data: object) -> JobSpec:
+    """Build a `JobSpec` from decoded JSON.
+
+    Raises `SpecError` naming the first offending key, its value's problem and the rule.
+    """
+    return parse_part(JobSpec, data)
+
+
+def parse_part(kind: type[Part], data: object) -> Part:
+    """Build one part of a specification; raises `SpecError` as `parse_spec` does."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "spec"
+        raise SpecError(f"{where}: {first['msg']}", param=where) from error

@@ -1,0 +1,223 @@
+"""Measuring quantized models against their source: the rows of a quality report.
+
+A candidate is a bit-width map and a streamed model that takes its dequantized weights block by
+block, so a packed folder, a refinement in progress and a baseline are all measured alike and a
+model larger than the accelerator's memory works. `verify` shows that a packed forward equals this.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from bitmill.calibration.windows import evaluation_tokens
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.spec import Evaluation, JobSpec, parse_spec
+from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
+from bitmill.evaluation.tasks import TaskSuite
+from bitmill.formats.accounting import footprint
+from bitmill.formats.packed.checkpoint import PackedCheckpoint, read_bit_width_map
+from bitmill.inference.load import load, load_tokenizer
+from bitmill.models.convert_gguf import convert_gguf
+from bitmill.models.streamed import StreamedModel, set_weight
+from bitmill.plan.model_plan import Plan, make_plan
+from bitmill.results import QualityRow, TextQuality
+from bitmill.runtime.ranks import SINGLE, Group
+
+Candidate = tuple[BitWidthMap, StreamedLogits]
+"""A map, and the model with its dequantized weights."""
+
+
+def compute_dtype(device: torch.device, plan: Plan) -> torch.dtype:
+    """float32 on a CPU and for float32 sources; else the half precision the source is stored in."""
+    stored = {linear.dtype for linear in plan.linears}
+    if device.type == "cpu" or not stored <= {"BF16", "F16"}:
+        return torch.float32
+    return torch.bfloat16 if "BF16" in stored else torch.float16
+
+
+def from_packed(model: StreamedModel, packed: Path) -> StreamedLogits:
+    """The model with the weights of a packed folder."""
+    checkpoint = PackedCheckpoint.open(packed)
+
+    def dequantized(name: str) -> Tensor:
+        return checkpoint.linear(model.plan.by_name[name].shape).unpack().dequantize()
+
+    return with_weights(model, dequantized)
+
+
+def with_weights(model: StreamedModel, dequantized: Callable[[str], Tensor]) -> StreamedLogits:
+    """The model with other weights f32 [N, K] of everything that its plan quantizes, by name."""
+
+    def replace(i: int, block: nn.Module) -> None:
+        for name, module in model.linears(block, i).items():
+            set_weight(module, dequantized(name))
+
+    matrices = {matrix.name: dequantized(matrix.name) for matrix in model.plan.embeddings}
+    return StreamedLogits(model.with_matrices(matrices), replace=replace)
+
+
+def measure(
+    model: StreamedModel,
+    source_folder: Path,
+    asked: Evaluation,
+    candidates: Mapping[str, Candidate],
+    on_unit: Callable[[int, int, str, str], None],
+    predict: Callable[[BitWidthMap], float | None] = lambda _: None,
+    group: Group = SINGLE,
+) -> list[QualityRow]:
+    """Rows of the source and of every candidate on every text asked for.
+
+    predict: predicted increase of the loss of a map, None where no profile covers its widths.
+    group: ranks that divide the windows; each gets all rows.
+    """
+    texts: dict[str, dict[str, TextQuality]] = {name: {} for name in ("source", *candidates)}
+    for text in asked.texts:
+        windows = evaluation_tokens(
+            text, source_folder, length=asked.length, sequences=asked.sequences
+        )
+        reference = StreamedLogits(model, remember=True)
+        for name, (_, candidate) in candidates.items():
+            message = f"{name} on {text}"
+            measured = perplexity_and_kl(
+                reference,
+                candidate,
+                group.shard(windows),
+                on_window=partial(_report_window, on_unit, message),
+            ).gathered(group, len(windows))
+            texts[name][text] = measured.candidate()
+            texts["source"][text] = measured.source()
+    rows = [QualityRow(method="source", texts=texts["source"])]
+    for name, (bit_widths, _) in candidates.items():
+        spent = footprint(model.plan, bit_widths)
+        rows.append(
+            QualityRow(
+                method=name,
+                code_bits=spent.code_bits,
+                bits=spent.bits,
+                size=spent.size,
+                predicted_loss=predict(bit_widths),
+                texts=texts[name],
+            )
+        )
+    return rows
+
+
+def _report_window(
+    on_unit: Callable[[int, int, str, str], None], message: str, done: int, total: int
+) -> None:
+    on_unit(done, total, "window", message)
+
+
+def measure_tasks(
+    suite: TaskSuite,
+    rows: list[QualityRow],
+    folders: Mapping[str, Path],
+    *,
+    packed: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    on_unit: Callable[[int, int, str, str], None],
+) -> list[QualityRow]:
+    """The rows, those of `folders` (by method) with their tasks' scores; one model at a time.
+
+    packed: the method whose folder is a packed one; the others are plain transformers folders.
+    """
+    scores = {}
+    for method, folder in folders.items():
+        if method == packed:
+            model = load(folder, device=device, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True
+            ).to(device)
+        scores[method] = suite.measure(
+            model.eval(),
+            load_tokenizer(folder),
+            on_task=partial(_report_task, on_unit, method),
+            seed=seed,
+        )
+        del model
+    return [row.model_copy(update={"tasks": scores.get(row.method, {})}) for row in rows]
+
+
+def _report_task(
+    on_unit: Callable[[int, int, str, str], None], method: str, done: int, total: int, name: str
+) -> None:
+    on_unit(done, total, "task", f"{name} of {method}")
+
+
+def evaluate_folder(
+    folder: Path,
+    source_folder: Path,
+    *,
+    gguf: str | None,
+    texts: tuple[str, ...],
+    sequences: int | None,
+    length: int,
+    device: str,
+    tasks: tuple[str, ...] = (),
+    task_folder: Path | None = None,
+    seed: int = 0,
+) -> list[QualityRow]:
+    """Measure a packed folder against its source model: rows for the source and the folder.
+
+    task_folder: a folder of task files beside the harness's own.
+    """
+    asked = Evaluation.model_validate(
+        {"texts": texts, "sequences": sequences, "length": length, "tasks": tasks}
+    )
+    suite = TaskSuite(asked.tasks, task_folder) if asked.tasks else None
+    bit_widths = read_bit_width_map(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        if gguf is not None:
+            convert_gguf(source_folder / gguf, Path(scratch, "source"))
+            source_folder = Path(scratch, "source")
+        planned = plan_for_map(source_folder, bit_widths)
+        where = torch.device(device)
+        model = StreamedModel(
+            source_folder, planned, device=where, dtype=compute_dtype(where, planned)
+        )
+        candidates = {"packed": (bit_widths, from_packed(model, folder))}
+        rows = measure(model, source_folder, asked, candidates, _silent)
+        if suite is None:
+            return rows
+        return measure_tasks(
+            suite,
+            rows,
+            {"source": source_folder, "packed": folder},
+            packed="packed",
+            device=where,
+            dtype=model.dtype,
+            seed=seed,
+            on_unit=_silent,
+        )
+
+
+def plan_for_map(source_folder: Path, bit_widths: BitWidthMap) -> Plan:
+    """The plan in which exactly the map's linears are quantized."""
+    spec = parse_spec({"model": {"source": "path", "path": "."}, "budget": {"bits": 16}})
+    planned = make_plan(source_folder, spec)
+    changes: dict[str, Any] = {}
+    if not bit_widths.linears.keys() <= planned.by_name.keys():
+        changes["embeddings"] = "quantize"
+        planned = _replanned(source_folder, spec, changes)
+    kept = tuple(name for name in planned.by_name if name not in bit_widths.linears)
+    return _replanned(source_folder, spec, changes | {"keep": kept}) if kept else planned
+
+
+def _replanned(source_folder: Path, spec: JobSpec, changes: dict[str, Any]) -> Plan:
+    allocation = spec.allocation.model_copy(update=changes)
+    return make_plan(source_folder, spec.model_copy(update={"allocation": allocation}))
+
+
+def _silent(*_: object) -> None:
+    """Report nothing."""

@@ -1,0 +1,129 @@
+"""The `quantization_config` of a packed checkpoint's config.json. Torch-free.
+
+    {"quant_method": "bitmill", "format_version": 1, "group_size": 128,
+     "linears": {name: {"widths": "33432", "order": name of a tensor, or null}}}
+
+One digit of `widths` per group, in packed column order. `order` names the i32 [K] tensor that
+holds the linear's column order: its own, or that of another linear with the same input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bitmill.config.bit_width_map import GROUP_SIZE, WIDTHS, BitWidthMap
+from bitmill.errors import FormatError
+
+QUANT_METHOD = "bitmill"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """What config.json says of one quantized linear."""
+
+    name: str
+    widths: tuple[int, ...]
+    order: str | None = None
+
+    @property
+    def owns_order(self) -> bool:
+        """Whether the order is stored under the linear's own name."""
+        return self.order == f"{self.name}.order"
+
+
+@dataclass(frozen=True)
+class PackedConfig:
+    """The quantized linears of a checkpoint, by full name."""
+
+    linears: dict[str, PackedLinear]
+
+    @classmethod
+    def from_map(
+        cls, bit_widths: BitWidthMap, orders: Mapping[str, str | None] | None = None
+    ) -> PackedConfig:
+        """Describe a map; `orders` gives the order tensor of the linears that have one."""
+        orders = orders or {}
+        return cls(
+            {
+                name: PackedLinear(name, tuple(widths), orders.get(name))
+                for name, widths in bit_widths.linears.items()
+            }
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PackedConfig:
+        """Read what `to_dict` made. Raises FormatError for anything else."""
+        expected = {"quant_method": QUANT_METHOD, "group_size": GROUP_SIZE}
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise FormatError(
+                f"format_version {version!r} is unknown: this release reads {FORMAT_VERSION}; "
+                "update bitmill",
+                code="unknown_format_version",
+                param="quantization_config.format_version",
+            )
+        for key, value in expected.items():
+            if data.get(key) != value:
+                raise _refusal(key, f"is {data.get(key)!r}, expected {value!r}")
+        for key in data.keys() - expected.keys() - {"format_version", "linears"}:
+            raise _refusal(key, "is not a key of format version 1")
+        linears = data.get("linears")
+        if not isinstance(linears, Mapping) or not linears:
+            raise _refusal("linears", "must name at least one quantized linear")
+        parsed = {name: _parse_linear(name, entry) for name, entry in linears.items()}
+        _check_orders(parsed)
+        return cls(parsed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object that config.json holds under `quantization_config`."""
+        linears = {
+            name: {"widths": "".join(map(str, linear.widths)), "order": linear.order}
+            for name, linear in self.linears.items()
+        }
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "group_size": GROUP_SIZE,
+            "linears": linears,
+        }
+
+    @property
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        """Widths by linear."""
+        return {name: linear.widths for name, linear in self.linears.items()}
+
+    @property
+    def orders(self) -> dict[str, str | None]:
+        """Name of the order tensor by linear, None where columns keep their order."""
+        return {name: linear.order for name, linear in self.linears.items()}
+
+
+def _parse_linear(name: str, entry: Any) -> PackedLinear:
+    where = f"linears.{name}"
+    if not isinstance(entry, Mapping) or entry.keys() != {"widths", "order"}:
+        raise _refusal(where, "must have exactly the keys widths and order")
+    widths, order = entry["widths"], entry["order"]
+    if not isinstance(widths, str) or not widths or set(widths) - set(map(str, WIDTHS)):
+        raise _refusal(where, f"has widths {widths!r}: one digit of {list(WIDTHS)} per group")
+    if order is not None and not (isinstance(order, str) and order.endswith(".order")):
+        raise _refusal(where, f"has order {order!r}: the name of a tensor `….order`, or null")
+    return PackedLinear(name, tuple(int(digit) for digit in widths), order)
+
+
+def _check_orders(linears: Mapping[str, PackedLinear]) -> None:
+    """Every order that is named is owned by a quantized linear with as many groups."""
+    for linear in linears.values():
+        if linear.order is None or linear.owns_order:
+            continue
+        owner = linears.get(linear.order.removesuffix(".order"))
+        if owner is None or not owner.owns_order or len(owner.widths) != len(linear.widths):
+            raise _refusal(
+                f"linears.{linear.name}", f"has order {linear.order!r}, which no such linear owns"
+            )
+
+
+def _refusal(key: str, problem: str) -> FormatError:
+    return FormatError(f"quantization_config: {key} {problem}", param=f"quantization_config.{key}")

@@ -1,0 +1,70 @@
+"""Names, dtypes and shapes of every tensor of a packed checkpoint, in the order they are filed.
+
+The weight of a quantized linear gives way to the linear's packed tensors; every other tensor of
+the source keeps its name and dtype. Budgets are computed from this list and the writer writes
+this list, so the size is known before anything is written.
+
+Torch-free: the service and the allocator import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from bitmill.config.bit_width_map import LinearShape
+from bitmill.errors import FormatError
+from bitmill.io.safetensors_layout import TensorSpec
+from bitmill_kernels.layout import code_tensor_shapes, zero_tensor_shapes
+
+
+def linear_tensors(
+    shape: LinearShape, widths: Sequence[int], *, owns_order: bool = False
+) -> list[TensorSpec]:
+    """Packed tensors of one linear, its bias excepted; `owns_order` adds the column order.
+
+    Raises FormatError unless `widths` names one legal width per group.
+    """
+    prefix, N, K = shape.name, shape.rows, shape.columns
+    try:
+        planes = code_tensor_shapes(N, K, widths)
+    except ValueError as error:
+        raise FormatError(f"{prefix}: {error}", param=prefix) from error
+    specs = [TensorSpec(f"{prefix}.{key}", "U8", size) for key, size in planes.items()]
+    if owns_order:
+        specs.append(TensorSpec(f"{prefix}.order", "I32", (K,)))
+    specs.append(TensorSpec(f"{prefix}.scales", "F16", (shape.groups, N)))
+    zeros = zero_tensor_shapes(N, widths)
+    return specs + [TensorSpec(f"{prefix}.{key}", "U8", size) for key, size in zeros.items()]
+
+
+def stored_tensors(
+    kept: Sequence[TensorSpec],
+    shapes: Sequence[LinearShape],
+    linears: Mapping[str, Sequence[int]],
+    orders: Mapping[str, str | None] | None = None,
+) -> list[TensorSpec]:
+    """Every tensor of the packed checkpoint: the linears' in the order of `shapes`, then `kept`.
+
+    kept: tensors taken over from the source as they are (biases, norms, embeddings)
+    linears: widths of each linear of `shapes`
+    orders: name of the tensor that holds a linear's column order, by linear; None is natural
+
+    Raises FormatError unless `linears` covers exactly `shapes`, one legal width per group.
+    """
+    orders = orders or {}
+    names = {shape.name for shape in shapes}
+    for name in sorted(names ^ linears.keys()):
+        here, there = ("map", "model") if name in linears else ("model", "map")
+        raise FormatError(f"linear {name} is in the {here} but not in the {there}", param=name)
+    stored: list[TensorSpec] = []
+    for shape in shapes:
+        owned = orders.get(shape.name) == f"{shape.name}.order"
+        stored += _known(shape, tuple(linears[shape.name]), owned)
+    return stored + list(kept)
+
+
+@lru_cache(maxsize=1 << 13)
+def _known(shape: LinearShape, widths: tuple[int, ...], owns_order: bool) -> list[TensorSpec]:
+    """Neighbouring maps on a curve share most of their linears."""
+    return linear_tensors(shape, widths, owns_order=owns_order)

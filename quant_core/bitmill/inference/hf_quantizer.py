@@ -1,0 +1,233 @@
+"""Packed checkpoints in transformers: `import bitmill.hf`, then `from_pretrained` as usual.
+
+transformers finds quantizers in a registry and has no entry point for packages, so this module
+registers one when it is imported. Without the import transformers only warns and fills every
+quantized linear with random numbers; `bitmill.load` imports it and refuses such a model.
+
+Loading replaces each linear named in `quantization_config` by an empty `QuantizedLinear` on the
+meta device (the input embedding by a `QuantizedEmbedding`, a head tied to it by a `TiedHead`), lets
+transformers read the tensors, then hands out the shared column orders.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Conv1D, PreTrainedModel
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitmill.config.bit_width_map import LinearShape
+from bitmill.errors import FormatError
+from bitmill.formats.packed.config import QUANT_METHOD, PackedConfig, PackedLinear
+from bitmill.inference.embedding import QuantizedEmbedding, ScaledEmbedding, TiedHead
+from bitmill.inference.linear import QuantizedLinear
+from bitmill.inference.siblings import join_siblings
+from bitmill.models.experts import unfuse_experts
+from bitmill.plan.architectures import HEAD
+
+
+@register_quantization_config(QUANT_METHOD)
+class BitmillConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed model; its attributes are exactly the stored keys."""
+
+    def __init__(self, **stored: Any) -> None:
+        self.__dict__.update(PackedConfig.from_dict(stored).to_dict())
+
+    def packed(self) -> PackedConfig:
+        """The checked, typed form."""
+        return PackedConfig.from_dict(self.to_dict())
+
+
+@register_quantizer(QUANT_METHOD)
+class BitmillQuantizer(HfQuantizer):
+    """Swaps linears for `QuantizedLinear`; only packed checkpoints can be loaded."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_: Any
+    ) -> None:
+        if self._has_experts():
+            unfuse_experts(model)
+        modules = dict(model.named_modules())
+        for linear in self.quantization_config.packed().linears.values():
+            if _lies_in_absent_head(linear.name, model):
+                continue
+            name = local_name(linear.name, model)
+            module = modules.get(name)
+            if module is not None and module is model.get_input_embeddings():
+                _replace_embedding(model, name, module, linear, dtype)
+            elif isinstance(module, nn.Linear | Conv1D):
+                model.set_submodule(name, _empty_twin(module, linear, dtype))
+            else:
+                raise FormatError(
+                    f"linear {linear.name} of the checkpoint is not in the model "
+                    f"{type(model).__name__}: load it with the class it was made from",
+                    param=linear.name,
+                )
+        _forget_ties(model)
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_: Any
+    ) -> PreTrainedModel:
+        for linear in self.quantization_config.packed().linears.values():
+            if linear.order is not None and not linear.owns_order:
+                order = model.get_buffer(local_name(linear.order, model))
+                module = model.get_submodule(local_name(linear.name, model))
+                module.share_order(order.to(module.scales.device))
+        join_siblings(quantized_linears(model).items())
+        if self._has_experts() or isinstance(model.get_input_embeddings(), QuantizedEmbedding):
+            # Saving would undo the renamings of loading, and so part packed tensors from the
+            # names in config.json.
+            model._weight_conversions = []
+        return model
+
+    def _has_experts(self) -> bool:
+        return any(".experts." in name for name in self.quantization_config.linears)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+        target = dtype or torch.float32
+        head = model.get_output_embeddings()
+        for name, module in quantized_linears(model).items():
+            if not isinstance(module, QuantizedEmbedding):
+                model.set_submodule(name, _plain_linear(module, target))
+                continue
+            embedding = _plain_embedding(module, target)
+            model.set_submodule(name, embedding)
+            if isinstance(head, TiedHead):
+                model.set_output_embeddings(_tied_linear(embedding, head.bias))
+        return model
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the packed tensors back, byte for byte."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed codes cannot be trained."""
+        return False
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The packed linears of a model by their module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def plain_shapes(model: PreTrainedModel) -> list[LinearShape]:
+    """Shapes of all linears and the input embedding of a model that is not packed.
+
+    Experts count each apart.
+
+    Stacked experts are replaced by lists: give a model on the meta device.
+    """
+    unfuse_experts(model)
+    embedding = model.get_input_embeddings()
+    return [
+        LinearShape(name, *_rows_columns(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) or module is embedding
+    ]
+
+
+def local_name(name: str, model: PreTrainedModel) -> str:
+    """A name of the checkpoint as the model has it: a headless base model lacks the prefix."""
+    prefix = f"{model.base_model_prefix}."
+    headless = model.base_model_prefix and not hasattr(model, model.base_model_prefix)
+    return name.removeprefix(prefix) if headless else name
+
+
+def _lies_in_absent_head(name: str, model: PreTrainedModel) -> bool:
+    """Whether the checkpoint's module is the head, which a headless base model does not have."""
+    return local_name(name, model) == name == HEAD and model.get_output_embeddings() is None
+
+
+def _replace_embedding(
+    model: PreTrainedModel,
+    name: str,
+    module: nn.Embedding,
+    linear: PackedLinear,
+    dtype: torch.dtype | None,
+) -> None:
+    """Put an empty packed embedding in place, and a tied head where the head is tied to it."""
+    try:
+        packed = QuantizedEmbedding(
+            module.embedding_dim,
+            module.num_embeddings,
+            linear.widths,
+            dtype=dtype,
+            device="meta",
+            multiplier=getattr(module, "scalar_embed_scale", None),
+        )
+    except ValueError as error:
+        raise FormatError(f"embedding {linear.name}: {error}", param=linear.name) from error
+    head = model.get_output_embeddings()
+    tied = f"{name}.weight" in model.all_tied_weights_keys.values()
+    model.set_submodule(name, packed)
+    if tied and isinstance(head, nn.Linear):
+        model.set_output_embeddings(TiedHead(packed, head.bias))
+
+
+def _forget_ties(model: PreTrainedModel) -> None:
+    """Keep transformers from tying parameters that packed modules do not have."""
+    if isinstance(model.get_input_embeddings(), QuantizedEmbedding):
+        model._tied_weights_keys = {}
+        model.all_tied_weights_keys = {}
+
+
+def _plain_embedding(module: QuantizedEmbedding, dtype: torch.dtype) -> ScaledEmbedding:
+    embedding = ScaledEmbedding(module.out_features, module.in_features, device="meta")
+    embedding.multiplier = module.multiplier
+    embedding.weight = nn.Parameter(module.dequantize().to(dtype), requires_grad=False)
+    return embedding
+
+
+def _tied_linear(embedding: nn.Embedding, bias: nn.Parameter | None) -> nn.Linear:
+    rows, columns = embedding.weight.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = embedding.weight
+    linear.register_parameter("bias", bias)
+    return linear
+
+
+def _rows_columns(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of a linear or embedding; a Conv1D holds its weight transposed."""
+    first, second = cast(Tensor, module.weight).shape
+    return (second, first) if isinstance(module, Conv1D) else (first, second)
+
+
+def _empty_twin(
+    module: nn.Linear | Conv1D, linear: PackedLinear, dtype: torch.dtype | None
+) -> QuantizedLinear:
+    rows, columns = _rows_columns(module)
+    order = None
+    if linear.order is not None:
+        order = "own" if linear.owns_order else "shared"
+    try:
+        return QuantizedLinear(
+            columns,
+            rows,
+            linear.widths,
+            bias=module.bias is not None,
+            order=order,
+            dtype=dtype,
+            device="meta",
+        )
+    except ValueError as error:
+        raise FormatError(f"linear {linear.name}: {error}", param=linear.name) from error
+
+
+def _plain_linear(module: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(
+        module.in_features, module.out_features, bias=module.bias is not None, device="meta"
+    )
+    linear.weight = nn.Parameter(module.dequantize().to(dtype), requires_grad=False)
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+    return linear

@@ -1,0 +1,171 @@
+"""A linear layer whose weight stays packed: `QuantizedLinear`, a plain module.
+
+    y[..., n] = sum_k x[..., order[k]] * w[n, k] + bias[n],   w[n, k] = scale * (code - zero)
+
+Its buffers bear the tensor names of the format (docs/format.md), so a state dict of the model is
+a packed checkpoint. What a device computes with is a `MixedLinear`, built from the buffers at the
+first use on that device and dropped when the module changes; it is never stored.
+
+The buffers themselves stay in host memory: moving a model to an accelerator leaves them, and
+buffers that were loaded onto one go back once the layout is built there. So the accelerator
+holds the packed weights once, and a model can be saved again at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.inference.siblings import SiblingGroup
+from bitmill.quant.tensors import PackedTensor, packed_shapes
+from bitmill_kernels.matmul.linear import MixedLinear
+from bitmill_kernels.matmul.runtime import PackedWeight
+
+
+class QuantizedLinear(nn.Module):
+    """Packed linear of N = `out_features` rows and K = `in_features` columns.
+
+    widths: one bit width per group of 128 columns
+    order:  None where columns keep their order, "own" where the column order is stored under
+            this linear's name, "shared" where another linear stores it and `share_order` gives it
+    Buffers are empty until a checkpoint is loaded or `fill` is called. `siblings` is the group of
+    modules that read the same input, set by `join_siblings`.
+    """
+
+    scales: Tensor
+    order: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        widths: tuple[int, ...],
+        *,
+        bias: bool = False,
+        order: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.widths = widths
+        for key, (kind, shape) in packed_shapes(out_features, in_features, widths).items():
+            self.register_buffer(key, torch.empty(shape, dtype=kind, device=device))
+        columns = torch.empty(in_features, dtype=torch.int32, device=device) if order else None
+        self.register_buffer("order", columns, persistent=order == "own")
+        self.bias: nn.Parameter | None = None
+        if bias:
+            empty = torch.empty(out_features, dtype=dtype, device=device)
+            self.bias = nn.Parameter(empty, requires_grad=False)
+        self._dtype = dtype or torch.get_default_dtype()
+        self.siblings: SiblingGroup | None = None
+        self._runtime: MixedLinear | None = None
+
+    @classmethod
+    def from_packed(cls, packed: PackedTensor, *, bias: Tensor | None = None) -> Self:
+        """A module that holds these tensors, on their device."""
+        module = cls(
+            packed.K,
+            packed.N,
+            packed.widths,
+            bias=bias is not None,
+            order="own" if packed.order is not None else None,
+            device="meta",
+        )
+        module.fill(packed.tensors(""), bias)
+        return module
+
+    def fill(self, tensors: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
+        """Take over the buffers' tensors, named as in the format behind a leading dot."""
+        for key, tensor in tensors.items():
+            setattr(self, key.removeprefix("."), tensor)
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        self._reset()
+
+    def share_order(self, order: Tensor) -> None:
+        """Use the column order i32 [K] that another linear stores."""
+        self.order = order
+        self._reset()
+
+    def packed(self, name: str = "weight") -> PackedTensor:
+        """The buffers as a `PackedTensor`, checked in full; `name` appears in the errors.
+
+        Raises FormatError as `PackedTensor.from_tensors` does.
+        """
+        keys = packed_shapes(self.out_features, self.in_features, self.widths)
+        tensors = {f"{name}.{key}": getattr(self, key) for key in keys}
+        return PackedTensor.from_tensors(
+            name, tensors, self.out_features, self.in_features, self.widths, self.order
+        )
+
+    def dequantize(self) -> Tensor:
+        """Weight f32 [N, K] in the source's column order."""
+        return self.packed().unpack().dequantize()
+
+    @property
+    def weight(self) -> Tensor:
+        """Dequantized weight [N, K] in the dtype the module was made for, anew at each access.
+
+        For code that asks a linear for its weight's values or dtype; writing to it has no effect.
+        """
+        return self.dequantize().to(self._dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., N] of x [..., K], computed on the device and in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.siblings is not None and x.is_cuda:
+            y = self.siblings.output(self, x)
+            return y if bias is None else y + bias
+        if self._runtime is None or self._runtime.device != x.device:
+            self._runtime = MixedLinear([self.packed_weight()], x.device)
+            self.release()
+        return self._runtime(x, bias)
+
+    def packed_weight(self) -> PackedWeight:
+        """The buffers, checked, as the kernels take them."""
+        packed = self.packed()
+        tensors = packed.planes | {"scales": packed.scales}
+        return PackedWeight(tensors, packed.widths, packed.N, packed.K, packed.order)
+
+    def release(self) -> None:
+        """Move the buffers to host memory; what was built from them stays where it is."""
+        for key, tensor in self._buffers.items():
+            if tensor is not None and tensor.is_cuda:
+                self._buffers[key] = tensor.cpu()
+
+    def extra_repr(self) -> str:
+        """Shape and widths, for printing a model."""
+        widths = "".join(map(str, self.widths))
+        return f"in_features={self.in_features}, out_features={self.out_features}, widths={widths}"
+
+    def _reset(self) -> None:
+        self._runtime = None
+        if self.siblings is not None:
+            self.siblings.reset()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Move and cast the bias; of the buffers, follow only a move to the host.
+
+        Scales stay fp16 whatever dtype the model is cast to.
+        """
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for key, old in before.items():
+            new = self._buffers[key]
+            if old is None or new is None or old.is_meta:
+                continue
+            if not new.is_cpu:
+                self._buffers[key] = old
+            elif new.dtype != old.dtype:
+                self._buffers[key] = old.to(new.device)
+        self._reset()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was built from the buffers: a copy builds its own."""
+        return self.__dict__ | {"_runtime": None}

@@ -1,0 +1,255 @@
+"""What a job will need, from its plan alone: memory, disk and time. Torch-free.
+
+Memory and disk are sums of the tensors that the stages hold at once, so they are near the truth:
+
+    accelerator  what lies outside the blocks, three blocks (quantized, source, the next), the
+                 widest stage's Hessians with factors or what learning a block holds, the widest
+                 linear's working copies, one batch of activations, one slice of logits
+    host         hidden states of all windows (twice with the asymmetric correction), one block per
+                 rank of a job on several devices; block inputs of a backward pass wait in files
+                 where memory is short and are not counted
+    disk         converted source (GGUF only), refined blocks, of baselines too, and the packed
+                 checkpoint, as large as the budget allows
+
+Hidden states and block inputs move to the accelerator where its free memory has room for them; that
+is not counted there, nor taken off the host's share.
+
+Time counts multiply-adds of forward and backward passes, Hessians and GPTQ against an assumed
+speed, and ignores everything else: an order of magnitude, good for choosing a queue. Of several
+devices each needs the accelerator's memory; what they wait for each other is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bitmill.config.bit_width_map import WIDTHS, BitWidthMap
+from bitmill.config.spec import Closed, JobSpec
+from bitmill.formats.accounting import footprint
+from bitmill.plan.model_plan import Plan, PlannedLinear
+
+BATCH_TOKENS = 16384
+LOGIT_BYTES = 3 * 4 << 25
+OVERHEAD = 512 << 20
+ACCELERATOR_LIBRARIES = 5 << 29
+"""Host memory of the libraries of CUDA and torch in one process, from a model of 7B on an H100."""
+WORKING_COPIES = 6
+FACTOR_COPIES = 6
+LEARNING_BYTES = 30
+"""Per weight of a block that is learned, see docs/omniquant.md."""
+LEARNING_BATCH = 4
+CPU_FLOPS_PER_THREAD = 2.5e10
+ACCELERATOR_FLOPS = {2: 4e14, 4: 4e13}
+EVALUATION_WINDOWS = 40
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a job would run."""
+
+    accelerator: bool = False
+    threads: int = 2
+
+
+class Estimate(Closed):
+    """Bytes and seconds of a job; the accelerator's bytes are host bytes on a CPU.
+
+    smallest_size, largest_size: exact bytes of the safetensors files with every group at the
+    smallest and at the largest legal width.
+    """
+
+    accelerator_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    seconds: float
+    smallest_size: int
+    largest_size: int
+
+
+def _element_bytes(plan: Plan, machine: Machine) -> int:
+    half = {linear.dtype for linear in plan.linears} <= {"F16", "BF16"}
+    return 2 if machine.accelerator and half else 4
+
+
+def _uniform_size(plan: Plan, spec: JobSpec, width: int) -> int:
+    linears = {shape.name: (width,) * shape.groups for shape in plan.shapes}
+    return footprint(plan, BitWidthMap(order=spec.allocation.order, linears=linears)).size
+
+
+def _outside_weights(plan: Plan) -> int:
+    inside = plan.block_prefix + "."
+    kept = sum(math.prod(t.shape) for t in plan.tensors if not t.module.startswith(inside))
+    return kept + sum(embedding.shape.weights for embedding in plan.embeddings)
+
+
+def _block_weights(plan: Plan, block: int) -> int:
+    prefix = f"{plan.block_prefix}.{block}."
+    kept = sum(math.prod(t.shape) for t in plan.tensors if t.module.startswith(prefix))
+    return kept + sum(linear.shape.weights for linear in plan.block_linears(block))
+
+
+def _hessian_bytes(plan: Plan, judged: bool, block: int) -> int:
+    """Float32 second moments of a block's widest stage, those of held-out windows too where they
+    judge, and for the widest input an ordered copy, the factor and two more while it is made."""
+    sets = 2 if judged else 1
+    stages = [
+        [plan.by_name[group[0]].columns for group in stage] for stage in plan.input_stages(block)
+    ]
+    together = max(sum(k * k for k in stage) for stage in stages)
+    return 4 * (sets * together + 4 * max(k * k for stage in stages for k in stage))
+
+
+def _activation_bytes(plan: Plan, block: int, tokens: int, element: int) -> int:
+    """Inputs and outputs of a block's linears for `tokens` tokens; experts share the tokens."""
+    dense = [li for li in plan.block_linears(block) if ".experts." not in li.name]
+    routed = [li for li in plan.block_linears(block) if ".experts." in li.name]
+    width = sum(li.rows + li.columns for li in dense)
+    width += sum(li.rows + li.columns for li in routed[:3]) * min(plan.experts, 8)
+    return tokens * element * (width + 4 * plan.hidden_size)
+
+
+def backward_bytes(plan: Plan, element: int, tokens: int) -> int:
+    """Accelerator memory of one block's turn in a gradient pass, beside hidden states.
+
+    Two blocks (one is loaded ahead), second moments with the widest factor and what makes it,
+    values and gradients of one batch of tokens, one slice of logits.
+    """
+    per_block = []
+    for i in {0, plan.block_count - 1}:
+        squares = [plan.by_name[group[0]].columns ** 2 for group in plan.input_groups(i)]
+        moments = 4 * (sum(squares) + FACTOR_COPIES * max(squares))
+        activations = 2 * _activation_bytes(plan, i, tokens, element)
+        per_block.append(2 * element * _block_weights(plan, i) + moments + activations)
+    return LOGIT_BYTES + max(per_block)
+
+
+def refining_bytes(plan: Plan, element: int, tokens: int, *, judged: bool) -> int:
+    """Accelerator memory of one block's turn in refinement without learning, beside hidden states.
+
+    Three blocks (quantized, source, the next), the widest stage's second moments (see
+    `_hessian_bytes`), values of one batch of tokens, the widest linear's working copies.
+    """
+    per_block = [
+        3 * element * _block_weights(plan, i)
+        + _hessian_bytes(plan, judged, i)
+        + _activation_bytes(plan, i, tokens, element)
+        for i in {0, plan.block_count - 1}
+    ]
+    return max(per_block) + WORKING_COPIES * 4 * _widest(plan)
+
+
+def _widest(plan: Plan) -> int:
+    return max(linear.shape.weights for linear in plan.matrices)
+
+
+def _learning_bytes(plan: Plan, spec: JobSpec, block: int, element: int) -> int:
+    """A block that is learned on one batch of windows, or in the turn of tuning all scales."""
+    asked = spec.refinement.omniquant
+    if spec.refinement.method != "omniquant" or asked.resume_parameters is not None:
+        return 0
+    tokens = (asked.batch or LEARNING_BATCH) * spec.calibration.length
+    learned = LEARNING_BYTES * _block_weights(plan, block)
+    held = plan.weights if asked.tune_scales_steps else 0
+    return max(learned, held) + 2 * _activation_bytes(plan, block, tokens, element)
+
+
+def _accelerator_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:
+    element = _element_bytes(plan, machine)
+    tokens = max(BATCH_TOKENS, spec.calibration.length)
+    learning = [
+        3 * element * _block_weights(plan, i) + _learning_bytes(plan, spec, i, element)
+        for i in {0, plan.block_count - 1}
+    ]
+    turn = max(
+        refining_bytes(plan, element, tokens, judged=spec.refinement.asymmetric),
+        max(learning) + WORKING_COPIES * 4 * _widest(plan),
+    )
+    return OVERHEAD + element * _outside_weights(plan) + LOGIT_BYTES + turn
+
+
+def stream_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:
+    """Hidden states of all windows that refinement carries; files hold them where memory cannot."""
+    windows = spec.calibration.sequences + spec.calibration.held_out
+    streams = 2 if spec.refinement.asymmetric or spec.refinement.method == "omniquant" else 1
+    element = _element_bytes(plan, machine)
+    return streams * windows * spec.calibration.length * plan.hidden_size * element
+
+
+def fixed_host_bytes(plan: Plan, spec: JobSpec, machine: Machine, *, gguf: bool = False) -> int:
+    """Host memory that a job cannot do without, whatever the number of its windows."""
+    block = 4 * max(_block_weights(plan, i) for i in {0, plan.block_count - 1})
+    process = ACCELERATOR_LIBRARIES if machine.accelerator else OVERHEAD
+    if not machine.accelerator:
+        process += _accelerator_bytes(plan, spec, machine) - OVERHEAD
+    converting = OVERHEAD + 10 * (plan.weights + _outside_weights(plan)) if gguf else 0
+    return max((2 * block + process) * spec.devices, converting)
+
+
+def packed_bytes(plan: Plan, spec: JobSpec) -> int:
+    """Bytes of the packed checkpoint at most."""
+    largest = _uniform_size(plan, spec, spec.allocation.legal_widths[-1])
+    if spec.budget.kind == "size":
+        return min(largest, int(spec.budget.value))
+    return min(largest, _uniform_size(plan, spec, min(WIDTHS[-1], math.ceil(spec.budget.value))))
+
+
+def _disk_bytes(plan: Plan, spec: JobSpec, gguf: bool) -> int:
+    packed = packed_bytes(plan, spec)
+    copies = 3 if spec.refinement.omniquant.tune_scales_steps else 2
+    baselines = sum(
+        packed if name == "uniform" else _uniform_size(plan, spec, int(name[-1]))
+        for name in spec.evaluation.baselines
+    )
+    converted = 4 * (plan.weights + _outside_weights(plan)) if gguf else 0
+    return converted + copies * packed + baselines
+
+
+def _linear_work(linear: PlannedLinear, tokens: float) -> tuple[float, float]:
+    """(multiply-adds * 2 of one forward pass, of solving one linear)."""
+    weights = float(linear.shape.weights)
+    return 2 * weights * tokens, 3 * weights * linear.columns
+
+
+def _seconds(plan: Plan, spec: JobSpec, machine: Machine) -> float:
+    speed = CPU_FLOPS_PER_THREAD * machine.threads
+    if machine.accelerator:
+        speed = ACCELERATOR_FLOPS[_element_bytes(plan, machine)] * spec.devices
+    tokens = spec.calibration.length * (spec.calibration.sequences + spec.calibration.held_out)
+    active = 1.0 if not plan.experts else min(1.0, 8 / plan.experts)
+    forward = solving = hessians = 0.0
+    for linear in plan.linears:
+        share = active if ".experts." in linear.name else 1.0
+        passed, solved = _linear_work(linear, tokens * share)
+        forward, solving = forward + passed, solving + solved
+    for block in range(plan.block_count):
+        for group in plan.input_groups(block):
+            share = active if ".experts." in group[0] else 1.0
+            hessians += 2.0 * plan.by_name[group[0]].columns ** 2 * tokens * share
+    passes = 3 if spec.refinement.asymmetric else 2
+    profiled = spec.calibration.length * spec.calibration.profiled / tokens
+    measured = profiled * (4 * forward + hessians)
+    profile = measured if spec.allocation.method != "uniform" else 0.0
+    windows = len(spec.evaluation.texts) * (spec.evaluation.sequences or EVALUATION_WINDOWS)
+    share = windows * spec.evaluation.length / tokens
+    head = 2.0 * plan.vocab_size * plan.hidden_size * tokens
+    evaluation = (2 + len(spec.evaluation.baselines)) * share * (forward + head)
+    return (passes * forward + hessians + solving + profile + evaluation) / speed
+
+
+def estimate(
+    plan: Plan, spec: JobSpec, machine: Machine | None = None, *, gguf: bool = False
+) -> Estimate:
+    """What the job needs; `gguf`: the source must be converted first."""
+    machine = machine or Machine()
+    widths = spec.allocation.legal_widths
+    smallest, largest = (_uniform_size(plan, spec, width) for width in (widths[0], widths[-1]))
+    fixed = fixed_host_bytes(plan, spec, machine, gguf=gguf)
+    return Estimate(
+        accelerator_bytes=_accelerator_bytes(plan, spec, machine),
+        host_bytes=fixed + stream_bytes(plan, spec, machine),
+        disk_bytes=_disk_bytes(plan, spec, gguf),
+        seconds=_seconds(plan, spec, machine),
+        smallest_size=smallest,
+        largest_size=largest,
+    )

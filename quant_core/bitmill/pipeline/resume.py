@@ -1,0 +1,52 @@
+"""Stage `refine` without training: the packed linears of an earlier job, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitmill.errors import FormatError
+from bitmill.formats.packed.checkpoint import PackedCheckpoint
+from bitmill.io.atomic import write_json
+from bitmill.pipeline.learned_parameters import PARAM, LearnedParameters
+from bitmill.plan.model_plan import Plan, PlannedLinear
+from bitmill.refinement.model import TUNING_NAME
+from bitmill.refinement.store import EMBEDDINGS, save_block
+from bitmill.results import QualityReport
+
+
+def take_over(
+    learned: LearnedParameters,
+    plan: Plan,
+    folder: Path,
+    on_unit: Callable[[int, int, str, str], None],
+) -> None:
+    """Fill the folder of `RefinedModel` with learned parameters and what was reported of them.
+
+    on_unit: told blocks done, their number, the unit and a message. Raises FormatError where the
+    files are damaged or belong to another model.
+    """
+    learned.check_files()
+    checkpoint = PackedCheckpoint.open(learned.folder)
+    checkpoint.check_linears(plan.shapes)
+    report = QualityReport.load(learned.folder / "quality.json")
+    linears = {linear.name: linear for linear in report.linears}
+    blocks = {block.index: block for block in report.blocks}
+    if plan.by_name.keys() - linears.keys() or set(range(plan.block_count)) - blocks.keys():
+        raise FormatError(
+            f"quality.json of {learned.folder.name} does not report on every block and linear",
+            param=PARAM,
+        )
+
+    def take(i: int, part: Sequence[PlannedLinear], details: dict[str, Any] | None) -> None:
+        weights = {linear.name: checkpoint.linear(linear.shape).unpack() for linear in part}
+        save_block(folder, i, weights, [linears[linear.name] for linear in part], details)
+
+    if plan.embeddings:
+        take(EMBEDDINGS, plan.embeddings, None)
+    for i in range(plan.block_count):
+        take(i, plan.block_linears(i), blocks[i].model_dump(mode="json"))
+        on_unit(i + 1, plan.block_count, "block", "learned earlier")
+    if report.tuning is not None:
+        write_json(folder / TUNING_NAME, report.tuning.model_dump(mode="json"))

@@ -1,0 +1,215 @@
+"""What was written, read back from disk and held against what was computed. Fails closed.
+
+Run it in a fresh process, so that nothing but the files is seen. For every linear:
+
+    codes      SHA-256 of the unpacked codes equals the one recorded when they were computed
+    forward    |y - y'| <= limit * |y'|,  y of the packed module, y' = x W^T of the dequantized
+               weight in fp64, x random normal
+
+and for the folder: tensors as the format and the plan say, every stored byte as it was handed to
+the writer, and the size, code bits or stored bits within the budget.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.spec import Budget
+from bitmill.errors import BitmillError, VerificationError
+from bitmill.formats.accounting import (
+    Footprint,
+    checkpoint_tensors,
+    describe,
+    footprint,
+    limit,
+    measure,
+)
+from bitmill.formats.packed.checkpoint import PackedCheckpoint, read_bit_width_map, tensor_bytes
+from bitmill.inference.linear import QuantizedLinear
+from bitmill.io.safetensors_layout import TensorSpec
+from bitmill.plan.model_plan import Plan
+from bitmill.quant.tensors import PackedTensor, undo_order
+
+LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3}
+ROWS = 4
+"""Random inputs per linear and dtype."""
+
+
+class VerifyReport(BaseModel):
+    """What was checked and measured.
+
+    forward_error: largest relative error of a packed forward by compute dtype.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    linears: int
+    tensors: int
+    file_bytes: int
+    code_bits: float
+    stored_bits: float
+    forward_error: dict[str, float]
+
+
+def verify_folder(
+    folder: Path,
+    expected_code_hashes: Mapping[str, str],
+    budget: Budget,
+    plan: Plan,
+    *,
+    tensor_hashes: Mapping[str, str],
+    rows: Callable[[str], Tensor | None] = lambda _: None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> VerifyReport:
+    """Check a packed folder against the plan, the recorded hashes and the budget.
+
+    expected_code_hashes: `QuantizedWeight.codes_sha256` by linear
+    tensor_hashes: what `write_checkpoint` returned
+    rows: i64 [N] of a linear whose rows moved after its codes were hashed, see
+    `transforms/folding.py`
+
+    Raises VerificationError for the first difference, naming the tensor or the limit.
+    """
+    try:
+        checkpoint = PackedCheckpoint.open(folder)
+        bit_widths = read_bit_width_map(folder)
+        checkpoint.check_linears(plan.shapes)
+        _check_map(checkpoint, bit_widths, expected_code_hashes)
+        specs = checkpoint_tensors(plan, bit_widths.linears, bit_widths.order)
+        _check_tensors(checkpoint, specs, tensor_hashes)
+        spent = _check_budget(checkpoint, bit_widths, plan, budget)
+        expected = _Expected(expected_code_hashes, rows)
+        errors = _check_linears(checkpoint, plan, expected, torch.device(device), seed)
+    except VerificationError:
+        raise
+    except BitmillError as error:
+        raise VerificationError(error.message, param=error.param) from error
+    return VerifyReport(
+        linears=len(plan.shapes),
+        tensors=len(specs),
+        file_bytes=spent.size,
+        code_bits=spent.code_bits,
+        stored_bits=spent.bits,
+        forward_error=errors,
+    )
+
+
+def forward_error(packed: PackedTensor, x: Tensor) -> float:
+    """Relative error of the packed forward of x [T, K] against the dequantized one in fp64."""
+    device = x.device
+    module = QuantizedLinear.from_packed(packed).to(device)
+    y = module(x).double()
+    weight = packed.unpack().dequantize().to(device).double()
+    expected = x.double() @ weight.t()
+    norm = float(expected.norm())
+    error = float((y - expected).norm())
+    return error / norm if norm > 0 else error
+
+
+def _check_map(
+    checkpoint: PackedCheckpoint, bit_widths: BitWidthMap, hashes: Mapping[str, str]
+) -> None:
+    if checkpoint.config.widths != dict(bit_widths.linears):
+        raise VerificationError("bit_width_map.json and config.json give different widths")
+    different = sorted(hashes.keys() ^ checkpoint.config.linears.keys())
+    if different:
+        raise VerificationError(
+            f"linear {different[0]} was computed or stored, not both", param=different[0]
+        )
+
+
+def _check_tensors(
+    checkpoint: PackedCheckpoint, specs: list[TensorSpec], hashes: Mapping[str, str]
+) -> None:
+    """Names, dtypes, shapes and bytes of every stored tensor."""
+    different = sorted({spec.name for spec in specs} ^ checkpoint.headers.keys())
+    if different:
+        raise VerificationError(
+            f"tensor {different[0]} is planned or stored, not both", param=different[0]
+        )
+    for spec in specs:
+        found = checkpoint.headers[spec.name]
+        if (found.dtype, found.shape) != (spec.dtype, spec.shape):
+            raise VerificationError(
+                f"tensor {spec.name} is {found.dtype} of shape {found.shape}: "
+                f"planned was {spec.dtype} of shape {spec.shape}",
+                param=spec.name,
+            )
+        digest = hashlib.sha256(tensor_bytes(checkpoint.tensor(spec.name))).hexdigest()
+        if digest != hashes.get(spec.name):
+            raise VerificationError(
+                f"tensor {spec.name} has other bytes on disk than were written", param=spec.name
+            )
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """Codes as they were computed: their hashes, and which rows moved since."""
+
+    hashes: Mapping[str, str]
+    rows: Callable[[str], Tensor | None]
+
+    def check(self, name: str, packed: PackedTensor) -> None:
+        weight = packed.unpack()
+        rows = self.rows(name)
+        if rows is not None:
+            weight = replace(weight, codes=undo_order(weight.codes.T, rows).T)
+        if weight.codes_sha256() != self.hashes[name]:
+            raise VerificationError(
+                f"linear {name} has other codes on disk than were computed", param=name
+            )
+
+
+def _check_linears(
+    checkpoint: PackedCheckpoint,
+    plan: Plan,
+    expected: _Expected,
+    device: torch.device,
+    seed: int,
+) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(seed)
+    worst = dict.fromkeys(LIMITS, 0.0)
+    for shape in plan.shapes:
+        packed = checkpoint.linear(shape)
+        expected.check(shape.name, packed)
+        x = torch.randn(ROWS, shape.columns, generator=generator)
+        for dtype, most in LIMITS.items():
+            error = forward_error(packed, x.to(device, dtype))
+            if not error <= most:
+                raise VerificationError(
+                    f"linear {shape.name}: the packed forward differs from the dequantized one "
+                    f"by {error:.2e} in {dtype}, the limit is {most:.0e}",
+                    param=shape.name,
+                )
+            worst[dtype] = max(worst[dtype], error)
+    return {str(dtype).removeprefix("torch."): error for dtype, error in worst.items()}
+
+
+def _check_budget(
+    checkpoint: PackedCheckpoint,
+    bit_widths: BitWidthMap,
+    plan: Plan,
+    budget: Budget,
+) -> Footprint:
+    spent = footprint(plan, bit_widths)
+    if checkpoint.file_bytes != spent.size:
+        raise VerificationError(
+            f"safetensors files take {checkpoint.file_bytes} bytes, predicted were {spent.size}"
+        )
+    measured = measure(plan, bit_widths.linears, bit_widths.order, budget.kind)
+    if measured > limit(plan, budget):
+        raise VerificationError(
+            f"the checkpoint has {budget.kind} {describe(plan, budget.kind, measured)}, "
+            f"the budget is {budget.value}",
+            param=f"budget.{budget.kind}",
+        )
+    return spent

@@ -1,0 +1,356 @@
+"""Refinement of a whole model, block by block, and what it leaves on disk.
+
+Every finished block is saved (`store.py`) while the next one is refined. A run that was
+killed reloads finished blocks, puts their dequantized weights into the stream and goes on: the
+inputs of later blocks, and so their bytes, are the same. Held-out sequences travel behind the
+calibration sequences.
+
+With method "omniquant" each block is learned after its first solution
+(`refinement/omniquant/model.py`), and a tuning of all scales at the end, where one is asked for,
+leaves its blocks in the subfolder `tuned`.
+
+Embeddings and heads that are quantized too come first: the blocks read what the quantized embedding
+gives.
+
+Of several ranks each carries the hidden states of its own windows; the first one writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.calibration.replay import Replay
+from bitmill.calibration.statistics import BlockState, Stream, advance_hidden
+from bitmill.calibration.streams import HiddenStates
+from bitmill.calibration.undersampled_experts import is_starved, starved_note
+from bitmill.calibration.windows import CalibrationSet
+from bitmill.config.bit_width_map import BitWidthMap, group_columns
+from bitmill.config.spec import Refinement
+from bitmill.io import atomic as storage
+from bitmill.models.streamed import StreamedModel, set_weight
+from bitmill.pipeline.estimate import refining_bytes
+from bitmill.plan.model_plan import Plan
+from bitmill.quant.grid import ClipSettings
+from bitmill.quant.tensors import PackedTensor, QuantizedWeight
+from bitmill.refinement.block import RefineSettings, refine_block
+from bitmill.refinement.embeddings import quantize_embeddings
+from bitmill.refinement.omniquant.model import ModelLearning
+from bitmill.refinement.report import LinearReport
+from bitmill.refinement.store import (
+    EMBEDDINGS,
+    BlockSaver,
+    SavedBlock,
+    load_block,
+    parts_of,
+    report_path,
+    save_block,
+)
+from bitmill.results import BlockQuality, LinearQuality, TuningQuality
+from bitmill.runtime.graphs import graphs_kept
+from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.solvers.gptq.solve import GptqSettings
+from bitmill.solvers.grid_search import CompensatedSettings
+
+TUNED_NAME = "tuned"
+TUNING_NAME = "tuning.json"
+BATCH_TOKENS = 16384
+"""Tokens that run through a block at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class RefineInputs:
+    """Calibration windows, the map, and each linear's column order (i64 [K]) where it has one."""
+
+    tokens: CalibrationSet
+    bit_widths: BitWidthMap
+    orders: Mapping[str, Tensor]
+
+
+class RefinedModel:
+    """The folder that `refine_model` filled."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        tuned = folder / TUNED_NAME
+        self.folder, self.plan = tuned if tuned.is_dir() else folder, plan
+        self._blocks: dict[int, SavedBlock] = {}
+
+    @property
+    def digest(self) -> str:
+        """Hash of all block reports, which hold the hashes of all packed tensors."""
+        files = [report_path(self.folder, i) for i in parts_of(self.plan)]
+        return storage.sha256_json([storage.sha256_file(file) for file in files])
+
+    def code_hashes(self) -> dict[str, str]:
+        """SHA-256 of the codes u8 [N, K] of every linear and embedding."""
+        hashes: dict[str, str] = {}
+        for i in parts_of(self.plan):
+            hashes |= storage.read_json(report_path(self.folder, i))["code_hashes"]
+        return hashes
+
+    def linear(self, name: str) -> QuantizedWeight:
+        """One refined linear or embedding."""
+        return self.packed(name).unpack()
+
+    def order(self, name: str) -> Tensor | None:
+        """Column order i32 [K] of one refined linear, None where it has its own."""
+        return self._block_of(name).order(name)
+
+    def packed(self, name: str) -> PackedTensor:
+        """One refined linear or embedding as it is stored."""
+        return self._block_of(name).packed(name)
+
+    def _block_of(self, name: str) -> SavedBlock:
+        i = self.plan.by_name[name].block
+        if i not in self._blocks:
+            self._blocks[i] = SavedBlock(self.folder, self.plan, i)
+        return self._blocks[i]
+
+    def reports(self) -> tuple[tuple[LinearQuality, ...], tuple[BlockQuality, ...]]:
+        """What refinement says of every linear, and of every block where it learned."""
+        linears: list[LinearQuality] = []
+        blocks: list[BlockQuality] = []
+        for i in parts_of(self.plan):
+            data = storage.read_json(report_path(self.folder, i))
+            linears += [LinearQuality.model_validate(entry) for entry in data["linears"]]
+            if data["learning"] is not None:
+                blocks.append(BlockQuality.model_validate(data["learning"]))
+        return tuple(linears), tuple(blocks)
+
+    def tuning(self) -> TuningQuality | None:
+        """What tuning all scales did, where the job asked for it."""
+        path = self.folder / TUNING_NAME
+        if not path.is_file():
+            return None
+        return TuningQuality.model_validate(storage.read_json(path))
+
+
+def refine_model(
+    model: StreamedModel,
+    inputs: RefineInputs,
+    settings: Refinement,
+    folder: Path,
+    *,
+    seed: int,
+    on_unit: Callable[[int, int, str, str], None],
+    group: Group = SINGLE,
+    host_bytes: int | None = None,
+) -> None:
+    """Quantize every linear of the map; `folder` may hold blocks of an earlier, killed run.
+
+    on_unit: told blocks saved, their number, the unit and a message. group: ranks that make this
+    call together. host_bytes: limit of the hidden states that this rank keeps in host memory
+    (`calibration/streams.py`); past it they wait in files of `folder`.
+    """
+    if group.first:
+        _refine_embeddings(model, inputs, folder)
+    finished = group.broadcast([report_path(folder, i).is_file() for i in range(model.block_count)])
+    embeddings = _load_embeddings(folder, model.plan)
+    matrices = {name: weight.dequantize() for name, weight in embeddings.items()}
+    quantized = model.with_matrices(matrices)
+
+    def tell(i: int) -> None:
+        on_unit(i + 1, model.block_count, "block", "")
+
+    tokens = max(BATCH_TOKENS, inputs.tokens.tokens.shape[1])
+    element, judged = model.dtype.itemsize, settings.asymmetric
+    turn = refining_bytes(model.plan, element, tokens, judged=judged)
+    with (
+        HiddenStates(model.device, folder, turn=turn, group=group, host_bytes=host_bytes) as states,
+        BlockSaver(folder, model.device, tell) as saver,
+        graphs_kept(model.device),
+    ):
+        run = _Run(model, quantized, inputs, settings, folder, seed, group, states)
+        for i in range(model.block_count):
+            block = model.load_block(i)
+            if finished[i]:
+                weights = load_block(folder, model.plan, i)
+                for name, module in model.linears(block, i).items():
+                    if name in weights:
+                        set_weight(module, weights[name].dequantize())
+            else:
+                refined = run.refine(i, block, saver.look)
+                if group.first:
+                    saver.save(i, *refined)
+                del refined  # the saver drops it when the block is saved
+            if i + 1 < model.block_count:
+                run.advance(i, block)
+            if finished[i] or not group.first:
+                saver.wait()
+                tell(i)
+        saver.wait()
+    if run.learning is not None:
+        _tune(run.learning, model.plan, folder)
+    group.barrier()
+
+
+def _tune(learning: ModelLearning, plan: Plan, folder: Path) -> None:
+    """Tune the scales of all refined blocks together, if the job asks for it."""
+    weights: dict[str, QuantizedWeight] = {}
+    for i in range(plan.block_count):
+        weights |= load_block(folder, plan, i)
+    embeddings = _load_embeddings(folder, plan)
+    matrices = {name: weight.dequantize() for name, weight in embeddings.items()}
+    tuned = learning.tune(weights, matrices)
+    if tuned is None:
+        return
+    weights, report = tuned
+    with storage.atomic_folder(folder / TUNED_NAME) as target:
+        for i in range(plan.block_count):
+            data = storage.read_json(report_path(folder, i))
+            linears = [LinearQuality.model_validate(entry) for entry in data["linears"]]
+            block = {linear.name: weights[linear.name] for linear in plan.block_linears(i)}
+            save_block(target, i, block, linears, data["learning"])
+        if embeddings:
+            data = storage.read_json(report_path(folder, EMBEDDINGS))
+            linears = [LinearQuality.model_validate(entry) for entry in data["linears"]]
+            save_block(target, EMBEDDINGS, embeddings, linears, None)
+        storage.write_json(target / TUNING_NAME, report.model_dump(mode="json"))
+
+
+def _refine_embeddings(model: StreamedModel, inputs: RefineInputs, folder: Path) -> None:
+    """Quantize embeddings and heads, where the plan does."""
+    if model.plan.embeddings and not report_path(folder, EMBEDDINGS).is_file():
+        widths = inputs.bit_widths.linears
+        weights, reports = quantize_embeddings(model, inputs.tokens.tokens, widths)
+        save_block(folder, EMBEDDINGS, weights, reports, None)
+
+
+def _load_embeddings(folder: Path, plan: Plan) -> dict[str, QuantizedWeight]:
+    return load_block(folder, plan, EMBEDDINGS) if plan.embeddings else {}
+
+
+class _Run:
+    """The streams of hidden states that one refinement carries from block to block."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        quantized: StreamedModel,
+        inputs: RefineInputs,
+        settings: Refinement,
+        folder: Path,
+        seed: int,
+        group: Group,
+        states: HiddenStates,
+    ) -> None:
+        self.model, self.inputs, self.settings = model, inputs, settings
+        self.group = group
+        own = group.shard(inputs.tokens.tokens)
+        tokens = torch.cat([own, group.shard(inputs.tokens.held_out)])
+        self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
+        self.count = len(own)
+        self.hidden = states.embed(quantized, tokens, self.batch)
+        held_out = len(inputs.tokens.held_out) > 0
+        self.asymmetric = settings.asymmetric and settings.method == "gptq" and held_out
+        self.learning: ModelLearning | None = None
+        if settings.method == "omniquant":
+            self.learning = ModelLearning(
+                model, quantized, inputs.tokens, settings.omniquant, folder, seed=seed
+            )
+        needed = self.asymmetric or self.learning is not None
+        self.source = states.embed(model, tokens, self.batch) if needed else None
+        self._source_is_behind: int | None = None
+        self._streams = (
+            self._stream(slice(None, self.count)),
+            self._stream(slice(self.count, None)),
+        )
+        self._replay = Replay()
+
+    def refine(
+        self, i: int, block: nn.Module, on_stage: Callable[[], None]
+    ) -> tuple[dict[str, QuantizedWeight], list[LinearQuality], dict[str, Any] | None]:
+        names = [linear.name for linear in self.model.plan.block_linears(i)]
+        weights, report = refine_block(
+            self.model,
+            i,
+            block,
+            self._streams[0],
+            {name: self.inputs.bit_widths.linears[name] for name in names},
+            settings=refine_settings(self.settings, self.batch, self.asymmetric),
+            orders={n: self.inputs.orders[n] for n in names if n in self.inputs.orders},
+            held_out=self._streams[1] if self.asymmetric else None,
+            on_stage=on_stage,
+            replay=self._replay if self.learning is None else None,
+        )
+        if self.asymmetric and names:
+            self._source_is_behind = i
+        qualities = [self._quality(entry) for entry in report.linears]
+        if self.learning is None or self.source is None:
+            return weights, qualities, None
+        self._run(i, self.model.load_block(i), self.source)
+        self._source_is_behind = i
+        learned = self.learning.block(i, block, weights, self.hidden, self.source)
+        return learned.weights, qualities, learned.report.model_dump(mode="json")
+
+    def _stream(self, part: slice) -> Stream:
+        source = self.source[part] if self.source is not None and self.asymmetric else None
+        return Stream(self.hidden[part], source, self.group)
+
+    def _quality(self, report: LinearReport) -> LinearQuality:
+        linear = self.model.plan.by_name[report.name]
+        notes = []
+        if report.failed_dampings:
+            notes.append(f"factorization failed at dampings {list(report.failed_dampings)}")
+        if report.dead_columns:
+            notes.append(f"{report.dead_columns} dead input columns")
+        if is_starved(report.name, report.tokens, linear.columns):
+            notes.append(starved_note(report.name, linear.columns))
+        columns = group_columns(linear.columns)
+        spent = sum(int(b) * c for b, c in zip(report.widths, columns, strict=True))
+        return LinearQuality(
+            name=report.name,
+            code_bits=spent / linear.columns,
+            relative_error=report.error,
+            damping=report.damping,
+            scale_refit_gain=report.refit_gain,
+            asymmetric=report.asymmetric > 0,
+            tokens=report.tokens,
+            notes=tuple(notes),
+        )
+
+    def advance(self, i: int, block: nn.Module) -> None:
+        """Move the streams behind block i: quantized, and of the source where it is carried."""
+        linears = self.model.linears(block, i)
+        state = BlockState(self.model, i, block, None, linears, replay=self._replay)
+        for stream in self._streams:
+            advance_hidden(state, stream, batch=self.batch)
+        self._replay = Replay()
+        if self.source is not None and self._source_is_behind != i:
+            self._run(i, self.model.load_block(i), self.source)
+        if self.learning is not None:
+            self.learning.advance(i, block)
+
+    @torch.no_grad()
+    def _run(self, i: int, block: nn.Module, hidden: Tensor) -> None:
+        """In the batches that statistics are taken in: the same bytes, whoever runs the source."""
+        for windows in (hidden[: self.count], hidden[self.count :]):
+            for start in range(0, len(windows), self.batch):
+                part = windows[start : start + self.batch]
+                part.copy_(self.model.run_block(i, block, part), non_blocking=True)
+
+
+def first_method(settings: Refinement) -> Literal["rtn", "gptq"]:
+    """What a block's first solution comes from; clipping learns from plain rounding."""
+    clipping = settings.method == "omniquant" and settings.omniquant.mode == "clipping"
+    return "rtn" if settings.method == "rtn" or clipping else "gptq"
+
+
+def refine_settings(settings: Refinement, batch: int, asymmetric: bool) -> RefineSettings:
+    """The block settings of a job; `batch` sequences run at once."""
+    return RefineSettings(
+        method=first_method(settings),
+        gptq=GptqSettings(
+            clip=ClipSettings() if settings.clip_search else ClipSettings.min_max(),
+            compensated=CompensatedSettings() if settings.compensated_grid else None,
+            rounds=GptqSettings.rounds if settings.scale_refit else 0,
+        ),
+        asymmetric="residual" if asymmetric else "off",
+        batch=batch,
+        advance_source=asymmetric,
+    )

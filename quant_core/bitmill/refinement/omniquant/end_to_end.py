@@ -1,0 +1,270 @@
+"""End-to-end tuning of all scales of a quantized model against the float model's predictions.
+
+    minimize over the scales   KL(float || quantized),  mean nats per token;   codes, zeros frozen
+
+(EfficientQAT, arXiv 2407.11062, section 3.3, with the float model's logits in place of labels.)
+Block-wise learning makes every block answer for its own error; this step lets errors of different
+blocks cancel, and is the first to see the loss that counts. There is one number to learn per group
+and output row, so 50 to 150 steps on the calibration text suffice and do not overfit easily.
+
+Every block's codes stay on the device as one byte a weight, its linears are restored inside the
+forward pass, and each block is recomputed in the backward pass: activations of one block at a time.
+The float model runs once, block by block; its last hidden states are what is remembered of it, and
+logits of both models exist for `CHUNK` tokens at a time. Given up: training under a host or device
+memory that cannot hold one byte per weight.
+
+`roundings=True` also trains the positions before rounding (`rounding.py`) end to end, for
+models small enough to hold those and Adam's moments in f32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bitmill.models.streamed import StreamedModel, weight_of
+from bitmill.quant.tensors import QuantizedWeight
+from bitmill.refinement.omniquant.adam import DescentReport, DescentSettings, Rate, descend
+from bitmill.refinement.omniquant.block import (
+    HELD_OUT_BATCH,
+    Batches,
+    compute_dtype,
+    deterministic,
+    loss_scale,
+    resident,
+    set_slots,
+)
+from bitmill.refinement.omniquant.metric import mixed_precision
+from bitmill.refinement.omniquant.rounding import SMALLEST_RATIO, LearnedRounding, straight_half
+from bitmill.refinement.omniquant.rows import BlockRows, LearnableLinear, attach
+from bitmill.results import TuningQuality
+
+CHUNK = 2048
+"""Tokens whose logits exist at a time."""
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """Steps, sequences per step and rates: scales relative to themselves, positions in codes."""
+
+    steps: int = 150
+    batch: int = 4
+    scale_rate: float = 1e-3
+    position_rate: float = 2e-3
+    roundings: bool = False
+    evaluations: int = 12
+
+
+class LearnedScales(nn.Module):
+    """One block's scales as ratio f32 [R, 1] of their start; codes u8 [R, 128] are frozen."""
+
+    def __init__(self, rows: BlockRows, starts: Mapping[str, QuantizedWeight]) -> None:
+        super().__init__()
+        self.rows = rows
+        self.scale0, self.zero = rows.of_grids(starts)
+        self.codes = rows.of_codes(starts)
+        self.ratio = nn.Parameter(torch.ones_like(self.scale0))
+
+    def scale(self) -> Tensor:
+        """f32 [R, 1], exact in fp16, differentiable."""
+        return straight_half(self.scale0 * self.ratio.clamp(min=SMALLEST_RATIO))
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """Weights [R, 128] in `dtype`, computed in f32 and cast once."""
+        return (self.scale() * (self.codes.float() - self.zero)).to(dtype)
+
+    @torch.no_grad()
+    def export(self) -> dict[str, QuantizedWeight]:
+        """What would be stored now, on the CPU."""
+        return self.rows.export(self.codes.float(), self.scale(), self.zero)
+
+
+def tune_scales(
+    model: StreamedModel,
+    weights: Mapping[str, QuantizedWeight],
+    tokens: Tensor,
+    held_out: Tensor,
+    settings: TuneSettings,
+    *,
+    seed: int,
+    should_stop: Callable[[], None] | None = None,
+    matrices: Mapping[str, Tensor] | None = None,
+    texts: Mapping[str, Tensor] | None = None,
+) -> tuple[dict[str, QuantizedWeight], TuningQuality]:
+    """Tuned weights of the whole model, or `weights` themselves where held-out KL does not fall.
+
+    weights: of every quantized linear. tokens i64 [S, T], held_out i64 [S2, T]. matrices: the
+    dequantized embeddings and heads of the tuned model; they stay as they are. texts: windows
+    i64 [S3, T3] of other texts, whose KL is reported and decides nothing.
+    """
+    with deterministic():
+        student = _Student(model, weights, matrices or {}, roundings=settings.roundings)
+        lesson = _Lesson(student, tokens, held_out, settings.batch, seed)
+        watched = {name: (t, final_hidden(model, t)) for name, t in (texts or {}).items()}
+        before = {name: student.mean_kl(*pair) for name, pair in watched.items()}
+        report = descend(
+            student.rates(settings),
+            lesson.draw,
+            lesson.training_loss,
+            lesson.held_out_loss,
+            DescentSettings(
+                settings.steps,
+                max(1, settings.steps // settings.evaluations),
+                warmup=settings.steps // 20,
+            ),
+            should_stop=should_stop,
+        )
+        kept = report.after < report.before
+        after = {name: student.mean_kl(*pair) for name, pair in watched.items()} if kept else before
+    tuned = student.export() if kept else dict(weights)
+    return tuned, _report(report, kept, {name: (before[name], after[name]) for name in before})
+
+
+def _report(
+    descent: DescentReport, kept: bool, texts: dict[str, tuple[float, float]]
+) -> TuningQuality:
+    return TuningQuality(
+        kl_before=descent.before,
+        kl_after=descent.after,
+        kept=kept,
+        texts=texts,
+        steps=descent.steps,
+        best_step=descent.best_step,
+        rollbacks=descent.rollbacks,
+        gave_up=descent.gave_up,
+        seconds=descent.seconds,
+        curve=tuple(descent.curve),
+    )
+
+
+@torch.no_grad()
+def final_hidden(model: StreamedModel, tokens: Tensor) -> Tensor:
+    """Output of the float model's last block [S, T, D], block by block.
+
+    On the device where that takes little of its memory, else on the CPU.
+    """
+    with mixed_precision(model):
+        parts = [model.embed(t.to(model.device)).cpu() for t in tokens.split(HELD_OUT_BATCH)]
+        parts = list(resident(tuple(parts), model.device))
+        place = parts[0].device
+        for index in range(model.block_count):
+            block = model.load_block(index)
+            parts = [model.run_block(index, block, x.to(model.device)).to(place) for x in parts]
+    return torch.cat(parts)
+
+
+class _Lesson:
+    """The float model's last hidden states and which sequences come next."""
+
+    def __init__(
+        self, student: _Student, tokens: Tensor, held_out: Tensor, batch: int, seed: int
+    ) -> None:
+        model = student.model
+        self._student, self._tokens, self._held_out = student, tokens, held_out
+        self._teacher = final_hidden(model, tokens)
+        self._held_out_teacher = final_hidden(model, held_out)
+        self._batches = Batches(len(tokens), batch, seed)
+        self._batch = torch.arange(0)
+
+    def draw(self, step: int) -> None:
+        """Choose the sequences of a step."""
+        self._batch = self._batches.at(step)
+
+    def training_loss(self) -> Tensor:
+        """Mean KL of the drawn sequences, times a factor that keeps fp16 gradients in range."""
+        tokens = self._tokens[self._batch]
+        kl = self._student.kl(tokens, self._teacher[self._batch])
+        return kl * loss_scale(self._student.dtype, tokens.numel())
+
+    def held_out_loss(self) -> float:
+        """Mean KL over the held-out sequences."""
+        return self._student.mean_kl(self._held_out, self._held_out_teacher)
+
+
+class _Student:
+    """All blocks of the quantized model on the device, with learnable grids."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        weights: Mapping[str, QuantizedWeight],
+        matrices: Mapping[str, Tensor],
+        *,
+        roundings: bool,
+    ) -> None:
+        self.model, self.dtype = model, compute_dtype(model)
+        self.outside = model.with_matrices(matrices)
+        self.blocks: list[nn.Module] = []
+        self.slots: list[dict[str, LearnableLinear]] = []
+        self.learners: list[LearnedScales | LearnedRounding] = []
+        for index in range(model.block_count):
+            block = model.load_block(index)
+            linears = model.linears(block, index)
+            starts = {name: weights[name] for name in linears}
+            rows = BlockRows(starts, model.device)
+            if roundings:
+                source = {name: weight_of(module) for name, module in linears.items()}
+                self.learners.append(LearnedRounding(rows, starts, source))
+                self.learners[-1].zero.requires_grad_(False)
+            else:
+                self.learners.append(LearnedScales(rows, starts))
+            slots, _ = attach(block, linears)
+            self.blocks.append(block)
+            self.slots.append(slots)
+
+    def rates(self, settings: TuneSettings) -> list[Rate]:
+        """What is trained, and how fast."""
+        rates = [Rate([learner.ratio for learner in self.learners], settings.scale_rate)]
+        positions = [x.position for x in self.learners if isinstance(x, LearnedRounding)]
+        return rates + ([Rate(positions, settings.position_rate)] if positions else [])
+
+    def export(self) -> dict[str, QuantizedWeight]:
+        """Every linear as it would be stored now."""
+        return {name: w for learner in self.learners for name, w in learner.export().items()}
+
+    def kl(self, tokens: Tensor, teacher: Tensor) -> Tensor:
+        """Mean KL per token, a scalar f32; teacher: the float model's `final_hidden` of tokens."""
+        with mixed_precision(self.model):
+            hidden = self.outside.embed(tokens.to(self.model.device))
+            for index in range(self.model.block_count):
+                hidden = self._checkpointed(self._block, index, hidden)
+            x, t = hidden.flatten(0, 1)[None], teacher.flatten(0, 1)[None].to(hidden)
+            chunks = zip(x.split(CHUNK, 1), t.split(CHUNK, 1), strict=True)
+            parts = [self._checkpointed(self._chunk_kl, a, b) for a, b in chunks]
+        return torch.stack(parts).sum() / tokens.numel()
+
+    @torch.no_grad()
+    def mean_kl(self, tokens: Tensor, teacher: Tensor) -> float:
+        """Mean KL per token over sequences i64 [S, T], a few at a time."""
+        pairs = zip(tokens.split(HELD_OUT_BATCH), teacher.split(HELD_OUT_BATCH), strict=True)
+        total = torch.stack([self.kl(t, h) * len(t) for t, h in pairs]).sum()
+        return float(total) / len(tokens)
+
+    def _checkpointed(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return function(*inputs)
+        result: Tensor = checkpoint(
+            function, *inputs, use_reentrant=False, preserve_rng_state=False
+        )
+        return result
+
+    def _block(self, index: int, hidden: Tensor) -> Tensor:
+        learner = self.learners[index]
+        set_slots(self.slots[index], learner.rows.to_weights(learner(self.dtype)))
+        try:
+            return self.model.run_block(index, self.blocks[index], hidden)
+        finally:
+            for slot in self.slots[index].values():
+                slot.weight = None
+
+    def _chunk_kl(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Summed KL of one chunk's next-token distributions, from hidden states [1, C, D]."""
+        with torch.no_grad():
+            target = self.model.logits(teacher).float().log_softmax(-1)
+        predicted = self.outside.logits(student).float().log_softmax(-1)
+        return (target.exp() * (target - predicted)).sum()

@@ -1,0 +1,131 @@
+"""Learning as part of a whole model's refinement: what surrounds `learn_block`.
+
+Before the first block one backward pass of the float model measures where errors of each block's
+output matter (`metric.py`); it is kept beside the refined blocks, so a run that goes on
+after a kill uses the same numbers. A few windows of other texts travel along to be measured only
+(`watched_texts.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from bitmill.calibration.windows import CalibrationSet
+from bitmill.config.spec import OmniQuant
+from bitmill.io.atomic import write_bytes
+from bitmill.models.streamed import StreamedModel
+from bitmill.quant.tensors import QuantizedWeight
+from bitmill.refinement.omniquant.block import BlockData, LearnedBlock, learn_block
+from bitmill.refinement.omniquant.end_to_end import TuneSettings, tune_scales
+from bitmill.refinement.omniquant.metric import OutputMetric, fisher_metric, gradient_moments
+from bitmill.refinement.omniquant.settings import LearningSettings
+from bitmill.refinement.omniquant.watched_texts import WatchedTexts
+from bitmill.results import TuningQuality
+
+MOMENT_SEQUENCES = 16
+MOMENTS_NAME = "gradient-moments.safetensors"
+
+
+class ModelLearning:
+    """Learns the blocks of one model in order, then its scales end to end.
+
+    quantized: the model with its dequantized embeddings. folder: where moments are kept.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        quantized: StreamedModel,
+        tokens: CalibrationSet,
+        spec: OmniQuant,
+        folder: Path,
+        *,
+        seed: int,
+        should_stop: Callable[[], None] | None = None,
+    ) -> None:
+        self.model, self.tokens, self.spec, self.folder = model, tokens, spec, folder
+        self.settings = LearningSettings.of_spec(spec)
+        self.seed, self.should_stop = seed, should_stop
+        self.texts = WatchedTexts(model, quantized, tokens.tokens.shape[1])
+        self._moments: list[Tensor] | None = None
+
+    def block(
+        self,
+        index: int,
+        block: nn.Module,
+        starts: Mapping[str, QuantizedWeight],
+        inputs: Tensor,
+        targets: Tensor,
+    ) -> LearnedBlock:
+        """Learn one block; on return its linears hold the kept weights.
+
+        inputs, targets: [S + S2, T, D], the held-out sequences behind the calibration sequences:
+        the block's inputs behind the quantized prefix, and the float block's outputs in the float
+        model.
+        """
+        count = len(self.tokens.tokens)
+        data = BlockData(
+            inputs[:count],
+            targets[:count],
+            inputs[count:],
+            targets[count:],
+            self.texts.pairs(index),
+        )
+        return learn_block(
+            self.model,
+            index,
+            block,
+            starts,
+            data,
+            self.settings,
+            seed=self.seed,
+            metric=self._metric(index),
+            should_stop=self.should_stop,
+        )
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Go on behind a block, learned now or by an earlier run; it holds what it keeps."""
+        self.texts.advance(index, block)
+
+    def tune(
+        self, weights: Mapping[str, QuantizedWeight], matrices: Mapping[str, Tensor] | None = None
+    ) -> tuple[dict[str, QuantizedWeight], TuningQuality] | None:
+        """All weights with tuned scales, or None where the job asks for no tuning.
+
+        matrices: the dequantized embeddings and heads, which are not tuned.
+        """
+        if not self.spec.tune_scales_steps:
+            return None
+        return tune_scales(
+            self.model,
+            weights,
+            self.tokens.tokens,
+            self.tokens.held_out,
+            TuneSettings(steps=self.spec.tune_scales_steps),
+            seed=self.seed,
+            should_stop=self.should_stop,
+            matrices=matrices,
+            texts=self.texts.tokens,
+        )
+
+    def _metric(self, index: int) -> OutputMetric:
+        if self.settings.block_error == "plain":
+            return OutputMetric()
+        if self._moments is None:
+            self._moments = self._load_moments()
+        return fisher_metric(self._moments[index].to(self.model.device), self.settings.shrink)
+
+    def _load_moments(self) -> list[Tensor]:
+        path = self.folder / MOMENTS_NAME
+        if path.is_file():
+            stored = safetensors.torch.load_file(path)
+            return [stored[str(i)] for i in range(len(stored))]
+        tokens = self.tokens.tokens[:MOMENT_SEQUENCES]
+        moments = gradient_moments(self.model, tokens, seed=self.seed)
+        named = {str(i): moment for i, moment in enumerate(moments)}
+        write_bytes(path, safetensors.torch.save(named))
+        return moments

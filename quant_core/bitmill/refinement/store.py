@@ -1,0 +1,202 @@
+"""Refined blocks on disk, and a thread that saves one while the caller goes on.
+
+A finished block is one `block-00012.safetensors` of packed tensors beside a `block-00012.json` of
+reports and hashes, which is written last: a block is finished where it exists. Embeddings and heads
+that are quantized too are the part before the first block, `embeddings.safetensors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from bitmill.errors import FormatError
+from bitmill.formats.packed.checkpoint import DTYPES, tensor_bytes
+from bitmill.io import atomic as storage
+from bitmill.io.safetensors_layout import TensorSpec, header
+from bitmill.plan.model_plan import Plan
+from bitmill.quant.tensors import PackedTensor, QuantizedWeight
+from bitmill.results import LinearQuality
+from bitmill.runtime.stage_timer import stage
+
+EMBEDDINGS = -1
+"""Stands for the embeddings where a block's number is asked for."""
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def parts_of(plan: Plan) -> Iterator[int]:
+    """All blocks, behind the embeddings where they are quantized."""
+    yield from range(EMBEDDINGS if plan.embeddings else 0, plan.block_count)
+
+
+def tensors_path(folder: Path, i: int) -> Path:
+    """The packed tensors of block i."""
+    return folder / f"{_part_name(i)}.safetensors"
+
+
+def report_path(folder: Path, i: int) -> Path:
+    """The report of block i, which exists once the block is finished."""
+    return folder / f"{_part_name(i)}.json"
+
+
+def _part_name(i: int) -> str:
+    return "embeddings" if i == EMBEDDINGS else f"block-{i:05}"
+
+
+def save_block(
+    folder: Path,
+    i: int,
+    weights: Mapping[str, QuantizedWeight],
+    linears: list[LinearQuality],
+    learning: dict[str, Any] | None,
+) -> None:
+    """Write a finished block: tensors first, then the report that marks it as finished.
+
+    Hashes are made in threads while the file is written. On CUDA all work is the current stream's.
+    """
+    codes = {name: _to_host(weight.codes) for name, weight in weights.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        packed = PackedTensor.pack(weight).tensors(name)
+        tensors |= {key: _to_host(value) for key, value in packed.items()}
+    for device in {weight.codes.device for weight in weights.values()}:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+    data = _file_pieces(tensors)
+    with ThreadPoolExecutor() as pool:
+        hashes = {name: pool.submit(_sha256, [tensor_bytes(c)]) for name, c in codes.items()}
+        whole = pool.submit(_sha256, data)
+        storage.write_bytes(tensors_path(folder, i), *data)
+    report = {
+        "linears": [linear.model_dump(mode="json") for linear in linears],
+        "learning": learning,
+        "widths": {name: "".join(map(str, weight.widths)) for name, weight in weights.items()},
+        "code_hashes": {name: digest.result() for name, digest in hashes.items()},
+        "tensors_sha256": whole.result(),
+    }
+    storage.write_json(report_path(folder, i), report)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A contiguous tensor in host memory; of one on CUDA, the stream is to be waited for."""
+    if tensor.device.type != "cuda":
+        return tensor.contiguous()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _file_pieces(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+    """The pieces of a safetensors file; no tensor is copied."""
+    specs = [TensorSpec(k, _DTYPE_NAMES[t.dtype], tuple(t.shape)) for k, t in tensors.items()]
+    first, places = header(specs)
+    in_order = sorted(tensors, key=places.__getitem__)
+    return [first, *(tensor_bytes(tensors[name]) for name in in_order)]
+
+
+def _sha256(pieces: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+class BlockSaver:
+    """Saves blocks in a thread, one at a time, while the caller goes on.
+
+    folder: where they go; device: where they are computed; on_saved: told the number of a block
+    that is saved, in the caller's thread. On CUDA, packing and copies run on a stream of their own.
+    What is saved is not to be written to any more. A context manager: no save is under way behind
+    it.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, on_saved: Callable[[int], None]) -> None:
+        self._folder, self._on_saved = folder, on_saved
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save-block")
+        self._saving: tuple[int, Future[None]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+
+    def save(
+        self,
+        i: int,
+        weights: Mapping[str, QuantizedWeight],
+        linears: list[LinearQuality],
+        learning: dict[str, Any] | None,
+    ) -> None:
+        """Begin to save block i (see `save_block`), once the block before is saved."""
+        self.wait()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        work = partial(save_block, self._folder, i, weights, linears, learning)
+        self._saving = i, self._thread.submit(self._aside, work)
+
+    def wait(self) -> None:
+        """Return when every block is saved. Raises what went wrong in the thread."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with stage("write"):
+                saving[1].result()
+            self._on_saved(saving[0])
+
+    def look(self) -> None:
+        """Tell if the block is saved by now; else return at once."""
+        if self._saving is not None and self._saving[1].done():
+            self.wait()
+
+    def _aside(self, work: Callable[[], None]) -> None:
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            work()
+
+
+class SavedBlock:
+    """A finished block, open for reading; threads may read at once."""
+
+    def __init__(self, folder: Path, plan: Plan, i: int) -> None:
+        self._plan, self._i = plan, i
+        self._widths: dict[str, str] = storage.read_json(report_path(folder, i))["widths"]
+        self._file = safe_open(tensors_path(folder, i), framework="pt")
+        self._keys: dict[str, list[str]] = {}
+        keys = self._file.keys()
+        for key in keys:
+            self._keys.setdefault(key.rpartition(".")[0], []).append(key)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its linears."""
+        return tuple(self._widths)
+
+    def packed(self, name: str) -> PackedTensor:
+        """One linear as it is stored. Raises `FormatError` where it is missing or damaged."""
+        if name not in self._widths:
+            raise FormatError(f"block {self._i} holds no refined {name}", param=name)
+        shape = self._plan.by_name[name].shape
+        tensors = {key: self._file.get_tensor(key) for key in self._keys.get(name, ())}
+        order = tensors.pop(f"{name}.order", None)
+        widths = tuple(int(b) for b in self._widths[name])
+        return PackedTensor.from_tensors(name, tensors, shape.rows, shape.columns, widths, order)
+
+    def order(self, name: str) -> Tensor | None:
+        """Column order i32 [K] of one linear, None where it has its own."""
+        key = f"{name}.order"
+        return self._file.get_tensor(key) if key in self._keys.get(name, ()) else None
+
+
+def load_block(folder: Path, plan: Plan, i: int) -> dict[str, QuantizedWeight]:
+    """The refined linears of block i."""
+    block = SavedBlock(folder, plan, i)
+    return {name: block.packed(name).unpack() for name in block.names}

@@ -1,0 +1,113 @@
+"""What a report needs of a sensitivity profile: `profile_summary.json` beside a packed checkpoint.
+
+Costs are predicted increases of the model's loss in mean nats per token (`allocation/profile.py`).
+The profile itself stays with the service; this file is small enough to travel. Torch-free.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from bitmill.allocation.allocator import curve
+from bitmill.allocation.profile import SensitivityProfile
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.spec import Allocation
+from bitmill.errors import FormatError, reason
+from bitmill.formats.accounting import footprint
+from bitmill.plan.model_plan import Plan
+
+SUMMARY_NAME = "profile_summary.json"
+_DIGITS = 4
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class CurveEntry(_Closed):
+    """One map on the curve of size (file bytes) against predicted loss."""
+
+    size: int
+    bits: float
+    code_bits: float
+    predicted_loss: float
+
+
+class LinearSensitivity(_Closed):
+    """One linear. groups: cost of each group at the summary's reference width.
+
+    predicted_loss: cost of the whole linear at the widths it was given.
+    """
+
+    groups: tuple[float, ...]
+    predicted_loss: float
+
+
+class ProfileSummary(_Closed):
+    """Sensitivities at one width, losses as allocated, and the size-loss curve."""
+
+    schema_version: Literal[1] = 1
+    profile_id: str
+    reference_width: int
+    linears: dict[str, LinearSensitivity]
+    curve: tuple[CurveEntry, ...]
+
+    def to_json(self) -> str:
+        """JSON text with two spaces of indent."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> ProfileSummary:
+        """Read a summary; raises `FormatError` naming the file."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise FormatError(f"{path.name} is not a profile summary: {reason(error)}") from error
+
+
+def summarize(
+    plan: Plan,
+    allocation: Allocation,
+    profile: SensitivityProfile,
+    bit_widths: BitWidthMap,
+    *,
+    points: int = 24,
+) -> ProfileSummary | None:
+    """Summary for the map that was allocated; None for a profile without costs of its widths.
+
+    The reference width is the profiled one nearest to the map's mean.
+    """
+    used = {width for widths in bit_widths.linears.values() for width in widths}
+    if not used | set(allocation.legal_widths) <= set(profile.widths):
+        return None
+    mean = footprint(plan, bit_widths).code_bits
+    reference = min(profile.widths, key=lambda width: (abs(width - mean), width))
+    column = profile.widths.index(reference)
+    linears = {}
+    for name, widths in bit_widths.linears.items():
+        costs = profile.linear(name).costs[:, column]
+        linears[name] = LinearSensitivity(
+            groups=tuple(_rounded(float(cost)) for cost in costs),
+            predicted_loss=_rounded(profile.predicted_loss({name: widths})),
+        )
+    return ProfileSummary(
+        profile_id=profile.key,
+        reference_width=reference,
+        linears=linears,
+        curve=tuple(
+            CurveEntry(
+                size=point.size,
+                bits=point.bits,
+                code_bits=point.code_bits,
+                predicted_loss=point.predicted_loss,
+            )
+            for point in curve(profile, plan, allocation, points)
+        ),
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")

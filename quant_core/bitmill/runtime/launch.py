@@ -1,0 +1,190 @@
+"""Starting the ranks of one job with torchrun's own launcher, and ending them all.
+
+The launcher (`torch.distributed.launcher`, what `torchrun --standalone` calls) runs in the process
+that asks, on a port that the system chooses. It starts every rank once; when one ends with an
+error it ends the others. Ranks live in sessions of their own, so each asks the kernel to be killed
+with the launcher, and none outlives it.
+
+A rank that fails leaves what it raised in the file that torchrun gives it; the launcher raises the
+first rank's own reason again as the same `BitmillError`, or says how a rank died without one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from bitmill import errors
+from bitmill.errors import BitmillError, ResourceError
+from bitmill.runtime.lifetime import die_with_parent
+
+if TYPE_CHECKING:
+    import torch
+
+    from bitmill.runtime.ranks import Group
+
+_LAUNCHER = "BITMILL_LAUNCHER"
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+_LOOPBACK = "127.0.0.1"
+_GRACE_S = 30.0
+"""How long a rank that lost another one waits to be ended, so that the other's reason is found."""
+
+
+class RankFailed(BitmillError):
+    """A rank died without a reason of its own."""
+
+    code = "rank_failed"
+
+
+def check_devices(count: int, device: str) -> None:
+    """Raise `ResourceError` where the machine has fewer than `count` accelerators (CPU cores)."""
+    import torch
+
+    cuda = torch.device(device).type == "cuda"
+    there = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
+    if count <= there:
+        return
+    name = f" ({torch.cuda.get_device_name(0)})" if cuda and there else ""
+    raise ResourceError(
+        f"the job asks for {count} devices, this machine has {there} "
+        f"{'accelerators' if cuda else 'CPU cores'}{name}: lower `devices` or use a larger machine",
+        code="too_few_devices",
+        param="devices",
+    )
+
+
+def run_ranks(count: int, arguments: Sequence[str]) -> None:
+    """Run `python <arguments>` as `count` ranks and wait for all.
+
+    Standard input, output and error are this process's. Threads (OMP_NUM_THREADS) are divided.
+    Raises the `BitmillError` of the rank that failed first, or `RankFailed`; a signal ends all and
+    then this process. No rank is left in any case.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    threads = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
+    told = {
+        _LAUNCHER: str(os.getpid()),
+        "OMP_NUM_THREADS": str(max(1, threads // count)),
+        "MKL_NUM_THREADS": str(max(1, threads // count)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+    }
+    with _environment(told), tempfile.TemporaryDirectory(prefix="bitmill-ranks-") as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint=f"{_LOOPBACK}:0",
+            local_addr=_LOOPBACK,
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        )
+        try:
+            elastic_launch(config, sys.executable)(*arguments)
+        except SignalException as error:
+            raise SystemExit(128 + error.sigval) from None
+        except ChildFailedError as error:
+            raise _reason(error.failures, count) from error
+
+
+@contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    """Variables that processes started meanwhile inherit."""
+    before = dict(os.environ)
+    os.environ |= changes
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+def _reason(failures: dict[int, Any], count: int) -> BitmillError:
+    """What the first rank that told its reason raised; else how the first one died.
+
+    SIGTERM is how the launcher ends the others.
+    """
+    for _, failure in sorted(failures.items()):
+        told = failure.error_file_data
+        if "kind" in told:
+            kind = getattr(errors, told["kind"], RankFailed)
+            return kind(told["message"], code=told["code"], param=told["param"])
+    rank, failure = min(failures.items(), key=lambda one: one[1].exitcode == -signal.SIGTERM)
+    how = f"exit code {failure.exitcode}"
+    if failure.exitcode < 0:
+        how = f"signal {-failure.exitcode}"
+        how += " (often: out of host memory)" if failure.exitcode == -signal.SIGKILL else ""
+    return RankFailed(f"rank {rank} of {count} was ended by {how}")
+
+
+@contextmanager
+def as_rank(device: str) -> Iterator[tuple[Group, torch.device]]:
+    """Be one of the ranks that `run_ranks` or torchrun started: group and device of this process.
+
+    In a process that was started alone it is a group of one, and errors pass through. A rank's
+    process ends here: what is left of an interpreter with gloo's threads in it may abort. Its
+    errors are left for the launcher. Settings of the process come first (`process.py`).
+    """
+    launcher = os.environ.get(_LAUNCHER)
+    if launcher is not None:
+        die_with_parent(parent=int(launcher))
+    from bitmill.runtime.process import settle_process
+    from bitmill.runtime.ranks import PeerLost, joined
+
+    settle_process()
+    if launcher is None:
+        with joined(device) as found:
+            yield found
+        return
+    try:
+        with joined(device) as found:
+            yield found
+    except PeerLost:
+        time.sleep(_GRACE_S)
+        _end(1)
+    except Exception as error:  # noqa: BLE001  (the boundary of the process)
+        if not isinstance(error, BitmillError):
+            traceback.print_exc()
+        _leave_reason(error)
+        _end(1)
+    _end(0)
+
+
+def _end(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def is_rank() -> bool:
+    """Whether `run_ranks` started this process."""
+    return _LAUNCHER in os.environ
+
+
+def _leave_reason(error: Exception) -> None:
+    told: dict[str, Any] = {"message": str(error), "timestamp": int(time.time()), "param": None}
+    if isinstance(error, BitmillError):
+        told |= {"kind": type(error).__name__, "code": error.code, "param": error.param}
+    else:
+        told |= {
+            "kind": RankFailed.__name__,
+            "code": RankFailed.code,
+            "message": f"{type(error).__name__}: {error}",
+        }
+    Path(os.environ[_ERROR_FILE]).write_text(json.dumps(told))

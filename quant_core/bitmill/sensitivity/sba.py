@@ -1,0 +1,239 @@
+"""Salience-determined bit allocation of one linear: SliM-LLM's, with its defects mended.
+
+    S_g  = sum over rows i and columns j of group g of w_ij^2 / U_jj^2     (H^-1 = U^T U)
+    p*   = argmin over p of mean_t KL(softmax(y_t) || softmax(ŷ_t(p)))
+
+where ŷ(p) uses b - 1 bits for the p least salient groups, b + 1 for the p most salient and b for
+the rest (arXiv 2405.14917, section 3.2; salience as in the published code, which is the marginal
+cost in GPTQ's own order). Differences from that code:
+
+- p = 0, plain uniform widths, and p = floor(G/2) are candidates, so fewer than 4 groups work;
+- only full groups are swapped: the tail keeps b bits, and the mean over columns is exactly b;
+- the Hessian is left as it was and damped relative to its mean; one ranking is searched and used;
+- the bias stands on both sides, softmax and KL are fp32, and KL is taken from source to quantized;
+- candidates are rounded on the clip-searched grid of the real quantizer, not on min-max;
+- all p come from one pass that adds up ŷ(p) - y: a step is the product of two groups of inputs;
+- that pass takes the first windows, about 32,768 tokens; salience and order take all of them.
+
+With an activation order, groups are those of the ordered columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitmill.allocation.profile import SbaRecord
+from bitmill.calibration.hessian import activation_order, squared_pivots
+from bitmill.calibration.source_run import run_source_block
+from bitmill.calibration.statistics import Stream
+from bitmill.models.streamed import StreamedModel, weight_of
+from bitmill.quant.grid import ClipSettings
+from bitmill.runtime.ranks import Group
+from bitmill.runtime.stage_timer import stage
+from bitmill.sensitivity.fisher import PROFILE_CLIP
+from bitmill.solvers.gptq.solve import check_weights
+from bitmill.solvers.rtn import round_to_nearest
+from bitmill_kernels.divergence.divergence import divergence
+from bitmill_kernels.layout import GROUP_SIZE, group_count
+from bitmill_kernels.linalg.hessian import add_product, product
+
+DAMPING = (0.01, 0.05, 0.1)
+
+
+@dataclass(frozen=True)
+class SbaSettings:
+    """clip: the grid search of every candidate, None for the profile's quicker one.
+
+    tokens: inputs evaluated at once; evaluated: inputs evaluated in all, where there are as many:
+    whole windows, rounded up to whole batches of windows.
+    """
+
+    clip: ClipSettings | None = field(default_factory=ClipSettings)
+    tokens: int = 2048
+    evaluated: int = 32768
+    batch: int = 8
+
+
+@dataclass(frozen=True, eq=False)
+class SbaInput:
+    """What the linears that read one input share.
+
+    order: i64 [K], packed column k is source column order[k]; weight: diag H and pivots: U_jj^2,
+    f32 [K] each, in packed columns.
+    """
+
+    order: Tensor
+    weight: Tensor
+    pivots: Tensor
+
+    @classmethod
+    def prepare(cls, H: Tensor, order: Tensor | None = None, name: str = "linear") -> Self:
+        """H f32 [K, K] and order i64 [K] (None: natural) in source columns."""
+        if order is None:
+            order = torch.arange(len(H))
+        else:
+            H = H[order][:, order]
+        order = order.to(H.device)
+        with stage("factor"):
+            squares = squared_pivots(H, ladder=DAMPING, name=name)
+        return cls(order, H.diagonal().clone(), squares)
+
+
+class SbaSearch:
+    """The search for one linear: feed it inputs with `add`, then read `record`."""
+
+    def __init__(
+        self,
+        W: Tensor,
+        shared: SbaInput,
+        base: int,
+        *,
+        bias: Tensor | None = None,
+        settings: SbaSettings | None = None,
+        dtype: torch.dtype = torch.float32,
+        name: str = "linear",
+    ) -> None:
+        """W f32 [N, K] in source columns; bias f32 [N].
+
+        dtype: of the inputs; weights and their changes are multiplied in it.
+        """
+        self._settings = settings or SbaSettings()
+        self._bias, self._shared, self._tokens = bias, shared, 0
+        check_weights({name: W})
+        packed = W[:, shared.order]
+        self._ranking = group_ranking(packed, shared.pivots)
+        self._pairs = len(self._ranking) // 2
+        self._divergence = torch.zeros(self._pairs + 1, dtype=torch.float64, device=W.device)
+        self._W = W.to(dtype)
+        self._quantize(packed, base)
+
+    def _quantize(self, W: Tensor, base: int) -> None:
+        """Changes of the weights W, packed: of all at p = 0 [N, K], and of two groups per step."""
+        every = range(group_count(W.shape[1]))
+        lows, highs = self._ranking[: self._pairs], self._ranking[::-1][: self._pairs]
+        rounded, _ = self._rounded(W, every, base)
+        change = torch.empty_like(self._W)
+        change[:, self._shared.order] = (rounded - W).to(change.dtype)
+        self._change = change
+        parts, places = [], []
+        for groups, width in ((lows, base - 1), (highs, base + 1)):
+            swapped, columns = self._rounded(W, groups, width)
+            parts.append((swapped - rounded[:, columns]).to(change.dtype))
+            places.append(self._shared.order[columns])
+        self._swaps = _side_by_side(*parts)
+        self._columns = _side_by_side(*places)
+
+    def _rounded(self, W: Tensor, groups: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
+        """Some groups of W on grids of one width, f32 [N, c], and their packed columns i64 [c]."""
+        place = torch.arange(W.shape[1]).split(GROUP_SIZE)
+        if not groups:
+            return W[:, :0], place[0][:0]
+        columns = torch.cat([place[group] for group in groups]).to(W.device)
+        clip = self._settings.clip or PROFILE_CLIP[width]
+        widths = (width,) * len(groups)
+        codes = round_to_nearest(W[:, columns], widths, self._shared.weight[columns], clip)
+        return codes.values(), columns
+
+    def add(self, x: Tensor) -> None:
+        """Adds inputs x [T, K] in source column order, evaluating every p on them."""
+        for rows in x.to(self._W.dtype).split(self._settings.tokens):
+            self._divergence += self._evaluate(rows)
+        self._tokens += len(x)
+
+    def all_reduce(self, group: Group) -> None:
+        """Add what the other ranks have seen."""
+        group.all_reduce(self._divergence)
+        self._tokens = int(group.total(self._tokens))
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        """Summed KL of every p over the tokens of x, float64 [P + 1]."""
+        y = product(x, self._W.T)
+        source = torch.log_softmax(y if self._bias is None else y.add_(self._bias), 1)
+        change = product(x, self._change.T)
+        found = [divergence(source, change)]
+        inputs = x[:, self._columns].split(2 * GROUP_SIZE, 1)
+        swaps = self._swaps.split(2 * GROUP_SIZE, 1)
+        for p in range(self._pairs):
+            add_product(change, inputs[p], swaps[p].T)
+            found.append(divergence(source, change))
+        return torch.stack(found).sum(1, dtype=torch.float64)
+
+    def record(self) -> SbaRecord:
+        """The salience ranking and mean KL of p = 0, 1, ... on the inputs seen."""
+        return SbaRecord(
+            np.array(self._ranking, dtype=np.int32),
+            (self._divergence / max(self._tokens, 1)).cpu().numpy(),
+        )
+
+
+def group_ranking(W: Tensor, pivots: Tensor) -> list[int]:
+    """Full groups of W f32 [N, K] from least to most salient; equal ones in column order.
+
+    pivots: U_jj^2 f32 [K] of the same columns.
+    """
+    salience = W.double().square().sum(0) / pivots.double()
+    full = W.shape[1] // GROUP_SIZE
+    groups = salience[: full * GROUP_SIZE].view(full, GROUP_SIZE).sum(1)
+    return [int(group) for group in torch.argsort(groups, stable=True).tolist()]
+
+
+@torch.no_grad()
+def profile_block_sba(
+    model: StreamedModel,
+    index: int,
+    block: nn.Module,
+    stream: Stream,
+    base: int,
+    *,
+    order: Literal["natural", "activation"] = "natural",
+    orders: Mapping[str, Tensor] | None = None,
+    settings: SbaSettings | None = None,
+) -> tuple[dict[str, SbaRecord], dict[str, Tensor]]:
+    """Records of every linear of a block and, for activation order, the order of each i64 [K].
+
+    stream: block inputs [S, T, D] of the source model, whose float weights the block holds; the
+    block's outputs take their place. One run of the block makes the Hessians and keeps the inputs
+    that are evaluated. `orders` gives orders already chosen.
+    """
+    settings = settings or SbaSettings()
+    linears = model.linears(block, index)
+    windows = max(1, settings.evaluated // (stream.hidden.shape[1] * stream.group.size))
+    seen = run_source_block(model, index, block, stream, batch=settings.batch, keep=windows)
+    chosen: dict[str, Tensor] = {}
+    records: dict[str, SbaRecord] = {}
+    for group in model.plan.input_groups(index):
+        lead = group[0]
+        H, inputs = seen.H.pop(lead), seen.inputs.pop(lead)
+        if order == "activation":
+            found = orders[lead] if orders else activation_order(H)
+            chosen |= dict.fromkeys(group, found)
+        shared = SbaInput.prepare(H, chosen.get(lead), lead)
+        for name in group:
+            bias = getattr(linears[name], "bias", None)
+            search = SbaSearch(
+                weight_of(linears[name]).float(),
+                shared,
+                base,
+                bias=None if bias is None else bias.float(),
+                settings=settings,
+                dtype=model.dtype,
+                name=name,
+            )
+            with stage("divergence"):
+                for x in inputs:
+                    search.add(x)
+            search.all_reduce(stream.group)
+            records[name] = search.record()
+    return {name: records[name] for name in linears}, chosen
+
+
+def _side_by_side(lows: Tensor, highs: Tensor) -> Tensor:
+    """Groups along the last dimension, taken in turns: low 0, high 0, low 1, high 1 and so on."""
+    pairs = [part.unflatten(-1, (-1, GROUP_SIZE)) for part in (lows, highs)]
+    return torch.stack(pairs, -2).flatten(-3)

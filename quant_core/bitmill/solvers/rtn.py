@@ -1,0 +1,102 @@
+"""Round to nearest: every group takes its grid and each weight its nearest code.
+
+    q = clamp(round(w / s + z), 0, 2^b - 1)
+
+The floor that every other method is compared with. With a Hessian its diagonal weighs the clip
+search; without one the columns weigh alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bitmill.quant.codes import LinearCodes, group_slices, row_errors
+from bitmill.quant.grid import (
+    ClipSettings,
+    Grid,
+    clip_search,
+    clip_search_groups,
+    max_code,
+    nearest_codes,
+    relative_weights,
+    round_scale,
+)
+from bitmill.quant.tensors import QuantizedWeight
+from bitmill.refinement.report import LinearReport
+from bitmill.runtime.ranks import SINGLE, Group
+from bitmill_kernels.backend import resolve_backend
+
+
+def quantize_rtn(
+    W: Tensor,
+    widths: Sequence[int],
+    *,
+    H: Tensor | None = None,
+    order: Tensor | None = None,
+    clip: ClipSettings | None = None,
+    name: str = "linear",
+    ranks: Group = SINGLE,
+) -> tuple[QuantizedWeight, LinearReport]:
+    """Codes, grids and report of one linear by rounding alone.
+
+    W f32 [N, K], H f32 [K, K] or None, in source column order; order i64 [K]: packed column k is
+    source column order[k]. Without H the report's errors are those of the weights themselves.
+    ranks: those that round other rows of the linear; errors are sums over all of them.
+    """
+    if order is not None:
+        order = order.to(W.device)
+        W = W[:, order]
+        H = None if H is None else H[order][:, order]
+    weight = None if H is None else H.diagonal()
+    codes = round_to_nearest(W, tuple(widths), weight, clip or ClipSettings())
+    plain = round_to_nearest(W, tuple(widths), None, ClipSettings.min_max())
+    metric = torch.eye(W.shape[1], device=W.device) if H is None else H
+    residuals = (W, W - plain.values(), W - codes.values())
+    errors = torch.stack([row_errors(residual, metric).sum() for residual in residuals])
+    total, rounding, error = ranks.totals(errors)
+    total = total or 1.0
+    report = LinearReport(
+        name=name,
+        method="rtn",
+        rows=W.shape[0],
+        columns=W.shape[1],
+        widths="".join(map(str, widths)),
+        error_rounding=rounding / total,
+        error_solver=error / total,
+        error=error / total,
+    )
+    return codes.finish(order), report
+
+
+def round_to_nearest(
+    W: Tensor, widths: tuple[int, ...], weight: Tensor | None, clip: ClipSettings
+) -> LinearCodes:
+    """Nearest codes of W f32 [N, K] in packed order; weight f32 [K] weighs the clip search."""
+    if resolve_backend("auto", W.device) == "triton":
+        return _round_on_device(W, widths, weight, clip)
+    codes, grids = [], []
+    for group, part in group_slices(W.shape[1]):
+        block = W[:, part].contiguous()
+        h = None if weight is None else weight[part]
+        grid = clip_search(block, widths[group], h, settings=clip)
+        codes.append(nearest_codes(block, grid, widths[group]))
+        grids.append(grid)
+    return LinearCodes.join(codes, grids, widths)
+
+
+def _round_on_device(
+    W: Tensor, widths: tuple[int, ...], weight: Tensor | None, clip: ClipSettings
+) -> LinearCodes:
+    """All groups of two bits and more searched in one launch."""
+    h = relative_weights(W.new_ones(W.shape[1]) if weight is None else weight)
+    largest = torch.tensor([float(max_code(width)) for width in widths])
+    largest = largest.to(W.device, non_blocking=True)
+    found = clip_search_groups(W.T, largest[:, None].expand(-1, len(W)), h, clip)
+    for group, part in group_slices(W.shape[1]):
+        if widths[group] == 1:
+            one = clip_search(W[:, part], 1, h[part], settings=clip)
+            found.scale[group], found.zero[group] = one
+    return LinearCodes.nearest(W, Grid(round_scale(found.scale), found.zero), widths)

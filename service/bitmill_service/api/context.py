@@ -1,0 +1,56 @@
+"""What every route needs, made once per process and handed out as dependencies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Path, Request
+from prometheus_client import CollectorRegistry
+
+from bitmill_service.settings import ServiceSettings
+from bitmill_workers.storage.artifacts import ArtifactStore
+from bitmill_workers.store.catalog import Catalog
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.records import JobRecord
+
+
+@dataclass
+class Context:
+    """Stores and settings of this process.
+
+    notify: tells the broker about a queued job (id, queue) without waiting for it; a lost message
+    is harmless, because the reconciler sends again. stopping: set when the server goes down, so
+    that streams end.
+    """
+
+    settings: ServiceSettings
+    database: Database
+    jobs: JobStore
+    catalog: Catalog
+    artifacts: ArtifactStore
+    notify: Callable[[str, str], None] = lambda job_id, queue: None
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def get_context(request: Request) -> Context:
+    """The context of the app that answers this request."""
+    context = request.app.state.context
+    assert isinstance(context, Context)
+    return context
+
+
+ContextDep = Annotated[Context, Depends(get_context)]
+JobId = Annotated[str, Path(pattern=r"^[\w-]{1,64}$", description="Job id.")]
+
+
+def get_job(job_id: JobId, context: ContextDep) -> JobRecord:
+    """The job of the path; 404 `job_not_found` where there is none."""
+    return context.jobs.get(job_id)
+
+
+JobDep = Annotated[JobRecord, Depends(get_job)]

@@ -1,0 +1,84 @@
+"""A job's events as a stream (server-sent events) beside the JSON page of the same route.
+
+Each event's `id:` is its number, its data the same JSON as in the page; a client that comes back
+with `Last-Event-ID` (or `?after=`) misses nothing. The last event of a finished job is followed by
+`event: end`. The database is the truth and is asked every `event_poll_s`, so any replica can serve
+any stream. FastAPI sends a comment every 15 s to keep proxies from closing a silent stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+
+from fastapi.routing import APIRoute
+from fastapi.sse import ServerSentEvent
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.routing import Match
+from starlette.types import Scope
+
+from bitmill_service.api.views import event_view
+from bitmill_workers.errors import JobNotFound
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.records import Event
+
+_PAGE = 500
+_NUMBER = re.compile(r"[0-9]{1,18}")
+
+
+def wants_stream(headers: Headers) -> bool:
+    """Whether `Accept` names event streams."""
+    types = headers.get("accept", "").split(",")
+    return any(t.partition(";")[0].strip() == "text/event-stream" for t in types)
+
+
+class EventStreamRoute(APIRoute):
+    """A route that exists only for requests that accept event streams."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """No match where the client does not ask for a stream, so the JSON route answers."""
+        if scope["type"] == "http" and not wants_stream(Headers(scope=scope)):
+            return Match.NONE, {}
+        return super().matches(scope)
+
+
+def first_event(after: int, last_event_id: str | None) -> int:
+    """Number after which to go on: `Last-Event-ID` where it is a number, else `after`."""
+    if last_event_id is not None and _NUMBER.fullmatch(last_event_id):
+        return int(last_event_id)
+    return after
+
+
+async def job_events(
+    store: JobStore, job_id: str, after: int, poll_s: float, stopping: asyncio.Event
+) -> AsyncIterator[ServerSentEvent]:
+    """Events after `after` until the job has finished, is deleted, or the server stops."""
+    while not stopping.is_set():
+        try:
+            events, finished = await run_in_threadpool(_read, store, job_id, after)
+        except JobNotFound:
+            return
+        for event in events:
+            after = event.seq
+            data = event_view(event).model_dump_json()
+            yield ServerSentEvent(raw_data=data, event=event.kind, id=str(event.seq))
+        if finished and not events:
+            yield ServerSentEvent(raw_data="{}", event="end")
+            return
+        if not events:
+            await _pause(stopping, poll_s)
+
+
+def _read(store: JobStore, job_id: str, after: int) -> tuple[tuple[Event, ...], bool]:
+    """Events, and whether none will follow: the state is read first, so none can slip between."""
+    finished = store.get(job_id).finished
+    return store.events(job_id, after=after, limit=_PAGE), finished
+
+
+async def _pause(stopping: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(stopping.wait(), seconds)
+    except TimeoutError:
+        return

@@ -1,0 +1,149 @@
+"""What a job leaves: events, log, bit-width map, quality report, files."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import RedirectResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
+from bitmill_service.api.context import Context, ContextDep, JobDep
+from bitmill_service.api.events import EventStreamRoute, first_event, job_events
+from bitmill_service.api.files import StoredFile, file_response, head_response
+from bitmill_service.api.views import event_view, file_view, log_view
+from bitmill_service.http.problems import ProblemError
+from bitmill_service.schemas import EventPage, FileList, LogPage
+from bitmill_workers.store.records import Artifact, JobRecord
+
+REPORT_FILE = "quality.json"
+
+router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["job outputs"])
+streams = APIRouter(prefix="/v1/jobs/{job_id}", route_class=EventStreamRoute)
+
+After = Annotated[int, Query(ge=0, lt=2**62, description="Number of the last event seen.")]
+
+
+@streams.get("/events", response_class=EventSourceResponse, include_in_schema=False)
+async def stream_events(
+    job: JobDep,
+    context: ContextDep,
+    after: After = 0,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """The events as they come; ends with `event: end` when the job has finished."""
+    start = first_event(after, last_event_id)
+    poll_s = context.settings.event_poll_s
+    async for event in job_events(context.jobs, job.id, start, poll_s, context.stopping):
+        yield event
+
+
+@router.get(
+    "/events",
+    response_model=EventPage,
+    responses={
+        200: {
+            "description": "A page; with `Accept: text/event-stream` a stream, which takes "
+            "`Last-Event-ID` and ends with `event: end`.",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        }
+    },
+)
+def page_events(
+    job: JobDep,
+    context: ContextDep,
+    after: After = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 500,
+) -> EventPage:
+    """Events after `after`, oldest first."""
+    events = context.jobs.events(job.id, after=after, limit=limit)
+    last = events[-1].seq if events else after
+    return EventPage(
+        events=[event_view(event) for event in events],
+        next_after=last,
+        end=job.finished and last >= job.next_seq - 1,
+    )
+
+
+@router.get("/logs", response_model=LogPage)
+def read_logs(
+    job: JobDep,
+    context: ContextDep,
+    offset: Annotated[int, Query(ge=0, lt=2**62)] = 0,
+) -> LogPage:
+    """The runner's log from byte `offset`."""
+    page = context.jobs.read_log(job.id, offset=offset)
+    return log_view(page, finished=job.finished)
+
+
+@router.get("/bit-width-map", response_model=BitWidthMap)
+def read_map(job: JobDep, context: ContextDep) -> Response:
+    """The width of every group of every quantized linear."""
+    return _json_file(context, job, MAP_NAME)
+
+
+@router.get("/report")
+def read_report(job: JobDep, context: ContextDep) -> Response:
+    """The quality report: perplexity and KL against the source, with standard errors."""
+    return _json_file(context, job, REPORT_FILE)
+
+
+@router.get("/files", response_model=FileList)
+def list_files(job: JobDep, context: ContextDep) -> FileList:
+    """All published files with sizes and SHA-256."""
+    _require_success(job)
+    files = context.jobs.artifacts(job.id)
+    return FileList(
+        job_id=job.id,
+        files=[file_view(job.id, file) for file in files],
+        total_size=sum(file.size for file in files),
+    )
+
+
+def find_file(path: str, job: JobDep, context: ContextDep) -> Artifact:
+    """The published file of this exact path: membership in the job's list, never a join."""
+    _require_success(job)
+    return _published(context, job, path)
+
+
+@router.get("/files/{path:path}", response_class=Response)
+@router.head("/files/{path:path}", include_in_schema=False)
+def read_file(
+    request: Request, context: ContextDep, file: Annotated[Artifact, Depends(find_file)]
+) -> Response:
+    """A file's bytes; takes `Range`, `If-Range` and `If-None-Match`. The ETag is the SHA-256."""
+    place = context.artifacts.local_path(file)
+    if place is None and request.method == "HEAD":
+        # A presigned address is good for one method only.
+        return head_response(file.path, file.size, file.sha256)
+    if place is None:
+        elsewhere = context.artifacts.url(file)
+        assert elsewhere is not None
+        return RedirectResponse(elsewhere, 302)
+    stored = StoredFile(place, file.path, file.size, file.sha256)
+    return file_response(stored, request.method, request.headers)
+
+
+def _require_success(job: JobRecord) -> None:
+    if job.state == "succeeded":
+        return
+    code = "no_such_output" if job.finished else "job_not_finished"
+    raise ProblemError(code, f"job {job.id} is {job.shown_state} and has no files")
+
+
+def _published(context: Context, job: JobRecord, path: str) -> Artifact:
+    found = context.jobs.artifact(job.id, path)
+    if found is None:
+        raise ProblemError("no_such_file", f"job {job.id} has no file {path!r}", param="path")
+    return found
+
+
+def _json_file(context: Context, job: JobRecord, name: str) -> Response:
+    _require_success(job)
+    file = _published(context, job, name)
+    try:
+        return Response(context.artifacts.read(file), media_type="application/json")
+    except FileNotFoundError as error:
+        raise ProblemError("file_missing", f"{name} is no longer stored") from error

@@ -1,0 +1,155 @@
+"""Jobs: create, plan, list, look at, cancel, retry, delete."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response, status
+from fastapi.responses import JSONResponse
+
+from bitmill.config.spec import JobSpec, parse_spec
+from bitmill.io.atomic import sha256_json
+from bitmill_service.api.admission import admit, plan_job, route
+from bitmill_service.api.context import Context, ContextDep, JobDep, JobId
+from bitmill_service.api.views import job_links, job_view
+from bitmill_service.http.problems import ProblemError
+from bitmill_service.schemas import JobPage, JobView, PlanView
+from bitmill_workers.messaging.webhooks import check_webhook_url
+from bitmill_workers.store.records import JobRecord
+from bitmill_workers.store.states import ShownState
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        pattern=r"^[\x21-\x7e]+$",
+        description="The same key with the same body gives the same job for 24 hours.",
+    ),
+]
+
+
+def shown(context: Context, job: JobRecord) -> JobView:
+    """The job as clients see it, with its place in the queue."""
+    return job_view(job, context.jobs.queue_position(job))
+
+
+@router.post(
+    "",
+    status_code=status.HTTP_202_ACCEPTED,
+    response_model=JobView,
+    responses={200: {"model": PlanView, "description": "The plan; `validate_only` was set."}},
+)
+def create_job(
+    spec: JobSpec,
+    context: ContextDep,
+    idempotency_key: IdempotencyKey = None,
+    validate_only: Annotated[
+        bool, Query(description="Answer with the plan and create nothing.")
+    ] = False,
+    priority: Annotated[int, Query(ge=-100, le=100, description="Higher runs first.")] = 0,
+    webhook_url: Annotated[
+        str | None, Header(description="Told by a signed POST when the job has ended.")
+    ] = None,
+) -> Response:
+    """Submit a job. A replayed key answers with the first call's job and `Idempotency-Replayed`."""
+    if validate_only:
+        return JSONResponse(plan_job(context, spec).model_dump(mode="json"))
+    asked = {"spec": spec.model_dump(mode="json"), "priority": priority, "webhook": webhook_url}
+    request_hash = sha256_json(asked)
+    if replayed := _replayed(context, idempotency_key, request_hash):
+        return replayed
+    if webhook_url is not None:
+        check_webhook_url(webhook_url, context.settings)
+    admit(context, spec)
+    submission = context.jobs.submit(
+        spec,
+        idempotency_key=idempotency_key,
+        request_hash=request_hash,
+        queue=route(context, spec),
+        priority=priority,
+        webhook_url=webhook_url,
+    )
+    return _accepted(context, submission.job, replayed=submission.replayed)
+
+
+@router.get("", response_model=JobPage)
+def list_jobs(
+    context: ContextDep,
+    state: Annotated[ShownState | None, Query()] = None,
+    model: Annotated[str | None, Query(max_length=4200)] = None,
+    label: Annotated[str | None, Query(max_length=200)] = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    after: Annotated[str | None, Query(pattern=r"^[\w-]{1,64}$")] = None,
+) -> JobPage:
+    """Jobs, newest first; `next` of a page is `after` of the following one."""
+    page = context.jobs.list(state=state, model=model, label=label, limit=limit, after=after)
+    return JobPage(jobs=[job_view(job) for job in page.jobs], next=page.after)
+
+
+@router.get("/{job_id}", response_model=JobView)
+def get_one(job: JobDep, context: ContextDep) -> JobView:
+    """One job: state, stage, progress, estimate, error, result and links."""
+    return shown(context, job)
+
+
+@router.post("/{job_id}/cancel", response_model=JobView)
+def cancel_job(job_id: JobId, context: ContextDep) -> JobView:
+    """Stop a job. A running one shows `cancelling` until its runner is gone; repeating is fine."""
+    return shown(context, context.jobs.request_cancel(job_id))
+
+
+@router.post("/{job_id}/retry", status_code=status.HTTP_202_ACCEPTED, response_model=JobView)
+def retry_job(job: JobDep, context: ContextDep, idempotency_key: IdempotencyKey = None) -> Response:
+    """Submit a finished job's specification again, as a new job with `parent_id`."""
+    if not job.finished:
+        raise ProblemError(
+            "job_not_finished",
+            f"job {job.id} is {job.shown_state}: only a finished job can be retried",
+        )
+    request_hash = sha256_json({"retry": job.id})
+    if replayed := _replayed(context, idempotency_key, request_hash, tenant=job.tenant):
+        return replayed
+    spec = parse_spec(job.spec)
+    admit(context, spec)
+    submission = context.jobs.submit(
+        spec,
+        tenant=job.tenant,
+        idempotency_key=idempotency_key,
+        request_hash=request_hash,
+        queue=job.queue,
+        priority=job.priority,
+        parent_id=job.id,
+        webhook_url=job.webhook_url,
+    )
+    return _accepted(context, submission.job, replayed=submission.replayed)
+
+
+@router.delete("/{job_id}", status_code=status.HTTP_204_NO_CONTENT)
+def delete_job(job_id: JobId, context: ContextDep) -> None:
+    """Remove a finished job with its events, log and files."""
+    context.jobs.delete(job_id)
+
+
+def _replayed(
+    context: Context, key: str | None, request_hash: str, *, tenant: str = "local"
+) -> Response | None:
+    """The answer to a repeated request, None to a new one.
+
+    Looked up before anything is checked: a queue that has filled up since, or a model that is
+    gone, must not make a job that exists look refused.
+    """
+    job = None if key is None else context.jobs.submitted(key, request_hash, tenant=tenant)
+    return None if job is None else _accepted(context, job, replayed=True)
+
+
+def _accepted(context: Context, job: JobRecord, *, replayed: bool) -> Response:
+    if not replayed:
+        context.notify(job.id, job.queue)
+    headers = {"Location": job_links(job.id).self}
+    if replayed:
+        headers["Idempotency-Replayed"] = "true"
+    body = shown(context, job).model_dump(mode="json")
+    return JSONResponse(body, status.HTTP_202_ACCEPTED, headers=headers)

@@ -1,0 +1,102 @@
+"""Bit-width maps that users bring: this project's JSON, or a file published with SliM-LLM."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, status
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.slim_llm import read_slim_map
+from bitmill.errors import FormatError
+from bitmill_service.api.context import ContextDep
+from bitmill_service.api.views import map_view
+from bitmill_service.http.problems import ProblemError
+from bitmill_service.schemas import MapPage, MapView
+
+router = APIRouter(prefix="/v1/bit-width-maps", tags=["bit-width maps"])
+
+_MapId = Annotated[str | None, Query(pattern=r"^[\w-]{1,64}$")]
+_ANY_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/BitWidthMap"}},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+@router.post(
+    "", status_code=status.HTTP_201_CREATED, response_model=MapView, openapi_extra=_ANY_BODY
+)
+async def upload_map(
+    request: Request,
+    context: ContextDep,
+    name: Annotated[str | None, Query(max_length=200)] = None,
+    prefix: Annotated[
+        str,
+        Query(
+            max_length=200,
+            description="For SliM-LLM files: what stands before a linear's name, {i} the layer.",
+        ),
+    ] = "model.layers.{i}.",
+) -> MapView:
+    """Store a map under the hash of its content; the same content gives the same id.
+
+    A SliM-LLM file (`torch.save` of a dict) is read without executing anything in it.
+    """
+    body = await request.body()
+    found = await run_in_threadpool(parse_map, body, prefix)
+    content = found.model_dump(mode="json")
+    record = await run_in_threadpool(context.catalog.add_map, content, name=name)
+    return map_view(record)
+
+
+@router.get("", response_model=MapPage)
+def list_maps(
+    context: ContextDep,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    after: _MapId = None,
+) -> MapPage:
+    """Stored maps by id."""
+    found = context.catalog.maps(limit=limit, after=after)
+    return MapPage(
+        maps=[map_view(record) for record in found],
+        next=found[-1].id if len(found) == limit else None,
+    )
+
+
+@router.get("/{map_id}", response_model=BitWidthMap)
+def get_map(map_id: str, context: ContextDep) -> BitWidthMap:
+    """One stored map."""
+    record = context.catalog.map(map_id)
+    if record is None:
+        raise ProblemError("map_not_found", f"there is no map {map_id!r}", param="map_id")
+    return BitWidthMap.model_validate(record.map)
+
+
+def parse_map(body: bytes, prefix: str) -> BitWidthMap:
+    """The map that an uploaded body holds; raises `FormatError`."""
+    if body.lstrip()[:1] == b"{":
+        try:
+            return BitWidthMap.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "body"
+            raise FormatError(
+                f"the body is not a bit-width map: {where}: {first['msg']}", param=where
+            ) from error
+    handle, name = tempfile.mkstemp(suffix=".pt")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(body)
+        return read_slim_map(Path(name), prefix=prefix)
+    finally:
+        Path(name).unlink()

@@ -1,0 +1,60 @@
+"""Sensitivity profiles: look at them, and spend new budgets on them without an accelerator."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query
+
+from bitmill_service.api.context import Context, ContextDep
+from bitmill_service.api.reallocation import StoredProfile, load_profile, reallocate
+from bitmill_service.api.views import profile_view
+from bitmill_service.http.problems import ProblemError
+from bitmill_service.schemas import AllocationRequest, AllocationView, ProfilePage, ProfileView
+
+router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
+
+ProfileId = Annotated[
+    str, Path(pattern=r"^[\w-]{1,64}$", description="Hash of what the profile was made from.")
+]
+
+
+@router.get("", response_model=ProfilePage)
+def list_profiles(
+    context: ContextDep,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    after: Annotated[str | None, Query(pattern=r"^[\w-]{1,64}$")] = None,
+) -> ProfilePage:
+    """Stored profiles by id."""
+    found = context.catalog.profiles(limit=limit, after=after)
+    return ProfilePage(
+        profiles=[profile_view(record) for record in found],
+        next=found[-1].id if len(found) == limit else None,
+    )
+
+
+@router.get("/{profile_id}", response_model=ProfileView)
+def get_profile(profile_id: ProfileId, context: ContextDep) -> ProfileView:
+    """One profile with its widths and counts."""
+    stored = _load(context, profile_id)
+    return profile_view(stored.record, stored.profile)
+
+
+@router.post("/{profile_id}/allocate", response_model=AllocationView)
+def allocate_budget(
+    profile_id: ProfileId, request: AllocationRequest, context: ContextDep
+) -> AllocationView:
+    """A bit-width map for another budget: exact size, predicted loss, and a curve if asked."""
+    return reallocate(_load(context, profile_id), request)
+
+
+def _load(context: Context, profile_id: str) -> StoredProfile:
+    record = context.catalog.profile(profile_id)
+    if record is None:
+        raise ProblemError(
+            "profile_not_found", f"there is no profile {profile_id!r}", param="profile_id"
+        )
+    root = context.settings.profiles_folder
+    root.mkdir(parents=True, exist_ok=True)
+    context.artifacts.fetch_profile(record.id, root / record.id)
+    return load_profile(root, record)

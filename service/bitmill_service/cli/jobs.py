@@ -1,0 +1,336 @@
+"""Commands that talk to a service about jobs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from bitmill.pipeline.estimate import Estimate
+from bitmill_service.cli.output import (
+    JobArgument,
+    JsonFlag,
+    UrlOption,
+    console,
+    format_size,
+    format_time,
+    open_client,
+    print_json,
+    print_table,
+)
+from bitmill_service.cli.report_table import parse_rows, print_report
+from bitmill_service.cli.spec import budget, build_spec, parameters_reference
+from bitmill_service.client.client import Client
+from bitmill_service.client.watch import JobWatch
+from bitmill_service.schemas import JobView, PlanView
+
+
+def submit(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="path:ROOT/FOLDER, or a Hub repository ORG/NAME[@REVISION]."
+        ),
+    ] = None,
+    *,
+    code_bits: Annotated[
+        float | None, typer.Option(help="Budget: mean bits of the codes alone.")
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Budget: stored bits per quantized weight.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Budget: bytes of the checkpoint, e.g. 120MB.")
+    ] = None,
+    file: Annotated[str | None, typer.Option(help="A GGUF file of the model.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Allocation: uniform, sba, knapsack or map.")
+    ] = None,
+    refine: Annotated[str | None, typer.Option(help="Refinement: rtn, gptq or omniquant.")] = None,
+    resume_parameters: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JOB",
+            help="Train nothing: take what a job with the same settings learned, or a folder of "
+            "one, path:ROOT/FOLDER.",
+        ),
+    ] = None,
+    order: Annotated[str | None, typer.Option(help="Columns: natural or activation.")] = None,
+    calibration_sequences: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    calibration_length: Annotated[
+        int | None, typer.Option(help="Tokens of a calibration window.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="A name to find the job by.")] = None,
+    spec: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="JSON specification, - for standard input."),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Idempotency key: repeat the call without a second job.")
+    ] = None,
+    validate_only: Annotated[
+        bool, typer.Option("--validate-only", help="Show the plan and create nothing.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the job has finished.")] = False,
+    download: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Wait, then download the files to DIR.")
+    ] = None,
+    url: UrlOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Submit a job."""
+    built = build_spec(
+        model,
+        spec,
+        file=file,
+        budget_part=budget(code_bits, bits, size),
+        changes={
+            "allocation": {"method": method, "order": order},
+            "refinement": {
+                "method": refine,
+                "omniquant": {"resume_parameters": parameters_reference(resume_parameters)},
+            },
+            "calibration": {"sequences": calibration_sequences, "length": calibration_length},
+            "label": label,
+        },
+    )
+    with open_client(url) as client:
+        if validate_only:
+            _show_plan(client.plan(built), as_json=json)
+            return
+        job = client.submit(built, idempotency_key=key)
+        if not json:
+            typer.echo(f"job {job.id}")
+        if wait or download is not None:
+            job = _watch(client, job.id, None, quiet=json)
+        shown = job.model_dump(mode="json")
+        if download is not None:
+            shown |= {"download": _download(client, job.id, download, (), 4, quiet=json)}
+        if json:
+            print_json(shown)
+
+
+def status(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
+    """Show one job."""
+    with open_client(url) as client:
+        view = client.get(job)
+    if json:
+        print_json(view.model_dump(mode="json"))
+    else:
+        _show_job(view)
+
+
+def list_jobs(
+    *,
+    state: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only jobs of this model.")] = None,
+    label: Annotated[str | None, typer.Option(help="Only jobs with this label.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=200, help="Jobs on a page.")] = 50,
+    after: Annotated[
+        str | None, typer.Option(help="Cursor that the page before ended with.")
+    ] = None,
+    url: UrlOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """List jobs, newest first."""
+    with open_client(url) as client:
+        page = client.list_jobs(state=state, model=model, label=label, limit=limit, after=after)
+    if json:
+        print_json(page.model_dump(mode="json"))
+        return
+    rows = [
+        (j.id, j.state, j.stage or "-", _model_name(j), _budget(j), format_time(j.created_at))
+        for j in page.jobs
+    ]
+    print_table(("job", "state", "stage", "model", "budget", "created"), rows)
+    if page.next:
+        typer.echo(f"more: bitmill list --after {page.next}")
+
+
+def wait(
+    job: JobArgument,
+    *,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Give up waiting after this.")
+    ] = None,
+    url: UrlOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Wait until a job has finished; exit code 3 if it failed, 4 if cancelled, 5 on timeout."""
+    with open_client(url) as client:
+        view = _watch(client, job, timeout, quiet=json)
+    if json:
+        print_json(view.model_dump(mode="json"))
+
+
+def logs(
+    job: JobArgument,
+    *,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job has finished.")
+    ] = False,
+    offset: Annotated[int, typer.Option(min=0, help="First byte.")] = 0,
+    url: UrlOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Print a job's log."""
+    with open_client(url) as client:
+        if json:
+            print_json({"text": "".join(client.logs(job, offset=offset, follow=follow))})
+            return
+        for text in client.logs(job, offset=offset, follow=follow):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+
+def cancel(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
+    """Ask a job to stop."""
+    with open_client(url) as client:
+        _say(client.cancel(job), as_json=json)
+
+
+def retry(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
+    """Submit a job's specification again, as a new job."""
+    with open_client(url) as client:
+        _say(client.retry(job), as_json=json)
+
+
+def delete(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
+    """Remove a finished job with all its files."""
+    with open_client(url) as client:
+        client.delete(job)
+    if json:
+        print_json({"deleted": job})
+    else:
+        typer.echo(f"job {job} deleted")
+
+
+def download(
+    job: JobArgument,
+    *,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.")
+    ] = Path("."),
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Only files that match; repeatable.")
+    ] = None,
+    parallel: Annotated[
+        int, typer.Option("--parallel", "-j", min=1, max=16, help="Files at a time.")
+    ] = 4,
+    url: UrlOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Download a finished job's files; verified, and resumed where an earlier run stopped."""
+    with open_client(url) as client:
+        done = _download(client, job, out, tuple(include or ()), parallel, quiet=json)
+    if json:
+        print_json(done)
+
+
+def _watch(client: Client, job_id: str, timeout: float | None, *, quiet: bool) -> JobView:
+    if quiet:
+        return client.wait(job_id, timeout=timeout)
+    with JobWatch(console()) as watch:
+        return client.wait(job_id, timeout=timeout, on_event=watch.on_event)
+
+
+def _download(
+    client: Client, job: str, out: Path, include: tuple[str, ...], parallel: int, *, quiet: bool
+) -> dict[str, Any]:
+    """Download with a bar and a line, or quietly; what was done, for JSON."""
+    with _download_bar(quiet=quiet) as bar:
+        task = bar.add_task("download", total=None)
+        done = client.download(
+            job,
+            out,
+            include=include,
+            parallel=parallel,
+            on_bytes=lambda count: bar.advance(task, count),
+        )
+    if not quiet:
+        typer.echo(
+            f"{len(done.fetched)} files fetched ({format_size(done.bytes_fetched)}), "
+            f"{len(done.skipped)} already there, all verified: {done.folder}"
+        )
+    return asdict(done)
+
+
+def _download_bar(*, quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console(),
+        disable=quiet or not console().is_terminal,
+    )
+
+
+def _say(job: JobView, *, as_json: bool) -> None:
+    if as_json:
+        print_json(job.model_dump(mode="json"))
+    else:
+        typer.echo(f"job {job.id} {job.state}")
+
+
+def _model_name(job: JobView) -> str:
+    return str(job.model.get("repo_id") or job.model.get("path") or job.model.get("upload_id"))
+
+
+def _budget(job: JobView) -> str:
+    limits = job.spec.get("budget") or {}
+    given = [(kind, value) for kind, value in limits.items() if value is not None]
+    return ", ".join(
+        format_size(value) if kind == "size" else f"{value:g} {kind}" for kind, value in given
+    )
+
+
+def _show_job(job: JobView) -> None:
+    rows = [
+        ("job", job.id),
+        ("state", job.state),
+        ("stage", job.stage or "-"),
+        ("model", _model_name(job)),
+        ("budget", _budget(job)),
+        ("attempt", str(job.attempt)),
+        ("created", format_time(job.created_at)),
+        ("started", format_time(job.started_at)),
+        ("finished", format_time(job.finished_at)),
+    ]
+    if job.progress is not None:
+        p = job.progress
+        rows.insert(3, ("progress", f"{p.done}/{p.total} {p.unit}"))
+    if job.eta is not None and not job.terminal:
+        rows.append(("finishes about", format_time(job.eta)))
+    if job.error is not None:
+        rows.append(("error", f"{job.error.code}: {job.error.message}"))
+    for name, value in rows:
+        typer.echo(f"{name + ':':<16}{value}")
+    if job.result and job.result.get("rows"):
+        print_report(parse_rows(job.result["rows"]))
+
+
+def _show_plan(plan: PlanView, *, as_json: bool) -> None:
+    if as_json:
+        print_json(plan.model_dump(mode="json"))
+        return
+    typer.echo(
+        f"{plan.model_type}: {plan.blocks} blocks, {plan.linears} linears, {plan.groups} groups, "
+        f"{plan.weights:,} weights\n"
+        f"checkpoint: {format_size(plan.smallest.size)} at {plan.smallest.width} bits to "
+        f"{format_size(plan.largest.size)} at {plan.largest.width} bits\n"
+        f"needs on a CPU: {_needs(plan.estimate)}\n"
+        f"needs on accelerators: {format_size(plan.on_accelerator.accelerator_bytes)} of each, "
+        f"{_needs(plan.on_accelerator)}"
+    )
+
+
+def _needs(estimate: Estimate) -> str:
+    """What a runner needs, in words; the time is no more than an order of magnitude."""
+    memory, disk = format_size(estimate.host_bytes), format_size(estimate.disk_bytes)
+    minutes = max(1, round(estimate.seconds / 60))
+    return f"{memory} of memory, {disk} of disk, about {minutes:,} min"

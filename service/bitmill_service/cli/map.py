@@ -1,0 +1,126 @@
+"""`bitmill map`: look at bit-width maps, compare them, make them from a stored profile."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
+from bitmill.config.slim_llm import read_slim_map
+from bitmill.config.spec import parse_part
+from bitmill.io.atomic import write_bytes
+from bitmill_service.cli.output import (
+    JsonFlag,
+    UrlOption,
+    format_size,
+    open_client,
+    print_json,
+    print_table,
+)
+from bitmill_service.cli.spec import budget, merge
+from bitmill_service.schemas import AllocationRequest
+
+app = typer.Typer(
+    help="Look at bit-width maps, compare them, make them from a stored profile.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+_MAP_HELP = "A map (JSON), a packed folder, a published SliM-LLM file (.pt), or a job."
+MapArgument = Annotated[str, typer.Argument(metavar="MAP", help=_MAP_HELP)]
+
+
+def load_map(target: str, url: str | None) -> BitWidthMap:
+    """The map that a command-line argument means."""
+    path = Path(target)
+    if path.is_dir():
+        return BitWidthMap.load(path / MAP_NAME)
+    if path.suffix == ".pt":
+        return read_slim_map(path)
+    if path.is_file() or path.suffix == ".json":
+        return BitWidthMap.load(path)
+    with open_client(url) as client:
+        return client.bit_width_map(target)
+
+
+@app.command()
+def show(target: MapArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
+    """Show the widths of every linear's groups."""
+    found = load_map(target, url)
+    if json:
+        print_json(found.model_dump(mode="json"))
+        return
+    rows = [
+        (name, str(len(widths)), f"{sum(widths) / len(widths):.3f}", "".join(map(str, widths)))
+        for name, widths in found.linears.items()
+    ]
+    print_table(("linear", "groups", "mean", "widths"), rows)
+    counts = Counter(width for widths in found.linears.values() for width in widths)
+    spread = ", ".join(f"{counts[width]} of {width} bits" for width in sorted(counts))
+    typer.echo(f"{sum(counts.values())} groups in {len(rows)} linears: {spread}")
+
+
+@app.command()
+def diff(
+    first: MapArgument, second: MapArgument, *, url: UrlOption = None, json: JsonFlag = False
+) -> None:
+    """Show the linears in which two maps differ; exit code 0 also when they do."""
+    a, b = load_map(first, url).linears, load_map(second, url).linears
+    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    if json:
+        print_json({name: [_digits(a.get(name)), _digits(b.get(name))] for name in names})
+        return
+    print_table(
+        ("linear", "first", "second"), [(n, _digits(a.get(n)), _digits(b.get(n))) for n in names]
+    )
+    typer.echo(f"{len(names)} of {len({**a, **b})} linears differ")
+
+
+@app.command()
+def allocate(
+    profile: Annotated[str, typer.Argument(metavar="PROFILE", help="Id of a stored profile.")],
+    *,
+    code_bits: Annotated[float | None, typer.Option(help="Budget: mean bits of the codes.")] = None,
+    bits: Annotated[float | None, typer.Option(help="Budget: stored bits per weight.")] = None,
+    size: Annotated[str | None, typer.Option(help="Budget: bytes, e.g. 120MB.")] = None,
+    method: Annotated[str | None, typer.Option(help="knapsack, sba or uniform.")] = None,
+    curve: Annotated[
+        list[float] | None,
+        typer.Option(help="Budgets of the same kind for the curve, repeatable; default all."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the map here.")
+    ] = None,
+    url: UrlOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Spend a budget on a stored sensitivity profile, without an accelerator."""
+    request = parse_part(
+        AllocationRequest,
+        merge(
+            {"budget": budget(code_bits, bits, size)},
+            {"allocation": {"method": method}, "curve": curve},
+        ),
+    )
+    with open_client(url) as client:
+        found = client.allocate(profile, request)
+    if out is not None:
+        write_bytes(out, found.map.to_json().encode())
+    if json:
+        print_json(found.model_dump(mode="json"))
+        return
+    loss = "-" if found.predicted_loss is None else f"{found.predicted_loss:.5f} nats per token"
+    typer.echo(
+        f"code bits {found.code_bits:.4f}, bits {found.bits:.4f}, {format_size(found.size)}, "
+        f"predicted loss {loss}"
+    )
+    for point in found.curve:
+        what = point.error or f"{format_size(point.size or 0)}, loss {point.predicted_loss}"
+        typer.echo(f"  {point.budget:g}: {what}")
+
+
+def _digits(widths: tuple[int, ...] | None) -> str:
+    return "" if widths is None else "".join(map(str, widths))

@@ -1,0 +1,124 @@
+"""How commands print: tables and bars for people, JSON with `--json`, exit codes for programs.
+
+Exit codes: 0 ok, 1 the service did not answer or failed, 2 usage or refused input, 3 job failed,
+4 cancelled, 5 timeout, 6 credentials refused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bitmill.errors import BitmillError, InputError
+from bitmill_service.client.client import Client
+from bitmill_service.client.errors import (
+    JobCancelled,
+    JobFailed,
+    ServiceError,
+    Unauthorized,
+    WaitTimeout,
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url", metavar="URL", help="The service; default BITMILL_URL or http://127.0.0.1:8737."
+    ),
+]
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Job id.")]
+
+_PLAIN_WIDTH = 200
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def console() -> Console:
+    """Where tables and bars go: standard output; wide and plain where it is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+
+
+def open_client(url: str | None) -> Client:
+    """A client that gives up on a silent service within seconds."""
+    return Client(url, tries=4)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers_from: int | None = None
+) -> None:
+    """A table; columns from `numbers_from` on are aligned right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        right = numbers_from is not None and index >= numbers_from
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 120000000, 120MB, 1.5GB or 512MiB; raises `BadParameter`."""
+    digits = text.strip().rstrip("BbKkMmGgTtIi ")
+    unit = text.strip()[len(digits) :].strip().upper()
+    factor = (_UNITS | _BINARY).get(unit)
+    try:
+        value = float(digits) * factor if factor else -1.0
+    except ValueError:
+        value = -1.0
+    if value < 1 or value == float("inf"):
+        raise typer.BadParameter(f"{text!r} is no size: give bytes, or a number with MB, GB, MiB")
+    return int(value)
+
+
+def format_size(size: int) -> str:
+    """Bytes in decimal units: 97.6 MB."""
+    if size < 1000:
+        return f"{size} B"
+    for unit in ("kB", "MB", "GB", "TB"):
+        size_in_unit = size / 1000 ** ("kB", "MB", "GB", "TB").index(unit) / 1000
+        if size_in_unit < 999.95 or unit == "TB":
+            return f"{size_in_unit:.1f} {unit}"
+    raise AssertionError("unreachable: the last unit always answers")
+
+
+def format_time(time: datetime | None) -> str:
+    """Local time to the second, or a dash."""
+    return time.astimezone().strftime("%Y-%m-%d %H:%M:%S") if time else "-"
+
+
+def exit_code(error: BitmillError) -> int:
+    """The exit code that stands for this error."""
+    if isinstance(error, Unauthorized):
+        return 6
+    if isinstance(error, JobFailed):
+        return 3
+    if isinstance(error, JobCancelled):
+        return 4
+    if isinstance(error, WaitTimeout):
+        return 5
+    refused = isinstance(error, ServiceError) and 400 <= (error.status or 0) < 500
+    return 2 if refused or isinstance(error, InputError) else 1
+
+
+def print_error(error: BitmillError, *, as_json: bool) -> None:
+    """One message on standard error, with the advice of the service where it gave any."""
+    hint = getattr(error, "hint", None)
+    if as_json:
+        body = {"code": error.code, "message": error.message, "param": error.param, "hint": hint}
+        typer.echo(json.dumps({"error": body}), err=True)
+        return
+    typer.echo(f"error: {error.message}", err=True)
+    if hint:
+        typer.echo(f"  {hint}", err=True)

@@ -1,0 +1,81 @@
+"""The tables of a quality report: what was measured, on how many tokens, and what was learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from bitmill.reporting.learning import learning_summary
+from bitmill.results import BlockQuality, QualityRow, TextQuality, TuningQuality
+from bitmill_service.cli.output import format_size, print_table
+
+
+def parse_rows(rows: Sequence[dict[str, Any]]) -> list[QualityRow]:
+    """Rows of a report's JSON."""
+    return [QualityRow.model_validate(row) for row in rows]
+
+
+def print_report(rows: Sequence[QualityRow]) -> None:
+    """One line per method and text; ± is one standard error over windows."""
+    texts = {text for row in rows for text in row.texts}
+    named = len(texts) > 1
+    columns = ["method", "code bits", "true bits", "file size", "tokens", "perplexity", "KL"]
+    if named:
+        columns.insert(4, "text")
+    lines = [
+        _line(row, text if named else None, quality, first=index == 0)
+        for row in rows
+        for index, (text, quality) in enumerate(row.texts.items())
+    ]
+    print_table(columns, lines, numbers_from=1)
+
+
+def print_learning(report: dict[str, Any]) -> None:
+    """A line per learned block, and what learning changed; nothing where nothing learned."""
+    blocks = [BlockQuality.model_validate(block) for block in report.get("blocks", ())]
+    if not blocks:
+        return
+    texts = list(dict.fromkeys(name for block in blocks for name in block.texts))
+    columns = ["block", "kept", "error before", "after", "change"]
+    columns += [name.removesuffix("_evaluation") for name in texts]
+    print_table(
+        [*columns, "best of steps", "seconds"],
+        [_block_line(block, texts) for block in blocks],
+        numbers_from=2,
+    )
+    tuning = report.get("tuning")
+    parsed = None if tuning is None else TuningQuality.model_validate(tuning)
+    for line in learning_summary(blocks, parsed, resumed=report.get("resumed", False)):
+        typer.echo(line)
+
+
+def _block_line(block: BlockQuality, texts: Sequence[str]) -> list[str]:
+    pairs = [(block.loss_before, block.loss_after), *(block.texts[name] for name in texts)]
+    return [
+        str(block.index),
+        block.kept,
+        f"{block.loss_before:.4g}",
+        f"{block.loss_after:.4g}",
+        *(f"{after / before - 1:+.1%}" if before > 0 else "-" for before, after in pairs),
+        f"{block.best_step} of {block.steps}",
+        f"{block.seconds:.1f}",
+    ]
+
+
+def _line(row: QualityRow, text: str | None, quality: TextQuality, *, first: bool) -> list[str]:
+    source = row.code_bits is None
+    head = [
+        row.method,
+        "-" if row.code_bits is None else f"{row.code_bits:.3f}",
+        "-" if row.bits is None else f"{row.bits:.3f}",
+        "-" if row.size is None else format_size(row.size),
+    ]
+    return [
+        *(head if first else [""] * len(head)),
+        *([] if text is None else [text.removesuffix("_evaluation")]),
+        str(quality.tokens),
+        f"{quality.perplexity:.2f} ± {quality.perplexity_se:.2f}",
+        "0" if source else f"{quality.kl:.4f} ± {quality.kl_se:.4f}",
+    ]

@@ -1,0 +1,360 @@
+"""Typed, synchronous Python client.
+
+    with Client("http://127.0.0.1:8737") as client:
+        job = client.submit({"model": {...}, "budget": {"code_bits": 3}})
+        client.wait(job.id)
+        client.download(job.id, Path("out"))
+
+Requests are tried again on connection errors and on 429, 502, 503, 504 (`retries.py`); creations
+carry an Idempotency-Key, so that a repeated one finds the first one's job. What goes wrong is in
+`errors.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import httpx2
+
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.spec import JobSpec
+from bitmill_service.client.download import Download, download_files, select
+from bitmill_service.client.errors import (
+    JobCancelled,
+    JobFailed,
+    Unreachable,
+    WaitTimeout,
+    raise_for_problem,
+)
+from bitmill_service.client.retries import backoff, with_retries
+from bitmill_service.schemas import (
+    AllocationRequest,
+    AllocationView,
+    EventPage,
+    EventView,
+    FileList,
+    JobPage,
+    JobView,
+    LogPage,
+    MapPage,
+    MapView,
+    PlanView,
+    ProfilePage,
+    ProfileView,
+    View,
+)
+
+DEFAULT_URL = "http://127.0.0.1:8737"
+_POLL_SECONDS = 2.0
+_PAGE = 200
+_ViewT = TypeVar("_ViewT", bound=View)
+
+
+class Client:
+    """One service. Close it, or use it as a context manager.
+
+    url: default `BITMILL_URL`, else the embedded service's address.
+    timeout: seconds without a byte before a request counts as broken.
+    tries: how often one request is sent at most.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        timeout: float = 30.0,
+        tries: int = 6,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.url = (url or os.environ.get("BITMILL_URL") or DEFAULT_URL).rstrip("/")
+        self._tries, self._sleep = tries, sleep
+        self._http = httpx2.Client(
+            base_url=self.url,
+            timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
+            headers={"User-Agent": "bitmill-client"},
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def submit(
+        self, spec: JobSpec | Mapping[str, Any], *, idempotency_key: str | None = None
+    ) -> JobView:
+        """Create a job. The same key and specification give the same job, within a day."""
+        return self._create("/v1/jobs", _spec_json(spec), idempotency_key)
+
+    def plan(self, spec: JobSpec | Mapping[str, Any]) -> PlanView:
+        """What a job would do and need, without creating it."""
+        response = self._send(
+            "POST", "/v1/jobs", params={"validate_only": "true"}, json=_spec_json(spec)
+        )
+        return PlanView.model_validate(response.json())
+
+    def get(self, job_id: str) -> JobView:
+        """The job as it is now."""
+        return self._get(JobView, f"/v1/jobs/{job_id}")
+
+    def list_jobs(
+        self,
+        *,
+        state: str | None = None,
+        model: str | None = None,
+        label: str | None = None,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> JobPage:
+        """One page of jobs, newest first."""
+        return self._get(
+            JobPage, "/v1/jobs", state=state, model=model, label=label, limit=limit, after=after
+        )
+
+    def cancel(self, job_id: str) -> JobView:
+        """Ask a job to stop; 409 `job_finished` where it has succeeded or failed."""
+        return JobView.model_validate(self._send("POST", f"/v1/jobs/{job_id}/cancel").json())
+
+    def retry(self, job_id: str, *, idempotency_key: str | None = None) -> JobView:
+        """A new job with the same specification and `parent_id` = `job_id`."""
+        return self._create(f"/v1/jobs/{job_id}/retry", None, idempotency_key)
+
+    def delete(self, job_id: str) -> None:
+        """Remove a finished job with all its files."""
+        self._send("DELETE", f"/v1/jobs/{job_id}")
+
+    def event_page(self, job_id: str, *, after: int = 0, limit: int = 500) -> EventPage:
+        """Events with `seq` > `after`."""
+        return self._get(EventPage, f"/v1/jobs/{job_id}/events", after=after, limit=limit)
+
+    def events(self, job_id: str, *, after: int = 0) -> Iterator[EventView]:
+        """All events from `after` on, as they come, until the job has finished.
+
+        Follows the server-sent stream; where that breaks it asks for pages, and goes back to the
+        stream. Ends by raising only when the service stays unreachable.
+        """
+        failures = 0
+        while True:
+            seen = after
+            try:
+                for event in self._stream(job_id, after):
+                    if event is None:
+                        return
+                    after = event.seq
+                    yield event
+            except httpx2.TransportError:
+                self._sleep(backoff(failures))
+            page = self.event_page(job_id, after=after)
+            yield from page.events
+            after = page.next_after
+            if page.end:
+                return
+            failures = 0 if after > seen else min(failures + 1, 5)
+
+    def wait(
+        self,
+        job_id: str,
+        *,
+        timeout: float | None = None,
+        on_event: Callable[[EventView], None] | None = None,
+        after: int = 0,
+    ) -> JobView:
+        """Wait until the job has succeeded, and return it.
+
+        Raises `JobFailed`, `JobCancelled`, or `WaitTimeout` after `timeout` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for event in self._events_until(job_id, after, deadline):
+            if on_event is not None:
+                on_event(event)
+        job = self.get(job_id)
+        if not job.terminal:
+            raise WaitTimeout(job, f"job {job_id} is still {job.state} after {timeout:g} s")
+        if job.state == "cancelled":
+            raise JobCancelled(job, f"job {job_id} was cancelled")
+        if job.state == "failed":
+            error = job.error
+            raise JobFailed(
+                job,
+                f"job {job_id} failed: {error.message if error else 'no reason recorded'}",
+                code=error.code if error else None,
+            )
+        return job
+
+    def log_page(self, job_id: str, *, offset: int = 0) -> LogPage:
+        """A piece of the job's log from byte `offset`."""
+        return self._get(LogPage, f"/v1/jobs/{job_id}/logs", offset=offset)
+
+    def logs(self, job_id: str, *, offset: int = 0, follow: bool = False) -> Iterator[str]:
+        """The job's log; with `follow`, until the job has finished."""
+        while True:
+            page = self.log_page(job_id, offset=offset)
+            if page.text:
+                yield page.text
+            if page.end or (not follow and page.next_offset == offset):
+                return
+            if page.next_offset == offset:
+                self._sleep(_POLL_SECONDS)
+            offset = page.next_offset
+
+    def bit_width_map(self, job_id: str) -> BitWidthMap:
+        """The finished job's bit-width map."""
+        response = self._send("GET", f"/v1/jobs/{job_id}/bit-width-map")
+        return BitWidthMap.model_validate_json(response.content)
+
+    def report(self, job_id: str) -> dict[str, Any]:
+        """The finished job's quality report."""
+        report = self._send("GET", f"/v1/jobs/{job_id}/report").json()
+        assert isinstance(report, dict)
+        return report
+
+    def files(self, job_id: str) -> FileList:
+        """The finished job's files with sizes and SHA-256."""
+        return self._get(FileList, f"/v1/jobs/{job_id}/files")
+
+    def download(
+        self,
+        job_id: str,
+        folder: Path,
+        *,
+        include: Sequence[str] = (),
+        parallel: int = 4,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> Download:
+        """Bring the job's files into `folder`, verified against their SHA-256.
+
+        Files that are already there and match are skipped; broken downloads are continued, also
+        by a later call. `include`: glob patterns of paths.
+        """
+        return download_files(
+            self._http,
+            select(self.files(job_id).files, include),
+            folder,
+            parallel=parallel,
+            on_bytes=on_bytes or (lambda _: None),
+            sleep=self._sleep,
+        )
+
+    def profiles(self) -> list[ProfileView]:
+        """All stored sensitivity profiles, by id."""
+        found: list[ProfileView] = []
+        after: str | None = None
+        while True:
+            page = self._get(ProfilePage, "/v1/profiles", limit=_PAGE, after=after)
+            found += page.profiles
+            if (after := page.next) is None:
+                return found
+
+    def profile(self, profile_id: str) -> ProfileView:
+        """One stored sensitivity profile."""
+        return self._get(ProfileView, f"/v1/profiles/{profile_id}")
+
+    def allocate(self, profile_id: str, request: AllocationRequest) -> AllocationView:
+        """Spend another budget on a stored profile."""
+        response = self._send(
+            "POST",
+            f"/v1/profiles/{profile_id}/allocate",
+            json=request.model_dump(mode="json", exclude_unset=True),
+        )
+        return AllocationView.model_validate(response.json())
+
+    def maps(self) -> list[MapView]:
+        """All stored bit-width maps, by id."""
+        found: list[MapView] = []
+        after: str | None = None
+        while True:
+            page = self._get(MapPage, "/v1/bit-width-maps", limit=_PAGE, after=after)
+            found += page.maps
+            if (after := page.next) is None:
+                return found
+
+    def upload_map(self, content: bytes) -> MapView:
+        """Store a bit-width map: this project's JSON, or a file published with SliM-LLM."""
+        response = self._send(
+            "POST",
+            "/v1/bit-width-maps",
+            content=content,
+            headers={"Content-Type": "application/octet-stream"},
+        )
+        return MapView.model_validate(response.json())
+
+    def ready(self) -> bool:
+        """Whether the service can take jobs."""
+        response = self._raw("GET", "/readyz", tries=1)
+        return response.status_code == 200
+
+    def _get(self, kind: type[_ViewT], path: str, **params: Any) -> _ViewT:
+        given = {key: value for key, value in params.items() if value is not None}
+        return kind.model_validate(self._send("GET", path, params=given).json())
+
+    def _create(self, path: str, body: Any, key: str | None) -> JobView:
+        headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+        return JobView.model_validate(self._send("POST", path, json=body, headers=headers).json())
+
+    def _send(self, method: str, path: str, **kwargs: Any) -> httpx2.Response:
+        response = self._raw(method, path, **kwargs)
+        raise_for_problem(response)
+        return response
+
+    def _raw(
+        self, method: str, path: str, *, tries: int | None = None, **kwargs: Any
+    ) -> httpx2.Response:
+        try:
+            return with_retries(
+                lambda: self._http.request(method, path, **kwargs),
+                tries=tries or self._tries,
+                sleep=self._sleep,
+            )
+        except httpx2.TransportError as error:
+            raise Unreachable(
+                f"no answer from {self.url} ({error}): is the service running? "
+                "Start one with `bitmill serve`, or set BITMILL_URL"
+            ) from error
+
+    def _stream(self, job_id: str, after: int) -> Iterator[EventView | None]:
+        """Events of one server-sent stream; None when the server says that it is complete."""
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+        with self._http.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers) as response:
+            if response.status_code >= 400:
+                response.read()
+                if response.status_code in (429, 502, 503, 504):
+                    raise httpx2.ReadError(f"the service answered {response.status_code}")
+                raise_for_problem(response)
+            for event in httpx2.EventSource(response):
+                if event.event == "end":
+                    yield None
+                    return
+                yield EventView.model_validate_json(event.data)
+
+    def _events_until(self, job_id: str, after: int, deadline: float | None) -> Iterator[EventView]:
+        """`events` without a deadline; with one, pages, so that a silent job cannot hold it."""
+        if deadline is None:
+            yield from self.events(job_id, after=after)
+            return
+        while True:
+            page = self.event_page(job_id, after=after)
+            yield from page.events
+            after = page.next_after
+            left = deadline - time.monotonic()
+            if page.end or left <= 0:
+                return
+            if not page.events:
+                self._sleep(min(_POLL_SECONDS / 4, left))
+
+
+def _spec_json(spec: JobSpec | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(spec, JobSpec):
+        return spec.model_dump(mode="json", exclude_none=True)
+    loaded = json.loads(json.dumps(dict(spec)))
+    assert isinstance(loaded, dict)
+    return loaded

@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from bitmill.calibration.hooks import observe
+from bitmill.calibration.statistics import BlockState, Stream, collect, residual_writers
+from bitmill.models.streamed import StreamedModel
+from streaming import streamed, token_windows
+from tiny import tiny_llama, tiny_opt
+
+PREFIX = "model.layers.0."
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
+    return streamed(tiny_llama(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
+    return streamed(tiny_opt(tmp_path_factory.mktemp("opt")))
+
+
+def every_third(count):
+    return torch.arange(0, count, 3)
+
+
+def test_statistics_predict_the_error_of_any_replacement(opt):
+    """Independent: run the linear on the inputs and compare outputs token by token."""
+    calibration = opt.embed(token_windows(5))
+    noisy = calibration + 0.05 * torch.randn(
+        calibration.shape, generator=torch.Generator().manual_seed(3)
+    )
+    block, source = opt.load_block(0), opt.load_block(0)
+    for one in (block, source):
+        one.fc2.bias.copy_(torch.linspace(-0.1, 0.1, len(one.fc2.bias)))
+    writers = residual_writers(opt, 0, block, noisy[:1])
+    name = "model.decoder.layers.0.fc2"
+    assert writers == ("model.decoder.layers.0.self_attn.out_proj", name)
+    replacement = block.fc2.weight.detach() * 0.9
+    ran = {}
+    for key, module, hidden in (("now", block, noisy), ("was", source, calibration)):
+        ran[key] = observe(opt, 0, module, {"fc2": module.fc2}, hidden)["fc2"]
+    stream_now = opt.run_block(0, block, noisy).flatten(0, 1)
+    stream_was = opt.run_block(0, source, calibration).flatten(0, 1)
+    x, W = ran["now"].x.double(), block.fc2.weight.detach().double()
+    changed = x @ (W - replacement.double()).T
+    some = torch.arange(0, len(W), 3)
+    for chosen, missing in (
+        ((), ran["was"].y.double() - ran["now"].y.double()),
+        (writers, (stream_was - stream_now).detach().double()),
+    ):
+        state = BlockState(opt, 0, block, source, opt.linears(block, 0), chosen)
+        found = collect(state, [[name]], Stream(noisy, calibration), batch=2)[name]
+        expected = float((missing + changed).square().sum(1).mean())
+        residual = (W - replacement).float()
+        assert float(found.error(residual)) == pytest.approx(expected, rel=1e-3)
+        part = collect(state, [[name]], Stream(noisy, calibration), batch=2, rows=every_third)
+        assert torch.equal(part[name].energy, found.energy[some])
+        exact = (missing + changed)[:, some].square().sum(1).mean()
+        assert float(part[name].error(residual[some])) == pytest.approx(float(exact), rel=1e-3)
+        assert found.tokens == 5 * 48
+        plain = collect(state, [[name]], Stream(noisy, calibration), batch=2, judge=False)[name]
+        assert (plain.shift - found.shift).norm() < 1e-5 * found.shift.norm()
+        with pytest.raises(ValueError, match="judge=True"):
+            plain.error(replacement)
+
+
+def test_linears_behind_a_norm_do_not_count_as_residual_writers(llama):
+    block = llama.load_block(0)
+    hidden = llama.embed(token_windows(1))
+    assert residual_writers(llama, 0, block, hidden) == (
+        PREFIX + "self_attn.o_proj",
+        PREFIX + "mlp.down_proj",
+    )
+    block.mlp.register_forward_hook(lambda _, args, output: torch.tanh(output))
+    assert residual_writers(llama, 0, block, hidden) == ()
+
+
+def test_half_precision_rounding_hides_no_residual_writer(tmp_path):
+    """Its own sums differ from the model's by more than 1e-3 of the output's norm."""
+    folder = tiny_llama(tmp_path)
+    model = streamed(folder, dtype=torch.bfloat16)
+    block, hidden = model.load_block(0), model.embed(token_windows(1))
+    writers = PREFIX + "self_attn.o_proj", PREFIX + "mlp.down_proj"
+    assert residual_writers(model, 0, block, hidden) == writers
+
+
+def test_a_linear_that_adds_a_share_of_its_output_is_no_residual_writer(llama):
+    """Granite scales what it adds; beside large hidden states little is missing."""
+    block = llama.load_block(0)
+    hidden = llama.embed(token_windows(1))
+    hidden = hidden * 2000 / hidden.std()
+    block.mlp.register_forward_hook(lambda _, args, output: 0.7 * output)
+    output, plain = (llama.run_block(0, b, hidden) for b in (block, llama.load_block(0)))
+    assert (output - plain).norm() < 1e-3 * plain.norm()
+    assert residual_writers(llama, 0, block, hidden) == ()
+
+
+def test_linears_of_a_group_share_h_unless_they_weigh_tokens_themselves(llama):
+    block = llama.load_block(0)
+    state = BlockState(llama, 0, block, None, llama.linears(block, 0))
+    names = [PREFIX + f"self_attn.{part}_proj" for part in "qkv"]
+    stream = Stream(llama.embed(token_windows(3)))
+    shared = collect(state, [names], stream, batch=2)
+    assert shared[names[0]].H is shared[names[2]].H
+    weight = torch.rand(3, 48, generator=torch.Generator().manual_seed(1))
+    own = collect(state, [names], stream, batch=2, token_weights={names[0]: weight})
+    assert torch.equal(own[names[1]].H, shared[names[1]].H)
+    x = observe(llama, 0, block, {"q": block.self_attn.q_proj}, stream.hidden)["q"].x.double()
+    a = weight.double().flatten()
+    expected = x.T @ (a[:, None] * x) / a.sum()
+    assert torch.allclose(own[names[0]].H.double(), expected, rtol=1e-4, atol=1e-5)

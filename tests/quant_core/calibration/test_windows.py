@@ -1,0 +1,150 @@
+"""Token windows: the protocol, its errors, and every kind of text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitmill.calibration.windows import (
+    bundled_text,
+    calibration_tokens,
+    evaluation_tokens,
+    load_tokenizer,
+    token_windows,
+)
+from bitmill.config.spec import Calibration
+from bitmill.errors import CalibrationError
+from tiny import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def calibration(path: Path, **changes: Any) -> Calibration:
+    settings = {"sequences": 3, "held_out": 2, "length": 10}
+    text = {"source": "file", "path": str(path)} | changes.pop("text", {})
+    return Calibration.model_validate({"text": text} | settings | changes)
+
+
+def write_text(folder: Path, count: int) -> tuple[Path, str]:
+    """A text of `count` one-byte tokens."""
+    text = "".join(chr(33 + i % 90) for i in range(count))
+    path = folder / "text.txt"
+    path.write_text(text)
+    return path, text
+
+
+def test_windows_are_consecutive_and_the_remainder_is_dropped(tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    text = "abcdefghijk"
+    windows = token_windows(text, tokenizer, 4)
+    assert windows.shape == (2, 4)
+    assert windows.flatten().tolist() == tokenizer(text)["input_ids"][:8]
+    assert 0 not in windows
+
+
+def test_calibration_is_a_seeded_choice_and_held_out_follows_it(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    path, text = write_text(tmp_path, 129)
+    windows = token_windows(text, load_tokenizer(tokenizer_folder), 10)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(7))
+    chosen = calibration_tokens(calibration(path), tokenizer_folder, seed=7)
+    assert torch.equal(chosen.tokens, windows[order[:3]])
+    assert torch.equal(chosen.held_out, windows[order[3:5]])
+
+
+def test_digest_tells_token_sets_apart(tokenizer_folder: Path, tmp_path: Path) -> None:
+    path, _ = write_text(tmp_path, 129)
+    first = calibration_tokens(calibration(path), tokenizer_folder, seed=0)
+    again = calibration_tokens(calibration(path), tokenizer_folder, seed=0)
+    other = calibration_tokens(calibration(path), tokenizer_folder, seed=1)
+    moved = calibration_tokens(calibration(path, sequences=4, held_out=1), tokenizer_folder, seed=0)
+    assert first.digest == again.digest
+    assert len({first.digest, other.digest, moved.digest}) == 3
+
+
+def test_text_shorter_than_one_sequence_names_both_counts(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    path, _ = write_text(tmp_path, 9)
+    with pytest.raises(CalibrationError, match="9 tokens, one sequence needs 10") as caught:
+        calibration_tokens(calibration(path), tokenizer_folder)
+    assert caught.value.code == "text_too_short"
+
+
+def test_too_few_sequences_name_all_counts(tokenizer_folder: Path, tmp_path: Path) -> None:
+    path, _ = write_text(tmp_path, 49)
+    with pytest.raises(CalibrationError, match=r"4 sequences of 10 tokens, 3 .* 2 held out"):
+        calibration_tokens(calibration(path), tokenizer_folder)
+
+
+def test_json_lines_are_joined_by_empty_lines(tokenizer_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"body": part}) for part in ("abc", "de")) + "\n\n")
+    settings = calibration(path, text={"field": "body"}, sequences=1, held_out=0, length=8)
+    with pytest.raises(CalibrationError, match="7 tokens, one sequence needs 8"):
+        calibration_tokens(settings, tokenizer_folder)
+    settings = calibration(path, text={"field": "body"}, sequences=1, held_out=0)
+    fitting = settings.model_copy(update={"length": 7})
+    tokens = calibration_tokens(fitting, tokenizer_folder).tokens
+    assert load_tokenizer(tokenizer_folder).decode(tokens[0]) == "abc\n\nde"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [("not json", "line 2"), ('{"other": 1}', "line 2"), ('{"text": 5}', "is a int")],
+)
+def test_bad_json_line_is_named(
+    tokenizer_folder: Path, tmp_path: Path, line: str, problem: str
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(CalibrationError, match=problem):
+        calibration_tokens(calibration(path), tokenizer_folder)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00bad"], ids=["missing", "not utf-8"])
+def test_unreadable_text_is_named(
+    tokenizer_folder: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "corpus.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CalibrationError, match=r"corpus\.txt cannot be read"):
+        calibration_tokens(calibration(path), tokenizer_folder)
+
+
+def test_data_set_without_the_library_says_what_to_install(tokenizer_folder: Path) -> None:
+    settings = Calibration.model_validate({"text": {"source": "dataset", "name": "some/corpus"}})
+    with pytest.raises(CalibrationError, match="pip install datasets"):
+        calibration_tokens(settings, tokenizer_folder)
+
+
+def test_missing_tokenizer_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
+def test_bundled_texts_are_whole_and_evaluation_keeps_their_order(tokenizer_folder: Path) -> None:
+    sizes = {
+        name: len(bundled_text(name).encode())
+        for name in ("wiki_calibration", "wiki_evaluation", "handbook_evaluation")
+    }
+    assert sizes == {
+        "wiki_calibration": 2049009,
+        "wiki_evaluation": 329534,
+        "handbook_evaluation": 331222,
+    }
+    tokens = evaluation_tokens("wiki_evaluation", tokenizer_folder, length=64, sequences=3)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    start = tokenizer(bundled_text("wiki_evaluation")[:400], add_special_tokens=False)["input_ids"]
+    assert tokens.flatten().tolist() == start[: 3 * 64]

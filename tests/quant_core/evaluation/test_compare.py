@@ -1,0 +1,108 @@
+"""Rows of a report: measured losses against direct ones, predictions, and what is published."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import bitmill
+from bitmill.allocation.profile import SensitivityProfile
+from bitmill.calibration.windows import evaluation_tokens
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.spec import Evaluation, parse_spec
+from bitmill.evaluation.compare import measure, plan_for_map
+from bitmill.evaluation.logits import StreamedLogits
+from bitmill.inference.load import load
+from bitmill.io.manifest import read_manifest
+from bitmill.models.streamed import StreamedModel
+from bitmill.pipeline.job import Result, run_job
+from bitmill.reporting.html import write_report
+from bitmill.reporting.summary import ProfileSummary
+from bitmill.results import QualityReport
+from tiny import tiny_llama
+
+TEXTS = Path(bitmill.__file__).parent / "texts"
+WIKI = "wiki_evaluation"
+EVALUATION: dict[str, Any] = {"texts": [WIKI], "sequences": 3, "length": 64}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def job(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A knapsack job with two baselines; its stages lie in `work` beside its output."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "text.txt").write_text((TEXTS / "wiki_calibration.txt").read_text()[:4000])
+    text = {"source": "file", "path": str(folder / "text.txt")}
+    spec = parse_spec(
+        {
+            "model": {"source": "path", "path": "model"},
+            "budget": {"code_bits": 3.2},
+            "allocation": {"widths": [2, 3, 4]},
+            "refinement": {"compensated_grid": False, "asymmetric": False},
+            "calibration": {"text": text, "sequences": 4, "length": 64, "held_out": 2},
+            "evaluation": EVALUATION | {"baselines": ["uniform", "uniform-2", "uniform-3"]},
+            "threads": 1,
+        }
+    )
+    return run_job(spec, source, folder / "work", folder / "out")
+
+
+def mean_loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    with torch.no_grad():
+        return sum(float(model(row[None], labels=row[None]).loss) for row in tokens) / len(tokens)
+
+
+def test_the_measured_increase_is_that_of_the_loaded_models(source: Path, job: Result) -> None:
+    tokens = evaluation_tokens(WIKI, source, length=64, sequences=3)
+    before = mean_loss(AutoModelForCausalLM.from_pretrained(source), tokens)
+    after = mean_loss(load(job.output), tokens)
+    found = job.quality.row("knapsack gptq").texts[WIKI]
+    assert found.loss_increase == pytest.approx(after - before, abs=2e-5)
+    ratio = found.perplexity / job.quality.row("source").texts[WIKI].perplexity
+    assert found.loss_increase == pytest.approx(math.log(ratio), abs=1e-9)
+    assert 0 < found.loss_increase_se < found.perplexity_se / found.perplexity
+    assert job.quality.row("source").texts[WIKI].loss_increase == 0
+
+
+def test_rows_carry_the_profile_s_prediction_of_their_widths(job: Result) -> None:
+    rows = {row.method: row for row in job.quality.rows}
+    assert list(rows) == ["source", "knapsack gptq", "uniform 2-bit gptq", "uniform 3-bit gptq"]
+    profile = SensitivityProfile.load(job.output.parent / "work" / "profile" / "profile.npz")
+    for width in (2, 3):
+        same = {linear.name: (width,) * linear.shape.groups for linear in profile.linears}
+        row = rows[f"uniform {width}-bit gptq"]
+        assert row.predicted_loss == pytest.approx(profile.predicted_loss(same))
+    assert rows["source"].predicted_loss is None
+    assert rows["knapsack gptq"].predicted_loss == job.quality.predicted_loss
+    assert 0 < rows["knapsack gptq"].predicted_loss < rows["uniform 3-bit gptq"].predicted_loss
+
+
+def test_a_map_outside_the_profile_has_no_prediction(source: Path) -> None:
+    plan = plan_for_map(source, BitWidthMap(linears={"model.layers.0.mlp.up_proj": (3, 3)}))
+    model = StreamedModel(source, plan, device=torch.device("cpu"), dtype=torch.float32)
+    asked = Evaluation.model_validate(EVALUATION | {"sequences": 1})
+    same = BitWidthMap(linears={"model.layers.0.mlp.up_proj": (3, 3)})
+    rows = measure(model, source, asked, {"same": (same, StreamedLogits(model))}, lambda *_: None)
+    assert (rows[1].predicted_loss, rows[1].code_bits) == (None, 3.0)
+    assert rows[1].texts[WIKI].loss_increase == pytest.approx(0, abs=1e-9)
+
+
+def test_the_published_folder_reports_its_profile(job: Result, tmp_path: Path) -> None:
+    assert "profile_summary.json" in read_manifest(job.output).files
+    summary = ProfileSummary.load(job.output / "profile_summary.json")
+    total = sum(linear.predicted_loss for linear in summary.linears.values())
+    assert total == pytest.approx(job.quality.predicted_loss, rel=1e-3)
+    assert QualityReport.load(job.output / "quality.json") == job.quality
+    write_report(job.output, tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    for heading in ("Sensitivity", "Size against loss", "Predicted against measured loss"):
+        assert f"<h2>{heading}</h2>" in html

@@ -1,0 +1,69 @@
+"""The list of stored tensors agrees with the byte accounting and with what packing makes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitmill.config.bit_width_map import LinearShape, linear_bytes
+from bitmill.errors import FormatError
+from bitmill.formats.packed.layout import linear_tensors, stored_tensors
+from bitmill.io.safetensors_layout import TensorSpec
+from bitmill.quant.tensors import PackedTensor
+from bitmill_kernels.layout import WIDTHS, group_count
+from weights import random_weight
+
+NORM = TensorSpec("norm.weight", "F32", (8,))
+KINDS = {"torch.uint8": "U8", "torch.float16": "F16", "torch.int32": "I32"}
+
+
+@st.composite
+def linears(draw: st.DrawFn) -> tuple[LinearShape, tuple[int, ...]]:
+    rows, columns = draw(st.integers(1, 40)), draw(st.integers(1, 400))
+    groups = group_count(columns)
+    widths = draw(st.lists(st.sampled_from(WIDTHS), min_size=groups, max_size=groups))
+    return LinearShape("a.b", rows, columns), tuple(widths)
+
+
+@settings(max_examples=60, deadline=None)
+@given(linears(), st.booleans())
+def test_names_shapes_and_bytes_are_those_of_packing(
+    linear: tuple[LinearShape, tuple[int, ...]], ordered: bool
+) -> None:
+    shape, widths = linear
+    specs = linear_tensors(shape, widths, owns_order=ordered)
+    packed = PackedTensor.pack(random_weight(shape.rows, shape.columns, widths, ordered=ordered))
+    assert {(s.name, s.dtype, s.shape) for s in specs} == {
+        (name, KINDS[str(tensor.dtype)], tuple(tensor.shape))
+        for name, tensor in packed.tensors("a.b").items()
+    }
+    order_bytes = 4 * shape.columns if ordered else 0
+    assert sum(spec.bytes for spec in specs) == linear_bytes(shape, widths) + order_bytes
+
+
+def test_linears_come_first_in_the_model_s_order_and_own_orders_once() -> None:
+    shapes = [LinearShape("q", 8, 128), LinearShape("k", 4, 128)]
+    orders = {"q": "q.order", "k": "q.order"}
+    specs = stored_tensors([NORM], shapes, {"k": (2,), "q": (3,)}, orders)
+    assert [spec.name for spec in specs] == [
+        *("q.codes_b3_p2", "q.codes_b3_p1", "q.order", "q.scales", "q.zeros_b3"),
+        *("k.codes_b2_p2", "k.scales", "k.zeros_b2"),
+        "norm.weight",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ({}, "linear q is in the model but not in the map"),
+        ({"q": (3,), "z": (3,)}, "linear z is in the map but not in the model"),
+        ({"q": (3, 3)}, "q: 2 widths for K=128"),
+        ({"q": (7,)}, "q: width 7 is not supported"),
+    ],
+)
+def test_a_map_that_does_not_fit_is_refused(
+    widths: dict[str, tuple[int, ...]], message: str
+) -> None:
+    with pytest.raises(FormatError, match=message):
+        stored_tensors([], [LinearShape("q", 8, 128)], widths)

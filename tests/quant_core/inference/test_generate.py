@@ -1,0 +1,84 @@
+"""Streamed text is what transformers generates, handed out in whole characters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitmill
+from bitmill.errors import FormatError, InputError
+from bitmill.inference.generate import _pieces, stream
+from tiny import tiny_llama
+from weights import PackedModel, pack_model
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+    folder = tmp_path_factory.mktemp("generate")
+    return pack_model(tiny_llama(folder / "source"), folder / "packed")
+
+
+def test_greedy_text_is_that_of_transformers(packed: PackedModel) -> None:
+    model, tokenizer = bitmill.load(packed.folder), bitmill.load_tokenizer(packed.folder)
+    prompt = tokenizer("The mill", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 1}
+    ids = model.generate(prompt, **options)[0, prompt.shape[1] :]
+    expected = tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(stream(packed.folder, "The mill", max_new_tokens=16)) == expected
+    assert len(expected) > 3
+
+
+def test_sampling_depends_on_the_seed_alone(packed: PackedModel) -> None:
+    def text(seed: int) -> str:
+        pieces = stream(packed.folder, "a", max_new_tokens=12, temperature=1.5, seed=seed)
+        return "".join(pieces)
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="nowhere holds no tokenizer"):
+        stream(tmp_path / "nowhere", "a")
+
+
+def test_a_character_of_several_tokens_comes_in_one_piece(packed: PackedModel) -> None:
+    tokenizer = bitmill.load_tokenizer(packed.folder)
+    ids = tokenizer("aé𝄞b", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 8
+    assert list(_pieces(tokenizer, iter(ids))) == ["a", "é", "𝄞", "b"]
+    cut = "".join(_pieces(tokenizer, iter(ids[:-2])))
+    assert cut.startswith("aé")
+    assert cut.endswith("\N{REPLACEMENT CHARACTER}")
+
+
+def test_generation_ends_at_the_end_of_sequence_token(packed: PackedModel, tmp_path: Path) -> None:
+    model = bitmill.load(packed.folder)
+    tokenizer = bitmill.load_tokenizer(packed.folder)
+    prompt = tokenizer("The mill", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        first = int(model(prompt).logits[0, -1].argmax())
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in packed.folder.iterdir():
+        (copy / file.name).symlink_to(file)
+    (copy / "generation_config.json").unlink()
+    (copy / "generation_config.json").write_text(f'{{"eos_token_id": [{first}]}}')
+    assert list(stream(copy, "The mill", max_new_tokens=16)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": ""}, "no tokens"),
+        ({"prompt": "x", "temperature": -1.0}, "temperature -1.0 is negative"),
+        ({"prompt": "x", "chat": True}, "no chat template"),
+    ],
+)
+def test_input_that_cannot_be_continued_is_refused(
+    packed: PackedModel, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        stream(packed.folder, **options)

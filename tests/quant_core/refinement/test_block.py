@@ -1,0 +1,261 @@
+import gc
+
+import pytest
+import torch
+
+from bitmill.calibration.hessian import activation_order
+from bitmill.calibration.hooks import advance, observe
+from bitmill.calibration.statistics import BlockState, Stream, collect
+from bitmill.errors import CalibrationError, NumericalError
+from bitmill.models.streamed import StreamedModel, weight_of
+from bitmill.quant.grid import ClipSettings
+from bitmill.refinement.block import RefineSettings, refine_block
+from bitmill.solvers.gptq import solve as gptq
+from bitmill.solvers.gptq.solve import GptqSettings, polish_siblings, quantize_gptq
+from streaming import streamed, token_windows
+from tiny import tiny_llama, tiny_opt
+
+QUICK = GptqSettings(clip=ClipSettings.shrink_only(), compensated=None, rounds=0)
+PREFIX = "model.layers.0."
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+BEFORE = {
+    "self_attn.o_proj": ATTENTION,
+    "mlp.up_proj": (*ATTENTION, "self_attn.o_proj"),
+    "mlp.down_proj": (*ATTENTION, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
+    return streamed(tiny_llama(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
+    return streamed(tiny_opt(tmp_path_factory.mktemp("opt")))
+
+
+def widths_of(model, index, width):
+    return {
+        linear.name: (width,) * (-(-linear.columns // 128))
+        for linear in model.plan.block_linears(index)
+    }
+
+
+def refine(model, index, stream, width=3, **options):
+    block = model.load_block(index)
+    settings = options.pop("settings", RefineSettings(gptq=QUICK, batch=4))
+    weights, report = refine_block(
+        model, index, block, stream, widths_of(model, index, width), settings=settings, **options
+    )
+    return block, weights, report
+
+
+def test_the_block_computes_with_the_stored_weights(llama):
+    stream = Stream(llama.embed(token_windows(6)))
+    block, weights, report = refine(llama, 0, stream)
+    linears = llama.linears(block, 0)
+    assert set(weights) == set(linears)
+    assert [entry.name for entry in report.linears] == list(linears)
+    for name, module in linears.items():
+        assert torch.equal(weight_of(module), weights[name].dequantize())
+        assert weights[name].widths == widths_of(llama, 0, 3)[name]
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_later_stages_see_the_quantized_ones_before_them(llama, name):
+    """Independent: the block rebuilt by hand with everything before the linear quantized."""
+    stream = Stream(llama.embed(token_windows(6)))
+    _, weights, _ = refine(llama, 0, stream, width=2)
+    by_hand = llama.load_block(0)
+    with torch.no_grad():
+        for earlier in BEFORE[name]:
+            by_hand.get_submodule(earlier).weight.copy_(weights[PREFIX + earlier].dequantize())
+    module = by_hand.get_submodule(name)
+    x = observe(llama, 0, by_hand, {name: module}, stream.hidden)[name].x
+    H = x.T @ x / len(x)
+    expected, _ = quantize_gptq(
+        module.weight.detach(), H, weights[PREFIX + name].widths, settings=QUICK
+    )
+    same = expected.codes == weights[PREFIX + name].codes
+    assert same.float().mean() > 0.99
+    float_block = llama.load_block(0)
+    x = observe(llama, 0, float_block, {name: float_block.get_submodule(name)}, stream.hidden)[
+        name
+    ].x
+    other, _ = quantize_gptq(
+        module.weight.detach(), x.T @ x / len(x), weights[PREFIX + name].widths, settings=QUICK
+    )
+    assert (other.codes != weights[PREFIX + name].codes).float().mean() > 0.01
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_gptq_keeps_the_block_closer_than_rounding(llama, width):
+    hidden = llama.embed(token_windows(24))
+    fresh = llama.embed(token_windows(8, seed=9))
+    exact = advance(llama, 0, llama.load_block(0), fresh, batch=4)
+    errors = []
+    for settings in (
+        RefineSettings(method="rtn", gptq=GptqSettings(clip=ClipSettings.min_max())),
+        RefineSettings(gptq=QUICK),
+    ):
+        block, _, _ = refine(llama, 0, Stream(hidden), width, settings=settings)
+        errors.append(float((advance(llama, 0, block, fresh, batch=4) - exact).norm()))
+    assert errors[1] < errors[0]
+
+
+def test_same_input_same_bytes_whatever_the_batch(llama):
+    stream = Stream(llama.embed(token_windows(6)))
+    one, two = (
+        refine(llama, 0, stream, settings=RefineSettings(gptq=QUICK, batch=batch))[1]
+        for batch in (6, 6)
+    )
+    assert all(one[name].codes_sha256() == two[name].codes_sha256() for name in one)
+    split = refine(llama, 0, stream, settings=RefineSettings(gptq=QUICK, batch=2))[1]
+    first = [PREFIX + part for part in ATTENTION]
+    assert all((one[n].codes == split[n].codes).float().mean() > 0.99 for n in first)
+
+
+def test_linears_without_widths_keep_the_source_precision(llama):
+    stream = Stream(llama.embed(token_windows(4)))
+    block = llama.load_block(0)
+    before = block.mlp.down_proj.weight.clone()
+    widths = widths_of(llama, 0, 3)
+    del widths[PREFIX + "mlp.down_proj"], widths[PREFIX + "self_attn.q_proj"]
+    weights, _ = refine_block(llama, 0, block, stream, widths, settings=RefineSettings(gptq=QUICK))
+    assert set(weights) == set(widths)
+    assert torch.equal(block.mlp.down_proj.weight, before)
+
+
+def test_a_block_without_widths_stays_and_its_weights_are_checked_before_it_runs(llama):
+    stream = Stream(llama.embed(token_windows(2)))
+    block = llama.load_block(0)
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    weights, report = refine_block(llama, 0, block, stream, {})
+    assert (weights, report.linears) == ({}, ())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
+    with torch.no_grad():
+        block.mlp.up_proj.weight[3, 7] = float("nan")
+    with pytest.raises(NumericalError, match=r"0\.mlp\.up_proj has 1 weights.*row 3, column 7"):
+        refine_block(llama, 0, block, stream, widths_of(llama, 0, 3))
+
+
+def test_column_orders_are_stored_and_undone(llama):
+    stream = Stream(llama.embed(token_windows(4)))
+    block = llama.load_block(0)
+    state = BlockState(llama, 0, block, None, llama.linears(block, 0))
+    seen = collect(state, llama.plan.input_groups(0), stream, batch=2)
+    orders = {name: activation_order(statistics.H) for name, statistics in seen.items()}
+    assert torch.equal(orders[PREFIX + "self_attn.q_proj"], orders[PREFIX + "self_attn.v_proj"])
+    refined, weights, report = refine(llama, 0, stream, width=4, orders=orders)
+    for name, weight in weights.items():
+        assert torch.equal(weight.order.long(), orders[name])
+    assert max(entry.error for entry in report.linears) < 0.02
+    source = llama.load_block(0).mlp.up_proj.weight
+    close = refined.mlp.up_proj.weight - source
+    assert close.norm() < 0.15 * source.norm()
+
+
+@pytest.mark.parametrize("mode", ["inputs", "residual"])
+def test_the_correction_is_kept_only_where_held_out_error_falls(opt, mode):
+    calibration, unseen = opt.embed(token_windows(24)), opt.embed(token_windows(6, seed=5))
+    source, source_unseen = calibration.clone(), unseen.clone()
+    first, _, _ = refine(opt, 0, Stream(calibration), width=2)
+    exact = opt.load_block(0)
+    streams = []
+    for hidden, original in ((calibration, source), (unseen, source_unseen)):
+        streams.append(
+            Stream(
+                advance(opt, 0, first, hidden, batch=6), advance(opt, 0, exact, original, batch=6)
+            )
+        )
+    settings = RefineSettings(gptq=QUICK, asymmetric=mode, batch=6)
+    _, _, report = refine(opt, 1, streams[0], 3, settings=settings, held_out=streams[1])
+    for entry in report.linears:
+        assert entry.held_out_error is not None
+        assert entry.held_out_error <= entry.held_out_symmetric
+        assert (entry.asymmetric > 0) == (entry.held_out_error < entry.held_out_symmetric)
+    kept = [entry for entry in report.linears if entry.asymmetric]
+    assert kept
+    assert kept[0].held_out_error < 0.98 * kept[0].held_out_symmetric
+
+
+def test_asymmetric_without_its_streams_is_refused(llama):
+    settings = RefineSettings(gptq=QUICK, asymmetric="inputs")
+    with pytest.raises(ValueError, match="source model's block inputs"):
+        refine(llama, 0, Stream(llama.embed(token_windows(2))), settings=settings)
+
+
+def test_the_source_moves_on_while_its_block_is_refined(opt):
+    hidden, unseen = opt.embed(token_windows(5)), opt.embed(token_windows(3, seed=1))
+    streams = [Stream(x + 0.01, x.clone()) for x in (hidden, unseen)]
+    settings = RefineSettings(gptq=QUICK, asymmetric="residual", batch=2, advance_source=True)
+    block, _, _ = refine(opt, 0, streams[0], held_out=streams[1], settings=settings)
+    source = opt.load_block(0)
+    for x, stream in zip((hidden, unseen), streams, strict=True):
+        assert torch.equal(stream.hidden, x + 0.01)
+        expected = [opt.run_block(0, source, part) for part in x.split(2)]
+        assert torch.equal(stream.source, torch.cat(expected))
+        assert not torch.allclose(opt.run_block(0, block, x), stream.source, atol=1e-4)
+
+
+def test_token_weights_decide_what_a_linear_is_fitted_to(llama):
+    stream = Stream(llama.embed(token_windows(4)))
+    name = PREFIX + "self_attn.q_proj"
+    weight = torch.zeros(4, 48)
+    weight[0] = 1.0
+    _, weighted, _ = refine(llama, 0, stream, token_weights={name: weight})
+    _, alone, _ = refine(llama, 0, Stream(stream.hidden[:1]))
+    _, plain, _ = refine(llama, 0, stream)
+    assert (weighted[name].codes == alone[name].codes).float().mean() > 0.99
+    assert (weighted[name].codes != plain[name].codes).float().mean() > 0.01
+    other = PREFIX + "self_attn.k_proj"
+    assert weighted[other].codes_sha256() == plain[other].codes_sha256()
+
+
+def test_a_non_finite_calibration_token_is_named(llama):
+    hidden = llama.embed(token_windows(3))
+    hidden[1, 5] = float("nan")
+    with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.q_proj: tokens \[53"):
+        refine(llama, 0, Stream(hidden), settings=RefineSettings(gptq=QUICK, batch=1))
+
+
+def test_blockwise_statistics_ignore_the_stages_before(llama):
+    stream = Stream(llama.embed(token_windows(4)))
+    settings = RefineSettings(gptq=QUICK, true_sequential=False)
+    block, weights, _ = refine(llama, 0, stream, settings=settings)
+    float_block = llama.load_block(0)
+    module = float_block.mlp.down_proj
+    x = observe(llama, 0, float_block, {"d": module}, stream.hidden)["d"].x
+    expected, _ = quantize_gptq(module.weight.detach(), x.T @ x / len(x), (3, 3), settings=QUICK)
+    name = PREFIX + "mlp.down_proj"
+    assert (expected.codes == weights[name].codes).float().mean() > 0.99
+    assert torch.equal(block.mlp.down_proj.weight, weights[name].dequantize())
+
+
+def test_second_moments_are_dropped_before_polishing(llama, monkeypatch):
+    """Of the inputs of down_proj [K, K] only H and its factor are left, each 3 GiB in a 70B."""
+    columns = llama.plan.by_name[PREFIX + "mlp.down_proj"].columns
+    left = {}
+
+    def counted(matrices, codes, H, settings):
+        squares = {
+            value.data_ptr()
+            for value in gc.get_objects()
+            if type(value) is torch.Tensor and value.shape == (len(H), len(H))
+        }
+        left[len(H)] = len(squares)
+        return polish_siblings(matrices, codes, H, settings)
+
+    monkeypatch.setattr(gptq, "polish_siblings", counted)
+    hidden, source = llama.embed(token_windows(6)), llama.embed(token_windows(6, seed=3))
+    order = torch.arange(columns).flip(0)
+    refine(
+        llama,
+        0,
+        Stream(hidden[:4], source[:4]),
+        settings=RefineSettings(gptq=QUICK, asymmetric="residual", batch=2),
+        held_out=Stream(hidden[4:], source[4:]),
+        orders={PREFIX + "mlp.down_proj": order},
+    )
+    assert left[columns] == 2

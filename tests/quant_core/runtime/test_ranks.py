@@ -1,0 +1,240 @@
+"""Ranks that work together: the group alone, and jobs of real processes over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bitmill.allocation.profile import SensitivityProfile
+from bitmill.config.spec import parse_spec
+from bitmill.errors import CalibrationError, ResourceError, SpecError
+from bitmill.refinement.model import RefinedModel
+from bitmill.runtime.launch import RankFailed, check_devices, run_ranks
+from bitmill.runtime.ranks import SINGLE, Group
+from ranks_job import ranks_job
+from tiny import tiny_llama
+
+JOB = Path(__file__).parents[2] / "ranks_job.py"
+SPEC = {"model": {"source": "path", "path": "m"}, "budget": {"bits": 3}}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 7, 64])
+def test_parts_are_contiguous_and_take_everything_once(size: int, count: int) -> None:
+    parts = [Group(rank, size).part(count) for rank in range(size)]
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
+    lengths = [part.stop - part.start for part in parts]
+    assert lengths == sorted(lengths, reverse=True)
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_work_goes_to_the_idlest_rank() -> None:
+    assert Group(0, 2).owners([96, 32, 64, 86]) == [0, 0, 1, 1]
+    assert Group(1, 3).owners([1, 1, 1, 1]) == [0, 1, 2, 0]
+    assert SINGLE.owners([3, 1]) == [0, 0]
+
+
+GROUP = """
+import sys, torch
+from bitmill.errors import CalibrationError
+from bitmill.solvers.gptq.solve import Curvature
+from bitmill.runtime.launch import as_rank
+with as_rank("cpu") as (group, device):
+    part = torch.tensor([1e8, 1.0, -1e8, 0.5])[group.rank :][:1].repeat(3)
+    group.all_reduce(part)
+    rows = torch.arange(20.0).view(5, 4)[group.part(5)]
+    mine = torch.full((2, 3), float(group.rank))
+    group.share(mine, 1)
+    x = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
+    H, ridges = x.T @ x / 300, (0.0, 0.05, 0.5, 1.0)
+    alone, divided = Curvature.prepare(H), Curvature.prepare(H, ridges=ridges, ranks=group)
+    solved = [torch.equal(divided.solve(x, r), alone.solve(x, r)) for r in ridges]
+    found = {
+        "solved": [*solved, sorted(divided.solvers), divided.factor.damping],
+        "sum": part.tolist(),
+        "rows": group.gather_rows(rows, 5).tolist(),
+        "bytes": group.gather_rows(rows[:, :1].byte(), 5).flatten().tolist(),
+        "ranks": group.gather(group.rank),
+        "first": group.broadcast(group.rank + 10),
+        "total": group.total(0.5),
+        "totals": group.totals(torch.tensor([1e16, 1.0, -1e16])[group.rank :][:1].double()),
+        "shared": mine.tolist(),
+    }
+    if len(sys.argv) > 2 and group.rank == 1:
+        if sys.argv[2] == "refuse":
+            raise CalibrationError("bad rows", param="tokens")
+        raise ValueError("no such thing")
+    group.barrier()
+    import json, pathlib
+    pathlib.Path(sys.argv[1], f"{group.rank}.json").write_text(json.dumps(found))
+"""
+
+
+def test_sums_are_taken_in_the_order_of_the_ranks(tmp_path: Path) -> None:
+    """(1e8 + 1) - 1e8 is 0 in float32; in another order it would be 1."""
+    run_ranks(3, ["-c", GROUP, str(tmp_path)])
+    for rank in range(3):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == {
+            "solved": [True, True, True, True, [0.05, 0.5, 1.0], 0.005],
+            "sum": [0.0, 0.0, 0.0],
+            "rows": torch.arange(20.0).view(5, 4).tolist(),
+            "bytes": [0, 4, 8, 12, 16],
+            "ranks": [0, 1, 2],
+            "first": 10,
+            "total": 1.5,
+            "totals": [0.0],
+            "shared": [[1.0] * 3] * 2,
+        }
+
+
+def test_the_launcher_raises_what_a_rank_raised(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="bad rows") as refused:
+        run_ranks(2, ["-c", GROUP, str(tmp_path), "refuse"])
+    assert (refused.value.code, refused.value.param) == ("invalid_calibration", "tokens")
+    with pytest.raises(RankFailed, match="ValueError: no such thing"):
+        run_ranks(2, ["-c", GROUP, str(tmp_path), "break"])
+    assert not list(tmp_path.iterdir())
+    assert "BITMILL_LAUNCHER" not in os.environ
+
+
+def test_more_devices_than_there_are_and_learning_on_several_are_refused() -> None:
+    check_devices(1, "cpu")
+    with pytest.raises(
+        ResourceError, match=r"asks for 999 devices, this machine has \d+ CPU cores"
+    ):
+        check_devices(999, "cpu")
+    with pytest.raises(SpecError, match="devices 2 with refinement 'omniquant'"):
+        parse_spec(SPEC | {"devices": 2, "refinement": {"method": "omniquant"}})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RefinedModel]:
+    out = tmp_path_factory.mktemp("alone")
+    return out, ranks_job(model, out)
+
+
+@pytest.fixture(scope="module")
+def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks make undisturbed."""
+    out = tmp_path_factory.mktemp("pair")
+    run_ranks(2, [str(JOB), str(model), str(out)])
+    return out
+
+
+def bytes_of(out: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
+    }
+
+
+def mentioning(word: str) -> list[int]:
+    """Processes whose command line holds the word."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and word in (entry / "cmdline").read_text():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def assert_like_one_rank(out: Path, alone: tuple[Path, RefinedModel]) -> None:
+    """The same windows, map and orders, byte for byte; errors but for rounding, and the codes that
+    come before a rounded sum can have grown. Behind the first block a grown sum may also decide
+    whether a linear is corrected, which its error shows."""
+    folder, one = alone
+    for name in ("windows.json", "map.json", "orders.npz"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    for kind in ("knapsack", "sba"):
+        found, expected = (SensitivityProfile.load(at / f"{kind}.npz") for at in (out, folder))
+        for mine, theirs in zip(found.linears, expected.linears, strict=True):
+            np.testing.assert_allclose(mine.costs, theirs.costs, rtol=0.01)
+        for name, record in expected.sba.get(3, {}).items():
+            assert (found.sba[3][name].salience == record.salience).all()
+            np.testing.assert_allclose(found.sba[3][name].kl, record.kl, rtol=0.01)
+    several = RefinedModel(out / "refine", one.plan)
+    for ours, alones in zip(several.reports()[0], one.reports()[0], strict=True):
+        assert (ours.name, ours.tokens) == (alones.name, alones.tokens)
+        first = one.plan.by_name[ours.name].block == 0
+        if first or ours.asymmetric == alones.asymmetric:
+            assert ours.relative_error == pytest.approx(alones.relative_error, rel=0.02)
+    for name in (linear.name for linear in one.plan.block_linears(0)[:3]):
+        same = several.linear(name).codes == one.linear(name).codes
+        assert same.float().mean() > 0.99, name
+
+
+@pytest.mark.e2e
+def test_two_ranks_do_what_one_does_and_repeat_it_byte_for_byte(
+    model: Path, alone: tuple[Path, RefinedModel], pair: Path, tmp_path: Path
+) -> None:
+    assert_like_one_rank(pair, alone)
+    run_ranks(2, [str(JOB), str(model), str(tmp_path)])
+    assert bytes_of(tmp_path) == bytes_of(pair)
+
+
+@pytest.mark.e2e
+def test_three_ranks_with_fewer_held_out_windows_than_ranks(
+    model: Path, alone: tuple[Path, RefinedModel], tmp_path: Path
+) -> None:
+    run_ranks(3, [str(JOB), str(model), str(tmp_path)])
+    assert_like_one_rank(tmp_path, alone)
+
+
+@pytest.mark.e2e
+def test_a_killed_rank_ends_all_and_the_next_run_goes_on_at_the_last_finished_block(
+    model: Path, pair: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RankFailed, match="rank 1 of 2 was ended by signal 9"):
+        run_ranks(2, [str(JOB), str(model), str(tmp_path), "1"])
+    assert not mentioning(str(tmp_path))
+    first = tmp_path / "refine" / "block-00000.safetensors"
+    written = first.stat().st_mtime_ns
+    run_ranks(2, [str(JOB), str(model), str(tmp_path)])
+    assert first.stat().st_mtime_ns == written
+    assert bytes_of(tmp_path) == bytes_of(pair)
+
+
+LAUNCHER = """
+import sys
+from bitmill.runtime.launch import run_ranks
+run_ranks(2, ["-c", sys.argv[2], sys.argv[1]])
+"""
+WAITING = """
+import sys, time, pathlib
+from bitmill.runtime.launch import as_rank
+with as_rank("cpu") as (group, device):
+    pathlib.Path(sys.argv[1], str(group.rank)).touch()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+def test_ranks_do_not_outlive_their_launcher(tmp_path: Path, signum: signal.Signals) -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, tmp_path, WAITING])
+    limit = time.monotonic() + 120
+    while len(list(tmp_path.iterdir())) < 2:
+        assert time.monotonic() < limit
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    assert len(mentioning(str(tmp_path))) == 3
+    launcher.send_signal(signum)
+    assert launcher.wait() == (-signum if signum == signal.SIGKILL else 128 + signum)
+    while mentioning(str(tmp_path)):
+        assert time.monotonic() < limit
+        time.sleep(0.05)

@@ -1,0 +1,451 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from bitmill.calibration.gradients import GradientPass, PassSettings
+from bitmill.errors import CalibrationError
+from bitmill.plan.model_plan import make_plan
+from bitmill.quant.codes import group_slices
+from bitmill.quant.grid import ClipSettings, clip_search, nearest_codes, values
+from bitmill.sensitivity import checkpoint as profile_checkpoint
+from bitmill.sensitivity.checkpoint import load_token_weights
+from bitmill.sensitivity.fisher import (
+    PROFILE_CLIP,
+    BlockMoments,
+    SensitivitySettings,
+    input_costs,
+    profile_knapsack,
+    sample_rows,
+)
+from bitmill.solvers.gptq.solve import Curvature, GptqSettings, quantize_gptq
+from streaming import SPEC, streamed
+from tiny import VOCABULARY, save_tiny, tiny_llama, tiny_opt
+from tiny_architectures import tiny_config
+
+QUICK = SensitivitySettings(
+    widths=(2, 4), clip=ClipSettings.min_max(), gradients=PassSettings(batch=3)
+)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama") / "model", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_opt(tmp_path_factory.mktemp("opt") / "model")
+
+
+@pytest.fixture(scope="module")
+def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that bends its logits: tanh(logits / 30) * 30."""
+    return save_tiny(tmp_path_factory.mktemp("gemma2") / "model", tiny_config("gemma2"))
+
+
+def some_tokens(windows: int = 5, length: int = 24) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, VOCABULARY, (windows, length), generator=generator)
+
+
+class Recorder:
+    """Keeps every input and gradient of one block."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.gradients: dict[str, list[Tensor]] = {}
+
+    def seen(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        self.inputs.setdefault(name, []).append(x.clone())
+        self.gradients.setdefault(name, []).append(gradient.clone())
+
+
+def autograd_reference(folder: Path, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs and loss gradients [S * T, .] of every linear, from one plain backward pass."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    inputs: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+
+    def watch(name):
+        def hook(_, args, output):
+            inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1])
+            output.register_hook(
+                lambda g: gradients.__setitem__(name, g.reshape(-1, g.shape[-1]).clone())
+            )
+
+        return hook
+
+    for name in make_plan(folder, SPEC).by_name:
+        model.get_submodule(name).register_forward_hook(watch(name))
+    logits = model(tokens).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").backward()
+    return inputs, gradients
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("batch", [2, 8])
+def test_streamed_gradients_equal_autograd(family, batch, request, monkeypatch):
+    monkeypatch.setattr("bitmill.calibration.gradients.LOGIT_VALUES", 7 * 2 * VOCABULARY)
+    folder, tokens = request.getfixturevalue(family), some_tokens()
+    expected_inputs, expected_gradients = autograd_reference(folder, tokens)
+    model = streamed(folder)
+    recorder = Recorder()
+    GradientPass(model, tokens, PassSettings(batch=batch)).run(lambda _: recorder)
+    assert recorder.inputs.keys() == expected_inputs.keys()
+    for name, expected in expected_gradients.items():
+        found = torch.cat(recorder.gradients[name])
+        torch.testing.assert_close(
+            found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())
+        )
+        x = torch.cat(recorder.inputs[name])
+        torch.testing.assert_close(x, expected_inputs[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("labels", ["text", "sampled", "source"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_at_the_last_output_is_autograds(capped, labels, dtype, monkeypatch):
+    monkeypatch.setattr("bitmill.calibration.gradients.LOGIT_VALUES", 7 * 3 * VOCABULARY)
+    model, tokens = streamed(capped, dtype=dtype), some_tokens()
+    settings = PassSettings(batch=3, labels=labels, seed=5)
+    generator = torch.Generator().manual_seed(0)
+    output, source = torch.randn(2, *tokens.shape, model.plan.hidden_size, generator=generator)
+    output, source = output.to(dtype), source.to(dtype)
+    found = torch.full_like(output, math.nan)
+    GradientPass(model, tokens, settings)._head_gradient(
+        output, found, source if labels == "source" else None
+    )
+    expected = head_gradient(model, tokens, settings, output, source)
+    assert not expected[:, -1].any()
+    rtol, atol = (1e-4, 1e-6) if dtype == torch.float32 else (2e-2, 4e-3)
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol * float(expected.abs().max()))
+
+
+def head_gradient(model, tokens, settings, output, source):
+    """What `_head_gradient` writes, by autograd through the loss, in its slices of 7 positions."""
+    draws = torch.Generator().manual_seed(settings.seed)
+    gradient = torch.zeros_like(output)
+    for start in range(0, len(tokens), settings.batch):
+        windows = slice(start, start + settings.batch)
+        count = len(tokens[windows])
+        span = 7 * 3 // count
+        for first in range(0, tokens.shape[1] - 1, span):
+            place = slice(first, min(first + span, tokens.shape[1] - 1))
+            x = output[windows, place].clone().requires_grad_()
+            logits = model.logits(x).float().flatten(0, 1)
+            target = tokens[windows, place.start + 1 : place.stop + 1].flatten()
+            if settings.labels == "sampled":
+                chances = logits.detach().softmax(-1)
+                target = torch.multinomial(chances, 1, generator=draws)[:, 0]
+            elif settings.labels == "source":
+                target = model.logits(source[windows, place]).float().flatten(0, 1).softmax(-1)
+            loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+            gradient[windows, place] = torch.autograd.grad(loss, x)[0]
+    return gradient
+
+
+def test_moments_are_the_documented_means():
+    generator = torch.Generator().manual_seed(0)
+    x, ga, gb = (torch.randn(50, k, generator=generator) for k in (12, 4, 6))
+    settings = SensitivitySettings(moments="weighted", token_weights=True)
+    moments = BlockMoments(
+        [["a", "b"]], {"a": (4, 12), "b": (6, 12)}, torch.device("cpu"), settings
+    )
+    for part in (slice(0, 20), slice(20, 50)):
+        moments.seen("b", x[part], gb[part])
+        moments.seen("a", x[part], ga[part])
+    moments.fill()
+    found = moments.of("b", predictions=40)
+    torch.testing.assert_close(moments.mean("b"), x.T @ x / 50)
+    torch.testing.assert_close(found.row_weight, gb.double().square().sum(0) / 40)
+    importance = gb.square().sum(1)
+    expected = (x.T * importance) @ x / importance.sum()
+    torch.testing.assert_close(found.weighted, expected)
+    torch.testing.assert_close(found.tokens, importance)
+
+
+def some_linear(rows: int = 24, columns: int = 300) -> tuple[Tensor, Tensor, Tensor]:
+    """W, H with correlated columns, and row weights."""
+    generator = torch.Generator().manual_seed(1)
+    W = torch.randn(rows, columns, generator=generator)
+    x = torch.randn(900, columns, generator=generator) @ torch.randn(
+        columns, columns, generator=generator
+    )
+    x = x * torch.rand(columns, generator=generator).exp()
+    return W, x.T @ x / 900, torch.rand(rows, generator=generator).double()
+
+
+def linear_costs(W, row_weight, curvature, settings):
+    return input_costs([W], [row_weight], curvature, settings)[0]
+
+
+def test_rounding_costs_are_the_formula():
+    W, H, q = some_linear()
+    settings = SensitivitySettings(widths=(1, 2, 3), cost="rounding")
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(2))
+    costs = linear_costs(W, q, Curvature.prepare(H, order), settings)
+    assert costs.shape == (3, 3)
+    packed, inner = W[:, order], H[order][:, order]
+    for group, part in group_slices(300):
+        for column, width in enumerate(settings.widths):
+            block = packed[:, part].contiguous()
+            clip = PROFILE_CLIP[width]
+            grid = clip_search(block, width, inner.diagonal()[part], settings=clip)
+            d = (block - values(nearest_codes(block, grid, width), grid)).double()
+            expected = sum(
+                0.5 * q[n] * d[n] @ inner[part, part].double() @ d[n] for n in range(len(d))
+            )
+            assert costs[group, column] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_compensated_costs_add_up_to_what_gptq_leaves():
+    """At one width everywhere, handed on from group to group, they are its whole loss."""
+    W, H, q = some_linear()
+    clip = ClipSettings(shrinks=8)
+    settings = SensitivitySettings(widths=(2, 3), clip=clip, compensate_from=3)
+    curvature = Curvature.prepare(H)
+    costs = linear_costs(W, q, curvature, settings)
+    plain = GptqSettings(clip=clip, compensated=None, rounds=0)
+    weight, _ = quantize_gptq(W, curvature, (3, 3, 3), settings=plain)
+    d = (W - weight.dequantize()).double()
+    damped = H.double() + curvature.factor.damping * H.diagonal().mean() * torch.eye(300)
+    expected = 0.5 * (q * ((d @ damped) * d).sum(1)).sum()
+    assert costs[:, 1].sum() == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("compensate_from", [None, 3])
+def test_linears_of_one_input_cost_what_each_costs_alone(compensate_from):
+    curvature = Curvature.prepare(some_linear()[1])
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(rows, 300, generator=generator) for rows in (24, 5, 60)]
+    squares = [torch.rand(len(W), generator=generator).double() for W in weights]
+    settings = SensitivitySettings(widths=(1, 3), rows=16, compensate_from=compensate_from)
+    together = input_costs(weights, squares, curvature, settings)
+    for W, q, costs in zip(weights, squares, together, strict=True):
+        alone = linear_costs(W, q, curvature, settings)
+        np.testing.assert_allclose(costs, alone, rtol=1e-4)
+
+
+def test_compensation_lowers_every_cost():
+    W, H, q = some_linear()
+    curvature = Curvature.prepare(H)
+    rounding = linear_costs(W, q, curvature, SensitivitySettings(cost="rounding"))
+    compensated = linear_costs(W, q, curvature, SensitivitySettings())
+    assert (compensated < rounding).all()
+    assert (compensated[0] < 0.5 * rounding[0]).all()
+    assert (np.diff(compensated, axis=1) < 0).all()
+
+
+@pytest.mark.parametrize("count", [8, 40, 200])
+def test_sampled_rows_stand_for_all(count):
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(300, generator=generator).mul(2).exp().double()
+    chosen, share = sample_rows(weight, count)
+    assert len(chosen) <= count
+    assert (chosen[1:] > chosen[:-1]).all()
+    torch.testing.assert_close(share.sum(), weight.sum())
+    value = torch.rand(300, generator=generator).double() + 0.5
+    estimate = float((share * value[chosen]).sum() / (weight * value).sum())
+    assert estimate == pytest.approx(1, abs=0.3 / count**0.5 + 0.02)
+    everything, plain = sample_rows(weight, 300)
+    assert everything.tolist() == list(range(300))
+    assert torch.equal(plain, weight)
+
+
+def test_costs_from_a_sample_of_rows_are_close():
+    W, H, q = some_linear(rows=96)
+    curvature = Curvature.prepare(H)
+    whole = linear_costs(W, q, curvature, SensitivitySettings(widths=(2, 4)))
+    sampled = linear_costs(W, q, curvature, SensitivitySettings(widths=(2, 4), rows=48))
+    np.testing.assert_allclose(sampled, whole, rtol=0.15)
+    assert not np.array_equal(sampled, whole)
+
+
+def test_predicted_loss_is_the_divergence_it_predicts(llama):
+    """One linear at 5 bits: 1/2 q d H d^T against the measured KL, labels drawn from the model."""
+    torch.manual_seed(0)
+    model, tokens = streamed(llama), some_tokens(32, 64)
+    settings = replace(
+        QUICK,
+        widths=(5,),
+        cost="rounding",
+        order="natural",
+        gradients=PassSettings(labels="sampled"),
+    )
+    profile = profile_knapsack(model, tokens, model.plan, settings)
+    whole = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    with torch.no_grad():
+        source = whole(tokens).logits[:, :-1].log_softmax(-1)
+        for name in ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.o_proj"):
+            module = whole.get_submodule(name)
+            W = module.weight.detach().clone()
+            inputs = Recorder()
+            GradientPass(model, tokens, settings.gradients).run(lambda _, r=inputs: r)
+            x = torch.cat(inputs.inputs[name])
+            rounded = torch.cat(
+                [
+                    values(nearest_codes(block, grid, 5), grid)
+                    for _, part in group_slices(W.shape[1])
+                    for block in [W[:, part].contiguous()]
+                    for grid in [
+                        clip_search(block, 5, x[:, part].square().mean(0), settings=settings.clip)
+                    ]
+                ],
+                1,
+            )
+            module.weight.copy_(rounded)
+            changed = whole(tokens).logits[:, :-1].log_softmax(-1)
+            module.weight.copy_(W)
+            measured = float((source.exp() * (source - changed)).sum(-1).mean())
+            predicted = float(profile.linear(name).costs.sum())
+            assert 0.6 < predicted / measured < 1.6
+
+
+def test_profile_covers_the_plan_and_stores_orders(llama):
+    model = streamed(llama)
+    profile = profile_knapsack(model, some_tokens(), model.plan, QUICK, model_digest="m")
+    profile.check_shapes(model.plan.shapes)
+    assert profile.widths == (2, 4)
+    assert all((linear.costs > 0).all() for linear in profile.linears)
+    q, k = (profile.linear(f"model.layers.1.self_attn.{n}_proj") for n in "qk")
+    assert q.order == k.order == q.name
+    recorder = Recorder()
+    GradientPass(model, some_tokens(), PassSettings()).run(lambda _: recorder)
+    diagonal = torch.cat(recorder.inputs[q.name]).square().sum(0)
+    ordered = diagonal[torch.from_numpy(profile.orders[q.name]).long()]
+    assert (ordered[:-1] >= ordered[1:] * (1 - 1e-5)).all()
+    natural = profile_knapsack(model, some_tokens(), model.plan, replace(QUICK, order="natural"))
+    assert not natural.orders
+    assert natural.linear(q.name).order is None
+    assert natural.key != profile.key
+
+
+@pytest.mark.parametrize("gradients", [{"every": 2}, {"every": 3}, {"host_bytes": 0}])
+def test_memory_settings_do_not_change_a_byte(llama, tmp_path, gradients):
+    model = streamed(llama)
+    expected = profile_knapsack(model, some_tokens(), model.plan, QUICK).to_bytes()
+    settings = replace(QUICK, gradients=replace(QUICK.gradients, **gradients))
+    found = profile_knapsack(model, some_tokens(), model.plan, settings, folder=tmp_path)
+    assert found.to_bytes() == expected
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("seconds", "stop"), [(0.0, 2), (0.0, 4), (0.0, 6), (1000.0, 5)])
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(llama, tmp_path, monkeypatch, seconds, stop):
+    monkeypatch.setattr(profile_checkpoint, "GRADIENT_SECONDS", seconds)
+    model, tokens = streamed(llama), some_tokens()
+    expected = profile_knapsack(model, tokens, model.plan, QUICK).to_bytes()
+
+    def kill(done: int, total: int) -> None:
+        assert total == 6
+        if done == stop:
+            raise Killed
+
+    with pytest.raises(Killed):
+        profile_knapsack(model, tokens, model.plan, QUICK, folder=tmp_path, on_block=kill)
+    measured = sorted(path.name for path in tmp_path.glob("block-*.npz"))
+    assert len(measured) == max(0, stop - 3)
+    stamps = {name: (tmp_path / name).stat().st_mtime_ns for name in measured}
+    reports: list[int] = []
+    found = profile_knapsack(
+        model,
+        tokens,
+        model.plan,
+        QUICK,
+        folder=tmp_path,
+        on_block=lambda done, _: reports.append(done),
+    )
+    assert found.to_bytes() == expected
+    assert not list(tmp_path.glob("gradient-*"))
+    assert all((tmp_path / name).stat().st_mtime_ns == at for name, at in stamps.items())
+    backward = [done for done in reports if done > 3]
+    if seconds == 0.0 and stop < 6:
+        assert backward == list(range(max(stop, 3) + 1, 7))
+    if stop == 6:
+        assert reports == []
+
+
+def test_token_weights_are_kept_for_refinement(llama, tmp_path):
+    model, tokens = streamed(llama), some_tokens()
+    settings = replace(QUICK, token_weights=True)
+    profile_knapsack(model, tokens, model.plan, settings, folder=tmp_path)
+    name = "model.layers.2.mlp.up_proj"
+    found = load_token_weights(tmp_path, name, len(tokens))
+    assert found.shape == tokens.shape
+    recorder = Recorder()
+    GradientPass(model, tokens, settings.gradients).run(lambda _: recorder)
+    expected = torch.cat(recorder.gradients[name]).square().sum(1)
+    torch.testing.assert_close(found.flatten(), expected)
+
+
+def test_a_reference_point_changes_the_gradients_but_not_the_weights_measured(llama):
+    model = streamed(llama)
+
+    def halve(i, block):
+        with torch.no_grad():
+            for parameter in block.parameters():
+                parameter.mul_(0.5)
+
+    same = profile_knapsack(model, some_tokens(), model.plan, QUICK, prepare=lambda i, b: None)
+    plain = profile_knapsack(model, some_tokens(), model.plan, QUICK)
+    moved = profile_knapsack(model, some_tokens(), model.plan, QUICK, prepare=halve)
+    assert same.to_bytes() == plain.to_bytes()
+    name = "model.layers.2.mlp.down_proj"
+    assert not np.allclose(moved.linear(name).costs, plain.linear(name).costs, rtol=0.1)
+
+
+def test_windows_of_one_token_are_refused(llama):
+    model = streamed(llama)
+    with pytest.raises(CalibrationError, match="at least 2"):
+        profile_knapsack(model, some_tokens(3, 1), model.plan, QUICK)
+
+
+def test_gradients_that_are_not_finite_are_refused(llama):
+    model = streamed(llama)
+
+    def explode(i, block):
+        with torch.no_grad():
+            next(block.parameters()).fill_(1e38)
+
+    with pytest.raises(CalibrationError):
+        profile_knapsack(model, some_tokens(), model.plan, QUICK, prepare=explode)
+
+
+def test_a_gradient_that_overflows_in_one_batch_is_refused(llama, monkeypatch):
+    found = iter([math.inf, 1.0, math.nan, 1.0])
+
+    def overflow(self, x, *_):
+        return torch.full_like(x, next(found))
+
+    monkeypatch.setattr(GradientPass, "_slice_gradient", overflow)
+    model = streamed(llama)
+    for _ in range(2):
+        run = GradientPass(model, some_tokens(2), PassSettings(batch=1))
+        with pytest.raises(CalibrationError, match=f"block {model.block_count - 1} is not finite"):
+            run.run(lambda i: None)
+
+
+def test_the_block_just_passed_serves_for_its_weights_unless_it_was_changed(llama: Path) -> None:
+    model = streamed(llama)
+    plain = GradientPass(model, some_tokens(2), PassSettings())
+    plain.run(lambda i: None)
+    assert plain.source_block(0) is plain.source_block(0)
+    assert plain.source_block(1) is not plain.source_block(1)
+
+    def halve(_: int, block: torch.nn.Module) -> None:
+        block.mlp.up_proj.weight.mul_(0.5)
+
+    changed = GradientPass(model, some_tokens(2), PassSettings(), prepare=halve)
+    changed.run(lambda i: None)
+    weight = changed.source_block(0).mlp.up_proj.weight
+    assert torch.equal(weight, model.load_block(0).mlp.up_proj.weight)

@@ -1,0 +1,160 @@
+"""What a job needs beside its specification: given maps, calibration files, learned parameters.
+
+The API looks for them before it accepts a job, the supervisor turns them into local files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
+from bitmill.config.spec import (
+    FileText,
+    InlineMap,
+    JobParameters,
+    JobSpec,
+    PathParameters,
+    UploadedMap,
+)
+from bitmill.errors import CalibrationError, InputError, ModelError
+from bitmill.io.atomic import write_bytes
+from bitmill.pipeline.learned_parameters import PARAM, RECORD_NAME, LearnedFor
+from bitmill_workers.execution.fetch import resolve_path
+from bitmill_workers.settings import Settings
+from bitmill_workers.storage.artifacts import ArtifactStore
+from bitmill_workers.store.catalog import Catalog
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.records import Artifact
+
+_TEXT_PARAM = "calibration.text.path"
+
+
+def calibration_file(text: FileText, settings: Settings) -> Path:
+    """The file below an allowed root that holds the calibration text.
+
+    Raises `CalibrationError` (codes `path_not_allowed`, `text_not_found`).
+    """
+    try:
+        place, _ = resolve_path(text.path, settings.model_roots)
+    except ModelError as error:
+        raise CalibrationError(error.message, code=error.code, param=_TEXT_PARAM) from error
+    if not place.is_file():
+        raise CalibrationError(
+            f"there is no calibration file {text.path!r}", code="text_not_found", param=_TEXT_PARAM
+        )
+    return place
+
+
+def local_spec(spec: JobSpec, settings: Settings, parameters: Path | None = None) -> dict[str, Any]:
+    """The specification as JSON with local paths: of the calibration file below a root, and of
+    the folder of learned parameters.
+    """
+    data = spec.model_dump(mode="json")
+    if parameters is not None:
+        given = {"source": "path", "path": str(parameters)}
+        data["refinement"]["omniquant"]["resume_parameters"] = given
+    text = spec.calibration.text
+    if isinstance(text, FileText):
+        data["calibration"]["text"]["path"] = str(calibration_file(text, settings))
+    return data
+
+
+def given_map(
+    spec: JobSpec, store: JobStore, catalog: Catalog, artifacts: ArtifactStore
+) -> BitWidthMap | None:
+    """The map that the specification holds or refers to; None where it gives none.
+
+    Raises `InputError` (code `map_not_found`).
+    """
+    given = spec.allocation.map
+    if given is None:
+        return None
+    if isinstance(given, InlineMap):
+        return given.map
+    if isinstance(given, UploadedMap):
+        record = catalog.map(given.map_id)
+        if record is None:
+            raise _no_map(f"no bit-width map {given.map_id!r} was uploaded", "map_id")
+        return BitWidthMap.model_validate(record.map)
+    artifact = store.artifact(given.job_id, MAP_NAME)
+    if artifact is None:
+        raise _no_map(f"there is no succeeded job {given.job_id!r} with a bit-width map", "job_id")
+    return BitWidthMap.model_validate_json(artifacts.read(artifact))
+
+
+def write_map(
+    spec: JobSpec, target: Path, store: JobStore, catalog: Catalog, artifacts: ArtifactStore
+) -> Path | None:
+    """Write the map that the specification refers to; None where it gives none or has it inline.
+
+    Raises `InputError` (code `map_not_found`).
+    """
+    found = given_map(spec, store, catalog, artifacts)
+    if found is None or isinstance(spec.allocation.map, InlineMap):
+        return None
+    write_bytes(target, found.to_json().encode())
+    return target
+
+
+def check_parameters(
+    spec: JobSpec, settings: Settings, store: JobStore, artifacts: ArtifactStore
+) -> None:
+    """Refuse learned parameters that are not there, or that were learned with other settings.
+
+    Raises `InputError` (codes `parameters_not_found`, `path_not_allowed`, `unfit_parameters`).
+    """
+    given = spec.refinement.omniquant.resume_parameters
+    if given is None:
+        return
+    if isinstance(given, JobParameters):
+        data = artifacts.read(_parameter_files(given, store)[RECORD_NAME])
+    else:
+        data = (_parameter_folder(given, settings) / RECORD_NAME).read_bytes()
+    learned_for = LearnedFor.parse(data)
+    known = {"model": learned_for.model, "calibration": learned_for.calibration}
+    learned_for.check(LearnedFor.of_job(spec, **known))
+
+
+def fetch_parameters(
+    spec: JobSpec, target: Path, settings: Settings, store: JobStore, artifacts: ArtifactStore
+) -> Path | None:
+    """The local folder of the learned parameters that the specification refers to, if any.
+
+    target: the folder to make for those of a job. Raises `InputError` as `check_parameters` does.
+    """
+    given = spec.refinement.omniquant.resume_parameters
+    if given is None:
+        return None
+    if not isinstance(given, JobParameters):
+        return _parameter_folder(given, settings)
+    for path, artifact in _parameter_files(given, store).items():
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        artifacts.fetch(artifact, target / path)
+    return target
+
+
+def _parameter_files(given: JobParameters, store: JobStore) -> dict[str, Artifact]:
+    files = {file.path: file for file in store.artifacts(given.job_id)}
+    if RECORD_NAME not in files:
+        what = f"there is no succeeded job {given.job_id!r} with learned parameters"
+        raise _no_parameters(what, "job_id")
+    return files
+
+
+def _parameter_folder(given: PathParameters, settings: Settings) -> Path:
+    try:
+        place, _ = resolve_path(given.path, settings.model_roots)
+    except ModelError as error:
+        raise InputError(error.message, code=error.code, param=f"{PARAM}.path") from error
+    if not (place / RECORD_NAME).is_file():
+        raise _no_parameters(f"there are no learned parameters in {given.path!r}", "path")
+    return place
+
+
+def _no_parameters(problem: str, member: str) -> InputError:
+    return InputError(problem, code="parameters_not_found", param=f"{PARAM}.{member}")
+
+
+def _no_map(problem: str, member: str) -> InputError:
+    return InputError(problem, code="map_not_found", param=f"allocation.map.{member}")

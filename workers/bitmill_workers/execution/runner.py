@@ -1,0 +1,84 @@
+"""The runner: one job's pipeline in a process of its own, without network, secrets or database.
+
+Started by the supervisor as `python -m bitmill_workers.execution.runner <request> <message fd>`.
+For a job on several devices it is the launcher of their ranks (`rank.py`), which die with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitmill.runtime.launch import check_devices, run_ranks
+from bitmill_workers.execution.child import Emit, Emitter, serve
+
+if TYPE_CHECKING:
+    import torch
+
+    from bitmill.runtime.ranks import Group
+
+
+def run(request: dict[str, Any], emit: Emitter) -> dict[str, Any]:
+    """Run the pipeline in local folders, relay its progress and return what it found."""
+    request["device"] = _device(request["device"])
+    devices = request["spec"].get("devices", 1)
+    if devices == 1:
+        return run_pipeline(request, emit, request["device"])
+    check_devices(devices, request["device"])
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        order, answer = Path(folder, "request.json"), Path(folder, "result.json")
+        order.write_text(json.dumps(request))
+        os.dup2(emit.fd, 0)  # the only descriptors that the launcher hands on are 0, 1 and 2
+        arguments = ["-m", "bitmill_workers.execution.rank", str(order), str(answer)]
+        run_ranks(devices, arguments)
+        result: dict[str, Any] = json.loads(answer.read_bytes())
+        return result
+
+
+def run_pipeline(
+    request: dict[str, Any], emit: Emit, device: str | torch.device, group: Group | None = None
+) -> dict[str, Any]:
+    """The pipeline itself, in this process, as one rank of `group` or alone."""
+    from bitmill.config.spec import parse_spec
+    from bitmill.pipeline.job import run_job
+    from bitmill.pipeline.progress import Progress
+    from bitmill.runtime.ranks import SINGLE
+
+    def on_progress(progress: Progress) -> None:
+        emit({"type": "progress", **progress.model_dump(mode="json", exclude_none=True)})
+
+    result = run_job(
+        parse_spec(request["spec"]),
+        Path(request["model_folder"]),
+        Path(request["job_dir"]),
+        Path(request["output_dir"]),
+        gguf=request["gguf"],
+        map_file=Path(request["map_file"]) if request["map_file"] else None,
+        profile_folder=Path(request["profile_folder"]),
+        device=device,
+        group=group or SINGLE,
+        on_progress=on_progress,
+        should_stop=lambda: False,
+    )
+    summary = {
+        "bytes": result.manifest.total_bytes,
+        "quality": result.quality.model_dump(mode="json"),
+    }
+    return {"result": summary, "profile_id": result.profile_id}
+
+
+def _device(name: str) -> str:
+    """The accelerator, or the CPU, where the settings leave the choice."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    sys.exit(serve(sys.argv[1:], run))

@@ -1,0 +1,383 @@
+"""One attempt at a job: fetch, run the pipeline in a child, publish, and end the attempt.
+
+The supervisor holds the lease. It renews it by the database, and where the database is away longer
+than the lease it stops its child by its own clock. A refused write means that the job was given to
+someone else: the child is killed and nothing more is written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillRunning
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from bitmill.config.spec import HubModel, JobSpec, parse_spec
+from bitmill.errors import BitmillError, SpecError
+from bitmill_workers.execution.eta import Eta
+from bitmill_workers.execution.exits import FINAL, Exit, classify, describe
+from bitmill_workers.execution.fetch import local_model
+from bitmill_workers.execution.inputs import fetch_parameters, local_spec, write_map
+from bitmill_workers.execution.processes import Child, Ended
+from bitmill_workers.execution.progress_relay import Reporter
+from bitmill_workers.execution.stop import StopRequest
+from bitmill_workers.logs import log_fields
+from bitmill_workers.settings import Settings
+from bitmill_workers.storage.artifacts import ArtifactStore, open_artifacts
+from bitmill_workers.store.catalog import Catalog
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.leases import LeaseStore
+from bitmill_workers.store.records import JobRecord
+from bitmill_workers.store.stats import stage_seconds
+from bitmill_workers.tiers import next_tier
+
+_log = logging.getLogger(__name__)
+
+_RUNNER_SEES = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
+    *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CUDA_HOME"),
+    *("PYTORCH_CUDA_ALLOC_CONF", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "CC", "CXX"),
+    *("BITMILL_BACKEND", "BITMILL_CPU_KERNEL", "BITMILL_CUDA_LIBRARY", "TRITON_INTERPRET"),
+)
+"""Environment variables that the runner inherits: none of `Settings`, so no secret is there."""
+
+
+class Stopped(Exception):
+    """The attempt ends early: "cancel", "deadline", "stopping", "stalled", "fenced", "lost"."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Supervisor:
+    """Claims jobs and sees each through to the end of its attempt."""
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self.settings = settings
+        self.store = JobStore(database)
+        self.leases = LeaseStore(database, lease_s=settings.lease_s)
+        self.catalog = Catalog(database)
+        self.artifacts: ArtifactStore = open_artifacts(settings)
+
+    def run_next(self, stop: StopRequest) -> bool:
+        """Claim the next job of this worker's queues and run it; False where there is none."""
+        job = self.leases.claim_next(self.settings.worker_name, self.settings.queues)
+        if job is None:
+            return False
+        with log_fields(job_id=job.id, attempt=job.attempt, worker=self.settings.worker_name):
+            _log.info("attempt starts")
+            try:
+                spec = parse_spec(job.spec)
+            except SpecError as error:
+                # Stored by a version that knew other fields; no worker of this one can run it.
+                self.leases.fail(job.id, job.token, error.code, error.message, param=error.param)
+            else:
+                Attempt(self, job, spec, stop).run()
+        return True
+
+
+class Attempt:
+    """A claimed job, from claim to release."""
+
+    def __init__(
+        self, supervisor: Supervisor, job: JobRecord, spec: JobSpec, stop: StopRequest
+    ) -> None:
+        self.parts = supervisor
+        self.settings = supervisor.settings
+        self.job = job
+        self.spec = spec
+        self.stop = stop
+        self.key = (job.id, job.token)
+        eta = Eta(stage_seconds(supervisor.store.database, job.model))
+        limit = self.settings.log_bytes
+        self.reporter = Reporter(supervisor.leases, job, eta, log_limit=limit)
+        self.folder = self.settings.job_folder(job.id).resolve() / f"attempt-{job.token}"
+        self.renewed = time.monotonic()
+
+    def run(self) -> None:
+        """See the attempt through; every way out leaves the row, the files and no process."""
+        keep_output = False
+        try:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._settle(self._run_pipeline(self._fetch()))
+                keep_output = self._is("succeeded")
+            except Stopped as stopped:
+                self._end_stopped(stopped.reason)
+            except (BitmillError, OSError) as error:
+                self._end_error(error)
+        except Stopped as stopped:
+            keep_output = stopped.reason == "lost"
+            _log.warning("attempt gives up: %s", stopped.reason)
+        finally:
+            self._clean(keep_output)
+
+    def _fetch(self) -> Path:
+        """The model's local folder."""
+        model = self.spec.model
+        if not isinstance(model, HubModel):
+            return local_model(model, self.settings).resolve()
+        settings = self.settings
+        request = {
+            "model": model.model_dump(mode="json"),
+            "data": str(settings.data.resolve()),
+            "hub_endpoint": settings.hub_endpoint,
+            "lease_s": settings.lease_s,
+        }
+        env = dict(os.environ)
+        if settings.hub_token is not None:
+            env["BITMILL_HUB_TOKEN"] = settings.hub_token.get_secret_value()
+        message = f"downloading {model.repo_id}"
+        self.reporter.message(
+            {"kind": "stage", "stage": "resolve", "state": "started", "message": message}
+        )
+        ended = self._watch("bitmill_workers.execution.fetch", "fetch.json", request, env)
+        self._raise_unless_ok(ended)
+        return Path(self.reporter.result["folder"])
+
+    def _run_pipeline(self, model_folder: Path) -> Ended:
+        parts, job = self.parts, self.job
+        home = self.settings.job_folder(job.id).resolve()
+        output = parts.artifacts.attempt_folder(*self.key).resolve()
+        map_file = write_map(
+            self.spec, self.folder / "map.json", parts.store, parts.catalog, parts.artifacts
+        )
+        parameters = fetch_parameters(
+            self.spec, self.folder / "parameters", self.settings, parts.store, parts.artifacts
+        )
+        request = {
+            "spec": local_spec(self.spec, self.settings, parameters),
+            "model_folder": str(model_folder),
+            "gguf": self.spec.model.file,
+            "job_dir": str(home / "work"),
+            "output_dir": str(output),
+            "map_file": map_file and str(map_file),
+            "profile_folder": str(self.settings.profiles_folder.resolve()),
+            "device": self.settings.device,
+            "lease_s": self.settings.lease_s,
+            "lock": str(home / "runner.lock"),
+            "file_bytes": self.settings.runner_file_bytes,
+            "isolate": self.settings.runner_network == "isolate",
+        }
+        for folder in (home / "work", output.parent, self.settings.profiles_folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return self._watch(self.settings.runner_module, "runner.json", request, self._environment())
+
+    def _environment(self) -> dict[str, str]:
+        threads = str(self.spec.threads or self.settings.threads)
+        scratch = self.folder / "tmp"
+        scratch.mkdir(exist_ok=True)
+        seen = {
+            name: value
+            for name, value in os.environ.items()
+            if name in _RUNNER_SEES or name.startswith("NCCL_")
+        }
+        if self.settings.host_bytes is not None:
+            seen["BITMILL_HOST_BYTES"] = str(self.settings.host_bytes)
+        return seen | {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+            "TMPDIR": str(scratch),
+        }
+
+    def _watch(self, module: str, name: str, request: dict[str, Any], env: dict[str, str]) -> Ended:
+        file = self.folder / name
+        file.write_text(json.dumps(request))
+        self.reporter.begin()
+        self._tick_or_stop()
+        child = Child(module, [str(file)], env)
+        ended = child.watch(
+            on_message=self.reporter.message,
+            on_log=self.reporter.log,
+            tick=lambda: self._tick(child.beat),
+            tick_s=self.settings.poll_s,
+            stall_s=self.settings.stall_s,
+            wakeup_fd=self.stop.fd,
+        )
+        if ended.stopped is not None:
+            raise Stopped(ended.stopped)
+        return ended
+
+    def _tick(self, on_renewed: Callable[[], None] | None = None) -> str | None:
+        """Report, renew when due, and say why the attempt must stop, if it must."""
+        try:
+            due = time.monotonic() >= self.renewed + self.settings.renew_s
+            started = time.monotonic()
+            answer = (self.parts.leases.renew if due else self.parts.leases.look)(*self.key)
+            if answer.held and due:
+                self.renewed = started
+                if on_renewed is not None:
+                    on_renewed()
+            if not answer.held or not self.reporter.flush():
+                return "fenced"
+        except sa.exc.DBAPIError as error:
+            _log.warning("the database is away: %s", type(error).__name__)
+            return "lost" if self._lease_left() <= 0 else None
+        if answer.cancel:
+            return "cancel"
+        if answer.overdue:
+            return "deadline"
+        return "stopping" if self.stop.requested else None
+
+    def _tick_or_stop(self) -> None:
+        if reason := self._tick():
+            raise Stopped(reason)
+
+    def _lease_left(self) -> float:
+        """Seconds until this attempt must count its lease as lost, a sixth before it is."""
+        return self.renewed + self.settings.lease_s * 5 / 6 - time.monotonic()
+
+    def _persist(self, write: Callable[[], bool]) -> None:
+        """Make a final write, repeating it while the database is away and the lease lasts."""
+        while True:
+            try:
+                if not write():
+                    raise Stopped("fenced")
+                return
+            except sa.exc.DBAPIError as error:
+                _log.warning("cannot write the end: %s", error)
+                if self._lease_left() <= 0:
+                    raise Stopped("lost") from error
+                time.sleep(min(0.5, self.settings.poll_s))
+
+    def _settle(self, ended: Ended) -> None:
+        """The runner has ended by itself: publish, fail, or queue the job again."""
+        self._raise_unless_ok(ended)
+        leases = self.parts.leases
+        self._flush_rest()
+        self._persist(lambda: leases.finalize(*self.key))
+        files = self._publish()
+        result, profile_id = self.reporter.result["result"], self.reporter.result.get("profile_id")
+        if profile_id is not None:
+            self._keep_profile(profile_id)
+        self._persist(lambda: leases.finish(*self.key, result, files, profile_id=profile_id))
+        _log.info("job succeeded")
+
+    def _publish(self) -> list[Any]:
+        """Store the files while the lease is kept; a stopping worker gets a moment to finish."""
+        with ThreadPoolExecutor(1) as pool:
+            upload = pool.submit(self.parts.artifacts.publish, *self.key, self._on_bytes)
+            asked: float | None = None
+            while True:
+                try:
+                    return upload.result(timeout=self.settings.poll_s)
+                except StillRunning:
+                    reason = self._tick()
+                    if reason in ("fenced", "lost"):
+                        raise Stopped(reason) from None
+                    asked = asked or (time.monotonic() if self.stop.requested else None)
+                    if asked and time.monotonic() - asked > self.settings.stop_grace_s:
+                        raise Stopped("stopping") from None
+
+    def _on_bytes(self, done: int, total: int) -> None:
+        self.reporter.message(
+            {"kind": "progress", "stage": "publish", "done": done, "total": total, "unit": "byte"}
+        )
+
+    def _keep_profile(self, profile_id: str) -> None:
+        folder = self.settings.profiles_folder / profile_id
+        if folder.is_dir():
+            self.parts.artifacts.share_profile(profile_id, folder)
+        settings = {key: self.job.spec[key] for key in ("model", "calibration", "seed")}
+        self.parts.catalog.add_profile(
+            profile_id, model=self.job.model, settings=settings, path=profile_id
+        )
+
+    def _raise_unless_ok(self, ended: Ended) -> None:
+        if ended.status == Exit.OK and self.reporter.result:
+            return
+        raise _RunnerFailed(ended)
+
+    def _flush_rest(self) -> None:
+        self._persist(self.reporter.flush)
+
+    def _end_stopped(self, reason: str) -> None:
+        """The child is gone; write why."""
+        leases = self.parts.leases
+        if reason in ("fenced", "lost"):
+            raise Stopped(reason)
+        self._flush_rest()
+        match reason:
+            case "cancel":
+                self._persist(lambda: leases.cancelled(*self.key))
+            case "deadline":
+                message = f"not finished within deadline_s={self.spec.deadline_s}"
+                self._persist(lambda: leases.fail(*self.key, "deadline", message))
+            case "stalled":
+                message = f"no progress for {self.settings.stall_s:g} s; stacks are in the log"
+                self._persist(lambda: leases.fail(*self.key, "stalled", message))
+            case _:
+                retries = self.settings.handback_retries
+                self._persist(lambda: leases.hand_back(*self.key, reason, retries=retries))
+
+    def _end_error(self, error: Exception) -> None:
+        """The job cannot be run, or its runner failed."""
+        leases = self.parts.leases
+        self._flush_rest()
+        if isinstance(error, _RunnerFailed):
+            self._end_failed(error.ended)
+            return
+        exit_code, code, message, param = classify(error)
+        if exit_code in FINAL:
+            self._persist(lambda: leases.fail(*self.key, code, message, param=param))
+        else:
+            retries = self.settings.crash_retries
+            self._persist(lambda: leases.retry_crash(*self.key, message, retries=retries))
+
+    def _end_failed(self, ended: Ended) -> None:
+        leases, told = self.parts.leases, self.reporter.error
+        message = told.get("message") or describe(ended.status)
+        if ended.status in FINAL and told:
+            param = told.get("param")
+            self._persist(lambda: leases.fail(*self.key, told["code"], message, param=param))
+        elif ended.status == Exit.OUT_OF_MEMORY:
+            queue = next_tier(self.job.queue)
+            self._persist(lambda: leases.retry_larger(*self.key, queue, message))
+        else:
+            retries = self.settings.crash_retries
+            self._persist(lambda: leases.retry_crash(*self.key, message, retries=retries))
+
+    def _is(self, state: str) -> bool:
+        try:
+            return self.parts.store.get(self.job.id).state == state
+        except (sa.exc.DBAPIError, BitmillError):
+            return True
+
+    def _clean(self, keep_output: bool) -> None:
+        """Remove the attempt's scratch files, and its output unless it may be visible."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        store = self.parts.artifacts
+        try:
+            (store.drop_local if keep_output else store.remove)(*self.key)
+        except BitmillError as error:
+            _log.warning("files are left to the reconciler: %s", error)
+        try:
+            finished = self.parts.store.get(self.job.id).finished
+        except BitmillError:
+            finished = True
+        except sa.exc.DBAPIError:
+            finished = False
+        if finished:
+            shutil.rmtree(self.settings.job_folder(self.job.id), ignore_errors=True)
+
+
+class _RunnerFailed(BitmillError):
+    """A child ended by itself without a result."""
+
+    def __init__(self, ended: Ended) -> None:
+        super().__init__(describe(ended.status))
+        self.ended = ended

@@ -1,0 +1,238 @@
+"""Published files in S3-compatible storage: `<prefix>/<job id>/<token>/<path>`.
+
+The runner writes to a local folder; the supervisor uploads it (in parts where files are large) and
+then makes it visible in the database. Downloads go straight to the storage by presigned addresses,
+which are good for starting a download for `presign_s`. Given up: listing is the only way to find
+garbage, so it is looked for rarely.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from bitmill.errors import ResourceError
+from bitmill_workers.settings import Settings
+from bitmill_workers.storage.artifacts import listed_files
+from bitmill_workers.store.records import Artifact
+
+_PART = 16 << 20
+_PROFILES = "profiles"
+_FAILURES = (BotoCoreError, ClientError, boto3.exceptions.S3UploadFailedError)
+
+
+class StorageUnavailable(ResourceError):
+    """The object store refused or did not answer; the attempt may be repeated."""
+
+    code = "storage_unavailable"
+
+
+class S3Artifacts:
+    """A bucket of an S3-compatible object store."""
+
+    def __init__(self, settings: Settings) -> None:
+        assert settings.s3_bucket is not None
+        self._bucket = settings.s3_bucket
+        self._prefix = settings.s3_prefix.strip("/")
+        self._presign_s = settings.presign_s
+        self._staging = settings.artifacts_folder
+        self._client = _client(settings, settings.s3_endpoint)
+        public = settings.s3_public_endpoint
+        self._signer = _client(settings, public) if public else self._client
+        self._transfer = TransferConfig(
+            multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=4
+        )
+
+    def prepare(self) -> None:
+        """Create the bucket unless it exists."""
+        try:
+            self._client.create_bucket(Bucket=self._bucket)
+        except self._client.exceptions.BucketAlreadyOwnedByYou:
+            return
+        except _FAILURES as error:
+            raise _unavailable(f"bucket {self._bucket} cannot be created", error) from error
+
+    def attempt_folder(self, job_id: str, token: int) -> Path:
+        """A local folder; what it holds is uploaded by `publish`."""
+        return self._staging / job_id / str(token)
+
+    def publish(
+        self, job_id: str, token: int, on_bytes: Callable[[int, int], None]
+    ) -> list[Artifact]:
+        """Upload the attempt's files and check their stored sizes. Raises `StorageUnavailable`."""
+        folder = self.attempt_folder(job_id, token)
+        files = listed_files(folder)
+        total, done = sum(size for _, size, _ in files), 0
+
+        def on_part(count: int) -> None:
+            nonlocal done
+            done += count
+            on_bytes(done, total)
+
+        stored = []
+        for path, size, sha256 in files:
+            key = f"{job_id}/{token}/{path}"
+            self._upload(folder / path, key, size, on_part)
+            stored.append(Artifact(path, size, sha256, key))
+        return stored
+
+    def local_path(self, artifact: Artifact) -> Path | None:
+        """None: files are in the bucket."""
+        return None
+
+    def url(self, artifact: Artifact) -> str | None:
+        """A presigned address for GET, named as the file is."""
+        name = quote(artifact.path.rpartition("/")[2], safe="")
+        return str(
+            self._signer.generate_presigned_url(
+                "get_object",
+                Params={
+                    "Bucket": self._bucket,
+                    "Key": self._key(artifact.storage_key),
+                    "ResponseContentDisposition": f"attachment; filename*=utf-8''{name}",
+                },
+                ExpiresIn=self._presign_s,
+            )
+        )
+
+    def read(self, artifact: Artifact) -> bytes:
+        """The object's content."""
+        try:
+            key = self._key(artifact.storage_key)
+            answer = self._client.get_object(Bucket=self._bucket, Key=key)
+            return bytes(answer["Body"].read())
+        except _FAILURES as error:
+            raise _unavailable(f"{artifact.path} cannot be read", error) from error
+
+    def fetch(self, artifact: Artifact, target: Path) -> None:
+        """Download the object. Raises `StorageUnavailable`."""
+        try:
+            self._client.download_file(
+                self._bucket, self._key(artifact.storage_key), str(target), Config=self._transfer
+            )
+        except _FAILURES as error:
+            raise _unavailable(f"{artifact.path} cannot be read", error) from error
+
+    def attempts(self) -> Iterator[tuple[str, int]]:
+        """Every `<job id>/<token>` prefix of the bucket and every local staging folder."""
+        found = {
+            (place.parent.name, int(place.name))
+            for place in self._staging.glob("*/*")
+            if place.name.isdigit()
+        }
+        try:
+            for job in self._folders(f"{self._prefix}/"):
+                job_id = job.rsplit("/", 2)[-2]
+                attempts = () if job_id == _PROFILES else self._folders(job)
+                tokens = (attempt.rsplit("/", 2)[-2] for attempt in attempts)
+                found |= {(job_id, int(token)) for token in tokens if token.isdecimal()}
+        except _FAILURES as error:
+            raise _unavailable("stored attempts cannot be listed", error) from error
+        yield from sorted(found)
+
+    def remove(self, job_id: str, token: int) -> None:
+        """Delete the attempt's objects, its unfinished uploads and its local folder."""
+        self.drop_local(job_id, token)
+        prefix = self._key(f"{job_id}/{token}/")
+        try:
+            uploads = self._client.list_multipart_uploads(Bucket=self._bucket, Prefix=prefix)
+            for upload in uploads.get("Uploads", []):
+                self._client.abort_multipart_upload(
+                    Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
+            for page in self._pages(Prefix=prefix):
+                objects = [{"Key": item["Key"]} for item in page.get("Contents", [])]
+                if objects:
+                    self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": objects})
+        except _FAILURES as error:
+            raise _unavailable(f"attempt {job_id}/{token} cannot be removed", error) from error
+
+    def drop_local(self, job_id: str, token: int) -> None:
+        """Delete the attempt's local folder, and the job's when it was the last."""
+        shutil.rmtree(self.attempt_folder(job_id, token), ignore_errors=True)
+        parent = self._staging / job_id
+        if parent.is_dir() and not any(parent.iterdir()):
+            shutil.rmtree(parent, ignore_errors=True)
+
+    def share_profile(self, profile_id: str, folder: Path) -> None:
+        """Upload the profile's files; the same content has the same keys."""
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            path = file.relative_to(folder).as_posix()
+            key = f"{_PROFILES}/{profile_id}/{path}"
+            self._upload(file, key, file.stat().st_size, lambda _: None)
+
+    def fetch_profile(self, profile_id: str, folder: Path) -> bool:
+        """Download the profile unless `folder` is there already."""
+        if folder.is_dir():
+            return True
+        prefix = self._key(f"{_PROFILES}/{profile_id}/")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
+            arriving = Path(scratch, folder.name)
+            try:
+                for page in self._pages(Prefix=prefix):
+                    for item in page.get("Contents", []):
+                        target = arriving / item["Key"].removeprefix(prefix)
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        self._client.download_file(self._bucket, item["Key"], str(target))
+            except _FAILURES as error:
+                raise _unavailable(f"profile {profile_id} cannot be read", error) from error
+            if arriving.is_dir():
+                # Another thread may have brought the same content in the meantime.
+                with suppress(OSError):
+                    arriving.rename(folder)
+        return folder.is_dir()
+
+    def _key(self, storage_key: str) -> str:
+        return f"{self._prefix}/{storage_key}"
+
+    def _upload(self, file: Path, key: str, size: int, on_part: Callable[[int], None]) -> None:
+        place = {"Bucket": self._bucket, "Key": self._key(key)}
+        try:
+            self._client.upload_file(str(file), **place, Callback=on_part, Config=self._transfer)
+            stored = self._client.head_object(**place)["ContentLength"]
+        except _FAILURES as error:
+            raise _unavailable(f"{file.name} cannot be uploaded", error) from error
+        if stored != size:
+            raise StorageUnavailable(f"{file.name} was stored with {stored} bytes, not {size}")
+
+    def _pages(self, **query: str) -> Iterator[dict[str, Any]]:
+        listing = self._client.get_paginator("list_objects_v2")
+        yield from listing.paginate(Bucket=self._bucket, **query)
+
+    def _folders(self, prefix: str) -> Iterator[str]:
+        for page in self._pages(Prefix=prefix, Delimiter="/"):
+            for entry in page.get("CommonPrefixes", []):
+                yield entry["Prefix"]
+
+
+def _client(settings: Settings, endpoint: str | None) -> Any:
+    secret = settings.s3_secret_key
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name=settings.s3_region,
+        aws_access_key_id=settings.s3_access_key,
+        aws_secret_access_key=secret.get_secret_value() if secret else None,
+        config=Config(
+            retries={"mode": "standard", "max_attempts": 5},
+            connect_timeout=5,
+            read_timeout=60,
+            signature_version="s3v4",
+            s3={"addressing_style": "path"},
+        ),
+    )
+
+
+def _unavailable(problem: str, error: Exception) -> StorageUnavailable:
+    return StorageUnavailable(f"{problem}: the object store answered {type(error).__name__}")

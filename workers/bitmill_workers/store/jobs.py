@@ -1,0 +1,373 @@
+"""Job store as clients see it: submit, look up, cancel, retry, delete, events and logs.
+
+The row is the truth; a broker message is only a wake-up. What workers do with a job (claim, renew,
+finish) is in `leases`, profiles and maps are in `catalog`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import sqlalchemy as sa
+
+from bitmill.config.spec import JobSpec, ModelRef
+from bitmill_workers.errors import IdempotencyMismatch, JobNotFound, StateConflict
+from bitmill_workers.store.db import Database, db_now
+from bitmill_workers.store.records import (
+    Artifact,
+    Event,
+    JobRecord,
+    LogPage,
+    Page,
+    Submission,
+    job_record,
+    new_id,
+)
+from bitmill_workers.store.states import ACTIVE, TERMINAL, ShownState, State
+from bitmill_workers.store.tables import artifacts, idempotency, job_events, job_logs, jobs
+from bitmill_workers.store.transitions import add_events, transition
+
+MAX_PAGE = 200
+IDEMPOTENCY_S = 24 * 3600.0
+_QUEUED: tuple[State, ...] = ("queued",)
+
+
+class _KeyTaken(Exception):
+    """Another request took the idempotency key first; the transaction is rolled back."""
+
+
+def model_name(model: ModelRef) -> str:
+    """One string that names a model reference: what lists show and filter by."""
+    match model.source:
+        case "hub":
+            name = (
+                model.repo_id if model.revision == "main" else f"{model.repo_id}@{model.revision}"
+            )
+        case "path":
+            name = model.path
+        case "upload":
+            name = model.upload_id
+    return name if model.file is None else f"{name}/{model.file}"
+
+
+class JobStore:
+    """Jobs in a database; every method is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def submit(
+        self,
+        spec: JobSpec,
+        *,
+        tenant: str = "local",
+        idempotency_key: str | None = None,
+        request_hash: str = "",
+        queue: str = "cpu",
+        priority: int = 0,
+        parent_id: str | None = None,
+        webhook_url: str | None = None,
+    ) -> Submission:
+        """Store a new queued job, or return the one that the same key made within a day.
+
+        `request_hash` identifies the request's body. Raises `IdempotencyMismatch` where the key
+        was used with another hash.
+        """
+        values = {
+            "id": new_id(),
+            "tenant": tenant,
+            "spec": spec.model_dump(mode="json"),
+            "model": model_name(spec.model),
+            "label": spec.label,
+            "priority": priority,
+            "queue": queue,
+            "parent_id": parent_id,
+            "webhook_url": webhook_url,
+        }
+        if idempotency_key is None:
+            with self.database.write() as conn:
+                return Submission(_insert_job(conn, values, spec.deadline_s), replayed=False)
+        return self._submit_once(values, spec.deadline_s, idempotency_key, request_hash)
+
+    def submitted(
+        self, idempotency_key: str, request_hash: str, *, tenant: str = "local"
+    ) -> JobRecord | None:
+        """The job that this key made within a day, or None; raises as `submit` does."""
+        with self.database.read() as conn:
+            return self._known_key(conn, tenant, idempotency_key, request_hash)
+
+    def _submit_once(
+        self, values: dict[str, Any], deadline_s: float | None, key: str, request_hash: str
+    ) -> Submission:
+        tenant = values["tenant"]
+        try:
+            with self.database.write() as conn:
+                known = self._known_key(conn, tenant, key, request_hash)
+                if known is not None:
+                    return Submission(known, replayed=True)
+                job = _insert_job(conn, values, deadline_s)
+                self._take_key(conn, tenant, key, request_hash, job.id)
+                return Submission(job, replayed=False)
+        except _KeyTaken:
+            known = self.submitted(key, request_hash, tenant=tenant)
+        if known is None:
+            raise StateConflict(
+                f"the job of idempotency key {key!r} was just deleted: use a new key",
+                code="idempotency_deleted",
+            )
+        return Submission(known, replayed=True)
+
+    @staticmethod
+    def _known_key(
+        conn: sa.Connection, tenant: str, key: str, request_hash: str
+    ) -> JobRecord | None:
+        mine = (
+            idempotency.c.tenant == tenant,
+            idempotency.c.key == key,
+            idempotency.c.created_at > db_now() - IDEMPOTENCY_S,
+        )
+        row = conn.execute(sa.select(idempotency).where(*mine)).one_or_none()
+        if row is None:
+            return None
+        if row.request_hash != request_hash:
+            raise IdempotencyMismatch(
+                f"idempotency key {key!r} was used with a different request body: "
+                "send the same body or a new key",
+                param="Idempotency-Key",
+            )
+        return job_record(conn.execute(sa.select(jobs).where(jobs.c.id == row.job_id)).one())
+
+    def _take_key(
+        self, conn: sa.Connection, tenant: str, key: str, request_hash: str, job_id: str
+    ) -> None:
+        """Bind the key to the job; waits for a concurrent request with the same key."""
+        statement = self.database.insert(idempotency).values(
+            tenant=tenant, key=key, request_hash=request_hash, job_id=job_id, created_at=db_now()
+        )
+        renewed = statement.on_conflict_do_update(
+            index_elements=[idempotency.c.tenant, idempotency.c.key],
+            set_={
+                "request_hash": statement.excluded.request_hash,
+                "job_id": statement.excluded.job_id,
+                "created_at": statement.excluded.created_at,
+            },
+            where=idempotency.c.created_at <= db_now() - IDEMPOTENCY_S,
+        )
+        taken = conn.execute(renewed.returning(idempotency.c.job_id))
+        if taken.one_or_none() is None:
+            raise _KeyTaken
+
+    def get(self, job_id: str, *, tenant: str | None = None) -> JobRecord:
+        """One job; raises `JobNotFound`, also where it belongs to another tenant."""
+        with self.database.read() as conn:
+            return _get(conn, job_id, tenant)
+
+    def list(
+        self,
+        *,
+        tenant: str | None = None,
+        state: ShownState | None = None,
+        model: str | None = None,
+        label: str | None = None,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> Page:
+        """Jobs, newest first, that match all given filters; `after` is a former page's."""
+        limit = max(1, min(limit, MAX_PAGE))
+        query = sa.select(jobs).order_by(jobs.c.id.desc()).limit(limit + 1)
+        given = {jobs.c.tenant: tenant, jobs.c.model: model, jobs.c.label: label}
+        query = query.where(*(column == value for column, value in given.items() if value))
+        if state is not None:
+            query = query.where(_shown_as(state))
+        if after is not None:
+            query = query.where(jobs.c.id < after)
+        with self.database.read() as conn:
+            found = [job_record(row) for row in conn.execute(query)]
+        more = len(found) > limit
+        return Page(tuple(found[:limit]), found[limit - 1].id if more else None)
+
+    def request_cancel(self, job_id: str, *, tenant: str | None = None) -> JobRecord:
+        """Cancel a queued job now, or ask the runner of an active one to stop.
+
+        Repeating it changes nothing. Raises `JobNotFound`, and `StateConflict` (code
+        `job_finished`) where the job has succeeded or failed.
+        """
+        with self.database.write() as conn:
+            job = _get(conn, job_id, tenant)
+            mine = jobs.c.id == job_id
+            done = transition(conn, mine, "cancelled", sources=_QUEUED)
+            if done is not None:
+                return done
+            asked = (mine, jobs.c.state.in_(sorted(ACTIVE)), jobs.c.cancel_requested_at.is_(None))
+            now = {"cancel_requested_at": db_now()}
+            if not add_events(conn, sa.and_(*asked), [("cancel_requested", {})], values=now):
+                job = _get(conn, job_id, tenant)
+                if job.state in ("succeeded", "failed"):
+                    raise StateConflict(
+                        f"job {job_id} has already {job.state} and cannot be cancelled",
+                        code="job_finished",
+                    )
+            return _get(conn, job_id, tenant)
+
+    def delete(self, job_id: str, *, tenant: str | None = None) -> None:
+        """Remove a finished job with its events, log and artifact rows.
+
+        Its files become garbage, which the reconciler removes. Raises `JobNotFound`, and
+        `StateConflict` (code `job_not_finished`) for a job that is queued or active.
+        """
+        with self.database.write() as conn:
+            job = _get(conn, job_id, tenant)
+            gone = conn.execute(
+                sa.delete(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(sorted(TERMINAL)))
+            )
+            if not gone.rowcount:
+                raise StateConflict(
+                    f"job {job_id} is {job.shown_state}: cancel it before deleting it",
+                    code="job_not_finished",
+                )
+
+    def events(self, job_id: str, *, after: int = 0, limit: int = 500) -> tuple[Event, ...]:
+        """Events with a number above `after`, ascending."""
+        query = (
+            sa.select(job_events)
+            .where(job_events.c.job_id == job_id, job_events.c.seq > after)
+            .order_by(job_events.c.seq)
+            .limit(limit)
+        )
+        with self.database.read() as conn:
+            rows = conn.execute(query).all()
+        return tuple(Event(r.seq, r.time, r.kind, r.data) for r in rows)
+
+    def read_log(self, job_id: str, *, offset: int = 0, limit: int = 1 << 20) -> LogPage:
+        """At most `limit` bytes of the job's log from byte `offset`; raises `JobNotFound`."""
+        chunks = (
+            sa.select(job_logs)
+            .where(
+                job_logs.c.job_id == job_id,
+                job_logs.c.start + sa.func.length(job_logs.c.data) > offset,
+                job_logs.c.start < offset + limit,
+            )
+            .order_by(job_logs.c.start)
+        )
+        with self.database.read() as conn:
+            size = _get(conn, job_id, None).log_size
+            rows = conn.execute(chunks).all()
+        first = rows[0].start if rows else offset
+        data = b"".join(r.data for r in rows)[max(0, offset - first) :][:limit]
+        return LogPage(data, offset, offset + len(data), size)
+
+    def artifacts(self, job_id: str) -> tuple[Artifact, ...]:
+        """Published files of a job, by path; empty before it has succeeded."""
+        query = sa.select(artifacts).where(artifacts.c.job_id == job_id).order_by(artifacts.c.path)
+        with self.database.read() as conn:
+            rows = conn.execute(query).all()
+        return tuple(Artifact(r.path, r.size, r.sha256, r.storage_key) for r in rows)
+
+    def artifact(self, job_id: str, path: str) -> Artifact | None:
+        """One published file, or None: the only way from a client's path to a file."""
+        query = sa.select(artifacts).where(artifacts.c.job_id == job_id, artifacts.c.path == path)
+        with self.database.read() as conn:
+            row = conn.execute(query).one_or_none()
+        return None if row is None else Artifact(row.path, row.size, row.sha256, row.storage_key)
+
+    def counts(self, *, tenant: str | None = None) -> dict[State, int]:
+        """Number of jobs in each state that has any."""
+        query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
+        if tenant is not None:
+            query = query.where(jobs.c.tenant == tenant)
+        with self.database.read() as conn:
+            return {state: count for state, count in conn.execute(query)}
+
+    def queue_position(self, job: JobRecord) -> int | None:
+        """How many queued jobs of the same queue run before this one; None unless queued."""
+        if job.state != "queued":
+            return None
+        mine = sa.tuple_(-jobs.c.priority, jobs.c.fair_rank, jobs.c.created_at, jobs.c.id)
+        query = sa.select(sa.func.count()).where(
+            jobs.c.state == "queued",
+            jobs.c.queue == job.queue,
+            mine < sa.tuple_(-job.priority, job.fair_rank, job.created_at, job.id),
+        )
+        with self.database.read() as conn:
+            return int(conn.execute(query).scalar_one())
+
+    def mark_sent(self, job_ids: Sequence[str]) -> None:
+        """Note that wake-up messages of these queued jobs have been handed to the broker."""
+        if not job_ids:
+            return
+        with self.database.write() as conn:
+            conn.execute(
+                sa.update(jobs)
+                .where(jobs.c.id.in_(job_ids), jobs.c.state == "queued")
+                .values(sent_at=db_now())
+            )
+
+
+def _get(conn: sa.Connection, job_id: str, tenant: str | None) -> JobRecord:
+    query = sa.select(jobs).where(jobs.c.id == job_id)
+    if tenant is not None:
+        query = query.where(jobs.c.tenant == tenant)
+    row = conn.execute(query).one_or_none()
+    if row is None:
+        raise JobNotFound(job_id)
+    return job_record(row)
+
+
+def _shown_as(state: ShownState) -> sa.ColumnElement[bool]:
+    asked = jobs.c.cancel_requested_at.is_not(None)
+    if state == "cancelling":
+        return sa.and_(jobs.c.state.in_(sorted(ACTIVE)), asked)
+    if state in ACTIVE:
+        return sa.and_(jobs.c.state == state, sa.not_(asked))
+    return jobs.c.state == state
+
+
+def _fair_rank() -> sa.ColumnElement[int]:
+    """Start-time fair queueing: max(rank of the head of the queue, the tenant's last rank + 1).
+
+    Jobs run in ascending rank, so tenants take turns however many jobs each has waiting, and a
+    tenant that was idle gains no credit. (Goyal, Vin, Cheng 1996, with unit cost per job.)
+    """
+    last = (
+        sa.select(sa.func.coalesce(sa.func.max(jobs.c.fair_rank) + 1, 0))
+        .where(jobs.c.tenant == sa.bindparam("of_tenant"))
+        .scalar_subquery()
+    )
+    lowest = sa.select(sa.func.min(jobs.c.fair_rank))
+    head = lowest.where(jobs.c.state == "queued").scalar_subquery()
+    newest = sa.select(sa.func.coalesce(sa.func.max(jobs.c.fair_rank), 0)).scalar_subquery()
+    virtual = sa.func.coalesce(head, newest)
+    return sa.case((last > virtual, last), else_=virtual)
+
+
+_GIVEN = ("id", "tenant", "spec", "model", "label", "priority", "queue", "parent_id", "webhook_url")
+_COUNTS = ("attempt", "lost_count", "crash_count", "oom_count", "handback_count", "token")
+_INSERT_JOB = (
+    sa.insert(jobs)
+    .values(
+        {name: sa.bindparam(f"job_{name}", type_=jobs.c[name].type) for name in _GIVEN}
+        | dict.fromkeys((*_COUNTS, "log_size"), 0)
+        | {
+            "state": "queued",
+            "fair_rank": _fair_rank(),
+            "not_before": 0.0,
+            "deadline_at": db_now() + sa.bindparam("deadline_s", type_=sa.Double()),
+            "created_at": db_now(),
+            "queued_at": db_now(),
+            "next_seq": 1,
+            "schema_version": 1,
+        }
+    )
+    .returning(*jobs.c)
+)
+
+
+def _insert_job(conn: sa.Connection, given: dict[str, Any], deadline_s: float | None) -> JobRecord:
+    parameters = {f"job_{name}": given[name] for name in _GIVEN}
+    parameters |= {"of_tenant": given["tenant"], "deadline_s": deadline_s}
+    job = job_record(conn.execute(_INSERT_JOB, parameters).one())
+    first = {"state": "queued"} | ({"parent_id": job.parent_id} if job.parent_id else {})
+    add_events(conn, jobs.c.id == job.id, [("state", first)])
+    return replace(job, next_seq=2)

@@ -1,0 +1,171 @@
+"""What the store returns: frozen copies of rows. Times are seconds since the epoch."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from bitmill_workers.store.states import TERMINAL, ShownState, State, shown_state
+
+
+def new_id() -> str:
+    """A UUID of version 7 (RFC 9562): sorts by creation time to the millisecond."""
+    value = time.time_ns() // 1_000_000 << 80 | secrets.randbits(80)
+    value = value & ~(0xF << 76) | 7 << 76
+    value = value & ~(0x3 << 62) | 2 << 62
+    return str(uuid.UUID(int=value))
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """One job. `spec` is the stored specification, `result` and `progress` are the runner's."""
+
+    id: str
+    tenant: str
+    state: State
+    stage: str | None
+    spec: dict[str, Any]
+    model: str
+    label: str | None
+    priority: int
+    fair_rank: int
+    queue: str
+    attempt: int
+    lost_count: int
+    crash_count: int
+    oom_count: int
+    handback_count: int
+    token: int
+    owner: str | None
+    lease_until: float | None
+    not_before: float
+    deadline_at: float | None
+    cancel_requested_at: float | None
+    sent_at: float | None
+    created_at: float
+    queued_at: float
+    started_at: float | None
+    finalizing_at: float | None
+    finished_at: float | None
+    estimated_finish: float | None
+    progress: dict[str, Any] | None
+    error_code: str | None
+    error_message: str | None
+    error_param: str | None
+    result: dict[str, Any] | None
+    profile_id: str | None
+    parent_id: str | None
+    webhook_url: str | None
+    next_seq: int
+    log_size: int
+    schema_version: int
+
+    @property
+    def shown_state(self) -> ShownState:
+        """The state as clients see it: `cancelling` while a cancelled runner still lives."""
+        return shown_state(self.state, self.cancel_requested_at is not None)
+
+    @property
+    def finished(self) -> bool:
+        """True in a terminal state."""
+        return self.state in TERMINAL
+
+
+def job_record(row: sa.Row[Any]) -> JobRecord:
+    """The record of a row of `jobs`."""
+    return JobRecord(**row._mapping)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One entry of a job's history; `seq` counts from 1 without gaps."""
+
+    seq: int
+    time: float
+    kind: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LogPage:
+    """Bytes of a job's log from `offset`; `next_offset` continues, `size` is the whole log's."""
+
+    data: bytes
+    offset: int
+    next_offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """One published file. `storage_key` locates it in the artifact store."""
+
+    path: str
+    size: int
+    sha256: str
+    storage_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A created job, or the one that the same idempotency key created before."""
+
+    job: JobRecord
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Jobs, newest first; `after` continues the list, None at its end."""
+
+    jobs: tuple[JobRecord, ...]
+    after: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """Answer to a lease renewal. `held` False: fenced, stop at once and write nothing."""
+
+    held: bool
+    cancel: bool = False
+    overdue: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileRecord:
+    """A kept sensitivity profile; `id` is the hash of what it was made from, `path` its folder."""
+
+    id: str
+    model: str
+    settings: dict[str, Any]
+    path: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class MapRecord:
+    """An uploaded bit-width map; `id` is the hash of its content."""
+
+    id: str
+    name: str | None
+    map: dict[str, Any]
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """A worker's last sign of life."""
+
+    name: str
+    host: str
+    queues: tuple[str, ...]
+    device: str
+    version: str
+    started_at: float
+    last_seen: float
+    job_id: str | None

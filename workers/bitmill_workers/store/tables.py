@@ -1,0 +1,173 @@
+"""Tables of the job store, the same on SQLite and PostgreSQL.
+
+Times are seconds since the epoch by the database's clock, as doubles; JSON columns hold closed,
+versioned documents. Migrations in `migrations/versions` create them; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from bitmill_workers.store.states import STATES
+
+LONGEST_PARAM = 200
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("stage", sa.String(16)),
+    sa.Column("spec", sa.JSON(none_as_null=True), nullable=False),
+    sa.Column("model", sa.String(4200), nullable=False),
+    sa.Column("label", sa.String(200)),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("fair_rank", sa.BigInteger, nullable=False),
+    sa.Column("queue", sa.String(16), nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("lost_count", sa.Integer, nullable=False),
+    sa.Column("crash_count", sa.Integer, nullable=False),
+    sa.Column("oom_count", sa.Integer, nullable=False),
+    sa.Column("handback_count", sa.Integer, nullable=False),
+    sa.Column("token", sa.BigInteger, nullable=False),
+    sa.Column("owner", sa.String(200)),
+    sa.Column("lease_until", sa.Double),
+    sa.Column("not_before", sa.Double, nullable=False),
+    sa.Column("deadline_at", sa.Double),
+    sa.Column("cancel_requested_at", sa.Double),
+    sa.Column("sent_at", sa.Double),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("queued_at", sa.Double, nullable=False),
+    sa.Column("started_at", sa.Double),
+    sa.Column("finalizing_at", sa.Double),
+    sa.Column("finished_at", sa.Double),
+    sa.Column("estimated_finish", sa.Double),
+    sa.Column("progress", sa.JSON(none_as_null=True)),
+    sa.Column("error_code", sa.String(64)),
+    sa.Column("error_message", sa.Text),
+    sa.Column("error_param", sa.String(LONGEST_PARAM)),
+    sa.Column("result", sa.JSON(none_as_null=True)),
+    sa.Column("profile_id", sa.String(64)),
+    sa.Column("parent_id", sa.String(36)),
+    sa.Column("webhook_url", sa.String(2048)),
+    sa.Column("next_seq", sa.BigInteger, nullable=False),
+    sa.Column("log_size", sa.BigInteger, nullable=False),
+    sa.Column("schema_version", sa.Integer, nullable=False),
+    sa.CheckConstraint("state IN ({})".format(", ".join(f"'{s}'" for s in STATES)), name="state"),
+)
+
+_QUEUED = sa.text("state = 'queued'")
+_ACTIVE = sa.text("state IN ('running', 'finalizing')")
+sa.Index(
+    "ix_jobs_claim",
+    jobs.c.priority.desc(),
+    jobs.c.fair_rank,
+    jobs.c.created_at,
+    sqlite_where=_QUEUED,
+    postgresql_where=_QUEUED,
+)
+sa.Index(
+    "ix_jobs_queue_rank",
+    jobs.c.fair_rank,
+    sqlite_where=_QUEUED,
+    postgresql_where=_QUEUED,
+)
+sa.Index("ix_jobs_lease", jobs.c.lease_until, sqlite_where=_ACTIVE, postgresql_where=_ACTIVE)
+sa.Index("ix_jobs_tenant_rank", jobs.c.tenant, jobs.c.fair_rank)
+sa.Index("ix_jobs_fair_rank", jobs.c.fair_rank)
+sa.Index("ix_jobs_state", jobs.c.state, jobs.c.id)
+
+job_events = sa.Table(
+    "job_events",
+    metadata,
+    sa.Column("job_id", sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("time", sa.Double, nullable=False),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("data", sa.JSON(none_as_null=True), nullable=False),
+)
+
+job_logs = sa.Table(
+    "job_logs",
+    metadata,
+    sa.Column("job_id", sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("start", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+)
+
+artifacts = sa.Table(
+    "artifacts",
+    metadata,
+    sa.Column("job_id", sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("path", sa.String(1024), primary_key=True),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("storage_key", sa.String(1200), nullable=False),
+)
+
+idempotency = sa.Table(
+    "idempotency",
+    metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("key", sa.String(255), primary_key=True),
+    sa.Column("request_hash", sa.String(64), nullable=False),
+    sa.Column("job_id", sa.ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+)
+
+profiles = sa.Table(
+    "profiles",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("model", sa.String(4200), nullable=False),
+    sa.Column("settings", sa.JSON(none_as_null=True), nullable=False),
+    sa.Column("path", sa.String(1200), nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+)
+
+bit_width_maps = sa.Table(
+    "bit_width_maps",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(200)),
+    sa.Column("map", sa.JSON(none_as_null=True), nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+)
+
+workers = sa.Table(
+    "workers",
+    metadata,
+    sa.Column("name", sa.String(200), primary_key=True),
+    sa.Column("host", sa.String(255), nullable=False),
+    sa.Column("queues", sa.JSON(none_as_null=True), nullable=False),
+    sa.Column("device", sa.String(64), nullable=False),
+    sa.Column("version", sa.String(32), nullable=False),
+    sa.Column("started_at", sa.Double, nullable=False),
+    sa.Column("last_seen", sa.Double, nullable=False),
+)
+
+outbox = sa.Table(
+    "outbox",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("job_id", sa.ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("url", sa.String(2048), nullable=False),
+    sa.Column("payload", sa.JSON(none_as_null=True), nullable=False),
+    sa.Column("tries", sa.Integer, nullable=False),
+    sa.Column("next_try", sa.Double, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("delivered_at", sa.Double),
+    sa.Column("last_error", sa.Text),
+)
+sa.Index("ix_outbox_next_try", outbox.c.next_try)
