@@ -30,10 +30,10 @@ from torch import nn
 from bitmill.allocation.allocator import allocate
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.calibration.gradients import PassSettings
-from bitmill.calibration.loss_slopes import KL_PASS, corrected, loss_slopes
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.quant.grid import ClipSettings
 from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
+from bitmill.sensitivity.loss_slopes import KL_PASS, corrected, loss_slopes
 
 BASE = SensitivitySettings(widths=WIDTHS, gradients=PassSettings(batch=8))
 SAMPLED = PassSettings(batch=8, labels="sampled")

@@ -39,7 +39,6 @@ from value_basis import change_basis, value_bases
 
 from bitmill.allocation.allocator import allocate
 from bitmill.allocation.profile import SbaRecord, SensitivityProfile
-from bitmill.calibration.hessian import activation_order
 from bitmill.calibration.hooks import advance
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.calibration.windows import calibration_tokens, evaluation_tokens
@@ -52,10 +51,11 @@ from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.block import refine_block
-from bitmill.refinement.report import LinearReport
+from bitmill.results import LinearReport
 from bitmill.sensitivity.checkpoint import load_token_weights
 from bitmill.sensitivity.fisher import profile_knapsack
 from bitmill.sensitivity.sba import profile_block_sba
+from bitmill.solvers.factor import activation_order
 
 TEXTS = ("wiki_evaluation", "handbook_evaluation")
 BATCH = 8

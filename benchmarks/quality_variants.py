@@ -10,7 +10,7 @@ from bitmill.calibration.gradients import PassSettings
 from bitmill.quant.grid import ClipSettings
 from bitmill.refinement.block import RefineSettings
 from bitmill.sensitivity.fisher import SensitivitySettings
-from bitmill.solvers.gptq.solve import GptqSettings
+from bitmill.solvers.gptq.settings import GptqSettings
 from bitmill.solvers.grid_search import CompensatedSettings
 
 WIDTHS = (1, 2, 3, 4, 5, 6)

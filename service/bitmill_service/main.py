@@ -23,7 +23,7 @@ from bitmill_service.http.same_origin import SameOrigin
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.messaging.app import Dispatcher
 from bitmill_workers.messaging.reconcile import Reconciler
-from bitmill_workers.storage.artifacts import open_artifacts
+from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.store.catalog import Catalog
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore

@@ -11,17 +11,11 @@ from bitmill.quant.grid import ClipSettings
 from bitmill.runtime.ranks import SINGLE
 from bitmill.sensitivity.fisher import SensitivitySettings, input_costs
 from bitmill.solvers.gptq import column_loop_device as device_solve
-from bitmill.solvers.gptq.solve import (
-    Correction,
-    Curvature,
-    GptqSettings,
-    Linear,
-    polish,
-    polish_siblings,
-    quantize_siblings,
-    solve,
-    solve_siblings,
-)
+from bitmill.solvers.gptq.column_loop import solve, solve_siblings
+from bitmill.solvers.gptq.correction import Correction, Linear
+from bitmill.solvers.gptq.curvature import Curvature
+from bitmill.solvers.gptq.settings import GptqSettings
+from bitmill.solvers.gptq.solve import polish, polish_siblings, quantize_siblings
 from bitmill.solvers.grid_search import CompensatedSettings
 from bitmill.solvers.polish import polish_measured
 from bitmill.solvers.rtn import round_to_nearest

@@ -4,18 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from bitmill.calibration.hessian import Factor, factor
 from bitmill.quant.codes import output_error
 from bitmill.runtime.graphs import graphs_kept
 from bitmill.sensitivity.fisher import SensitivitySettings, input_costs
-from bitmill.solvers.gptq.solve import (
-    Curvature,
-    GptqSettings,
-    polish,
-    polish_siblings,
-    solve,
-    solve_siblings,
-)
+from bitmill.solvers.factor import Factor, factor
+from bitmill.solvers.gptq.column_loop import solve, solve_siblings
+from bitmill.solvers.gptq.curvature import Curvature
+from bitmill.solvers.gptq.settings import GptqSettings
+from bitmill.solvers.gptq.solve import polish, polish_siblings
 from bitmill.solvers.grid_search import CompensatedSettings
 from bitmill.solvers.polish import polish_measured
 from bitmill.solvers.rtn import round_to_nearest

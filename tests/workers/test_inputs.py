@@ -18,7 +18,7 @@ from bitmill_workers.execution.inputs import (
     write_map,
 )
 from bitmill_workers.settings import Settings
-from bitmill_workers.storage.artifacts import LocalArtifacts
+from bitmill_workers.storage.local import LocalArtifacts
 from bitmill_workers.store.catalog import Catalog
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.leases import LeaseStore

@@ -18,7 +18,7 @@ from bitmill_workers.execution.stop import StopRequest
 from bitmill_workers.execution.supervisor import Supervisor
 from bitmill_workers.messaging.reconcile import Reconciler
 from bitmill_workers.settings import Settings
-from bitmill_workers.storage.artifacts import open_artifacts
+from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.storage.s3 import S3Artifacts, StorageUnavailable
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore

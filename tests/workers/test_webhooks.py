@@ -18,7 +18,6 @@ from pydantic import SecretStr
 
 from bitmill_workers.messaging import webhooks
 from bitmill_workers.messaging.webhooks import (
-    MAX_TRIES,
     AddressRefused,
     WebhookSender,
     check_webhook_url,
@@ -28,7 +27,7 @@ from bitmill_workers.settings import Settings
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.stats import read_stats
-from bitmill_workers.store.tables import outbox
+from bitmill_workers.store.tables import DELIVERY_TRIES, outbox
 from stores import spec
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
@@ -104,12 +103,12 @@ def test_sending_gives_up_at_the_cap(
     job = store.submit(spec(), webhook_url="http://127.0.0.1:1/").job
     store.request_cancel(job.id)
     sender = WebhookSender(allowed, database)
-    for _ in range(MAX_TRIES + 3):
+    for _ in range(DELIVERY_TRIES + 3):
         due_now(database)
         sender.deliver_due()
     with database.read() as conn:
         row = conn.execute(sa.select(outbox)).one()
-    assert (row.tries, row.delivered_at) == (MAX_TRIES, None)
+    assert (row.tries, row.delivered_at) == (DELIVERY_TRIES, None)
     assert "refused" in row.last_error
     assert read_stats(database).webhooks_waiting == 0
 

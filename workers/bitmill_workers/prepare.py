@@ -10,7 +10,7 @@ import sys
 
 from bitmill_workers.logs import configure_logs
 from bitmill_workers.settings import Settings
-from bitmill_workers.storage.artifacts import open_artifacts
+from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.migrate import current_revision, upgrade
 

@@ -21,8 +21,8 @@ import sqlalchemy as sa
 from bitmill_workers.logs import configure_logs
 from bitmill_workers.messaging.app import create_celery
 from bitmill_workers.settings import Settings
-from bitmill_workers.storage.artifacts import open_artifacts
 from bitmill_workers.storage.garbage import collect_staging, collect_work
+from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.store.catalog import Catalog
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.migrate import require_head

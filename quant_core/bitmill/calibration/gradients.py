@@ -36,7 +36,7 @@ from bitmill.calibration.block_inputs import (
 )
 from bitmill.errors import CalibrationError
 from bitmill.models.streamed import StreamedModel
-from bitmill.pipeline.estimate import backward_bytes
+from bitmill.plan.block_memory import backward_bytes
 from bitmill.plan.model_plan import Plan
 from bitmill.runtime.memory import free_device_bytes, spare_host_bytes
 from bitmill.runtime.ranks import SINGLE, Group

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bitmill.calibration.hessian import HessianAccumulator, all_reduce, mirrored
+from bitmill.calibration.hessian import HessianAccumulator, all_reduce
 from bitmill.calibration.hooks import Ends, observe, observe_ends
 from bitmill.calibration.replay import Replay
 from bitmill.calibration.undersampled_experts import filled_means
@@ -32,6 +32,7 @@ from bitmill.models.streamed import StreamedModel, weight_of
 from bitmill.quant.codes import row_errors
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.runtime.stage_timer import stage
+from bitmill.solvers.factor import mirrored
 from bitmill_kernels.linalg.hessian import cross_update, hessian_update
 from bitmill_kernels.linalg.split_product import split_product
 

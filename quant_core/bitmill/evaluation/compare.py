@@ -26,6 +26,7 @@ from bitmill.formats.accounting import footprint
 from bitmill.formats.packed.checkpoint import PackedCheckpoint, read_bit_width_map
 from bitmill.inference.load import load, load_tokenizer
 from bitmill.models.convert_gguf import convert_gguf
+from bitmill.models.dtypes import compute_dtype
 from bitmill.models.streamed import StreamedModel, set_weight
 from bitmill.plan.model_plan import Plan, make_plan
 from bitmill.results import QualityRow, TextQuality
@@ -33,14 +34,6 @@ from bitmill.runtime.ranks import SINGLE, Group
 
 Candidate = tuple[BitWidthMap, StreamedLogits]
 """A map, and the model with its dequantized weights."""
-
-
-def compute_dtype(device: torch.device, plan: Plan) -> torch.dtype:
-    """float32 on a CPU and for float32 sources; else the half precision the source is stored in."""
-    stored = {linear.dtype for linear in plan.linears}
-    if device.type == "cpu" or not stored <= {"BF16", "F16"}:
-        return torch.float32
-    return torch.bfloat16 if "BF16" in stored else torch.float16
 
 
 def from_packed(model: StreamedModel, packed: Path) -> StreamedLogits:

@@ -27,8 +27,7 @@ from bitmill.config.bit_width_map import LinearShape
 from bitmill.errors import FormatError
 from bitmill.formats.packed.config import QUANT_METHOD, PackedConfig, PackedLinear
 from bitmill.inference.embedding import QuantizedEmbedding, ScaledEmbedding, TiedHead
-from bitmill.inference.linear import QuantizedLinear
-from bitmill.inference.siblings import join_siblings
+from bitmill.inference.linear import QuantizedLinear, join_siblings
 from bitmill.models.experts import unfuse_experts
 from bitmill.plan.architectures import HEAD
 

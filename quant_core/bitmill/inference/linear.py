@@ -9,17 +9,24 @@ first use on that device and dropped when the module changes; it is never stored
 The buffers themselves stay in host memory: moving a model to an accelerator leaves them, and
 buffers that were loaded onto one go back once the layout is built there. So the accelerator
 holds the packed weights once, and a model can be saved again at any time.
+
+Packed linears that read the same input are multiplied in one launch. q/k/v and gate/up are separate
+modules that a model calls one after the other with the same tensor: the first call multiplies for
+all of them and keeps the outputs, each of the others takes its own. Outputs are kept only until
+every sibling has come for its part, and a call with another tensor starts anew, so a sibling that
+is called alone costs time and is still right. Only accelerators gain from it: small launches are
+what they are slow at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from bitmill.inference.siblings import SiblingGroup
+from bitmill.plan.architectures import sibling_key
 from bitmill.quant.tensors import PackedTensor, packed_shapes
 from bitmill_kernels.matmul.linear import MixedLinear
 from bitmill_kernels.matmul.runtime import PackedWeight
@@ -169,3 +176,54 @@ class QuantizedLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without what was built from the buffers: a copy builds its own."""
         return self.__dict__ | {"_runtime": None}
+
+
+class SiblingGroup:
+    """Modules that share an input; the stack is built at the first use and dropped by `reset`."""
+
+    def __init__(self, modules: list[QuantizedLinear]) -> None:
+        self.modules = modules
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the stack: a module has moved or changed."""
+        self._stack: MixedLinear | None = None
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor | None] = []
+
+    def output(self, module: QuantizedLinear, x: Tensor) -> Tensor:
+        """y [..., N] of one of the modules, without its bias."""
+        index = next(i for i, sibling in enumerate(self.modules) if sibling is module)
+        y = self._outputs[index] if self._input is x else None
+        if y is None:
+            if self._stack is None or self._stack.device != x.device:
+                self._stack = self._build(x.device)
+            outputs = self._stack(x).split(self._stack.outputs, dim=-1)
+            self._input, self._outputs = x, list(outputs)
+            y = outputs[index]
+        self._outputs[index] = None  # a second call with the same tensor multiplies again
+        if all(output is None for output in self._outputs):
+            self._input = None
+        return y
+
+    def _build(self, device: torch.device) -> MixedLinear:
+        stack = MixedLinear([module.packed_weight() for module in self.modules], device)
+        for module in self.modules:
+            module.release()
+        return stack
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"modules": self.modules, "_stack": None, "_input": None, "_outputs": []}
+
+
+def join_siblings(modules: Iterable[tuple[str, QuantizedLinear]]) -> None:
+    """Put modules, given by full name, that read the same input into groups."""
+    groups: dict[tuple[Any, ...], list[QuantizedLinear]] = {}
+    for name, module in modules:
+        order = None if module.order is None else module.order.data_ptr()
+        groups.setdefault((*sibling_key(name), module.in_features, order), []).append(module)
+    for members in groups.values():
+        if len(members) > 1:
+            group = SiblingGroup(members)
+            for member in members:
+                member.siblings = group

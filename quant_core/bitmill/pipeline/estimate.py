@@ -27,15 +27,20 @@ from dataclasses import dataclass
 from bitmill.config.bit_width_map import WIDTHS, BitWidthMap
 from bitmill.config.spec import Closed, JobSpec
 from bitmill.formats.accounting import footprint
+from bitmill.plan.block_memory import (
+    BATCH_TOKENS,
+    LOGIT_BYTES,
+    WORKING_COPIES,
+    activation_bytes,
+    block_weights,
+    refining_bytes,
+    widest_linear,
+)
 from bitmill.plan.model_plan import Plan, PlannedLinear
 
-BATCH_TOKENS = 16384
-LOGIT_BYTES = 3 * 4 << 25
 OVERHEAD = 512 << 20
 ACCELERATOR_LIBRARIES = 5 << 29
 """Host memory of the libraries of CUDA and torch in one process, from a model of 7B on an H100."""
-WORKING_COPIES = 6
-FACTOR_COPIES = 6
 LEARNING_BYTES = 30
 """Per weight of a block that is learned, see docs/omniquant.md."""
 LEARNING_BATCH = 4
@@ -83,87 +88,27 @@ def _outside_weights(plan: Plan) -> int:
     return kept + sum(embedding.shape.weights for embedding in plan.embeddings)
 
 
-def _block_weights(plan: Plan, block: int) -> int:
-    prefix = f"{plan.block_prefix}.{block}."
-    kept = sum(math.prod(t.shape) for t in plan.tensors if t.module.startswith(prefix))
-    return kept + sum(linear.shape.weights for linear in plan.block_linears(block))
-
-
-def _hessian_bytes(plan: Plan, judged: bool, block: int) -> int:
-    """Float32 second moments of a block's widest stage, those of held-out windows too where they
-    judge, and for the widest input an ordered copy, the factor and two more while it is made."""
-    sets = 2 if judged else 1
-    stages = [
-        [plan.by_name[group[0]].columns for group in stage] for stage in plan.input_stages(block)
-    ]
-    together = max(sum(k * k for k in stage) for stage in stages)
-    return 4 * (sets * together + 4 * max(k * k for stage in stages for k in stage))
-
-
-def _activation_bytes(plan: Plan, block: int, tokens: int, element: int) -> int:
-    """Inputs and outputs of a block's linears for `tokens` tokens; experts share the tokens."""
-    dense = [li for li in plan.block_linears(block) if ".experts." not in li.name]
-    routed = [li for li in plan.block_linears(block) if ".experts." in li.name]
-    width = sum(li.rows + li.columns for li in dense)
-    width += sum(li.rows + li.columns for li in routed[:3]) * min(plan.experts, 8)
-    return tokens * element * (width + 4 * plan.hidden_size)
-
-
-def backward_bytes(plan: Plan, element: int, tokens: int) -> int:
-    """Accelerator memory of one block's turn in a gradient pass, beside hidden states.
-
-    Two blocks (one is loaded ahead), second moments with the widest factor and what makes it,
-    values and gradients of one batch of tokens, one slice of logits.
-    """
-    per_block = []
-    for i in {0, plan.block_count - 1}:
-        squares = [plan.by_name[group[0]].columns ** 2 for group in plan.input_groups(i)]
-        moments = 4 * (sum(squares) + FACTOR_COPIES * max(squares))
-        activations = 2 * _activation_bytes(plan, i, tokens, element)
-        per_block.append(2 * element * _block_weights(plan, i) + moments + activations)
-    return LOGIT_BYTES + max(per_block)
-
-
-def refining_bytes(plan: Plan, element: int, tokens: int, *, judged: bool) -> int:
-    """Accelerator memory of one block's turn in refinement without learning, beside hidden states.
-
-    Three blocks (quantized, source, the next), the widest stage's second moments (see
-    `_hessian_bytes`), values of one batch of tokens, the widest linear's working copies.
-    """
-    per_block = [
-        3 * element * _block_weights(plan, i)
-        + _hessian_bytes(plan, judged, i)
-        + _activation_bytes(plan, i, tokens, element)
-        for i in {0, plan.block_count - 1}
-    ]
-    return max(per_block) + WORKING_COPIES * 4 * _widest(plan)
-
-
-def _widest(plan: Plan) -> int:
-    return max(linear.shape.weights for linear in plan.matrices)
-
-
 def _learning_bytes(plan: Plan, spec: JobSpec, block: int, element: int) -> int:
     """A block that is learned on one batch of windows, or in the turn of tuning all scales."""
     asked = spec.refinement.omniquant
     if spec.refinement.method != "omniquant" or asked.resume_parameters is not None:
         return 0
     tokens = (asked.batch or LEARNING_BATCH) * spec.calibration.length
-    learned = LEARNING_BYTES * _block_weights(plan, block)
+    learned = LEARNING_BYTES * block_weights(plan, block)
     held = plan.weights if asked.tune_scales_steps else 0
-    return max(learned, held) + 2 * _activation_bytes(plan, block, tokens, element)
+    return max(learned, held) + 2 * activation_bytes(plan, block, tokens, element)
 
 
 def _accelerator_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:
     element = _element_bytes(plan, machine)
     tokens = max(BATCH_TOKENS, spec.calibration.length)
     learning = [
-        3 * element * _block_weights(plan, i) + _learning_bytes(plan, spec, i, element)
+        3 * element * block_weights(plan, i) + _learning_bytes(plan, spec, i, element)
         for i in {0, plan.block_count - 1}
     ]
     turn = max(
         refining_bytes(plan, element, tokens, judged=spec.refinement.asymmetric),
-        max(learning) + WORKING_COPIES * 4 * _widest(plan),
+        max(learning) + WORKING_COPIES * 4 * widest_linear(plan),
     )
     return OVERHEAD + element * _outside_weights(plan) + LOGIT_BYTES + turn
 
@@ -178,7 +123,7 @@ def stream_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:
 
 def fixed_host_bytes(plan: Plan, spec: JobSpec, machine: Machine, *, gguf: bool = False) -> int:
     """Host memory that a job cannot do without, whatever the number of its windows."""
-    block = 4 * max(_block_weights(plan, i) for i in {0, plan.block_count - 1})
+    block = 4 * max(block_weights(plan, i) for i in {0, plan.block_count - 1})
     process = ACCELERATOR_LIBRARIES if machine.accelerator else OVERHEAD
     if not machine.accelerator:
         process += _accelerator_bytes(plan, spec, machine) - OVERHEAD

@@ -31,14 +31,7 @@ from bitmill.calibration.windows import CalibrationSet, calibration_tokens
 from bitmill.config.bit_width_map import MAP_NAME, WIDTHS, BitWidthMap
 from bitmill.config.spec import Budget, InlineMap, JobSpec, PathParameters
 from bitmill.errors import ResourceError, SpecError, VerificationError
-from bitmill.evaluation.compare import (
-    Candidate,
-    compute_dtype,
-    from_packed,
-    measure,
-    measure_tasks,
-    with_weights,
-)
+from bitmill.evaluation.compare import Candidate, from_packed, measure, measure_tasks, with_weights
 from bitmill.evaluation.logits import StreamedLogits
 from bitmill.evaluation.tasks import TaskSuite
 from bitmill.formats.accounting import checkpoint_tensors, footprint, order_owners
@@ -46,6 +39,7 @@ from bitmill.formats.packed.checkpoint import write_checkpoint
 from bitmill.io import atomic as storage
 from bitmill.io.manifest import Manifest, read_manifest, write_manifest
 from bitmill.models.convert_gguf import convert_gguf
+from bitmill.models.dtypes import compute_dtype
 from bitmill.models.reader import CheckpointSource, check_all_finite
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.learned_parameters import PARAM, RECORD_NAME, LearnedFor, LearnedParameters

@@ -38,19 +38,12 @@ from bitmill.calibration.statistics import (
 )
 from bitmill.models.streamed import StreamedModel, set_weight, weight_of
 from bitmill.quant.tensors import QuantizedWeight
-from bitmill.refinement.report import BlockReport, LinearReport
+from bitmill.results import BlockReport, LinearReport
 from bitmill.runtime.ranks import Group
-from bitmill.solvers.gptq.solve import (
-    Correction,
-    Curvature,
-    GptqSettings,
-    Linear,
-    Solved,
-    check_weights,
-    quantize_siblings,
-    read_reports,
-    sampled_rows,
-)
+from bitmill.solvers.gptq.correction import Correction, Linear, sampled_rows
+from bitmill.solvers.gptq.curvature import Curvature
+from bitmill.solvers.gptq.settings import GptqSettings
+from bitmill.solvers.gptq.solve import Solved, check_weights, quantize_siblings, read_reports
 from bitmill.solvers.rtn import quantize_rtn
 
 Refined = tuple[QuantizedWeight, LinearReport]

@@ -1,30 +1,21 @@
-"""Quantized input embeddings and output heads: their codes, and what every width costs.
+"""Codes of quantized input embeddings and output heads.
 
 A matrix [V, D] is packed like a linear, in groups of 128 columns of one width. Its grids are found
 by the clip search, columns weighed by the mean square of the head's input where the matrix is the
-head (tied or not), alike where it is only looked up; codes are the nearest ones:
-
-    cost[b] = mean KL(source || source with this matrix rounded to b bits), nats per token
-
-measured on the first `COST_TOKENS` calibration tokens by running the model. Unlike a linear's cost
-it is no estimate, so it needs no gradient. Given up: compensation between the columns of a head,
-which would harm the lookups of a tied one.
+head (tied or not), alike where it is only looked up; codes are the nearest ones. Given up:
+compensation between the columns of a head, which would harm the lookups of a tied one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bitmill.allocation.profile import FloatArray, LinearProfile
-from bitmill.config.bit_width_map import code_bits, group_columns
-from bitmill.evaluation.logits import CHUNK, StreamedLogits, perplexity_and_kl
-from bitmill.io import atomic as storage
+from bitmill.config.bit_width_map import code_bits
+from bitmill.evaluation.logits import CHUNK, StreamedLogits
 from bitmill.models.streamed import StreamedModel, capture_inputs
 from bitmill.plan.model_plan import PlannedLinear
 from bitmill.quant.grid import ClipSettings
@@ -53,7 +44,7 @@ def round_embedding(
 @torch.no_grad()
 def head_squares(model: StreamedModel, tokens: Tensor) -> Tensor:
     """Mean square of the head's input, f32 [D], on the first windows of `tokens` int64 [S, T]."""
-    windows = _first(tokens)
+    windows = first_windows(tokens)
     total = torch.zeros((), dtype=torch.float64)
 
     def sink(_: str, x: Tensor) -> None:
@@ -65,47 +56,6 @@ def head_squares(model: StreamedModel, tokens: Tensor) -> Tensor:
             end = min(begin + CHUNK, windows.shape[1])
             capture_inputs({"head": model.head}, partial(window, begin, end), sink)
     return (total / windows.numel()).float()
-
-
-def embedding_profiles(
-    model: StreamedModel,
-    tokens: Tensor,
-    widths: Sequence[int],
-    folder: Path,
-    on_unit: Callable[[int, int, str, str], None],
-) -> tuple[LinearProfile, ...]:
-    """Costs of every embedding and head of the plan, spread over its groups by columns.
-
-    tokens: int64 [S, T]. folder: where finished matrices are kept for a run that goes on.
-    """
-    path = folder / "embeddings.json"
-    known: dict[str, list[float]] = storage.read_json(path) if path.is_file() else {}
-    matrices = model.plan.embeddings
-    for done, matrix in enumerate(matrices, 1):
-        if matrix.name not in known:
-            known[matrix.name] = _costs(model, tokens, matrix, widths)
-            storage.write_json(path, known)
-        on_unit(done, len(matrices), "embedding", matrix.name)
-    return tuple(_profile(matrix, np.array(known[matrix.name])) for matrix in matrices)
-
-
-def _costs(
-    model: StreamedModel, tokens: Tensor, matrix: PlannedLinear, widths: Sequence[int]
-) -> list[float]:
-    windows, squares = _first(tokens), head_squares(model, tokens)
-    reference = StreamedLogits(model, remember=True)
-    costs = []
-    for width in widths:
-        rounded, _ = round_embedding(model, matrix, (width,) * matrix.shape.groups, squares)
-        other = model.with_matrices({matrix.name: rounded.dequantize()})
-        measured = perplexity_and_kl(reference, StreamedLogits(other), windows)
-        costs.append(max(0.0, float(measured.kl.mean())))
-    return costs
-
-
-def _profile(matrix: PlannedLinear, costs: FloatArray) -> LinearProfile:
-    share = np.array(group_columns(matrix.columns)) / matrix.columns
-    return LinearProfile(matrix.name, matrix.rows, matrix.columns, share[:, None] * costs)
 
 
 def quantize_embeddings(
@@ -121,5 +71,5 @@ def quantize_embeddings(
     return weights, reports
 
 
-def _first(tokens: Tensor) -> Tensor:
+def first_windows(tokens: Tensor) -> Tensor:
     return tokens[: max(1, COST_TOKENS // tokens.shape[1])]

@@ -34,14 +34,13 @@ from bitmill.config.bit_width_map import BitWidthMap, group_columns
 from bitmill.config.spec import Refinement
 from bitmill.io import atomic as storage
 from bitmill.models.streamed import StreamedModel, set_weight
-from bitmill.pipeline.estimate import refining_bytes
+from bitmill.plan.block_memory import refining_bytes
 from bitmill.plan.model_plan import Plan
 from bitmill.quant.grid import ClipSettings
 from bitmill.quant.tensors import PackedTensor, QuantizedWeight
 from bitmill.refinement.block import RefineSettings, refine_block
 from bitmill.refinement.embeddings import quantize_embeddings
 from bitmill.refinement.omniquant.model import ModelLearning
-from bitmill.refinement.report import LinearReport
 from bitmill.refinement.store import (
     EMBEDDINGS,
     BlockSaver,
@@ -51,10 +50,10 @@ from bitmill.refinement.store import (
     report_path,
     save_block,
 )
-from bitmill.results import BlockQuality, LinearQuality, TuningQuality
+from bitmill.results import BlockQuality, LinearQuality, LinearReport, TuningQuality
 from bitmill.runtime.graphs import graphs_kept
 from bitmill.runtime.ranks import SINGLE, Group
-from bitmill.solvers.gptq.solve import GptqSettings
+from bitmill.solvers.gptq.settings import GptqSettings
 from bitmill.solvers.grid_search import CompensatedSettings
 
 TUNED_NAME = "tuned"

@@ -37,12 +37,7 @@ from torch import Tensor, nn
 
 from bitmill.allocation.profile import FloatArray, IndexArray, SensitivityProfile
 from bitmill.calibration.gradients import GradientPass, PassSettings, Prepare
-from bitmill.calibration.hessian import (
-    DAMPING_LADDER,
-    HessianAccumulator,
-    activation_order,
-    all_reduce,
-)
+from bitmill.calibration.hessian import HessianAccumulator, all_reduce
 from bitmill.calibration.undersampled_experts import fill_squares, filled_means
 from bitmill.errors import CalibrationError
 from bitmill.models.streamed import StreamedModel, weight_of
@@ -62,7 +57,8 @@ from bitmill.quant.grid import (
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.runtime.stage_timer import stage
 from bitmill.sensitivity.checkpoint import BlockProfile, ProfileCheckpoint, joined_profile
-from bitmill.solvers.gptq.solve import Curvature
+from bitmill.solvers.factor import DAMPING_LADDER, activation_order
+from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.grid_search import unit_rows
 from bitmill_kernels.backend import resolve_backend
 from bitmill_kernels.gptq.block import gptq_block

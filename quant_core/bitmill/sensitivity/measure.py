@@ -26,17 +26,17 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.allocation.profile import IndexArray, LinearProfile, SbaRecord, SensitivityProfile
-from bitmill.calibration.hessian import activation_order
 from bitmill.calibration.source_run import run_source_block
 from bitmill.calibration.statistics import Stream
 from bitmill.calibration.streams import HiddenStates
 from bitmill.models.streamed import StreamedModel
-from bitmill.pipeline.estimate import backward_bytes
+from bitmill.plan.block_memory import backward_bytes
 from bitmill.plan.model_plan import Plan
-from bitmill.refinement.embeddings import embedding_profiles
 from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.sensitivity.embeddings import embedding_profiles
 from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
 from bitmill.sensitivity.sba import SbaSettings, profile_block_sba
+from bitmill.solvers.factor import activation_order
 
 BATCH_TOKENS = 8192
 """Tokens that run through a block at once."""

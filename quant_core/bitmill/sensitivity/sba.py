@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.allocation.profile import SbaRecord
-from bitmill.calibration.hessian import activation_order, squared_pivots
 from bitmill.calibration.source_run import run_source_block
 from bitmill.calibration.statistics import Stream
 from bitmill.models.streamed import StreamedModel, weight_of
@@ -37,6 +36,7 @@ from bitmill.quant.grid import ClipSettings
 from bitmill.runtime.ranks import Group
 from bitmill.runtime.stage_timer import stage
 from bitmill.sensitivity.fisher import PROFILE_CLIP
+from bitmill.solvers.factor import activation_order, squared_pivots
 from bitmill.solvers.gptq.solve import check_weights
 from bitmill.solvers.rtn import round_to_nearest
 from bitmill_kernels.divergence.divergence import divergence

@@ -25,7 +25,7 @@ from bitmill.quant.grid import (
     round_scale,
 )
 from bitmill.quant.tensors import QuantizedWeight
-from bitmill.refinement.report import LinearReport
+from bitmill.results import LinearReport
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill_kernels.backend import resolve_backend
 

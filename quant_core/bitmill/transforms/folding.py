@@ -10,18 +10,28 @@ sequence, so the outputs stay the same bit for bit wherever a kernel computes al
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 from torch import Tensor
 
 from bitmill.plan.model_plan import Plan
 from bitmill.quant.tensors import PackedTensor
-from bitmill.refinement.model import RefinedModel
+
+
+class Solved(Protocol):
+    """A model whose linears are solved, as far as folding reads it."""
+
+    def packed(self, name: str) -> PackedTensor:
+        """One linear or embedding, its columns in packed order."""
+
+    def order(self, name: str) -> Tensor | None:
+        """Column order i32 [K] of a linear, None where it is natural."""
 
 
 class FoldedModel:
     """A refined model as it is packed."""
 
-    def __init__(self, refined: RefinedModel, plan: Plan) -> None:
+    def __init__(self, refined: Solved, plan: Plan) -> None:
         self._refined, self._feeders = refined, plan.feeders
         self._reader = {name: reader for reader, names in plan.feeders.items() for name in names}
 

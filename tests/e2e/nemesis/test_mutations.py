@@ -17,19 +17,19 @@ ROOT = Path(__file__).parents[3]
 
 MUTATIONS = {
     "token predicate": (
-        "leases.py",
+        "store/leases.py",
         "sa.and_(jobs.c.id == job_id, jobs.c.token == token, jobs.c.state",
         "sa.and_(jobs.c.id == job_id, jobs.c.state",
         "test_leases.py::test_stale_token_writes_nothing[sqlite]",
     ),
     "immediate transaction": (
-        "db.py",
+        "store/db.py",
         'raw.execute("BEGIN IMMEDIATE")',
         'raw.execute("BEGIN")',
         "test_concurrency.py::test_a_key_submitted_by_twelve_at_once_makes_one_job[sqlite]",
     ),
     "liveness pipe": (
-        "child.py",
+        "execution/child.py",
         '    start_lifeline(request["lease_s"])\n',
         "",
         "test_worker.py::test_stopped_supervisor_is_fenced_when_it_wakes",

@@ -2,14 +2,9 @@ import pytest
 import torch
 
 from bitmill.calibration import hessian as hessian_module
-from bitmill.calibration.hessian import (
-    HessianAccumulator,
-    activation_order,
-    factor,
-    mirrored,
-    squared_pivots,
-)
+from bitmill.calibration.hessian import HessianAccumulator
 from bitmill.errors import CalibrationError, NumericalError
+from bitmill.solvers.factor import activation_order, factor, mirrored, squared_pivots
 
 
 def inputs(T=300, K=40, seed=0):

@@ -22,7 +22,8 @@ from bitmill.quant.grid import ClipSettings
 from bitmill.refinement.block import RefineSettings, refine_block
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
-from bitmill.solvers.gptq.solve import GptqSettings, quantize_gptq
+from bitmill.solvers.gptq.settings import GptqSettings
+from bitmill.solvers.gptq.solve import quantize_gptq
 from bitmill.solvers.rtn import quantize_rtn
 from tiny import VOCABULARY, save_tiny
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from bitmill.errors import FormatError
-from bitmill.inference.linear import QuantizedLinear
-from bitmill.inference.siblings import join_siblings
+from bitmill.inference.linear import QuantizedLinear, join_siblings
 from bitmill.quant.tensors import PackedTensor
 from weights import random_weight
 

@@ -12,7 +12,8 @@ from bitmill.calibration.gradients import input_room
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.spec import JobSpec, parse_spec
 from bitmill.formats.accounting import footprint
-from bitmill.pipeline.estimate import Machine, backward_bytes, estimate
+from bitmill.pipeline.estimate import Machine, estimate
+from bitmill.plan.block_memory import backward_bytes
 from bitmill.plan.model_plan import Plan, PlannedLinear, PlannedTensor, Source, make_plan
 from tiny import tiny_llama
 

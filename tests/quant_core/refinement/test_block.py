@@ -3,15 +3,16 @@ import gc
 import pytest
 import torch
 
-from bitmill.calibration.hessian import activation_order
 from bitmill.calibration.hooks import advance, observe
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.errors import CalibrationError, NumericalError
 from bitmill.models.streamed import StreamedModel, weight_of
 from bitmill.quant.grid import ClipSettings
 from bitmill.refinement.block import RefineSettings, refine_block
+from bitmill.solvers.factor import activation_order
 from bitmill.solvers.gptq import solve as gptq
-from bitmill.solvers.gptq.solve import GptqSettings, polish_siblings, quantize_gptq
+from bitmill.solvers.gptq.settings import GptqSettings
+from bitmill.solvers.gptq.solve import polish_siblings, quantize_gptq
 from streaming import streamed, token_windows
 from tiny import tiny_llama, tiny_opt
 

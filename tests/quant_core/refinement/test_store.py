@@ -172,7 +172,7 @@ def test_a_block_is_told_when_saved_and_made_again_where_its_report_is_missing(
 LIMITED = """
 import resource, sys
 from pathlib import Path
-import test_refined_blocks as tests
+import test_store as tests
 from bitmill.models.streamed import StreamedModel
 from bitmill.errors import ResourceError
 from bitmill.plan.model_plan import make_plan
@@ -191,7 +191,7 @@ except ResourceError as error:
 def test_a_full_disk_ends_the_refinement_at_its_block(model: StreamedModel, tmp_path: Path) -> None:
     source = str(model.source.folder)
     command = [sys.executable, "-c", LIMITED, source, str(tmp_path / "refine")]
-    tests = str(Path(__file__).parents[2])
+    tests = str(Path(__file__).parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([tests, *sys.path])}
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=120, check=True

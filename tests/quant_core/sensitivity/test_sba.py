@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from bitmill.calibration.hessian import activation_order
 from bitmill.calibration.statistics import Stream
 from bitmill.models.streamed import StreamedModel
 from bitmill.quant.grid import ClipSettings, clip_search, nearest_codes, values
@@ -15,6 +14,7 @@ from bitmill.sensitivity.sba import (
     group_ranking,
     profile_block_sba,
 )
+from bitmill.solvers.factor import activation_order
 from streaming import streamed
 from tiny import tiny_opt
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from bitmill.calibration.hessian import factor
 from bitmill.quant.grid import ClipSettings, Grid, clip_search, max_code
+from bitmill.solvers.factor import factor
 from bitmill.solvers.grid_search import CompensatedSettings, compensated_loss, fit_compensated
 
 

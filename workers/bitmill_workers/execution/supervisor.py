@@ -31,7 +31,8 @@ from bitmill_workers.execution.progress_relay import Reporter
 from bitmill_workers.execution.stop import StopRequest
 from bitmill_workers.logs import log_fields
 from bitmill_workers.settings import Settings
-from bitmill_workers.storage.artifacts import ArtifactStore, open_artifacts
+from bitmill_workers.storage.artifacts import ArtifactStore
+from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.store.catalog import Catalog
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore

@@ -19,8 +19,9 @@ import sqlalchemy as sa
 from bitmill_workers.messaging.app import Dispatcher
 from bitmill_workers.messaging.webhooks import WebhookSender
 from bitmill_workers.settings import Settings
-from bitmill_workers.storage.artifacts import ArtifactStore, open_artifacts
+from bitmill_workers.storage.artifacts import ArtifactStore
 from bitmill_workers.storage.garbage import collect_artifacts, collect_work, prune_broker
+from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.jobs import IDEMPOTENCY_S, JobStore
 from bitmill_workers.store.leases import requeue

@@ -26,10 +26,9 @@ import sqlalchemy as sa
 from bitmill.errors import InputError
 from bitmill_workers.settings import Settings
 from bitmill_workers.store.db import Database, db_now
-from bitmill_workers.store.tables import outbox
+from bitmill_workers.store.tables import DELIVERY_TRIES, outbox
 
 _log = logging.getLogger(__name__)
-MAX_TRIES = 10
 _TIMEOUT_S = 10.0
 _ANSWER_S = 30.0
 _BATCH = 20
@@ -113,7 +112,7 @@ class WebhookSender:
         due = (outbox.c.delivered_at.is_(None), outbox.c.next_try <= db_now())
         with self._database.read() as conn:
             query = sa.select(outbox.c.id, outbox.c.tries).where(*due)
-            query = query.where(outbox.c.tries < MAX_TRIES).order_by(outbox.c.next_try)
+            query = query.where(outbox.c.tries < DELIVERY_TRIES).order_by(outbox.c.next_try)
             waiting = conn.execute(query.limit(_BATCH)).all()
         return sum(self._deliver(message, tries) for message, tries in waiting)
 

@@ -23,7 +23,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from bitmill.errors import ResourceError
 from bitmill_workers.settings import Settings
-from bitmill_workers.storage.artifacts import listed_files
+from bitmill_workers.storage.listing import listed_files
 from bitmill_workers.store.records import Artifact
 
 _PART = 16 << 20

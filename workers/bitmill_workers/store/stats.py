@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from bitmill_workers.messaging.webhooks import MAX_TRIES
 from bitmill_workers.store.db import Database, db_now
-from bitmill_workers.store.tables import artifacts, job_events, jobs, outbox
+from bitmill_workers.store.tables import DELIVERY_TRIES, artifacts, job_events, jobs, outbox
 
 _RECENT = 50
 
@@ -57,7 +56,7 @@ def read_stats(database: Database) -> StoreStats:
             sa.select(*(sa.func.coalesce(sa.func.sum(jobs.c[name]), 0) for name in names))
         ).one()
         fenced = _count(conn, job_events, job_events.c.kind == "fenced")
-        waiting = (outbox.c.delivered_at.is_(None), outbox.c.tries < MAX_TRIES)
+        waiting = (outbox.c.delivered_at.is_(None), outbox.c.tries < DELIVERY_TRIES)
         webhooks = _count(conn, outbox, sa.and_(*waiting))
         stored = conn.execute(
             sa.select(sa.func.coalesce(sa.func.sum(artifacts.c.size), 0))

@@ -157,6 +157,9 @@ workers = sa.Table(
     sa.Column("last_seen", sa.Double, nullable=False),
 )
 
+DELIVERY_TRIES = 10
+"""How often the message of an outbox row is sent before it is given up."""
+
 outbox = sa.Table(
     "outbox",
     metadata,

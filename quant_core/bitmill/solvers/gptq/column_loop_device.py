@@ -20,12 +20,13 @@ from torch import Tensor
 from bitmill.quant.codes import LinearCodes, group_slices, row_slices, stacked_largest
 from bitmill.quant.grid import Grid, clip_search, clip_search_groups, relative_weights, round_scale
 from bitmill.runtime.graphs import replayed
+from bitmill.solvers.gptq.curvature import Curvature
+from bitmill.solvers.gptq.settings import GptqSettings
 from bitmill.solvers.grid_search import CompensatedSettings
 from bitmill_kernels.layout import GROUP_SIZE
 from bitmill_kernels.linalg.split_product import LOW_LEFT, grouped_parts, subtract_parts
 
 if TYPE_CHECKING:
-    from bitmill.solvers.gptq.solve import Curvature, GptqSettings
     from bitmill_kernels.gptq.group_solve_triton import Candidates
 
 SPLIT_ROWS = 8 * GROUP_SIZE

@@ -4,20 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitmill.calibration.hessian import activation_order
 from bitmill.errors import NumericalError
 from bitmill.quant.grid import ClipSettings, clip_search, max_code
 from bitmill.runtime.ranks import SINGLE, Group
-from bitmill.solvers.gptq.solve import (
-    Correction,
-    Curvature,
-    GptqSettings,
-    Linear,
-    quantize_gptq,
-    quantize_siblings,
-    read_reports,
-    sampled_rows,
-)
+from bitmill.solvers.factor import activation_order
+from bitmill.solvers.gptq.correction import Correction, Linear, sampled_rows
+from bitmill.solvers.gptq.curvature import Curvature
+from bitmill.solvers.gptq.settings import GptqSettings
+from bitmill.solvers.gptq.solve import quantize_gptq, quantize_siblings, read_reports
 from bitmill.solvers.grid_search import CompensatedSettings
 from bitmill.solvers.rtn import quantize_rtn
 

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from bitmill.allocation.profile import LinearProfile, SensitivityProfile
 from bitmill.calibration.gradients import PassSettings
-from bitmill.calibration.loss_slopes import corrected, loss_slopes
 from bitmill.config.spec import parse_spec
 from bitmill.models.streamed import StreamedModel, set_weight, weight_of
 from bitmill.plan.model_plan import make_plan
 from bitmill.quant.codes import group_slices
 from bitmill.quant.grid import ClipSettings, clip_search, nearest_codes, values
+from bitmill.sensitivity.loss_slopes import corrected, loss_slopes
 from tiny import VOCABULARY, tiny_llama
 
 SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})

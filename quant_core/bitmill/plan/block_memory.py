@@ -1,0 +1,82 @@
+"""Accelerator memory of one decoder block's turn in the passes over a model, from its plan alone.
+
+The passes choose their batches by these figures, and a job's estimate adds them up, so both speak
+of the same memory. Torch-free.
+"""
+
+from __future__ import annotations
+
+import math
+
+from bitmill.plan.model_plan import Plan
+
+BATCH_TOKENS = 16384
+
+
+LOGIT_BYTES = 3 * 4 << 25
+
+
+WORKING_COPIES = 6
+
+
+FACTOR_COPIES = 6
+
+
+def block_weights(plan: Plan, block: int) -> int:
+    prefix = f"{plan.block_prefix}.{block}."
+    kept = sum(math.prod(t.shape) for t in plan.tensors if t.module.startswith(prefix))
+    return kept + sum(linear.shape.weights for linear in plan.block_linears(block))
+
+
+def hessian_bytes(plan: Plan, judged: bool, block: int) -> int:
+    """Float32 second moments of a block's widest stage, those of held-out windows too where they
+    judge, and for the widest input an ordered copy, the factor and two more while it is made."""
+    sets = 2 if judged else 1
+    stages = [
+        [plan.by_name[group[0]].columns for group in stage] for stage in plan.input_stages(block)
+    ]
+    together = max(sum(k * k for k in stage) for stage in stages)
+    return 4 * (sets * together + 4 * max(k * k for stage in stages for k in stage))
+
+
+def activation_bytes(plan: Plan, block: int, tokens: int, element: int) -> int:
+    """Inputs and outputs of a block's linears for `tokens` tokens; experts share the tokens."""
+    dense = [li for li in plan.block_linears(block) if ".experts." not in li.name]
+    routed = [li for li in plan.block_linears(block) if ".experts." in li.name]
+    width = sum(li.rows + li.columns for li in dense)
+    width += sum(li.rows + li.columns for li in routed[:3]) * min(plan.experts, 8)
+    return tokens * element * (width + 4 * plan.hidden_size)
+
+
+def backward_bytes(plan: Plan, element: int, tokens: int) -> int:
+    """Accelerator memory of one block's turn in a gradient pass, beside hidden states.
+
+    Two blocks (one is loaded ahead), second moments with the widest factor and what makes it,
+    values and gradients of one batch of tokens, one slice of logits.
+    """
+    per_block = []
+    for i in {0, plan.block_count - 1}:
+        squares = [plan.by_name[group[0]].columns ** 2 for group in plan.input_groups(i)]
+        moments = 4 * (sum(squares) + FACTOR_COPIES * max(squares))
+        activations = 2 * activation_bytes(plan, i, tokens, element)
+        per_block.append(2 * element * block_weights(plan, i) + moments + activations)
+    return LOGIT_BYTES + max(per_block)
+
+
+def refining_bytes(plan: Plan, element: int, tokens: int, *, judged: bool) -> int:
+    """Accelerator memory of one block's turn in refinement without learning, beside hidden states.
+
+    Three blocks (quantized, source, the next), the widest stage's second moments (see
+    `hessian_bytes`), values of one batch of tokens, the widest linear's working copies.
+    """
+    per_block = [
+        3 * element * block_weights(plan, i)
+        + hessian_bytes(plan, judged, i)
+        + activation_bytes(plan, i, tokens, element)
+        for i in {0, plan.block_count - 1}
+    ]
+    return max(per_block) + WORKING_COPIES * 4 * widest_linear(plan)
+
+
+def widest_linear(plan: Plan) -> int:
+    return max(linear.shape.weights for linear in plan.matrices)
