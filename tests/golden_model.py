@@ -14,7 +14,7 @@ import torch
 from bitmill.config.bit_width_map import BitWidthMap, LinearShape
 from bitmill.formats.packed.checkpoint import write_checkpoint
 from bitmill.formats.packed.layout import stored_tensors
-from bitmill.io.safetensors_layout import TensorSpec
+from bitmill.io.safetensors import TensorInfo
 from bitmill.quant.tensors import QuantizedWeight
 from bitmill_kernels.layout import group_columns, zero_bits
 
@@ -48,10 +48,10 @@ WIDTHS = ((3, 2), (1, 5), (8, 1), (4,), (6, 6), (2, 3), (5,))
 QUERY_ORDER = f"{BLOCK}.self_attn.q_proj.order"
 ORDERS = {shape.name: QUERY_ORDER for shape in SHAPES[:3]}
 KEPT = (
-    TensorSpec("model.embed_tokens.weight", "F16", (16, 136)),
-    TensorSpec(f"{BLOCK}.input_layernorm.weight", "F16", (136,)),
-    TensorSpec(f"{BLOCK}.post_attention_layernorm.weight", "F16", (136,)),
-    TensorSpec("model.norm.weight", "F16", (136,)),
+    TensorInfo("model.embed_tokens.weight", "F16", (16, 136)),
+    TensorInfo(f"{BLOCK}.input_layernorm.weight", "F16", (136,)),
+    TensorInfo(f"{BLOCK}.post_attention_layernorm.weight", "F16", (136,)),
+    TensorInfo("model.norm.weight", "F16", (136,)),
 )
 
 

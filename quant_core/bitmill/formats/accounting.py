@@ -19,7 +19,7 @@ from typing import Literal
 from bitmill.config.bit_width_map import BitWidthMap, group_bytes, group_columns, linear_bytes
 from bitmill.config.spec import Budget
 from bitmill.formats.packed.layout import stored_tensors
-from bitmill.io.safetensors_layout import TensorSpec, checkpoint_bytes
+from bitmill.io.safetensors import TensorInfo, checkpoint_bytes
 from bitmill.plan.model_plan import Plan
 
 Order = Literal["natural", "activation"]
@@ -53,7 +53,7 @@ def order_owners(plan: Plan, order: Order) -> dict[str, str]:
     }
 
 
-def checkpoint_tensors(plan: Plan, widths: Widths, order: Order) -> list[TensorSpec]:
+def checkpoint_tensors(plan: Plan, widths: Widths, order: Order) -> list[TensorInfo]:
     """Every tensor of the packed checkpoint, in the order in which shards are filled."""
     owners = order_owners(plan, order)
     return stored_tensors(

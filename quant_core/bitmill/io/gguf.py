@@ -9,7 +9,6 @@ strangers' files, so this reader bounds every count and skips what it does not n
 
 from __future__ import annotations
 
-import math
 import re
 import struct
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bitmill.errors import ModelError
-from bitmill.io.safetensors_headers import MAX_NAME, MAX_TENSORS, TensorHeader
+from bitmill.io.safetensors import MAX_NAME, MAX_TENSORS, TensorInfo
 
 _MAX_SETTINGS = 10_000
 _MAX_ARRAY = 1 << 22
@@ -205,13 +204,12 @@ def _hugging_face_name(name: str) -> str | None:
     return module and f"{module}.{leaf}"
 
 
-def gguf_tensors(path: Path, header: GgufHeader) -> dict[str, TensorHeader]:
+def gguf_tensors(path: Path, header: GgufHeader) -> dict[str, TensorInfo]:
     """The tensors under their Hugging Face names, as float32: what conversion will write.
 
     Raises `ModelError` for a tensor without a counterpart.
     """
-    result: dict[str, TensorHeader] = {}
-    begin = 0
+    result: dict[str, TensorInfo] = {}
     for name, shape in header.tensors.items():
         full = _hugging_face_name(name)
         if full is None:
@@ -221,6 +219,5 @@ def gguf_tensors(path: Path, header: GgufHeader) -> dict[str, TensorHeader]:
                 code="unsupported_architecture",
                 param=name[:100],
             )
-        result[full] = TensorHeader(full, "F32", shape, begin, path.name)
-        begin += 4 * math.prod(shape)
+        result[full] = TensorInfo(full, "F32", shape, path.name)
     return result

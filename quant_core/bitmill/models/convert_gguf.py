@@ -15,28 +15,21 @@ import transformers
 from torch import nn
 
 from bitmill.errors import ModelError, ResourceError
-from bitmill.io.atomic import atomic_folder, write_json
+from bitmill.formats.packed.checkpoint import tensor_bytes
+from bitmill.io.atomic import atomic_folder
 from bitmill.io.gguf import gguf_config, gguf_tensors, read_gguf_header
-from bitmill.io.safetensors_layout import INDEX_NAME, TensorSpec, header, shard
+from bitmill.io.safetensors import ShardWriter, TensorInfo
 from bitmill.plan.config_json import check_config
 
 
 def _save_weights(model: nn.Module, names: Iterable[str], folder: Path) -> None:
     """Write the named parameters, in shards with an index where one file would be too large."""
     tensors = {name: model.get_parameter(name).detach().contiguous() for name in names}
-    specs = [TensorSpec(name, "F32", tuple(value.shape)) for name, value in tensors.items()]
-    shards = shard(specs)
-    for file, part in shards.items():
-        first, places = header(part)
-        with (folder / file).open("wb") as handle:
-            handle.write(first)
-            for name in sorted(places, key=places.__getitem__):
-                handle.write(tensors[name].numpy().data)
-    if len(shards) > 1:
-        weight_map = {spec.name: file for file, part in shards.items() for spec in part}
-        total = sum(spec.bytes for spec in specs)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / INDEX_NAME, index)
+    infos = [TensorInfo(name, "F32", tuple(value.shape)) for name, value in tensors.items()]
+    with ShardWriter(folder, infos) as writer:
+        for name, value in tensors.items():
+            writer.write(name, tensor_bytes(value))
+    writer.write_index(tensors)
 
 
 def _load(path: Path) -> tuple[Any, Any]:

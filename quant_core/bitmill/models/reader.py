@@ -1,6 +1,6 @@
 """Reading a model folder's tensors one at a time, memory-mapped, in the source's own dtype.
 
-Headers are checked by `bitmill.io.safetensors_headers` before the `safetensors` library opens a
+Headers are checked by `bitmill.io.safetensors` before the `safetensors` library opens a
 file, so names, dtypes and offsets are known to be sound. A read touches only the bytes it returns.
 """
 
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bitmill.errors import ModelError
-from bitmill.io.safetensors_headers import read_headers
+from bitmill.io.safetensors import read_headers
 from bitmill.plan.model_plan import PlannedLinear, PlannedTensor, Source
 
 

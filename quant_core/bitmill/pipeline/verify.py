@@ -34,7 +34,7 @@ from bitmill.formats.accounting import (
 )
 from bitmill.formats.packed.checkpoint import PackedCheckpoint, read_bit_width_map, tensor_bytes
 from bitmill.inference.linear import QuantizedLinear
-from bitmill.io.safetensors_layout import TensorSpec
+from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan
 from bitmill.quant.tensors import PackedTensor, undo_order
 
@@ -128,7 +128,7 @@ def _check_map(
 
 
 def _check_tensors(
-    checkpoint: PackedCheckpoint, specs: list[TensorSpec], hashes: Mapping[str, str]
+    checkpoint: PackedCheckpoint, specs: list[TensorInfo], hashes: Mapping[str, str]
 ) -> None:
     """Names, dtypes, shapes and bytes of every stored tensor."""
     different = sorted({spec.name for spec in specs} ^ checkpoint.headers.keys())

@@ -20,8 +20,7 @@ from bitmill.config.bit_width_map import LinearShape
 from bitmill.config.spec import Closed, JobSpec
 from bitmill.errors import ModelError, SpecError
 from bitmill.io.gguf import gguf_config, gguf_tensors, read_gguf_header
-from bitmill.io.safetensors_headers import TensorHeader, read_headers
-from bitmill.io.safetensors_layout import TensorSpec
+from bitmill.io.safetensors import TensorInfo, read_headers
 from bitmill.plan.architectures import (
     ELEMENTWISE,
     EMBEDDINGS,
@@ -89,9 +88,9 @@ class PlannedTensor(Closed):
     source: Source
 
     @cached_property
-    def spec(self) -> TensorSpec:
-        """Name, dtype and shape, as `bitmill.io.safetensors_layout` counts them."""
-        return TensorSpec(self.name, self.dtype, self.shape)
+    def spec(self) -> TensorInfo:
+        """Name, dtype and shape, as `bitmill.io.safetensors` counts them."""
+        return TensorInfo(self.name, self.dtype, self.shape)
 
 
 class Plan(Closed):
@@ -198,11 +197,11 @@ class Plan(Closed):
         return [group for stage in self.input_stages(block) for group in stage]
 
 
-def _is_expert_stack(name: str, header: TensorHeader) -> bool:
+def _is_expert_stack(name: str, header: TensorInfo) -> bool:
     return len(header.shape) == 3 and name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
 
 
-def _unfuse(module: str, header: TensorHeader) -> Iterable[tuple[str, int, int, Source]]:
+def _unfuse(module: str, header: TensorInfo) -> Iterable[tuple[str, int, int, Source]]:
     """(path, N, K, source) of each expert's linears in a fused tensor [E, N, K]."""
     parent, _, leaf = module.rpartition(".")
     count, rows, columns = header.shape
@@ -219,7 +218,7 @@ def _unfuse(module: str, header: TensorHeader) -> Iterable[tuple[str, int, int, 
 
 
 def _matrices(
-    module: str, header: TensorHeader, found: Architecture
+    module: str, header: TensorInfo, found: Architecture
 ) -> list[tuple[str, int, int, Source]]:
     """(path, N, K, source) of the linears that a block's tensor holds; none for norms, routers."""
     if header.dtype not in FLOATS:
@@ -233,7 +232,7 @@ def _matrices(
     return [(path, rows, columns, Source(tensor=header.name, transposed=found.transposed))]
 
 
-def _embedding(module: str, header: TensorHeader) -> PlannedLinear | None:
+def _embedding(module: str, header: TensorInfo) -> PlannedLinear | None:
     """The input embedding or head that a tensor outside the blocks is, if it is one."""
     path, _, leaf = module.rpartition(".")
     known = path == HEAD or path.rpartition(".")[2] in EMBEDDINGS
@@ -246,7 +245,7 @@ def _embedding(module: str, header: TensorHeader) -> PlannedLinear | None:
     )
 
 
-def _check_embeddings(modules: Mapping[str, TensorHeader]) -> None:
+def _check_embeddings(modules: Mapping[str, TensorInfo]) -> None:
     """Refuse a model whose tied matrix is stored under the head's name alone."""
     if not any(module.split(".")[-2] in EMBEDDINGS for module in modules if "." in module):
         raise ModelError(
@@ -279,7 +278,7 @@ def _kept_linear(linear: PlannedLinear) -> PlannedTensor:
     return PlannedTensor(name=name, module=name, dtype=linear.dtype, shape=shape, source=source)
 
 
-def _kept_tensor(name: str, module: str, header: TensorHeader) -> PlannedTensor:
+def _kept_tensor(name: str, module: str, header: TensorInfo) -> PlannedTensor:
     source = Source(tensor=header.name)
     return PlannedTensor(
         name=name, module=module, dtype=header.dtype, shape=header.shape, source=source
@@ -305,7 +304,7 @@ def _matches(path: str, patterns: tuple[str, ...]) -> bool:
 def build_plan(
     config: dict[str, Any],
     found: Architecture,
-    headers: Mapping[str, TensorHeader],
+    headers: Mapping[str, TensorInfo],
     keep: tuple[str, ...] = (),
     quantize_embeddings: bool = False,
 ) -> Plan:

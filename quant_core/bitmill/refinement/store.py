@@ -22,7 +22,7 @@ from torch import Tensor
 from bitmill.errors import FormatError
 from bitmill.formats.packed.checkpoint import DTYPES, tensor_bytes
 from bitmill.io import atomic as storage
-from bitmill.io.safetensors_layout import TensorSpec, header
+from bitmill.io.safetensors import TensorInfo, file_pieces
 from bitmill.plan.model_plan import Plan
 from bitmill.quant.tensors import PackedTensor, QuantizedWeight
 from bitmill.results import LinearQuality
@@ -97,10 +97,8 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 def _file_pieces(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
     """The pieces of a safetensors file; no tensor is copied."""
-    specs = [TensorSpec(k, _DTYPE_NAMES[t.dtype], tuple(t.shape)) for k, t in tensors.items()]
-    first, places = header(specs)
-    in_order = sorted(tensors, key=places.__getitem__)
-    return [first, *(tensor_bytes(tensors[name]) for name in in_order)]
+    infos = [TensorInfo(k, _DTYPE_NAMES[t.dtype], tuple(t.shape)) for k, t in tensors.items()]
+    return file_pieces(infos, {name: tensor_bytes(tensor) for name, tensor in tensors.items()})
 
 
 def _sha256(pieces: Iterable[bytes | memoryview]) -> str:

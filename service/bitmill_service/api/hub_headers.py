@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from bitmill.config.spec import HubModel
 from bitmill.errors import ModelError
-from bitmill.io.safetensors_headers import MAX_HEADER
+from bitmill.io.safetensors import MAX_HEADER
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.settings import ServiceSettings
 

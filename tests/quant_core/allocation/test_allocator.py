@@ -13,7 +13,7 @@ from bitmill.config.bit_width_map import BitWidthMap, code_bits, stored_bits
 from bitmill.config.spec import Allocation, Budget, JobSpec, parse_spec
 from bitmill.errors import BudgetError, FormatError, SpecError
 from bitmill.formats.accounting import checkpoint_tensors, footprint, measure, order_bytes
-from bitmill.io.safetensors_layout import checkpoint_bytes
+from bitmill.io.safetensors import checkpoint_bytes
 from plans import llama_plan, random_profile
 
 PLAN = llama_plan()

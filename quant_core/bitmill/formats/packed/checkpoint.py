@@ -1,7 +1,7 @@
 """A packed Hugging Face folder: writing it tensor by tensor, and reading it with every check.
 
 Writing needs no more memory than a few linears: the place of every tensor is known from names and
-shapes alone (`safetensors_layout`), so threads read, hash and write them where they belong, each at
+shapes alone (`io/safetensors.py`), so threads read, hash and write them where they belong, each at
 its own pace, and the disk is at work from the first one on. The files' bytes depend on the tensors
 only, and their size is the predicted one.
 
@@ -12,16 +12,13 @@ padding bits are checked, and a FormatError names the tensor at fault.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -31,14 +28,13 @@ from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap, LinearShape
 from bitmill.errors import FormatError, ModelError
 from bitmill.formats.packed.config import PackedConfig, PackedLinear
 from bitmill.formats.packed.layout import linear_tensors
-from bitmill.io.atomic import Flusher, disk_errors, read_json, write_bytes, write_json
-from bitmill.io.safetensors_headers import TensorHeader, read_headers, safetensors_files
-from bitmill.io.safetensors_layout import (
-    INDEX_NAME,
+from bitmill.io.atomic import disk_errors, read_json, write_bytes, write_json
+from bitmill.io.safetensors import (
     MAX_SHARD_BYTES,
-    TensorSpec,
-    header,
-    shard,
+    ShardWriter,
+    TensorInfo,
+    read_headers,
+    safetensors_files,
 )
 from bitmill.plan.config_json import sanitize
 from bitmill.quant.tensors import PackedTensor, QuantizedWeight, check_order
@@ -81,7 +77,7 @@ def write_checkpoint(
     folder: Path,
     *,
     source: Path,
-    tensors: Sequence[TensorSpec],
+    tensors: Sequence[TensorInfo],
     bit_widths: BitWidthMap,
     linear: Callable[[str], QuantizedWeight | PackedTensor],
     other: Callable[[str], Tensor],
@@ -104,7 +100,7 @@ def write_checkpoint(
     config = PackedConfig.from_map(bit_widths, orders)
     with (
         disk_errors(folder),
-        _ShardWriter(folder, tensors, max_shard_bytes) as writer,
+        _HashedWriter(folder, tensors, max_shard_bytes) as writer,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
 
@@ -160,80 +156,49 @@ def copy_companions(source: Path, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-class _ShardWriter:
-    """Open shard files with their headers written; threads put tensors in their places.
+class _HashedWriter:
+    """A `ShardWriter` that holds tensors to their plan and hashes them while they are written."""
 
-    A file takes one write at a time, and threads that ask for more keep cores busy with waiting:
-    tensors take turns here, and are hashed and flushed meanwhile.
-    """
-
-    def __init__(self, folder: Path, tensors: Sequence[TensorSpec], max_bytes: int) -> None:
+    def __init__(self, folder: Path, tensors: Sequence[TensorInfo], max_bytes: int) -> None:
+        self._planned = {tensor.name: tensor for tensor in tensors}
         self._digests: dict[str, str] = {}
-        self._folder = folder
-        self._specs = {spec.name: spec for spec in tensors}
-        self._shards = shard(tensors, max_bytes)
-        self._places: dict[str, tuple[BinaryIO, int]] = {}
         self._hashing = ThreadPoolExecutor(_THREADS, thread_name_prefix="hash")
-        self._flusher = Flusher()
-        self._writing = threading.Lock()
-        self._open = ExitStack()
+        self._files = ShardWriter(folder, tensors, max_bytes)
 
-    def __enter__(self) -> _ShardWriter:
-        for file_name, part in self._shards.items():
-            first, offsets = header(part)
-            file = self._open.enter_context((self._folder / file_name).open("wb"))
-            _write_at(file, 0, memoryview(first))
-            self._places.update({name: (file, offset) for name, offset in offsets.items()})
-        self._open.enter_context(self._flusher)
-        self._open.enter_context(self._hashing)
+    def __enter__(self) -> Self:
+        self._files.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
+        self._hashing.shutdown()
+        self._files.__exit__(*error)
         if error[0] is None:
-            self._write_index()
+            self._files.write_index(sorted(self._planned))
 
     @property
     def digests(self) -> dict[str, str]:
         """Hex SHA-256 of every tensor written by name, in the order of the files."""
-        return {name: self._digests[name] for name in self._specs if name in self._digests}
+        return {name: self._digests[name] for name in self._planned if name in self._digests}
 
     def missing(self) -> list[str]:
         """Names not written so far, in the order of the files."""
-        return [name for name in self._specs if name not in self._digests]
+        return [name for name in self._planned if name not in self._digests]
 
     def write(self, name: str, tensor: Tensor) -> None:
-        spec = self._specs.get(name)
-        if spec is None or name in self._digests:
+        planned = self._planned.get(name)
+        if planned is None or name in self._digests:
             problem = "was written already" if name in self._digests else "has no place in the plan"
             raise FormatError(f"tensor {name} {problem}", param=name)
-        if tensor.dtype != DTYPES[spec.dtype] or tuple(tensor.shape) != spec.shape:
+        if tensor.dtype != DTYPES[planned.dtype] or tuple(tensor.shape) != planned.shape:
             raise FormatError(
                 f"tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}: "
-                f"the plan says {spec.dtype} of shape {spec.shape}",
+                f"the plan says {planned.dtype} of shape {planned.shape}",
                 param=name,
             )
         data = tensor_bytes(tensor)
-        file, offset = self._places[name]
         digest = self._hashing.submit(hashlib.sha256, data)
-        with self._writing:
-            _write_at(file, offset, data)
-        self._flusher.wrote(file, len(data))
+        self._files.write(name, data)
         self._digests[name] = digest.result().hexdigest()
-
-    def _write_index(self) -> None:
-        if len(self._shards) > 1:
-            total = sum(spec.bytes for spec in self._specs.values())
-            places = {spec.name: name for name, part in self._shards.items() for spec in part}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-            write_json(self._folder / INDEX_NAME, index)
-
-
-def _write_at(file: BinaryIO, offset: int, data: memoryview) -> None:
-    """Write all of `data`, of which the system takes 2 GiB at once; moves no shared position."""
-    while len(data):
-        written = os.pwrite(file.fileno(), data, offset)
-        data, offset = data[written:], offset + written
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -248,7 +213,7 @@ class PackedCheckpoint:
 
     folder: Path
     config: PackedConfig
-    headers: dict[str, TensorHeader]
+    headers: dict[str, TensorInfo]
 
     @classmethod
     def open(cls, folder: Path) -> PackedCheckpoint:
@@ -321,7 +286,7 @@ def read_bit_width_map(folder: Path) -> BitWidthMap:
     return BitWidthMap.load(folder / MAP_NAME)
 
 
-def _check_header(found: TensorHeader | None, spec: TensorSpec) -> None:
+def _check_header(found: TensorInfo | None, spec: TensorInfo) -> None:
     if found is None:
         raise FormatError(f"tensor {spec.name} is missing from the checkpoint", param=spec.name)
     if found.dtype != spec.dtype or found.shape != spec.shape:

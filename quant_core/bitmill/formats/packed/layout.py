@@ -14,13 +14,13 @@ from functools import lru_cache
 
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.errors import FormatError
-from bitmill.io.safetensors_layout import TensorSpec
+from bitmill.io.safetensors import TensorInfo
 from bitmill_kernels.layout import code_tensor_shapes, zero_tensor_shapes
 
 
 def linear_tensors(
     shape: LinearShape, widths: Sequence[int], *, owns_order: bool = False
-) -> list[TensorSpec]:
+) -> list[TensorInfo]:
     """Packed tensors of one linear, its bias excepted; `owns_order` adds the column order.
 
     Raises FormatError unless `widths` names one legal width per group.
@@ -30,20 +30,20 @@ def linear_tensors(
         planes = code_tensor_shapes(N, K, widths)
     except ValueError as error:
         raise FormatError(f"{prefix}: {error}", param=prefix) from error
-    specs = [TensorSpec(f"{prefix}.{key}", "U8", size) for key, size in planes.items()]
+    specs = [TensorInfo(f"{prefix}.{key}", "U8", size) for key, size in planes.items()]
     if owns_order:
-        specs.append(TensorSpec(f"{prefix}.order", "I32", (K,)))
-    specs.append(TensorSpec(f"{prefix}.scales", "F16", (shape.groups, N)))
+        specs.append(TensorInfo(f"{prefix}.order", "I32", (K,)))
+    specs.append(TensorInfo(f"{prefix}.scales", "F16", (shape.groups, N)))
     zeros = zero_tensor_shapes(N, widths)
-    return specs + [TensorSpec(f"{prefix}.{key}", "U8", size) for key, size in zeros.items()]
+    return specs + [TensorInfo(f"{prefix}.{key}", "U8", size) for key, size in zeros.items()]
 
 
 def stored_tensors(
-    kept: Sequence[TensorSpec],
+    kept: Sequence[TensorInfo],
     shapes: Sequence[LinearShape],
     linears: Mapping[str, Sequence[int]],
     orders: Mapping[str, str | None] | None = None,
-) -> list[TensorSpec]:
+) -> list[TensorInfo]:
     """Every tensor of the packed checkpoint: the linears' in the order of `shapes`, then `kept`.
 
     kept: tensors taken over from the source as they are (biases, norms, embeddings)
@@ -57,7 +57,7 @@ def stored_tensors(
     for name in sorted(names ^ linears.keys()):
         here, there = ("map", "model") if name in linears else ("model", "map")
         raise FormatError(f"linear {name} is in the {here} but not in the {there}", param=name)
-    stored: list[TensorSpec] = []
+    stored: list[TensorInfo] = []
     for shape in shapes:
         owned = orders.get(shape.name) == f"{shape.name}.order"
         stored += _known(shape, tuple(linears[shape.name]), owned)
@@ -65,6 +65,6 @@ def stored_tensors(
 
 
 @lru_cache(maxsize=1 << 13)
-def _known(shape: LinearShape, widths: tuple[int, ...], owns_order: bool) -> list[TensorSpec]:
+def _known(shape: LinearShape, widths: tuple[int, ...], owns_order: bool) -> list[TensorInfo]:
     """Neighbouring maps on a curve share most of their linears."""
     return linear_tensors(shape, widths, owns_order=owns_order)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -32,8 +32,9 @@ from bitmill.formats.packed.checkpoint import (
     write_checkpoint,
 )
 from bitmill.io import atomic as storage
+from bitmill.io import safetensors as safetensors_module
 from bitmill.io.atomic import Flusher
-from bitmill.io.safetensors_layout import INDEX_NAME, checkpoint_bytes
+from bitmill.io.safetensors import INDEX_NAME, checkpoint_bytes
 from bitmill.quant.tensors import QuantizedWeight
 from tiny import tiny_llama, tiny_opt
 from weights import PackedModel, pack_model
@@ -133,15 +134,16 @@ def test_tensors_are_written_one_at_a_time_and_hashed_meanwhile(
         begun.release()
         return hashlib.sha256(data)
 
-    def write_at(file: BinaryIO, offset: int, data: memoryview) -> None:
+    def pwrite(file: int, data: memoryview, offset: int) -> int:
         assert writing.acquire(blocking=False)
         assert offset == 0 or begun.acquire(timeout=10)
-        write(file, offset, data)
+        count = write(file, data, offset)
         writing.release()
+        return count
 
-    write = checkpoint_module._write_at
+    write = os.pwrite
     monkeypatch.setattr(checkpoint_module, "hashlib", SimpleNamespace(sha256=sha256))
-    monkeypatch.setattr(checkpoint_module, "_write_at", write_at)
+    monkeypatch.setattr(os, "pwrite", pwrite)
     packed = pack_model(source, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     hashes = {k: hashlib.sha256(tensor_bytes(t)).hexdigest() for k, t in stored.items()}
@@ -154,7 +156,7 @@ def test_a_file_that_cannot_be_flushed_while_it_is_written_is_an_error(
     def fsync(_: int) -> None:
         raise OSError(errno.EDQUOT, "quota exceeded")
 
-    monkeypatch.setattr(checkpoint_module, "Flusher", partial(Flusher, 1))
+    monkeypatch.setattr(safetensors_module, "Flusher", partial(Flusher, 1))
     monkeypatch.setattr(storage, "os", SimpleNamespace(fsync=fsync))
     with pytest.raises(ResourceError, match="no space left"):
         pack_model(source, tmp_path)

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from bitmill.config.bit_width_map import LinearShape, linear_bytes
 from bitmill.errors import FormatError
 from bitmill.formats.packed.layout import linear_tensors, stored_tensors
-from bitmill.io.safetensors_layout import TensorSpec
+from bitmill.io.safetensors import TensorInfo
 from bitmill.quant.tensors import PackedTensor
 from bitmill_kernels.layout import WIDTHS, group_count
 from weights import random_weight
 
-NORM = TensorSpec("norm.weight", "F32", (8,))
+NORM = TensorInfo("norm.weight", "F32", (8,))
 KINDS = {"torch.uint8": "U8", "torch.float16": "F16", "torch.int32": "I32"}
 
 
@@ -39,7 +39,7 @@ def test_names_shapes_and_bytes_are_those_of_packing(
         for name, tensor in packed.tensors("a.b").items()
     }
     order_bytes = 4 * shape.columns if ordered else 0
-    assert sum(spec.bytes for spec in specs) == linear_bytes(shape, widths) + order_bytes
+    assert sum(spec.nbytes for spec in specs) == linear_bytes(shape, widths) + order_bytes
 
 
 def test_linears_come_first_in_the_model_s_order_and_own_orders_once() -> None:

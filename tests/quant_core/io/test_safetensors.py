@@ -1,19 +1,31 @@
-"""Hostile and damaged safetensors files are refused quickly, by name."""
+"""Hostile and damaged files are refused quickly, by name; written ones are the library's own."""
 
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
-from bitmill.errors import ModelError
-from bitmill.io import safetensors_headers as headers
-from bitmill.io.safetensors_headers import MAX_HEADER, read_header, read_headers
+from bitmill.errors import InputError, ModelError
+from bitmill.io import safetensors as module
+from bitmill.io.safetensors import (
+    MAX_HEADER,
+    METADATA,
+    ShardWriter,
+    TensorInfo,
+    checkpoint_bytes,
+    file_pieces,
+    header_bytes,
+    read_header,
+    read_headers,
+)
 
 
 def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
@@ -112,7 +124,7 @@ def test_oversized_header_is_refused_unread(tmp_path: Path) -> None:
 
 
 def test_too_many_tensors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headers, "MAX_TENSORS", 100)
+    monkeypatch.setattr(module, "MAX_TENSORS", 100)
     empty = entry("U8", [0], [0, 0])
     path = write(tmp_path / "model.safetensors", {f"t{i}": empty for i in range(100)}, 0)
     assert len(read_header(path)) == 100
@@ -181,3 +193,128 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     index(tmp_path, {"a": "model-1.safetensors", "b": "model-2.safetensors"})
     with pytest.raises(ModelError, match=r"a is also in model-1\.safetensors"):
         read_headers(tmp_path)
+
+
+DTYPES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.float64: "F64",
+}
+
+
+def info(name: str, tensor: torch.Tensor) -> TensorInfo:
+    return TensorInfo(name, DTYPES[tensor.dtype], tuple(tensor.shape))
+
+
+@pytest.mark.parametrize("count", [1, 3, 17])
+def test_bytes_equal_the_written_file(tmp_path: Path, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    tensors: dict[str, torch.Tensor] = {}
+    for i in range(count):
+        for j, dtype in enumerate(DTYPES):
+            shape = torch.randint(1, 60, (1 + (i + j) % 3,), generator=generator).tolist()
+            tensors[f"block.{i}.t{(7 * j) % 10}"] = torch.zeros(shape, dtype=dtype)
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, metadata=METADATA)
+    specs = [info(name, tensor) for name, tensor in tensors.items()]
+    assert checkpoint_bytes(specs) == path.stat().st_size
+    raw = path.read_bytes()
+    assert header_bytes(specs) == 8 + int.from_bytes(raw[:8], "little")
+
+
+def test_odd_names_and_scalars_are_counted() -> None:
+    names = ["plain", 'quo"te', "back\\slash", "ümlaut", "tab\t", ""]
+    for shape in ((), (3, 40), (0,)):
+        tensors = [TensorInfo(name, "F32", shape) for name in names]
+        assert header_bytes(tensors) == len(module.header(tensors)[0])
+        assert [header_bytes([t]) for t in tensors] == [len(module.header([t])[0]) for t in tensors]
+
+
+def test_shards_keep_the_order_and_the_limit() -> None:
+    tensors = [TensorInfo(f"t{i}", "U8", (40,)) for i in range(5)] + [
+        TensorInfo("big", "F32", (99,))
+    ]
+    parts = module.shard(tensors, 100)
+    assert list(parts) == [f"model-{i:05}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    assert [t.name for part in parts.values() for t in part] == [t.name for t in tensors]
+    assert [len(part) for part in parts.values()] == [2, 2, 1, 1]
+    assert list(module.shard(tensors, 10**6)) == ["model.safetensors"]
+
+
+def test_a_name_that_stands_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="'a' stands twice"):
+        checkpoint_bytes([TensorInfo("a", "U8", (1,)), TensorInfo("a", "U8", (1,))])
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, torch.Tensor]:
+    """Out of the order in which a file holds them."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randint(0, 9, shape, generator=generator).to(dtype)
+        for name, dtype, shape in (
+            ("late", torch.uint8, (40,)),
+            ("wide", torch.float32, (7, 9)),
+            ("early", torch.uint8, (3, 5)),
+            ("empty", torch.int32, (0, 4)),
+            ("half", torch.bfloat16, (11,)),
+        )
+    }
+
+
+def data(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def test_pieces_are_the_librarys_file(tensors: dict[str, torch.Tensor]) -> None:
+    infos = [info(name, tensor) for name, tensor in tensors.items()]
+    pieces = file_pieces(infos, {name: data(tensor) for name, tensor in tensors.items()})
+    assert b"".join(pieces) == save(tensors, METADATA)
+
+
+def test_a_folder_is_written_in_any_order_by_any_thread(
+    tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    infos = [info(name, tensor) for name, tensor in tensors.items()]
+    with ShardWriter(tmp_path, infos) as writer, ThreadPoolExecutor(4) as pool:
+        for name in reversed(tensors):
+            pool.submit(writer.write, name, data(tensors[name]))
+    writer.write_index(tensors)
+    assert [path.name for path in tmp_path.iterdir()] == [module.SINGLE_FILE]
+    assert (tmp_path / module.SINGLE_FILE).read_bytes() == save(tensors, METADATA)
+
+
+def test_shards_have_an_index_in_the_order_asked_for(
+    tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    infos = [info(name, tensor) for name, tensor in tensors.items()]
+    with ShardWriter(tmp_path, infos, max_bytes=60) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, data(tensor))
+    writer.write_index(sorted(tensors))
+    found = json.loads((tmp_path / module.INDEX_NAME).read_text())
+    assert found["metadata"] == {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+    assert list(found["weight_map"]) == sorted(tensors)
+    assert len(set(found["weight_map"].values())) == 3
+    for file in set(found["weight_map"].values()):
+        own = {name: tensors[name] for name, place in found["weight_map"].items() if place == file}
+        assert (tmp_path / file).read_bytes() == save(own, METADATA)
+    assert read_headers(tmp_path).keys() == tensors.keys()
+
+
+def test_a_write_that_the_system_takes_in_parts_is_finished(
+    tensors: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: write(file, data[:10], offset))
+    with ShardWriter(tmp_path, [info(name, tensor) for name, tensor in tensors.items()]) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, data(tensor))
+    assert (tmp_path / module.SINGLE_FILE).read_bytes() == save(tensors, METADATA)
