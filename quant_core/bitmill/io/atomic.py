@@ -85,19 +85,24 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".tmp-{target.name}")
 
 
-def write_bytes(target: Path, *data: bytes | memoryview) -> None:
-    """Write a file atomically and durably, of pieces one behind the other."""
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A path beside `target`; the file written there takes its name once it is on disk."""
     temporary = _temporary(target)
     try:
         with disk_errors(target):
-            with temporary.open("wb") as handle:
-                handle.writelines(data)
-                handle.flush()
-                os.fsync(handle.fileno())
+            yield temporary
+            fsync_path(temporary)
             temporary.replace(target)
             fsync_path(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(target: Path, *data: bytes | memoryview) -> None:
+    """Write a file atomically and durably, of pieces one behind the other."""
+    with replacing(target) as temporary, temporary.open("wb") as handle:
+        handle.writelines(data)
 
 
 def write_json(target: Path, value: Any) -> None:
@@ -113,6 +118,18 @@ def read_json(path: Path) -> Any:
         raise FormatError(f"{path.name} cannot be read as JSON: {reason(error)}") from error
 
 
+def publish_folder(folder: Path, target: Path) -> None:
+    """Flush a folder to disk and give it the name `target`, in place of what is there."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            fsync_path(Path(parent, name))
+        fsync_path(Path(parent))
+    if target.exists():
+        shutil.rmtree(target)
+    folder.rename(target)
+    fsync_path(target.parent)
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block ends without an error.
@@ -125,14 +142,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         with disk_errors(target):
             temporary.mkdir(parents=True)
             yield temporary
-            for folder, _, files in os.walk(temporary):
-                for name in files:
-                    fsync_path(Path(folder, name))
-                fsync_path(Path(folder))
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.rename(target)
-            fsync_path(target.parent)
+            publish_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -11,7 +11,6 @@ stages that are `shared`.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.errors import Cancelled
-from bitmill.io.atomic import disk_errors, fsync_path, read_json, sha256_json, write_json
+from bitmill.io.atomic import disk_errors, publish_folder, read_json, sha256_json, write_json
 from bitmill.pipeline.progress import Progress, Stage
 from bitmill.runtime.ranks import SINGLE, Group
 
@@ -76,7 +75,7 @@ class Workspace:
             if self.group.first:
                 spent = read_json(partial / STAGE_FILE)["seconds"] + time.monotonic() - begin
                 write_json(partial / STAGE_FILE, {"digest": digest, "seconds": round(spent, 3)})
-                _publish(partial, folder)
+                publish_folder(partial, folder)
             self.group.barrier()
         self._tell(Progress(kind="stage", stage=stage, state="finished"))
         return folder
@@ -130,14 +129,3 @@ def _prepare(partial: Path, digest: str) -> None:
 def _is_made_from(folder: Path, digest: str) -> bool:
     file = folder / STAGE_FILE
     return file.is_file() and read_json(file)["digest"] == digest
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    for parent, _, names in os.walk(partial):
-        for name in names:
-            fsync_path(Path(parent, name))
-        fsync_path(Path(parent))
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    fsync_path(folder.parent)

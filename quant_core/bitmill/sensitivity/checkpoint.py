@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitmill.allocation.profile import FloatArray, IndexArray, LinearProfile
-from bitmill.io.atomic import disk_errors, fsync_path
+from bitmill.io.atomic import replacing
 from bitmill.runtime.ranks import SINGLE, Group
 
 GRADIENT_SECONDS = 20.0
@@ -104,7 +103,7 @@ class ProfileCheckpoint:
         arrays = {f"costs/{name}": costs for name, costs in profile.costs.items()}
         orders = {f"order/{owner}": order for owner, order in profile.orders.items()}
         text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-        with _replacing(self._block_path(self._folder, block)) as temporary:
+        with replacing(self._block_path(self._folder, block)) as temporary:
             np.savez(temporary, allow_pickle=False, header=text, **arrays, **orders)
 
     def save_gradient(self, block: int, gradient: Tensor) -> None:
@@ -114,7 +113,7 @@ class ProfileCheckpoint:
             return
         older = self._gradients()
         name = f"gradient-{self._group.rank}-{block:05}.safetensors"
-        with _replacing(self._folder / name) as temporary:
+        with replacing(self._folder / name) as temporary:
             save_file({"gradient": gradient}, temporary)
         self._group.barrier()
         for path in older.values():
@@ -140,7 +139,7 @@ class ProfileCheckpoint:
         if self._folder is None:
             return
         (self._folder / "tokens").mkdir(exist_ok=True)
-        with _replacing(self._folder / "tokens" / f"{name}.npy") as temporary:
+        with replacing(self._folder / "tokens" / f"{name}.npy") as temporary:
             np.save(temporary, weights.numpy())
 
     def _gradients(self) -> dict[int, Path]:
@@ -151,19 +150,6 @@ class ProfileCheckpoint:
     @staticmethod
     def _block_path(folder: Path, block: int) -> Path:
         return folder / f"block-{block:05}.npz"
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` that takes its name once it is on disk."""
-    temporary = target.with_name(f".tmp-{target.name}")
-    try:
-        with disk_errors(target):
-            yield temporary
-            fsync_path(temporary)
-            temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_token_weights(folder: Path, name: str, windows: int) -> Tensor:
