@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests")]
 
 from bitmill.allocation.allocator import Allocator  # noqa: E402
-from bitmill.config.spec import Allocation, Budget  # noqa: E402
+from bitmill.config.quantization import Allocation, Budget  # noqa: E402
 from bitmill.formats.accounting import footprint  # noqa: E402
 from plans import llama_plan, random_profile  # noqa: E402
 

@@ -41,7 +41,7 @@ from bitmill.allocation.profile import SensitivityProfile
 from bitmill.calibration.hooks import advance
 from bitmill.calibration.statistics import Stream
 from bitmill.calibration.windows import calibration_tokens, evaluation_tokens
-from bitmill.config.spec import JobSpec, Refinement, parse_spec
+from bitmill.config.quantization import QuantizationConfig, Refinement, parse_config
 from bitmill.evaluation.logits import perplexity_and_kl
 from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.streamed import StreamedModel, set_weight, weight_of
@@ -93,7 +93,7 @@ class Row:
                 raise SystemExit(f"row {name}: unknown setting {key!r}")
         return row
 
-    def spec(self, args: argparse.Namespace) -> JobSpec:
+    def spec(self, args: argparse.Namespace) -> QuantizationConfig:
         """The job whose budget and map this row uses."""
         widths = [1, 2, 3, 4, 5, 6]
         allocation = {
@@ -103,9 +103,8 @@ class Row:
             "fuse_siblings": bool(self.fuse_siblings),
         }
         calibration = {"sequences": args.sequences, "length": args.length, "held_out": args.held}
-        return parse_spec(
+        return parse_config(
             {
-                "model": {"source": "path", "path": "."},
                 "budget": {"code_bits": self.bits},
                 "allocation": allocation,
                 "calibration": calibration,
@@ -129,7 +128,7 @@ def parse_value(text: str) -> Any:
 class Bench:
     """What all rows share: the model, its tokens, the profile and the gradient moments."""
 
-    def __init__(self, args: argparse.Namespace, spec: JobSpec) -> None:
+    def __init__(self, args: argparse.Namespace, spec: QuantizationConfig) -> None:
         self.args, self.work, self.folder = args, Path(args.work), Path(args.model)
         self.device = torch.device(args.device)
         self.plan = make_plan(self.folder, spec)

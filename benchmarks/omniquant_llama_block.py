@@ -21,7 +21,7 @@ import transformers
 
 from bitmill.calibration.hooks import advance
 from bitmill.calibration.statistics import Stream
-from bitmill.config.spec import parse_spec
+from bitmill.config.quantization import parse_config
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.block import refine_block
@@ -30,7 +30,7 @@ from bitmill.refinement.omniquant.metric import fisher_metric
 from bitmill.refinement.omniquant.settings import LearningSettings
 
 BLOCKS = 32
-SPEC = {"model": {"source": "path", "path": "."}, "budget": {"code_bits": 3}}
+SPEC = {"budget": {"code_bits": 3}}
 
 
 def make_model(folder: Path, hidden: int, intermediate: int) -> None:
@@ -65,7 +65,7 @@ def main() -> None:
     folder, device = Path(args.work) / "llama-block", torch.device(args.device)
     if not folder.exists():
         make_model(folder, args.hidden, args.intermediate)
-    plan = make_plan(folder, parse_spec(SPEC))
+    plan = make_plan(folder, parse_config(SPEC))
     model = StreamedModel(folder, plan, device=device, dtype=torch.bfloat16)
     count = args.sequences
     tokens = torch.randint(

@@ -43,7 +43,7 @@ from bitmill.calibration.hooks import advance
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.calibration.windows import calibration_tokens, evaluation_tokens
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import Calibration, parse_spec
+from bitmill.config.quantization import Calibration, parse_config
 from bitmill.evaluation.logits import Window, perplexity_and_kl
 from bitmill.formats.accounting import footprint
 from bitmill.io.atomic import sha256_json
@@ -211,7 +211,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 def spec_of(parts: Mapping[str, Any]) -> Any:
     """A job specification for a local model."""
-    return parse_spec({"model": {"source": "path", "path": "."}, **parts})
+    return parse_config(parts)
 
 
 def allocation(bench: Bench, variant: Variant) -> tuple[BitWidthMap, float | None]:

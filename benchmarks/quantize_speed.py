@@ -43,7 +43,7 @@ from bitmill.calibration.block_inputs import (
 )
 from bitmill.calibration.gradients import PassSettings, input_room
 from bitmill.calibration.windows import CalibrationSet
-from bitmill.config.spec import JobSpec, parse_spec
+from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.pipeline import job as pipeline
 from bitmill.pipeline.estimate import Machine, estimate
 from bitmill.pipeline.progress import Progress
@@ -283,13 +283,12 @@ def runs_again(options: argparse.Namespace, plan: Plan, device: torch.device) ->
 STAGES = ("profile", "allocate", "refine", "pack")
 
 
-def spec_of(options: argparse.Namespace) -> JobSpec:
+def spec_of(options: argparse.Namespace) -> QuantizationConfig:
     refinement = {name: False for name in options.without}
     method = options.allocation
     bits = round(options.bits) if method in ("sba", "uniform") else options.bits
-    return parse_spec(
+    return parse_config(
         {
-            "model": {"source": "path", "path": "source"},
             "budget": {"code_bits": bits},
             "allocation": {"method": method},
             "refinement": refinement,
@@ -305,7 +304,7 @@ def spec_of(options: argparse.Namespace) -> JobSpec:
 
 
 def run_stages(
-    spec: JobSpec,
+    spec: QuantizationConfig,
     source: Path,
     root: Path,
     device: torch.device,
@@ -316,12 +315,11 @@ def run_stages(
 ) -> Plan:
     """The job's stages from profile to pack, on windows of random tokens."""
     job = pipeline.Job(
-        spec=spec,
+        config=spec,
         model_folder=source,
         space=Workspace(root / "job", watch, lambda: False, group),
         output=root / "out",
         gguf=None,
-        given_map=None,
         profiles=None,
         device=device,
         group=group,

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from bitmill.allocation.allocator import Allocator
 from bitmill.allocation.profile import SensitivityProfile
-from bitmill.config.spec import Budget, JobSpec, parse_spec
+from bitmill.config.quantization import Budget, QuantizationConfig, parse_config
 from bitmill.formats.accounting import footprint
 from bitmill.pipeline.job import run_job
 from bitmill.plan.model_plan import Plan
@@ -59,11 +59,10 @@ def first_blocks(source: Path, folder: Path, blocks: int) -> Path:
     return folder
 
 
-def job_spec(code_bits: float, sequences: int, length: int) -> JobSpec:
+def job_spec(code_bits: float, sequences: int, length: int) -> QuantizationConfig:
     """A job with the defaults, on little text."""
-    return parse_spec(
+    return parse_config(
         {
-            "model": {"source": "path", "path": "model"},
             "budget": {"code_bits": code_bits},
             "calibration": {"sequences": sequences, "length": length, "held_out": 1},
             "evaluation": {"sequences": sequences, "length": length},
@@ -88,7 +87,7 @@ def run_full_jobs(model: Path, work: Path, options: argparse.Namespace) -> list[
     return found
 
 
-def run_budgets(job: Path, spec: JobSpec) -> tuple[float, list[dict[str, Any]]]:
+def run_budgets(job: Path, spec: QuantizationConfig) -> tuple[float, list[dict[str, Any]]]:
     """Seconds from the stored profile to ten maps, and what each map is."""
     begin = time.perf_counter()
     plan = Plan.model_validate_json((job / "plan" / "plan.json").read_bytes())

@@ -22,7 +22,7 @@ from bitmill_workers.execution.child import Emit, serve
 
 
 def act(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
-    label = request["spec"]["label"] or ""
+    label = request["label"] or ""
     acts = dict(part.split("=", 1) for part in label.split())
     work, output = Path(request["job_dir"]), Path(request["output_dir"])
     first = not (work / "attempted").exists()

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitmill.config.spec import JobSpec, parse_spec
 from bitmill.io.manifest import write_manifest
 from bitmill_service.api.context import Context
+from bitmill_workers.job_spec import JobSpec, parse_spec
 from bitmill_workers.store.leases import LeaseStore
 from bitmill_workers.store.records import JobRecord
 from stores import claim

@@ -10,7 +10,7 @@ from tempfile import mkdtemp
 import torch
 from torch import Tensor
 
-from bitmill.config.spec import parse_spec
+from bitmill.config.quantization import parse_config
 from bitmill.models.streamed import StreamedModel, weight_of
 from bitmill.plan.model_plan import make_plan
 from bitmill.quant.grid import ClipSettings
@@ -19,7 +19,7 @@ from bitmill.refinement.omniquant.block import BlockData
 from bitmill.solvers.rtn import quantize_rtn
 from tiny import tiny_llama
 
-SPEC = parse_spec({"model": {"source": "path", "path": "."}, "budget": {"code_bits": 3}})
+SPEC = parse_config({"budget": {"code_bits": 3}})
 
 
 @dataclass(frozen=True)

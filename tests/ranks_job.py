@@ -16,7 +16,7 @@ import torch
 
 from bitmill.allocation.allocator import allocate
 from bitmill.calibration.windows import CalibrationSet
-from bitmill.config.spec import parse_spec
+from bitmill.config.quantization import parse_config
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
 from bitmill.io.atomic import write_json
 from bitmill.models.streamed import StreamedModel
@@ -38,11 +38,10 @@ def ranks_job(
 ) -> RefinedModel:
     """Profiles of every kind, a knapsack map and the refined blocks, in folders of `out`."""
     asked: dict[str, Any] = {
-        "model": {"source": "path", "path": str(model_folder)},
         "budget": {"code_bits": 3},
         "allocation": {"widths": [2, 3, 4]},
     }
-    spec = parse_spec(asked)
+    spec = parse_config(asked)
     plan = make_plan(model_folder, spec)
     model = StreamedModel(model_folder, plan, device=torch.device("cpu"), dtype=torch.float32)
     tokens = torch.randint(2, 258, (15, 64), generator=torch.Generator().manual_seed(1))

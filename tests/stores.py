@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from bitmill.config.spec import Budget, JobSpec, PathModel
+from bitmill.config.quantization import Budget
+from bitmill_workers.job_spec import JobSpec, PathModel
 from bitmill_workers.settings import Settings
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore

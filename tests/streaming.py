@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from bitmill.config.spec import parse_spec
+from bitmill.config.quantization import parse_config
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import make_plan
 
-SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})
+SPEC = parse_config({"budget": {"code_bits": 3}})
 
 
 def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:

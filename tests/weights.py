@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import Allocation, Budget, JobSpec, PathModel
+from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
 from bitmill.formats.accounting import checkpoint_tensors, order_owners
 from bitmill.formats.packed.checkpoint import write_checkpoint
 from bitmill.plan.model_plan import Plan, make_plan
@@ -84,8 +84,7 @@ def pack_model(
 
     With `order="activation"` a random column order stands for the measured one.
     """
-    spec = JobSpec(
-        model=PathModel(path=str(source)),
+    spec = QuantizationConfig(
         budget=Budget(code_bits=8),
         allocation=Allocation(embeddings=embeddings),
     )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitmill.config.spec import Budget, JobSpec, parse_spec
+from bitmill.config.quantization import Budget, QuantizationConfig, parse_config
 from bitmill.errors import BitmillError, Cancelled, InputError, ModelError
 from bitmill.io.atomic import read_json
 from bitmill.pipeline.progress import Progress
@@ -111,13 +111,16 @@ def _task_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def build_spec(arguments: argparse.Namespace) -> JobSpec:
-    """The specification of a `quantize` call; options take the place of the file's values."""
-    spec: dict[str, Any] = read_json(arguments.spec) if arguments.spec else {}
+def build_config(arguments: argparse.Namespace) -> tuple[Path, str | None, QuantizationConfig]:
+    """Model folder, GGUF file in it and configuration of a `quantize` call.
+
+    Options take the place of the file's values.
+    """
+    spec = read_json(arguments.spec) if arguments.spec else {}
     if not isinstance(spec, dict):
         raise InputError(f"{arguments.spec} holds no JSON object", param="--spec")
-    if arguments.model is not None:
-        spec["model"] = {"source": "path", "path": str(arguments.model), "file": arguments.file}
+    folder, file = _take_model(spec, arguments)
+    _take_references(spec)
     budget = {key: getattr(arguments, key) for key in Budget.model_fields}
     if any(value is not None for value in budget.values()):
         spec["budget"] = {key: value for key, value in budget.items() if value is not None}
@@ -126,7 +129,7 @@ def build_spec(arguments: argparse.Namespace) -> JobSpec:
     _put(spec, "refinement", arguments, method="refine")
     if arguments.resume_parameters is not None:
         refinement = spec.get("refinement", {})
-        given = {"source": "path", "path": str(arguments.resume_parameters)}
+        given = str(arguments.resume_parameters)
         omniquant = refinement.get("omniquant", {}) | {"resume_parameters": given}
         spec["refinement"] = refinement | {"omniquant": omniquant}
     _put(
@@ -155,12 +158,38 @@ def build_spec(arguments: argparse.Namespace) -> JobSpec:
     if baselines:
         spec["evaluation"] = spec.get("evaluation", {}) | {"baselines": baselines}
     if arguments.map is not None:
-        given = {"source": "inline", "map": read_json(arguments.map)}
-        spec["allocation"] = spec.get("allocation", {}) | {"map": given}
+        spec["allocation"] = spec.get("allocation", {}) | {"map": read_json(arguments.map)}
     for key in ("seed", "threads", "devices"):
         if getattr(arguments, key) is not None:
             spec[key] = getattr(arguments, key)
-    return parse_spec(spec)
+    return folder, file, parse_config(spec)
+
+
+def _take_model(spec: dict[str, Any], arguments: argparse.Namespace) -> tuple[Path, str | None]:
+    """Take the model, and what else the library has no use for, out of a job specification."""
+    model = spec.pop("model", {})
+    for key in ("schema_version", "label", "deadline_s"):
+        spec.pop(key, None)
+    if arguments.model is not None:
+        return arguments.model, arguments.file
+    if not isinstance(model, dict) or model.get("source") != "path":
+        raise InputError("quantize reads local folders; submit a job for other models")
+    return Path(model["path"]), model.get("file")
+
+
+def _take_references(spec: dict[str, Any]) -> None:
+    """Replace what a job specification refers to by what lies in it or at a local path."""
+    allocation, omniquant = spec.get("allocation", {}), spec.get("refinement", {}).get("omniquant")
+    for part, key, source, value in (
+        (allocation, "map", "inline", "map"),
+        (omniquant or {}, "resume_parameters", "path", "path"),
+    ):
+        given = part.get(key)
+        if not isinstance(given, dict):
+            continue
+        if given.get("source") != source:
+            raise InputError(f"{key} of a job needs a service; give a local one")
+        part[key] = given.get(value)
 
 
 def _put(spec: dict[str, Any], part: str, arguments: argparse.Namespace, **options: str) -> None:
@@ -181,23 +210,20 @@ def show_progress(event: Progress) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
-    spec = build_spec(arguments)
-    if spec.model.source != "path":
-        raise InputError("quantize reads local folders; submit a job for other models")
-    model = Path(spec.model.path)
+    model, file, config = build_config(arguments)
     if not model.is_dir():
         raise ModelError(f"there is no folder {model}", code="model_not_found", param="model")
     if is_rank():
-        _run_job(arguments, spec, model, arguments.work)
+        _run_job(arguments, config, model, file, arguments.work)
         return {}
     with tempfile.TemporaryDirectory(dir=_parent(arguments.out)) as scratch:
         work = arguments.work or Path(scratch, "work")
-        if spec.devices > 1:
+        if config.devices > 1:
             again = ["-P", "-m", "bitmill", *arguments.line, "--work", str(work)]
-            check_devices(spec.devices, arguments.device)
-            run_ranks(spec.devices, again)
+            check_devices(config.devices, arguments.device)
+            run_ranks(config.devices, again)
         else:
-            _run_job(arguments, spec, model, work)
+            _run_job(arguments, config, model, file, work)
     quality = QualityReport.load(arguments.out / "quality.json")
     return {
         "folder": str(arguments.out),
@@ -207,16 +233,22 @@ def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _run_job(arguments: argparse.Namespace, spec: JobSpec, model: Path, work: Path) -> None:
+def _run_job(
+    arguments: argparse.Namespace,
+    config: QuantizationConfig,
+    model: Path,
+    file: str | None,
+    work: Path,
+) -> None:
     with as_rank(arguments.device) as (group, device):
         from bitmill.pipeline.job import run_job
 
         run_job(
-            spec,
+            config,
             model,
             work,
             arguments.out,
-            gguf=spec.model.file,
+            gguf=file,
             profile_folder=arguments.profiles,
             task_folder=arguments.task_folder,
             device=device,

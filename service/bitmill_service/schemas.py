@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import Allocation, Budget, Closed
+from bitmill.config.quantization import Allocation, Budget, Closed
 from bitmill.pipeline.estimate import Estimate
 from bitmill_workers.store.states import TERMINAL, ShownState
 

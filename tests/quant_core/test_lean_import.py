@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "triton", "safetensors")
 LEAN = (
     "bitmill",
-    "bitmill.config.spec",
+    "bitmill.config.quantization",
     "bitmill.config.bit_width_map",
     "bitmill.errors",
     "bitmill.runtime.launch",

@@ -10,7 +10,6 @@ import httpx2
 import pytest
 from fastapi import FastAPI, Request, Response
 
-from bitmill.config.spec import parse_spec
 from bitmill_service.client import client as client_module
 from bitmill_service.client.client import Client
 from bitmill_service.client.errors import (
@@ -22,6 +21,7 @@ from bitmill_service.client.errors import (
     WaitTimeout,
 )
 from bitmill_service.schemas import EventView
+from bitmill_workers.job_spec import parse_spec
 from finished import MAP, REPORT, Stack, spec_json
 from serving import serve
 

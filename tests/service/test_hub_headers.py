@@ -9,11 +9,11 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from bitmill.config.spec import HubModel, parse_spec
 from bitmill.errors import ModelError
 from bitmill.plan.model_plan import make_plan
 from bitmill_service.api.hub_headers import fetch_headers
 from bitmill_service.settings import ServiceSettings
+from bitmill_workers.job_spec import HubModel, parse_spec
 from finished import Stack, spec_json
 from hub_server import hub_app
 from serving import serve

@@ -10,9 +10,9 @@ import httpx2
 import pytest
 from typer.testing import CliRunner
 
-from bitmill.config.spec import parse_spec
 from bitmill.pipeline.learned_parameters import RECORD_NAME, LearnedFor
 from bitmill_service.cli.main import app
+from bitmill_workers.job_spec import parse_spec
 from finished import Stack, spec_json
 
 LEARNING = {"epochs": 3}
@@ -26,7 +26,7 @@ def asked(source: dict[str, str], **omniquant: Any) -> dict[str, Any]:
 
 def record() -> str:
     learned = parse_spec(spec_json(refinement={"method": "omniquant", "omniquant": LEARNING}))
-    return LearnedFor.of_job(learned, model="m", calibration="c").model_dump_json()
+    return LearnedFor.of_job(learned.config(), model="m", calibration="c").model_dump_json()
 
 
 @pytest.fixture(scope="module")

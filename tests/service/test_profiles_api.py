@@ -12,7 +12,7 @@ import pytest
 from bitmill.allocation.allocator import Allocator
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import Allocation
+from bitmill.config.quantization import Allocation
 from bitmill.formats.accounting import footprint
 from bitmill.plan.model_plan import Plan, PlannedLinear, Source
 from bitmill_service.cli import main as cli

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from bitmill.config.spec import Allocation, Calibration, Evaluation, FileText, Refinement
+from bitmill.config.quantization import Calibration, Evaluation, FileText
 from bitmill.errors import ResourceError
 from bitmill_workers.execution import isolation
 from bitmill_workers.execution.stop import StopRequest
 from bitmill_workers.execution.supervisor import Supervisor
+from bitmill_workers.job_spec import JobAllocation, JobRefinement
 from bitmill_workers.settings import Settings
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
@@ -47,8 +48,8 @@ def submit(
     asked = spec(
         "models/llama",
         devices=devices,
-        allocation=Allocation(method="uniform", order="natural"),
-        refinement=Refinement(compensated_grid=False, scale_refit=False, asymmetric=False),
+        allocation=JobAllocation(method="uniform", order="natural"),
+        refinement=JobRefinement(compensated_grid=False, scale_refit=False, asymmetric=False),
         calibration=Calibration(
             text=FileText(path="models/text.txt"), sequences=sequences, length=length, held_out=2
         ),

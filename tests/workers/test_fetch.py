@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from bitmill.config.spec import HubModel, PathModel, UploadModel
 from bitmill.errors import ModelError, ResourceError
 from bitmill_workers.execution.fetch import check_model, fetch_model, local_model
 from bitmill_workers.execution.stop import StopRequest
 from bitmill_workers.execution.supervisor import Supervisor
+from bitmill_workers.job_spec import HubModel, PathModel, UploadModel
 from bitmill_workers.settings import Settings
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
-from bitmill.config.spec import JobSpec, parse_spec
+from bitmill.config.quantization import FileText
 from bitmill.errors import CalibrationError, InputError
 from bitmill.pipeline.learned_parameters import RECORD_NAME
 from bitmill_workers.execution.inputs import (
     fetch_parameters,
     given_map,
-    local_spec,
-    write_map,
+    local_config,
+    planning_config,
 )
+from bitmill_workers.job_spec import JobSpec, parse_spec
 from bitmill_workers.settings import Settings
 from bitmill_workers.storage.local import LocalArtifacts
 from bitmill_workers.store.catalog import Catalog
@@ -47,7 +48,7 @@ def test_map_is_found_wherever_it_is(
     leases: LeaseStore,
     catalog: Catalog,
     artifacts: LocalArtifacts,
-    tmp_path: Path,
+    settings: Settings,
 ) -> None:
     uploaded = catalog.add_map(MAP.model_dump(mode="json"))
     store.submit(spec())
@@ -62,15 +63,13 @@ def test_map_is_found_wherever_it_is(
     parts = (store, catalog, artifacts)
     assert given_map(spec_with(), *parts) is None
     assert given_map(inline, *parts) == MAP
-    assert write_map(inline, tmp_path / "inline.json", *parts) is None
     for reference in (
         with_map(source="upload", map_id=uploaded.id),
         with_map(source="job", job_id=job.id),
     ):
         assert given_map(reference, *parts) == MAP
-        written = write_map(reference, tmp_path / "map.json", *parts)
-        assert written is not None
-        assert BitWidthMap.load(written) == MAP
+        for made in (local_config(reference, settings, MAP), planning_config(reference, MAP)):
+            assert made.allocation.map == MAP
 
 
 @pytest.mark.parametrize("reference", [("upload", "map_id"), ("job", "job_id")])
@@ -93,8 +92,8 @@ def test_calibration_file_must_lie_below_a_root(settings: Settings, tmp_path: Pa
 
     root = settings.model_roots["models"]
     (root / "text.txt").write_text("words")
-    made = local_spec(calibrated("models/text.txt"), settings)
-    assert made["calibration"]["text"]["path"] == str(root / "text.txt")
+    made = local_config(calibrated("models/text.txt"), settings)
+    assert made.calibration.text == FileText(path=str(root / "text.txt"))
     (tmp_path / "secret.txt").write_text("secret")
     (root / "link.txt").symlink_to(tmp_path / "secret.txt")
     for path, code in (
@@ -103,7 +102,7 @@ def test_calibration_file_must_lie_below_a_root(settings: Settings, tmp_path: Pa
         ("models/../secret.txt", "path_not_allowed"),
     ):
         with pytest.raises(CalibrationError) as refused:
-            local_spec(calibrated(path), settings)
+            local_config(calibrated(path), settings)
         assert (refused.value.code, refused.value.param) == (code, "calibration.text.path")
 
 
@@ -139,8 +138,10 @@ def test_learned_parameters_of_a_job_become_a_local_folder(
     assert {name: (target / name).read_text() for name in names} == {n: n for n in names}
     (artifacts.root / files[1].storage_key).unlink()
     assert (target / "model.safetensors").read_text() == "model.safetensors"
-    given = local_spec(asked, settings, target)["refinement"]["omniquant"]
-    assert given["resume_parameters"] == {"source": "path", "path": str(target)}
+    fetched = local_config(asked, settings, None, target)
+    assert fetched.refinement.omniquant.resume_parameters == target
+    planned = planning_config(asked, None)
+    assert planned.refinement.omniquant.resume_parameters is not None
 
 
 def test_learned_parameters_below_a_root_are_used_where_they_are(

@@ -29,7 +29,7 @@ from bitmill.allocation.knapsack import FloatArray, IntArray, Knapsack
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.allocation.sba import sba_swaps, sba_widths
 from bitmill.config.bit_width_map import PLANES, BitWidthMap
-from bitmill.config.spec import Allocation, Budget, JobSpec
+from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
 from bitmill.errors import BudgetError, SpecError
 from bitmill.formats.accounting import Kind, describe, limit, measure, order_bytes, value
 from bitmill.plan.model_plan import Plan
@@ -50,33 +50,29 @@ class CurvePoint:
 
 def allocate(
     plan: Plan,
-    spec: JobSpec,
+    config: QuantizationConfig,
     profile: SensitivityProfile | None = None,
-    given_map: BitWidthMap | None = None,
 ) -> BitWidthMap:
-    """The map of a job. `knapsack` and `sba` need the profile, `map` the given map.
+    """The map that the configuration asks for. `knapsack` and `sba` need the profile.
 
     Raises `BudgetError` naming the smallest budget that would fit, `SpecError` for constraints
     that exclude each other, `FormatError` for a profile or map of another model.
     """
-    if spec.allocation.method == "map":
-        if given_map is None:
-            raise SpecError("allocation method 'map' needs a map", param="allocation.map")
-        return check_map(plan, spec, given_map)
-    return Allocator(plan, spec.allocation, profile).map(spec.budget)
+    if config.allocation.map is not None:
+        return check_map(plan, config, config.allocation.map)
+    return Allocator(plan, config.allocation, profile).map(config.budget)
 
 
-def check_budget(plan: Plan, spec: JobSpec, given_map: BitWidthMap | None = None) -> None:
+def check_budget(plan: Plan, config: QuantizationConfig) -> None:
     """Raise `BudgetError` where no map can meet the budget; needs no profile and no weights."""
-    if spec.allocation.method == "map":
-        if given_map is not None:
-            check_map(plan, spec, given_map)
+    if config.allocation.map is not None:
+        check_map(plan, config, config.allocation.map)
         return
-    allocator = Allocator(plan, spec.allocation)
-    if spec.allocation.method == "sba":
-        allocator.sba_base(spec.budget)
+    allocator = Allocator(plan, config.allocation)
+    if config.allocation.method == "sba":
+        allocator.sba_base(config.budget)
     else:
-        allocator.uniform(spec.budget)
+        allocator.uniform(config.budget)
 
 
 def curve(
@@ -86,19 +82,19 @@ def curve(
     return Allocator(plan, allocation, profile).curve(points)
 
 
-def check_map(plan: Plan, spec: JobSpec, given: BitWidthMap) -> BitWidthMap:
+def check_map(plan: Plan, config: QuantizationConfig, given: BitWidthMap) -> BitWidthMap:
     """The given map, if it fits the model, the column order asked for and the budget."""
     given.check_shapes(plan.shapes)
-    if given.order != spec.allocation.order:
+    if given.order != config.allocation.order:
         raise SpecError(
             f"the map's groups are in {given.order} order but allocation.order is "
-            f"{spec.allocation.order!r}: set allocation.order to {given.order!r}",
+            f"{config.allocation.order!r}: set allocation.order to {given.order!r}",
             param="allocation.order",
         )
-    kind = spec.budget.kind
+    kind = config.budget.kind
     taken = measure(plan, given.linears, given.order, kind)
-    if taken > limit(plan, spec.budget):
-        raise _too_small(plan, spec.budget, taken, "the given map takes")
+    if taken > limit(plan, config.budget):
+        raise _too_small(plan, config.budget, taken, "the given map takes")
     return given
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from bitmill.allocation.knapsack import BoolArray, IntArray
 from bitmill.config.bit_width_map import group_columns
-from bitmill.config.spec import Allocation
+from bitmill.config.quantization import Allocation
 from bitmill.formats.accounting import Kind, group_weight, measure, order_bytes
 from bitmill.plan.model_plan import Plan
 

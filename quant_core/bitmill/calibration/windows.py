@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from bitmill.config.spec import BundledText, Calibration, DatasetText, FileText
+from bitmill.config.quantization import BundledText, Calibration, DatasetText, FileText
 from bitmill.errors import CalibrationError, reason
 
 MAX_TEXT_BYTES = 512 << 20

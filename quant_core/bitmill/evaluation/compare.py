@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from bitmill.calibration.windows import evaluation_tokens
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import Evaluation, JobSpec, parse_spec
+from bitmill.config.quantization import Budget, Evaluation, QuantizationConfig
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
 from bitmill.evaluation.tasks import TaskSuite
 from bitmill.formats.accounting import footprint
@@ -197,19 +197,19 @@ def evaluate_folder(
 
 def plan_for_map(source_folder: Path, bit_widths: BitWidthMap) -> Plan:
     """The plan in which exactly the map's linears are quantized."""
-    spec = parse_spec({"model": {"source": "path", "path": "."}, "budget": {"bits": 16}})
-    planned = make_plan(source_folder, spec)
+    config = QuantizationConfig(budget=Budget(bits=16))
+    planned = make_plan(source_folder, config)
     changes: dict[str, Any] = {}
     if not bit_widths.linears.keys() <= planned.by_name.keys():
         changes["embeddings"] = "quantize"
-        planned = _replanned(source_folder, spec, changes)
+        planned = _replanned(source_folder, config, changes)
     kept = tuple(name for name in planned.by_name if name not in bit_widths.linears)
-    return _replanned(source_folder, spec, changes | {"keep": kept}) if kept else planned
+    return _replanned(source_folder, config, changes | {"keep": kept}) if kept else planned
 
 
-def _replanned(source_folder: Path, spec: JobSpec, changes: dict[str, Any]) -> Plan:
-    allocation = spec.allocation.model_copy(update=changes)
-    return make_plan(source_folder, spec.model_copy(update={"allocation": allocation}))
+def _replanned(source_folder: Path, config: QuantizationConfig, changes: dict[str, Any]) -> Plan:
+    allocation = config.allocation.model_copy(update=changes)
+    return make_plan(source_folder, config.model_copy(update={"allocation": allocation}))
 
 
 def _silent(*_: object) -> None:

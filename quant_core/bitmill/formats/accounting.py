@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import Literal
 
 from bitmill.config.bit_width_map import BitWidthMap, group_bytes, group_columns, linear_bytes
-from bitmill.config.spec import Budget
+from bitmill.config.quantization import Budget
 from bitmill.formats.packed.layout import stored_tensors
 from bitmill.io.safetensors import TensorInfo, checkpoint_bytes
 from bitmill.plan.model_plan import Plan

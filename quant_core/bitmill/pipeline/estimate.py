@@ -25,7 +25,7 @@ import math
 from dataclasses import dataclass
 
 from bitmill.config.bit_width_map import WIDTHS, BitWidthMap
-from bitmill.config.spec import Closed, JobSpec
+from bitmill.config.quantization import Closed, QuantizationConfig
 from bitmill.formats.accounting import footprint
 from bitmill.plan.block_memory import (
     BATCH_TOKENS,
@@ -77,9 +77,9 @@ def _element_bytes(plan: Plan, machine: Machine) -> int:
     return 2 if machine.accelerator and half else 4
 
 
-def _uniform_size(plan: Plan, spec: JobSpec, width: int) -> int:
+def _uniform_size(plan: Plan, config: QuantizationConfig, width: int) -> int:
     linears = {shape.name: (width,) * shape.groups for shape in plan.shapes}
-    return footprint(plan, BitWidthMap(order=spec.allocation.order, linears=linears)).size
+    return footprint(plan, BitWidthMap(order=config.allocation.order, linears=linears)).size
 
 
 def _outside_weights(plan: Plan) -> int:
@@ -88,63 +88,67 @@ def _outside_weights(plan: Plan) -> int:
     return kept + sum(embedding.shape.weights for embedding in plan.embeddings)
 
 
-def _learning_bytes(plan: Plan, spec: JobSpec, block: int, element: int) -> int:
+def _learning_bytes(plan: Plan, config: QuantizationConfig, block: int, element: int) -> int:
     """A block that is learned on one batch of windows, or in the turn of tuning all scales."""
-    asked = spec.refinement.omniquant
-    if spec.refinement.method != "omniquant" or asked.resume_parameters is not None:
+    asked = config.refinement.omniquant
+    if config.refinement.method != "omniquant" or asked.resume_parameters is not None:
         return 0
-    tokens = (asked.batch or LEARNING_BATCH) * spec.calibration.length
+    tokens = (asked.batch or LEARNING_BATCH) * config.calibration.length
     learned = LEARNING_BYTES * block_weights(plan, block)
     held = plan.weights if asked.tune_scales_steps else 0
     return max(learned, held) + 2 * activation_bytes(plan, block, tokens, element)
 
 
-def _accelerator_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:
+def _accelerator_bytes(plan: Plan, config: QuantizationConfig, machine: Machine) -> int:
     element = _element_bytes(plan, machine)
-    tokens = max(BATCH_TOKENS, spec.calibration.length)
+    tokens = max(BATCH_TOKENS, config.calibration.length)
     learning = [
-        3 * element * block_weights(plan, i) + _learning_bytes(plan, spec, i, element)
+        3 * element * block_weights(plan, i) + _learning_bytes(plan, config, i, element)
         for i in {0, plan.block_count - 1}
     ]
     turn = max(
-        refining_bytes(plan, element, tokens, judged=spec.refinement.asymmetric),
+        refining_bytes(plan, element, tokens, judged=config.refinement.asymmetric),
         max(learning) + WORKING_COPIES * 4 * widest_linear(plan),
     )
     return OVERHEAD + element * _outside_weights(plan) + LOGIT_BYTES + turn
 
 
-def stream_bytes(plan: Plan, spec: JobSpec, machine: Machine) -> int:
+def stream_bytes(plan: Plan, config: QuantizationConfig, machine: Machine) -> int:
     """Hidden states of all windows that refinement carries; files hold them where memory cannot."""
-    windows = spec.calibration.sequences + spec.calibration.held_out
-    streams = 2 if spec.refinement.asymmetric or spec.refinement.method == "omniquant" else 1
+    windows = config.calibration.sequences + config.calibration.held_out
+    streams = 2 if config.refinement.asymmetric or config.refinement.method == "omniquant" else 1
     element = _element_bytes(plan, machine)
-    return streams * windows * spec.calibration.length * plan.hidden_size * element
+    return streams * windows * config.calibration.length * plan.hidden_size * element
 
 
-def fixed_host_bytes(plan: Plan, spec: JobSpec, machine: Machine, *, gguf: bool = False) -> int:
+def fixed_host_bytes(
+    plan: Plan, config: QuantizationConfig, machine: Machine, *, gguf: bool = False
+) -> int:
     """Host memory that a job cannot do without, whatever the number of its windows."""
     block = 4 * max(block_weights(plan, i) for i in {0, plan.block_count - 1})
     process = ACCELERATOR_LIBRARIES if machine.accelerator else OVERHEAD
     if not machine.accelerator:
-        process += _accelerator_bytes(plan, spec, machine) - OVERHEAD
+        process += _accelerator_bytes(plan, config, machine) - OVERHEAD
     converting = OVERHEAD + 10 * (plan.weights + _outside_weights(plan)) if gguf else 0
-    return max((2 * block + process) * spec.devices, converting)
+    return max((2 * block + process) * config.devices, converting)
 
 
-def packed_bytes(plan: Plan, spec: JobSpec) -> int:
+def packed_bytes(plan: Plan, config: QuantizationConfig) -> int:
     """Bytes of the packed checkpoint at most."""
-    largest = _uniform_size(plan, spec, spec.allocation.legal_widths[-1])
-    if spec.budget.kind == "size":
-        return min(largest, int(spec.budget.value))
-    return min(largest, _uniform_size(plan, spec, min(WIDTHS[-1], math.ceil(spec.budget.value))))
+    largest = _uniform_size(plan, config, config.allocation.legal_widths[-1])
+    if config.budget.kind == "size":
+        return min(largest, int(config.budget.value))
+    return min(
+        largest, _uniform_size(plan, config, min(WIDTHS[-1], math.ceil(config.budget.value)))
+    )
 
 
-def _disk_bytes(plan: Plan, spec: JobSpec, gguf: bool) -> int:
-    packed = packed_bytes(plan, spec)
-    copies = 3 if spec.refinement.omniquant.tune_scales_steps else 2
+def _disk_bytes(plan: Plan, config: QuantizationConfig, gguf: bool) -> int:
+    packed = packed_bytes(plan, config)
+    copies = 3 if config.refinement.omniquant.tune_scales_steps else 2
     baselines = sum(
-        packed if name == "uniform" else _uniform_size(plan, spec, int(name[-1]))
-        for name in spec.evaluation.baselines
+        packed if name == "uniform" else _uniform_size(plan, config, int(name[-1]))
+        for name in config.evaluation.baselines
     )
     converted = 4 * (plan.weights + _outside_weights(plan)) if gguf else 0
     return converted + copies * packed + baselines
@@ -156,11 +160,13 @@ def _linear_work(linear: PlannedLinear, tokens: float) -> tuple[float, float]:
     return 2 * weights * tokens, 3 * weights * linear.columns
 
 
-def _seconds(plan: Plan, spec: JobSpec, machine: Machine) -> float:
+def _seconds(plan: Plan, config: QuantizationConfig, machine: Machine) -> float:
     speed = CPU_FLOPS_PER_THREAD * machine.threads
     if machine.accelerator:
-        speed = ACCELERATOR_FLOPS[_element_bytes(plan, machine)] * spec.devices
-    tokens = spec.calibration.length * (spec.calibration.sequences + spec.calibration.held_out)
+        speed = ACCELERATOR_FLOPS[_element_bytes(plan, machine)] * config.devices
+    tokens = config.calibration.length * (
+        config.calibration.sequences + config.calibration.held_out
+    )
     active = 1.0 if not plan.experts else min(1.0, 8 / plan.experts)
     forward = solving = hessians = 0.0
     for linear in plan.linears:
@@ -171,30 +177,30 @@ def _seconds(plan: Plan, spec: JobSpec, machine: Machine) -> float:
         for group in plan.input_groups(block):
             share = active if ".experts." in group[0] else 1.0
             hessians += 2.0 * plan.by_name[group[0]].columns ** 2 * tokens * share
-    passes = 3 if spec.refinement.asymmetric else 2
-    profiled = spec.calibration.length * spec.calibration.profiled / tokens
+    passes = 3 if config.refinement.asymmetric else 2
+    profiled = config.calibration.length * config.calibration.profiled / tokens
     measured = profiled * (4 * forward + hessians)
-    profile = measured if spec.allocation.method != "uniform" else 0.0
-    windows = len(spec.evaluation.texts) * (spec.evaluation.sequences or EVALUATION_WINDOWS)
-    share = windows * spec.evaluation.length / tokens
+    profile = measured if config.allocation.method != "uniform" else 0.0
+    windows = len(config.evaluation.texts) * (config.evaluation.sequences or EVALUATION_WINDOWS)
+    share = windows * config.evaluation.length / tokens
     head = 2.0 * plan.vocab_size * plan.hidden_size * tokens
-    evaluation = (2 + len(spec.evaluation.baselines)) * share * (forward + head)
+    evaluation = (2 + len(config.evaluation.baselines)) * share * (forward + head)
     return (passes * forward + hessians + solving + profile + evaluation) / speed
 
 
 def estimate(
-    plan: Plan, spec: JobSpec, machine: Machine | None = None, *, gguf: bool = False
+    plan: Plan, config: QuantizationConfig, machine: Machine | None = None, *, gguf: bool = False
 ) -> Estimate:
     """What the job needs; `gguf`: the source must be converted first."""
     machine = machine or Machine()
-    widths = spec.allocation.legal_widths
-    smallest, largest = (_uniform_size(plan, spec, width) for width in (widths[0], widths[-1]))
-    fixed = fixed_host_bytes(plan, spec, machine, gguf=gguf)
+    widths = config.allocation.legal_widths
+    smallest, largest = (_uniform_size(plan, config, width) for width in (widths[0], widths[-1]))
+    fixed = fixed_host_bytes(plan, config, machine, gguf=gguf)
     return Estimate(
-        accelerator_bytes=_accelerator_bytes(plan, spec, machine),
-        host_bytes=fixed + stream_bytes(plan, spec, machine),
-        disk_bytes=_disk_bytes(plan, spec, gguf),
-        seconds=_seconds(plan, spec, machine),
+        accelerator_bytes=_accelerator_bytes(plan, config, machine),
+        host_bytes=fixed + stream_bytes(plan, config, machine),
+        disk_bytes=_disk_bytes(plan, config, gguf),
+        seconds=_seconds(plan, config, machine),
         smallest_size=smallest,
         largest_size=largest,
     )

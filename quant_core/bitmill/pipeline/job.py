@@ -29,7 +29,7 @@ from bitmill.allocation.allocator import Allocator, allocate, check_budget
 from bitmill.allocation.profile import PROFILE_NAME, SensitivityProfile, profile_key
 from bitmill.calibration.windows import CalibrationSet, calibration_tokens
 from bitmill.config.bit_width_map import MAP_NAME, WIDTHS, BitWidthMap
-from bitmill.config.spec import Budget, InlineMap, JobSpec, PathParameters
+from bitmill.config.quantization import Budget, QuantizationConfig
 from bitmill.errors import ResourceError, SpecError, VerificationError
 from bitmill.evaluation.compare import Candidate, from_packed, measure, measure_tasks, with_weights
 from bitmill.evaluation.logits import StreamedLogits
@@ -42,7 +42,7 @@ from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.dtypes import compute_dtype
 from bitmill.models.reader import CheckpointSource, check_all_finite
 from bitmill.models.streamed import StreamedModel
-from bitmill.pipeline.learned_parameters import PARAM, RECORD_NAME, LearnedFor, LearnedParameters
+from bitmill.pipeline.learned_parameters import RECORD_NAME, LearnedFor, LearnedParameters
 from bitmill.pipeline.progress import Progress
 from bitmill.pipeline.requirements import Room, check_room
 from bitmill.pipeline.resume import take_over
@@ -73,12 +73,11 @@ class Job:
     task_folder: harness task files beside the harness's own, or None.
     """
 
-    spec: JobSpec
+    config: QuantizationConfig
     model_folder: Path
     space: Workspace
     output: Path
     gguf: str | None
-    given_map: BitWidthMap | None
     profiles: Path | None
     device: torch.device
     group: Group = SINGLE
@@ -88,7 +87,7 @@ class Job:
     def fingerprint(self) -> dict[str, Any]:
         """What else than data decides the bytes of a result."""
         return {
-            "seed": self.spec.seed,
+            "seed": self.config.seed,
             "threads": torch.get_num_threads(),
             "device": self.device.type,
             "devices": self.group.size,
@@ -115,13 +114,12 @@ class Result:
 
 
 def run_job(
-    spec: JobSpec,
+    config: QuantizationConfig,
     model_folder: Path,
     job_dir: Path,
     output_dir: Path,
     *,
     gguf: str | None = None,
-    map_file: Path | None = None,
     profile_folder: Path | None = None,
     task_folder: Path | None = None,
     device: str | torch.device = "cpu",
@@ -132,31 +130,26 @@ def run_job(
     """Run all stages; a run that was killed goes on where it was.
 
     model_folder: local files of the source; gguf: name of the GGUF file in it.
-    map_file: the map of allocation method "map", unless the specification holds it.
     task_folder: task files for `evaluation.tasks`; they may run code, so trust their author.
     group: the ranks that call this with the same arguments, `devices` of them
     (`runtime/launch.py`). Raises a `BitmillError`; nothing of `output_dir` exists until the last
     stage ends.
     """
-    if group.size != spec.devices:
+    if group.size != config.devices:
         raise SpecError(
-            f"devices is {spec.devices}, the job was started on {group.size}: start it by "
+            f"devices is {config.devices}, the job was started on {group.size}: start it by "
             "`bitmill quantize --devices` or a worker, or give the number it runs on",
             param="devices",
         )
-    if spec.threads:
-        torch.set_num_threads(max(1, spec.threads // group.size))
+    if config.threads:
+        torch.set_num_threads(max(1, config.threads // group.size))
     settle_process()
-    given = BitWidthMap.load(map_file) if map_file is not None else None
-    if given is None and isinstance(spec.allocation.map, InlineMap):
-        given = spec.allocation.map.map
     job = Job(
-        spec=spec,
+        config=config,
         model_folder=model_folder,
         space=Workspace(job_dir, on_progress, should_stop, group),
         output=output_dir,
         gguf=gguf,
-        given_map=given,
         profiles=profile_folder,
         device=torch.device(device),
         group=group,
@@ -175,9 +168,9 @@ def _run_stages(job: Job) -> Result:
     check_machine(job)
     source = resolve(job)
     planned = plan(job, source)
-    tokens = calibration_tokens(job.spec.calibration, source.folder, seed=job.spec.seed)
-    learned_for = LearnedFor.of_job(job.spec, model=source.digest, calibration=tokens.digest)
-    learned = _learned_earlier(job.spec, learned_for)
+    tokens = calibration_tokens(job.config.calibration, source.folder, seed=job.config.seed)
+    learned_for = LearnedFor.of_job(job.config, model=source.digest, calibration=tokens.digest)
+    learned = _learned_earlier(job.config, learned_for)
     profiled = profile(job, source, planned, tokens)
     bit_widths = allocate_widths(job, planned, profiled)
     if learned is None:
@@ -193,19 +186,17 @@ def _run_stages(job: Job) -> Result:
 
 def check_machine(job: Job) -> None:
     """Raise `ResourceError` for a job that this machine cannot hold, before it does anything."""
-    planned = make_plan(job.model_folder, job.spec, gguf=job.gguf)
+    planned = make_plan(job.model_folder, job.config, gguf=job.gguf)
     rooms = job.group.gather(Room.here(job.device, job.space.root, job.output))
-    check_room(planned, job.spec, Room.of_ranks(rooms), gguf=job.gguf is not None)
+    check_room(planned, job.config, Room.of_ranks(rooms), gguf=job.gguf is not None)
 
 
-def _learned_earlier(spec: JobSpec, asked: LearnedFor) -> LearnedParameters | None:
+def _learned_earlier(config: QuantizationConfig, asked: LearnedFor) -> LearnedParameters | None:
     """The learned parameters that the job takes over, after all checks but that of the map."""
-    given = spec.refinement.omniquant.resume_parameters
+    given = config.refinement.omniquant.resume_parameters
     if given is None:
         return None
-    if not isinstance(given, PathParameters):
-        raise SpecError("resume_parameters of a job needs a service; give a path", param=PARAM)
-    learned = LearnedParameters.open(Path(given.path))
+    learned = LearnedParameters.open(given)
     learned.learned_for.check(asked)
     return learned
 
@@ -243,13 +234,13 @@ def resolve(job: Job) -> Source:
 def plan(job: Job, source: Source) -> Plan:
     """Linears, kept tensors and sizes; refuses impossible budgets, windows, tasks, NaN weights."""
     warm_up(job.device)  # beside reading all weights
-    allocation = job.spec.allocation.model_dump(mode="json")
+    allocation = job.config.allocation.model_dump(mode="json")
 
     def work(folder: Path) -> None:
-        made = make_plan(source.folder, job.spec)
-        check_budget(made, job.spec, job.given_map)
-        check_lengths(made, job.spec)
-        check_rows(made, job.spec)
+        made = make_plan(source.folder, job.config)
+        check_budget(made, job.config)
+        check_lengths(made, job.config)
+        check_rows(made, job.config)
         _task_suite(job)
         with CheckpointSource(source.folder) as tensors:
             check_all_finite(tensors)
@@ -258,24 +249,29 @@ def plan(job: Job, source: Source) -> Plan:
     inputs = {
         "model": source.digest,
         "allocation": allocation,
-        "budget": job.spec.budget.model_dump(mode="json"),
-        "map": job.given_map.to_json() if job.given_map else None,
-        "tasks": job.spec.evaluation.tasks,
-        "devices": job.spec.devices,
+        "budget": job.config.budget.model_dump(mode="json"),
+        "map": _given_map(job),
+        "tasks": job.config.evaluation.tasks,
+        "devices": job.config.devices,
     }
     folder = job.space.run("plan", inputs, work)
     return Plan.model_validate_json((folder / PLAN_NAME).read_bytes())
 
 
+def _given_map(job: Job) -> str | None:
+    given = job.config.allocation.map
+    return given.to_json() if given else None
+
+
 def _task_suite(job: Job) -> TaskSuite | None:
-    tasks = job.spec.evaluation.tasks
+    tasks = job.config.evaluation.tasks
     return TaskSuite(tasks, job.task_folder) if tasks else None
 
 
 def _profile_settings(job: Job, planned: Plan) -> dict[str, Any] | None:
     """What the profile must hold, or None where the job needs none."""
-    allocation = job.spec.allocation
-    resumed = job.spec.refinement.omniquant.resume_parameters is not None
+    allocation = job.config.allocation
+    resumed = job.config.refinement.omniquant.resume_parameters is not None
     if allocation.method in ("uniform", "map") and (allocation.order == "natural" or resumed):
         return None
     settings: dict[str, Any] = {
@@ -285,14 +281,14 @@ def _profile_settings(job: Job, planned: Plan) -> dict[str, Any] | None:
         "dtype": str(compute_dtype(job.device, planned)),
         **job.fingerprint,
     }
-    if job.spec.calibration.profile_sequences is not None:
-        settings["sequences"] = job.spec.calibration.profile_sequences
+    if job.config.calibration.profile_sequences is not None:
+        settings["sequences"] = job.config.calibration.profile_sequences
     if planned.embeddings:
         settings["embeddings"] = [matrix.name for matrix in planned.embeddings]
     if allocation.method == "knapsack":
         settings |= {"kind": "knapsack", "widths": list(WIDTHS)}
     if allocation.method == "sba":
-        base = Allocator(planned, allocation).sba_base(job.spec.budget)
+        base = Allocator(planned, allocation).sba_base(job.config.budget)
         settings |= {"kind": "sba", "base": base}
     return settings
 
@@ -314,7 +310,7 @@ def profile(
             return
         made = make_profile(
             _open_model(job, source, planned),
-            tokens.tokens[: job.spec.calibration.profiled],
+            tokens.tokens[: job.config.calibration.profiled],
             planned,
             ProfileRequest(settings, source.digest, tokens.digest),
             folder=folder,
@@ -342,12 +338,12 @@ def allocate_widths(job: Job, planned: Plan, profiled: SensitivityProfile | None
     inputs = {
         "profile": profiled.digest if profiled else None,
         "plan": storage.sha256_file(job.space.root / "plan" / PLAN_NAME),
-        "spec": job.spec.model_dump(mode="json", include={"allocation", "budget"}),
-        "map": job.given_map.to_json() if job.given_map else None,
+        "spec": job.config.model_dump(mode="json", include={"allocation", "budget"}),
+        "map": _given_map(job),
     }
 
     def work(folder: Path) -> None:
-        made = allocate(planned, job.spec, profiled, job.given_map)
+        made = allocate(planned, job.config, profiled)
         storage.write_bytes(folder / MAP_NAME, made.to_json().encode())
 
     return BitWidthMap.load(job.space.run("allocate", inputs, work) / MAP_NAME)
@@ -367,7 +363,7 @@ def refine(
         "calibration": tokens.digest,
         "map": bit_widths.to_json(),
         "orders": profiled.digest if profiled and bit_widths.order == "activation" else None,
-        "refinement": job.spec.refinement.model_dump(mode="json"),
+        "refinement": job.config.refinement.model_dump(mode="json"),
         "dtype": str(compute_dtype(job.device, planned)),
         **job.fingerprint,
     }
@@ -376,9 +372,9 @@ def refine(
         refine_model(
             _open_model(job, source, planned),
             RefineInputs(tokens, bit_widths, _orders(profiled, bit_widths)),
-            job.spec.refinement,
+            job.config.refinement,
             folder,
-            seed=job.spec.seed,
+            seed=job.config.seed,
             on_unit=partial(job.space.unit, "refine"),
             group=job.group,
         )
@@ -458,7 +454,7 @@ def verify(job: Job, planned: Plan, packed: Path, refined: RefinedModel) -> None
             "tensor_hashes": str(packed.parent / HASHES_NAME),
             "code_hashes": refined.code_hashes(),
             "refined": str(refined.folder),
-            "budget": job.spec.budget.model_dump(mode="json"),
+            "budget": job.config.budget.model_dump(mode="json"),
             "report": str(folder / "verify.json"),
             "threads": torch.get_num_threads(),
         }
@@ -511,11 +507,11 @@ def evaluate(
 
     Beside the report lies the summary of a profile that has costs of the job's widths.
     """
-    asked = job.spec.evaluation
+    asked = job.config.evaluation
     inputs = {
         "packed": refined.digest,
         "profile": profiled.digest if profiled else None,
-        "allocation": job.spec.allocation.model_dump(mode="json"),
+        "allocation": job.config.allocation.model_dump(mode="json"),
         "evaluation": asked.model_dump(mode="json"),
         **job.fingerprint,
     }
@@ -523,9 +519,9 @@ def evaluate(
     def work(folder: Path) -> None:
         model = _open_model(job, source, planned)
         candidates: dict[str, Candidate] = {
-            _method_name(job.spec): (bit_widths, from_packed(model, packed))
+            _method_name(job.config): (bit_widths, from_packed(model, packed))
         }
-        for width in _baseline_widths(planned, job.spec, bit_widths):
+        for width in _baseline_widths(planned, job.config, bit_widths):
             uniform = _uniform(planned, width)
             baseline = _baseline(job, model, tokens, uniform, folder / f"baseline-{width}")
             candidates[f"uniform {width}-bit gptq"] = (uniform, _from_refined(model, baseline))
@@ -541,7 +537,7 @@ def evaluate(
         if not job.group.first:
             return
         if suite := _task_suite(job):
-            ours = _method_name(job.spec)
+            ours = _method_name(job.config)
             rows = measure_tasks(
                 suite,
                 rows,
@@ -549,7 +545,7 @@ def evaluate(
                 packed=ours,
                 device=job.device,
                 dtype=model.dtype,
-                seed=job.spec.seed,
+                seed=job.config.seed,
                 on_unit=partial(job.space.unit, "evaluate"),
             )
         linears, blocks = refined.reports()
@@ -562,12 +558,12 @@ def evaluate(
             linears=linears,
             blocks=blocks,
             tuning=refined.tuning(),
-            resumed=job.spec.refinement.omniquant.resume_parameters is not None,
+            resumed=job.config.refinement.omniquant.resume_parameters is not None,
             warnings=warnings,
             seconds=job.space.seconds(),
         )
         storage.write_bytes(folder / QUALITY_NAME, report.to_json().encode())
-        _write_summary(folder, planned, job.spec, profiled, bit_widths)
+        _write_summary(folder, planned, job.config, profiled, bit_widths)
         for baseline_folder in folder.glob("baseline-*"):
             shutil.rmtree(baseline_folder)
 
@@ -575,8 +571,8 @@ def evaluate(
     return QualityReport.load(folder / QUALITY_NAME)
 
 
-def _method_name(spec: JobSpec) -> str:
-    return f"{spec.allocation.method} {spec.refinement.method}"
+def _method_name(config: QuantizationConfig) -> str:
+    return f"{config.allocation.method} {config.refinement.method}"
 
 
 def _predicted(profiled: SensitivityProfile | None, bit_widths: BitWidthMap) -> float | None:
@@ -591,20 +587,22 @@ def _predicted(profiled: SensitivityProfile | None, bit_widths: BitWidthMap) -> 
 def _write_summary(
     folder: Path,
     planned: Plan,
-    spec: JobSpec,
+    config: QuantizationConfig,
     profiled: SensitivityProfile | None,
     bit_widths: BitWidthMap,
 ) -> None:
-    summary = summarize(planned, spec.allocation, profiled, bit_widths) if profiled else None
+    summary = summarize(planned, config.allocation, profiled, bit_widths) if profiled else None
     if summary is not None:
         storage.write_bytes(folder / SUMMARY_NAME, summary.to_json().encode())
 
 
-def _baseline_widths(planned: Plan, spec: JobSpec, bit_widths: BitWidthMap) -> list[int]:
+def _baseline_widths(
+    planned: Plan, config: QuantizationConfig, bit_widths: BitWidthMap
+) -> list[int]:
     """Widths of the baselines asked for, each once, ascending."""
     mean = footprint(planned, bit_widths).code_bits
-    nearest = min(spec.allocation.legal_widths, key=lambda b: (abs(b - mean), b))
-    asked = spec.evaluation.baselines
+    nearest = min(config.allocation.legal_widths, key=lambda b: (abs(b - mean), b))
+    asked = config.evaluation.baselines
     return sorted({nearest if name == "uniform" else int(name[-1]) for name in asked})
 
 
@@ -616,7 +614,7 @@ def _baseline(
     job: Job, model: StreamedModel, tokens: CalibrationSet, uniform: BitWidthMap, folder: Path
 ) -> RefinedModel:
     """Plain GPTQ with clip search in natural order."""
-    plain = job.spec.refinement.model_copy(
+    plain = job.config.refinement.model_copy(
         update={
             "method": "gptq",
             "compensated_grid": False,
@@ -630,7 +628,7 @@ def _baseline(
         RefineInputs(tokens, uniform, {}),
         plain,
         folder,
-        seed=job.spec.seed,
+        seed=job.config.seed,
         on_unit=partial(_report_baseline, job.space),
         group=job.group,
     )

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
-from bitmill.config.spec import JobSpec, Refinement
+from bitmill.config.quantization import QuantizationConfig, Refinement
 from bitmill.errors import FormatError, InputError
 from bitmill.io.atomic import sha256_file
 from bitmill.io.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -39,11 +39,11 @@ class LearnedFor(BaseModel):
     refinement: Refinement
 
     @classmethod
-    def of_job(cls, spec: JobSpec, *, model: str, calibration: str) -> LearnedFor:
-        """What a job of this specification learns for."""
-        omniquant = spec.refinement.omniquant.model_copy(update={"resume_parameters": None})
-        refinement = spec.refinement.model_copy(update={"omniquant": omniquant})
-        return cls(model=model, calibration=calibration, seed=spec.seed, refinement=refinement)
+    def of_job(cls, config: QuantizationConfig, *, model: str, calibration: str) -> LearnedFor:
+        """What a job of this configuration learns for."""
+        omniquant = config.refinement.omniquant.model_copy(update={"resume_parameters": None})
+        refinement = config.refinement.model_copy(update={"omniquant": omniquant})
+        return cls(model=model, calibration=calibration, seed=config.seed, refinement=refinement)
 
     @classmethod
     def parse(cls, data: bytes) -> LearnedFor:

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import torch
 
-from bitmill.config.spec import JobSpec
+from bitmill.config.quantization import QuantizationConfig
 from bitmill.errors import ResourceError
 from bitmill.pipeline.estimate import (
     OVERHEAD,
@@ -98,16 +98,16 @@ class _Lack:
         return f"{self.needed:,} bytes of {self.what}, of which {self.free:,} are free"
 
 
-def check_room(plan: Plan, spec: JobSpec, room: Room, *, gguf: bool = False) -> None:
+def check_room(plan: Plan, config: QuantizationConfig, room: Room, *, gguf: bool = False) -> None:
     """Raise `ResourceError` (code `does_not_fit`) where the job does not fit, saying what would.
 
     gguf: the source must be converted first.
     """
-    lacking = list(_lacking(plan, spec, room, gguf))
+    lacking = list(_lacking(plan, config, room, gguf))
     if not lacking:
         return
     fitting: dict[str, str] = {}
-    for name, value, smaller in _smaller(spec):
+    for name, value, smaller in _smaller(config):
         if name not in fitting and not any(_lacking(plan, smaller, room, gguf)):
             fitting[name] = f"{name} {json.dumps(value)}"
     advice = "no smaller calibration would fit: take a smaller model or a larger machine"
@@ -120,31 +120,31 @@ def check_room(plan: Plan, spec: JobSpec, room: Room, *, gguf: bool = False) -> 
     )
 
 
-def _smaller(spec: JobSpec) -> Iterator[tuple[str, Any, JobSpec]]:
-    """(a setting, its value, the specification with it): jobs that need less, the largest first."""
-    calibration, refinement = spec.calibration, spec.refinement
+def _smaller(config: QuantizationConfig) -> Iterator[tuple[str, Any, QuantizationConfig]]:
+    """(a setting, its value, the configuration with it): jobs that need less, the largest first."""
+    calibration, refinement = config.calibration, config.refinement
     for sequences in _halves(calibration.sequences, 1):
         part = calibration.model_copy(update={"sequences": sequences})
-        yield "calibration.sequences", sequences, _with(spec, calibration=part)
+        yield "calibration.sequences", sequences, _with(config, calibration=part)
     for length in _halves(calibration.length, _SHORTEST):
         part = calibration.model_copy(update={"length": length})
-        yield "calibration.length", length, _with(spec, calibration=part)
+        yield "calibration.length", length, _with(config, calibration=part)
     if refinement.asymmetric:
         plain = refinement.model_copy(update={"asymmetric": False})
-        yield "refinement.asymmetric", False, _with(spec, refinement=plain)
+        yield "refinement.asymmetric", False, _with(config, refinement=plain)
     if refinement.omniquant.tune_scales_steps:
         learned = refinement.omniquant.model_copy(update={"tune_scales_steps": 0})
         untuned = refinement.model_copy(update={"omniquant": learned})
-        yield "refinement.omniquant.tune_scales_steps", 0, _with(spec, refinement=untuned)
-    for devices in _halves(spec.devices, 1):
-        yield "devices", devices, _with(spec, devices=devices)
-    if spec.evaluation.baselines:
-        alone = spec.evaluation.model_copy(update={"baselines": ()})
-        yield "evaluation.baselines", [], _with(spec, evaluation=alone)
+        yield "refinement.omniquant.tune_scales_steps", 0, _with(config, refinement=untuned)
+    for devices in _halves(config.devices, 1):
+        yield "devices", devices, _with(config, devices=devices)
+    if config.evaluation.baselines:
+        alone = config.evaluation.model_copy(update={"baselines": ()})
+        yield "evaluation.baselines", [], _with(config, evaluation=alone)
 
 
-def _with(spec: JobSpec, **parts: Any) -> JobSpec:
-    return spec.model_copy(update=parts)
+def _with(config: QuantizationConfig, **parts: Any) -> QuantizationConfig:
+    return config.model_copy(update=parts)
 
 
 def _halves(value: int, least: int) -> Iterator[int]:
@@ -153,26 +153,26 @@ def _halves(value: int, least: int) -> Iterator[int]:
         yield value
 
 
-def _lacking(plan: Plan, spec: JobSpec, room: Room, gguf: bool) -> Iterator[_Lack]:
+def _lacking(plan: Plan, config: QuantizationConfig, room: Room, gguf: bool) -> Iterator[_Lack]:
     machine = Machine(accelerator=room.accelerator is not None)
-    needed = estimate(plan, spec, machine, gguf=gguf)
+    needed = estimate(plan, config, machine, gguf=gguf)
     if room.accelerator is not None and needed.accelerator_bytes - OVERHEAD > room.accelerator:
         device = needed.accelerator_bytes - OVERHEAD  # a context is there already
         yield _Lack("accelerator memory", device, room.accelerator)
-    fixed = fixed_host_bytes(plan, spec, machine, gguf=gguf)
+    fixed = fixed_host_bytes(plan, config, machine, gguf=gguf)
     if fixed > room.host:
         yield _Lack("host memory", fixed, room.host)
-    disk = needed.disk_bytes + _spilled_bytes(plan, spec, machine, room)
+    disk = needed.disk_bytes + _spilled_bytes(plan, config, machine, room)
     if disk > room.disk:
         yield _Lack("disk space for the job's folder", disk, room.disk)
-    packed = packed_bytes(plan, spec)
+    packed = packed_bytes(plan, config)
     if room.output is not None and packed > room.output:
         yield _Lack("disk space for the output", packed, room.output)
 
 
-def _spilled_bytes(plan: Plan, spec: JobSpec, machine: Machine, room: Room) -> int:
+def _spilled_bytes(plan: Plan, config: QuantizationConfig, machine: Machine, room: Room) -> int:
     """What of the windows' hidden states waits in files of the job's folder."""
-    streams = stream_bytes(plan, spec, machine)
+    streams = stream_bytes(plan, config, machine)
     if room.accelerator is not None and streams <= room.accelerator // 3:
         return 0
     return max(0, streams - room.host // 2)

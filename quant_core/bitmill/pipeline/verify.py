@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import Budget
+from bitmill.config.quantization import Budget
 from bitmill.errors import BitmillError, VerificationError
 from bitmill.formats.accounting import (
     Footprint,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bitmill.config.bit_width_map import LinearShape
-from bitmill.config.spec import Closed, JobSpec
+from bitmill.config.quantization import Closed, QuantizationConfig
 from bitmill.errors import ModelError, SpecError
 from bitmill.io.gguf import gguf_config, gguf_tensors, read_gguf_header
 from bitmill.io.safetensors import TensorInfo, read_headers
@@ -359,24 +359,24 @@ def build_plan(
     )
 
 
-def check_lengths(plan: Plan, spec: JobSpec) -> None:
+def check_lengths(plan: Plan, asked: QuantizationConfig) -> None:
     """Raise `SpecError` where the model cannot run the job's calibration or evaluation windows."""
-    plan.check_length(spec.calibration.length, "calibration.length")
-    plan.check_length(spec.evaluation.length, "evaluation.length")
+    plan.check_length(asked.calibration.length, "calibration.length")
+    plan.check_length(asked.evaluation.length, "evaluation.length")
 
 
-def check_rows(plan: Plan, spec: JobSpec) -> None:
+def check_rows(plan: Plan, asked: QuantizationConfig) -> None:
     """Raise `SpecError` where a linear has fewer output rows than devices that divide them."""
     for linear in plan.linears:
-        if linear.rows < spec.devices:
+        if linear.rows < asked.devices:
             raise SpecError(
-                f"devices is {spec.devices}, {linear.name} has {linear.rows} output rows to "
+                f"devices is {asked.devices}, {linear.name} has {linear.rows} output rows to "
                 "divide: give at most as many devices, or keep that linear",
                 param="devices",
             )
 
 
-def make_plan(folder: Path, spec: JobSpec, *, gguf: str | None = None) -> Plan:
+def make_plan(folder: Path, asked: QuantizationConfig, *, gguf: str | None = None) -> Plan:
     """Plan a job for a local model folder, or for one GGUF file in it.
 
     Raises `ModelError` for files that are missing, unsafe, damaged or unsupported.
@@ -389,5 +389,5 @@ def make_plan(folder: Path, spec: JobSpec, *, gguf: str | None = None) -> Plan:
         refuse_pickles(folder)
         config, found = read_config(folder)
         headers = read_headers(folder)
-    allocation = spec.allocation
+    allocation = asked.allocation
     return build_plan(config, found, headers, allocation.keep, allocation.embeddings == "quantize")

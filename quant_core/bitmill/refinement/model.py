@@ -31,7 +31,7 @@ from bitmill.calibration.streams import HiddenStates
 from bitmill.calibration.undersampled_experts import is_starved, starved_note
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap, group_columns
-from bitmill.config.spec import Refinement
+from bitmill.config.quantization import Refinement
 from bitmill.io import atomic as storage
 from bitmill.models.streamed import StreamedModel, set_weight
 from bitmill.plan.block_memory import refining_bytes

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from bitmill.allocation.allocator import curve
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import Allocation
+from bitmill.config.quantization import Allocation
 from bitmill.errors import FormatError, reason
 from bitmill.formats.accounting import footprint
 from bitmill.plan.model_plan import Plan

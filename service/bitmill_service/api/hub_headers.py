@@ -15,11 +15,11 @@ import httpx2
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from bitmill.config.spec import HubModel
 from bitmill.errors import ModelError
 from bitmill.io.safetensors import MAX_HEADER
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.settings import ServiceSettings
+from bitmill_workers.job_spec import HubModel
 
 _MAX_JSON = 64 << 20
 _MAX_SHARDS = 512

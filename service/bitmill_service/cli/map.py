@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
+from bitmill.config.quantization import parse_part
 from bitmill.config.slim_llm import read_slim_map
-from bitmill.config.spec import parse_part
 from bitmill.io.atomic import write_bytes
 from bitmill_service.cli.output import (
     JsonFlag,

@@ -13,9 +13,9 @@ from typing import Any
 
 import typer
 
-from bitmill.config.spec import JobSpec, parse_spec
 from bitmill.errors import SpecError
 from bitmill_service.cli.output import parse_size
+from bitmill_workers.job_spec import JobSpec, parse_spec
 
 
 def model_reference(model: str, file: str | None) -> dict[str, Any]:

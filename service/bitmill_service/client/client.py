@@ -23,7 +23,6 @@ from typing import Any, Self, TypeVar
 import httpx2
 
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import JobSpec
 from bitmill_service.client.download import Download, download_files, select
 from bitmill_service.client.errors import (
     JobCancelled,
@@ -49,6 +48,7 @@ from bitmill_service.schemas import (
     ProfileView,
     View,
 )
+from bitmill_workers.job_spec import JobSpec
 
 DEFAULT_URL = "http://127.0.0.1:8737"
 _POLL_SECONDS = 2.0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bitmill.allocation.allocator import Allocator, allocate, check_budget, curve
 from bitmill.config.bit_width_map import BitWidthMap, code_bits, stored_bits
-from bitmill.config.spec import Allocation, Budget, JobSpec, parse_spec
+from bitmill.config.quantization import Allocation, Budget, QuantizationConfig, parse_config
 from bitmill.errors import BudgetError, FormatError, SpecError
 from bitmill.formats.accounting import checkpoint_tensors, footprint, measure, order_bytes
 from bitmill.io.safetensors import checkpoint_bytes
@@ -21,11 +21,10 @@ PROFILE = random_profile(PLAN, sba=(2, 3, 4))
 WIDTHS = (1, 2, 3, 4, 5, 6)
 
 
-def job(budget: dict, **allocation) -> JobSpec:
+def job(budget: dict, **allocation) -> QuantizationConfig:
     allocation = {"widths": WIDTHS} | allocation
-    return parse_spec(
+    return parse_config(
         {
-            "model": {"source": "path", "path": "m"},
             "budget": budget,
             "allocation": allocation,
         }
@@ -249,17 +248,16 @@ def test_min_and_max_bits_bound_every_group():
 
 def test_a_given_map_is_checked():
     given_map = allocate(PLAN, job({"code_bits": 3}), PROFILE)
-    inline = {"source": "inline", "map": given_map.model_dump(mode="json")}
-    spec = job({"code_bits": 3}, method="map", map=inline)
-    assert allocate(PLAN, spec, None, given_map) == given_map
-    small = job({"code_bits": 2.9}, method="map", map=inline)
+    spec = job({"code_bits": 3}, method="map", map=given_map)
+    assert allocate(PLAN, spec) == given_map
+    small = job({"code_bits": 2.9}, method="map", map=given_map)
     with pytest.raises(BudgetError, match=r"the given map takes 3\.0000|the given map takes 2\.9"):
-        allocate(PLAN, small, None, given_map)
+        allocate(PLAN, small)
     with pytest.raises(FormatError, match="does not fit the model"):
-        allocate(llama_plan(blocks=2), spec, None, given_map)
-    natural = job({"code_bits": 3}, method="map", map=inline, order="natural")
+        allocate(llama_plan(blocks=2), spec)
+    natural = job({"code_bits": 3}, method="map", map=given_map, order="natural")
     with pytest.raises(SpecError, match="activation order"):
-        allocate(PLAN, natural, None, given_map)
+        allocate(PLAN, natural)
 
 
 def test_the_profile_must_fit_the_plan_and_hold_the_widths():

@@ -10,13 +10,13 @@ import torch
 from bitmill.calibration.streams import HiddenStates
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import parse_spec
+from bitmill.config.quantization import parse_config
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from tiny import tiny_llama
 
-SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})
+SPEC = parse_config({"budget": {"code_bits": 3}})
 TOKENS = torch.randint(2, 258, (7, 32), generator=torch.Generator().manual_seed(1))
 
 

@@ -15,7 +15,7 @@ from bitmill.calibration.hessian import HessianAccumulator
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.calibration.undersampled_experts import fill_squares, filled_means, is_starved
 from bitmill.calibration.windows import CalibrationSet
-from bitmill.config.spec import parse_spec
+from bitmill.config.quantization import parse_config
 from bitmill.models.streamed import StreamedModel, weight_of
 from bitmill.plan.model_plan import make_plan
 from bitmill.quant.grid import ClipSettings
@@ -57,9 +57,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     v, u = tensors[router][0].clone(), tensors[router][1].clone()
     tensors[router] = torch.stack([torch.zeros_like(v), v, -v, u, -u])
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    spec = parse_spec(
+    spec = parse_config(
         {
-            "model": {"source": "path", "path": str(folder)},
             "budget": {"code_bits": 3},
             "allocation": {"widths": [2, 3, 4], "order": "natural"},
         }

@@ -16,7 +16,7 @@ from bitmill.calibration.windows import (
     load_tokenizer,
     token_windows,
 )
-from bitmill.config.spec import Calibration
+from bitmill.config.quantization import Calibration
 from bitmill.errors import CalibrationError
 from tiny import byte_tokenizer
 

@@ -14,7 +14,7 @@ import bitmill
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.calibration.windows import evaluation_tokens
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import Evaluation, parse_spec
+from bitmill.config.quantization import Evaluation, parse_config
 from bitmill.evaluation.compare import measure, plan_for_map
 from bitmill.evaluation.logits import StreamedLogits
 from bitmill.inference.load import load
@@ -42,9 +42,8 @@ def job(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     folder = tmp_path_factory.mktemp("job")
     (folder / "text.txt").write_text((TEXTS / "wiki_calibration.txt").read_text()[:4000])
     text = {"source": "file", "path": str(folder / "text.txt")}
-    spec = parse_spec(
+    spec = parse_config(
         {
-            "model": {"source": "path", "path": "model"},
             "budget": {"code_bits": 3.2},
             "allocation": {"widths": [2, 3, 4]},
             "refinement": {"compensated_grid": False, "asymmetric": False},

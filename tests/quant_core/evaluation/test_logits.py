@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bitmill.config.spec import parse_spec
+from bitmill.config.quantization import parse_config
 from bitmill.errors import NumericalError
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
 from bitmill.models.streamed import StreamedModel, set_weight, weight_of
 from bitmill.plan.model_plan import make_plan
 from tiny import VOCABULARY, tiny_llama, tiny_opt
 
-SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})
+SPEC = parse_config({"budget": {"code_bits": 3}})
 
 
 def some_tokens(*shape: int) -> Tensor:

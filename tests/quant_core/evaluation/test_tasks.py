@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bitmill.cli import main
-from bitmill.config.spec import parse_spec
+from bitmill.config.quantization import parse_config
 from bitmill.errors import InputError, SpecError
 from bitmill.evaluation.tasks import TaskSuite
 from bitmill.reporting.tasks import task_table
@@ -139,11 +139,11 @@ def test_unknown_tasks_and_unreachable_data_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_specification_names_tasks_and_never_files() -> None:
-    spec = {"model": {"source": "path", "path": "m"}, "budget": {"bits": 3}}
-    assert parse_spec(spec | {"evaluation": {"tasks": ["arc_easy"]}}).evaluation.tasks
+    spec = {"budget": {"bits": 3}}
+    assert parse_config(spec | {"evaluation": {"tasks": ["arc_easy"]}}).evaluation.tasks
     for name in ("../letters", "folder/task.yaml", ""):
         with pytest.raises(SpecError, match="pattern"):
-            parse_spec(spec | {"evaluation": {"tasks": [name]}})
+            parse_config(spec | {"evaluation": {"tasks": [name]}})
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")

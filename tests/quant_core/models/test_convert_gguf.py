@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bitmill.config.spec import parse_spec
+from bitmill.config.quantization import parse_config
 from bitmill.errors import ModelError, ResourceError
 from bitmill.io.gguf import read_gguf_header
 from bitmill.models.convert_gguf import convert_gguf
 from bitmill.plan.model_plan import make_plan
 from tiny import VOCABULARY, byte_tokenizer, tiny_llama
 
-SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})
+SPEC = parse_config({"budget": {"code_bits": 3}})
 
 NAMES = {
     "input_layernorm": "attn_norm",

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from bitmill.config.spec import parse_spec
+from bitmill.config.quantization import parse_config
 from bitmill.errors import ModelError
 from bitmill.models.prefetch import BlockPrefetcher
 from bitmill.models.streamed import StreamedModel, weight_of
 from bitmill.plan.model_plan import make_plan
 from tiny import tiny_llama
 
-SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})
+SPEC = parse_config({"budget": {"code_bits": 3}})
 
 
 class Loader:

@@ -10,7 +10,7 @@ import pytest
 from bitmill.calibration.block_inputs import choose_every, least_inputs
 from bitmill.calibration.gradients import input_room
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import JobSpec, parse_spec
+from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.formats.accounting import footprint
 from bitmill.pipeline.estimate import Machine, estimate
 from bitmill.plan.block_memory import backward_bytes
@@ -20,9 +20,9 @@ from tiny import tiny_llama
 GIB = 1 << 30
 
 
-def spec(**changes: Any) -> JobSpec:
-    base = {"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}}
-    return parse_spec(base | changes)
+def spec(**changes: Any) -> QuantizationConfig:
+    base = {"budget": {"code_bits": 3}}
+    return parse_config(base | changes)
 
 
 def llama_plan(hidden: int, intermediate: int, blocks: int, kv: int) -> Plan:
@@ -117,7 +117,7 @@ def test_learning_holds_a_block_with_its_optimizer_and_tuning_all_codes() -> Non
     codes = needed(LLAMA_70B, tune_scales_steps=4) - needed(LLAMA_70B)
     block = sum(li.shape.weights for li in LLAMA_70B.block_linears(0))
     assert codes == LLAMA_70B.weights - 30 * block
-    taken_over = {"resume_parameters": {"source": "path", "path": "earlier"}}
+    taken_over = {"resume_parameters": "earlier"}
     assert needed(LLAMA_7B, **taken_over) == solved
 
 

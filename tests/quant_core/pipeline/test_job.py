@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitmill.config.spec import parse_spec
+from bitmill.config.quantization import parse_config
 from bitmill.errors import BudgetError, CalibrationError, Cancelled, ModelError
 from bitmill.io.manifest import check_folder
 from bitmill.pipeline.job import run_job
@@ -27,14 +27,13 @@ TEXT = {"source": "file", "path": str(Path(__file__).parents[1] / "calibration.t
 
 def spec(**changes):
     base = {
-        "model": {"source": "path", "path": "model"},
         "budget": {"code_bits": 3},
         "allocation": {"method": "uniform", "order": "natural"},
         "calibration": {"text": TEXT, "sequences": 4, "length": 64, "held_out": 2},
         "evaluation": {"texts": ["wiki_evaluation"], "sequences": 2, "length": 64},
         "threads": 1,
     }
-    return parse_spec(base | changes)
+    return parse_config(base | changes)
 
 
 @pytest.fixture(scope="module")
@@ -147,14 +146,14 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from bitmill.pipeline.job import run_job
-from bitmill.config.spec import JobSpec
+from bitmill.config.quantization import QuantizationConfig
 
 def watch(event):
     print(event.model_dump_json(), flush=True)
     if event.kind == "progress" and (event.stage, event.done) == (sys.argv[4], 1):
         os.kill(os.getpid(), signal.SIGKILL)
 
-spec = JobSpec.model_validate_json(Path(sys.argv[1], "spec.json").read_text())
+spec = QuantizationConfig.model_validate_json(Path(sys.argv[1], "spec.json").read_text())
 run_job(spec, Path(sys.argv[2]), Path(sys.argv[1], "work"), Path(sys.argv[3]), on_progress=watch)
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitmill.config.spec import JobSpec, parse_spec
+from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.errors import ResourceError
 from bitmill.pipeline.estimate import (
     Machine,
@@ -29,12 +29,12 @@ PLAN = llama_plan(blocks=32, hidden=4096, inner=11008, kv=4096)
 AMPLE = Room(accelerator=80 * GB, host=64 * GB, disk=500 * GB)
 
 
-def spec(**changes: Any) -> JobSpec:
-    base = {"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}}
-    return parse_spec(base | changes)
+def spec(**changes: Any) -> QuantizationConfig:
+    base = {"budget": {"code_bits": 3}}
+    return parse_config(base | changes)
 
 
-def refusal(asked: JobSpec, room: Room, **options: bool) -> ResourceError:
+def refusal(asked: QuantizationConfig, room: Room, **options: bool) -> ResourceError:
     with pytest.raises(ResourceError) as caught:
         check_room(PLAN, asked, room, **options)
     assert caught.value.code == "does_not_fit"

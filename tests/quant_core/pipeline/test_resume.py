@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import JobSpec, parse_spec
+from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.errors import FormatError, InputError, SpecError
 from bitmill.io.manifest import check_folder, write_manifest
 from bitmill.pipeline.job import Result, run_job
@@ -26,9 +26,8 @@ TEXT = {"source": "file", "path": str(Path(__file__).parents[1] / "calibration.t
 LEARNING = {"epochs": 2, "batch": 2, "tune_scales_steps": 4}
 
 
-def spec(omniquant: dict[str, Any], **changes: Any) -> JobSpec:
+def spec(omniquant: dict[str, Any], **changes: Any) -> QuantizationConfig:
     base: dict[str, Any] = {
-        "model": {"source": "path", "path": "model"},
         "budget": {"code_bits": 3},
         "allocation": {"method": "knapsack", "order": "activation", "embeddings": "quantize"},
         "refinement": {"method": "omniquant", "omniquant": omniquant},
@@ -36,7 +35,7 @@ def spec(omniquant: dict[str, Any], **changes: Any) -> JobSpec:
         "evaluation": {"texts": ["wiki_evaluation"], "sequences": 2, "length": 64},
         "threads": 1,
     }
-    return parse_spec(base | changes)
+    return parse_config(base | changes)
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +50,15 @@ class Trained:
         self.omniquant, self.out = omniquant, folder / "out"
         self.result = run_job(spec(omniquant), model, folder / "work", self.out)
 
-    def resumed(self, folder: Path | None = None, **changes: Any) -> JobSpec:
+    def resumed(self, folder: Path | None = None, **changes: Any) -> QuantizationConfig:
         """The specification of a job that takes this one's parameters, with its map."""
-        given = {"source": "path", "path": str(folder or self.out)}
+        given = str(folder or self.out)
         bit_widths = json.loads((self.out / "bit_width_map.json").read_text())
         allocation = {
             "method": "map",
             "order": "activation",
             "embeddings": "quantize",
-            "map": {"source": "inline", "map": bit_widths},
+            "map": bit_widths,
         }
         asked = {"allocation": allocation} | changes
         return spec(self.omniquant | {"resume_parameters": given}, **asked)
@@ -74,7 +73,9 @@ def stored(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
-def run(asked: JobSpec, model: Path, folder: Path, events: list[Any] | None = None) -> Result:
+def run(
+    asked: QuantizationConfig, model: Path, folder: Path, events: list[Any] | None = None
+) -> Result:
     told = [] if events is None else events
     return run_job(asked, model, folder / "work", folder / "out", on_progress=told.append)
 
@@ -138,11 +139,11 @@ def test_another_map_is_refused_by_the_first_linear_that_differs(
     llama: Path, trained: Trained, tmp_path: Path
 ) -> None:
     asked = trained.resumed().model_dump(mode="json")
-    linears = asked["allocation"]["map"]["map"]["linears"]
+    linears = asked["allocation"]["map"]["linears"]
     name = next(n for n, widths in linears.items() if widths[0] in "3456")
     linears[name] = "2" + linears[name][1:]
     with pytest.raises(InputError, match=f"another bit-width map, which differs at {name}") as no:
-        run(parse_spec(asked), llama, tmp_path)
+        run(parse_config(asked), llama, tmp_path)
     assert no.value.code == "unfit_parameters"
     assert not (tmp_path / "out").exists()
 
@@ -167,7 +168,7 @@ def test_other_settings_of_learning_are_refused_by_name(
     asked = trained.resumed().model_dump(mode="json")
     asked["refinement"]["omniquant"]["epochs"] = 3
     with pytest.raises(InputError, match=r"refinement\.omniquant\.epochs 2, the job asks for 3"):
-        run(parse_spec(asked), llama, tmp_path)
+        run(parse_config(asked), llama, tmp_path)
 
 
 def test_another_model_is_refused(trained: Trained, tmp_path: Path) -> None:
@@ -216,12 +217,9 @@ def test_a_folder_that_learned_nothing_is_refused(
     assert no.value.code == "no_learned_parameters"
 
 
-def test_parameters_are_for_learning_and_jobs_are_for_services(llama: Path, tmp_path: Path) -> None:
-    given = {"resume_parameters": {"source": "job", "job_id": "j1"}}
+def test_parameters_are_for_learning() -> None:
     with pytest.raises(SpecError, match="give method 'omniquant'"):
-        spec({}, refinement={"method": "gptq", "omniquant": given})
-    with pytest.raises(SpecError, match="needs a service"):
-        run(spec(given), llama, tmp_path)
+        spec({}, refinement={"method": "gptq", "omniquant": {"resume_parameters": "earlier"}})
 
 
 def test_records_of_other_versions_are_refused() -> None:

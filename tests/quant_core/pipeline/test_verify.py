@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitmill.config.spec import Budget
+from bitmill.config.quantization import Budget
 from bitmill.errors import VerificationError
 from bitmill.formats.accounting import footprint
 from bitmill.inference.linear import QuantizedLinear
@@ -30,7 +30,7 @@ FRESH = """
 import json, sys
 from pathlib import Path
 from bitmill.plan.model_plan import Plan
-from bitmill.config.spec import Budget
+from bitmill.config.quantization import Budget
 from bitmill.pipeline.verify import verify_folder
 given = json.loads(Path(sys.argv[1]).read_text())
 plan = Plan.model_validate(given["plan"])

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import Refinement, parse_spec
+from bitmill.config.quantization import Refinement, parse_config
 from bitmill.errors import ModelError
 from bitmill.evaluation.compare import with_weights
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
@@ -24,7 +24,7 @@ from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
 from tiny import VOCABULARY, save_tiny
 from tiny_architectures import COVERED, tiny_config
 
-SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})
+SPEC = parse_config({"budget": {"code_bits": 3}})
 
 QUICK = Refinement(compensated_grid=False, scale_refit=False)
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, Qwen3MoeConfig
 
-from bitmill.config.spec import JobSpec, parse_spec
+from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.errors import ModelError, SpecError
 from bitmill.models.reader import CheckpointSource
 from bitmill.models.streamed import StreamedModel
@@ -21,9 +21,9 @@ from bitmill.plan.model_plan import Plan, check_lengths, check_rows, make_plan
 from tiny import VOCABULARY, save_tiny, tiny_llama, tiny_opt
 
 
-def spec(**changes: Any) -> JobSpec:
-    base = {"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}}
-    return parse_spec(base | changes)
+def spec(**changes: Any) -> QuantizationConfig:
+    base = {"budget": {"code_bits": 3}}
+    return parse_config(base | changes)
 
 
 def rename(folder: Path, target: Path, change: Any) -> Path:
@@ -234,8 +234,9 @@ def test_planning_reads_no_tensor_library(tmp_path: Path) -> None:
     code = (
         "import json, sys; from pathlib import Path\n"
         "from bitmill.plan.model_plan import make_plan\n"
-        "from bitmill.config.spec import parse_spec\n"
-        f"plan = make_plan(Path({str(folder)!r}), parse_spec({spec().model_dump(mode='json')!r}))\n"
+        "from bitmill.config.quantization import parse_config\n"
+        f"asked = parse_config({spec().model_dump(mode='json')!r})\n"
+        f"plan = make_plan(Path({str(folder)!r}), asked)\n"
         "bad = {'torch', 'transformers', 'safetensors', 'triton'} & set(sys.modules)\n"
         "print(json.dumps([len(plan.linears), sorted(bad)]))"
     )

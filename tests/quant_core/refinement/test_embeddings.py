@@ -20,7 +20,7 @@ import bitmill
 from bitmill.allocation.allocator import Allocator
 from bitmill.calibration.windows import evaluation_tokens
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import Budget, JobSpec, parse_spec
+from bitmill.config.quantization import Budget, QuantizationConfig, parse_config
 from bitmill.errors import BudgetError, FormatError, ModelError, VerificationError
 from bitmill.evaluation.compare import evaluate_folder
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
@@ -50,10 +50,9 @@ def spec(
     method: str = "uniform",
     refinement: dict[str, Any] | None = None,
     **allocation: Any,
-) -> JobSpec:
-    return parse_spec(
+) -> QuantizationConfig:
+    return parse_config(
         {
-            "model": {"source": "path", "path": "model"},
             "budget": budget,
             "allocation": {"method": method, "order": "natural", "embeddings": "quantize"}
             | allocation,
@@ -112,7 +111,7 @@ class Job:
     name: str
     source: Path
     folder: Path
-    asked: JobSpec
+    asked: QuantizationConfig
     result: Result
 
     @property

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import parse_spec
+from bitmill.config.quantization import parse_config
 from bitmill.io import atomic as storage
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import Plan, make_plan
@@ -25,7 +25,7 @@ from bitmill.results import LinearQuality
 from tiny import tiny_llama
 from weights import random_weight
 
-SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})
+SPEC = parse_config({"budget": {"code_bits": 3}})
 CPU = torch.device("cpu")
 
 

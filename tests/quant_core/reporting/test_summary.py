@@ -8,7 +8,7 @@ import pytest
 
 from bitmill.allocation.allocator import allocate
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import Allocation, Budget, JobSpec, PathModel
+from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
 from bitmill.errors import FormatError
 from bitmill.formats.accounting import footprint
 from bitmill.reporting.summary import ProfileSummary, summarize
@@ -16,8 +16,7 @@ from plans import llama_plan, random_profile
 
 ALLOCATION = Allocation(method="knapsack", order="natural", widths=(2, 3, 4, 5, 6))
 
-UNIFORM = JobSpec(
-    model=PathModel(path="m"),
+UNIFORM = QuantizationConfig(
     budget=Budget(code_bits=2),
     allocation=Allocation(method="uniform", order="natural"),
 )
@@ -26,7 +25,7 @@ UNIFORM = JobSpec(
 @pytest.fixture(scope="module")
 def summary() -> ProfileSummary:
     plan = llama_plan()
-    spec = JobSpec(model=PathModel(path="m"), budget=Budget(code_bits=3.2), allocation=ALLOCATION)
+    spec = QuantizationConfig(budget=Budget(code_bits=3.2), allocation=ALLOCATION)
     profile = random_profile(plan)
     found = summarize(plan, ALLOCATION, profile, allocate(plan, spec, profile), points=9)
     assert found is not None
@@ -36,7 +35,7 @@ def summary() -> ProfileSummary:
 def test_losses_add_up_to_the_profile_s_prediction(summary: ProfileSummary) -> None:
     plan = llama_plan()
     profile = random_profile(plan)
-    spec = JobSpec(model=PathModel(path="m"), budget=Budget(code_bits=3.2), allocation=ALLOCATION)
+    spec = QuantizationConfig(budget=Budget(code_bits=3.2), allocation=ALLOCATION)
     bit_widths = allocate(plan, spec, profile)
     total = sum(linear.predicted_loss for linear in summary.linears.values())
     assert total == pytest.approx(profile.predicted_loss(bit_widths.linears), rel=1e-3)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bitmill.allocation.profile import SensitivityProfile
-from bitmill.config.spec import parse_spec
+from bitmill.config.quantization import parse_config
 from bitmill.errors import CalibrationError, ResourceError, SpecError
 from bitmill.refinement.model import RefinedModel
 from bitmill.runtime.launch import RankFailed, check_devices, run_ranks
@@ -24,7 +24,7 @@ from ranks_job import ranks_job
 from tiny import tiny_llama
 
 JOB = Path(__file__).parents[2] / "ranks_job.py"
-SPEC = {"model": {"source": "path", "path": "m"}, "budget": {"bits": 3}}
+SPEC = {"budget": {"bits": 3}}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -114,7 +114,7 @@ def test_more_devices_than_there_are_and_learning_on_several_are_refused() -> No
     ):
         check_devices(999, "cpu")
     with pytest.raises(SpecError, match="devices 2 with refinement 'omniquant'"):
-        parse_spec(SPEC | {"devices": 2, "refinement": {"method": "omniquant"}})
+        parse_config(SPEC | {"devices": 2, "refinement": {"method": "omniquant"}})
 
 
 @pytest.fixture(scope="module")

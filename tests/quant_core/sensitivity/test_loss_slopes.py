@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from bitmill.allocation.profile import LinearProfile, SensitivityProfile
 from bitmill.calibration.gradients import PassSettings
-from bitmill.config.spec import parse_spec
+from bitmill.config.quantization import parse_config
 from bitmill.models.streamed import StreamedModel, set_weight, weight_of
 from bitmill.plan.model_plan import make_plan
 from bitmill.quant.codes import group_slices
@@ -18,7 +18,7 @@ from bitmill.quant.grid import ClipSettings, clip_search, nearest_codes, values
 from bitmill.sensitivity.loss_slopes import corrected, loss_slopes
 from tiny import VOCABULARY, tiny_llama
 
-SPEC = parse_spec({"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}})
+SPEC = parse_config({"budget": {"code_bits": 3}})
 
 
 @pytest.fixture(scope="module")

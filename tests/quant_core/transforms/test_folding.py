@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from bitmill import load
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.spec import Budget, parse_spec
+from bitmill.config.quantization import Budget, parse_config
 from bitmill.errors import VerificationError
 from bitmill.formats.accounting import checkpoint_tensors, measure, order_owners
 from bitmill.formats.packed.checkpoint import PackedCheckpoint, tensor_bytes, write_checkpoint
@@ -27,7 +27,7 @@ from bitmill.transforms.folding import FoldedModel
 from tiny import VOCABULARY, tiny_llama
 from weights import rounded_weight
 
-SPEC = {"model": {"source": "path", "path": "model"}, "budget": {"code_bits": 3}}
+SPEC = {"budget": {"code_bits": 3}}
 GATE, UP, DOWN = (f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down"))
 
 
@@ -45,7 +45,7 @@ class Case:
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     root = tmp_path_factory.mktemp("folding")
     source = tiny_llama(root / "source")
-    plan = make_plan(source, parse_spec(SPEC))
+    plan = make_plan(source, parse_config(SPEC))
     stored = load_file(source / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     owners = {n: g[0] for b in range(plan.block_count) for g in plan.input_groups(b) for n in g}
@@ -160,7 +160,7 @@ def test_a_folded_order_takes_no_bytes(case: Case) -> None:
 
 def test_a_kept_neighbour_leaves_the_order_stored(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "m")
-    spec = parse_spec(SPEC | {"allocation": {"keep": ["model.layers.1.mlp.up_proj"]}})
+    spec = parse_config(SPEC | {"allocation": {"keep": ["model.layers.1.mlp.up_proj"]}})
     plan = make_plan(folder, spec)
     assert set(plan.feeders) == {"model.layers.0.mlp.down_proj"}
     assert order_owners(plan, "activation")[DOWN] == DOWN

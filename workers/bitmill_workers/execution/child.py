@@ -63,7 +63,7 @@ def serve(argv: list[str], work: Work) -> int:
     emit = Emitter(int(argv[1]))
     try:
         if request.get("isolate"):
-            isolate_network(ranks=request.get("spec", {}).get("devices", 1) > 1)
+            isolate_network(ranks=request.get("config", {}).get("devices", 1) > 1)
         with _only_one(request.get("lock")):
             result = work(request, emit)
     except Exception as error:  # noqa: BLE001  (the boundary of the process)

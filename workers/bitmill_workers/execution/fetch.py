@@ -15,8 +15,8 @@ import sys
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from bitmill.config.spec import HubModel, ModelRef, PathModel
 from bitmill.errors import ModelError, ResourceError
+from bitmill_workers.job_spec import HubModel, ModelRef, PathModel
 from bitmill_workers.settings import Settings
 
 if TYPE_CHECKING:

@@ -6,21 +6,13 @@ The API looks for them before it accepts a job, the supervisor turns them into l
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
-from bitmill.config.spec import (
-    FileText,
-    InlineMap,
-    JobParameters,
-    JobSpec,
-    PathParameters,
-    UploadedMap,
-)
+from bitmill.config.quantization import FileText, QuantizationConfig
 from bitmill.errors import CalibrationError, InputError, ModelError
-from bitmill.io.atomic import write_bytes
 from bitmill.pipeline.learned_parameters import PARAM, RECORD_NAME, LearnedFor
 from bitmill_workers.execution.fetch import resolve_path
+from bitmill_workers.job_spec import InlineMap, JobParameters, JobSpec, PathParameters, UploadedMap
 from bitmill_workers.settings import Settings
 from bitmill_workers.storage.artifacts import ArtifactStore
 from bitmill_workers.store.catalog import Catalog
@@ -46,18 +38,29 @@ def calibration_file(text: FileText, settings: Settings) -> Path:
     return place
 
 
-def local_spec(spec: JobSpec, settings: Settings, parameters: Path | None = None) -> dict[str, Any]:
-    """The specification as JSON with local paths: of the calibration file below a root, and of
-    the folder of learned parameters.
+def local_config(
+    spec: JobSpec,
+    settings: Settings,
+    bit_widths: BitWidthMap | None = None,
+    parameters: Path | None = None,
+) -> QuantizationConfig:
+    """The library's configuration of a job, with the calibration file below a root.
+
+    bit_widths: what `given_map` found; parameters: what `fetch_parameters` fetched.
     """
-    data = spec.model_dump(mode="json")
-    if parameters is not None:
-        given = {"source": "path", "path": str(parameters)}
-        data["refinement"]["omniquant"]["resume_parameters"] = given
     text = spec.calibration.text
-    if isinstance(text, FileText):
-        data["calibration"]["text"]["path"] = str(calibration_file(text, settings))
-    return data
+    file = calibration_file(text, settings) if isinstance(text, FileText) else None
+    return spec.config(text=file, bit_widths=bit_widths, parameters=parameters)
+
+
+def planning_config(spec: JobSpec, bit_widths: BitWidthMap | None) -> QuantizationConfig:
+    """What a job is planned and checked by before anything is fetched.
+
+    bit_widths: what `given_map` found. Learned parameters of a job have its id for a folder.
+    """
+    given = spec.refinement.omniquant.resume_parameters
+    folder = Path(given.job_id) if isinstance(given, JobParameters) else None
+    return spec.config(bit_widths=bit_widths, parameters=folder)
 
 
 def given_map(
@@ -83,26 +86,17 @@ def given_map(
     return BitWidthMap.model_validate_json(artifacts.read(artifact))
 
 
-def write_map(
-    spec: JobSpec, target: Path, store: JobStore, catalog: Catalog, artifacts: ArtifactStore
-) -> Path | None:
-    """Write the map that the specification refers to; None where it gives none or has it inline.
-
-    Raises `InputError` (code `map_not_found`).
-    """
-    found = given_map(spec, store, catalog, artifacts)
-    if found is None or isinstance(spec.allocation.map, InlineMap):
-        return None
-    write_bytes(target, found.to_json().encode())
-    return target
-
-
 def check_parameters(
-    spec: JobSpec, settings: Settings, store: JobStore, artifacts: ArtifactStore
+    spec: JobSpec,
+    config: QuantizationConfig,
+    settings: Settings,
+    store: JobStore,
+    artifacts: ArtifactStore,
 ) -> None:
     """Refuse learned parameters that are not there, or that were learned with other settings.
 
-    Raises `InputError` (codes `parameters_not_found`, `path_not_allowed`, `unfit_parameters`).
+    config: of `planning_config`. Raises `InputError` (codes `parameters_not_found`,
+    `path_not_allowed`, `unfit_parameters`).
     """
     given = spec.refinement.omniquant.resume_parameters
     if given is None:
@@ -113,7 +107,7 @@ def check_parameters(
         data = (_parameter_folder(given, settings) / RECORD_NAME).read_bytes()
     learned_for = LearnedFor.parse(data)
     known = {"model": learned_for.model, "calibration": learned_for.calibration}
-    learned_for.check(LearnedFor.of_job(spec, **known))
+    learned_for.check(LearnedFor.of_job(config, **known))
 
 
 def fetch_parameters(

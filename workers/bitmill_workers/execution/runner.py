@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def run(request: dict[str, Any], emit: Emitter) -> dict[str, Any]:
     """Run the pipeline in local folders, relay its progress and return what it found."""
     request["device"] = _device(request["device"])
-    devices = request["spec"].get("devices", 1)
+    devices = request["config"]["devices"]
     if devices == 1:
         return run_pipeline(request, emit, request["device"])
     check_devices(devices, request["device"])
@@ -43,7 +43,7 @@ def run_pipeline(
     request: dict[str, Any], emit: Emit, device: str | torch.device, group: Group | None = None
 ) -> dict[str, Any]:
     """The pipeline itself, in this process, as one rank of `group` or alone."""
-    from bitmill.config.spec import parse_spec
+    from bitmill.config.quantization import QuantizationConfig
     from bitmill.pipeline.job import run_job
     from bitmill.pipeline.progress import Progress
     from bitmill.runtime.ranks import SINGLE
@@ -52,12 +52,11 @@ def run_pipeline(
         emit({"type": "progress", **progress.model_dump(mode="json", exclude_none=True)})
 
     result = run_job(
-        parse_spec(request["spec"]),
+        QuantizationConfig.model_validate(request["config"]),
         Path(request["model_folder"]),
         Path(request["job_dir"]),
         Path(request["output_dir"]),
         gguf=request["gguf"],
-        map_file=Path(request["map_file"]) if request["map_file"] else None,
         profile_folder=Path(request["profile_folder"]),
         device=device,
         group=group or SINGLE,

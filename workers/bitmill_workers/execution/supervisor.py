@@ -20,15 +20,15 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bitmill.config.spec import HubModel, JobSpec, parse_spec
 from bitmill.errors import BitmillError, SpecError
 from bitmill_workers.execution.eta import Eta
 from bitmill_workers.execution.exits import FINAL, Exit, classify, describe
 from bitmill_workers.execution.fetch import local_model
-from bitmill_workers.execution.inputs import fetch_parameters, local_spec, write_map
+from bitmill_workers.execution.inputs import fetch_parameters, given_map, local_config
 from bitmill_workers.execution.processes import Child, Ended
 from bitmill_workers.execution.progress_relay import Reporter
 from bitmill_workers.execution.stop import StopRequest
+from bitmill_workers.job_spec import HubModel, JobSpec, parse_spec
 from bitmill_workers.logs import log_fields
 from bitmill_workers.settings import Settings
 from bitmill_workers.storage.artifacts import ArtifactStore
@@ -150,19 +150,18 @@ class Attempt:
         parts, job = self.parts, self.job
         home = self.settings.job_folder(job.id).resolve()
         output = parts.artifacts.attempt_folder(*self.key).resolve()
-        map_file = write_map(
-            self.spec, self.folder / "map.json", parts.store, parts.catalog, parts.artifacts
-        )
+        bit_widths = given_map(self.spec, parts.store, parts.catalog, parts.artifacts)
         parameters = fetch_parameters(
             self.spec, self.folder / "parameters", self.settings, parts.store, parts.artifacts
         )
+        config = local_config(self.spec, self.settings, bit_widths, parameters)
         request = {
-            "spec": local_spec(self.spec, self.settings, parameters),
+            "config": config.model_dump(mode="json"),
+            "label": self.spec.label,
             "model_folder": str(model_folder),
             "gguf": self.spec.model.file,
             "job_dir": str(home / "work"),
             "output_dir": str(output),
-            "map_file": map_file and str(map_file),
             "profile_folder": str(self.settings.profiles_folder.resolve()),
             "device": self.settings.device,
             "lease_s": self.settings.lease_s,

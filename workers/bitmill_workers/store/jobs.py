@@ -12,8 +12,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bitmill.config.spec import JobSpec, ModelRef
 from bitmill_workers.errors import IdempotencyMismatch, JobNotFound, StateConflict
+from bitmill_workers.job_spec import JobSpec, ModelRef
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.records import (
     Artifact,

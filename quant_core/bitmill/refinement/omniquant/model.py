@@ -15,7 +15,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from bitmill.calibration.windows import CalibrationSet
-from bitmill.config.spec import OmniQuant
+from bitmill.config.quantization import OmniQuant
 from bitmill.io.atomic import write_bytes
 from bitmill.models.streamed import StreamedModel
 from bitmill.quant.tensors import QuantizedWeight

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitmill.config.spec import OmniQuant
+from bitmill.config.quantization import OmniQuant
 from bitmill.quant.tensors import QuantizedWeight
 from bitmill.refinement.omniquant.adam import DescentSettings, Rate
 from bitmill.refinement.omniquant.clipping import LearnedClipping

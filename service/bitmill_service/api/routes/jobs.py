@@ -7,13 +7,13 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response, status
 from fastapi.responses import JSONResponse
 
-from bitmill.config.spec import JobSpec, parse_spec
 from bitmill.io.atomic import sha256_json
 from bitmill_service.api.admission import admit, plan_job, route
 from bitmill_service.api.context import Context, ContextDep, JobDep, JobId
 from bitmill_service.api.views import job_links, job_view
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import JobPage, JobView, PlanView
+from bitmill_workers.job_spec import JobSpec, parse_spec
 from bitmill_workers.messaging.webhooks import check_webhook_url
 from bitmill_workers.store.records import JobRecord
 from bitmill_workers.store.states import ShownState

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bitmill.config.spec import OmniQuant
+from bitmill.config.quantization import OmniQuant
 from bitmill.refinement.omniquant.settings import LearningSettings
 
 

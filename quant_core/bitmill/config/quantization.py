@@ -1,13 +1,14 @@
-"""Job specification: what a user asks for. Frozen, closed and versioned.
+"""What is asked of a quantization: budget, allocation, refinement, texts. Frozen and closed.
 
 Unknown keys are errors that name the key; illegal pairs are refused where they are built, with both
-values in the message. A stored specification carries `schema_version`; readers refuse others.
+values in the message. Everything named here is local: a service resolves its own references (models
+on the Hub, maps and learned parameters of other jobs, uploads) before it hands a configuration on.
 """
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
-from typing import Annotated, Literal, Self, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -18,7 +19,7 @@ DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
 class Closed(BaseModel):
-    """Base of all specification parts: immutable, and unknown keys are refused."""
+    """Base of everything that is asked for: immutable, and unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -59,34 +60,6 @@ class Budget(Closed):
         value = getattr(self, self.kind)
         assert isinstance(value, float | int)
         return value
-
-
-class HubModel(Closed):
-    """A model repository on the Hugging Face Hub (or the host named by HF_ENDPOINT)."""
-
-    source: Literal["hub"] = "hub"
-    repo_id: str = Field(pattern=r"^[\w.-]{1,96}(/[\w.-]{1,96})?$", max_length=193)
-    revision: str = Field(default="main", pattern=r"^[\w./-]{1,128}$")
-    file: str | None = Field(default=None, max_length=512)
-
-
-class PathModel(Closed):
-    """A folder below one of the service's allow-listed roots (any folder without a service)."""
-
-    source: Literal["path"] = "path"
-    path: str = Field(min_length=1, max_length=4096)
-    file: str | None = Field(default=None, max_length=512)
-
-
-class UploadModel(Closed):
-    """A model uploaded to the service beforehand."""
-
-    source: Literal["upload"] = "upload"
-    upload_id: str = Field(pattern=r"^[\w-]{1,64}$")
-    file: str | None = Field(default=None, max_length=512)
-
-
-ModelRef = Annotated[HubModel | PathModel | UploadModel, Field(discriminator="source")]
 
 
 class BundledText(Closed):
@@ -143,29 +116,8 @@ class Calibration(Closed):
         return self.profile_sequences or self.sequences
 
 
-class InlineMap(Closed):
-    """A bit-width map given in the specification itself."""
-
-    source: Literal["inline"] = "inline"
-    map: BitWidthMap
-
-
-class JobMap(Closed):
-    """The map of an earlier job of the same service."""
-
-    source: Literal["job"] = "job"
-    job_id: str = Field(pattern=r"^[\w-]{1,64}$")
-
-
-class UploadedMap(Closed):
-    """A map uploaded to the service beforehand."""
-
-    source: Literal["upload"] = "upload"
-    map_id: str = Field(pattern=r"^[\w-]{1,64}$")
-
-
-class Allocation(Closed):
-    """How widths are given to groups.
+class BaseAllocation(Closed):
+    """How widths are given to groups, whatever names the map of method "map".
 
     order: "activation" sorts the columns of each input by descending diag(H) before grouping;
     linears that read the same input share one order. "natural" keeps the model's own order.
@@ -187,7 +139,7 @@ class Allocation(Closed):
     min_bits: int | None = Field(default=None, ge=1, le=8)
     max_bits: int | None = Field(default=None, ge=1, le=8)
     edge_min_bits: int | None = Field(default=None, ge=1, le=8)
-    map: Annotated[InlineMap | JobMap | UploadedMap, Field(discriminator="source")] | None = None
+    map: Any = None
 
     @field_validator("widths")
     @classmethod
@@ -225,21 +177,13 @@ class Allocation(Closed):
         return tuple(w for w in self.widths if low <= w <= high)
 
 
-class JobParameters(Closed):
-    """What an earlier job of the same service learned."""
+class Allocation(BaseAllocation):
+    """`BaseAllocation` with the map itself."""
 
-    source: Literal["job"] = "job"
-    job_id: str = Field(pattern=r"^[\w-]{1,64}$")
-
-
-class PathParameters(Closed):
-    """A published folder, below an allow-listed root (any folder without a service)."""
-
-    source: Literal["path"] = "path"
-    path: str = Field(min_length=1, max_length=4096)
+    map: BitWidthMap | None = None
 
 
-class OmniQuant(Closed):
+class BaseOmniQuant(Closed):
     """Block-wise learning (OmniQuant, and past it); see `bitmill.refinement.omniquant.settings`.
 
     epochs, batch: passes over the calibration sequences and sequences per step; None takes the
@@ -252,12 +196,16 @@ class OmniQuant(Closed):
     batch: int | None = Field(default=None, ge=1, le=256)
     augmented_loss: bool = False
     tune_scales_steps: int = Field(default=0, ge=0, le=100_000)
-    resume_parameters: (
-        Annotated[JobParameters | PathParameters, Field(discriminator="source")] | None
-    ) = None
+    resume_parameters: Any = None
 
 
-class Refinement(Closed):
+class OmniQuant(BaseOmniQuant):
+    """`BaseOmniQuant` with the local folder of the parameters to resume."""
+
+    resume_parameters: Path | None = None
+
+
+class BaseRefinement(Closed):
     """How codes are found.
 
     clip_search: ranges are clipped where that lowers the error weighted by diag(H).
@@ -273,7 +221,7 @@ class Refinement(Closed):
     compensated_grid: bool = True
     scale_refit: bool = True
     asymmetric: bool = True
-    omniquant: OmniQuant = OmniQuant()
+    omniquant: BaseOmniQuant = BaseOmniQuant()
 
     @model_validator(mode="after")
     def _resumes_what_learns(self) -> Self:
@@ -282,6 +230,12 @@ class Refinement(Closed):
                 f"omniquant.resume_parameters with method {self.method!r}: give method 'omniquant'"
             )
         return self
+
+
+class Refinement(BaseRefinement):
+    """`BaseRefinement` with local parameters."""
+
+    omniquant: OmniQuant = OmniQuant()
 
 
 TaskName = Annotated[str, Field(pattern=r"^[\w.+-]{1,128}$")]
@@ -308,15 +262,13 @@ class Evaluation(Closed):
     tasks: tuple[TaskName, ...] = ()
 
 
-class JobSpec(Closed):
-    """Everything that determines a job's result, besides the model's own files.
+class QuantizationConfig(Closed):
+    """Everything that determines a result, besides the model's own files.
 
-    threads: CPU threads of the runner (part of the result's identity: sums depend on it).
-    devices: accelerators that work on the job together, of one machine (part of its identity too).
+    threads: CPU threads (part of the result's identity: sums depend on it).
+    devices: accelerators that work on it together, of one machine (part of its identity too).
     """
 
-    schema_version: Literal[1] = 1
-    model: ModelRef
     budget: Budget
     allocation: Allocation = Allocation()
     refinement: Refinement = Refinement()
@@ -325,38 +277,32 @@ class JobSpec(Closed):
     seed: int = Field(default=0, ge=0, lt=2**31)
     threads: int | None = Field(default=None, ge=1, le=1024)
     devices: int = Field(default=1, ge=1, le=64)
-    label: str | None = Field(default=None, max_length=200)
-    deadline_s: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _learns_alone(self) -> Self:
-        if self.devices > 1 and self.refinement.method == "omniquant":
-            raise ValueError(
-                f"devices {self.devices} with refinement 'omniquant', which learns on one: "
-                "give devices 1, or method 'gptq'"
-            )
+        refuse_shared_learning(self.devices, self.refinement)
         return self
 
-    @field_validator("model")
-    @classmethod
-    def _plain_file(cls, model: ModelRef) -> ModelRef:
-        if model.file is not None:
-            parts = PurePosixPath(model.file).parts
-            if len(parts) != 1 or ".." in parts or not model.file.endswith(".gguf"):
-                raise ValueError(f"file {model.file!r} must be the plain name of a .gguf file")
-        return model
+
+def refuse_shared_learning(devices: int, refinement: BaseRefinement) -> None:
+    """Raise `ValueError` where several devices are to learn together."""
+    if devices > 1 and refinement.method == "omniquant":
+        raise ValueError(
+            f"devices {devices} with refinement 'omniquant', which learns on one: "
+            "give devices 1, or method 'gptq'"
+        )
 
 
-def parse_spec(data: object) -> JobSpec:
-    """Build a `JobSpec` from decoded JSON.
+def parse_config(data: object) -> QuantizationConfig:
+    """Build a `QuantizationConfig` from decoded JSON.
 
     Raises `SpecError` naming the first offending key, its value's problem and the rule.
     """
-    return parse_part(JobSpec, data)
+    return parse_part(QuantizationConfig, data)
 
 
 def parse_part(kind: type[Part], data: object) -> Part:
-    """Build one part of a specification; raises `SpecError` as `parse_spec` does."""
+    """Build one part of what is asked for; raises `SpecError` as `parse_config` does."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:

@@ -1,0 +1,217 @@
+"""Job specification: what a client of the service asks for. Frozen, closed and versioned.
+
+Torch-free. A specification may name what only a service can find: a model on the Hub or uploaded
+before, the map or the learned parameters of an earlier job, an uploaded map. `JobSpec.config` gives
+what the library works with, once these lie here. A stored specification carries `schema_version`;
+readers refuse others.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.quantization import (
+    Allocation,
+    BaseAllocation,
+    BaseOmniQuant,
+    BaseRefinement,
+    Budget,
+    Calibration,
+    Closed,
+    Evaluation,
+    FileText,
+    OmniQuant,
+    QuantizationConfig,
+    Refinement,
+    parse_part,
+    refuse_shared_learning,
+)
+from bitmill.errors import SpecError
+
+
+class HubModel(Closed):
+    """A model repository on the Hugging Face Hub (or the host named by HF_ENDPOINT)."""
+
+    source: Literal["hub"] = "hub"
+    repo_id: str = Field(pattern=r"^[\w.-]{1,96}(/[\w.-]{1,96})?$", max_length=193)
+    revision: str = Field(default="main", pattern=r"^[\w./-]{1,128}$")
+    file: str | None = Field(default=None, max_length=512)
+
+
+class PathModel(Closed):
+    """A folder below one of the service's allow-listed roots (any folder without a service)."""
+
+    source: Literal["path"] = "path"
+    path: str = Field(min_length=1, max_length=4096)
+    file: str | None = Field(default=None, max_length=512)
+
+
+class UploadModel(Closed):
+    """A model uploaded to the service beforehand."""
+
+    source: Literal["upload"] = "upload"
+    upload_id: str = Field(pattern=r"^[\w-]{1,64}$")
+    file: str | None = Field(default=None, max_length=512)
+
+
+ModelRef = Annotated[HubModel | PathModel | UploadModel, Field(discriminator="source")]
+
+
+class InlineMap(Closed):
+    """A bit-width map given in the specification itself."""
+
+    source: Literal["inline"] = "inline"
+    map: BitWidthMap
+
+
+class JobMap(Closed):
+    """The map of an earlier job of the same service."""
+
+    source: Literal["job"] = "job"
+    job_id: str = Field(pattern=r"^[\w-]{1,64}$")
+
+
+class UploadedMap(Closed):
+    """A map uploaded to the service beforehand."""
+
+    source: Literal["upload"] = "upload"
+    map_id: str = Field(pattern=r"^[\w-]{1,64}$")
+
+
+class JobAllocation(BaseAllocation):
+    """How widths are given to groups; the map may lie elsewhere."""
+
+    map: Annotated[InlineMap | JobMap | UploadedMap, Field(discriminator="source")] | None = None
+
+
+class JobParameters(Closed):
+    """What an earlier job of the same service learned."""
+
+    source: Literal["job"] = "job"
+    job_id: str = Field(pattern=r"^[\w-]{1,64}$")
+
+
+class PathParameters(Closed):
+    """A published folder, below an allow-listed root (any folder without a service)."""
+
+    source: Literal["path"] = "path"
+    path: str = Field(min_length=1, max_length=4096)
+
+
+class JobOmniQuant(BaseOmniQuant):
+    """Block-wise learning; parameters to resume may be those of an earlier job."""
+
+    resume_parameters: (
+        Annotated[JobParameters | PathParameters, Field(discriminator="source")] | None
+    ) = None
+
+
+class JobRefinement(BaseRefinement):
+    """How codes are found."""
+
+    omniquant: JobOmniQuant = JobOmniQuant()
+
+
+class JobSpec(Closed):
+    """Everything that determines a job's result, besides the model's own files.
+
+    threads: CPU threads of the runner (part of the result's identity: sums depend on it).
+    devices: accelerators that work on the job together, of one machine (part of its identity too).
+    """
+
+    schema_version: Literal[1] = 1
+    model: ModelRef
+    budget: Budget
+    allocation: JobAllocation = JobAllocation()
+    refinement: JobRefinement = JobRefinement()
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    devices: int = Field(default=1, ge=1, le=64)
+    label: str | None = Field(default=None, max_length=200)
+    deadline_s: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _learns_alone(self) -> Self:
+        refuse_shared_learning(self.devices, self.refinement)
+        return self
+
+    @field_validator("model")
+    @classmethod
+    def _plain_file(cls, model: ModelRef) -> ModelRef:
+        if model.file is not None:
+            parts = PurePosixPath(model.file).parts
+            if len(parts) != 1 or ".." in parts or not model.file.endswith(".gguf"):
+                raise ValueError(f"file {model.file!r} must be the plain name of a .gguf file")
+        return model
+
+    def config(
+        self,
+        *,
+        text: Path | None = None,
+        bit_widths: BitWidthMap | None = None,
+        parameters: Path | None = None,
+    ) -> QuantizationConfig:
+        """What the library is asked for, with what the specification refers to.
+
+        text: where the file of the calibration text lies; bit_widths: the map, where the
+        specification names another's; parameters: the local folder of those to resume. Paths that
+        are not given are taken as they stand. Raises `SpecError` for a reference to another job or
+        an upload that nothing is given for.
+        """
+        calibration = self.calibration
+        if text is not None and isinstance(calibration.text, FileText):
+            local = calibration.text.model_copy(update={"path": str(text)})
+            calibration = calibration.model_copy(update={"text": local})
+        omniquant = self.refinement.omniquant
+        resumed = self._parameters(parameters)
+        learning = OmniQuant.model_validate(dict(omniquant) | {"resume_parameters": resumed})
+        return QuantizationConfig(
+            budget=self.budget,
+            allocation=Allocation.model_validate(
+                dict(self.allocation) | {"map": self._map(bit_widths)}
+            ),
+            refinement=Refinement.model_validate(dict(self.refinement) | {"omniquant": learning}),
+            calibration=calibration,
+            evaluation=self.evaluation,
+            seed=self.seed,
+            threads=self.threads,
+            devices=self.devices,
+        )
+
+    def _map(self, given: BitWidthMap | None) -> BitWidthMap | None:
+        named = self.allocation.map
+        if named is None:
+            return None
+        if isinstance(named, InlineMap):
+            return named.map
+        if given is None:
+            raise SpecError(
+                f"the map of another {named.source} needs a service: give it inline",
+                param="allocation.map",
+            )
+        return given
+
+    def _parameters(self, given: Path | None) -> Path | None:
+        named = self.refinement.omniquant.resume_parameters
+        if named is None or given is not None:
+            return given if named else None
+        if not isinstance(named, PathParameters):
+            raise SpecError(
+                "learned parameters of another job need a service: give the path of its folder",
+                param="refinement.omniquant.resume_parameters",
+            )
+        return Path(named.path)
+
+
+def parse_spec(data: object) -> JobSpec:
+    """Build a `JobSpec` from decoded JSON.
+
+    Raises `SpecError` naming the first offending key, its value's problem and the rule.
+    """
+    return parse_part(JobSpec, data)
