@@ -139,3 +139,39 @@ def test_wrong_gguf_is_refused(http: httpx2.Client, models: Path) -> None:
 
 def _folders(data: Path) -> list[str]:
     return sorted(p.name for name in ("jobs", "artifacts") for p in (data / name).glob("*"))
+
+
+LONG_PATHS = {
+    "a part of 300": "models/" + "a" * 300,
+    "the first part over the limit": "models/" + "a" * 256,
+    "two bytes a character": "models/" + "\u00e9" * 128,
+    "a long part in the middle": "models/" + "a" * 3000 + "/tiny",
+    "many parts": "models/" + "a/" * 2000 + "a",
+    "a long part behind a real one": "models/tiny/" + "b" * 256,
+    "below a file": "models/tiny/config.json/" + "b" * 300,
+}
+
+
+@pytest.mark.parametrize("path", LONG_PATHS.values(), ids=LONG_PATHS.keys())
+@pytest.mark.parametrize("query", ["", "?validate_only=true"])
+def test_paths_that_no_file_system_holds_are_not_found(
+    http: httpx2.Client, path: str, query: str
+) -> None:
+    text = {"text": {"source": "file", "path": path}}
+    given = {"resume_parameters": {"source": "path", "path": path}}
+    learned = {"method": "omniquant", "omniquant": given}
+    expected = {
+        "model_not_found": {"model": {"source": "path", "path": path}},
+        "text_not_found": {"calibration": text},
+        "parameters_not_found": {"refinement": learned},
+    }
+    for code, changes in expected.items():
+        answer = http.post(f"/v1/jobs{query}", json=spec_json(**changes))
+        assert (answer.status_code, answer.json()["code"]) == (422, code), answer.text
+
+
+def test_a_long_name_of_a_gguf_file_is_not_found(http: httpx2.Client) -> None:
+    for name in ("a" * 300 + ".gguf", "\u00e9" * 200 + ".gguf"):
+        model = {"source": "path", "path": "models/tiny", "file": name}
+        answer = http.post("/v1/jobs", json=spec_json(model=model))
+        assert (answer.status_code, answer.json()["code"]) == (422, "file_not_found")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -149,6 +150,23 @@ def test_pickle_only_folder_is_refused_by_name(settings: Settings) -> None:
     assert caught.value.code == "pickle_refused"
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user without rights")
+def test_a_folder_that_the_service_may_not_read_is_refused(settings: Settings) -> None:
+    root = settings.model_roots["models"]
+    closed = root / "closed"
+    (closed / "inner").mkdir(parents=True)
+    for parent in root.parents:
+        if parent.stat().st_uid == 0 and parent != parent.parent:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    closed.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        assert code_of(PathModel(path="models/closed"), settings) == "path_not_allowed"
+        assert code_of(PathModel(path="models/closed/inner"), settings) == "path_not_allowed"
+    finally:
+        os.seteuid(0)
+
+
 def test_gguf_file_must_exist(settings: Settings) -> None:
     folder = settings.model_roots["models"] / "g"
     folder.mkdir()
@@ -180,7 +198,7 @@ def test_unknown_revision_is_refused(hub: Settings) -> None:
 
 
 def test_hub_that_is_away_refuses_the_fetch_but_not_the_check(settings: Settings) -> None:
-    away = settings.model_copy(update={"hub_endpoint": "http://127.0.0.1:1"})
+    away = settings.model_copy(update={"hub_endpoint": "http://127.0.0.1:1", "hub_patience_s": 1.0})
     check_model(HubModel(repo_id="org/good"), away)
     with pytest.raises(ModelError) as caught:
         fetch_model(HubModel(repo_id="org/good"), away)

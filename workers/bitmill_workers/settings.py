@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     renew_s: how often the supervisor renews its lease.
     poll_s: how often it reports progress and looks for a cancel.
     stall_s: without any progress for this long the runner's stacks are dumped and the job fails.
+    hub_patience_s: a download ends when the Hub has sent nothing for so long.
     stop_grace_s: how long a stopping worker waits for a job that is just being published.
     collect_s: how often files of dead attempts are looked for.
     s3_public_endpoint: the object store's address as clients see it, for download addresses.
@@ -64,6 +65,7 @@ class Settings(BaseSettings):
     model_roots: dict[str, Path] = {}
     hub_endpoint: str | None = None
     hub_token: SecretStr | None = None
+    hub_patience_s: float = Field(default=900.0, gt=0)
 
     worker_name: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
     queues: Annotated[tuple[str, ...], NoDecode] = TIERS

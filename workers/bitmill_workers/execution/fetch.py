@@ -8,21 +8,40 @@ program), the only one that gets a network and a token; HF_ENDPOINT chooses anot
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from bitmill.errors import ModelError, ResourceError
+from bitmill.io.companions import is_companion
+from bitmill.io.safetensors import INDEX_NAME, SINGLE_FILE
+from bitmill.plan.config_json import CONFIG_FILE
+from bitmill_workers.execution.hub_download import (
+    HubDownload,
+    HubFile,
+    Notify,
+    Passing,
+    Patience,
+    asked_wait,
+    passing_status,
+    valid_digest,
+)
 from bitmill_workers.job_spec import HubModel, ModelRef, PathModel
 from bitmill_workers.settings import Settings
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
+    from huggingface_hub.hf_api import RepoSibling
 
-WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_SAFETENSORS = re.compile(r"[\w.-]{1,200}\.safetensors")
 _PICKLES = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle|msgpack|h5)$")
 _CHECK_TIMEOUT_S = 5.0
 
@@ -49,7 +68,7 @@ def local_model(model: ModelRef, settings: Settings) -> Path:
             f"model source {model.source!r} is not available here", code="unsupported_source"
         )
     folder, root = resolve_path(model.path, settings.model_roots)
-    if not folder.is_dir():
+    if not holds(folder.is_dir):
         raise ModelError(
             f"there is no folder {model.path!r}", code="model_not_found", param="model"
         )
@@ -76,7 +95,7 @@ def resolve_path(path: str, roots: dict[str, Path]) -> tuple[Path, Path]:
     place = root
     for part in parts[1:]:
         place = place / part
-        if place.is_symlink():
+        if holds(place.is_symlink):
             raise ModelError(
                 f"path {path!r} leads through the symbolic link {part!r}: name the real folder",
                 code="path_not_allowed",
@@ -85,9 +104,35 @@ def resolve_path(path: str, roots: dict[str, Path]) -> tuple[Path, Path]:
     return place, root
 
 
+def holds(look: Callable[[], bool]) -> bool:
+    """What a look at a path says; False where the file system cannot hold such a path at all.
+
+    Raises `ModelError` (code `path_not_allowed`) where the service may not look.
+    """
+    try:
+        return look()
+    except PermissionError as error:
+        raise _unreadable() from error
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL):
+            raise
+        return False
+
+
+def _unreadable() -> ModelError:
+    return ModelError(
+        "the service may not read this path: change its permissions",
+        code="path_not_allowed",
+        param="model.path",
+    )
+
+
 def check_folder(folder: Path, root: Path, file: str | None) -> None:
     """Refuse a folder without safe weights or with links that leave the root."""
-    names = sorted(entry.name for entry in folder.iterdir())
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except PermissionError as error:
+        raise _unreadable() from error
     for name in names:
         if not (folder / name).resolve().is_relative_to(root):
             raise ModelError(
@@ -123,37 +168,92 @@ def check_names(names: list[str], file: str | None) -> None:
     )
 
 
-def fetch_model(model: HubModel, settings: Settings) -> Path:
+def fetch_model(model: HubModel, settings: Settings, notify: Notify = lambda message: None) -> Path:
     """Download what is needed of a repository and return the folder with its files.
 
-    Files that an earlier job fetched are not fetched again. Raises `ModelError`, `ResourceError`.
+    Files that an earlier job fetched are compared and not fetched again. notify: takes progress
+    and warnings. Raises `ModelError`, `ResourceError`.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants
 
-    info = _hub_info(model, settings, 30.0)
-    wanted = [*WANTED[1:], model.file] if model.file else list(WANTED)
-    _check_space(info, wanted, settings.hub_cache)
-    with _hub_errors(model):
-        folder = snapshot_download(
-            model.repo_id,
-            revision=info.sha or model.revision,
-            cache_dir=settings.hub_cache,
-            allow_patterns=wanted,
-            token=_token(settings),
-            endpoint=settings.hub_endpoint,
-            max_workers=4,
-        )
-    return Path(folder)
+    patience = Patience(settings.hub_patience_s, notify)
+    info = patience.repeat(f"{model.repo_id}@{model.revision}", lambda: _ask_hub(model, settings))
+    listed = {sibling.rfilename: _hub_file(sibling) for sibling in info.siblings or []}
+    endpoint = (settings.hub_endpoint or constants.ENDPOINT).rstrip("/")
+    revision = info.sha or model.revision
+    token = _token(settings)
+    with HubDownload(
+        f"{endpoint}/{model.repo_id}/resolve/{quote(revision, safe='')}/",
+        {"Authorization": f"Bearer {token}"} if token else {},
+        settings.hub_cache / f"models--{model.repo_id.replace('/', '--')}",
+        valid_digest(info.sha) or hashlib.sha256(revision.encode()).hexdigest(),
+        patience,
+        notify,
+    ) as download:
+        small = [download.told(listed[path]) for path in sorted(listed) if _is_small(path)]
+        _check_space(download.missing_bytes(small), settings.hub_cache)
+        download.fetch(small)
+        weights = weight_files(list(listed), download.snapshot, model.file)
+        large = [download.told(listed[path]) for path in weights]
+        _check_space(download.missing_bytes(large), settings.hub_cache)
+        download.fetch(large)
+        return download.snapshot
 
 
-def _token(settings: Settings) -> str | bool:
-    return settings.hub_token.get_secret_value() if settings.hub_token else False
+def _is_small(path: str) -> bool:
+    return path in (CONFIG_FILE, INDEX_NAME) or is_companion(path)
+
+
+def weight_files(names: list[str], folder: Path, file: str | None) -> list[str]:
+    """The names of a repository's files that hold the model's weights.
+
+    file: the GGUF file that was asked for. Otherwise as transformers chooses: the single file,
+    else the files of the index, which lies in `folder` already; without either all safetensors
+    files beside config.json.
+    """
+    if file is not None:
+        return [file]
+    found = sorted(name for name in names if _SAFETENSORS.fullmatch(name))
+    if SINGLE_FILE in found:
+        return [SINGLE_FILE]
+    if INDEX_NAME in names:
+        # A damaged index is for the plan to refuse, which says what is wrong with it.
+        with suppress(ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            index = json.loads((folder / INDEX_NAME).read_bytes())
+            named = set(index["weight_map"].values())
+            return [name for name in found if name in named]
+    return found
+
+
+def _hub_file(sibling: RepoSibling) -> HubFile:
+    lfs = sibling.lfs
+    digest = valid_digest(lfs.sha256) if lfs else valid_digest(sibling.blob_id)
+    return HubFile(sibling.rfilename, sibling.size, digest)
+
+
+def _ask_hub(model: HubModel, settings: Settings) -> ModelInfo:
+    """The repository's listing; raises `Passing` where another try may give it."""
+    try:
+        return _hub_info(model, settings, 30.0)
+    except ModelError as error:
+        if error.code != "hub_unreachable":
+            raise
+        answer = getattr(error.__cause__, "response", None)
+        if answer is None:
+            raise Passing(type(error.__cause__).__name__) from error
+        if not passing_status(answer.status_code):
+            raise
+        raise Passing(f"status {answer.status_code}", asked_wait(answer.headers)) from error
+
+
+def _token(settings: Settings) -> str | None:
+    return settings.hub_token.get_secret_value() if settings.hub_token else None
 
 
 def _hub_info(model: HubModel, settings: Settings, timeout: float) -> ModelInfo:
     from huggingface_hub import HfApi
 
-    api = HfApi(endpoint=settings.hub_endpoint, token=_token(settings))
+    api = HfApi(endpoint=settings.hub_endpoint, token=_token(settings) or False)
     with _hub_errors(model):
         info = api.model_info(
             model.repo_id, revision=model.revision, timeout=timeout, files_metadata=True
@@ -196,15 +296,8 @@ class _hub_errors:  # noqa: N801  (a context manager)
         ) from error
 
 
-def _check_space(info: ModelInfo, wanted: list[str], cache: Path) -> None:
+def _check_space(size: int, cache: Path) -> None:
     """Refuse a download that would not leave a tenth of its size free."""
-    siblings = info.siblings or []
-    size = sum(
-        s.size or 0
-        for s in siblings
-        if any(PurePosixPath(s.rfilename).match(pattern) for pattern in wanted)
-    )
-    cache.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache).free
     if size * 1.1 > free:
         raise ResourceError(
@@ -218,8 +311,12 @@ def main(argv: list[str]) -> int:
     from bitmill_workers.execution.child import Emit, serve
 
     def work(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
-        settings = Settings(data=Path(request["data"]), hub_endpoint=request["hub_endpoint"])
-        folder = fetch_model(HubModel.model_validate(request["model"]), settings)
+        settings = Settings(
+            data=Path(request["data"]),
+            hub_endpoint=request["hub_endpoint"],
+            hub_patience_s=request["hub_patience_s"],
+        )
+        folder = fetch_model(HubModel.model_validate(request["model"]), settings, emit)
         return {"folder": str(folder)}
 
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -11,7 +11,7 @@ from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.quantization import FileText, QuantizationConfig
 from bitmill.errors import CalibrationError, InputError, ModelError
 from bitmill.pipeline.learned_parameters import PARAM, RECORD_NAME, LearnedFor
-from bitmill_workers.execution.fetch import resolve_path
+from bitmill_workers.execution.fetch import holds, resolve_path
 from bitmill_workers.job_spec import InlineMap, JobParameters, JobSpec, PathParameters, UploadedMap
 from bitmill_workers.settings import Settings
 from bitmill_workers.storage.artifacts import ArtifactStore
@@ -29,9 +29,10 @@ def calibration_file(text: FileText, settings: Settings) -> Path:
     """
     try:
         place, _ = resolve_path(text.path, settings.model_roots)
+        found = holds(place.is_file)
     except ModelError as error:
         raise CalibrationError(error.message, code=error.code, param=_TEXT_PARAM) from error
-    if not place.is_file():
+    if not found:
         raise CalibrationError(
             f"there is no calibration file {text.path!r}", code="text_not_found", param=_TEXT_PARAM
         )
@@ -139,9 +140,10 @@ def _parameter_files(given: JobParameters, store: JobStore) -> dict[str, Artifac
 def _parameter_folder(given: PathParameters, settings: Settings) -> Path:
     try:
         place, _ = resolve_path(given.path, settings.model_roots)
+        found = holds((place / RECORD_NAME).is_file)
     except ModelError as error:
         raise InputError(error.message, code=error.code, param=f"{PARAM}.path") from error
-    if not (place / RECORD_NAME).is_file():
+    if not found:
         raise _no_parameters(f"there are no learned parameters in {given.path!r}", "path")
     return place
 

@@ -133,6 +133,7 @@ class Attempt:
             "model": model.model_dump(mode="json"),
             "data": str(settings.data.resolve()),
             "hub_endpoint": settings.hub_endpoint,
+            "hub_patience_s": settings.hub_patience_s,
             "lease_s": settings.lease_s,
         }
         env = dict(os.environ)
