@@ -123,9 +123,20 @@ class Postgres:
         engine.dispose()
         return self.url(name)
 
-    def url(self, user: str) -> str:
+    def restore(self, dump: Path) -> str:
+        """SQLAlchemy URL of a new database filled from a dump of `pg_dump`; its user is bitmill."""
+        assert self.programs is not None
+        name = f"restored_{uuid.uuid4().hex}"
+        place = ["-h", "127.0.0.1", "-p", str(self.port), "-U", "bitmill"]
+        subprocess.run([str(self.programs / "createdb"), *place, name], check=True, timeout=60)
+        options = ["-q", "-v", "ON_ERROR_STOP=1", "-f", str(dump), name]
+        command = [str(self.programs / "psql"), *place, *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
+        return self.url("bitmill", name)
+
+    def url(self, user: str, database: str = "postgres") -> str:
         """SQLAlchemy URL for one user."""
-        return f"postgresql+psycopg://{user}@127.0.0.1:{self.port}/postgres"
+        return f"postgresql+psycopg://{user}@127.0.0.1:{self.port}/{database}"
 
     def cut_connections(self) -> None:
         """Terminate every session of every other client."""
