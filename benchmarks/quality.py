@@ -51,8 +51,7 @@ from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.block import refine_block
-from bitmill.results import LinearReport
-from bitmill.sensitivity.checkpoint import load_token_weights
+from bitmill.results import LinearResult
 from bitmill.sensitivity.fisher import profile_knapsack
 from bitmill.sensitivity.sba import profile_block_sba
 from bitmill.solvers.factor import activation_order
@@ -168,7 +167,7 @@ class Bench:
         return self._profiles[key]
 
     def profile_folder(self, variant: Variant) -> Path:
-        """Where the profile of a variant, and its token weights, are kept between runs."""
+        """Where the profile of a variant is kept between runs."""
         settings = replace(variant.profile, order=variant.order).identity()
         parts = [settings, self.tokens.digest] + ["basis"] * variant.value_basis
         digest: str = sha256_json(parts)
@@ -256,36 +255,25 @@ def sba_profile(bench: Bench, variant: Variant, base: int) -> SensitivityProfile
     return SensitivityProfile("", "", {}, (), linears, orders, {base: records})
 
 
-def token_weights(bench: Bench, variant: Variant, names: list[str]) -> dict[str, Tensor]:
-    """a_t to the variant's power, for the named linears."""
-    if not variant.weighting:
-        return {}
-    folder = bench.profile_folder(variant)
-    windows = len(bench.tokens.tokens)
-    return {
-        name: load_token_weights(folder, name, windows).pow(variant.weighting) for name in names
-    }
-
-
 def refined(
     bench: Bench, variant: Variant, chosen: BitWidthMap
-) -> tuple[list[nn.Module], list[LinearReport]]:
+) -> tuple[list[nn.Module], list[LinearResult]]:
     """Blocks with dequantized weights, and what refinement says of each linear."""
     orders = bench.orders() if variant.order == "activation" else {}
     settings = replace(variant.refine, batch=BATCH)
-    needs_source = settings.asymmetric != "off" or variant.source_inputs
+    needs_source = settings.asymmetric or variant.source_inputs
     stream = bench.embed(bench.tokens.tokens)
     unseen = bench.embed(bench.tokens.held_out)
     source = stream.clone() if needs_source else None
     source_unseen = unseen.clone() if needs_source else None
     blocks: list[nn.Module] = []
-    reports: list[LinearReport] = []
+    results: list[LinearResult] = []
     for i, original in enumerate(bench.blocks):
         block = copy.deepcopy(original)
         names = [linear.name for linear in bench.plan.block_linears(i)]
         if variant.source_inputs and source is not None:
             stream = source
-        _, report = refine_block(
+        _, found = refine_block(
             bench.model,
             i,
             block,
@@ -294,16 +282,15 @@ def refined(
             settings=settings,
             orders={name: orders[name] for name in names} if orders else None,
             held_out=Stream(unseen, source_unseen),
-            token_weights=token_weights(bench, variant, names),
         )
-        reports += report.linears
+        results += found
         blocks.append(block)
         stream = advance(bench.model, i, block, stream, batch=BATCH)
         if needs_source and source is not None and source_unseen is not None:
             source = advance(bench.model, i, original, source, batch=BATCH)
             unseen = advance(bench.model, i, block, unseen, batch=BATCH)
             source_unseen = advance(bench.model, i, original, source_unseen, batch=BATCH)
-    return blocks, reports
+    return blocks, results
 
 
 def measured(bench: Bench, blocks: list[nn.Module]) -> dict[str, dict[str, float]]:
@@ -332,7 +319,7 @@ def row(bench: Bench, variant: Variant) -> dict[str, Any]:
     chosen, predicted = allocation(bench, variant)
     allocated = time.perf_counter()
     bench.model.fast = bench.tf32
-    blocks, reports = refined(bench, variant, chosen)
+    blocks, results = refined(bench, variant, chosen)
     bench.model.fast = False
     finished = time.perf_counter()
     spent = footprint(bench.plan, chosen)
@@ -348,24 +335,18 @@ def row(bench: Bench, variant: Variant) -> dict[str, Any]:
             "refine": round(finished - allocated, 1),
             "evaluate": round(time.perf_counter() - finished, 1),
         },
-        "errors": errors_by_kind(reports),
-        "asymmetric_kept": sum(report.asymmetric > 0 for report in reports),
+        "errors": errors_by_kind(results),
+        "asymmetric_kept": sum(bool(result.asymmetric) for result in results),
         "widths": widths_histogram(chosen),
     }
 
 
-def errors_by_kind(reports: list[LinearReport]) -> dict[str, list[float]]:
-    """Mean relative error per kind of linear: plain rounding, after the solver, as stored."""
-    kinds: dict[str, list[LinearReport]] = {}
-    for report in reports:
-        kinds.setdefault(report.name.rpartition(".")[2], []).append(report)
-    return {
-        kind: [
-            round(sum(getattr(r, what) for r in members) / len(members), 6)
-            for what in ("error_rounding", "error_solver", "error")
-        ]
-        for kind, members in kinds.items()
-    }
+def errors_by_kind(results: list[LinearResult]) -> dict[str, float]:
+    """Mean relative error per kind of linear, as stored."""
+    kinds: dict[str, list[float]] = {}
+    for result in results:
+        kinds.setdefault(result.name.rpartition(".")[2], []).append(result.relative_error)
+    return {kind: round(sum(errors) / len(errors), 6) for kind, errors in kinds.items()}
 
 
 def widths_histogram(chosen: BitWidthMap) -> dict[str, int]:

@@ -20,7 +20,6 @@ WIDTHS = (1, 2, 3, 4, 5, 6)
 class Variant:
     """One row: an allocation to a budget of code bits, and a refinement.
 
-    weighting: power of the token weights a_t in the Hessians of refinement, 0 = plain.
     source_inputs: refinement sees the source model's inputs, not those of the quantized prefix.
     value_basis: v_proj and o_proj stand in another basis, see `value_basis.py`.
     """
@@ -31,7 +30,6 @@ class Variant:
     order: Literal["natural", "activation"]
     refine: RefineSettings
     profile: SensitivitySettings = field(default_factory=SensitivitySettings)
-    weighting: float = 0.0
     source_inputs: bool = False
     fuse_siblings: bool = False
     value_basis: bool = False
@@ -42,41 +40,27 @@ def gptq(
     clip: ClipSettings | None = None,
     compensated: bool = False,
     rounds: int = 0,
-    descent: bool = True,
-    clip_weight: Literal["hessian", "schur"] = "hessian",
-    damping: tuple[float, ...] | None = None,
-    gain: float = 0.0,
 ) -> GptqSettings:
     """Settings of the solver, everything off unless asked for."""
-    settings = GptqSettings(
+    return GptqSettings(
         clip=clip or ClipSettings(),
-        clip_weight=clip_weight,
         compensated=CompensatedSettings() if compensated else None,
         rounds=rounds,
-        descent=descent,
-        gain=gain,
     )
-    return settings if damping is None else replace(settings, damping=damping)
 
 
 SHRINK = RefineSettings(gptq=gptq(clip=ClipSettings.shrink_only()))
 CLIP = RefineSettings(gptq=gptq())
-GAIN = RefineSettings(gptq=gptq(gain=1.0))
 COMPENSATED = RefineSettings(gptq=gptq(compensated=True))
-REFIT = RefineSettings(gptq=gptq(rounds=1, descent=False))
-DESCENT = RefineSettings(gptq=gptq(rounds=1))
+POLISHED = RefineSettings(gptq=gptq(rounds=4))
 FULL = RefineSettings(gptq=gptq(compensated=True, rounds=4))
-FULL_GAIN = RefineSettings(gptq=gptq(compensated=True, rounds=4, gain=1.0))
-FULL_HALF_GAIN = RefineSettings(gptq=gptq(compensated=True, rounds=4, gain=0.5))
-INPUTS = replace(FULL, asymmetric="inputs", ridges=(0.0,))
-RESIDUAL = replace(FULL, asymmetric="residual", ridges=(0.0,))
-RESIDUAL_GAIN = replace(FULL_GAIN, asymmetric="residual", ridges=(0.0,))
+RESIDUAL = replace(FULL, asymmetric=True, ridges=(0.0,))
 CHOSEN_RIDGE = replace(RESIDUAL, ridges=RefineSettings.ridges)
 MORE_RIDGES = replace(RESIDUAL, ridges=(0.05, 0.2, 0.5, 1.0, 2.0))
 
 ROUNDING = SensitivitySettings(widths=WIDTHS, cost="rounding", gradients=PassSettings(batch=8))
 COMPENSATED_COST = replace(ROUNDING, cost="compensated")
-WEIGHTED_COST = replace(COMPENSATED_COST, moments="weighted", token_weights=True)
+WEIGHTED_COST = replace(COMPENSATED_COST, moments="weighted")
 SAMPLED_COST = replace(COMPENSATED_COST, gradients=PassSettings(batch=8, labels="sampled"))
 
 BUDGETS = (4.0, 3.0, 2.5, 2.0)
@@ -95,22 +79,14 @@ def variants() -> Iterator[Variant]:
 REFINEMENTS = {
     "full": FULL,
     "residual": RESIDUAL,
-    "residual-gain": RESIDUAL_GAIN,
     "residual-ridge": CHOSEN_RIDGE,
     "residual-more-ridges": MORE_RIDGES,
-    "residual-half": replace(RESIDUAL, strengths=(0.5,)),
-    "residual-clip": replace(CLIP, asymmetric="residual", ridges=(0.0,)),
-    "inputs": INPUTS,
+    "residual-clip": replace(CLIP, asymmetric=True, ridges=(0.0,)),
     "clip": CLIP,
-    "clip-gain": GAIN,
-    "full-gain": FULL_GAIN,
-    "full-halfgain": FULL_HALF_GAIN,
     "compensated": COMPENSATED,
-    "descent": DESCENT,
-    "refit": REFIT,
+    "polished": POLISHED,
     "shrink": SHRINK,
     "minmax": RefineSettings(gptq=gptq(clip=ClipSettings.min_max())),
-    "blockwise": replace(FULL, true_sequential=False),
 }
 
 
@@ -143,10 +119,6 @@ def profile_rows() -> Iterator[Variant]:
             ("sampledcost", SAMPLED_COST),
         ):
             yield knapsack(f"{tag}-{name}", bits, FULL, profile=profile)
-        for power in (0.5, 1.0):
-            yield knapsack(
-                f"{tag}-tokens{power:g}", bits, FULL, profile=WEIGHTED_COST, weighting=power
-            )
         yield replace(knapsack(f"{tag}-sourceinputs", bits, FULL), source_inputs=True)
         yield replace(knapsack(f"{tag}-natural", bits, FULL), order="natural")
         yield replace(knapsack(f"{tag}-residual-natural", bits, RESIDUAL), order="natural")
@@ -166,7 +138,6 @@ def knapsack(
     refine: RefineSettings,
     *,
     profile: SensitivitySettings = COMPENSATED_COST,
-    weighting: float = 0.0,
 ) -> Variant:
     """One knapsack row in activation order."""
-    return Variant(name, "knapsack", bits, "activation", refine, profile, weighting)
+    return Variant(name, "knapsack", bits, "activation", refine, profile)

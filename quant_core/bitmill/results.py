@@ -8,9 +8,8 @@ over windows.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -75,11 +74,13 @@ class QualityRow(_Closed):
     tasks: dict[str, TaskQuality] = {}
 
 
-class LinearQuality(_Closed):
+class LinearResult(_Closed):
     """What refinement reports of one linear.
 
     relative_error: tr(R H R^T) / tr(W H W^T), R = W - W_quantized, on the inputs it was
     quantized with. damping: fraction of mean diag(H) that the factorization needed.
+    scale_refit_gain: share of the error before polishing that polishing removed. asymmetric:
+    whether its target answers to the quantized prefix. tokens: calibration tokens that reached it.
     notes: anything out of the ordinary (fallbacks, dead columns, starved experts).
     """
 
@@ -147,7 +148,7 @@ class QualityReport(_Closed):
     schema_version: Literal[1] = 1
     rows: tuple[QualityRow, ...]
     predicted_loss: float | None = None
-    linears: tuple[LinearQuality, ...] = ()
+    linears: tuple[LinearResult, ...] = ()
     blocks: tuple[BlockQuality, ...] = ()
     tuning: TuningQuality | None = None
     resumed: bool = False
@@ -172,58 +173,3 @@ class QualityReport(_Closed):
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise FormatError(f"{path.name} is not a quality report: {reason(error)}") from error
-
-
-@dataclass(frozen=True)
-class LinearReport:
-    """One linear.
-
-    error_rounding: plain rounding on the min-max grid at the same widths, for comparison
-    error_solver:   after the method's own pass, before refit and descent
-    error:          as stored
-    damping:        share of mean(diag H) that the factorization needed; failed_dampings the
-                    shares at which it failed; dead_columns the inputs no token touched
-    tokens:         calibration tokens that reached the linear
-    asymmetric:     strength of the prefix correction that was kept, 0 where it was not; ridge
-                    the damping it was solved with, 0 for the factor's own
-    held_out_error: against the source model's outputs on held-out tokens, in a sample of
-                    rows and after a quick solve; held_out_symmetric the same without the correction
-    """
-
-    name: str
-    method: str
-    rows: int
-    columns: int
-    widths: str
-    error_rounding: float
-    error_solver: float
-    error: float
-    damping: float = 0.0
-    failed_dampings: tuple[float, ...] = ()
-    dead_columns: int = 0
-    tokens: int = 0
-    asymmetric: float = 0.0
-    ridge: float = 0.0
-    held_out_error: float | None = None
-    held_out_symmetric: float | None = None
-
-    @property
-    def refit_gain(self) -> float:
-        """Share of the solver's error that refit and descent removed."""
-        return 1.0 - self.error / self.error_solver if self.error_solver > 0 else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, `refit_gain` included."""
-        return asdict(self) | {"refit_gain": self.refit_gain}
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """All linears of one decoder block, in the order they were refined."""
-
-    index: int
-    linears: tuple[LinearReport, ...] = field(default_factory=tuple)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"index": self.index, "linears": [report.to_json() for report in self.linears]}

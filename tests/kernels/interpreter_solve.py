@@ -1,7 +1,5 @@
 """Cases for Triton's interpreter: whole solves and costs against those of plain torch."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -10,14 +8,15 @@ from bitmill.quant.codes import output_error
 from bitmill.quant.grid import ClipSettings
 from bitmill.runtime.ranks import SINGLE
 from bitmill.sensitivity.fisher import SensitivitySettings, input_costs
+from bitmill.solvers.gptq import column_loop
 from bitmill.solvers.gptq import column_loop_device as device_solve
 from bitmill.solvers.gptq.column_loop import solve, solve_siblings
-from bitmill.solvers.gptq.correction import Correction, Linear
+from bitmill.solvers.gptq.correction import Correction, Linear, goals_of
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import GptqSettings
-from bitmill.solvers.gptq.solve import polish, polish_siblings, quantize_siblings
+from bitmill.solvers.gptq.solve import quantize_siblings
 from bitmill.solvers.grid_search import CompensatedSettings
-from bitmill.solvers.polish import polish_measured
+from bitmill.solvers.polish import polish_codes
 from bitmill.solvers.rtn import round_to_nearest
 
 CLIP = ClipSettings(shrinks=4, zero_offsets=(1,), zero_scales=(0.9, 1.0), least_squares=1)
@@ -45,26 +44,28 @@ def both(monkeypatch, call):
     return found
 
 
+@pytest.fixture(autouse=True)
+def small_super_blocks(monkeypatch):
+    """So that matrices small enough for the interpreter have several."""
+    for module in (column_loop, device_solve):
+        monkeypatch.setattr(module, "SUPER_BLOCK", 2)
+
+
+def polished(matrices, codes, H, sweeps=1):
+    return polish_codes(matrices, matrices, codes, H, sweeps=sweeps)[0]
+
+
 @pytest.mark.parametrize(
-    ("widths", "compensated", "schur"),
-    [((3, 2, 1), SEARCH, False), ((4, 8, 2), None, True), ((2, 3, 4), SCALES, False)],
+    ("widths", "compensated"), [((3, 2, 1), SEARCH), ((4, 8, 2), None), ((2, 3, 4), SCALES)]
 )
-def test_solving_and_polishing_reach_the_plain_error(
-    linear, monkeypatch, widths, compensated, schur
-):
+def test_solving_and_polishing_reach_the_plain_error(linear, monkeypatch, widths, compensated):
     W, curvature = linear
-    settings = GptqSettings(
-        clip=CLIP,
-        compensated=compensated,
-        clip_weight="schur" if schur else "hessian",
-        super_block=2,
-        rounds=1,
-    )
+    settings = GptqSettings(clip=CLIP, compensated=compensated)
     target = curvature.packed(W)
 
     def run():
         codes = solve(target, curvature, widths, settings)
-        return [codes, polish(target, codes, curvature.H, settings)]
+        return [codes, *polished([target], [codes], curvature.H)]
 
     for plain, fast in zip(*both(monkeypatch, run), strict=True):
         errors = [output_error(target - c.values(), curvature.H) for c in (plain, fast)]
@@ -77,7 +78,7 @@ def test_solving_and_polishing_reach_the_plain_error(
 def test_only_the_upper_triangle_of_the_factor_is_read(linear, monkeypatch):
     monkeypatch.setenv("BITMILL_BACKEND", "triton")
     W, curvature = linear
-    settings = GptqSettings(clip=CLIP, compensated=None, super_block=2)
+    settings = GptqSettings(clip=CLIP, compensated=None)
     expected = solve(W, curvature, (3, 2, 4), settings)
     monkeypatch.setattr(device_solve, "SPLIT_ROWS", 128)
     whole = device_solve._unit_parts
@@ -97,15 +98,15 @@ def test_only_the_upper_triangle_of_the_factor_is_read(linear, monkeypatch):
 def test_siblings_are_solved_as_each_alone(linear, monkeypatch):
     monkeypatch.setenv("BITMILL_BACKEND", "triton")
     W, curvature = linear
-    settings = GptqSettings(clip=CLIP, compensated=SCALES, super_block=2, rounds=1)
+    settings = GptqSettings(clip=CLIP, compensated=SCALES, rounds=1)
     widths = [(3, 2, 1), (1, 4, 3)]
     matrices = [curvature.packed(W[:4]), curvature.packed(W[4:])]
     together = solve_siblings(matrices, curvature, widths, settings)
-    polished = polish_siblings(matrices, together, curvature.H, settings)
+    after = polished(matrices, together, curvature.H)
     for i, matrix in enumerate(matrices):
         alone = solve(matrix, curvature, widths[i], settings)
-        after = polish(matrix, alone, curvature.H, settings)
-        for one, two in ((alone, together[i]), (after, polished[i])):
+        [own] = polished([matrix], [alone], curvature.H)
+        for one, two in ((alone, together[i]), (own, after[i])):
             assert torch.equal(one.codes, two.codes)
             assert torch.equal(one.scales, two.scales)
             assert torch.equal(one.zeros, two.zeros)
@@ -118,7 +119,7 @@ def test_corrections_of_siblings_are_those_of_each_alone(linear, monkeypatch):
     W, prepared = linear
     source = torch.argsort(prepared.order)
     H = prepared.H[source][:, source]
-    settings = GptqSettings(clip=CLIP, compensated=None, super_block=2, rounds=1)
+    settings = GptqSettings(clip=CLIP, compensated=None, rounds=1)
     ridges = (0.0, 0.5)
 
     def corrected(name, rows, gain, ridge):
@@ -143,32 +144,32 @@ def test_corrections_of_siblings_are_those_of_each_alone(linear, monkeypatch):
         corrected("v", slice(8, 11), 0.0, 0.0),
     ]
     together = solved(list(linears))
-    chosen = [(report.asymmetric, report.ridge) for _, report in together]
-    assert chosen == [(1.0, 0.0), (1.0, 0.5), (0.0, 0.0)]
-    for one, (weight, report) in zip(linears, together, strict=True):
+    assert [result.asymmetric for _, result in together] == [True, True, False]
+    sources = [prepared.packed(one.W) for one in linears]
+    goals = goals_of(linears, sources, prepared, ridges, settings, SINGLE)
+    assert [goal.ridge for goal in goals] == [0.0, 0.5, None]
+    for one, (weight, result) in zip(linears, together, strict=True):
         [(alone, expected)] = solved([one])
         assert torch.equal(alone.codes, weight.codes)
         assert torch.equal(alone.scales, weight.scales)
-        assert report.error == pytest.approx(expected.error, rel=1e-4)
-        assert report.held_out_error == pytest.approx(expected.held_out_error, rel=1e-4)
+        assert result.relative_error == pytest.approx(expected.relative_error, rel=1e-4)
 
 
 def test_errors_around_polishing_are_those_of_the_codes(linear, monkeypatch):
     """Towards a source that is the target of one linear and not of the other."""
     monkeypatch.setenv("BITMILL_BACKEND", "triton")
     W, curvature = linear
-    settings = GptqSettings(clip=CLIP, compensated=None, super_block=2)
+    settings = GptqSettings(clip=CLIP, compensated=None)
     widths, H = [(3, 2, 4), (2, 8, 3)], curvature.H
     matrices = [curvature.packed(W[:4]), curvature.packed(W[4:])]
     sources = [matrices[0], matrices[1] + 0.1 * torch.randn(7, 300)]
     codes = solve_siblings(matrices, curvature, widths, settings)
-    polished, errors = polish_measured(matrices, sources, codes, H, sweeps=2)
-    same = polish_siblings(matrices, codes, H, replace(settings, rounds=2))
-    for when, found in zip((codes, polished), errors, strict=True):
+    after, errors = polish_codes(matrices, sources, codes, H, sweeps=2)
+    for when, found in zip((codes, after), errors, strict=True):
         for source, own, error in zip(sources, when, found, strict=True):
             assert float(error) == pytest.approx(output_error(source - own.values(), H), rel=1e-3)
     assert float(errors[1, 0]) < float(errors[0, 0])
-    for one, two in zip(polished, same, strict=True):
+    for one, two in zip(after, polished(matrices, codes, H, sweeps=2), strict=True):
         assert torch.equal(one.codes, two.codes)
         assert torch.equal(one.scales, two.scales)
 

@@ -11,9 +11,8 @@ from bitmill.solvers.factor import Factor, factor
 from bitmill.solvers.gptq.column_loop import solve, solve_siblings
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import GptqSettings
-from bitmill.solvers.gptq.solve import polish, polish_siblings
 from bitmill.solvers.grid_search import CompensatedSettings
-from bitmill.solvers.polish import polish_measured
+from bitmill.solvers.polish import polish_codes
 from bitmill.solvers.rtn import round_to_nearest
 from bitmill_kernels.linalg.split_product import (
     left_parts,
@@ -43,6 +42,10 @@ def linear(N, K):
     return W, Curvature.prepare(x.T @ x / len(x))
 
 
+def polished(matrices, codes, H):
+    return polish_codes(matrices, matrices, codes, H, sweeps=GptqSettings().rounds)[0]
+
+
 def test_replayed_column_loops_give_the_same_bytes():
     settings, cases = GptqSettings(), []
     for seed, widths in enumerate(((3, 2, 4, 8, 2, 3), (2, 2, 3, 3, 4, 2), (3, 1, 4, 8, 2, 3)) * 2):
@@ -70,7 +73,7 @@ def test_solving_and_polishing_reach_the_plain_error(N, K, compensated):
     assert torch.equal(fast.codes, again.codes)
     for one, two in (
         (plain, fast),
-        (polish(W, plain, curvature.H, settings), polish(W.cuda(), fast, cuda.H, settings)),
+        (*polished([W], [plain], curvature.H), *polished([W.cuda()], [fast], cuda.H)),
     ):
         errors = [output_error(W - c.values().cpu(), curvature.H) for c in (one, two)]
         assert errors[1] == pytest.approx(errors[0], rel=0.01)
@@ -134,11 +137,11 @@ def test_siblings_are_solved_as_each_alone():
     widths = [(3, 2, 4, 8, 2, 1), (1, 2, 3, 4, 5, 6)]
     matrices = [W[:64].cuda(), W[64:].cuda()]
     together = solve_siblings(matrices, cuda, widths, settings)
-    polished = polish_siblings(matrices, together, cuda.H, settings)
+    after = polished(matrices, together, cuda.H)
     for i, matrix in enumerate(matrices):
         alone = solve(matrix, cuda, widths[i], settings)
-        after = polish(matrix, alone, cuda.H, settings)
-        for one, two in ((alone, together[i]), (after, polished[i])):
+        [own] = polished([matrix], [alone], cuda.H)
+        for one, two in ((alone, together[i]), (own, after[i])):
             assert (one.codes == two.codes).float().mean() >= 0.95
             errors = [output_error(matrix - c.values(), cuda.H) for c in (one, two)]
             assert errors[1] == pytest.approx(errors[0], rel=0.005)
@@ -151,8 +154,8 @@ def test_errors_around_polishing_are_those_of_the_codes():
     matrices = [W[:64].cuda(), W[64:].cuda()]
     sources = [matrices[0], matrices[1] + 0.1 * torch.randn(96, 700).cuda()]
     codes = solve_siblings(matrices, cuda, widths, settings)
-    polished, errors = polish_measured(matrices, sources, codes, cuda.H, sweeps=4)
-    for when, found in zip((codes, polished), errors.tolist(), strict=True):
+    after, errors = polish_codes(matrices, sources, codes, cuda.H, sweeps=4)
+    for when, found in zip((codes, after), errors.tolist(), strict=True):
         for source, own, error in zip(sources, when, found, strict=True):
             assert error == pytest.approx(output_error(source - own.values(), cuda.H), rel=2e-3)
 

@@ -108,7 +108,7 @@ class InputStatistics:
 
 
 class _Sums:
-    """Means of a b^T over tokens, f32 [M, K] on one device, weighted; of a^2 or (W a)^2.
+    """Means of a b^T over tokens, f32 [M, K] on one device; of a^2 or (W a)^2.
 
     energy: what of a is summed for it, a a^T ("squares"), a^2 ("trace") or nothing.
     """
@@ -123,19 +123,18 @@ class _Sums:
         self._energy = torch.zeros(shape, dtype=dtype, device=device)
         self._mass = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, a: Tensor, b: Tensor, weight: Tensor | None) -> None:
+    def add(self, a: Tensor, b: Tensor) -> None:
         """a [T, M] in fp32 or the dtype of b [T, K], which the product takes.
 
         a is f32 where its trace is summed.
         """
         with stage("hessian"):
-            cross_update(self._cross, a.to(b.dtype), b, weight)
+            cross_update(self._cross, a.to(b.dtype), b)
             if self._kind == "squares":
-                hessian_update(self._energy, a.to(b.dtype), weight)
+                hessian_update(self._energy, a.to(b.dtype))
             elif self._kind == "trace":
-                own = a if weight is None else a * weight.sqrt()[:, None]
-                self._energy += torch.linalg.vector_norm(own, dim=0).double().square()
-            self._mass += len(b) if weight is None else weight.double().sum()
+                self._energy += torch.linalg.vector_norm(a, dim=0).double().square()
+            self._mass += len(b)
 
     def all_reduce(self, group: Group) -> None:
         group.all_reduce(self._cross, self._energy, self._mass)
@@ -159,22 +158,21 @@ def collect(
     stream: Stream,
     *,
     batch: int,
-    token_weights: Mapping[str, Tensor] | None = None,
     advance_source: bool = False,
     judge: bool = True,
     rows: Callable[[int], Rows] = lambda count: slice(count),
 ) -> dict[str, InputStatistics]:
     """Statistics of every linear in `groups` (lists of names that read the same input).
 
-    Linears of a group share one H tensor unless they have token weights f32 [S, T] of their own.
-    H of experts that saw few tokens is filled up (`undersampled_experts.py`).
+    Linears of a group share one H tensor; that of experts which saw few tokens is filled up
+    (`undersampled_experts.py`).
     Routed experts have no shift: the two streams send them different tokens. advance_source: where
     a source runs beside, it runs to its end and its outputs replace stream.source. judge: `error`
     will be asked of what is returned; else energies are left out. rows: those of a linear of so
     many rows whose shift and energy are wanted.
     """
     shifts = state.source is not None and stream.source is not None
-    collector = _Collector(state, groups, token_weights or {}, shifts, advance_source, judge)
+    collector = _Collector(state, groups, shifts, advance_source, judge)
     if sum(map(len, groups)) < len(state.linears):
         state.replay.look(state.model, state.index, state.current, state.linears, stream.hidden[:1])
     for part in _parts(stream, batch):
@@ -201,7 +199,6 @@ class _Collector:
         self,
         state: BlockState,
         groups: Sequence[Sequence[str]],
-        token_weights: Mapping[str, Tensor],
         shifts: bool,
         advance_source: bool,
         judge: bool,
@@ -210,28 +207,26 @@ class _Collector:
         self.source_linears: dict[str, nn.Module] = {}
         if state.source is not None:
             self.source_linears = state.model.linears(state.source, state.index)
-        self.state, self.groups, self.token_weights = state, groups, token_weights
+        self.state = state
         self.hessians: dict[str, HessianAccumulator] = {}
         self.drifts: dict[str, _Sums] = {}
         self.shifts: dict[str, _Sums] = {}
-        self.owner: dict[str, str] = {}
-        for group in groups:
-            plain = [name for name in group if name not in token_weights]
-            for name in group:
-                self.owner[name] = owner = name if name in token_weights else plain[0]
-                linear, device = state.model.plan.by_name[name], state.model.device
-                if owner not in self.hessians:
-                    self.hessians[owner] = HessianAccumulator(
-                        linear.columns, device, name=f"the input of {name}"
-                    )
-                if not shifts or linear.routed:
-                    continue
-                if name in state.writers:
-                    energy: Energy | None = "trace" if judge else None
-                    self.shifts[name] = _Sums(linear.rows, linear.columns, device, energy)
-                elif owner not in self.drifts:
-                    energy = "squares" if judge else None
-                    self.drifts[owner] = _Sums(linear.columns, linear.columns, device, energy)
+        self.owner = {name: group[0] for group in groups for name in group}
+        device = state.model.device
+        for name, owner in self.owner.items():
+            linear = state.model.plan.by_name[name]
+            if owner == name:
+                self.hessians[name] = HessianAccumulator(
+                    linear.columns, device, name=f"the input of {name}"
+                )
+            if not shifts or linear.routed:
+                continue
+            if name in state.writers:
+                energy: Energy | None = "trace" if judge else None
+                self.shifts[name] = _Sums(linear.rows, linear.columns, device, energy)
+            elif owner not in self.drifts:
+                energy = "squares" if judge else None
+                self.drifts[owner] = _Sums(linear.columns, linear.columns, device, energy)
         places = [state.writers.index(name) for name in self.shifts]
         self.writers = state.writers[: max(places, default=-1) + 1]
         self.left_out = self.writers[-1] if self.writers and not judge else None
@@ -241,12 +236,12 @@ class _Collector:
         hidden = stream.hidden[part].to(state.model.device, non_blocking=True)
         written = [name for name in self.writers if name != self.left_out]
         batch = (stream, part.start)
-        read = dict.fromkeys(self.owner.values())
+        read = self.hessians
         with state.replay.resumed(state.current, state.linears, batch, read=read, written=written):
             x, y, _ = self._observe(state.current, state.linears, read, written, hidden)
         for owner, hessian in self.hessians.items():
             if owner in x:
-                hessian.add(x[owner], self._weight(owner, part))
+                hessian.add(x[owner])
         whole = self.advance_source
         if state.source is None or stream.source is None:
             return
@@ -266,7 +261,7 @@ class _Collector:
                 state.source, self.source_linears, self.drifts, self.writers, source, whole=whole
             )
         for owner, sums in self.drifts.items():
-            sums.add(x_source[owner] - x[owner], x[owner], self._weight(owner, part))
+            sums.add(x_source[owner] - x[owner], x[owner])
         if self.shifts:
             exact = torch.float32 if self.left_out is None else hidden.dtype
             drift = (source.to(exact) - hidden).view(-1, hidden.shape[-1])
@@ -277,7 +272,7 @@ class _Collector:
                 elif (bias := getattr(state.linears[name], "bias", None)) is not None:
                     drift -= bias
                 if name in self.shifts:
-                    self.shifts[name].add(drift, x[self.owner[name]], self._weight(name, part))
+                    self.shifts[name].add(drift, x[self.owner[name]])
         if behind is not None:
             stream.source[part].copy_(behind, non_blocking=True)
 
@@ -300,12 +295,6 @@ class _Collector:
             hidden,
             whole=whole,
         )
-
-    def _weight(self, name: str, part: slice) -> Tensor | None:
-        if name not in self.token_weights:
-            return None
-        weight = self.token_weights[name][part].reshape(-1)
-        return weight.to(self.state.model.device, torch.float32)
 
     def finish(self, ranks: Group, rows: Callable[[int], Rows]) -> dict[str, InputStatistics]:
         check = all_reduce(self.hessians.values(), ranks)

@@ -7,9 +7,8 @@ that linears of later stages see, and answer to, the error of earlier ones.
 With `asymmetric` the source model runs beside it, and each linear's target moves by the
 least-squares share of what its output lacks (`calibration/statistics.py`, `solvers/gptq/solve.py`).
 That is kept per linear only where the error of a sample of its rows on held-out tokens, mean |y' -
-x ŵ^T|^2, falls. A linear that adds straight to the residual stream may also work against what the
-prefix has already lost there (`asymmetric="residual"`); which linears do is found by running the
-block, not from a list.
+x ŵ^T|^2, falls. A linear that adds straight to the residual stream also works against what the
+prefix has already lost there; which linears do is found by running the block, not from a list.
 
 Where the stream belongs to several ranks, H and shifts are sums over all windows. The ranks divide
 the factors of H, then the rows of each linear, which are independent given H; each gets what the
@@ -36,36 +35,33 @@ from bitmill.calibration.statistics import (
     collect,
     residual_writers,
 )
+from bitmill.calibration.undersampled_experts import is_starved, starved_note
 from bitmill.models.streamed import StreamedModel, set_weight, weight_of
 from bitmill.quant.tensors import QuantizedWeight
-from bitmill.results import BlockReport, LinearReport
+from bitmill.results import LinearResult
 from bitmill.runtime.ranks import Group
 from bitmill.solvers.gptq.correction import Correction, Linear, sampled_rows
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import GptqSettings
-from bitmill.solvers.gptq.solve import Solved, check_weights, quantize_siblings, read_reports
+from bitmill.solvers.gptq.solve import Solved, check_weights, quantize_siblings, read_results
 from bitmill.solvers.rtn import quantize_rtn
 
-Refined = tuple[QuantizedWeight, LinearReport]
+Refined = tuple[QuantizedWeight, LinearResult]
 
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """Every part has a switch.
+    """How a block is refined.
 
-    true_sequential: each stage sees the quantized stages before it, else the block's own floats
-    asymmetric: "off", "inputs" (y' of the linear alone) or "residual" (of the stream, where the
-    linear adds to it); it needs the source stream and held-out tokens; strengths and ridges (see
-    `gptq.quantize_siblings`) are tried, beside no correction
+    asymmetric: answer to what the quantized prefix has lost; it needs the source stream and
+    held-out tokens. ridges (see `gptq.quantize_siblings`) are tried, beside no correction
     batch: sequences per run of the block
     advance_source: replace the source's streams by what the block gives for them, on the way
     """
 
     method: Literal["rtn", "gptq"] = "gptq"
     gptq: GptqSettings = field(default_factory=GptqSettings)
-    true_sequential: bool = True
-    asymmetric: Literal["off", "inputs", "residual"] = "off"
-    strengths: tuple[float, ...] = (1.0,)
+    asymmetric: bool = False
     ridges: tuple[float, ...] = (0.0, 0.05, 0.5)
     batch: int = 8
     advance_source: bool = False
@@ -81,15 +77,13 @@ def refine_block(
     settings: RefineSettings | None = None,
     orders: Mapping[str, Tensor] | None = None,
     held_out: Stream | None = None,
-    token_weights: Mapping[str, Tensor] | None = None,
     on_stage: Callable[[], None] = lambda: None,
     replay: Replay | None = None,
-) -> tuple[dict[str, QuantizedWeight], BlockReport]:
+) -> tuple[dict[str, QuantizedWeight], list[LinearResult]]:
     """Quantizes every linear of block `index` that `widths` names (full names).
 
     stream: calibration block inputs; held_out: others, for choosing. orders: name -> i64 [K],
     packed column k is input column orders[name][k]; linears reading one input share one order.
-    token_weights: name -> f32 [S, T] >= 0, how much each calibration token counts for a linear.
     on_stage: called after every stage. replay: a new one, for a caller who moves the same streams
     on by `advance_hidden`.
 
@@ -105,7 +99,6 @@ def refine_block(
         widths,
         settings,
         orders or {},
-        token_weights or {},
         stream.group,
     )
     done: dict[str, Refined] = {}
@@ -114,17 +107,22 @@ def refine_block(
         last = settings.advance_source and stage is stages[-1]
         refined = job.refine_stage(stage, stream, held_out, last)
         done |= refined
-        if settings.true_sequential:
-            job.install(refined)
+        job.install(refined)
         on_stage()
-    if not settings.true_sequential:
-        job.install(done)
-    read = {report.name: report for report in read_reports(job.solved, stream.group)}
-    reports = [
-        replace(read.get(name, report), tokens=report.tokens, rows=report.rows)
-        for name, (_, report) in done.items()
+    read = {result.name: result for result in read_results(job.solved, stream.group)}
+    results = [
+        _with_tokens(read.get(name, result), job.tokens[name], model.plan.by_name[name].columns)
+        for name, (_, result) in done.items()
     ]
-    return {name: weight for name, (weight, _) in done.items()}, BlockReport(index, tuple(reports))
+    return {name: weight for name, (weight, _) in done.items()}, results
+
+
+def _with_tokens(result: LinearResult, tokens: int, columns: int) -> LinearResult:
+    """A result with the number of tokens that reached its linear, and a note where they are few."""
+    notes = result.notes
+    if is_starved(result.name, tokens, columns):
+        notes += (starved_note(result.name, columns),)
+    return result.model_copy(update={"tokens": tokens, "notes": notes})
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +131,9 @@ class _BlockJob:
     widths: Mapping[str, tuple[int, ...]]
     settings: RefineSettings
     orders: Mapping[str, Tensor]
-    token_weights: Mapping[str, Tensor]
     ranks: Group
     solved: list[Solved] = field(default_factory=list)
+    tokens: dict[str, int] = field(default_factory=dict)
 
     def stages(self) -> Iterator[list[list[str]]]:
         """Stages of input groups, without the linears that keep the source's precision."""
@@ -157,13 +155,12 @@ class _BlockJob:
             groups,
             stream,
             batch=batch,
-            token_weights=self.token_weights,
             advance_source=advance_source,
             judge=False,
             rows=self.ranks.part,
         )
         unseen: dict[str, InputStatistics] = {}
-        if self.settings.asymmetric != "off" and held_out is not None:
+        if self.settings.asymmetric and held_out is not None:
             unseen = collect(
                 self.state,
                 groups,
@@ -189,17 +186,12 @@ class _BlockJob:
         unseen: dict[str, InputStatistics],
     ) -> dict[str, Refined]:
         """Linears that share H (and so the order) are solved together; takes their statistics."""
-        tokens = {name: seen[name].tokens for name in group}
+        self.tokens.update({name: seen[name].tokens for name in group})
         if self.settings.method == "rtn":
             found = {name: self._rtn(name, seen[name]) for name in group}
         else:
-            alike: dict[int, list[str]] = {}
-            for name in group:
-                alike.setdefault(id(seen[name].H), []).append(name)
-            found = {}
-            for names in alike.values():
-                found |= self._gptq(names, seen, unseen)
-        return {name: self._gathered(name, found[name], tokens[name]) for name in group}
+            found = self._gptq(group, seen, unseen)
+        return {name: self._gathered(name, found[name]) for name in group}
 
     def _weight(self, name: str) -> Tensor:
         """This rank's rows of a linear, f32."""
@@ -244,13 +236,12 @@ class _BlockJob:
         solved = quantize_siblings(
             linears,
             curvature,
-            strengths=settings.strengths,
             ridges=settings.ridges,
             settings=settings.gptq,
             ranks=self.ranks,
         )
         self.solved.append(replace(solved, weights=()))
-        return dict(zip(names, zip(solved.weights, solved.reports, strict=True), strict=True))
+        return dict(zip(names, zip(solved.weights, solved.results, strict=True), strict=True))
 
     def _linear(
         self, name: str, statistics: InputStatistics, unseen: InputStatistics | None
@@ -268,11 +259,11 @@ class _BlockJob:
 
         return Linear(name, W, widths, Correction(statistics.shift, sample, judge))
 
-    def _gathered(self, name: str, own: Refined, tokens: int) -> Refined:
+    def _gathered(self, name: str, own: Refined) -> Refined:
         """All rows of a linear of which each rank has solved its own."""
-        weight, report = own[0], replace(own[1], tokens=tokens)
         if self.ranks.size == 1:
-            return weight, report
+            return own
+        weight, result = own
         count = self.state.model.plan.by_name[name].rows
         codes, scales, zeros = (
             self.ranks.gather_rows(rows.contiguous(), count)
@@ -281,7 +272,7 @@ class _BlockJob:
         whole = replace(
             weight, codes=codes, scales=scales.T.contiguous(), zeros=zeros.T.contiguous()
         )
-        return whole, replace(report, rows=count)
+        return whole, result
 
     def install(self, refined: Mapping[str, Refined]) -> None:
         """Writes dequantized weights into the block."""
@@ -290,12 +281,12 @@ class _BlockJob:
 
 
 def _check_streams(settings: RefineSettings, stream: Stream, held_out: Stream | None) -> None:
-    if settings.asymmetric == "off":
+    if not settings.asymmetric:
         return
     if stream.source is None or held_out is None or held_out.source is None:
         raise ValueError(
-            f"asymmetric {settings.asymmetric!r} needs the source model's block inputs for both "
-            "the calibration and the held-out tokens: give them, or use 'off'"
+            "the asymmetric correction needs the source model's block inputs for both the "
+            "calibration and the held-out tokens: give them, or leave it out"
         )
 
 
@@ -308,9 +299,9 @@ def _block_state(
     replay: Replay,
 ) -> BlockState:
     linears = model.linears(block, index)
-    source = None if settings.asymmetric == "off" else copy.deepcopy(block)
+    source = copy.deepcopy(block) if settings.asymmetric else None
     state = BlockState(model, index, block, source, linears, replay=replay)
-    if settings.asymmetric == "residual":
+    if settings.asymmetric:
         writers: tuple[str, ...] = ()
         if stream.group.first:
             writers = residual_writers(model, index, block, stream.hidden[:1])

@@ -20,7 +20,7 @@ from bitmill.models.streamed import StreamedModel, capture_inputs
 from bitmill.plan.model_plan import PlannedLinear
 from bitmill.quant.grid import ClipSettings
 from bitmill.quant.tensors import QuantizedWeight
-from bitmill.results import LinearQuality
+from bitmill.results import LinearResult
 from bitmill.solvers.rtn import round_to_nearest
 
 COST_TOKENS = 4096
@@ -60,14 +60,14 @@ def head_squares(model: StreamedModel, tokens: Tensor) -> Tensor:
 
 def quantize_embeddings(
     model: StreamedModel, tokens: Tensor, widths: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, QuantizedWeight], list[LinearQuality]]:
+) -> tuple[dict[str, QuantizedWeight], list[LinearResult]]:
     """Codes of every embedding and head of the plan at the map's widths; tokens int64 [S, T]."""
     squares = head_squares(model, tokens)
     weights, reports = {}, []
     for matrix in model.plan.embeddings:
         weights[matrix.name], error = round_embedding(model, matrix, widths[matrix.name], squares)
         bits = code_bits([matrix.shape], widths)
-        reports.append(LinearQuality(name=matrix.name, code_bits=bits, relative_error=error))
+        reports.append(LinearResult(name=matrix.name, code_bits=bits, relative_error=error))
     return weights, reports
 
 

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from bitmill.calibration.replay import Replay
 from bitmill.calibration.statistics import BlockState, Stream, advance_hidden
 from bitmill.calibration.streams import HiddenStates
-from bitmill.calibration.undersampled_experts import is_starved, starved_note
 from bitmill.calibration.windows import CalibrationSet
-from bitmill.config.bit_width_map import BitWidthMap, group_columns
+from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Refinement
 from bitmill.io import atomic as storage
 from bitmill.models.streamed import StreamedModel, set_weight
@@ -50,7 +49,7 @@ from bitmill.refinement.store import (
     report_path,
     save_block,
 )
-from bitmill.results import BlockQuality, LinearQuality, LinearReport, TuningQuality
+from bitmill.results import BlockQuality, LinearResult, TuningQuality
 from bitmill.runtime.graphs import graphs_kept
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.solvers.gptq.settings import GptqSettings
@@ -110,13 +109,13 @@ class RefinedModel:
             self._blocks[i] = SavedBlock(self.folder, self.plan, i)
         return self._blocks[i]
 
-    def reports(self) -> tuple[tuple[LinearQuality, ...], tuple[BlockQuality, ...]]:
+    def reports(self) -> tuple[tuple[LinearResult, ...], tuple[BlockQuality, ...]]:
         """What refinement says of every linear, and of every block where it learned."""
-        linears: list[LinearQuality] = []
+        linears: list[LinearResult] = []
         blocks: list[BlockQuality] = []
         for i in parts_of(self.plan):
             data = storage.read_json(report_path(self.folder, i))
-            linears += [LinearQuality.model_validate(entry) for entry in data["linears"]]
+            linears += [LinearResult.model_validate(entry) for entry in data["linears"]]
             if data["learning"] is not None:
                 blocks.append(BlockQuality.model_validate(data["learning"]))
         return tuple(linears), tuple(blocks)
@@ -202,12 +201,12 @@ def _tune(learning: ModelLearning, plan: Plan, folder: Path) -> None:
     with storage.atomic_folder(folder / TUNED_NAME) as target:
         for i in range(plan.block_count):
             data = storage.read_json(report_path(folder, i))
-            linears = [LinearQuality.model_validate(entry) for entry in data["linears"]]
+            linears = [LinearResult.model_validate(entry) for entry in data["linears"]]
             block = {linear.name: weights[linear.name] for linear in plan.block_linears(i)}
             save_block(target, i, block, linears, data["learning"])
         if embeddings:
             data = storage.read_json(report_path(folder, EMBEDDINGS))
-            linears = [LinearQuality.model_validate(entry) for entry in data["linears"]]
+            linears = [LinearResult.model_validate(entry) for entry in data["linears"]]
             save_block(target, EMBEDDINGS, embeddings, linears, None)
         storage.write_json(target / TUNING_NAME, report.model_dump(mode="json"))
 
@@ -263,9 +262,9 @@ class _Run:
 
     def refine(
         self, i: int, block: nn.Module, on_stage: Callable[[], None]
-    ) -> tuple[dict[str, QuantizedWeight], list[LinearQuality], dict[str, Any] | None]:
+    ) -> tuple[dict[str, QuantizedWeight], list[LinearResult], dict[str, Any] | None]:
         names = [linear.name for linear in self.model.plan.block_linears(i)]
-        weights, report = refine_block(
+        weights, results = refine_block(
             self.model,
             i,
             block,
@@ -279,39 +278,16 @@ class _Run:
         )
         if self.asymmetric and names:
             self._source_is_behind = i
-        qualities = [self._quality(entry) for entry in report.linears]
         if self.learning is None or self.source is None:
-            return weights, qualities, None
+            return weights, results, None
         self._run(i, self.model.load_block(i), self.source)
         self._source_is_behind = i
         learned = self.learning.block(i, block, weights, self.hidden, self.source)
-        return learned.weights, qualities, learned.report.model_dump(mode="json")
+        return learned.weights, results, learned.report.model_dump(mode="json")
 
     def _stream(self, part: slice) -> Stream:
         source = self.source[part] if self.source is not None and self.asymmetric else None
         return Stream(self.hidden[part], source, self.group)
-
-    def _quality(self, report: LinearReport) -> LinearQuality:
-        linear = self.model.plan.by_name[report.name]
-        notes = []
-        if report.failed_dampings:
-            notes.append(f"factorization failed at dampings {list(report.failed_dampings)}")
-        if report.dead_columns:
-            notes.append(f"{report.dead_columns} dead input columns")
-        if is_starved(report.name, report.tokens, linear.columns):
-            notes.append(starved_note(report.name, linear.columns))
-        columns = group_columns(linear.columns)
-        spent = sum(int(b) * c for b, c in zip(report.widths, columns, strict=True))
-        return LinearQuality(
-            name=report.name,
-            code_bits=spent / linear.columns,
-            relative_error=report.error,
-            damping=report.damping,
-            scale_refit_gain=report.refit_gain,
-            asymmetric=report.asymmetric > 0,
-            tokens=report.tokens,
-            notes=tuple(notes),
-        )
 
     def advance(self, i: int, block: nn.Module) -> None:
         """Move the streams behind block i: quantized, and of the source where it is carried."""
@@ -349,7 +325,7 @@ def refine_settings(settings: Refinement, batch: int, asymmetric: bool) -> Refin
             compensated=CompensatedSettings() if settings.compensated_grid else None,
             rounds=GptqSettings.rounds if settings.scale_refit else 0,
         ),
-        asymmetric="residual" if asymmetric else "off",
+        asymmetric=asymmetric,
         batch=batch,
         advance_source=asymmetric,
     )

@@ -25,7 +25,7 @@ from bitmill.io import atomic as storage
 from bitmill.io.safetensors import TensorInfo, file_pieces
 from bitmill.plan.model_plan import Plan
 from bitmill.quant.tensors import PackedTensor, QuantizedWeight
-from bitmill.results import LinearQuality
+from bitmill.results import LinearResult
 from bitmill.runtime.stage_timer import stage
 
 EMBEDDINGS = -1
@@ -57,7 +57,7 @@ def save_block(
     folder: Path,
     i: int,
     weights: Mapping[str, QuantizedWeight],
-    linears: list[LinearQuality],
+    linears: list[LinearResult],
     learning: dict[str, Any] | None,
 ) -> None:
     """Write a finished block: tensors first, then the report that marks it as finished.
@@ -133,7 +133,7 @@ class BlockSaver:
         self,
         i: int,
         weights: Mapping[str, QuantizedWeight],
-        linears: list[LinearQuality],
+        linears: list[LinearResult],
         learning: dict[str, Any] | None,
     ) -> None:
         """Begin to save block i (see `save_block`), once the block before is saved."""

@@ -30,7 +30,7 @@ from bitmill.reporting.learning import learning_section
 from bitmill.reporting.losses import predicted_against_measured
 from bitmill.reporting.summary import SUMMARY_NAME, ProfileSummary
 from bitmill.reporting.tasks import task_table
-from bitmill.results import LinearQuality, QualityReport, QualityRow
+from bitmill.results import LinearResult, QualityReport, QualityRow
 
 WORST_LINEARS = 20
 
@@ -316,7 +316,7 @@ def _linears(data: ReportData) -> str:
     )
 
 
-def _linear_row(linear: LinearQuality) -> str:
+def _linear_row(linear: LinearResult) -> str:
     cells = [
         f"{linear.code_bits:.3f}",
         f"{linear.relative_error:.3g}",

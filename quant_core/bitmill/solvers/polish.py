@@ -1,12 +1,24 @@
 """Scales and codes polished together, group by group, towards a target after the column loop.
 
-A visit of a group fits its scales by least squares (`scale_refit.py`), lets its codes descend
-(`code_descent.py`) and fits the scales again, all on the group's own slope g = (W - ŵ) H; one
-matrix product then carries the change to all other groups. A sweep visits every group once and
-costs 2 N K^2 operations; sweeping scales and codes in turn needs four times that for the same
-error (on SmolLM2-135M, 2 sweeps equal 2 rounds of two refits and one descent within 0.3 %).
+With all codes frozen,
 
-The error tr((W - ŵ) H (W - ŵ)^T) never rises. Dead columns and rows without a scale stay.
+    s_g += (R H_{:,g} v_g) / (v_g^T H_gg v_g)      v = q - z, R = W - ŵ, per row
+
+is the exact minimum of tr(R H R^T) along one (row, group) scale; a new scale is rounded to fp16
+first and taken only if the rounded one lowers the error. With all grids frozen,
+
+    q_j = clamp(round((ŵ_j + (R H)_j / H_jj) / s + z))
+
+is the exact minimum along one column (arXiv 2309.01885, QuantEase, equation 8): GPTQ fixes every
+column once, knowing only what comes after it; here early columns answer to late ones.
+
+A visit of a group fits its scales, lets its codes descend and fits the scales again, all on the
+group's own slope g = R H; one matrix product then carries the change to all other groups. A sweep
+visits every group once and costs 2 N K^2 operations; sweeping scales and codes in turn needs four
+times that for the same error (on SmolLM2-135M, 2 sweeps equal 2 rounds of two refits and one
+descent within 0.3 %).
+
+The error never rises. Dead columns and rows without a scale stay.
 """
 
 from __future__ import annotations
@@ -17,8 +29,8 @@ import torch
 from torch import Tensor
 
 from bitmill.quant.codes import LinearCodes, row_errors, row_slices, stacked_largest
-from bitmill.quant.grid import max_code
-from bitmill.solvers.scale_refit import rounded_step
+from bitmill.quant.grid import FP16_MAX, max_code
+from bitmill.runtime.stage_timer import stage
 from bitmill_kernels.backend import resolve_backend
 from bitmill_kernels.gptq.code_descent import descend_block
 from bitmill_kernels.layout import GROUP_SIZE
@@ -34,36 +46,33 @@ SUPER_BLOCK = 4
 
 
 def polish_codes(
-    matrices: Sequence[Tensor], codes: Sequence[LinearCodes], H: Tensor, *, sweeps: int
-) -> list[LinearCodes]:
-    """New codes and scales of linears that read one input.
-
-    matrices f32 [N_i, K] are the targets and H f32 [K, K], all in packed order.
-    """
-    if resolve_backend("auto", H.device) == "triton":
-        return _polish_triton(matrices, codes, H, sweeps)[0]
-    return [_polish_torch(W, own, H, sweeps) for W, own in zip(matrices, codes, strict=True)]
-
-
-def polish_measured(
-    matrices: Sequence[Tensor],
+    targets: Sequence[Tensor],
     sources: Sequence[Tensor],
     codes: Sequence[LinearCodes],
     H: Tensor,
     *,
     sweeps: int,
 ) -> tuple[list[LinearCodes], Tensor]:
-    """`polish_codes` by Triton, and errors f64 [2, L] of each linear before and after.
+    """New codes and scales of linears that read one input, and errors f64 [2, L] before and after.
 
-    They are tr(R H R^T) with R = source - ŵ, for sources f32 [N_i, K] that may differ from the
-    targets by D. With the slope S = (target - ŵ) H at hand that is <R + D, S> + tr(D H D^T).
+    targets f32 [N_i, K] and H f32 [K, K], all in packed order. Errors are tr(R H R^T) with
+    R = source - ŵ, for sources f32 [N_i, K] that may differ from the targets.
     """
-    polished, sums = _polish_triton(matrices, codes, H, sweeps, sources)
-    moved = [
-        H.new_zeros((), dtype=torch.float64) if W is source else row_errors(source - W, H).sum()
-        for W, source in zip(matrices, sources, strict=True)
-    ]
-    return polished, torch.stack(sums) + torch.stack(moved)
+    if sweeps and resolve_backend("auto", H.device) == "triton":
+        with stage("polish"):
+            return _polish_measured(targets, sources, codes, H, sweeps)
+    with stage("polish"):
+        pairs = zip(targets, codes, strict=True)
+        polished = [_polish_torch(W, own, H, sweeps) if sweeps else own for W, own in pairs]
+    with stage("report"):
+        errors = [_errors(sources, own, H) for own in (codes, polished)]
+    return polished, torch.stack(errors)
+
+
+def _errors(sources: Sequence[Tensor], codes: Sequence[LinearCodes], H: Tensor) -> Tensor:
+    """tr(R H R^T) of each linear, f64 [L], with R = source - ŵ."""
+    pairs = zip(sources, codes, strict=True)
+    return torch.stack([row_errors(W - own.values(), H).sum() for W, own in pairs])
 
 
 def _polish_torch(W: Tensor, codes: LinearCodes, H: Tensor, sweeps: int) -> LinearCodes:
@@ -105,31 +114,58 @@ def _refit(v: Tensor, slope: Tensor, H: Tensor, scale: Tensor) -> tuple[Tensor, 
     return scale + step, slope - step[:, None] * product
 
 
-def _polish_triton(
-    matrices: Sequence[Tensor],
+def rounded_step(scale: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
+    """Each scale's change to the fp16 value nearest its optimum, 0 where that does not help."""
+    ideal = scale + torch.where(curvature > 0, slope / curvature, torch.zeros_like(slope))
+    rounded = ideal.clamp(0.0, FP16_MAX).to(torch.float16).float()
+    step = rounded - scale
+    helps = step * (2 * slope - curvature * step) > 0
+    legal = helps & (scale > 0) & (rounded > 0) & (curvature > 0)
+    return torch.where(legal, step, torch.zeros_like(step))
+
+
+def _polish_measured(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
     codes: Sequence[LinearCodes],
     H: Tensor,
     sweeps: int,
-    sources: Sequence[Tensor] | None = None,
-) -> tuple[list[LinearCodes], list[Tensor]]:
-    """The linears as one matrix, columns first, [K, N]; with sources `_leaning` before and after.
+) -> tuple[list[LinearCodes], Tensor]:
+    """`polish_codes` by Triton, with errors from the slope S = (target - ŵ) H that it has at hand.
+
+    With D = source - target an error is <R + D, S> + tr(D H D^T).
+    """
+    polished, leaning = _polish_triton(targets, sources, codes, H, sweeps)
+    moved = [
+        H.new_zeros((), dtype=torch.float64) if W is source else row_errors(source - W, H).sum()
+        for W, source in zip(targets, sources, strict=True)
+    ]
+    return polished, leaning + torch.stack(moved)
+
+
+def _polish_triton(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    codes: Sequence[LinearCodes],
+    H: Tensor,
+    sweeps: int,
+) -> tuple[list[LinearCodes], Tensor]:
+    """The linears as one matrix, columns first, [K, N]; `_leaning` before and after, f64 [2, L].
 
     A super-block is visited in one launch, and its changes go to the slope of all groups at once.
     """
     from bitmill_kernels.gptq.polish_triton import SCRATCH_COLUMNS, polish_groups_triton
 
-    counts = [len(W) for W in matrices]
-    residual = torch.cat([(W - own.values()).T for W, own in zip(matrices, codes, strict=True)], 1)
+    counts = [len(W) for W in targets]
+    residual = torch.cat([(W - own.values()).T for W, own in zip(targets, codes, strict=True)], 1)
     slope = split_product(H, residual)
-    sums: list[Tensor] = []
-    if sources is not None:
-        sums.append(_leaning(residual.split(counts, 1), slope.split(counts, 1), matrices, sources))
+    before = _leaning(residual.split(counts, 1), slope.split(counts, 1), targets, sources)
     del residual
     old = torch.cat([own.codes.T for own in codes], 1)
     new = torch.empty_like(old)
     scales = torch.cat([own.scales for own in codes], 1)
     zeros = torch.cat([own.zeros for own in codes], 1)
-    rows, widths = row_slices(matrices), [own.widths for own in codes]
+    rows, widths = row_slices(targets), [own.widths for own in codes]
     largest = stacked_largest(widths, rows, H.device)
     diagonal = H.diagonal()
     reciprocal = torch.where(diagonal > 0, 1.0 / diagonal, 0.0)
@@ -161,21 +197,20 @@ def _polish_triton(
         LinearCodes(old[:, mine].T.contiguous(), scales[:, mine], zeros[:, mine], own)
         for mine, own in zip(rows, widths, strict=True)
     ]
-    if sources is not None:
-        left = ((W - own.values()).T for W, own in zip(matrices, polished, strict=True))
-        sums.append(_leaning(left, slope.split(counts, 1), matrices, sources))
-    return polished, sums
+    left = ((W - own.values()).T for W, own in zip(targets, polished, strict=True))
+    after = _leaning(left, slope.split(counts, 1), targets, sources)
+    return polished, torch.stack([before, after])
 
 
 def _leaning(
     residuals: Iterable[Tensor],
     slopes: Sequence[Tensor],
-    matrices: Sequence[Tensor],
+    targets: Sequence[Tensor],
     sources: Sequence[Tensor],
 ) -> Tensor:
     """<target - ŵ + 2 D, slope> of each linear, f64 [L]; residuals target - ŵ, columns first."""
     found = []
-    for R, own, W, source in zip(residuals, slopes, matrices, sources, strict=True):
+    for R, own, W, source in zip(residuals, slopes, targets, sources, strict=True):
         leaning = R if source is W else torch.add(R, (source - W).T, alpha=2)
         found.append((leaning * own).sum(dtype=torch.float64))
     return torch.stack(found)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bitmill.config.bit_width_map import LinearShape, code_bits
 from bitmill.quant.codes import LinearCodes, group_slices, row_errors
 from bitmill.quant.grid import (
     ClipSettings,
@@ -25,7 +26,7 @@ from bitmill.quant.grid import (
     round_scale,
 )
 from bitmill.quant.tensors import QuantizedWeight
-from bitmill.results import LinearReport
+from bitmill.results import LinearResult
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill_kernels.backend import resolve_backend
 
@@ -39,11 +40,11 @@ def quantize_rtn(
     clip: ClipSettings | None = None,
     name: str = "linear",
     ranks: Group = SINGLE,
-) -> tuple[QuantizedWeight, LinearReport]:
-    """Codes, grids and report of one linear by rounding alone.
+) -> tuple[QuantizedWeight, LinearResult]:
+    """Codes, grids and result of one linear by rounding alone.
 
     W f32 [N, K], H f32 [K, K] or None, in source column order; order i64 [K]: packed column k is
-    source column order[k]. Without H the report's errors are those of the weights themselves.
+    source column order[k]. Without H errors are those of the weights themselves.
     ranks: those that round other rows of the linear; errors are sums over all of them.
     """
     if order is not None:
@@ -52,23 +53,18 @@ def quantize_rtn(
         H = None if H is None else H[order][:, order]
     weight = None if H is None else H.diagonal()
     codes = round_to_nearest(W, tuple(widths), weight, clip or ClipSettings())
-    plain = round_to_nearest(W, tuple(widths), None, ClipSettings.min_max())
     metric = torch.eye(W.shape[1], device=W.device) if H is None else H
-    residuals = (W, W - plain.values(), W - codes.values())
-    errors = torch.stack([row_errors(residual, metric).sum() for residual in residuals])
-    total, rounding, error = ranks.totals(errors)
-    total = total or 1.0
-    report = LinearReport(
+    errors = [row_errors(residual, metric).sum() for residual in (W, W - codes.values())]
+    total, error = ranks.totals(torch.stack(errors))
+    result = LinearResult(
         name=name,
-        method="rtn",
-        rows=W.shape[0],
-        columns=W.shape[1],
-        widths="".join(map(str, widths)),
-        error_rounding=rounding / total,
-        error_solver=error / total,
-        error=error / total,
+        code_bits=code_bits([LinearShape(name, *W.shape)], {name: widths}),
+        relative_error=error / (total or 1.0),
+        damping=0.0,
+        scale_refit_gain=0.0,
+        asymmetric=False,
     )
-    return codes.finish(order), report
+    return codes.finish(order), result
 
 
 def round_to_nearest(

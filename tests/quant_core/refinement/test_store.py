@@ -21,7 +21,7 @@ from bitmill.plan.model_plan import Plan, make_plan
 from bitmill.quant.tensors import PackedTensor, QuantizedWeight
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.refinement.store import BlockSaver, load_block, report_path, save_block, tensors_path
-from bitmill.results import LinearQuality
+from bitmill.results import LinearResult
 from tiny import tiny_llama
 from weights import random_weight
 
@@ -50,7 +50,7 @@ def names_in(folder: Path) -> list[str]:
 
 def test_a_block_reads_back_exactly(model: StreamedModel, tmp_path: Path) -> None:
     weights = block_of(model.plan)
-    quality = LinearQuality(name="x", code_bits=3, relative_error=0.1)
+    quality = LinearResult(name="x", code_bits=3, relative_error=0.1)
     save_block(tmp_path, 0, weights, [quality], {"index": 0})
     found = load_block(tmp_path, model.plan, 0)
     assert found.keys() == weights.keys()

@@ -16,7 +16,7 @@ from bitmill.reporting.html import write_report
 from bitmill.reporting.summary import CurveEntry, LinearSensitivity, ProfileSummary
 from bitmill.results import (
     BlockQuality,
-    LinearQuality,
+    LinearResult,
     QualityReport,
     QualityRow,
     TextQuality,
@@ -74,8 +74,8 @@ def folder_with(tmp_path: Path, *, profile: bool = True, **changes: Any) -> Path
         texts={"wiki_evaluation": _text(25.5, kl=0.36, kl_se=0.01, top1_agreement=0.712)},
     )
     linears = (
-        LinearQuality(name=UP, code_bits=3.33, relative_error=0.0123, notes=("<b>damped</b>",)),
-        LinearQuality(name=DOWN, code_bits=2.0, relative_error=0.25),
+        LinearResult(name=UP, code_bits=3.33, relative_error=0.0123, notes=("<b>damped</b>",)),
+        LinearResult(name=DOWN, code_bits=2.0, relative_error=0.25),
     )
     given = {"rows": (source, ours), "predicted_loss": 0.3, "linears": linears} | changes
     (folder / "quality.json").write_text(QualityReport(**given).to_json())

@@ -21,7 +21,7 @@ from bitmill.quant.grid import Grid, clip_search, max_code
 from bitmill.runtime.stage_timer import stage
 from bitmill.solvers.gptq.column_loop_device import solve_on_device
 from bitmill.solvers.gptq.curvature import Curvature
-from bitmill.solvers.gptq.settings import GptqSettings
+from bitmill.solvers.gptq.settings import SUPER_BLOCK, GptqSettings
 from bitmill.solvers.grid_search import fit_compensated, unit_rows
 from bitmill_kernels.backend import resolve_backend
 from bitmill_kernels.gptq.block import gptq_block
@@ -55,7 +55,7 @@ def _solve_torch(
     W: Tensor, curvature: Curvature, widths: tuple[int, ...], settings: GptqSettings
 ) -> LinearCodes:
     work, unit = W.clone(), unit_rows(curvature.factor.upper)
-    columns, span = W.shape[1], settings.super_block * GROUP_SIZE
+    columns, span = W.shape[1], SUPER_BLOCK * GROUP_SIZE
     codes: list[Tensor] = []
     grids: list[Grid] = []
     error = torch.empty_like(W[:, :span])
@@ -83,12 +83,8 @@ def fit_grid(
     block: Tensor, width: int, curvature: Curvature, part: slice, settings: GptqSettings
 ) -> Grid:
     """The grid of one group from its compensated weights f32 [N, c]."""
-    U = curvature.factor.upper[part, part].contiguous()
-    if settings.clip_weight == "schur":
-        weight = U.diagonal().square().reciprocal()
-    else:
-        weight = curvature.H.diagonal()[part]
-    grid = clip_search(block, width, weight, settings=settings.clip)
+    grid = clip_search(block, width, curvature.H.diagonal()[part], settings=settings.clip)
     if settings.compensated is None:
         return grid
+    U = curvature.factor.upper[part, part].contiguous()
     return fit_compensated(block, width, U, grid, settings.compensated)

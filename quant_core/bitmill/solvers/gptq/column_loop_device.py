@@ -21,7 +21,7 @@ from bitmill.quant.codes import LinearCodes, group_slices, row_slices, stacked_l
 from bitmill.quant.grid import Grid, clip_search, clip_search_groups, relative_weights, round_scale
 from bitmill.runtime.graphs import replayed
 from bitmill.solvers.gptq.curvature import Curvature
-from bitmill.solvers.gptq.settings import GptqSettings
+from bitmill.solvers.gptq.settings import SUPER_BLOCK, GptqSettings
 from bitmill.solvers.grid_search import CompensatedSettings
 from bitmill_kernels.layout import GROUP_SIZE
 from bitmill_kernels.linalg.split_product import LOW_LEFT, grouped_parts, subtract_parts
@@ -44,8 +44,6 @@ def solve_on_device(
     Raises NumericalError where a scale does not fit fp16.
     """
     U = curvature.factor.upper
-    schur = settings.clip_weight == "schur"
-    squares = U.diagonal().reciprocal().square() if schur else curvature.H.diagonal()
     rows = row_slices(matrices)
     ones = tuple(
         (group, mine.start, mine.stop)
@@ -56,7 +54,7 @@ def solve_on_device(
     given = (
         torch.cat([W.T for W in matrices], 1),
         U,
-        relative_weights(squares),
+        relative_weights(curvature.H.diagonal()),
         stacked_largest(widths, rows, U.device),
     )
     if ones:
@@ -87,7 +85,7 @@ def _column_loop(
     from bitmill_kernels.gptq.group_solve_triton import Scratch, diagonal_blocks, group_solve_triton
 
     candidates = candidates_of(settings.compensated, U.device)
-    (K, N), span = work.shape, settings.super_block * GROUP_SIZE
+    (K, N), span = work.shape, SUPER_BLOCK * GROUP_SIZE
     codes = torch.empty(K, N, dtype=torch.uint8, device=U.device)
     grids = Grid(*torch.empty(2, len(largest), N, device=U.device))
     unit_parts = _unit_parts(U)
@@ -107,7 +105,7 @@ def _column_loop(
         strict=True,
     )
     for (group, part), block, weight, top, scale, zero, unit, reciprocal, code in groups:
-        place, last = group % settings.super_block, part.stop
+        place, last = group % SUPER_BLOCK, part.stop
         first = part.start - place * GROUP_SIZE
         if place:
             pending = unit_parts[3 * first : 3 * part.start, part].T

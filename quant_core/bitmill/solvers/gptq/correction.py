@@ -2,16 +2,16 @@
 
 With X the inputs after the quantized prefix and X' those of the source model,
 
-    W* = W + a W (X' - X)^T X (X^T X)^-1
+    W* = W + W (X' - X)^T X (X^T X)^-1
 
 makes X W*^T closest to X' W^T (the least-squares reading of arXiv 2505.11695, Qronos, section 3,
-and of arXiv 2504.02692, GPTAQ); a = 0 leaves it out. A correction is kept only where the error of a
-sample of rows on held-out tokens falls.
+and of arXiv 2504.02692, GPTAQ). A correction is kept only where the error of a sample of rows on
+held-out tokens falls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
@@ -54,14 +54,15 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Goal:
-    """Where a linear is going, f32 [N, K] in packed order, with entries of its report."""
+    """Where a linear is going, f32 [N, K] in packed order.
+
+    ridge: damping that its correction was solved with, 0 for the factor's own; None where the
+    target is the source.
+    """
 
     source: Tensor
     target: Tensor
-    strength: float = 0.0
-    ridge: float = 0.0
-    held_out_error: float | None = None
-    held_out_symmetric: float | None = None
+    ridge: float | None = None
 
 
 def sampled_rows(count: int, device: torch.device, part: slice | None = None) -> Tensor:
@@ -75,114 +76,87 @@ def sampled_rows(count: int, device: torch.device, part: slice | None = None) ->
     return torch.arange(first, last, device=device) * count // max(most, 1)
 
 
-@dataclass(frozen=True, eq=False)
-class _Trial:
-    """A correction of a linear; source and target f32 [M, K] of its sample, in packed order."""
-
-    widths: tuple[int, ...]
-    correction: Correction
-    source: Tensor
-    target: Tensor
-    strength: float
-    ridge: float
-
-
-def _trials(
-    linears: Sequence[Linear],
-    sources: Sequence[Tensor],
-    curvature: Curvature,
-    strengths: Sequence[float],
-    ridges: Sequence[float],
-) -> list[list[_Trial]]:
-    """Every correction of each linear of source f32 [N_i, K] in packed order."""
-    every: list[list[_Trial]] = [[] for _ in linears]
-    given = [
-        (own, linear.widths, correction, source[correction.sample])
-        for own, linear, source in zip(every, linears, sources, strict=True)
-        if (correction := linear.correction)
-    ]
-    shifts = [curvature.packed(move.shift[move.sample]) for _, _, move, _ in given]
-    for ridge in ridges:
-        moves = curvature.solve_each(shifts, ridge)
-        for (own, widths, correction, some), move in zip(given, moves, strict=True):
-            for strength in strengths:
-                target = some + strength * move
-                own.append(_Trial(widths, correction, some, target, strength, ridge))
-    return every
-
-
 def goals_of(
     linears: Sequence[Linear],
     sources: Sequence[Tensor],
     curvature: Curvature,
-    strengths: Sequence[float],
     ridges: Sequence[float],
     settings: GptqSettings,
     ranks: Group,
 ) -> list[Goal]:
     """Sources f32 [N_i, K] in packed order, or what corrections that win move them to."""
-    every = _trials(linears, sources, curvature, strengths, ridges)
-    trials = [trial for own in every for trial in own]
-    errors = _held_out([(trial, trial.target) for trial in trials], curvature, ranks)
-    error = dict(zip(trials, errors, strict=True))
-    every = [[trial for trial in own if isfinite(error[trial])] for own in every]
-    best = [min(own, key=error.__getitem__) for own in every if own]
-    for ridge in curvature.solvers.keys() - {trial.ridge for trial in best}:
+    goals = [Goal(source, source) for source in sources]
+    corrected = {i: linear.correction for i, linear in enumerate(linears) if linear.correction}
+    if not corrected:
+        return goals
+    samples = {i: sources[i][move.sample] for i, move in corrected.items()}
+    best = _best_ridges(corrected, samples, curvature, ridges, ranks)
+    for ridge in curvature.solvers.keys() - {ridge for ridge, _ in best.values()}:
         del curvature.solvers[ridge]
-    found = _verdicts(best, curvature, settings, ranks)
-    moves = _moves([trial for trial, plain, corrected in found if corrected < plain], curvature)
-    verdicts = iter(found)
-    goals = []
-    for source, own in zip(sources, every, strict=True):
-        goal = Goal(source, source)
-        if own:
-            trial, plain, corrected = next(verdicts)
-            if trial in moves:
-                target = source + trial.strength * moves.pop(trial)
-                goal = Goal(source, target, trial.strength, trial.ridge)
-            lowest = min(plain, corrected)
-            goal = replace(goal, held_out_error=lowest, held_out_symmetric=plain)
-        goals.append(goal)
+    pairs = {i: (samples[i], target) for i, (_, target) in best.items()}
+    widths = {i: linears[i].widths for i in pairs}
+    won = _winners(corrected, pairs, widths, curvature, settings, ranks)
+    for ridge in dict.fromkeys(best[i][0] for i in won):
+        alike = [i for i in won if best[i][0] == ridge]
+        shifts = [curvature.packed(corrected[i].shift) for i in alike]
+        for i, move in zip(alike, curvature.solve_each(shifts, ridge), strict=True):
+            goals[i] = Goal(sources[i], sources[i] + move, ridge)
     return goals
 
 
-def _moves(trials: Sequence[_Trial], curvature: Curvature) -> dict[_Trial, Tensor]:
-    """What corrections move all rows by at strength 1, f32 [N, K] in packed order."""
-    moves: dict[_Trial, Tensor] = {}
-    for ridge in dict.fromkeys(trial.ridge for trial in trials):
-        alike = [trial for trial in trials if trial.ridge == ridge]
-        shifts = [curvature.packed(trial.correction.shift) for trial in alike]
-        moves |= zip(alike, curvature.solve_each(shifts, ridge), strict=True)
-    return moves
+def _best_ridges(
+    corrected: Mapping[int, Correction],
+    samples: Mapping[int, Tensor],
+    curvature: Curvature,
+    ridges: Sequence[float],
+    ranks: Group,
+) -> dict[int, tuple[float, Tensor]]:
+    """Of each linear the ridge of least held-out error, with the target f32 [M, K] of its sample.
+
+    Ridges with which H is not positive definite, whose errors are not finite, are passed over.
+    """
+    shifts = [curvature.packed(move.shift[move.sample]) for move in corrected.values()]
+    trials = [
+        (i, ridge, samples[i] + move)
+        for ridge in ridges
+        for i, move in zip(corrected, curvature.solve_each(shifts, ridge), strict=True)
+    ]
+    judged = [(corrected[i], target) for i, _, target in trials]
+    best: dict[int, tuple[float, float, Tensor]] = {}
+    for (i, ridge, target), error in zip(trials, _held_out(judged, curvature, ranks), strict=True):
+        if isfinite(error) and (i not in best or error < best[i][0]):
+            best[i] = error, ridge, target
+    return {i: best[i][1:] for i in corrected if i in best}
 
 
-def _verdicts(
-    trials: Sequence[_Trial], curvature: Curvature, settings: GptqSettings, ranks: Group
-) -> list[tuple[_Trial, float, float]]:
-    """Relative held-out errors of the quantized samples, without each correction and with it."""
-    if not trials:
-        return []
-    both = [W for trial in trials for W in (trial.source, trial.target)]
-    widths = [trial.widths for trial in trials for _ in range(2)]
-    solved = iter(solve_siblings(both, curvature, widths, replace(settings, compensated=None)))
-    candidates = []
-    for trial in trials:
-        for W in (torch.zeros_like(trial.source), next(solved).values(), next(solved).values()):
-            candidates.append((trial, W))
-    errors = iter(_held_out(candidates, curvature, ranks))
-    result = []
-    for trial in trials:
-        whole, plain, corrected = (next(errors) for _ in range(3))
-        whole = whole or 1.0
-        result.append((trial, plain / whole, corrected / whole))
-    return result
+def _winners(
+    corrected: Mapping[int, Correction],
+    pairs: Mapping[int, tuple[Tensor, Tensor]],
+    widths: Mapping[int, tuple[int, ...]],
+    curvature: Curvature,
+    settings: GptqSettings,
+    ranks: Group,
+) -> list[int]:
+    """Linears whose sample has less held-out error when it is quantized towards its target.
+
+    pairs: source and target f32 [M, K] of each sample, in packed order.
+    """
+    both = [W for pair in pairs.values() for W in pair]
+    each = [widths[i] for i in pairs for _ in range(2)]
+    quick = replace(settings, compensated=None)
+    solved = solve_siblings(both, curvature, each, quick) if both else []
+    owners = [corrected[i] for i in pairs for _ in range(2)]
+    judged = [(move, codes.values()) for move, codes in zip(owners, solved, strict=True)]
+    errors = _held_out(judged, curvature, ranks)
+    plain, moved = errors[::2], errors[1::2]
+    return [i for i, before, after in zip(pairs, plain, moved, strict=True) if after < before]
 
 
 def _held_out(
-    candidates: Sequence[tuple[_Trial, Tensor]], curvature: Curvature, ranks: Group
+    candidates: Sequence[tuple[Correction, Tensor]], curvature: Curvature, ranks: Group
 ) -> list[float]:
     """Held-out errors of samples f32 [M, K] in packed order, of all ranks' rows."""
     if not candidates:
         return []
-    errors = [trial.correction.judge(curvature.unpacked(W)) for trial, W in candidates]
+    errors = [correction.judge(curvature.unpacked(W)) for correction, W in candidates]
     return ranks.totals(torch.stack(errors))
