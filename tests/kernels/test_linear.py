@@ -61,6 +61,49 @@ def test_the_operator_passes_torchs_own_checks():
     torch.library.opcheck(torch.ops.bitmill.mixed_linear.default, arguments)
 
 
+BACKENDS = ["auto", "reference"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (2, 3), (40,)])
+def test_gradients_are_those_of_the_dequantized_weight(backend, dtype, shape):
+    a, *a_parts = random_linear(300, 600, (3, 2, 8, 1, 5), seed=1, ordered=True)
+    b, *b_parts = random_linear(7, 600, (4, 8, 2, 2, 6), seed=2)
+    b = PackedWeight(b.tensors, b.widths, 7, 600, a.order)
+    linear = MixedLinear([a, b], CPU, backend=backend)
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(*shape, 600, generator=draw).to(dtype).requires_grad_()
+    bias = torch.randn(307, generator=draw).to(dtype).requires_grad_()
+    dy = torch.randn(*shape, 307, generator=draw).to(dtype)
+    y = linear(x, bias)
+    del linear  # the module may have moved, and dropped its layout, before the gradient comes
+    y.backward(dy)
+    packed = [
+        reference.dequantize(*parts, one.widths) for one, parts in ((a, a_parts), (b, b_parts))
+    ]
+    source = torch.empty(307, 600, dtype=torch.float64)
+    source[:, a.order.long()] = torch.cat(packed).double()
+    limit = 1e-5 if dtype == torch.float32 else 5e-3
+    assert x.grad.dtype == dtype
+    assert relative_error(x.grad, dy.double() @ source) < limit
+    assert relative_error(bias.grad, dy.double().view(-1, 307).sum(0)) < 1e-2
+
+
+def test_second_derivatives_and_torchs_own_checks_of_the_gradient():
+    weight, *parts = random_linear(10, 200, (3, 2), seed=1)
+    linear = MixedLinear([weight], CPU)
+    exact = reference.dequantize(*parts, (3, 2)).double()
+    x = torch.randn(2, 200, requires_grad=True)
+    (dx,) = torch.autograd.grad(linear(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(dx.sum(), x)
+    assert relative_error(second, 2 * torch.ones(2, 200).double() @ exact.T @ exact) < 1e-5
+    arguments = (torch.randn(2, 10, requires_grad=True), linear._handle, 200)
+    torch.library.opcheck(torch.ops.bitmill.mixed_linear_input_gradient.default, arguments)
+    arguments = (torch.randn(2, 200, requires_grad=True), None, linear._handle, 10)
+    torch.library.opcheck(torch.ops.bitmill.mixed_linear.default, arguments)
+
+
 def test_an_input_of_the_wrong_width_is_refused():
     weight, *_ = random_linear(10, 200, (3, 2))
     with pytest.raises(ValueError, match="x has 100 columns: the weight has 200"):

@@ -16,7 +16,7 @@ import ctypes
 import logging
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from bitmill_kernels.layout import (
     group_columns,
     plane_bytes,
 )
-from bitmill_kernels.matmul.runtime import PackedWeight
+from bitmill_kernels.matmul.runtime import PackedWeight, in_source_order
 from bitmill_kernels.pack import unpack_codes
 from bitmill_kernels.reference import dequantize
 
@@ -77,6 +77,14 @@ class CpuProduct:
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return (y if bias is None else y + bias.float()).to(x.dtype)
 
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dy W [T, K] of dy [T, N]."""
+        rows = dy.float().split([linear.rows for linear in self._linears], dim=1)
+        parts = [
+            linear.input_gradient(part) for linear, part in zip(self._linears, rows, strict=True)
+        ]
+        return in_source_order(torch.stack(parts).sum(0), self._linears[0].order).to(dy.dtype)
+
 
 class _StoredLinear:
     """One linear's planes where they are, as the checkpoint file maps them."""
@@ -88,6 +96,7 @@ class _StoredLinear:
             for name, tensor in weight.tensors.items()
             if name.startswith(("codes", "tail", "scales"))
         }
+        self.rows = weight.N
         self._scales = self._tensors["scales"]
         self._zeros = weight.zeros().to(device).contiguous()
         self.order = None if weight.order is None else weight.order.to(device)
@@ -100,11 +109,22 @@ class _StoredLinear:
         if self._library is not None and x.shape[0] <= FUSED_TOKENS:
             self._multiply(x, y)
             return y
-        rows = max(1, TILE_ELEMENTS // self._weight.K)
-        for first in range(0, self._weight.N, rows):
-            tile = self._dequantize(first, min(self._weight.N, first + rows))
+        for first, tile in self._tiles():
             torch.mm(x, tile.t(), out=y[:, first : first + tile.shape[0]])
         return y
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dy W f32 [T, K] in packed column order of dy f32 [T, N]."""
+        dx = torch.zeros(dy.shape[0], self._weight.K, device=dy.device)
+        for first, tile in self._tiles():
+            dx.addmm_(dy[:, first : first + tile.shape[0]], tile)
+        return dx
+
+    def _tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """The first row of each tile, and its weights f32 [rows, K] in packed column order."""
+        rows = max(1, TILE_ELEMENTS // self._weight.K)
+        for first in range(0, self._weight.N, rows):
+            yield first, self._dequantize(first, min(self._weight.N, first + rows))
 
     def _multiply(self, x: Tensor, y: Tensor) -> None:
         groups = len(self._weight.widths)

@@ -12,24 +12,36 @@ as fast as the original linear, as large, and equal to it bit for bit.
 The product is the custom operator `bitmill::mixed_linear`, so `torch.compile` treats it as one
 opaque call and CUDA graphs capture it. It takes a handle, not the tensors: layouts and workspaces
 are built once, at load, and no call allocates anything but its result.
+
+The gradient for x is dx = dy W, from weights that are dequantized some rows at a time; packed codes
+themselves have none.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from bitmill_kernels.backend import interpreted, resolve_backend, wants_reference
-from bitmill_kernels.matmul.runtime import PackedWeight, RuntimeWeight, build_runtime
+from bitmill_kernels.matmul.runtime import (
+    PackedWeight,
+    RuntimeWeight,
+    build_runtime,
+    in_source_order,
+)
 from bitmill_kernels.matmul.workspace import workspace
 from bitmill_kernels.pack import unpack_codes
 from bitmill_kernels.reference import dequantize
+
+if TYPE_CHECKING:
+    from bitmill_kernels.matmul.dequantize_triton import RowRun
 
 DEQUANTIZE_ABOVE = 64
 SCRATCH_ELEMENTS = 1 << 26
@@ -38,8 +50,15 @@ _LOG = logging.getLogger(__name__)
 _LINEARS: WeakValueDictionary[int, MixedLinear] = WeakValueDictionary()
 _HANDLES = itertools.count()
 
-Product = Callable[[Tensor, Tensor | None], Tensor]
-"""(x [T, K] with contiguous rows, bias [N] or None) -> y [T, N], all of one dtype."""
+
+class Product(Protocol):
+    """y = x W^T + bias, and its gradient for x."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """y [T, N] of x [T, K] with contiguous rows and bias [N] or None, all of one dtype."""
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dy W [T, K] of dy [T, N] with contiguous rows, in the dtype of dy."""
 
 
 class MixedLinear:
@@ -73,6 +92,12 @@ class MixedLinear:
         y = self._product(rows if rows.stride(-1) == 1 else rows.contiguous(), bias)
         return y.view(*x.shape[:-1], self.N)
 
+    def run_gradient(self, dy: Tensor) -> Tensor:
+        """What the operator of the gradient calls: dx [..., K] of dy [..., N]."""
+        rows = dy.reshape(-1, self.N)
+        dx = self._product.input_gradient(rows if rows.stride(-1) == 1 else rows.contiguous())
+        return dx.view(*dy.shape[:-1], self.K)
+
 
 @torch.library.custom_op("bitmill::mixed_linear", mutates_args=())
 def _mixed_linear(x: Tensor, bias: Tensor | None, handle: int, outputs: int) -> Tensor:
@@ -82,6 +107,44 @@ def _mixed_linear(x: Tensor, bias: Tensor | None, handle: int, outputs: int) -> 
 @_mixed_linear.register_fake
 def _(x: Tensor, bias: Tensor | None, handle: int, outputs: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], outputs))
+
+
+@torch.library.custom_op("bitmill::mixed_linear_input_gradient", mutates_args=())
+def _input_gradient(dy: Tensor, handle: int, columns: int) -> Tensor:
+    return _LINEARS[handle].run_gradient(dy)
+
+
+@_input_gradient.register_fake
+def _(dy: Tensor, handle: int, columns: int) -> Tensor:
+    return dy.new_empty((*dy.shape[:-1], columns))
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor | None, int, int], output: Tensor) -> None:
+    x, bias, ctx.handle, _ = inputs
+    ctx.columns, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+    ctx.linear = _LINEARS.get(ctx.handle)  # kept, though its module may move before the gradient
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    dx = torch.ops.bitmill.mixed_linear_input_gradient(dy, ctx.handle, ctx.columns)
+    wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
+    db = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if wants_bias else None
+    return dx, db, None, None
+
+
+_mixed_linear.register_autograd(_backward, setup_context=_remember)
+
+
+def _remember_gradient(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+    dy, ctx.handle, _ = inputs
+    ctx.outputs, ctx.linear = dy.shape[-1], _LINEARS.get(ctx.handle)
+
+
+def _backward_gradient(ctx: Any, ddx: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.bitmill.mixed_linear(ddx, None, ctx.handle, ctx.outputs), None, None
+
+
+_input_gradient.register_autograd(_backward_gradient, setup_context=_remember_gradient)
 
 
 def _build_product(weights: Sequence[PackedWeight], device: torch.device, backend: str) -> Product:
@@ -103,20 +166,22 @@ class _DenseProduct:
         self._casts: dict[torch.dtype, Tensor] = {torch.float32: self._weight}
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if x.dtype not in self._casts:
-            self._casts[x.dtype] = self._weight.to(x.dtype)
-        return torch.nn.functional.linear(x, self._casts[x.dtype], bias)
+        return torch.nn.functional.linear(x, self._cast(x.dtype), bias)
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        return dy @ self._cast(dy.dtype)
+
+    def _cast(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self._casts:
+            self._casts[dtype] = self._weight.to(dtype)
+        return self._casts[dtype]
 
 
 def _source_weight(weight: PackedWeight) -> Tensor:
     """Weight f32 [N, K] in source column order."""
     codes = unpack_codes(weight.tensors, weight.widths, weight.N, weight.K)
     values = dequantize(codes, weight.scales(), weight.zeros(), weight.widths)
-    if weight.order is None:
-        return values
-    source = torch.empty_like(values)
-    source[:, weight.order.long()] = values
-    return source
+    return in_source_order(values, weight.order)
 
 
 class _AcceleratedProduct:
@@ -159,15 +224,27 @@ class _AcceleratedProduct:
             self._wide(x, bias, y)
         return y
 
-    def _multiply_dequantized(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        K, order = self._weight.K, self._weight.order
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        packed = torch.zeros(len(dy), self._weight.K, dtype=torch.float32, device=dy.device)
+        for run, weight in self._dequantized_runs(dy.dtype):
+            packed += dy[:, run.first : run.first + run.rows] @ weight
+        return in_source_order(packed, self._weight.order).to(dy.dtype)
+
+    def _dequantized_runs(self, dtype: torch.dtype) -> Iterator[tuple[RowRun, Tensor]]:
+        """Runs of rows and their weights [rows, K] in packed order, each good until the next."""
+        K, device = self._weight.K, self._weight.planes.device
         size = self._scratch_rows * K
-        scratch = workspace("dequantized", size * x.element_size(), x.device)
-        rows = scratch.view(x.dtype)[:size].view(-1, K)
-        inputs = x if order is None else x.index_select(1, order)
+        scratch = workspace("dequantized", size * dtype.itemsize, device)
+        rows = scratch.view(dtype)[:size].view(-1, K)
         for run in self._dequantizer.runs:
             self._dequantizer(run, rows)
-            weight = rows[: run.rows].t()
+            yield run, rows[: run.rows]
+
+    def _multiply_dequantized(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        order = self._weight.order
+        inputs = x if order is None else x.index_select(1, order)
+        for run, rows in self._dequantized_runs(x.dtype):
+            weight = rows.t()
             out = y[:, run.first : run.first + run.rows]
             if bias is None:
                 torch.mm(inputs, weight, out=out)

@@ -116,6 +116,18 @@ class RuntimeWeight:
         return self.planes.nbytes + self.grid.nbytes
 
 
+def in_source_order(matrix: Tensor, order: Tensor | None) -> Tensor:
+    """matrix [R, K] in packed column order, its columns moved to where the source has them.
+
+    order: i32 [K], packed column k is source column order[k]; None where the orders are one.
+    """
+    if order is None:
+        return matrix
+    source = torch.empty_like(matrix)
+    source[:, order.to(matrix.device).long()] = matrix
+    return source
+
+
 def build_runtime(weights: Sequence[PackedWeight], device: torch.device) -> RuntimeWeight:
     """Lay stored linears out for the accelerator; several must share K and the column order.
 

@@ -6,7 +6,8 @@ quantized linear with random numbers; `bitmill.load` imports it and refuses such
 
 Loading replaces each linear named in `quantization_config` by an empty `QuantizedLinear` on the
 meta device (the input embedding by a `QuantizedEmbedding`, a head tied to it by a `TiedHead`), lets
-transformers read the tensors, then hands out the shared column orders.
+transformers read the tensors, then hands out the shared column orders. Where peft is installed, its
+LoRA knows packed linears from then on (`adapters.py`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.errors import FormatError
 from bitmill.formats.packed.config import QUANT_METHOD, PackedConfig, PackedLinear
+from bitmill.inference.adapters import register_adapters
 from bitmill.inference.embedding import QuantizedEmbedding, ScaledEmbedding, TiedHead
 from bitmill.inference.linear import QuantizedLinear, join_siblings
+from bitmill.models.dtypes import as_dtype
 from bitmill.models.experts import unfuse_experts
 from bitmill.plan.architectures import HEAD
+
+register_adapters()
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -91,8 +96,8 @@ class BitmillQuantizer(HfQuantizer):
     def _has_experts(self) -> bool:
         return any(".experts." in name for name in self.quantization_config.linears)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
-        target = dtype or torch.float32
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
+        target = as_dtype(dtype or torch.float32)
         head = model.get_output_embeddings()
         for name, module in quantized_linears(model).items():
             if not isinstance(module, QuantizedEmbedding):

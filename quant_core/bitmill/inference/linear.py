@@ -26,6 +26,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from bitmill.inference.read_only import ReadOnlyTensor
 from bitmill.plan.architectures import sibling_key
 from bitmill.quant.tensors import PackedTensor, packed_shapes
 from bitmill_kernels.matmul.linear import MixedLinear
@@ -118,9 +119,11 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> Tensor:
         """Dequantized weight [N, K] in the dtype the module was made for, anew at each access.
 
-        For code that asks a linear for its weight's values or dtype; writing to it has no effect.
+        For code that asks a linear for its weight's values or dtype; a write raises InputError.
         """
-        return self.dequantize().to(self._dtype)
+        weight = self.dequantize().to(self._dtype).as_subclass(ReadOnlyTensor)
+        weight._is_hf_initialized = True  # transformers initializes some modules by their parent
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K], computed on the device and in the dtype of x."""

@@ -12,6 +12,7 @@ from bitmill.config.bit_width_map import LinearShape
 from bitmill.errors import FormatError
 from bitmill.formats.packed.checkpoint import PackedCheckpoint
 from bitmill.inference.hf_quantizer import plain_shapes, quantized_linears
+from bitmill.models.dtypes import as_dtype
 
 
 def load(
@@ -23,15 +24,18 @@ def load(
 ) -> PreTrainedModel:
     """Load a packed causal language model, ready to run.
 
-    dtype: compute dtype of everything that is not packed; "auto" is the source model's own.
+    dtype: compute dtype of everything that is not packed, also by name; "auto" is the source
+    model's own.
     device_map: as in `from_pretrained`, in place of `device`; it needs the package accelerate.
     Packed linears lay themselves out on their input's device at their first use.
 
-    Raises FormatError naming the tensor or key at fault: where the folder is not a packed model
-    of a known format version, where a tensor is missing, superfluous or of the wrong shape or
-    dtype, and where stored values are illegal.
+    Raises InputError for an unknown dtype, and FormatError naming the tensor or key at fault: where
+    the folder is not a packed model of a known format version, where a tensor is missing,
+    superfluous or of the wrong shape or dtype, and where stored values are illegal.
     """
     folder = Path(folder)
+    if dtype != "auto":
+        dtype = as_dtype(dtype)
     PackedCheckpoint.open(folder).check_linears(model_shapes(folder))
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,

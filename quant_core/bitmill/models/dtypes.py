@@ -1,9 +1,10 @@
-"""The precision that a model is run in."""
+"""The precision that a model is run in, and its names."""
 
 from __future__ import annotations
 
 import torch
 
+from bitmill.errors import InputError
 from bitmill.plan.model_plan import Plan
 
 
@@ -13,3 +14,19 @@ def compute_dtype(device: torch.device, plan: Plan) -> torch.dtype:
     if device.type == "cpu" or not stored <= {"BF16", "F16"}:
         return torch.float32
     return torch.bfloat16 if "BF16" in stored else torch.float16
+
+
+def as_dtype(value: torch.dtype | str) -> torch.dtype:
+    """A floating-point dtype given as such or by name ("float32", "torch.bfloat16").
+
+    transformers writes a model's dtype into its config by name once the model was saved. Raises
+    InputError for any other value.
+    """
+    found = getattr(torch, str(value).removeprefix("torch."), None)
+    if isinstance(found, torch.dtype) and found.is_floating_point:
+        return found
+    raise InputError(
+        f"dtype {value!r} is no floating-point dtype of torch: give for example 'float32', "
+        "'bfloat16' or 'float16'",
+        param="dtype",
+    )
