@@ -37,6 +37,8 @@ pytestmark = pytest.mark.e2e
 OLD = Path(__file__).parents[1] / "fixtures/made-by-7c5cfe5"
 HASHES = json.loads((OLD / "hashes.json").read_text())
 STAMP = 1_790_000_000
+LEAST_EQUAL = {"llama": 0.5, "moe": 0.95}
+"""Share of equal stored values on another processor; with other instructions 0.61 and 0.97."""
 FINISHED = ("llama at 3.5 bits", "learned", "text too short")
 
 
@@ -249,16 +251,18 @@ def quantize(folder: Path, name: str, *more: str, code: int = 0) -> Path:
 def check_packed(folder: Path, name: str) -> None:
     """The files that 7c5cfe5 packed; elsewhere than on its machine, codes that mostly agree."""
     bitmill.check_folder(folder)
-    expected = HASHES["packed"][name]
-    if {file: sha256((folder / file).read_bytes()).hexdigest() for file in expected} == expected:
+    expected = HASHES["packed"][name].items()
+    other = [file for file, k in expected if sha256((folder / file).read_bytes()).hexdigest() != k]
+    if (torch.__version__, processor()) == (HASHES["torch"], HASHES["cpu"]):
+        assert other == []
+    if not other:
         return
-    assert (torch.__version__, processor()) != (HASHES["torch"], HASHES["cpu"])
     ours, old = (load_file(f / "model.safetensors") for f in (folder, OLD / "packed" / name))
     assert {k: (t.dtype, t.shape) for k, t in ours.items()} == {
         k: (t.dtype, t.shape) for k, t in old.items()
     }
     parts = [(torch.flatten(ours[k]) == torch.flatten(old[k])).float() for k in old]
-    assert torch.cat(parts).mean() > 0.5
+    assert torch.cat(parts).mean() > LEAST_EQUAL[name]
 
 
 def processor() -> dict[str, str]:
