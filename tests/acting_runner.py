@@ -87,8 +87,15 @@ def _misbehave(acts: dict[str, str], request: dict[str, Any]) -> None:
     match acts.get("do"):
         case "exit":
             os._exit(int(acts["code"]))
+        case "memory":
+            bytearray(1 << 60)
         case "refuse":
-            raise InputError("calibration text is empty", code="invalid_calibration", param="text")
+            raise InputError(
+                "calibration text is empty",
+                code="invalid_calibration",
+                param="text",
+                hint="Give a text.",
+            )
         case "raise":
             raise ValueError("a bug")
         case "segfault":

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bitmill.errors import ModelError
 from bitmill.io.manifest import write_manifest
 from bitmill_service.api.context import Context
 from bitmill_workers.job_spec import JobSpec, parse_spec
@@ -55,7 +56,7 @@ class Stack:
     def failed(self, **changes: Any) -> JobRecord:
         """A job that failed with the code `invalid_model`."""
         job = self.running(**changes)
-        assert self.leases.fail(job.id, job.token, "invalid_model", "it is broken", param="model")
+        assert self.leases.fail(job.id, job.token, ModelError("it is broken", param="model"))
         return self.context.jobs.get(job.id)
 
     def succeeded(self, weights: bytes = b"weights" * 1000, **changes: Any) -> JobRecord:

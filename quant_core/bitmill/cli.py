@@ -15,13 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.config.quantization import Budget, QuantizationConfig, parse_config
-from bitmill.errors import BitmillError, Cancelled, InputError, ModelError
+from bitmill.errors import (
+    BitmillError,
+    Cancelled,
+    InputError,
+    ModelError,
+    as_bitmill_error,
+)
 from bitmill.io.atomic import read_json
 from bitmill.pipeline.progress import Progress
 from bitmill.reporting.learning import learning_summary
 from bitmill.results import QualityReport
+from bitmill.runtime.child import as_child
 from bitmill.runtime.launch import as_rank, check_devices, is_rank, run_ranks
-from bitmill.runtime.lifetime import die_with_parent
 
 
 def parser() -> argparse.ArgumentParser:
@@ -322,10 +328,10 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify(arguments: argparse.Namespace) -> dict[str, Any]:
-    from bitmill.pipeline.job import verify_order
+    with as_child():
+        from bitmill.pipeline.job import verify_order
 
-    die_with_parent()
-    verify_order(read_json(arguments.order))
+        verify_order(read_json(arguments.order))
     return {}
 
 
@@ -353,9 +359,10 @@ def _metric(named: tuple[str, dict[str, float | None]]) -> str:
 
 def _print_error(error: BitmillError, *, as_json: bool) -> None:
     """One message on standard error, in the form that `bitmill` itself uses."""
-    body = {"code": error.code, "message": error.message, "param": error.param, "hint": None}
-    text = json.dumps({"error": body}) if as_json else f"error: {error.message}"
-    print(text, file=sys.stderr)
+    text = f"error: {error.message}"
+    if error.hint is not None:
+        text += f"\n  {error.hint}"
+    print(json.dumps({"error": error.to_dict()}) if as_json else text, file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -373,11 +380,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = run(arguments)
     except Cancelled:
         return 4
-    except BitmillError as error:
-        _print_error(error, as_json=getattr(arguments, "json", False))
-        return 2 if isinstance(error, InputError) else 3
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        known = as_bitmill_error(error)
+        if known.code == "internal":
+            raise
+        _print_error(known, as_json=getattr(arguments, "json", False))
+        return 2 if isinstance(known, InputError) else 3
     if getattr(arguments, "json", False):
         print(json.dumps(result))
     elif "rows" in result:

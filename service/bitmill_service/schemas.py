@@ -24,11 +24,16 @@ class View(BaseModel):
 
 
 class JobError(View):
-    """Why a job failed: `code` is stable, `message` says what to do."""
+    """Why a job failed: `code` is stable, `message` names the value, `hint` says what to do.
+
+    kind: the error's class below its bases, such as "InputError.ModelError".
+    """
 
     code: str
     message: str
     param: str | None = None
+    hint: str | None = None
+    kind: str | None = None
 
 
 class JobProgress(View):

@@ -21,7 +21,8 @@ def test_refusal_is_json_where_json_was_asked_for(
     error = json.loads(err.splitlines()[-1])["error"]
     assert (out, error["code"], error["param"]) == ("", "model_not_found", "model")
     assert command_line.main(arguments) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"error: {error['message']}"
+    told = capsys.readouterr().err.splitlines()[-2:]
+    assert told == [f"error: {error['message']}", f"  {error['hint']}"]
 
 
 def test_a_job_specification_with_all_of_its_words_is_a_configuration(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from bitmill.errors import ModelError
 from bitmill_service.cli import main as cli
 from bitmill_service.cli import output as cli_output
 from bitmill_service.cli.local import PASS_ON
@@ -127,8 +128,15 @@ def test_wait_exits_by_how_the_job_ended(bitmill: Any, stack: Stack) -> None:
     assert bitmill("wait", queued)[0] == 4
     code, out, err = bitmill("wait", stack.failed().id)
     assert (code, "it is broken" in err) == (3, True)
+    assert f"  {ModelError.hint}" in err.splitlines()
     assert out.splitlines()[-1] == "job failed"
     assert bitmill("wait", stack.succeeded().id)[0] == 0
+
+
+def test_status_of_a_failed_job_says_what_to_do(bitmill: Any, stack: Stack) -> None:
+    _, out, _ = bitmill("status", stack.failed().id)
+    assert "invalid_model: it is broken" in out
+    assert str(ModelError.hint) in out
 
 
 def test_download_log_and_map(bitmill: Any, stack: Stack, tmp_path: Path) -> None:

@@ -5,11 +5,23 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 
+from bitmill.errors import (
+    BitmillError,
+    BudgetError,
+    CalibrationError,
+    FormatError,
+    ModelError,
+    NumericalError,
+    ResourceError,
+    VerificationError,
+)
 from bitmill_service.client import client as client_module
 from bitmill_service.client.client import Client
 from bitmill_service.client.errors import (
@@ -21,6 +33,7 @@ from bitmill_service.client.errors import (
     WaitTimeout,
 )
 from bitmill_service.schemas import EventView
+from bitmill_workers.errors import WorkerLost
 from bitmill_workers.job_spec import parse_spec
 from finished import MAP, REPORT, Stack, spec_json
 from serving import serve
@@ -49,6 +62,7 @@ def test_refusal_carries_the_problem(client: Client) -> None:
     with pytest.raises(ServiceError) as refused:
         client.submit(spec_json(budget={"code_bits": 1.2}))
     error = refused.value
+    assert isinstance(error, BudgetError)
     assert (error.code, error.param, error.status) == (
         "impossible_budget",
         "budget.code_bits",
@@ -56,6 +70,74 @@ def test_refusal_carries_the_problem(client: Client) -> None:
     )
     assert error.hint
     assert error.request_id
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"budget": {"size": 1000}}, BudgetError),
+        ({"model": {"source": "path", "path": "models/none"}}, ModelError),
+        ({"calibration": {"text": {"source": "file", "path": "models/no"}}}, CalibrationError),
+    ],
+)
+def test_refusal_is_of_the_class_that_the_library_raises(
+    client: Client, changes: dict[str, Any], kind: type[Exception]
+) -> None:
+    with pytest.raises(kind) as refused:
+        client.submit(spec_json(**changes))
+    assert isinstance(refused.value, ServiceError)
+    again = BitmillError.from_dict(kind("x").to_dict())
+    assert type(again) is kind
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        VerificationError("codes differ", param="layer"),
+        ResourceError("it was killed", code="killed", hint="Free memory."),
+        FormatError("é is damaged", code="odd"),
+        WorkerLost("too often"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_failed_job_carries_the_error_as_it_left(
+    client: Client, stack: Stack, error: BitmillError
+) -> None:
+    job = stack.running()
+    assert stack.leases.fail(job.id, job.token, error)
+    with pytest.raises(JobFailed) as failed:
+        client.wait(job.id)
+    found = failed.value
+    assert type(found.error) is type(error)
+    assert found.error.to_dict() == error.to_dict()
+    assert (found.code, found.param, found.hint) == (error.code, error.param, error.hint)
+
+
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        ("InputError.BudgetError.OfTomorrow", BudgetError),
+        ("ServiceError", ServiceError),
+        ("JobNotFound", ServiceError),
+        ("BitmillError", ServiceError),
+        (None, ServiceError),
+        (["x"], ServiceError),
+    ],
+)
+def test_refusal_of_another_version_is_its_nearest_known_class(
+    kind: object, base: type[Exception]
+) -> None:
+    app = FastAPI()
+
+    @app.get("/v1/jobs/{job_id}")
+    def refuse(job_id: str) -> JSONResponse:
+        return JSONResponse({"kind": kind, "code": "new", "detail": "d", "hint": "h"}, 422)
+
+    with serve(app) as url, Client(url) as client, pytest.raises(base) as refused:
+        client.get("x")
+    error = refused.value
+    assert isinstance(error, ServiceError)
+    assert (error.code, error.message, error.hint, error.status) == ("new", "d", "h", 422)
 
 
 def test_lists_of_maps_hold_every_page(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,12 +163,14 @@ def test_wait_returns_the_finished_job_and_every_event_once(client: Client, stac
     def finish_when_heard(event: EventView) -> None:
         seen.append(event)
         if event.seq == 2:
-            assert stack.leases.fail(job.id, job.token, "numerical", "singular")
+            assert stack.leases.fail(job.id, job.token, NumericalError("singular"))
 
     with pytest.raises(JobFailed) as failed:
         client.wait(job.id, on_event=finish_when_heard)
     assert failed.value.code == "numerical"
     assert "singular" in failed.value.message
+    assert type(failed.value.error) is NumericalError
+    assert failed.value.error is failed.value.__cause__
     assert [event.seq for event in seen] == [1, 2, 3]
     assert client.wait(stack.succeeded().id).result == {"code_bits": 3.0}
 
@@ -117,7 +201,7 @@ def test_log_is_followed_to_its_end(client: Client, stack: Stack) -> None:
     pieces = client.logs(job.id, follow=True)
     assert next(pieces) == "one\n"
     stack.leases.append_log(job.id, job.token, b"two\n", limit=1 << 20)
-    assert stack.leases.fail(job.id, job.token, "numerical", "no luck")
+    assert stack.leases.fail(job.id, job.token, NumericalError("no luck"))
     assert "".join(pieces) == "two\n"
 
 

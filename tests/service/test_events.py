@@ -8,6 +8,7 @@ from typing import Any
 import httpx2
 from starlette.datastructures import Headers
 
+from bitmill.errors import NumericalError
 from bitmill_service.api.events import first_event, wants_stream
 from finished import Stack
 
@@ -57,7 +58,7 @@ def test_stream_shows_events_as_they_happen(http: httpx2.Client, stack: Stack) -
         assert heard.wait(10)
         progress = {"stage": "refine", "done": 1, "total": 2, "unit": "block"}
         assert stack.leases.report(job.id, job.token, [("progress", progress)])
-        assert stack.leases.fail(job.id, job.token, "numerical", "no luck")
+        assert stack.leases.fail(job.id, job.token, NumericalError("no luck"))
 
     thread = threading.Thread(target=finish)
     thread.start()
@@ -89,7 +90,7 @@ def test_deleted_job_ends_its_stream(http: httpx2.Client, stack: Stack) -> None:
     with http.stream("GET", f"/v1/jobs/{job.id}/events", headers=accept) as response:
         events = iter(httpx2.EventSource(response))
         assert next(events).event == "state"
-        assert stack.leases.fail(job.id, job.token, "numerical", "no luck")
+        assert stack.leases.fail(job.id, job.token, NumericalError("no luck"))
         stack.context.jobs.delete(job.id)
         assert all(event.event in ("state", "end") for event in events)
 

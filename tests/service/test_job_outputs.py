@@ -7,6 +7,7 @@ import hashlib
 import httpx2
 import pytest
 
+from bitmill.errors import NumericalError
 from bitmill_service.api.views import log_view
 from bitmill_workers.store.records import JobRecord, LogPage
 from finished import MAP, REPORT, Stack
@@ -107,7 +108,7 @@ def test_log_is_read_in_pieces_by_byte_offset(http: httpx2.Client, stack: Stack)
     assert not first["end"]
     rest = http.get(f"/v1/jobs/{job.id}/logs", params={"offset": 12}).json()
     assert (rest["text"], rest["next_offset"]) == ("zweite größe", first["next_offset"])
-    assert stack.leases.fail(job.id, job.token, "numerical", "no luck")
+    assert stack.leases.fail(job.id, job.token, NumericalError("no luck"))
     assert http.get(f"/v1/jobs/{job.id}/logs", params={"offset": 12}).json()["end"]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from bitmill.errors import ModelError, NumericalError
 from finished import Stack, spec_json
 
 
@@ -191,13 +192,19 @@ def test_progress_is_shown_while_a_job_runs_only(http: httpx2.Client, stack: Sta
     shown = http.get(f"/v1/jobs/{job.id}").json()
     assert shown["stage"] == "refine"
     assert shown["progress"] == {"stage": "refine", "done": 3, "total": 30, "unit": "block"}
-    assert stack.leases.fail(job.id, job.token, "numerical", "no luck")
+    assert stack.leases.fail(job.id, job.token, NumericalError("no luck"))
     assert http.get(f"/v1/jobs/{job.id}").json()["progress"] is None
 
 
 def test_failed_job_says_why(http: httpx2.Client, stack: Stack) -> None:
     shown = http.get(f"/v1/jobs/{stack.failed().id}").json()
-    assert shown["error"] == {"code": "invalid_model", "message": "it is broken", "param": "model"}
+    assert shown["error"] == {
+        "kind": "InputError.ModelError",
+        "code": "invalid_model",
+        "message": "it is broken",
+        "param": "model",
+        "hint": ModelError.hint,
+    }
     assert shown["finished_at"].endswith("Z")
 
 

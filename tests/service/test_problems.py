@@ -27,7 +27,7 @@ from bitmill_workers.errors import (
 from finished import Stack, spec_json
 from serving import serve
 
-MEMBERS = {"type", "title", "status", "detail", "code", "param", "hint", "request_id"}
+MEMBERS = {"type", "title", "status", "detail", "code", "param", "hint", "kind", "request_id"}
 
 
 def test_unknown_path_method_and_body_are_problems(http: httpx2.Client) -> None:

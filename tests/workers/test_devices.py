@@ -109,6 +109,27 @@ def test_a_dead_rank_is_a_crash_and_the_next_attempt_goes_on(
     assert any("of 2 was ended by signal 9" in event.data.get("reason", "") for event in events)
 
 
+def test_a_killed_check_is_tried_again_as_that(
+    machine: Settings, database: Database, stop: StopRequest
+) -> None:
+    job = submit(machine, database, 1)
+
+    def kill_the_check() -> None:
+        folder = str(machine.job_folder(job.id).resolve() / "work" / ".partial-verify")
+        os.kill(wait_for(lambda: processes_of(folder), "the check", timeout=120)[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_check)
+    killer.start()
+    supervisor = Supervisor(machine, database)
+    assert supervisor.run_next(stop)
+    killer.join()
+    first = supervisor.store.get(job.id)
+    assert (first.state, first.crash_count, first.error_code) == ("queued", 1, None)
+    reason = supervisor.store.events(job.id)[-1].data["reason"]
+    assert "checks the packed folder was ended by signal 9" in reason
+    assert "verification failed" not in reason
+
+
 def test_a_cancelled_job_leaves_no_rank(
     machine: Settings, database: Database, stop: StopRequest
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +20,7 @@ from bitmill_workers.job_spec import HubModel, PathModel, UploadModel
 from bitmill_workers.settings import Settings
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
-from stores import spec
+from stores import processes_of, spec
 
 SHA = "a" * 40
 FILES = {"config.json": b"{}", "model.safetensors": b"weights", "evil.py": b"boom"}
@@ -44,9 +45,12 @@ class _Hub(BaseHTTPRequestHandler):
 
     def _api(self, parts: list[str]) -> None:
         name = "/".join(parts[:2])
+        if name == "org/slow":
+            self.server.asked.set()
+            self.server.answer.wait(60)
         if name == "org/gated":
             self._answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
-        elif name not in ("org/good", "org/pickle", "org/huge"):
+        elif name not in ("org/good", "org/pickle", "org/huge", "org/slow"):
             self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif parts[2:3] == ["revision"] and parts[3] not in ("main", SHA):
             self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
@@ -90,15 +94,22 @@ class _Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(settings: Settings) -> Iterator[Settings]:
-    """Settings whose Hub is a server of this process."""
+def server() -> Iterator[ThreadingHTTPServer]:
+    """The Hub; `asked` is set when org/slow was asked for, which waits for `answer`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    server.requests = []
+    server.requests, server.asked, server.answer = [], threading.Event(), threading.Event()
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    yield settings.model_copy(update={"hub_endpoint": url})
+    yield server
+    server.answer.set()
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def hub(settings: Settings, server: ThreadingHTTPServer) -> Settings:
+    """Settings whose Hub is a server of this process."""
+    url = f"http://127.0.0.1:{server.server_port}"
+    return settings.model_copy(update={"hub_endpoint": url})
 
 
 def code_of(model: HubModel | PathModel | UploadModel, settings: Settings) -> str:
@@ -231,3 +242,25 @@ def test_job_of_a_missing_repository_fails_at_once(hub: Settings, database: Data
         assert supervisor.run_next(stop)
     job = supervisor.store.get(job.id)
     assert (job.state, job.attempt, job.error_code) == ("failed", 1, "model_not_found")
+
+
+def test_killed_downloader_is_told_as_that(
+    hub: Settings, server: ThreadingHTTPServer, database: Database
+) -> None:
+    supervisor = Supervisor(hub.model_copy(update={"crash_retries": 0}), database)
+    wanted = spec().model_copy(update={"model": HubModel(repo_id="org/slow")})
+    job = supervisor.store.submit(wanted).job
+
+    def kill_the_downloader() -> None:
+        assert server.asked.wait(60)
+        request = str(hub.job_folder(job.id).resolve() / "attempt-1" / "fetch.json")
+        os.kill(processes_of(request)[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_downloader)
+    killer.start()
+    with StopRequest() as stop:
+        assert supervisor.run_next(stop)
+    killer.join()
+    job = supervisor.store.get(job.id)
+    assert (job.state, job.error_code, type(job.error)) == ("failed", "killed", ResourceError)
+    assert "the downloader was ended by signal 9" in (job.error_message or "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bitmill.errors import NumericalError
 from bitmill_workers.errors import IdempotencyMismatch, JobNotFound, StateConflict
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
@@ -95,7 +96,7 @@ def test_cancel_of_a_finished_job_conflicts(store: JobStore, leases: LeaseStore)
     job = store.submit(spec()).job
     claimed = leases.claim_next("w", QUEUES)
     assert claimed is not None
-    assert leases.fail(job.id, claimed.token, "boom", "it broke")
+    assert leases.fail(job.id, claimed.token, NumericalError("it broke"))
     with pytest.raises(StateConflict, match="failed") as caught:
         store.request_cancel(job.id)
     assert caught.value.code == "job_finished"

@@ -8,6 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 
+from bitmill.errors import (
+    BitmillError,
+    CalibrationError,
+    InputError,
+    ModelError,
+    NumericalError,
+    ResourceError,
+)
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.leases import LeaseStore
@@ -16,6 +24,10 @@ from bitmill_workers.store.tables import jobs
 from stores import QUEUES, set_columns, spec
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
+
+
+KILLED = ResourceError("the runner was ended by signal 9", code="killed", hint="Free memory.")
+NO_MEMORY = ResourceError("memory ran out: 2 GiB", code="out_of_memory")
 
 
 @pytest.fixture
@@ -58,7 +70,7 @@ def test_stale_token_writes_nothing(
     assert not leases.append_log(job.id, job.token, b"x", limit=100)
     assert not leases.finalize(job.id, job.token)
     assert not leases.finish(job.id, job.token, {}, [file])
-    assert not leases.fail(job.id, job.token, "x", "y")
+    assert not leases.fail(job.id, job.token, NumericalError("y"))
     assert not leases.cancelled(job.id, job.token)
     assert not leases.hand_back(job.id, job.token, "z", retries=9)
     after = store.get(job.id)
@@ -87,10 +99,34 @@ def test_log_of_a_worker_that_loses_its_job_meanwhile_is_refused(
 
 
 def test_any_reason_can_be_stored(job: JobRecord, store: JobStore, leases: LeaseStore) -> None:
-    assert leases.fail(job.id, job.token, "bad_shape", "a\0b", param="layers." * 70)
+    assert leases.fail(job.id, job.token, ModelError("a\0b", param="layers." * 70))
     failed = store.get(job.id)
+    assert (failed.error_code, failed.error_hint) == ("invalid_model", ModelError.hint)
     assert failed.error_message == "a\N{REPLACEMENT CHARACTER}b"
     assert failed.error_param == ("layers." * 70)[:200]
+    assert type(failed.error) is ModelError
+
+
+def test_error_is_stored_whole_and_read_as_its_class(
+    job: JobRecord, store: JobStore, leases: LeaseStore
+) -> None:
+    assert store.get(job.id).error is None
+    error = CalibrationError("too short", code="text_too_short", param="calibration", hint="More.")
+    assert leases.fail(job.id, job.token, error)
+    found = store.get(job.id).error
+    assert type(found) is CalibrationError
+    assert found.to_dict() == error.to_dict()
+
+
+def test_error_of_a_row_without_a_class_is_still_read(
+    job: JobRecord, store: JobStore, leases: LeaseStore, database: Database
+) -> None:
+    assert leases.fail(job.id, job.token, InputError("it is 3", code="odd", param="budget"))
+    set_columns(database, job.id, error_kind=None, error_hint=None)
+    found = store.get(job.id).error
+    assert found is not None
+    assert (type(found), found.code, found.message) == (BitmillError, "odd", "it is 3")
+    assert (found.param, found.hint) == ("budget", None)
 
 
 def test_finish_shows_files_and_result_once(
@@ -117,7 +153,7 @@ def test_success_without_finalizing_is_not_an_edge(
 
 
 def test_terminal_states_never_change(job: JobRecord, store: JobStore, leases: LeaseStore) -> None:
-    assert leases.fail(job.id, job.token, "code", "message", param="budget")
+    assert leases.fail(job.id, job.token, InputError("message", code="code", param="budget"))
     before = store.get(job.id)
     assert (before.error_code, before.error_message, before.error_param) == (
         "code",
@@ -154,23 +190,23 @@ def test_progress_events_stop_at_the_cap_but_the_row_still_moves(
 def test_crash_is_retried_once_then_fails(
     job: JobRecord, store: JobStore, leases: LeaseStore
 ) -> None:
-    assert leases.retry_crash(job.id, job.token, "signal 9", retries=1)
+    assert leases.retry_crash(job.id, job.token, KILLED, retries=1)
     assert store.get(job.id).state == "queued"
     again = leases.claim_next("w", QUEUES)
     assert again is not None
-    assert leases.retry_crash(again.id, again.token, "signal 9", retries=1)
+    assert leases.retry_crash(again.id, again.token, KILLED, retries=1)
     failed = store.get(job.id)
-    assert (failed.state, failed.error_code, failed.crash_count) == ("failed", "runner_crashed", 2)
+    assert (failed.state, failed.error_code, failed.crash_count) == ("failed", "killed", 2)
 
 
 def test_out_of_memory_moves_up_one_tier_once(
     job: JobRecord, store: JobStore, leases: LeaseStore
 ) -> None:
-    assert leases.retry_larger(job.id, job.token, "gpu-24", "out of memory")
+    assert leases.retry_larger(job.id, job.token, "gpu-24", NO_MEMORY)
     assert store.get(job.id).queue == "gpu-24"
     again = leases.claim_next("w", ("gpu-24",))
     assert again is not None
-    assert leases.retry_larger(again.id, again.token, "gpu-48", "out of memory")
+    assert leases.retry_larger(again.id, again.token, "gpu-48", NO_MEMORY)
     failed = store.get(job.id)
     assert (failed.state, failed.error_code, failed.queue) == ("failed", "out_of_memory", "gpu-24")
 
@@ -187,7 +223,7 @@ def test_later_retries_wait_longer(
     job: JobRecord, store: JobStore, leases: LeaseStore, database: Database
 ) -> None:
     set_columns(database, job.id, crash_count=3)
-    assert leases.retry_crash(job.id, job.token, "signal 11", retries=9)
+    assert leases.retry_crash(job.id, job.token, KILLED, retries=9)
     wait = store.get(job.id).not_before - database.now()
     assert 5 < wait <= 7
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bitmill.errors import NumericalError
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.leases import LeaseStore
@@ -35,7 +36,7 @@ def test_stats_count_queues_attempts_and_files(
     store.submit(spec())
     running = leases.claim_next("w", ("cpu",))
     assert running is not None
-    assert not leases.fail(running.id, running.token - 1, "x", "y")
+    assert not leases.fail(running.id, running.token - 1, NumericalError("y"))
     stats = read_stats(database)
     assert {name: q.depth for name, q in stats.queues.items()} == {"gpu-24": 1}
     assert 49 < stats.queues["gpu-24"].oldest_s < 60

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from bitmill.errors import NumericalError
 from bitmill_workers.errors import StateConflict
 from bitmill_workers.messaging.app import Dispatcher
 from bitmill_workers.messaging.reconcile import Reconciler
@@ -145,7 +146,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(claim=consumes(claims))
     def fail(self, claim: tuple[str, int]) -> None:
         fits, again = self.holds(claim), self.repeats(claim, "failed")
-        assert self.leases.fail(*claim, "code", "message") == (fits or again)
+        assert self.leases.fail(*claim, NumericalError("message")) == (fits or again)
         if fits:
             self.enter(claim, "failed")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bitmill.errors import InputError, ProcessFailed, ResourceError
 from bitmill_workers.execution.stop import StopRequest
 from bitmill_workers.execution.supervisor import Supervisor
 from bitmill_workers.settings import Settings
@@ -97,6 +98,7 @@ def test_refused_input_fails_at_once_with_code_and_parameter(
         "text",
     )
     assert job.error_message == "calibration text is empty"
+    assert (type(job.error), job.error_hint) == (InputError, "Give a text.")
     assert not list(settings.artifacts_folder.glob("*"))
     assert not list((settings.data / "jobs").glob("*"))
 
@@ -114,19 +116,34 @@ def test_runner_that_always_dies_fails_the_job(
     settings: Settings, database: Database, stop: StopRequest
 ) -> None:
     job = run_label(settings, database, stop, "do=kill always=1")
-    assert (job.state, job.attempt, job.error_code) == ("failed", 2, "runner_crashed")
+    assert (job.state, job.attempt, job.error_code) == ("failed", 2, "killed")
     assert "signal 9" in (job.error_message or "")
+    assert type(job.error) is ResourceError
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [("segfault", "runner_crashed"), ("exit code=3", "runner_crashed"), ("raise", "internal")],
+)
+def test_fault_of_the_runner_is_told_as_one(
+    settings: Settings, database: Database, stop: StopRequest, how: str, code: str
+) -> None:
+    job = run_label(settings, database, stop, f"do={how} always=1")
+    assert (job.state, job.attempt, job.error_code) == ("failed", 2, code)
+    assert type(job.error) is ProcessFailed
+    assert job.error_hint == ProcessFailed.hint
 
 
 def test_out_of_memory_goes_to_the_next_tier_once(
     settings: Settings, database: Database, stop: StopRequest
 ) -> None:
-    job = run_label(settings, database, stop, "do=exit code=42 always=1")
+    job = run_label(settings, database, stop, "do=memory always=1")
     assert (job.state, job.queue) == ("queued", "gpu-24")
     larger = settings.model_copy(update={"queues": ("cpu", "gpu-24")})
     assert Supervisor(larger, database).run_next(stop)
     job = JobStore(database).get(job.id)
     assert (job.state, job.attempt, job.error_code) == ("failed", 2, "out_of_memory")
+    assert type(job.error) is ResourceError
 
 
 def test_success_without_output_is_a_failure(

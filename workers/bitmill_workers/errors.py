@@ -4,7 +4,9 @@ BitmillError
 ├── JobNotFound          no such job (HTTP 404)
 ├── StateConflict        the job's state does not allow it (HTTP 409)
 ├── IdempotencyMismatch  the key was used with another request (HTTP 422)
-└── StoreUnavailable     the database cannot be reached or is of another version (HTTP 503)
+├── StoreUnavailable     the database cannot be reached or is of another version (HTTP 503)
+├── WorkerLost           workers died, or gave the job back, too often while they ran it
+└── DeadlinePassed       the job was not finished within its `deadline_s`
 """
 
 from __future__ import annotations
@@ -37,3 +39,18 @@ class StoreUnavailable(BitmillError):
     """The database cannot be reached, or its schema is not the one this version needs."""
 
     code = "store_unavailable"
+    hint = "Try again soon; the server's log says what is wrong."
+
+
+class WorkerLost(BitmillError):
+    """Workers died, or gave the job back, too often while they ran it."""
+
+    code = "worker_lost"
+    hint = "Look at the workers' logs and memory, then retry: finished stages are kept."
+
+
+class DeadlinePassed(BitmillError):
+    """The job was not finished within its `deadline_s`."""
+
+    code = "deadline"
+    hint = "Give a larger deadline_s, or none."

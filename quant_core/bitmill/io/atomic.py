@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from bitmill.errors import FormatError, ResourceError, reason
+from bitmill.errors import FormatError, disk_full, reason
 
 _CHUNK = 4 << 20
 _FLUSH_BYTES = 64 << 20
@@ -32,9 +32,8 @@ def disk_errors(what: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(
-                f"no space left while writing {what.name}: free some disk space and run again",
-                code="disk_full",
+            raise disk_full(
+                f"no space left while writing {what.name}: free some disk space and run again"
             ) from error
         raise
 

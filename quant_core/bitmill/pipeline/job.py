@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +28,7 @@ from bitmill.allocation.profile import PROFILE_NAME, SensitivityProfile, profile
 from bitmill.calibration.windows import CalibrationSet, calibration_tokens
 from bitmill.config.bit_width_map import MAP_NAME, WIDTHS, BitWidthMap
 from bitmill.config.quantization import Budget, QuantizationConfig
-from bitmill.errors import ResourceError, SpecError, VerificationError
+from bitmill.errors import ResourceError, SpecError, as_bitmill_error
 from bitmill.evaluation.compare import Candidate, from_packed, measure, measure_tasks, with_weights
 from bitmill.evaluation.logits import StreamedLogits
 from bitmill.evaluation.tasks import TaskSuite
@@ -54,6 +52,7 @@ from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.reporting.overfitting import overfitting_warnings
 from bitmill.reporting.summary import SUMMARY_NAME, summarize
 from bitmill.results import QualityReport
+from bitmill.runtime.child import run_child
 from bitmill.runtime.process import settle_process
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.runtime.warm_up import warm_up
@@ -157,11 +156,11 @@ def run_job(
     )
     try:
         return _run_stages(job)
-    except torch.cuda.OutOfMemoryError as error:
-        raise ResourceError(
-            f"the accelerator ran out of memory: {str(error).splitlines()[0]}",
-            code="accelerator_out_of_memory",
-        ) from error
+    except Exception as error:
+        known = as_bitmill_error(error)
+        if known is not error and isinstance(known, ResourceError):
+            raise known from error
+        raise
 
 
 def _run_stages(job: Job) -> Result:
@@ -445,7 +444,10 @@ def pack(
 
 
 def verify(job: Job, planned: Plan, packed: Path, refined: RefinedModel) -> None:
-    """Reload the packed folder in a fresh process and compare; raises `VerificationError`."""
+    """Reload the packed folder in a fresh process and compare; raises `VerificationError`.
+
+    A check that came to no judgement, because its process died, raises what `run_child` raises.
+    """
 
     def work(folder: Path) -> None:
         order = {
@@ -459,7 +461,10 @@ def verify(job: Job, planned: Plan, packed: Path, refined: RefinedModel) -> None
             "threads": torch.get_num_threads(),
         }
         storage.write_json(folder / "order.json", order)
-        run_checked([sys.executable, "-m", "bitmill", "verify", str(folder / "order.json")])
+        run_child(
+            "the process that checks the packed folder",
+            ["-m", "bitmill", "verify", str(folder / "order.json")],
+        )
 
     job.space.run("verify", {"packed": refined.digest, "plan": planned.model_type}, work)
 
@@ -477,20 +482,6 @@ def verify_order(order: dict[str, Any]) -> None:
         rows=FoldedModel(RefinedModel(Path(order["refined"]), planned), planned).rows,
     )
     storage.write_json(Path(order["report"]), report.model_dump(mode="json"))
-
-
-def run_checked(command: list[str]) -> None:
-    """Run a fresh process of this library; its error message becomes a `VerificationError`."""
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONSAFEPATH": "1"},
-    )
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise VerificationError(f"verification failed: {lines[-1]}")
 
 
 def evaluate(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Budget
-from bitmill.errors import BitmillError, VerificationError
+from bitmill.errors import InputError, VerificationError
 from bitmill.formats.accounting import (
     Footprint,
     checkpoint_tensors,
@@ -89,9 +89,7 @@ def verify_folder(
         spent = _check_budget(checkpoint, bit_widths, plan, budget)
         expected = _Expected(expected_code_hashes, rows)
         errors = _check_linears(checkpoint, plan, expected, torch.device(device), seed)
-    except VerificationError:
-        raise
-    except BitmillError as error:
+    except InputError as error:  # a stored file that cannot be read is a difference too
         raise VerificationError(error.message, param=error.param) from error
     return VerifyReport(
         linears=len(plan.shapes),

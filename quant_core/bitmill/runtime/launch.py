@@ -6,7 +6,8 @@ error it ends the others. Ranks live in sessions of their own, so each asks the 
 with the launcher, and none outlives it.
 
 A rank that fails leaves what it raised in the file that torchrun gives it; the launcher raises the
-first rank's own reason again as the same `BitmillError`, or says how a rank died without one.
+first rank's own reason again as the same `BitmillError`, or says how a rank died without one
+(`child.death`, code `rank_failed`).
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bitmill import errors
-from bitmill.errors import BitmillError, ResourceError
+from bitmill.errors import BitmillError, ResourceError, as_bitmill_error, disk_full
+from bitmill.runtime.child import death
 from bitmill.runtime.lifetime import die_with_parent
 
 if TYPE_CHECKING:
@@ -36,14 +37,10 @@ if TYPE_CHECKING:
 _LAUNCHER = "BITMILL_LAUNCHER"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _LOOPBACK = "127.0.0.1"
+_DISK_FULL = os.EX_IOERR
+"""Exit status of a rank that could not even write down why it failed."""
 _GRACE_S = 30.0
 """How long a rank that lost another one waits to be ended, so that the other's reason is found."""
-
-
-class RankFailed(BitmillError):
-    """A rank died without a reason of its own."""
-
-    code = "rank_failed"
 
 
 def check_devices(count: int, device: str) -> None:
@@ -67,8 +64,8 @@ def run_ranks(count: int, arguments: Sequence[str]) -> None:
     """Run `python <arguments>` as `count` ranks and wait for all.
 
     Standard input, output and error are this process's. Threads (OMP_NUM_THREADS) are divided.
-    Raises the `BitmillError` of the rank that failed first, or `RankFailed`; a signal ends all and
-    then this process. No rank is left in any case.
+    Raises the `BitmillError` of the rank that failed first, or the one of its death; a signal ends
+    all and then this process. No rank is left in any case.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -121,16 +118,12 @@ def _reason(failures: dict[int, Any], count: int) -> BitmillError:
     SIGTERM is how the launcher ends the others.
     """
     for _, failure in sorted(failures.items()):
-        told = failure.error_file_data
-        if "kind" in told:
-            kind = getattr(errors, told["kind"], RankFailed)
-            return kind(told["message"], code=told["code"], param=told["param"])
+        if "error" in failure.error_file_data:
+            return BitmillError.from_dict(failure.error_file_data["error"])
     rank, failure = min(failures.items(), key=lambda one: one[1].exitcode == -signal.SIGTERM)
-    how = f"exit code {failure.exitcode}"
-    if failure.exitcode < 0:
-        how = f"signal {-failure.exitcode}"
-        how += " (often: out of host memory)" if failure.exitcode == -signal.SIGKILL else ""
-    return RankFailed(f"rank {rank} of {count} was ended by {how}")
+    if failure.exitcode == _DISK_FULL:
+        return disk_full(f"no space is left on the disk of rank {rank} of {count}")
+    return death(f"rank {rank} of {count}", failure.exitcode, code="rank_failed")
 
 
 @contextmanager
@@ -159,16 +152,14 @@ def as_rank(device: str) -> Iterator[tuple[Group, torch.device]]:
         time.sleep(_GRACE_S)
         _end(1)
     except Exception as error:  # noqa: BLE001  (the boundary of the process)
-        if not isinstance(error, BitmillError):
-            traceback.print_exc()
-        _leave_reason(error)
-        _end(1)
+        _end(_leave_reason(error))
     _end(0)
 
 
 def _end(status: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # the log may lie on a disk that is full
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 
@@ -177,14 +168,16 @@ def is_rank() -> bool:
     return _LAUNCHER in os.environ
 
 
-def _leave_reason(error: Exception) -> None:
-    told: dict[str, Any] = {"message": str(error), "timestamp": int(time.time()), "param": None}
-    if isinstance(error, BitmillError):
-        told |= {"kind": type(error).__name__, "code": error.code, "param": error.param}
-    else:
-        told |= {
-            "kind": RankFailed.__name__,
-            "code": RankFailed.code,
-            "message": f"{type(error).__name__}: {error}",
-        }
-    Path(os.environ[_ERROR_FILE]).write_text(json.dumps(told))
+def _leave_reason(error: Exception) -> int:
+    """Leave what was raised for the launcher; the exit status, which tells of a disk too full."""
+    known = as_bitmill_error(error)
+    left = {"message": known.message, "timestamp": int(time.time()), "error": known.to_dict()}
+    file = Path(os.environ[_ERROR_FILE])
+    try:
+        file.write_text(json.dumps(left))
+    except OSError:
+        file.unlink(missing_ok=True)  # half of it would hide the rank's end from the launcher
+        return _DISK_FULL
+    if known is not error:
+        traceback.print_exc()
+    return 1

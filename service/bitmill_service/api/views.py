@@ -43,11 +43,7 @@ def job_links(job_id: str) -> schemas.JobLinks:
 
 def job_view(job: JobRecord, queue_position: int | None = None) -> schemas.JobView:
     """One job as clients see it; the owner, lease and token stay inside."""
-    error = None
-    if job.error_code is not None:
-        error = schemas.JobError(
-            code=job.error_code, message=job.error_message or "", param=job.error_param
-        )
+    error = job.error
     return schemas.JobView(
         id=job.id,
         state=job.shown_state,
@@ -64,7 +60,7 @@ def job_view(job: JobRecord, queue_position: int | None = None) -> schemas.JobVi
         finalizing_at=moment(job.finalizing_at),
         finished_at=moment(job.finished_at),
         cancel_requested_at=moment(job.cancel_requested_at),
-        error=error,
+        error=None if error is None else schemas.JobError.model_validate(error.to_dict()),
         result=_result(job.result),
         profile_id=job.profile_id,
         parent_id=job.parent_id,

@@ -25,9 +25,10 @@ from typing import Any
 import typer
 
 from bitmill.config.bit_width_map import MAP_NAME
-from bitmill.errors import InputError, VerificationError
+from bitmill.errors import InputError
 from bitmill.io.atomic import write_bytes
 from bitmill.io.manifest import MANIFEST_NAME, check_folder
+from bitmill.runtime.child import death, told
 from bitmill_service.cli.local import library_command
 from bitmill_service.cli.output import console, format_size, print_json
 from bitmill_service.cli.report_table import parse_rows, print_report
@@ -174,7 +175,10 @@ def generate(checkpoint: Path, settings: DemoSettings) -> str:
         check=False,
     )
     if done.returncode:
-        raise VerificationError(f"the packed checkpoint does not generate: {done.stderr.strip()}")
+        if error := told(done.stderr):
+            raise error
+        typer.echo(done.stderr, err=True)
+        raise death("the process that generates", done.returncode)
     text = json.loads(done.stdout.splitlines()[-1])["text"]
     assert isinstance(text, str)
     return text

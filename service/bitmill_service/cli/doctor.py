@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from sqlalchemy.exc import SQLAlchemyError
 
 from bitmill.errors import BitmillError
+from bitmill.runtime.child import death
 from bitmill_service.client.client import Client
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.store.db import Database
@@ -75,8 +76,9 @@ def _accelerator() -> Check:
     except subprocess.TimeoutExpired:
         return Check("accelerator", "error", "torch did not answer within 120 s")
     if asked.returncode:
-        last = asked.stderr.strip().splitlines()[-1:] or ["no message"]
-        return Check("accelerator", "error", f"torch cannot be loaded: {last[0]}")
+        said = asked.stderr.strip().splitlines()[-1:]
+        why = said[0] if said else death("its process", asked.returncode).message
+        return Check("accelerator", "error", f"torch cannot be loaded: {why}")
     found = ", ".join(asked.stdout.split("\n")[:-1])
     cores = os.cpu_count()
     return Check("accelerator", "ok", found or f"none; jobs run on {cores} CPU cores")

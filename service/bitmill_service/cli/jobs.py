@@ -308,6 +308,7 @@ def _show_job(job: JobView) -> None:
         rows.append(("finishes about", format_time(job.eta)))
     if job.error is not None:
         rows.append(("error", f"{job.error.code}: {job.error.message}"))
+        rows += [("what to do", job.error.hint)] if job.error.hint else []
     for name, value in rows:
         typer.echo(f"{name + ':':<16}{value}")
     if job.result and job.result.get("rows"):

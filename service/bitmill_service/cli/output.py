@@ -114,11 +114,9 @@ def exit_code(error: BitmillError) -> int:
 
 def print_error(error: BitmillError, *, as_json: bool) -> None:
     """One message on standard error, with the advice of the service where it gave any."""
-    hint = getattr(error, "hint", None)
     if as_json:
-        body = {"code": error.code, "message": error.message, "param": error.param, "hint": hint}
-        typer.echo(json.dumps({"error": body}), err=True)
+        typer.echo(json.dumps({"error": error.to_dict()}), err=True)
         return
     typer.echo(f"error: {error.message}", err=True)
-    if hint:
-        typer.echo(f"  {hint}", err=True)
+    if error.hint:
+        typer.echo(f"  {error.hint}", err=True)

@@ -183,12 +183,8 @@ class Client:
         if job.state == "cancelled":
             raise JobCancelled(job, f"job {job_id} was cancelled")
         if job.state == "failed":
-            error = job.error
-            raise JobFailed(
-                job,
-                f"job {job_id} failed: {error.message if error else 'no reason recorded'}",
-                code=error.code if error else None,
-            )
+            failed = JobFailed(job)
+            raise failed from failed.error
         return job
 
     def log_page(self, job_id: str, *, offset: int = 0) -> LogPage:

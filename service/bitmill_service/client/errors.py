@@ -1,10 +1,16 @@
 """What the client raises.
 
 BitmillError
-└── ServiceError          the service refused; carries the problem document's members
-    ├── Unauthorized      401 or 403
-    └── Unreachable       no answer at all
-JobFailed, JobCancelled, WaitTimeout   how `Client.wait` may end otherwise than well
+├── ServiceError          the service refused; carries the problem document's members
+│   ├── Unauthorized      401 or 403
+│   └── Unreachable       no answer at all
+└── JobOutcome            how `Client.wait` may end otherwise than well
+    ├── JobFailed         `error` is what the job failed with, as it left the worker
+    ├── JobCancelled
+    └── WaitTimeout
+
+A refusal by the layers below is also of the class that it has there: `except BudgetError` takes an
+impossible budget whether a service or the library refused it.
 """
 
 from __future__ import annotations
@@ -32,8 +38,9 @@ class ServiceError(BitmillError):
         hint: str | None = None,
         request_id: str | None = None,
     ) -> None:
-        super().__init__(message, code=code, param=param)
-        self.status, self.hint, self.request_id = status, hint, request_id
+        # Not super(): a class of the service, mixed in by `_class_of`, may want other arguments.
+        BitmillError.__init__(self, message, code=code, param=param, hint=hint)
+        self.status, self.request_id = status, request_id
 
 
 class Unauthorized(ServiceError):
@@ -49,15 +56,22 @@ class Unreachable(ServiceError):
 class JobOutcome(BitmillError):
     """A job ended otherwise than with success; `job` is its last state."""
 
-    def __init__(self, job: JobView, message: str, *, code: str | None = None) -> None:
-        super().__init__(message, code=code)
+    def __init__(self, job: JobView, message: str) -> None:
+        super().__init__(message)
         self.job = job
 
 
 class JobFailed(JobOutcome):
-    """The job failed."""
+    """The job failed with `error`, whose code, parameter and hint are this one's too."""
 
     code = "job_failed"
+
+    def __init__(self, job: JobView) -> None:
+        self.error = BitmillError.from_dict(job.error.model_dump() if job.error else {})
+        super().__init__(job, f"job {job.id} failed: {self.error.message}")
+        if job.error is not None:
+            self.code, self.param = self.error.code, self.error.param
+            self.hint = self.error.hint
 
 
 class JobCancelled(JobOutcome):
@@ -82,9 +96,8 @@ def raise_for_problem(response: httpx2.Response) -> None:
         body = {}
     if not isinstance(body, dict):
         body = {}
-    kind = Unauthorized if response.status_code in (401, 403) else ServiceError
     detail = body.get("detail") or f"{response.request.url} answered {response.status_code}"
-    raise kind(
+    raise _class_of(response.status_code, body)(
         str(detail),
         status=response.status_code,
         code=body.get("code") or f"http_{response.status_code}",
@@ -92,3 +105,13 @@ def raise_for_problem(response: httpx2.Response) -> None:
         hint=body.get("hint"),
         request_id=body.get("request_id") or response.headers.get("x-request-id"),
     )
+
+
+def _class_of(status: int, problem: dict[str, Any]) -> type[ServiceError]:
+    """`ServiceError`, and the class that the error had in the service where that is known here."""
+    if status in (401, 403):
+        return Unauthorized
+    kind = type(BitmillError.from_dict(problem))
+    if kind is BitmillError or issubclass(kind, ServiceError):
+        return ServiceError
+    return type(f"Service{kind.__name__}", (ServiceError, kind), {})

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from bitmill.runtime.child import death
 from bitmill_service.embedded.data_lock import FileLock
 from bitmill_workers.settings import Settings
 
@@ -97,7 +98,7 @@ class WorkerProcess:
                 return
             _close_input(self._child)
             delay = 1.0 if time.monotonic() - started > _HEALTHY_S else delay
-            _log.warning("the worker ended with status %d; next start in %g s", status, delay)
+            _log.warning("%s; next start in %g s", death("the worker", status).message, delay)
             self._stopping.wait(delay)
             delay = min(delay * 2, _LONGEST_DELAY_S)
 

@@ -1,11 +1,12 @@
 """Errors as RFC 9457 `application/problem+json`: one table from the error tree to HTTP.
 
     {"type": "urn:bitmill:error:<code>", "title", "status", "detail", "code", "param",
-     "hint", "request_id"}
+     "hint", "kind", "request_id"}
 
 `code` is stable and meant for programs; `detail` names the value and the limit and may be
-reworded; `hint` says what to do. A failure that nobody planned answers 500 with code `internal`
-and the request id to look up in the log: a stack trace never leaves the process.
+reworded; `hint` says what to do; `kind` is the class of an error of the layers below. A failure
+that nobody planned answers 500 with code `internal` and the request id to look up in the log: a
+stack trace never leaves the process.
 """
 
 from __future__ import annotations
@@ -21,47 +22,18 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
 
-from bitmill.errors import (
-    BitmillError,
-    BudgetError,
-    CalibrationError,
-    Cancelled,
-    FormatError,
-    InputError,
-    ModelError,
-    NumericalError,
-    ResourceError,
-    SpecError,
-    VerificationError,
-)
-from bitmill_workers.errors import (
-    IdempotencyMismatch,
-    JobNotFound,
-    StateConflict,
-    StoreUnavailable,
-)
+from bitmill.errors import BitmillError, Cancelled, InputError, ResourceError
 
 MEDIA_TYPE = "application/problem+json"
 
-# The first class that fits wins. `CODES` overrides it, but not for refused input: 422 tells a
-# client that its request, not its timing or its path, has to change.
-_CLASSES: tuple[tuple[type[BitmillError], int, str], ...] = (
-    (BudgetError, 422, "Raise the budget, allow a smaller width or quantize fewer linears."),
-    (ModelError, 422, "Check the model reference, and that the folder holds safetensors or GGUF."),
-    (CalibrationError, 422, "Give a longer calibration text, or fewer or shorter sequences."),
-    (FormatError, 422, "Check that the file is complete and of a supported version."),
-    (SpecError, 422, "Correct the field named in `param`; /docs lists every field."),
-    (InputError, 422, "Correct the request as `detail` says."),
-    (ResourceError, 507, "Free disk space or memory on the server, then retry."),
-    (NumericalError, 500, "Report this with the job's log; other calibration data may help."),
-    (VerificationError, 500, "Report this with the job's log; do not use the checkpoint."),
-    (JobNotFound, 404, "List the jobs with GET /v1/jobs."),
-    (StateConflict, 409, "Look at the job's state and try again."),
-    (IdempotencyMismatch, 422, "Use a new Idempotency-Key for a different request."),
-    (StoreUnavailable, 503, "Try again soon; the server's log says what is wrong."),
-    (Cancelled, 409, "Retry the job if it should run after all."),
-    (BitmillError, 500, "Report this with the request id."),
+_STATUSES: tuple[tuple[type[BitmillError], int], ...] = (
+    (InputError, 422),
+    (ResourceError, 507),
+    (Cancelled, 409),
+    (BitmillError, 500),
 )
+"""The first class that fits wins. A code of `CODES` overrides it, but not for refused input: 422
+tells a client that its request, not its timing or its path, has to change."""
 
 CODES: Mapping[str, tuple[int, str]] = {
     "not_found": (404, "Check the id or path; list the collection to see what exists."),
@@ -122,13 +94,21 @@ class ProblemError(Exception):
 
 def status_and_hint(error: BitmillError) -> tuple[int, str]:
     """HTTP status and advice for a deliberate error of the layers below."""
-    if error.code in CODES and not isinstance(error, InputError):
-        return CODES[error.code]
-    return next((status, hint) for kind, status, hint in _CLASSES if isinstance(error, kind))
+    status, hint = CODES.get(error.code) or CODES.get(type(error).code) or CODES["internal"]
+    if isinstance(error, InputError) or status == 500:
+        status = next(status for kind, status in _STATUSES if isinstance(error, kind))
+    return status, error.hint or hint
 
 
 def problem_body(
-    request: Request, *, status: int, code: str, detail: str, hint: str, param: str | None = None
+    request: Request,
+    *,
+    status: int,
+    code: str,
+    detail: str,
+    hint: str,
+    param: str | None = None,
+    kind: str | None = None,
 ) -> dict[str, Any]:
     """The members of a problem document."""
     return {
@@ -139,22 +119,17 @@ def problem_body(
         "code": code,
         "param": param,
         "hint": hint,
+        "kind": kind,
         "request_id": getattr(request.state, "request_id", None),
     }
 
 
 def _respond(
-    request: Request,
-    *,
-    status: int,
-    code: str,
-    detail: str,
-    hint: str,
-    param: str | None = None,
-    headers: Mapping[str, str] | None = None,
+    request: Request, *, headers: Mapping[str, str] | None = None, **members: Any
 ) -> JSONResponse:
-    body = problem_body(request, status=status, code=code, detail=detail, hint=hint, param=param)
-    return JSONResponse(body, status, headers=dict(headers or {}), media_type=MEDIA_TYPE)
+    """The answer that has these members of a problem document."""
+    body = problem_body(request, **members)
+    return JSONResponse(body, body["status"], headers=dict(headers or {}), media_type=MEDIA_TYPE)
 
 
 def problem_response(request: Request, error: ProblemError) -> JSONResponse:
@@ -187,6 +162,7 @@ async def _on_bitmill_error(request: Request, error: Exception) -> JSONResponse:
         detail=error.message,
         hint=hint,
         param=error.param,
+        kind=error.to_dict()["kind"],
     )
 
 
@@ -272,7 +248,8 @@ def openapi_responses() -> dict[int | str, dict[str, Any]]:
     schema = {
         "type": "object",
         "properties": members
-        | {"status": {"type": "integer"}, "param": optional, "request_id": optional},
+        | {"status": {"type": "integer"}}
+        | dict.fromkeys(("param", "kind", "request_id"), optional),
         "required": [*members, "status"],
     }
     problem = {"description": "Refused (RFC 9457).", "content": {MEDIA_TYPE: {"schema": schema}}}

@@ -96,7 +96,7 @@ def cancel_storm(stack: Stack, dice: random.Random) -> bool:
 
 def poison_job(stack: Stack, dice: random.Random) -> bool:
     """F17: jobs whose runner crashes, fills the disk, hangs, or leaves no output."""
-    acts = ["do=segfault", "do=exit code=42", "do=fill", "half=1", "do=refuse", "do=raise"]
+    acts = ["do=segfault", "do=memory", "do=fill", "half=1", "do=refuse", "do=raise"]
     return _submit(stack, f"steps=2 {dice.choice(acts)}")
 
 

@@ -48,7 +48,7 @@ def run_tests(package: Path, name: str) -> int:
             str(ROOT / "tests" / "workers" / name),
         ],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(package)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
         capture_output=True,
         timeout=200,
         check=False,

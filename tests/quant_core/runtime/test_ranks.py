@@ -16,9 +16,9 @@ import torch
 
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.config.quantization import parse_config
-from bitmill.errors import CalibrationError, ResourceError, SpecError
+from bitmill.errors import CalibrationError, ProcessFailed, ResourceError, SpecError
 from bitmill.refinement.model import RefinedModel
-from bitmill.runtime.launch import RankFailed, check_devices, run_ranks
+from bitmill.runtime.launch import check_devices, run_ranks
 from bitmill.runtime.ranks import SINGLE, Group
 from ranks_job import ranks_job
 from tiny import tiny_llama
@@ -71,7 +71,14 @@ with as_rank("cpu") as (group, device):
     }
     if len(sys.argv) > 2 and group.rank == 1:
         if sys.argv[2] == "refuse":
-            raise CalibrationError("bad rows", param="tokens")
+            raise CalibrationError("bad rows", param="tokens", hint="Look at them.")
+        if sys.argv[2] == "fill":
+            open("/dev/full", "w").write("x" * 99999)
+        if sys.argv[2] == "memory":
+            torch.empty(1 << 48)
+        if sys.argv[2] == "no room to say so":
+            import resource
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         raise ValueError("no such thing")
     group.barrier()
     import json, pathlib
@@ -101,10 +108,21 @@ def test_the_launcher_raises_what_a_rank_raised(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="bad rows") as refused:
         run_ranks(2, ["-c", GROUP, str(tmp_path), "refuse"])
     assert (refused.value.code, refused.value.param) == ("invalid_calibration", "tokens")
-    with pytest.raises(RankFailed, match="ValueError: no such thing"):
+    assert refused.value.hint == "Look at them."
+    with pytest.raises(ProcessFailed, match="ValueError: no such thing"):
         run_ranks(2, ["-c", GROUP, str(tmp_path), "break"])
     assert not list(tmp_path.iterdir())
     assert "BITMILL_LAUNCHER" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [("fill", "disk_full"), ("memory", "out_of_memory"), ("no room to say so", "disk_full")],
+)
+def test_what_a_rank_lacked_is_told_as_that(tmp_path: Path, how: str, code: str) -> None:
+    with pytest.raises(ResourceError) as lacking:
+        run_ranks(2, ["-c", GROUP, str(tmp_path), how])
+    assert lacking.value.code == code
 
 
 def test_more_devices_than_there_are_and_learning_on_several_are_refused() -> None:
@@ -200,8 +218,9 @@ def test_three_ranks_with_fewer_held_out_windows_than_ranks(
 def test_a_killed_rank_ends_all_and_the_next_run_goes_on_at_the_last_finished_block(
     model: Path, pair: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RankFailed, match="rank 1 of 2 was ended by signal 9"):
+    with pytest.raises(ResourceError, match="rank 1 of 2 was ended by signal 9") as killed:
         run_ranks(2, [str(JOB), str(model), str(tmp_path), "1"])
+    assert killed.value.code == "killed"
     assert not mentioning(str(tmp_path))
     first = tmp_path / "refine" / "block-00000.safetensors"
     written = first.stat().st_mtime_ns

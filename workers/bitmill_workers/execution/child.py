@@ -1,7 +1,7 @@
 """What every supervised child does first and last: lifeline, limits, messages, exit code.
 
 Messages are JSON lines on the pipe whose number is the last argument: {"type": "progress", ...},
-then one {"type": "result", ...} or {"type": "error", "code", "message", "param"}.
+then one {"type": "result", ...} or {"type": "error", "error": `BitmillError.to_dict`}.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bitmill_workers.execution.exits import Exit, classify
+from bitmill.errors import as_bitmill_error
 from bitmill_workers.execution.isolation import isolate_network
 from bitmill_workers.execution.processes import start_lifeline
 
@@ -67,12 +67,11 @@ def serve(argv: list[str], work: Work) -> int:
         with _only_one(request.get("lock")):
             result = work(request, emit)
     except Exception as error:  # noqa: BLE001  (the boundary of the process)
-        exit_code, code, message, param = classify(error)
         traceback.print_exc()
-        emit({"type": "error", "code": code, "message": message, "param": param})
-        return int(exit_code)
+        emit({"type": "error", "error": as_bitmill_error(error).to_dict()})
+        return 1
     emit({"type": "result", **result})
-    return int(Exit.OK)
+    return 0
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bitmill.errors import BitmillError
 from bitmill_workers.execution.eta import Eta
 from bitmill_workers.store.leases import LeaseStore
 from bitmill_workers.store.records import JobRecord
@@ -18,7 +19,7 @@ _MAX_PENDING = 1000
 class Reporter:
     """Collects a child's messages and log; `flush` writes them under the attempt's token.
 
-    After the child has ended, `result` or `error` holds its last word.
+    After the child has ended, `result` or `error` holds its last word, if it had one.
     """
 
     def __init__(self, leases: LeaseStore, job: JobRecord, eta: Eta, *, log_limit: int) -> None:
@@ -34,7 +35,7 @@ class Reporter:
     def begin(self) -> None:
         """Forget the last word of an earlier child."""
         self.result: dict[str, Any] = {}
-        self.error: dict[str, Any] = {}
+        self.error: BitmillError | None = None
 
     def message(self, message: dict[str, Any]) -> None:
         """Take one message: {"type": "result" | "error" | "progress", ...}."""
@@ -42,7 +43,8 @@ class Reporter:
             case "result":
                 self.result = message
             case "error":
-                self.error = message
+                told = message.get("error")
+                self.error = BitmillError.from_dict(told if isinstance(told, dict) else {})
             case _:
                 self._progress({k: v for k, v in message.items() if k != "type"})
 

@@ -20,9 +20,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bitmill.errors import BitmillError, SpecError
+from bitmill.errors import BitmillError, ProcessFailed, SpecError, as_bitmill_error
+from bitmill.runtime.child import death
+from bitmill_workers.errors import DeadlinePassed
 from bitmill_workers.execution.eta import Eta
-from bitmill_workers.execution.exits import FINAL, Exit, classify, describe
+from bitmill_workers.execution.exits import Then, then
 from bitmill_workers.execution.fetch import local_model
 from bitmill_workers.execution.inputs import fetch_parameters, given_map, local_config
 from bitmill_workers.execution.processes import Child, Ended
@@ -81,7 +83,7 @@ class Supervisor:
                 spec = parse_spec(job.spec)
             except SpecError as error:
                 # Stored by a version that knew other fields; no worker of this one can run it.
-                self.leases.fail(job.id, job.token, error.code, error.message, param=error.param)
+                self.leases.fail(job.id, job.token, error)
             else:
                 Attempt(self, job, spec, stop).run()
         return True
@@ -144,7 +146,7 @@ class Attempt:
             {"kind": "stage", "stage": "resolve", "state": "started", "message": message}
         )
         ended = self._watch("bitmill_workers.execution.fetch", "fetch.json", request, env)
-        self._raise_unless_ok(ended)
+        self._raise_unless_ok(ended, "the downloader")
         return Path(self.reporter.result["folder"])
 
     def _run_pipeline(self, model_folder: Path) -> Ended:
@@ -257,7 +259,7 @@ class Attempt:
 
     def _settle(self, ended: Ended) -> None:
         """The runner has ended by itself: publish, fail, or queue the job again."""
-        self._raise_unless_ok(ended)
+        self._raise_unless_ok(ended, "the runner")
         leases = self.parts.leases
         self._flush_rest()
         self._persist(lambda: leases.finalize(*self.key))
@@ -298,10 +300,10 @@ class Attempt:
             profile_id, model=self.job.model, settings=settings, path=profile_id
         )
 
-    def _raise_unless_ok(self, ended: Ended) -> None:
-        if ended.status == Exit.OK and self.reporter.result:
-            return
-        raise _RunnerFailed(ended)
+    def _raise_unless_ok(self, ended: Ended, child: str) -> None:
+        """Raise what the child told, else how it died."""
+        if ended.status != 0 or not self.reporter.result:
+            raise self.reporter.error or death(child, ended.status, code="runner_crashed")
 
     def _flush_rest(self) -> None:
         self._persist(self.reporter.flush)
@@ -316,41 +318,31 @@ class Attempt:
             case "cancel":
                 self._persist(lambda: leases.cancelled(*self.key))
             case "deadline":
-                message = f"not finished within deadline_s={self.spec.deadline_s}"
-                self._persist(lambda: leases.fail(*self.key, "deadline", message))
+                late = DeadlinePassed(f"not finished within deadline_s={self.spec.deadline_s}")
+                self._persist(lambda: leases.fail(*self.key, late))
             case "stalled":
-                message = f"no progress for {self.settings.stall_s:g} s; stacks are in the log"
-                self._persist(lambda: leases.fail(*self.key, "stalled", message))
+                stalled = ProcessFailed(
+                    f"no progress for {self.settings.stall_s:g} s; stacks are in the log",
+                    code="stalled",
+                )
+                self._persist(lambda: leases.fail(*self.key, stalled))
             case _:
                 retries = self.settings.handback_retries
                 self._persist(lambda: leases.hand_back(*self.key, reason, retries=retries))
 
     def _end_error(self, error: Exception) -> None:
-        """The job cannot be run, or its runner failed."""
-        leases = self.parts.leases
+        """The job cannot be run, or a process of it failed."""
+        leases, failure = self.parts.leases, as_bitmill_error(error)
         self._flush_rest()
-        if isinstance(error, _RunnerFailed):
-            self._end_failed(error.ended)
-            return
-        exit_code, code, message, param = classify(error)
-        if exit_code in FINAL:
-            self._persist(lambda: leases.fail(*self.key, code, message, param=param))
-        else:
-            retries = self.settings.crash_retries
-            self._persist(lambda: leases.retry_crash(*self.key, message, retries=retries))
-
-    def _end_failed(self, ended: Ended) -> None:
-        leases, told = self.parts.leases, self.reporter.error
-        message = told.get("message") or describe(ended.status)
-        if ended.status in FINAL and told:
-            param = told.get("param")
-            self._persist(lambda: leases.fail(*self.key, told["code"], message, param=param))
-        elif ended.status == Exit.OUT_OF_MEMORY:
-            queue = next_tier(self.job.queue)
-            self._persist(lambda: leases.retry_larger(*self.key, queue, message))
-        else:
-            retries = self.settings.crash_retries
-            self._persist(lambda: leases.retry_crash(*self.key, message, retries=retries))
+        match then(failure):
+            case Then.FAIL:
+                self._persist(lambda: leases.fail(*self.key, failure))
+            case Then.LARGER:
+                queue = next_tier(self.job.queue)
+                self._persist(lambda: leases.retry_larger(*self.key, queue, failure))
+            case Then.AGAIN:
+                retries = self.settings.crash_retries
+                self._persist(lambda: leases.retry_crash(*self.key, failure, retries=retries))
 
     def _is(self, state: str) -> bool:
         try:
@@ -374,11 +366,3 @@ class Attempt:
             finished = False
         if finished:
             shutil.rmtree(self.settings.job_folder(self.job.id), ignore_errors=True)
-
-
-class _RunnerFailed(BitmillError):
-    """A child ended by itself without a result."""
-
-    def __init__(self, ended: Ended) -> None:
-        super().__init__(describe(ended.status))
-        self.ended = ended

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import sqlalchemy as sa
 
+from bitmill_workers.errors import DeadlinePassed, WorkerLost
 from bitmill_workers.messaging.app import Dispatcher
 from bitmill_workers.messaging.webhooks import WebhookSender
 from bitmill_workers.settings import Settings
@@ -25,6 +26,7 @@ from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.jobs import IDEMPOTENCY_S, JobStore
 from bitmill_workers.store.leases import requeue
+from bitmill_workers.store.records import error_columns
 from bitmill_workers.store.states import ACTIVE
 from bitmill_workers.store.tables import idempotency, jobs
 from bitmill_workers.store.transitions import transition
@@ -83,7 +85,7 @@ class Reconciler:
                     counter="lost_count",
                     retries=self.settings.lost_retries,
                     reason=f"worker {owner} was lost",
-                    failure=("worker_lost", "workers were lost too often while running this job"),
+                    failure=WorkerLost("workers were lost too often while running this job"),
                 )
             _log.warning("job %s: lease of worker %s expired", job_id, owner)
         return count
@@ -94,10 +96,7 @@ class Reconciler:
         with self.database.read() as conn:
             query = sa.select(jobs.c.id).where(jobs.c.state == "queued", overdue).limit(_BATCH)
             late = conn.execute(query).scalars().all()
-        values = {
-            "error_code": "deadline",
-            "error_message": "the deadline passed before a worker was free",
-        }
+        error = DeadlinePassed("the deadline passed before a worker was free")
         count = 0
         for job_id in late:
             with self.database.write() as conn:
@@ -107,8 +106,8 @@ class Reconciler:
                     "failed",
                     sources=("queued",),
                     where=[overdue],
-                    values=values,
-                    event={"code": "deadline"},
+                    values=error_columns(error),
+                    event={"code": error.code},
                 )
                 count += job is not None
         return count

@@ -35,6 +35,7 @@ class StorageUnavailable(ResourceError):
     """The object store refused or did not answer; the attempt may be repeated."""
 
     code = "storage_unavailable"
+    hint = "Try again soon; the object store does not answer."
 
 
 class S3Artifacts:

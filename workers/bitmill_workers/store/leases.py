@@ -14,10 +14,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from bitmill.errors import BitmillError
+from bitmill_workers.errors import WorkerLost
 from bitmill_workers.store.db import Database, db_now
-from bitmill_workers.store.records import Artifact, JobRecord, Renewal
+from bitmill_workers.store.records import Artifact, JobRecord, Renewal, error_columns
 from bitmill_workers.store.states import ACTIVE, State
-from bitmill_workers.store.tables import LONGEST_PARAM, artifacts, job_logs, jobs
+from bitmill_workers.store.tables import artifacts, job_logs, jobs
 from bitmill_workers.store.transitions import add_events, edge, follow, transition
 
 MAX_EVENTS = 50_000
@@ -160,15 +162,11 @@ class LeaseStore:
                 conn.execute(sa.insert(artifacts), rows)
             return True
 
-    def fail(
-        self, job_id: str, token: int, code: str, message: str, *, param: str | None = None
-    ) -> bool:
+    def fail(self, job_id: str, token: int, error: BitmillError) -> bool:
         """End the job as failed; False where the caller is fenced."""
-        values = _error(code, message, param)
+        values, event = error_columns(error), {"code": error.code}
         with self.database.write() as conn:
-            job = transition(
-                conn, _held(job_id, token), "failed", values=values, event={"code": code}
-            )
+            job = transition(conn, _held(job_id, token), "failed", values=values, event=event)
             return job is not None or _fenced(conn, job_id, token, "failed")
 
     def cancelled(self, job_id: str, token: int) -> bool:
@@ -187,32 +185,32 @@ class LeaseStore:
                 counter="handback_count",
                 retries=retries,
                 reason=reason,
-                failure=("worker_lost", "the job was handed back too often"),
+                failure=WorkerLost("the job was handed back too often"),
                 delay_s=0.0,
             ) or _fenced(conn, job_id, token, "queued")
 
-    def retry_crash(self, job_id: str, token: int, message: str, *, retries: int) -> bool:
-        """Queue the job again after its runner died, or fail it (code `runner_crashed`)."""
+    def retry_crash(self, job_id: str, token: int, error: BitmillError, *, retries: int) -> bool:
+        """Queue the job again after a process of it died, or fail it with this error."""
         with self.database.write() as conn:
             return requeue(
                 conn,
                 _held(job_id, token),
                 counter="crash_count",
                 retries=retries,
-                reason=message,
-                failure=("runner_crashed", message),
+                reason=error.message,
+                failure=error,
             ) or _fenced(conn, job_id, token, "queued")
 
-    def retry_larger(self, job_id: str, token: int, queue: str | None, message: str) -> bool:
-        """Move the job once to the next memory tier, or fail it (code `out_of_memory`)."""
+    def retry_larger(self, job_id: str, token: int, queue: str | None, error: BitmillError) -> bool:
+        """Move the job once to the next memory tier, or fail it with this error."""
         with self.database.write() as conn:
             return requeue(
                 conn,
                 _held(job_id, token),
                 counter="oom_count",
                 retries=0 if queue is None else 1,
-                reason=message,
-                failure=("out_of_memory", message),
+                reason=error.message,
+                failure=error,
                 delay_s=0.0,
                 values={} if queue is None else {"queue": queue},
             ) or _fenced(conn, job_id, token, "queued")
@@ -225,7 +223,7 @@ def requeue(
     counter: str,
     retries: int,
     reason: str,
-    failure: tuple[str, str],
+    failure: BitmillError,
     delay_s: float | None = None,
     values: dict[str, Any] | None = None,
 ) -> bool:
@@ -248,22 +246,9 @@ def requeue(
     again = transition(conn, which, "queued", where=[count < retries], values=columns, event=event)
     if again is not None:
         return True
-    code, message = failure
-    ended = _error(code, message) | {counter: count + 1}
-    event = {"reason": reason, "code": code}
+    ended = error_columns(failure) | {counter: count + 1}
+    event = {"reason": reason, "code": failure.code}
     return transition(conn, which, "failed", sources=active, values=ended, event=event) is not None
-
-
-def _error(code: str, message: str, param: str | None = None) -> dict[str, Any]:
-    """The columns that say why a job failed; what no column can hold must not keep it from ending.
-
-    PostgreSQL's texts take no NUL character, which the name of a stranger's tensor may bring.
-    """
-    return {
-        "error_code": code,
-        "error_message": message.replace("\0", "\N{REPLACEMENT CHARACTER}"),
-        "error_param": param and param.replace("\0", "\N{REPLACEMENT CHARACTER}")[:LONGEST_PARAM],
-    }
 
 
 def _flags() -> tuple[sa.ColumnElement[float | None], sa.ColumnElement[bool]]:

@@ -10,7 +10,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from bitmill.errors import BitmillError
 from bitmill_workers.store.states import TERMINAL, ShownState, State, shown_state
+from bitmill_workers.store.tables import jobs
 
 
 def new_id() -> str:
@@ -57,6 +59,8 @@ class JobRecord:
     error_code: str | None
     error_message: str | None
     error_param: str | None
+    error_kind: str | None
+    error_hint: str | None
     result: dict[str, Any] | None
     profile_id: str | None
     parent_id: str | None
@@ -74,6 +78,33 @@ class JobRecord:
     def finished(self) -> bool:
         """True in a terminal state."""
         return self.state in TERMINAL
+
+    @property
+    def error(self) -> BitmillError | None:
+        """Why the job failed; of its class where the row was written by a version that kept it."""
+        if self.error_code is None:
+            return None
+        told = {
+            "kind": self.error_kind,
+            "code": self.error_code,
+            "message": self.error_message,
+            "param": self.error_param,
+            "hint": self.error_hint,
+        }
+        return BitmillError.from_dict(told)
+
+
+def error_columns(error: BitmillError) -> dict[str, str | None]:
+    """The columns that say why a job failed; what none can hold must not keep it from ending.
+
+    PostgreSQL's texts take no NUL character, which the name of a stranger's tensor may bring.
+    """
+    columns = {}
+    for name, text in error.to_dict().items():
+        column = jobs.c[f"error_{name}"]
+        most = getattr(column.type, "length", None)
+        columns[column.name] = text and text.replace("\0", "\N{REPLACEMENT CHARACTER}")[:most]
+    return columns
 
 
 def job_record(row: sa.Row[Any]) -> JobRecord:

@@ -10,8 +10,6 @@ import sqlalchemy as sa
 
 from bitmill_workers.store.states import STATES
 
-LONGEST_PARAM = 200
-
 metadata = sa.MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -56,7 +54,9 @@ jobs = sa.Table(
     sa.Column("progress", sa.JSON(none_as_null=True)),
     sa.Column("error_code", sa.String(64)),
     sa.Column("error_message", sa.Text),
-    sa.Column("error_param", sa.String(LONGEST_PARAM)),
+    sa.Column("error_param", sa.String(200)),
+    sa.Column("error_kind", sa.String(200)),
+    sa.Column("error_hint", sa.Text),
     sa.Column("result", sa.JSON(none_as_null=True)),
     sa.Column("profile_id", sa.String(64)),
     sa.Column("parent_id", sa.String(36)),

@@ -1,0 +1,115 @@
+"""Errors arrive as they left, and what the machine refuses is told as what it is."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from bitmill.errors import (
+    BitmillError,
+    InputError,
+    ModelError,
+    ProcessFailed,
+    ResourceError,
+    as_bitmill_error,
+)
+
+
+def classes(kind: type[BitmillError] = BitmillError) -> list[type[BitmillError]]:
+    below = [c for c in kind.__subclasses__() if c.__module__ == "bitmill.errors"]
+    return [kind, *(found for c in below for found in classes(c))]
+
+
+def members(error: BitmillError) -> tuple[object, ...]:
+    return type(error), error.code, error.message, str(error), error.param, error.hint
+
+
+@pytest.mark.parametrize("kind", classes(), ids=lambda kind: kind.__name__)
+def test_every_class_arrives_as_it_left(kind: type[BitmillError]) -> None:
+    for error in (
+        kind("it is 3, at most 2 is possible: give less"),
+        kind("é\n\0", code="of_its_own", param="a.b", hint="Do this."),
+    ):
+        told = json.loads(json.dumps(error.to_dict()))
+        assert told.keys() == {"kind", "code", "message", "param", "hint"}
+        assert members(BitmillError.from_dict(told)) == members(error)
+
+
+def test_every_class_says_what_to_do() -> None:
+    hints = [kind("x").hint for kind in classes()[1:]]
+    assert all(hint and hint.endswith(".") for hint in hints)
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [
+        ("InputError.ModelError.TooNew", ModelError),
+        ("InputError.TooNew.Newer", InputError),
+        ("TooNew", BitmillError),
+        (None, BitmillError),
+        ("os.system", BitmillError),
+    ],
+)
+def test_class_of_a_newer_version_arrives_as_its_nearest_known_base(
+    kind: str | None, known: type[BitmillError]
+) -> None:
+    told = {"kind": kind, "code": "newer", "message": "m", "param": "p", "hint": "h"}
+    assert members(BitmillError.from_dict(told)) == (known, "newer", "m", "m", "p", "h")
+
+
+def test_error_told_with_too_little_is_still_one() -> None:
+    error = BitmillError.from_dict({"kind": "ResourceError", "param": 7})
+    assert members(error)[:3] == (ResourceError, "resource", "no reason was given")
+    assert (error.param, error.hint) == ("7", ResourceError.hint)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: torch.empty(1 << 48),
+        lambda: np.empty(1 << 50),
+        lambda: bytearray(1 << 60),
+        lambda: [None] * (1 << 60),
+    ],
+    ids=["torch", "numpy", "bytes", "list"],
+)
+def test_refused_memory_is_out_of_memory_whoever_asks(act: Callable[[], object]) -> None:
+    with pytest.raises((MemoryError, RuntimeError)) as refused:
+        act()
+    told = as_bitmill_error(refused.value)
+    assert (type(told), told.code) == (ResourceError, "out_of_memory")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), None),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might", 2), None),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), None),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), None),
+        (ImportError("libtorch.so: failed to map segment: Cannot allocate memory"), None),
+        (OSError(errno.ENOSPC, "No space left on device", "/secret/path"), "disk_full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk_full"),
+        (OSError(errno.EFBIG, "File too large"), "disk_full"),
+    ],
+)
+def test_what_the_machine_lacks_is_a_resource_error(error: Exception, code: str | None) -> None:
+    told = as_bitmill_error(error)
+    assert (type(told), told.code) == (ResourceError, code or "out_of_memory")
+    assert "\n" not in told.message
+    assert "/secret" not in told.message
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), RuntimeError("shapes differ"), OSError(errno.EIO, "broken")]
+)
+def test_any_other_error_is_a_fault_of_the_program(error: Exception) -> None:
+    told = as_bitmill_error(error)
+    assert (type(told), told.code) == (ProcessFailed, "internal")
+    assert type(error).__name__ in told.message
+    assert as_bitmill_error(told) is told
