@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,30 @@ def test_a_forward_that_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     right = QuantizedLinear.forward
     monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: right(self, x) * (1 + 1e-4))
     assert forward_error(packed, x) == pytest.approx(1e-4, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("factor", [6e-8, 1e-6, 3e-5, 1e-3, 1.0, 300.0, 6e4])
+def test_tiny_and_huge_outputs_are_judged_as_others(factor: float, dtype: torch.dtype) -> None:
+    """fp16 holds numbers from 6e-8 to 65504; what a linear puts out may lie beyond both."""
+    plain = random_weight(16, 200, (3, 4))
+    scales = (plain.scales.float() * factor).clamp(6e-8, 6e4).half()
+    packed = PackedTensor.pack(replace(plain, scales=scales))
+    x = torch.randn(4, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert forward_error(packed, x) < (1e-5 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e-3, 300.0])
+def test_a_wrong_forward_is_seen_at_any_size(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = random_weight(16, 200, (3, 4))
+    packed = PackedTensor.pack(replace(plain, scales=(plain.scales.float() * factor).half()))
+    right = QuantizedLinear.forward
+    monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: right(self, x) * (1 + 1e-2))
+    for dtype in (torch.float32, torch.float16):
+        x = torch.randn(4, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
+        assert forward_error(packed, x) == pytest.approx(1e-2, rel=0.2)
 
 
 def test_an_empty_folder_is_refused(packed: PackedModel, tmp_path: Path) -> None:
