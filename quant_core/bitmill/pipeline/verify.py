@@ -127,7 +127,7 @@ def _near_one(largest: float) -> float:
     """The power of two that brings `largest` into [0.5, 1), at most `LARGEST_PROBE`."""
     if largest == 0:
         return 1.0
-    return min(LARGEST_PROBE, 2.0 ** -math.frexp(largest)[1])
+    return min(LARGEST_PROBE, math.ldexp(1.0, -math.frexp(largest)[1]))
 
 
 def _check_map(
