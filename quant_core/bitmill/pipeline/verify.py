@@ -118,7 +118,7 @@ def forward_error(packed: PackedTensor, x: Tensor) -> float:
     expected = x.double() @ weight.t()
     y = module(x).double()
     norm = float(expected.norm())
-    unseen = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps * y.numel() ** 0.5
+    unseen = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps * math.sqrt(y.numel())
     error = max(0.0, float((y - expected).norm()) - unseen)
     return error / norm if norm > 0 else error
 
