@@ -317,8 +317,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return {tensor.name: tensor for _, _, tensor in parsed}
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name of a sharded checkpoint's index."""
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name of a sharded checkpoint's index.
+
+    Raises `ModelError` for one that is damaged or names other than plain safetensors files.
+    """
     path = folder / INDEX_NAME
     if path.stat().st_size > 2 * MAX_HEADER:
         raise _refuse(path, f"the index has {path.stat().st_size} bytes")
@@ -335,13 +338,23 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: those of its index, or the single file."""
-    if (folder / INDEX_NAME).is_file():
-        files = [folder / name for name in sorted(set(_read_index(folder).values()))]
-    elif (folder / SINGLE_FILE).is_file():
-        files = [folder / SINGLE_FILE]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
+    """The safetensors files that are a folder's model, as transformers decides.
+
+    A single `model.safetensors` comes before an index, which may be left over from an earlier save;
+    files that neither is or names are no part of the model. Raises `ModelError` (missing_file).
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if not (folder / INDEX_NAME).is_file():
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        instead = f" (but {', '.join(others[:3])})" if others else ""
+        raise ModelError(
+            f"{folder.name} holds neither {SINGLE_FILE} nor {INDEX_NAME}{instead}, which "
+            "transformers would look for: fetch the model again, or give the files their names",
+            code="missing_file",
+            param=SINGLE_FILE,
+        )
+    files = [folder / name for name in sorted(set(read_index(folder).values()))]
     for path in files:
         if not path.is_file():
             raise ModelError(
@@ -355,16 +368,17 @@ def safetensors_files(folder: Path) -> list[Path]:
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """All tensors of a checkpoint folder, name -> header; raises `ModelError` as `read_header`.
 
-    An index must name every tensor of its files and no other.
+    Every tensor that an index names must be in the file that it names.
     """
     tensors: dict[str, TensorInfo] = {}
-    for path in safetensors_files(folder):
+    files = safetensors_files(folder)
+    for path in files:
         for name, tensor in read_header(path).items():
             if name in tensors:
                 raise _refuse(path, f"{name} is also in {tensors[name].file}")
             tensors[name] = tensor
-    if (folder / INDEX_NAME).is_file():
-        for name, file in _read_index(folder).items():
+    if files[0].name != SINGLE_FILE:
+        for name, file in read_index(folder).items():
             if name not in tensors or tensors[name].file != file:
                 raise _refuse(folder / INDEX_NAME, f"it puts {name} into {file}, which has it not")
     return tensors

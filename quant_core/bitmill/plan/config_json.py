@@ -8,16 +8,28 @@ and a model that exists only as code beside its weights is refused with the reas
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from bitmill.errors import ModelError
+from bitmill.io.safetensors import INDEX_NAME, SINGLE_FILE
 from bitmill.plan.architectures import ARCHITECTURES, Architecture, architecture
 
 MAX_CONFIG = 1 << 20
 CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"
 
-_DROPPED = frozenset({"auto_map", "trust_remote_code", "attn_implementation", "custom_pipelines"})
+_DROPPED = frozenset(
+    {
+        "auto_map",
+        "trust_remote_code",
+        "attn_implementation",
+        "custom_pipelines",
+        "transformers_weights",
+    }
+)
+_KEPT_PRIVATE = frozenset({"_remove_final_layer_norm"})
 _DROPPED_ENDINGS = ("_module", "_implementation")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack")
 
@@ -34,7 +46,7 @@ LIMITS: dict[str, int] = {
 """Largest accepted value of each size in a config."""
 
 _SPELLINGS: dict[str, tuple[str, ...]] = {
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "hidden_size": ("hidden_size", "n_embd", "n_embed", "d_model"),
     "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "vocab_size": ("vocab_size",),
@@ -46,7 +58,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
 
 
 def sanitize(value: Any) -> Any:
-    """A copy without private keys and without keys that name code or kernels, at any depth."""
+    """A copy without private keys and those that name code, kernels or files, at any depth."""
     if isinstance(value, list):
         return [sanitize(item) for item in value]
     if not isinstance(value, dict):
@@ -54,7 +66,7 @@ def sanitize(value: Any) -> Any:
     return {
         key: sanitize(item)
         for key, item in value.items()
-        if not key.startswith("_")
+        if (key in _KEPT_PRIVATE or not key.startswith("_"))
         and key not in _DROPPED
         and (key == "quantization_config" or not key.endswith(_DROPPED_ENDINGS))
     }
@@ -105,6 +117,7 @@ def _load(folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_bytes())
+        _refuse_infinity(config)
     except (ValueError, RecursionError) as error:
         raise ModelError(
             f"config.json cannot be read: {error}", code="bad_config", param=CONFIG_FILE
@@ -112,6 +125,25 @@ def _load(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError("config.json names no model_type", code="bad_config", param="model_type")
     return config
+
+
+def _refuse_infinity(value: Any, path: str = "") -> None:
+    """Raise `ModelError` naming the key of a number that JSON has no spelling for.
+
+    Python reads NaN, Infinity and numbers like 1e999, which no other reader of JSON need take.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_infinity(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            _refuse_infinity(item, f"{path}[{place}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ModelError(
+            f"config.json: {path[:100]} is {value}, which is no number in JSON: correct it",
+            code="bad_config",
+            param=path[:100],
+        )
 
 
 def _refuse_remote_code(config: dict[str, Any]) -> None:
@@ -138,6 +170,14 @@ def check_config(config: dict[str, Any]) -> Architecture:
             code="already_quantized",
             param="quantization_config",
         )
+    weights = config.get("transformers_weights")
+    if weights not in (None, SINGLE_FILE, INDEX_NAME):
+        raise ModelError(
+            f"config.json says that the weights are in {str(weights)[:100]!r}: call the file "
+            f"{SINGLE_FILE} and take transformers_weights out",
+            code="bad_config",
+            param="transformers_weights",
+        )
     for key in LIMITS:
         size_of(config, key)
     for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
@@ -154,6 +194,20 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
     config = _load(folder)
     found = check_config(config)
     return sanitize(config), found
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise `ModelError` where a folder is an adapter, or a model with one beside it.
+
+    Which of the two transformers loads depends on whether the package peft is installed.
+    """
+    if (folder / ADAPTER_FILE).is_file():
+        raise ModelError(
+            f"{folder.name} holds {ADAPTER_FILE}, so it is an adapter of another model: merge it "
+            "into that model and give the result, or take the file out",
+            code="unmerged_adapter",
+            param=ADAPTER_FILE,
+        )
 
 
 def refuse_pickles(folder: Path) -> None:

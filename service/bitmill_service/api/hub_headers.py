@@ -16,7 +16,8 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from bitmill.errors import ModelError
-from bitmill.io.safetensors import MAX_HEADER
+from bitmill.io.safetensors import INDEX_NAME, MAX_HEADER, SINGLE_FILE, read_index
+from bitmill.plan.config_json import ADAPTER_FILE, CONFIG_FILE
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.job_spec import HubModel
@@ -62,14 +63,21 @@ def fetch_headers(model: HubModel, settings: ServiceSettings, folder: Path) -> N
 
 
 def _fetch(http: httpx2.Client, names: list[str], folder: Path) -> None:
-    weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    for name in names:
+        if name in (CONFIG_FILE, ADAPTER_FILE, INDEX_NAME):
+            (folder / name).write_bytes(_whole(http, name))
+    weights = _weight_files(names, folder)
     if len(weights) > _MAX_SHARDS:
         raise ModelError(f"the model has {len(weights)} weight files, at most {_MAX_SHARDS} work")
-    for name in names:
-        if name in ("config.json", "model.safetensors.index.json"):
-            (folder / name).write_bytes(_whole(http, name))
     for name in weights:
         _write_header_file(http, name, folder / name)
+
+
+def _weight_files(names: list[str], folder: Path) -> list[str]:
+    """Which of a repository's files are the model, as `safetensors_files` decides for a folder."""
+    if SINGLE_FILE in names or INDEX_NAME not in names:
+        return [name for name in names if name == SINGLE_FILE]
+    return sorted(set(read_index(folder).values()) & set(names))
 
 
 def _whole(http: httpx2.Client, name: str) -> bytes:

@@ -195,6 +195,23 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         read_headers(tmp_path)
 
 
+def test_files_of_a_model_are_chosen_as_transformers_chooses(tmp_path: Path) -> None:
+    """A single file comes before an index, whatever lies beside it; without both nothing does."""
+    shard(tmp_path, "model-1.safetensors", "old")
+    shard(tmp_path, "other.safetensors", "a")
+    with pytest.raises(ModelError, match=r"neither model\.safetensors nor .*model-1\.s") as caught:
+        read_headers(tmp_path)
+    assert caught.value.code == "missing_file"
+    index(tmp_path, {"old": "model-1.safetensors"})
+    assert list(read_headers(tmp_path)) == ["old"]
+    shard(tmp_path, "model.safetensors", "new")
+    assert list(read_headers(tmp_path)) == ["new"]
+    index(tmp_path, {"old": "model-7.safetensors"})
+    assert list(read_headers(tmp_path)) == ["new"]
+    (tmp_path / module.INDEX_NAME).write_text("{")
+    assert list(read_headers(tmp_path)) == ["new"]
+
+
 DTYPES = {
     torch.uint8: "U8",
     torch.int8: "I8",

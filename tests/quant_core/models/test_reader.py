@@ -74,12 +74,14 @@ def test_large_finite_values_are_fine_though_their_sum_overflows() -> None:
 
 def test_every_tensor_of_a_folder_is_checked(folder: Path, tmp_path: Path) -> None:
     source = CheckpointSource(folder)
-    check_all_finite(source)
+    check_all_finite(source, source.headers)
     bad = tmp_path / "bad"
     bad.mkdir()
-    save_file({"ok": torch.ones(2), "w": torch.tensor([[1.0], [torch.inf]])}, bad / "m.safetensors")
+    save_file(
+        {"ok": torch.ones(2), "w": torch.tensor([[1.0], [torch.inf]])}, bad / "model.safetensors"
+    )
     with pytest.raises(ModelError, match="row 1") as caught:
-        check_all_finite(CheckpointSource(bad))
+        check_all_finite(CheckpointSource(bad), CheckpointSource(bad).headers)
     assert caught.value.param == "w"
     check_all_finite(CheckpointSource(bad), ["ok"])
     linear = PlannedLinear(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bitmill.errors import ModelError
-from bitmill.plan.config_json import read_config, refuse_pickles, sanitize
+from bitmill.plan.config_json import read_config, refuse_adapter, refuse_pickles, sanitize
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -95,6 +95,45 @@ def test_absurd_sizes_are_refused_by_name(
 def test_unreadable_config_is_refused(text: str, problem: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=problem):
         read_config(folder_with(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ('"rms_norm_eps": Infinity', "rms_norm_eps"),
+        ('"final_loss": NaN', "final_loss"),
+        ('"initializer_range": -Infinity', "initializer_range"),
+        ('"rope_theta": 1e999', "rope_theta"),
+        ('"rope_parameters": {"factor": -1e400}', r"rope_parameters\.factor"),
+        ('"history": [1, {"losses": [2.5, NaN]}]', r"history\[1\]\.losses\[1\]"),
+        ('"_private": NaN', "_private"),
+        ('"auto_map": {"loss": NaN}', r"auto_map\.loss"),
+    ],
+)
+def test_numbers_that_json_has_no_spelling_for_are_refused(
+    text: str, path: str, tmp_path: Path
+) -> None:
+    config = json.dumps(LLAMA)[:-1] + f", {text}}}"
+    with pytest.raises(ModelError, match=rf"config\.json: {path} is -?(inf|nan)") as caught:
+        read_config(folder_with(tmp_path, config))
+    assert caught.value.code == "bad_config"
+
+
+def test_weights_under_a_name_of_their_own_are_refused(tmp_path: Path) -> None:
+    named = LLAMA | {"transformers_weights": "other.safetensors"}
+    with pytest.raises(ModelError, match=r"weights are in 'other\.safetensors': call the file"):
+        read_config(folder_with(tmp_path, named))
+    usual = LLAMA | {"transformers_weights": "model.safetensors"}
+    config, _ = read_config(folder_with(tmp_path, usual))
+    assert config == LLAMA
+
+
+def test_an_adapter_is_refused(tmp_path: Path) -> None:
+    refuse_adapter(folder_with(tmp_path, LLAMA))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="merge it into that model") as caught:
+        refuse_adapter(tmp_path)
+    assert caught.value.code == "unmerged_adapter"
 
 
 def test_quantized_model_is_refused(tmp_path: Path) -> None:

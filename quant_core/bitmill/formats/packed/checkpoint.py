@@ -29,6 +29,7 @@ from bitmill.errors import FormatError, ModelError
 from bitmill.formats.packed.config import PackedConfig, PackedLinear
 from bitmill.formats.packed.layout import linear_tensors
 from bitmill.io.atomic import disk_errors, read_json, write_bytes, write_json
+from bitmill.io.companions import companions
 from bitmill.io.safetensors import (
     MAX_SHARD_BYTES,
     ShardWriter,
@@ -43,19 +44,6 @@ _THREADS = 4
 """Linears that are read, hashed and written at once."""
 
 CONFIG_NAME = "config.json"
-COPIED_FILES = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template*",
-    "LICENSE*",
-    "NOTICE*",
-)
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -149,11 +137,10 @@ def write_packed_config(source: Path, folder: Path, config: PackedConfig) -> Non
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the tokenizer, generation settings and licence of a model."""
-    for pattern in COPIED_FILES:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    """Copy the files that travel with weights (`io/companions.py`), never any code."""
+    for path in companions(source):
+        (folder / path).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / path, folder / path)
 
 
 class _HashedWriter:
