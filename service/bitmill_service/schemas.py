@@ -152,7 +152,7 @@ class PlanView(View):
 
     weights: quantized weights in all. smallest, largest: the legal widths' range. fused: linears
     of the first block that read the same input. estimate, on_accelerator: memory, disk and time of
-    a runner without and with accelerators.
+    a runner without and with accelerators. notes: what of the source is left out, and why.
     """
 
     model_type: str
@@ -165,6 +165,7 @@ class PlanView(View):
     largest: SizeView
     estimate: Estimate
     on_accelerator: Estimate
+    notes: list[str]
 
 
 class ProfileView(View):

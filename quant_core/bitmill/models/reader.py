@@ -110,7 +110,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_all_finite(source: CheckpointSource, names: Iterable[str] | None = None) -> None:
-    """Check every float tensor of the source (or the named ones) for NaN and infinity."""
-    for name in source.headers if names is None else names:
+def check_all_finite(source: CheckpointSource, names: Iterable[str]) -> None:
+    """Check the named tensors of the source for NaN and infinity."""
+    for name in names:
         check_finite(name, source.read(name))

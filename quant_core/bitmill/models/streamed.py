@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import initialization
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +33,7 @@ from bitmill.models.fused_norms import fuse_norms
 from bitmill.models.fused_rotary import fuse_rotary
 from bitmill.models.prefetch import BlockPrefetcher
 from bitmill.models.reader import CheckpointSource, check_finite
+from bitmill.models.skeleton import build_skeleton
 from bitmill.plan.config_json import read_config
 from bitmill.plan.model_plan import Plan, Source
 from bitmill.runtime.stage_timer import stage
@@ -91,28 +91,13 @@ def _plain_tensors() -> Iterator[None]:
         yield
 
 
-def _build_skeleton(settings: dict[str, Any], dtype: torch.dtype) -> Any:
-    """transformers' model of a sanitized config, all on the meta device."""
-    try:
-        config = transformers.AutoConfig.for_model(**settings)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as error:
-        raise ModelError(
-            f"transformers cannot build a {settings['model_type']} model from config.json: "
-            f"{str(error)[:500]}",
-            code="bad_config",
-            param="config.json",
-        ) from error
-    return model.eval().requires_grad_(False)
-
-
 class StreamedModel:
     """A causal language model of which one decoder block at a time is in memory.
 
     device, dtype: where and in what precision embedding, head and blocks are loaded.
     prefetch: load one block ahead in a thread; by default on accelerators.
-    Raises `ModelError` for a parameter that the source lacks or whose shape differs.
+    Raises `ModelError` for a parameter that the folder lacks, unlike when it was planned, or whose
+    shape differs.
     """
 
     def __init__(
@@ -131,7 +116,7 @@ class StreamedModel:
         self._sources: dict[str, Source] = {f"{li.name}.weight": li.source for li in plan.matrices}
         for tensor in plan.tensors:
             self._sources[tensor.module] = self._sources[tensor.name] = tensor.source
-        self._skeleton = _build_skeleton(settings, dtype)
+        self._skeleton = build_skeleton(settings, dtype)
         self.config: Any = self._skeleton.config
         self._blocks = cast(nn.ModuleList, self._skeleton.get_submodule(plan.block_prefix))
         self._seen: OrderedDict[tuple[int, int], list[Arguments]] = OrderedDict()
@@ -179,12 +164,6 @@ class StreamedModel:
         return other
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:
-        if name not in self._sources:
-            raise ModelError(
-                f"the checkpoint has no {name}, which a {self.plan.model_type} model needs",
-                code="missing_tensor",
-                param=name,
-            )
         source = self._sources[name]
         value = self.source.read_source(source)
         if source.transposed:

@@ -39,6 +39,7 @@ from bitmill.io.manifest import Manifest, read_manifest, write_manifest
 from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.dtypes import compute_dtype
 from bitmill.models.reader import CheckpointSource, check_all_finite
+from bitmill.models.skeleton import check_skeleton
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.learned_parameters import RECORD_NAME, LearnedFor, LearnedParameters
 from bitmill.pipeline.progress import Progress
@@ -46,7 +47,7 @@ from bitmill.pipeline.requirements import Room, check_room
 from bitmill.pipeline.resume import take_over
 from bitmill.pipeline.verify import verify_folder
 from bitmill.pipeline.workspace import Workspace
-from bitmill.plan.config_json import refuse_pickles
+from bitmill.plan.config_json import read_config, refuse_pickles
 from bitmill.plan.model_plan import Plan, check_lengths, check_rows, make_plan
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.reporting.overfitting import overfitting_warnings
@@ -231,7 +232,8 @@ def resolve(job: Job) -> Source:
 
 
 def plan(job: Job, source: Source) -> Plan:
-    """Linears, kept tensors and sizes; refuses impossible budgets, windows, tasks, NaN weights."""
+    """Linears, kept tensors and sizes; refuses impossible budgets, windows, tasks, NaN weights, and
+    configurations of which transformers builds another model than is planned."""
     warm_up(job.device)  # beside reading all weights
     allocation = job.config.allocation.model_dump(mode="json")
 
@@ -240,9 +242,12 @@ def plan(job: Job, source: Source) -> Plan:
         check_budget(made, job.config)
         check_lengths(made, job.config)
         check_rows(made, job.config)
+        check_skeleton(read_config(source.folder)[0])
         _task_suite(job)
         with CheckpointSource(source.folder) as tensors:
-            check_all_finite(tensors)
+            check_all_finite(tensors, made.stored)
+        for note in made.notes:
+            job.space.warn("plan", note)
         storage.write_bytes(folder / PLAN_NAME, made.model_dump_json(indent=1).encode())
 
     inputs = {
@@ -540,8 +545,8 @@ def evaluate(
                 on_unit=partial(job.space.unit, "evaluate"),
             )
         linears, blocks = refined.reports()
-        warnings = overfitting_warnings(blocks, refined.tuning())
-        for warning in warnings:
+        overfitting = overfitting_warnings(blocks, refined.tuning())
+        for warning in overfitting:
             job.space.warn("evaluate", warning)
         report = QualityReport(
             rows=tuple(rows),
@@ -550,7 +555,7 @@ def evaluate(
             blocks=blocks,
             tuning=refined.tuning(),
             resumed=job.config.refinement.omniquant.resume_parameters is not None,
-            warnings=warnings,
+            warnings=(*planned.notes, *overfitting),
             seconds=job.space.seconds(),
         )
         storage.write_bytes(folder / QUALITY_NAME, report.to_json().encode())
@@ -644,8 +649,9 @@ def publish(job: Job, packed: Path, quality: QualityReport, learned_for: Learned
     def work(_: Path) -> None:
         job.output.parent.mkdir(parents=True, exist_ok=True)
         with storage.atomic_folder(job.output) as folder:
-            for path in packed.iterdir():
-                _link_or_copy(path, folder / path.name)
+            for path in sorted(packed.rglob("*")):
+                target = folder / path.relative_to(packed)
+                target.mkdir() if path.is_dir() else _link_or_copy(path, target)
             storage.write_bytes(folder / QUALITY_NAME, quality.to_json().encode())
             if summary.is_file():
                 shutil.copyfile(summary, folder / SUMMARY_NAME)

@@ -1,11 +1,10 @@
-"""Which models are understood, and how their blocks and linears are found from tensor names alone.
+"""Which models are understood, and how their linears are found from tensor names alone.
 
-A decoder block is whatever shares the prefix `<path>.<index>.` where the indices run over the
-config's number of layers; a linear is a block's float matrix called `<module>.weight`, except
-routers. Linears that play the same part (`STAGES`) under the same parent module read the same
-input; stages are listed in the order in which a block executes them. A new architecture is one
-line in `ARCHITECTURES`, usually without an argument; a leaf name that no stage knows still works,
-as a group of its own after the others. Torch-free.
+`ARCHITECTURES` says what each consists of; `plan/parameters.py` computes names and shapes. A linear
+is a block's matrix called `<module>.weight`, except routers. Linears that play the same part
+(`STAGES`) under the same parent module read the same input; stages are listed in the order in which
+a block executes them. A leaf name that no stage knows still works, as a group of its own after the
+others. Torch-free.
 
 Fused experts (one tensor [E, 2I, D] or [E, D, I] for all experts of a block) are listed expert by
 expert under `...experts.{e}.{gate_proj,up_proj,down_proj}`, gate rows before up rows.
@@ -14,10 +13,13 @@ expert under `...experts.{e}.{gate_proj,up_proj,down_proj}`, gate rows before up
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bitmill.errors import ModelError
+from bitmill.plan import parameters
+from bitmill.plan.parameters import Parameters, Settings, Shapes, bounded
 
 STAGES: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "attn.c_attn"),
@@ -34,11 +36,8 @@ single elements alone, are its inputs; so in every architecture below."""
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 """Leaf names of matrices that choose experts; they are never quantized."""
 
-EMBEDDINGS = frozenset({"embed_tokens", "word_embeddings", "embed_in", "wte"})
-"""Leaf names of the input embedding [V, D]."""
-
 HEAD = "lm_head"
-"""Module of the output head [V, D]; a tied one is not stored."""
+"""Module of the output head [V, D]; a tied one need not be stored."""
 
 _MIXTRAL = (
     (r"\.block_sparse_moe\.", ".mlp."),
@@ -52,49 +51,92 @@ _MIXTRAL = (
 class Architecture:
     """One `model_type` of config.json.
 
-    base: module of the bare model inside the causal-LM class; checkpoints of the bare model leave
-          it out of their names, and it is put back.
+    shapes: names and shapes of its parameters, from the values of a config.json.
+    blocks: path of the list of decoder blocks; embedding: the input embedding's parameter.
+    tied: whether head and embedding are one matrix unless the config says.
     renames: (pattern, replacement) from stored tensor names to the names of transformers' modules.
     transposed: linears are stored [K, N] (transformers' Conv1D).
     """
 
     model_type: str
-    base: str = "model"
+    shapes: Callable[[Settings], Shapes]
+    blocks: str = "model.layers"
+    embedding: str = "model.embed_tokens.weight"
+    tied: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     transposed: bool = False
 
-    def names(self, stored: str) -> tuple[str, str]:
-        """(name in a packed checkpoint, name in transformers' module tree) of a stored tensor.
+    @property
+    def base(self) -> str:
+        """Module of the bare model inside the causal-LM class; its own checkpoints lack it."""
+        return self.blocks.partition(".")[0]
 
-        The first is the stored name itself, with the base module's prefix put back if it lacks it.
-        """
-        module = stored
+    def renamed(self, stored: str) -> str:
+        """The name in transformers' module tree of a stored tensor's name."""
         for pattern, replacement in self.renames:
-            module = re.sub(pattern, replacement, module)
-        if module.startswith((self.base + ".", "lm_head.")):
-            return stored, module
-        return f"{self.base}.{stored}", f"{self.base}.{module}"
+            stored = re.sub(pattern, replacement, stored)
+        return stored
+
+    def parameters(self, config: Mapping[str, Any]) -> Parameters:
+        """What transformers' model of this config.json consists of."""
+        settings = Settings(config)
+        return Parameters(
+            shapes=bounded(self.shapes(settings)),
+            embedding=self.embedding,
+            tied=settings.flag("tie_word_embeddings", default=self.tied),
+        )
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     a.model_type: a
     for a in (
-        Architecture("llama"),
-        Architecture("mistral"),
-        Architecture("mixtral", renames=_MIXTRAL),
-        Architecture("qwen2"),
-        Architecture("qwen3"),
-        Architecture("qwen3_moe"),
-        Architecture("gemma2"),
-        Architecture("gemma3_text"),
-        Architecture("phi3"),
-        Architecture("opt"),
-        Architecture("falcon", base="transformer"),
-        Architecture("bloom", base="transformer"),
-        Architecture("gpt_neox", base="gpt_neox", renames=((r"^embed_out\.", "lm_head."),)),
-        Architecture("gpt2", base="transformer", transposed=True),
-        Architecture("stablelm"),
-        Architecture("starcoder2"),
+        Architecture("llama", parameters.llama),
+        Architecture("mistral", parameters.mistral),
+        Architecture("mixtral", parameters.mixtral, renames=_MIXTRAL),
+        Architecture("qwen2", parameters.qwen2),
+        Architecture("qwen3", parameters.qwen3),
+        Architecture("qwen3_moe", parameters.qwen3_moe),
+        Architecture("gemma2", parameters.gemma2, tied=True),
+        Architecture("gemma3_text", parameters.gemma3_text, tied=True),
+        Architecture("phi3", parameters.phi3),
+        Architecture("stablelm", parameters.stablelm),
+        Architecture("starcoder2", parameters.starcoder2, tied=True),
+        Architecture(
+            "opt",
+            parameters.opt,
+            blocks="model.decoder.layers",
+            embedding="model.decoder.embed_tokens.weight",
+            tied=True,
+        ),
+        Architecture(
+            "falcon",
+            parameters.falcon,
+            blocks="transformer.h",
+            embedding="transformer.word_embeddings.weight",
+            tied=True,
+        ),
+        Architecture(
+            "bloom",
+            parameters.bloom,
+            blocks="transformer.h",
+            embedding="transformer.word_embeddings.weight",
+            tied=True,
+        ),
+        Architecture(
+            "gpt_neox",
+            parameters.gpt_neox,
+            blocks="gpt_neox.layers",
+            embedding="gpt_neox.embed_in.weight",
+            renames=((r"^embed_out\.", "lm_head."),),
+        ),
+        Architecture(
+            "gpt2",
+            parameters.gpt2,
+            blocks="transformer.h",
+            embedding="transformer.wte.weight",
+            tied=True,
+            transposed=True,
+        ),
     )
 }
 
@@ -108,36 +150,11 @@ def architecture(model_type: str) -> Architecture:
         raise ModelError(
             f"model_type {model_type!r} is not supported{alone}; supported are "
             f"{', '.join(sorted(ARCHITECTURES))}. A new one is one line in "
-            "bitmill/architectures.py, if transformers itself implements it",
+            "bitmill/plan/architectures.py, if transformers itself implements it",
             code="unsupported_architecture",
             param="model_type",
         )
     return found
-
-
-_INDEXED = re.compile(r"(.+?)\.(\d+)\.")
-
-
-def block_prefix(names: Iterable[str], block_count: int) -> str:
-    """Path of the list of decoder blocks, e.g. "model.layers".
-
-    names: module names of all tensors. Raises `ModelError` where no path has exactly the blocks
-    0..block_count-1.
-    """
-    indices: dict[str, set[int]] = {}
-    for name in names:
-        if match := _INDEXED.match(name):
-            indices.setdefault(match[1], set()).add(int(match[2]))
-    expected = set(range(block_count))
-    for prefix, found in indices.items():
-        if found == expected:
-            return prefix
-    seen = ", ".join(f"{prefix} ({len(found)})" for prefix, found in sorted(indices.items()))
-    raise ModelError(
-        f"config.json promises {block_count} decoder blocks; the checkpoint has {seen or 'none'}. "
-        "Fetch the model again",
-        code="missing_blocks",
-    )
 
 
 def stage_of(path: str) -> tuple[int, int]:

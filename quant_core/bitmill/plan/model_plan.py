@@ -4,14 +4,14 @@ A plan lists every linear that will be quantized with where its [N, K] weight li
 every other tensor that the packed checkpoint keeps as it is, and which linears read the same input.
 Where the job quantizes them, input embedding and output head are listed apart, as matrices [V, D]
 that are packed like linears; a tied head is the embedding.
-Names are those of transformers' module tree; a source whose names lack the base model's prefix, or
-that fuses experts, is described by each entry's `source`.
+Names are those of transformers' module tree; a source whose names differ, or that fuses experts, is
+described by each entry's `source` (`plan/source_tensors.py`).
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,17 +23,21 @@ from bitmill.io.gguf import gguf_config, gguf_tensors, read_gguf_header
 from bitmill.io.safetensors import TensorInfo, read_headers
 from bitmill.plan.architectures import (
     ELEMENTWISE,
-    EMBEDDINGS,
-    HEAD,
     ROUTERS,
     Architecture,
-    block_prefix,
     sibling_key,
     stage_of,
 )
-from bitmill.plan.config_json import check_config, read_config, refuse_pickles, size_of
+from bitmill.plan.config_json import (
+    check_config,
+    read_config,
+    refuse_adapter,
+    refuse_pickles,
+    size_of,
+)
+from bitmill.plan.parameters import HEAD_WEIGHT
+from bitmill.plan.source_tensors import Placed, SourceTensors, place_tensors
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 POSITION_TABLES = ("embed_positions.weight", "wpe.weight")
 
 
@@ -93,12 +97,21 @@ class PlannedTensor(Closed):
         return TensorInfo(self.name, self.dtype, self.shape)
 
 
+class LeftOut(Closed):
+    """A stored tensor that the packed checkpoint lacks, because the language model has no use for
+    it; what: the kind of tensors it belongs to, in the plural."""
+
+    name: str
+    what: str
+    nbytes: int
+
+
 class Plan(Closed):
     """Everything later stages need to know about the model; see the module's text.
 
     linears: of the decoder blocks, in execution order. embeddings: input embedding and head, where
     they are quantized too. max_positions: None where the model has no limit.
-    experts: routed experts of a block, 0 in a dense model.
+    experts: routed experts of a block, 0 in a dense model. left_out: they take no budget.
     """
 
     schema_version: Literal[1] = 1
@@ -112,6 +125,26 @@ class Plan(Closed):
     linears: tuple[PlannedLinear, ...]
     tensors: tuple[PlannedTensor, ...]
     embeddings: tuple[PlannedLinear, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """One sentence for each kind of tensors that is left out."""
+        kinds: dict[str, list[LeftOut]] = {}
+        for tensor in self.left_out:
+            kinds.setdefault(tensor.what, []).append(tensor)
+        return [
+            f"left out {len(tensors)} tensors of the source ({sum(t.nbytes for t in tensors):,} "
+            f"bytes), {what}: {', '.join(t.name for t in tensors[:3])}"
+            f"{', ...' if len(tensors) > 3 else ''}"
+            for what, tensors in kinds.items()
+        ]
+
+    @property
+    def stored(self) -> list[str]:
+        """Every tensor of the source that the job needs, each once, in the order of the plan."""
+        sources = [linear.source for linear in self.matrices] + [t.source for t in self.tensors]
+        return list(dict.fromkeys(source.tensor for source in sources))
 
     @cached_property
     def matrices(self) -> tuple[PlannedLinear, ...]:
@@ -197,57 +230,36 @@ class Plan(Closed):
         return [group for stage in self.input_stages(block) for group in stage]
 
 
-def _is_expert_stack(name: str, header: TensorInfo) -> bool:
-    return len(header.shape) == 3 and name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
-
-
-def _unfuse(module: str, header: TensorInfo) -> Iterable[tuple[str, int, int, Source]]:
-    """(path, N, K, source) of each expert's linears in a fused tensor [E, N, K]."""
-    parent, _, leaf = module.rpartition(".")
-    count, rows, columns = header.shape
-    parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
-    if rows % len(parts):
-        raise ModelError(f"{header.name} has {rows} rows, which gate and up cannot share")
-    step = rows // len(parts)
-    for expert in range(count):
-        for place, part in enumerate(parts):
-            source = Source(
-                tensor=header.name, index=expert, rows=(place * step, (place + 1) * step)
-            )
-            yield f"{parent}.{expert}.{part}", step, columns, source
-
-
-def _matrices(
-    module: str, header: TensorInfo, found: Architecture
-) -> list[tuple[str, int, int, Source]]:
-    """(path, N, K, source) of the linears that a block's tensor holds; none for norms, routers."""
-    if header.dtype not in FLOATS:
-        return []
-    if _is_expert_stack(module, header):
-        return list(_unfuse(module, header))
-    path, _, leaf = module.rpartition(".")
-    if leaf != "weight" or len(header.shape) != 2 or path.rpartition(".")[2] in ROUTERS:
-        return []
-    rows, columns = reversed(header.shape) if found.transposed else header.shape
-    return [(path, rows, columns, Source(tensor=header.name, transposed=found.transposed))]
-
-
-def _embedding(module: str, header: TensorInfo) -> PlannedLinear | None:
-    """The input embedding or head that a tensor outside the blocks is, if it is one."""
-    path, _, leaf = module.rpartition(".")
-    known = path == HEAD or path.rpartition(".")[2] in EMBEDDINGS
-    if not known or leaf != "weight" or len(header.shape) != 2 or header.dtype not in FLOATS:
-        return None
-    rows, columns = header.shape
-    source = Source(tensor=header.name)
-    return PlannedLinear(
-        name=path, block=-1, rows=rows, columns=columns, dtype=header.dtype, source=source
+def _source(place: Placed, transposed: bool = False) -> Source:
+    return Source(
+        tensor=place.stored.name, index=place.index, rows=place.rows, transposed=transposed
     )
 
 
-def _check_embeddings(modules: Mapping[str, TensorInfo]) -> None:
+def _matrix(place: Placed, found: Architecture) -> PlannedLinear | None:
+    """The linear of a block, embedding or head that a parameter is the weight of, if it is one."""
+    path, _, leaf = place.module.rpartition(".")
+    inside = place.module.removeprefix(f"{found.blocks}.")
+    if leaf != "weight" or len(place.shape) != 2 or path.rpartition(".")[2] in ROUTERS:
+        return None
+    if inside == place.module and place.module not in (found.embedding, HEAD_WEIGHT):
+        return None
+    block = int(inside.partition(".")[0]) if inside != place.module else -1
+    transposed = found.transposed and block >= 0
+    rows, columns = reversed(place.shape) if transposed else place.shape
+    return PlannedLinear(
+        name=path,
+        block=block,
+        rows=rows,
+        columns=columns,
+        dtype=place.stored.dtype,
+        source=_source(place, transposed),
+    )
+
+
+def _check_embeddings(source: SourceTensors, found: Architecture) -> None:
     """Refuse a model whose tied matrix is stored under the head's name alone."""
-    if not any(module.split(".")[-2] in EMBEDDINGS for module in modules if "." in module):
+    if found.embedding not in source.placed:
         raise ModelError(
             "the source stores no input embedding (a tied one lies under the head's name), so it "
             "cannot be quantized: set allocation.embeddings to 'keep'",
@@ -269,19 +281,13 @@ def _order(linear: PlannedLinear) -> tuple[Any, ...]:
     return linear.block, stage, numbers, parent, place, linear.name
 
 
-def _kept_linear(linear: PlannedLinear) -> PlannedTensor:
-    name = linear.name + ".weight"
-    shape = (linear.rows, linear.columns)
-    if linear.source.transposed:
-        shape = (linear.columns, linear.rows)
-    source = linear.source.model_copy(update={"transposed": False})
-    return PlannedTensor(name=name, module=name, dtype=linear.dtype, shape=shape, source=source)
-
-
-def _kept_tensor(name: str, module: str, header: TensorInfo) -> PlannedTensor:
-    source = Source(tensor=header.name)
+def _kept(place: Placed) -> PlannedTensor:
     return PlannedTensor(
-        name=name, module=module, dtype=header.dtype, shape=header.shape, source=source
+        name=place.name,
+        module=place.module,
+        dtype=place.stored.dtype,
+        shape=place.shape,
+        source=_source(place),
     )
 
 
@@ -304,7 +310,7 @@ def _matches(path: str, patterns: tuple[str, ...]) -> bool:
 def build_plan(
     config: dict[str, Any],
     found: Architecture,
-    headers: Mapping[str, TensorInfo],
+    stored: Iterable[TensorInfo],
     keep: tuple[str, ...] = (),
     quantize_embeddings: bool = False,
 ) -> Plan:
@@ -312,43 +318,27 @@ def build_plan(
 
     keep: glob patterns of full names of linears and embeddings that stay in the source's precision.
     """
-    count = size_of(config, "num_hidden_layers") or 0
-    names = {stored: found.names(stored) for stored in headers}
-    modules = {module: headers[stored] for stored, (_, module) in names.items()}
-    if len(modules) != len(headers):
-        raise ModelError("two stored tensors mean the same parameter", code="duplicate_tensor")
-    prefix = block_prefix(modules, count)
+    source = place_tensors(stored, found, found.parameters(config))
     linears: list[PlannedLinear] = []
     tensors: list[PlannedTensor] = []
     embeddings: list[PlannedLinear] = []
-    for module, header in sorted(modules.items(), key=lambda item: _natural(item[0])):
-        rest = module.removeprefix(prefix + ".")
-        matrices = _matrices(module, header, found) if rest != module else []
-        for path, rows, columns, source in matrices:
-            linear = PlannedLinear(
-                name=path,
-                block=int(rest.partition(".")[0]),
-                rows=rows,
-                columns=columns,
-                dtype=header.dtype,
-                source=source,
-            )
-            if _matches(path, keep):
-                tensors.append(_kept_linear(linear))
-            else:
-                linears.append(linear)
-        embedding = _embedding(module, header) if quantize_embeddings and rest == module else None
-        if embedding is not None and not _matches(embedding.name, keep):
-            embeddings.append(embedding)
-        elif not matrices:
-            tensors.append(_kept_tensor(names[header.name][0], module, header))
+    for _, place in sorted(source.placed.items(), key=lambda item: _natural(item[0])):
+        matrix = _matrix(place, found)
+        if matrix is None or _matches(matrix.name, keep):
+            tensors.append(_kept(place))
+        elif matrix.block >= 0:
+            linears.append(matrix)
+        elif quantize_embeddings:
+            embeddings.append(matrix)
+        else:
+            tensors.append(_kept(place))
     _check_matrices(linears + embeddings)
     if quantize_embeddings:
-        _check_embeddings(modules)
+        _check_embeddings(source, found)
     return Plan(
         model_type=found.model_type,
-        block_prefix=prefix,
-        block_count=count,
+        block_prefix=found.blocks,
+        block_count=size_of(config, "num_hidden_layers") or 0,
         hidden_size=size_of(config, "hidden_size") or 0,
         vocab_size=size_of(config, "vocab_size") or 0,
         max_positions=size_of(config, "max_position_embeddings"),
@@ -356,6 +346,10 @@ def build_plan(
         linears=tuple(sorted(linears, key=_order)),
         tensors=tuple(tensors),
         embeddings=tuple(embeddings),
+        left_out=tuple(
+            LeftOut(name=tensor.name, what=what, nbytes=tensor.nbytes)
+            for tensor, what in source.left_out
+        ),
     )
 
 
@@ -384,10 +378,11 @@ def make_plan(folder: Path, asked: QuantizationConfig, *, gguf: str | None = Non
     if gguf is not None:
         header = read_gguf_header(folder / gguf)
         config = gguf_config(header)
-        found, headers = check_config(config), gguf_tensors(folder / gguf, header)
+        found, stored = check_config(config), gguf_tensors(folder / gguf, header)
     else:
+        refuse_adapter(folder)
         refuse_pickles(folder)
         config, found = read_config(folder)
-        headers = read_headers(folder)
-    allocation = asked.allocation
-    return build_plan(config, found, headers, allocation.keep, allocation.embeddings == "quantize")
+        stored = read_headers(folder)
+    keep, embeddings = asked.allocation.keep, asked.allocation.embeddings == "quantize"
+    return build_plan(config, found, stored.values(), keep, embeddings)

@@ -80,6 +80,7 @@ def plan_view(plan: Plan, config: QuantizationConfig, *, gguf: bool) -> PlanView
         smallest=_uniform_size(plan, config, min(widths)),
         largest=_uniform_size(plan, config, max(widths)),
         estimate=estimate(plan, config, gguf=gguf),
+        notes=plan.notes,
         on_accelerator=estimate(plan, config, Machine(accelerator=True), gguf=gguf),
     )
 

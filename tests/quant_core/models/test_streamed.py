@@ -179,17 +179,21 @@ def rewrite(source: Path, target: Path, change: dict[str, torch.Tensor | None]) 
     return target
 
 
-def test_missing_parameter_is_named(llama: Path, tmp_path: Path) -> None:
+def test_tensor_that_is_gone_since_the_plan_is_named(llama: Path, tmp_path: Path) -> None:
     name = "model.layers.1.input_layernorm.weight"
-    model = streamed(rewrite(llama, tmp_path / "m", {name: None}))
-    with pytest.raises(ModelError, match=rf"no {name}") as caught:
+    bad = rewrite(llama, tmp_path / "m", {name: None})
+    plan = make_plan(llama, SPEC)
+    model = StreamedModel(bad, plan, device=torch.device("cpu"), dtype=torch.float32)
+    with pytest.raises(ModelError, match=rf"no tensor '{name}'") as caught:
         model.load_block(1)
     assert caught.value.code == "missing_tensor"
 
 
-def test_wrong_shape_is_named(llama: Path, tmp_path: Path) -> None:
+def test_tensor_of_another_shape_than_planned_is_named(llama: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
-    model = streamed(rewrite(llama, tmp_path / "m", {name: torch.zeros(255, 160)}))
+    bad = rewrite(llama, tmp_path / "m", {name: torch.zeros(255, 160)})
+    plan = make_plan(llama, SPEC)
+    model = StreamedModel(bad, plan, device=torch.device("cpu"), dtype=torch.float32)
     with pytest.raises(ModelError, match=r"up_proj.*\(255, 160\).*\(256, 160\)"):
         model.load_block(0)
 

@@ -17,7 +17,7 @@ from bitmill.evaluation.compare import with_weights
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
 from bitmill.models.experts import is_expert_stack
 from bitmill.models.streamed import StreamedModel, set_weight, weight_of
-from bitmill.plan.architectures import ARCHITECTURES, architecture, block_prefix
+from bitmill.plan.architectures import ARCHITECTURES, architecture
 from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
@@ -153,10 +153,3 @@ def test_unknown_model_type_lists_the_known_ones() -> None:
     assert caught.value.code == "unsupported_architecture"
     with pytest.raises(ModelError, match=r"its text model alone is, as 'gemma3_text'"):
         architecture("gemma3")
-
-
-def test_missing_blocks_are_counted() -> None:
-    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
-    assert block_prefix(names, 3) == "model.layers"
-    with pytest.raises(ModelError, match=r"promises 4 decoder blocks.*model\.layers \(3\)"):
-        block_prefix(names, 4)
