@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,8 +17,9 @@ import httpx2
 import pytest
 import yaml
 
-from servers import Postgres, Redis
-from stores import alive, wait_for
+from bitmill_service.client.client import Client
+from native import native_stack
+from stores import wait_for
 from tiny import tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -33,26 +33,10 @@ SPEC = {
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """A running stack: its addresses and process ids."""
-    nginx = shutil.which("nginx") or Path("/usr/sbin/nginx").exists()
-    if not (Redis.program and Postgres.programs and nginx):
-        pytest.skip("needs the Debian packages redis-server, postgresql and nginx-light")
     folder = tmp_path_factory.mktemp("stack")
     tiny_llama(folder / "models" / "tiny")
-    command = [str(ROOT / "scripts" / "stack"), "--models", f"models={folder / 'models'}"]
-    process = subprocess.Popen(
-        [*command, "--data", str(folder / "data"), "--runner", "acting_runner"],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests"), "BITMILL_POLL_S": "0.1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    found = json.loads(process.stdout.readline())
-    yield found
-    process.send_signal(signal.SIGTERM)
-    process.wait(60)
-    process.stdout.close()
-    assert not [name for name, pid in found["pids"].items() if alive(pid)]
+    with native_stack(folder) as found:
+        yield found
 
 
 def finished(url: str, job_id: str) -> dict[str, Any]:
@@ -78,6 +62,24 @@ def test_job_runs_through_proxy_queue_and_object_store(stack: dict[str, Any]) ->
         assert httpx2.get(place).status_code == 302
         content = httpx2.get(place, follow_redirects=True).content
         assert hashlib.sha256(content).hexdigest() == file["sha256"]
+
+
+def test_client_downloads_from_the_object_store_and_goes_on(
+    stack: dict[str, Any], tmp_path: Path
+) -> None:
+    """The signed addresses take `Range`; nothing of the service's is sent along."""
+    with Client(stack["url"]) as client:
+        job = client.wait(client.submit(SPEC).id, timeout=60)
+        files = {file.path: file for file in client.files(job.id).files}
+        done = client.download(job.id, tmp_path / "out")
+        assert set(done.fetched) == set(files)
+        weights = files["model.safetensors"]
+        whole = (tmp_path / "out/model.safetensors").read_bytes()
+        (tmp_path / "out/model.safetensors").unlink()
+        part = tmp_path / "out" / f".model.safetensors.{weights.sha256[:12]}.part"
+        part.write_bytes(whole[:400])
+        assert client.download(job.id, tmp_path / "out").bytes_fetched == weights.size - 400
+        assert (tmp_path / "out/model.safetensors").read_bytes() == whole
 
 
 def test_replicas_agree_and_metrics_stay_inside(stack: dict[str, Any]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 
 from bitmill.errors import (
     BitmillError,
@@ -35,8 +36,10 @@ from bitmill_service.client.errors import (
 from bitmill_service.schemas import EventView
 from bitmill_workers.errors import WorkerLost
 from bitmill_workers.job_spec import parse_spec
+from bitmill_workers.store.records import JobRecord
 from finished import MAP, REPORT, Stack, spec_json
 from serving import serve
+from tcp_proxy import TcpProxy
 
 
 def test_submit_get_list_cancel_retry_delete(client: Client) -> None:
@@ -268,6 +271,134 @@ def test_silent_address_is_unreachable() -> None:
         pytest.raises(Unreachable, match="bitmill serve"),
     ):
         client.list_jobs()
+
+
+class Restart:
+    """A service that goes away after the first event and comes back after minutes of waiting."""
+
+    def __init__(self, stack: Stack, job: JobRecord, away_s: float = 240.0) -> None:
+        self.stack, self.job, self.away_s = stack, job, away_s
+        self.target = httpx2.URL(stack.url).port
+        assert self.target is not None
+        self.proxy = TcpProxy(self.target)
+        self.port, self.up = self.proxy.port, True
+        self.waited = 0.0
+        self.told: list[str] = []
+        self.client = Client(
+            f"http://127.0.0.1:{self.port}",
+            tries=3,
+            patience=600.0,
+            sleep=self.sleep,
+            on_wait=self.told.append,
+        )
+
+    def stop(self) -> None:
+        self.proxy.close()
+        self.up = False
+
+    def stop_at_first(self, event: EventView) -> None:
+        if event.seq == 1:
+            self.stop()
+
+    def sleep(self, seconds: float) -> None:
+        self.waited += seconds
+        if not self.up and self.waited > self.away_s:
+            self.stack.finish(self.job)
+            assert self.target is not None
+            self.proxy, self.up = TcpProxy(self.target, self.port), True
+
+
+@pytest.fixture
+def restart(stack: Stack) -> Iterator[Restart]:
+    found = Restart(stack, stack.running())
+    with found.client:
+        yield found
+    found.stop()
+
+
+def test_wait_outlives_a_restart(restart: Restart) -> None:
+    seen: list[int] = []
+
+    def on_event(event: EventView) -> None:
+        seen.append(event.seq)
+        restart.stop_at_first(event)
+
+    job = restart.client.wait(restart.job.id, on_event=on_event)
+    assert (job.state, seen) == ("succeeded", [1, 2, 3, 4])
+    assert restart.waited > 240
+    assert restart.told
+    assert all("trying again for" in text for text in restart.told)
+
+
+def test_wait_with_a_timeout_outlives_a_restart(restart: Restart) -> None:
+    found = restart.client.wait(restart.job.id, on_event=restart.stop_at_first, timeout=500)
+    assert found.state == "succeeded"
+
+
+def test_wait_started_while_the_service_is_away_finds_it(restart: Restart) -> None:
+    restart.stop()
+    assert restart.client.wait(restart.job.id).state == "succeeded"
+
+
+def test_followed_log_outlives_a_restart(restart: Restart) -> None:
+    leases, job = restart.stack.leases, restart.job
+    leases.append_log(job.id, job.token, b"one\n", limit=1 << 20)
+    pieces = restart.client.logs(job.id, follow=True)
+    assert next(pieces) == "one\n"
+    restart.stop()
+    assert "".join(pieces) == ""
+
+
+def test_download_that_was_listing_outlives_a_restart(restart: Restart, tmp_path: Path) -> None:
+    restart.stop()
+    done = restart.client.download(restart.job.id, tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == b"weights"
+    assert "model.safetensors" in done.fetched
+
+
+def test_single_calls_give_up_soon(restart: Restart) -> None:
+    restart.stop()
+    calls: list[Callable[[], object]] = [
+        lambda: restart.client.get(restart.job.id),
+        lambda: restart.client.submit(spec_json()),
+        lambda: restart.client.cancel(restart.job.id),
+        lambda: restart.client.files(restart.job.id),
+        lambda: next(restart.client.logs(restart.job.id)),
+        restart.client.list_jobs,
+    ]
+    for call in calls:
+        with pytest.raises(Unreachable):
+            call()
+    assert restart.waited < 10
+
+
+def test_patience_has_an_end(restart: Restart) -> None:
+    restart.away_s = 1e9
+    restart.stop()
+    with pytest.raises(Unreachable):
+        restart.client.wait(restart.job.id)
+    assert 590 < restart.waited < 610
+
+
+def test_an_address_that_cannot_be_called_is_no_reason_to_wait() -> None:
+    for url in ("ftp://127.0.0.1/", "127.0.0.1:8737", "http://127.0.0.1:99999999", "http://", "x"):
+        with pytest.raises(Unreachable, match="no address of a service"):
+            Client(url)
+
+
+def test_another_program_behind_the_address_is_told() -> None:
+    app = FastAPI()
+    app.get("/v1/jobs")(lambda: Response("<html>", media_type="text/html"))
+    app.get("/v1/jobs/{job}")(lambda job: {"hello": job})
+    app.get("/v1/profiles")(lambda: RedirectResponse("https://example.com:444/v1/profiles"))
+    with serve(app) as url, Client(url) as client:
+        for call in (client.list_jobs, lambda: client.get("x")):
+            with pytest.raises(ServiceError, match="Bitmill service behind") as odd:
+                call()
+            assert odd.value.code == "unexpected_answer"
+        with pytest.raises(ServiceError, match="BITMILL_URL") as moved:
+            client.profiles()
+        assert "https://example.com:444:" in moved.value.message
 
 
 def test_client_is_usable_from_several_threads(client: Client) -> None:

@@ -48,13 +48,14 @@ class Served:
 
 
 @contextmanager
-def served(data: Path, models: Path, **environment: str) -> Iterator[Served]:
-    arguments = ["--data", str(data), "--port", "0", "--models", f"models={models}", "--json"]
+def served(data: Path, models: Path, port: int = 0, **environment: str) -> Iterator[Served]:
+    arguments = ["--data", str(data), "--port", str(port)]
+    arguments += ["--models", f"models={models}", "--json"]
     process = subprocess.Popen(
         command("serve", *arguments),
         env={
             **os.environ,
-            "PYTHONPATH": str(TESTS),
+            "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
             "BITMILL_RUNNER_MODULE": "acting_runner",
             "BITMILL_LEASE_S": "4",
             "BITMILL_RENEW_S": "0.5",
@@ -113,6 +114,31 @@ def test_job_runs_and_stop_leaves_no_process(data: Path, models: Path, tmp_path:
     settings = ServiceSettings(data=data, port=0)
     with EmbeddedService(settings, worker=False) as again, Client(again.url) as client:
         assert client.get(running).state == "queued"
+
+
+def test_commands_that_follow_a_job_outlive_a_killed_service(
+    data: Path, models: Path, tmp_path: Path
+) -> None:
+    with served(data, models) as first, Client(first.url) as client:
+        url = first.url
+        job = submit(client, "steps=100 sleep=0.1")
+        words = (["wait", job], ["logs", job, "--follow"])
+        following = []
+        for number, each in enumerate(words):
+            with (tmp_path / f"{number}.txt").open("w") as said:
+                follower = command(*each, "--url", url)
+                following.append(subprocess.Popen(follower, stdout=said, stderr=subprocess.STDOUT))
+        wait_for(lambda: all((tmp_path / f"{n}.txt").read_text() for n in range(2)), "output")
+        first.process.kill()
+        first.process.wait()
+    wait_for(
+        lambda: all("trying again" in (tmp_path / f"{n}.txt").read_text() for n in range(2)),
+        "words about the outage",
+    )
+    with served(data, models, int(url.rpartition(":")[2])):
+        assert [process.wait(100) for process in following] == [0, 0]
+    assert "job succeeded" in (tmp_path / "0.txt").read_text()
+    assert (tmp_path / "1.txt").read_text().count("starts") == 2
 
 
 def test_killed_worker_is_replaced_and_finished_steps_are_kept(data: Path, models: Path) -> None:

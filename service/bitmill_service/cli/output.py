@@ -46,8 +46,9 @@ def console() -> Console:
 
 
 def open_client(url: str | None) -> Client:
-    """A client that gives up on a silent service within seconds."""
-    return Client(url, tries=4)
+    """A client that gives up on a silent service within seconds, but not while it follows a job."""
+    quiet = "--json" in sys.argv
+    return Client(url, tries=4, on_wait=lambda text: None if quiet else typer.echo(text, err=True))
 
 
 def print_json(value: Any) -> None:

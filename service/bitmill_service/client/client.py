@@ -17,6 +17,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -30,8 +31,9 @@ from bitmill_service.client.errors import (
     Unreachable,
     WaitTimeout,
     raise_for_problem,
+    read_answer,
 )
-from bitmill_service.client.retries import backoff, with_retries
+from bitmill_service.client.retries import RETRY_STATUS, Retries, backoff, with_retries
 from bitmill_service.schemas import (
     AllocationRequest,
     AllocationView,
@@ -62,6 +64,9 @@ class Client:
     url: default `BITMILL_URL`, else the embedded service's address.
     timeout: seconds without a byte before a request counts as broken.
     tries: how often one request is sent at most.
+    patience: how many seconds `wait`, `events`, `logs` with `follow` and `download` go on without
+    an answer, so that a restart of the service does not end them.
+    on_wait: told, in words, what is waited for; from any thread.
     """
 
     def __init__(
@@ -70,12 +75,15 @@ class Client:
         *,
         timeout: float = 30.0,
         tries: int = 6,
+        patience: float = 600.0,
         sleep: Callable[[float], None] = time.sleep,
+        on_wait: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.url = (url or os.environ.get("BITMILL_URL") or DEFAULT_URL).rstrip("/")
-        self._tries, self._sleep = tries, sleep
+        self._retries = Retries(tries, patience, sleep, on_wait)
+        self._sleep = sleep
         self._http = httpx2.Client(
-            base_url=self.url,
+            base_url=_address(self.url),
             timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
             headers={"User-Agent": "bitmill-client"},
         )
@@ -101,7 +109,7 @@ class Client:
         response = self._send(
             "POST", "/v1/jobs", params={"validate_only": "true"}, json=_spec_json(spec)
         )
-        return PlanView.model_validate(response.json())
+        return read_answer(PlanView, response)
 
     def get(self, job_id: str) -> JobView:
         """The job as it is now."""
@@ -123,7 +131,7 @@ class Client:
 
     def cancel(self, job_id: str) -> JobView:
         """Ask a job to stop; 409 `job_finished` where it has succeeded or failed."""
-        return JobView.model_validate(self._send("POST", f"/v1/jobs/{job_id}/cancel").json())
+        return read_answer(JobView, self._send("POST", f"/v1/jobs/{job_id}/cancel"))
 
     def retry(self, job_id: str, *, idempotency_key: str | None = None) -> JobView:
         """A new job with the same specification and `parent_id` = `job_id`."""
@@ -135,7 +143,7 @@ class Client:
 
     def event_page(self, job_id: str, *, after: int = 0, limit: int = 500) -> EventPage:
         """Events with `seq` > `after`."""
-        return self._get(EventPage, f"/v1/jobs/{job_id}/events", after=after, limit=limit)
+        return self._event_page(job_id, after, None, limit)
 
     def events(self, job_id: str, *, after: int = 0) -> Iterator[EventView]:
         """All events from `after` on, as they come, until the job has finished.
@@ -145,7 +153,7 @@ class Client:
         """
         failures = 0
         while True:
-            seen = after
+            seen, broken = after, False
             try:
                 for event in self._stream(job_id, after):
                     if event is None:
@@ -153,13 +161,15 @@ class Client:
                     after = event.seq
                     yield event
             except httpx2.TransportError:
-                self._sleep(backoff(failures))
-            page = self.event_page(job_id, after=after)
+                broken = True
+            page = self._event_page(job_id, after, self._retries.patience)
             yield from page.events
             after = page.next_after
             if page.end:
                 return
             failures = 0 if after > seen else min(failures + 1, 5)
+            if broken and failures:
+                self._sleep(backoff(failures))
 
     def wait(
         self,
@@ -177,7 +187,7 @@ class Client:
         for event in self._events_until(job_id, after, deadline):
             if on_event is not None:
                 on_event(event)
-        job = self.get(job_id)
+        job = self._get(JobView, f"/v1/jobs/{job_id}", _left(self._retries.patience, deadline))
         if not job.terminal:
             raise WaitTimeout(job, f"job {job_id} is still {job.state} after {timeout:g} s")
         if job.state == "cancelled":
@@ -189,12 +199,13 @@ class Client:
 
     def log_page(self, job_id: str, *, offset: int = 0) -> LogPage:
         """A piece of the job's log from byte `offset`."""
-        return self._get(LogPage, f"/v1/jobs/{job_id}/logs", offset=offset)
+        return self._log_page(job_id, offset, None)
 
     def logs(self, job_id: str, *, offset: int = 0, follow: bool = False) -> Iterator[str]:
         """The job's log; with `follow`, until the job has finished."""
+        patience = self._retries.patience if follow else None
         while True:
-            page = self.log_page(job_id, offset=offset)
+            page = self._log_page(job_id, offset, patience)
             if page.text:
                 yield page.text
             if page.end or (not follow and page.next_offset == offset):
@@ -206,7 +217,7 @@ class Client:
     def bit_width_map(self, job_id: str) -> BitWidthMap:
         """The finished job's bit-width map."""
         response = self._send("GET", f"/v1/jobs/{job_id}/bit-width-map")
-        return BitWidthMap.model_validate_json(response.content)
+        return read_answer(BitWidthMap, response)
 
     def report(self, job_id: str) -> dict[str, Any]:
         """The finished job's quality report."""
@@ -230,15 +241,17 @@ class Client:
         """Bring the job's files into `folder`, verified against their SHA-256.
 
         Files that are already there and match are skipped; broken downloads are continued, also
-        by a later call. `include`: glob patterns of paths.
+        by a later call. Several calls may bring files into one folder at once. `include`: glob
+        patterns of paths. Raises `InputError` where something stands in a file's way.
         """
+        listed = self._get(FileList, f"/v1/jobs/{job_id}/files", self._retries.patience)
         return download_files(
             self._http,
-            select(self.files(job_id).files, include),
+            select(listed.files, include),
             folder,
             parallel=parallel,
             on_bytes=on_bytes or (lambda _: None),
-            sleep=self._sleep,
+            retries=self._retries,
         )
 
     def profiles(self) -> list[ProfileView]:
@@ -262,7 +275,7 @@ class Client:
             f"/v1/profiles/{profile_id}/allocate",
             json=request.model_dump(mode="json", exclude_unset=True),
         )
-        return AllocationView.model_validate(response.json())
+        return read_answer(AllocationView, response)
 
     def maps(self) -> list[MapView]:
         """All stored bit-width maps, by id."""
@@ -282,20 +295,31 @@ class Client:
             content=content,
             headers={"Content-Type": "application/octet-stream"},
         )
-        return MapView.model_validate(response.json())
+        return read_answer(MapView, response)
 
     def ready(self) -> bool:
         """Whether the service can take jobs."""
-        response = self._raw("GET", "/readyz", tries=1)
+        response = self._raw("GET", "/readyz", retries=replace(self._retries, tries=1))
         return response.status_code == 200
 
-    def _get(self, kind: type[_ViewT], path: str, **params: Any) -> _ViewT:
+    def _event_page(
+        self, job_id: str, after: int, patience: float | None, limit: int = 500
+    ) -> EventPage:
+        path = f"/v1/jobs/{job_id}/events"
+        return self._get(EventPage, path, patience, after=after, limit=limit)
+
+    def _log_page(self, job_id: str, offset: int, patience: float | None) -> LogPage:
+        return self._get(LogPage, f"/v1/jobs/{job_id}/logs", patience, offset=offset)
+
+    def _get(
+        self, kind: type[_ViewT], path: str, patience: float | None = None, **params: Any
+    ) -> _ViewT:
         given = {key: value for key, value in params.items() if value is not None}
-        return kind.model_validate(self._send("GET", path, params=given).json())
+        return read_answer(kind, self._send("GET", path, patience=patience, params=given))
 
     def _create(self, path: str, body: Any, key: str | None) -> JobView:
         headers = {"Idempotency-Key": key or uuid.uuid4().hex}
-        return JobView.model_validate(self._send("POST", path, json=body, headers=headers).json())
+        return read_answer(JobView, self._send("POST", path, json=body, headers=headers))
 
     def _send(self, method: str, path: str, **kwargs: Any) -> httpx2.Response:
         response = self._raw(method, path, **kwargs)
@@ -303,13 +327,20 @@ class Client:
         return response
 
     def _raw(
-        self, method: str, path: str, *, tries: int | None = None, **kwargs: Any
+        self,
+        method: str,
+        path: str,
+        *,
+        patience: float | None = None,
+        retries: Retries | None = None,
+        **kwargs: Any,
     ) -> httpx2.Response:
+        """The answer after retries; with `patience` as long as that lasts."""
         try:
             return with_retries(
                 lambda: self._http.request(method, path, **kwargs),
-                tries=tries or self._tries,
-                sleep=self._sleep,
+                retries or self._retries,
+                patience=patience,
             )
         except httpx2.TransportError as error:
             raise Unreachable(
@@ -323,7 +354,7 @@ class Client:
         with self._http.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers) as response:
             if response.status_code >= 400:
                 response.read()
-                if response.status_code in (429, 502, 503, 504):
+                if response.status_code in RETRY_STATUS:
                     raise httpx2.ReadError(f"the service answered {response.status_code}")
                 raise_for_problem(response)
             for event in httpx2.EventSource(response):
@@ -338,7 +369,8 @@ class Client:
             yield from self.events(job_id, after=after)
             return
         while True:
-            page = self.event_page(job_id, after=after)
+            left = _left(self._retries.patience, deadline)
+            page = self._event_page(job_id, after, left)
             yield from page.events
             after = page.next_after
             left = deadline - time.monotonic()
@@ -346,6 +378,23 @@ class Client:
                 return
             if not page.events:
                 self._sleep(min(_POLL_SECONDS / 4, left))
+
+
+def _address(url: str) -> httpx2.URL:
+    try:
+        address = httpx2.URL(url)
+        odd = address.scheme not in ("http", "https") or not address.host
+        odd |= (address.port or 0) > 65535
+    except httpx2.InvalidURL:
+        odd = True
+    if odd:
+        raise Unreachable(f"{url!r} is no address of a service: give one such as {DEFAULT_URL}")
+    return address
+
+
+def _left(patience: float, deadline: float | None) -> float:
+    """Seconds of patience that end with the deadline."""
+    return patience if deadline is None else max(0.0, min(patience, deadline - time.monotonic()))
 
 
 def _spec_json(spec: JobSpec | Mapping[str, Any]) -> dict[str, Any]:

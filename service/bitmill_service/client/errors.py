@@ -15,14 +15,17 @@ impossible budget whether a service or the library refused it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2
+from pydantic import BaseModel, ValidationError
 
 from bitmill.errors import BitmillError
 
 if TYPE_CHECKING:
     from bitmill_service.schemas import JobView
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class ServiceError(BitmillError):
@@ -88,6 +91,14 @@ class WaitTimeout(JobOutcome):
 
 def raise_for_problem(response: httpx2.Response) -> None:
     """Raise the `ServiceError` that a refused request's problem document describes."""
+    if response.has_redirect_location:
+        target = response.url.join(response.headers["location"])
+        raise ServiceError(
+            f"the service sends this request on to {target.scheme}://"
+            f"{target.netloc.decode('ascii')}: set BITMILL_URL to that address",
+            status=response.status_code,
+            code="redirected",
+        )
     if response.status_code < 400:
         return
     try:
@@ -115,3 +126,16 @@ def _class_of(status: int, problem: dict[str, Any]) -> type[ServiceError]:
     if kind is BitmillError or issubclass(kind, ServiceError):
         return ServiceError
     return type(f"Service{kind.__name__}", (ServiceError, kind), {})
+
+
+def read_answer(kind: type[_Model], response: httpx2.Response) -> _Model:
+    """The answer as a typed value; raises `ServiceError` (code `unexpected_answer`)."""
+    try:
+        return kind.model_validate_json(response.content)
+    except ValidationError as error:
+        raise ServiceError(
+            f"{response.request.url} answered something that is no {kind.__name__}: is a Bitmill "
+            "service behind this address?",
+            status=response.status_code,
+            code="unexpected_answer",
+        ) from error
