@@ -10,8 +10,8 @@ A row is a name and settings; unknown ones are errors. Besides the fields of `Le
     asymmetric  GPTQ's correction for the prefix, 1 or 0
     fuse_siblings  q/k/v and gate/up of a block share one map, 1 or 0
     learn       1, or 0 to stop at the start
-    scales, roundings: steps of end-to-end tuning, each starting from the learned weights
-    tune_batch, tune_rate, tune_position_rate: its settings
+    scales      steps of end-to-end tuning, which starts from the learned weights
+    tune_batch, tune_rate: its settings
 
 Rows run as processes of their own, `--jobs` at a time on one device; a row that fails or outlasts
 `--limit` is reported as such. Protocol: 64 calibration and 16 held-out windows of 2048 tokens of
@@ -71,10 +71,8 @@ class Row:
     fuse_siblings: int = 0
     learn: int = 1
     scales: int = 0
-    roundings: int = 0
     tune_batch: int = TuneSettings.batch
     tune_rate: float = TuneSettings.scale_rate
-    tune_position_rate: float = TuneSettings.position_rate
     learning: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -193,20 +191,12 @@ def run_row(args: argparse.Namespace, row: Row) -> dict[str, Any]:
     result: dict[str, Any] = {"seconds": time.perf_counter() - began, "blocks": reports}
     result["learned"] = evaluate(bench, weights)
     print(row.name, "before tuning", json.dumps(result["learned"]), flush=True)
-    for what, steps in (("scales", row.scales), ("roundings", row.roundings)):
-        if not steps:
-            continue
-        settings = TuneSettings(
-            steps=steps,
-            batch=row.tune_batch,
-            scale_rate=row.tune_rate,
-            position_rate=row.tune_position_rate,
-            roundings=what == "roundings",
-        )
+    if row.scales:
+        settings = TuneSettings(steps=row.scales, batch=row.tune_batch, scale_rate=row.tune_rate)
         tokens, held_out = bench.calibration.tokens, bench.calibration.held_out
         tuned, report = tune_scales(bench.model, weights, tokens, held_out, settings, seed=0)
-        result[what] = evaluate(bench, tuned) | {"tuning": report.model_dump(mode="json")}
-        print(row.name, what, json.dumps(result[what]), flush=True)
+        result["scales"] = evaluate(bench, tuned) | {"tuning": report.model_dump(mode="json")}
+        print(row.name, "scales", json.dumps(result["scales"]), flush=True)
     return result
 
 
@@ -363,7 +353,7 @@ def table(results: dict[str, Any]) -> str:
         if "learned" not in result:
             lines.append(f"| {name} | failed: {result.get('failed')} | | | | | |")
             continue
-        for stage in ("learned", "scales", "roundings"):
+        for stage in ("learned", "scales"):
             if stage not in result:
                 continue
             seconds = result[stage].get("tuning", result)["seconds"]

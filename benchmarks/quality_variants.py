@@ -58,10 +58,8 @@ RESIDUAL = replace(FULL, asymmetric=True, ridges=(0.0,))
 CHOSEN_RIDGE = replace(RESIDUAL, ridges=RefineSettings.ridges)
 MORE_RIDGES = replace(RESIDUAL, ridges=(0.05, 0.2, 0.5, 1.0, 2.0))
 
-ROUNDING = SensitivitySettings(widths=WIDTHS, cost="rounding", gradients=PassSettings(batch=8))
-COMPENSATED_COST = replace(ROUNDING, cost="compensated")
-WEIGHTED_COST = replace(COMPENSATED_COST, moments="weighted")
-SAMPLED_COST = replace(COMPENSATED_COST, gradients=PassSettings(batch=8, labels="sampled"))
+PLAIN_COST = SensitivitySettings(widths=WIDTHS, gradients=PassSettings(batch=8))
+WEIGHTED_COST = replace(PLAIN_COST, moments="weighted")
 
 BUDGETS = (4.0, 3.0, 2.5, 2.0)
 
@@ -113,12 +111,7 @@ def profile_rows() -> Iterator[Variant]:
     """Other profiles, orders and statistics, under one refinement."""
     for bits in (3.0, 2.0):
         tag = f"knapsack{bits:g}"
-        for name, profile in (
-            ("roundingcost", ROUNDING),
-            ("weightedcost", WEIGHTED_COST),
-            ("sampledcost", SAMPLED_COST),
-        ):
-            yield knapsack(f"{tag}-{name}", bits, FULL, profile=profile)
+        yield knapsack(f"{tag}-weightedcost", bits, FULL, profile=WEIGHTED_COST)
         yield replace(knapsack(f"{tag}-sourceinputs", bits, FULL), source_inputs=True)
         yield replace(knapsack(f"{tag}-natural", bits, FULL), order="natural")
         yield replace(knapsack(f"{tag}-residual-natural", bits, RESIDUAL), order="natural")
@@ -137,7 +130,7 @@ def knapsack(
     bits: float,
     refine: RefineSettings,
     *,
-    profile: SensitivitySettings = COMPENSATED_COST,
+    profile: SensitivitySettings = PLAIN_COST,
 ) -> Variant:
     """One knapsack row in activation order."""
     return Variant(name, "knapsack", bits, "activation", refine, profile)

@@ -7,10 +7,8 @@
                and hand on dL/d(input)
 
 L is the sum of the next-token losses of all windows, in nats. While a block runs, hooks hand every
-linear's input x and gradient g = dL/dy to the observer. With `labels` = "sampled" the labels are
-drawn from the model's own predictions, which makes the mean of g g^T the Fisher matrix, the
-curvature of KL(source || changed); with "text" they are the text, the empirical Fisher matrix. With
-"source" they are the unchanged model's distributions: L is KL(source || changed) plus a constant.
+linear's input x and gradient g = dL/dy to the observer; the mean of g g^T is the empirical Fisher
+matrix.
 
 The state between blocks is the gradient [S, T, D]. It can be saved and given back, so a killed run
 goes on at the block it reached, after a forward pass.
@@ -23,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +46,7 @@ LOGIT_VALUES = 3 << 24
 
 @dataclass(frozen=True)
 class PassSettings:
-    """How the pass is run; only `labels` and `seed` (and the batch, by rounding) change results.
+    """How the pass is run; only the batch changes results, by rounding.
 
     batch: windows per run of a block. host_bytes: limit of what is kept in host memory; None takes
     the accelerator's where it has room for them (`input_room`), else half of what the host has
@@ -56,8 +54,6 @@ class PassSettings:
     """
 
     batch: int = 4
-    labels: Literal["text", "sampled", "source"] = "text"
-    seed: int = 0
     host_bytes: int | None = None
     every: int | None = None
 
@@ -78,16 +74,11 @@ class BlockObserver(Protocol):
         """A linear's input [T, K] and the loss gradient [T, N] at its output, same tokens."""
 
 
-Prepare = Callable[[int, nn.Module], None]
-"""Changes block i after it was loaded, for example to a quantized reference point."""
-
-
 class GradientPass:
     """The pass over one set of windows.
 
-    tokens: int64 [S, T]. prepare: see `Prepare`; the loss is then that of the changed model.
-    group: ranks of which each passes its own windows through; they share the host's memory.
-    predictions: of all windows.
+    tokens: int64 [S, T]. group: ranks of which each passes its own windows through; they share the
+    host's memory. predictions: of all windows.
     """
 
     def __init__(
@@ -97,7 +88,6 @@ class GradientPass:
         settings: PassSettings,
         *,
         scratch: Path | None = None,
-        prepare: Prepare | None = None,
         group: Group = SINGLE,
     ) -> None:
         if tokens.shape[1] < 2:
@@ -107,7 +97,6 @@ class GradientPass:
         self._model, self._settings = model, settings
         self._tokens = group.shard(tokens)
         self._ranks = group.size
-        self._prepare = prepare
         self._passed: tuple[int, nn.Module] | None = None
         self._scratch = scratch
         self.predictions = tokens.shape[0] * (tokens.shape[1] - 1)
@@ -149,8 +138,8 @@ class GradientPass:
                     on_block(i, gradient)
 
     def source_block(self, i: int) -> nn.Module:
-        """Block i with the source's weights: the one just gone through backward, or a fresh one."""
-        if self._passed is not None and self._passed[0] == i and self._prepare is None:
+        """Block i: the one just gone through backward, or a fresh one."""
+        if self._passed is not None and self._passed[0] == i:
             return self._passed[1]
         return self._model.load_block(i)
 
@@ -174,11 +163,10 @@ class GradientPass:
     ) -> tuple[int, Tensor]:
         """Number of blocks still to go through, and the gradient at the output of the last."""
         if resume is None:
-            source = self._source_output(first) if self._settings.labels == "source" else None
             output = inputs.forward()
             gradient = torch.empty_like(output)
             with stage("head"):
-                self._head_gradient(output, gradient, source)
+                self._head_gradient(output, gradient)
             memory.free(output)
             return self._model.block_count, gradient
         top, gradient = resume
@@ -190,27 +178,10 @@ class GradientPass:
         for start in range(0, len(self._tokens), self._settings.batch):
             yield slice(start, start + self._settings.batch)
 
-    def _load(self, i: int) -> nn.Module:
-        block = self._model.load_block(i).requires_grad_(False)
-        if self._prepare:
-            self._prepare(i, block)
-        return block
-
-    @torch.no_grad()
-    def _source_output(self, first: Tensor) -> Tensor:
-        """The last block's output [S, T, D] of the model without `prepare`."""
-        hidden = first.clone()
-        for i in range(self._model.block_count):
-            block = self._model.load_block(i)
-            for part in self._parts():
-                y = self._model.run_block(i, block, hidden[part])
-                hidden[part] = y.to(hidden.device, hidden.dtype)
-        return hidden
-
     def _step(self, on_forward: Callable[[int], None] | None) -> Callable[..., None]:
         @torch.no_grad()
         def step(i: int, x: Tensor, y: Tensor) -> None:
-            block = self._load(i)
+            block = self._model.load_block(i).requires_grad_(False)
             for part in self._parts():
                 y[part].copy_(self._model.run_block(i, block, x[part]), non_blocking=True)
             if on_forward:
@@ -218,9 +189,8 @@ class GradientPass:
 
         return step
 
-    def _head_gradient(self, output: Tensor, gradient: Tensor, source: Tensor | None) -> None:
+    def _head_gradient(self, output: Tensor, gradient: Tensor) -> None:
         """Write dL/d(output) [S, T, D]; the last position of a window predicts nothing."""
-        generator = torch.Generator(self._model.device).manual_seed(self._settings.seed)
         tokens = self._tokens.to(self._model.device)
         length = tokens.shape[1]
         for part in self._parts():
@@ -231,23 +201,16 @@ class GradientPass:
                 place = slice(start, min(start + span, length - 1))
                 labels = targets[:, place.start + 1 : place.stop + 1]
                 x = output[part, place].to(self._model.device)
-                if source is not None:
-                    with torch.no_grad():
-                        labels = self._model.logits(source[part, place]).softmax(-1, torch.float32)
-                gradient[part, place] = self._slice_gradient(x, labels, generator).to(
-                    gradient.device
-                )
+                gradient[part, place] = self._slice_gradient(x, labels).to(gradient.device)
 
-    def _slice_gradient(self, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """labels: int64 [B, T] of tokens, or f32 [B, T, V] of probabilities."""
+    def _slice_gradient(self, x: Tensor, labels: Tensor) -> Tensor:
+        """dL/dx [B, T, D] of x [B, T, D] at the labels int64 [B, T]."""
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             logits = self._model.logits(x)
         received = logits.detach().softmax(-1, torch.float32)
-        if self._settings.labels == "sampled":
-            drawn = torch.multinomial(received.flatten(0, 1), 1, generator=generator)
-            labels = drawn.view_as(labels)
-        subtract_labels(received, labels)
+        place = labels[..., None]
+        received.scatter_(-1, place, received.gather(-1, place) - 1)
         return torch.autograd.grad(logits, x, received.to(logits.dtype))[0]
 
     def _backward(
@@ -255,7 +218,7 @@ class GradientPass:
     ) -> None:
         """Replace the gradient at block i's output by that at its input, in place."""
         self._passed = None
-        block = self._load(i)
+        block = self._model.load_block(i).requires_grad_(False)
         modules = self._model.linears(block, i)
         largest = torch.zeros((), device=self._model.device)
         for part in self._parts():
@@ -275,18 +238,6 @@ class GradientPass:
                 code="non_finite_gradient",
             )
         self._passed = i, block
-
-
-def subtract_labels(probabilities: Tensor, labels: Tensor) -> None:
-    """Turn softmaxes f32 [B, T, V] into gradients of the cross entropy at the logits, in place.
-
-    labels: int64 [B, T] of tokens, or f32 [B, T, V] of probabilities.
-    """
-    if labels.is_floating_point():
-        probabilities -= labels
-    else:
-        place = labels[..., None]
-        probabilities.scatter_(-1, place, probabilities.gather(-1, place) - 1)
 
 
 @contextmanager

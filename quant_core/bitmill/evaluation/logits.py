@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,31 +36,12 @@ Window = Callable[[int, int], Tensor]
 """Logits [end - begin, V] of the positions begin to end (exclusive) of one window."""
 
 
-@runtime_checkable
 class LogitSource(Protocol):
     """A model as evaluation sees it."""
 
     def windows(self, tokens: Tensor) -> Iterator[Window]:
         """One `Window` per row of `tokens` [S, T], in order; each is used before the next."""
         ...
-
-
-def _rows(logits: Tensor, begin: int, end: int) -> Tensor:
-    return logits[begin:end]
-
-
-class ModelLogits:
-    """Any callable from tokens int64 [1, T] to logits [1, T, V], run window by window."""
-
-    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
-        self._model = model
-
-    @torch.no_grad()
-    def windows(self, tokens: Tensor) -> Iterator[Window]:
-        """See `LogitSource`."""
-        for row in tokens:
-            logits = self._model(row[None])[0]
-            yield partial(_rows, logits)
 
 
 class StreamedLogits:
@@ -200,14 +181,10 @@ def _compare_pieces(source: Tensor | None, candidate: Tensor, target: Tensor) ->
     return total
 
 
-def _as_source(model: LogitSource | Callable[[Tensor], Tensor]) -> LogitSource:
-    return model if isinstance(model, LogitSource) else ModelLogits(model)
-
-
 @torch.no_grad()
 def perplexity_and_kl(
-    reference: LogitSource | Callable[[Tensor], Tensor] | None,
-    candidate: LogitSource | Callable[[Tensor], Tensor],
+    reference: LogitSource | None,
+    candidate: LogitSource,
     tokens: Tensor,
     *,
     chunk: int = CHUNK,
@@ -215,16 +192,15 @@ def perplexity_and_kl(
 ) -> WindowMeasures:
     """Compare a candidate with the source model on windows `tokens` int64 [S, T].
 
-    Both are `LogitSource`s, or callables from tokens [1, T] to logits [1, T, V]; without a
-    reference KL is 0 and agreement 1. Each window is scored alone, T-1 predictions.
+    Without a reference KL is 0 and agreement 1. Each window is scored alone, T-1 predictions.
     on_window: called with the number of finished windows and S.
     """
     count, length = tokens.shape
     sums = torch.zeros(count, 4, dtype=torch.float64)
     sources: Iterator[Window | None] = iter([None] * count)
     if reference is not None:
-        sources = _as_source(reference).windows(tokens)
-    pairs = zip(sources, _as_source(candidate).windows(tokens), strict=True)
+        sources = reference.windows(tokens)
+    pairs = zip(sources, candidate.windows(tokens), strict=True)
     for i, (source, model) in enumerate(pairs):
         for begin in range(0, length - 1, chunk):
             end = min(begin + chunk, length - 1)

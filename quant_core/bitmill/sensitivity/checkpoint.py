@@ -3,7 +3,6 @@
     block-00012.npz             costs, orders and shapes of block 12's linears
     gradient-0-00012.safetensors  loss gradient [S, T, D] at block 12's input of rank 0's windows,
                                 the newest one only
-    tokens/<linear>.npy         token weights f32 [S * T], where they were asked for
 
 Blocks are measured from the last to the first. The gradient is large, so it is written only when
 `GRADIENT_SECONDS` have passed since the last time; a run that goes on passes through blocks between
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -134,14 +132,6 @@ class ProfileCheckpoint:
         block = min(everywhere)
         return block, load_file(saved[block])["gradient"].clone()
 
-    def save_token_weights(self, name: str, weights: Tensor) -> None:
-        """Keep a linear's token weights f32 [S * T]."""
-        if self._folder is None:
-            return
-        (self._folder / "tokens").mkdir(exist_ok=True)
-        with replacing(self._folder / "tokens" / f"{name}.npy") as temporary:
-            np.save(temporary, weights.numpy())
-
     def _gradients(self) -> dict[int, Path]:
         pattern = f"gradient-{self._group.rank}-*.safetensors"
         found = self._folder.glob(pattern) if self._folder else ()
@@ -150,9 +140,3 @@ class ProfileCheckpoint:
     @staticmethod
     def _block_path(folder: Path, block: int) -> Path:
         return folder / f"block-{block:05}.npz"
-
-
-def load_token_weights(folder: Path, name: str, windows: int) -> Tensor:
-    """A linear's token weights f32 [S, T] from a profile's folder."""
-    flat = np.load(folder / "tokens" / f"{name}.npy", allow_pickle=False)
-    return torch.from_numpy(flat).view(windows, -1)

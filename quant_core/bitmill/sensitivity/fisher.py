@@ -13,8 +13,7 @@ for every linear (`calibration/gradients.py`).
 
 The cost of width b for group j comes from the real quantizer: its grid search, then the GPTQ column
 loop inside the group, whose normalized errors e_k / U_kk are exactly what is left of D H D^T once
-all later columns have compensated (`cost` = "compensated"). "rounding" takes the rounding error of
-the same grid without compensation.
+all later columns have compensated. Every group is measured on the source's weights.
 
 Of a linear with more than `rows` outputs, a sample is quantized: rows at equal steps of the
 cumulated q_n, so that a row stands for its share of q; rows above one step are always taken. All
@@ -36,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.allocation.profile import FloatArray, IndexArray, SensitivityProfile
-from bitmill.calibration.gradients import GradientPass, PassSettings, Prepare
+from bitmill.calibration.gradients import GradientPass, PassSettings
 from bitmill.calibration.hessian import HessianAccumulator, all_reduce
 from bitmill.calibration.undersampled_experts import fill_squares, filled_means
 from bitmill.errors import CalibrationError
@@ -48,16 +47,14 @@ from bitmill.quant.grid import (
     clip_search,
     clip_search_groups,
     max_code,
-    nearest_codes,
     one_bit_groups,
     relative_weights,
     round_scale,
-    values,
 )
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.runtime.stage_timer import stage
 from bitmill.sensitivity.checkpoint import BlockProfile, ProfileCheckpoint, joined_profile
-from bitmill.solvers.factor import DAMPING_LADDER, activation_order
+from bitmill.solvers.factor import activation_order
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.grid_search import unit_rows
 from bitmill_kernels.backend import resolve_backend
@@ -83,22 +80,13 @@ PROFILE_CLIP: Mapping[int, ClipSettings] = {
 class SensitivitySettings:
     """What is measured, and how.
 
-    widths: candidates, ascending. clip: grid search of the cost; None takes `PROFILE_CLIP`. rows:
-    outputs of a linear that are quantized, see above. compensate_from: width whose
-    errors earlier groups hand on to later ones before those are measured; None measures every
-    group on the source weights. token_weights: also keep a_t in the folder, for refinement
-    (`profile_checkpoint.load_token_weights`); routed experts, which see few tokens, have none.
+    widths: candidates, ascending. rows: outputs of a linear that are quantized, see above.
     """
 
     widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     order: Literal["natural", "activation"] = "activation"
-    cost: Literal["compensated", "rounding"] = "compensated"
     moments: Literal["plain", "weighted"] = "plain"
-    compensate_from: int | None = None
-    clip: ClipSettings | None = None
     rows: int = 512
-    damping: tuple[float, ...] = DAMPING_LADDER
-    token_weights: bool = False
     gradients: PassSettings = field(default_factory=PassSettings)
 
     def identity(self) -> dict[str, Any]:
@@ -109,23 +97,10 @@ class SensitivitySettings:
         return named
 
 
-@dataclass(frozen=True, eq=False)
-class LinearMoments:
-    """What the gradient pass knows of one linear.
-
-    row_weight: f64 [N], q above, on the CPU; weighted: f32 [K, K] or None; tokens: f32 [T of all
-    windows] a_t or None.
-    """
-
-    row_weight: Tensor
-    weighted: Tensor | None = None
-    tokens: Tensor | None = None
-
-
 class BlockMoments:
     """Accumulates the moments of one block's linears; a `BlockObserver`.
 
-    `all_reduce` and `fill` follow the last token; `mean` and `of` follow those.
+    `all_reduce` and `fill` follow the last token; the other methods follow those.
 
     groups: names that read the same input; the first of each stands for it.
     """
@@ -138,7 +113,6 @@ class BlockMoments:
         settings: SensitivitySettings,
     ) -> None:
         self._owner = {name: group[0] for group in groups for name in group}
-        self._settings = settings
         self._plain = {
             group[0]: HessianAccumulator(linears[group[0]][1], device, name=group[0])
             for group in groups
@@ -153,7 +127,6 @@ class BlockMoments:
                 name: HessianAccumulator(columns, device, name=name)
                 for name, (_, columns) in linears.items()
             }
-        self._tokens: dict[str, list[Tensor]] = {name: [] for name in linears}
         self._filled: dict[str, Tensor] = {}
 
     def seen(self, name: str, x: Tensor, gradient: Tensor) -> None:
@@ -162,25 +135,15 @@ class BlockMoments:
         self._squares[name] += norms.double().square()
         if self._owner[name] == name:
             self._plain[name].add(x)
-        if not (self._weighted or self._settings.token_weights):
-            return
-        importance = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32).square()
         if self._weighted:
-            self._weighted[name].add(x, importance)
-        if self._settings.token_weights:
-            self._tokens[name].append(importance.cpu())
+            norms = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
+            self._weighted[name].add(x, norms.square())
 
     def all_reduce(self, group: Group) -> None:
-        """Add what the other ranks have seen; token weights line up in the order of the windows."""
+        """Add what the other ranks have seen."""
         check = all_reduce((*self._plain.values(), *self._weighted.values()), group)
         group.all_reduce(*self._squares.values())
         check()
-        if self._settings.token_weights:
-            own = {
-                name: torch.cat([torch.empty(0), *parts]) for name, parts in self._tokens.items()
-            }
-            every = group.gather(own)
-            self._tokens = {name: [tokens[name] for tokens in every] for name in own}
 
     def fill(self) -> None:
         """Fill up what starved experts saw."""
@@ -194,14 +157,13 @@ class BlockMoments:
         owner = self._owner[name]
         return self._filled[owner] if owner in self._filled else self._plain[owner].mean()
 
-    def of(self, name: str, predictions: int) -> LinearMoments:
-        """The moments of one linear."""
-        parts = self._tokens[name]
-        return LinearMoments(
-            row_weight=self._squares[name] / predictions,
-            weighted=self._weighted[name].mean() if self._weighted else None,
-            tokens=torch.cat(parts) if parts else None,
-        )
+    def weighted(self, name: str) -> Tensor | None:
+        """H f32 [K, K] weighted by the gradients at a linear's output, where it was asked for."""
+        return self._weighted[name].mean() if self._weighted else None
+
+    def row_weight(self, name: str, predictions: int) -> Tensor:
+        """q f64 [N] of a linear, on the CPU."""
+        return self._squares[name] / predictions
 
 
 def profile_knapsack(
@@ -213,25 +175,21 @@ def profile_knapsack(
     model_digest: str = "",
     calibration_digest: str = "",
     folder: Path | None = None,
-    prepare: Prepare | None = None,
     on_block: Callable[[int, int], None] | None = None,
     group: Group = SINGLE,
 ) -> SensitivityProfile:
     """The profile of a model on windows of tokens, int64 [S, T].
 
     folder: where finished blocks (and, spilled, block inputs) are kept; a killed run that is
-    started again with the same arguments goes on there and returns the same bytes. prepare: the
-    reference point, see `gradient_pass.Prepare`; costs are still those of the source weights.
+    started again with the same arguments goes on there and returns the same bytes.
     on_block(done, total): after each of the 2 L block passes, forward and backward. group: ranks
     that make this call together: windows are divided, then the inputs whose linears are measured.
 
     Raises `CalibrationError` and `NumericalError` naming the linear at fault.
     """
     settings = settings or SensitivitySettings()
-    measurement = _Measurement(model, plan, settings, folder, tokens.numel(), group)
-    run = GradientPass(
-        model, tokens, settings.gradients, scratch=folder, prepare=prepare, group=group
-    )
+    measurement = _Measurement(model, plan, settings, folder, group)
+    run = GradientPass(model, tokens, settings.gradients, scratch=folder, group=group)
     blocks = measurement.run(run, on_block)
     linears = [blocks[linear.block].linear(linear.name) for linear in plan.linears]
     return SensitivityProfile(
@@ -253,10 +211,9 @@ class _Measurement:
         plan: Plan,
         settings: SensitivitySettings,
         folder: Path | None,
-        tokens: int,
         group: Group,
     ) -> None:
-        self._model, self._plan, self._settings, self._tokens = model, plan, settings, tokens
+        self._model, self._plan, self._settings = model, plan, settings
         self._ranks = group
         self._saved = ProfileCheckpoint(folder, group)
         self._moments: dict[int, BlockMoments] = {}
@@ -334,23 +291,18 @@ class _Measurement:
             profile.orders[group[0]] = _index_array(order)
         weighted = self._settings.moments == "weighted"
         for names in [[name] for name in group] if weighted else [list(group)]:
-            found = [moments.of(name, predictions) for name in names]
-            if found[0].weighted is not None:
-                H = found[0].weighted
-            shared = Curvature.prepare(H, order, damping=self._settings.damping, name=names[0])
+            own = moments.weighted(names[0])
+            shared = Curvature.prepare(H if own is None else own, order, name=names[0])
             weights = [weight_of(modules[name]).detach() for name in names]
+            row_weights = [moments.row_weight(name, predictions) for name in names]
             with stage("cost"):
-                costs = input_costs(
-                    weights, [one.row_weight for one in found], shared, self._settings
-                )
-            for name, one, table in zip(names, found, costs, strict=True):
-                self._keep(name, one, table, profile)
+                costs = input_costs(weights, row_weights, shared, self._settings)
+            for name, table in zip(names, costs, strict=True):
+                self._keep(name, table, profile)
                 if order is not None:
                     profile.owners[name] = group[0]
 
-    def _keep(
-        self, name: str, found: LinearMoments, costs: FloatArray, profile: BlockProfile
-    ) -> None:
+    def _keep(self, name: str, costs: FloatArray, profile: BlockProfile) -> None:
         if not np.isfinite(costs).all():
             raise CalibrationError(
                 f"the costs of {name} are not finite: its gradients or inputs are too large "
@@ -361,8 +313,6 @@ class _Measurement:
         linear = self._plan.by_name[name]
         profile.shapes[name] = (linear.rows, linear.columns)
         profile.costs[name] = costs
-        if found.tokens is not None and len(found.tokens) == self._tokens:
-            self._saved.save_token_weights(name, found.tokens)
 
 
 def input_costs(
@@ -378,32 +328,30 @@ def input_costs(
     device = weights[0].device
     samples = [sample_rows(weight, settings.rows) for weight in row_weights]
     rows = [W[s.chosen.to(device)].float() for W, s in zip(weights, samples, strict=True)]
-    losses = _row_losses(curvature.packed(torch.cat(rows)), curvature, settings).double()
+    losses = _row_losses(curvature.packed(torch.cat(rows)), curvature, settings.widths).double()
     share = torch.cat([s.share for s in samples]).to(device)
     parts = (0.5 * share * losses).split([len(s.share) for s in samples], 2)
     table = torch.stack([part.sum(2).T for part in parts]).clamp(min=0.0).cpu()
     return [costs.numpy() for costs in table]
 
 
-def _row_losses(W: Tensor, curvature: Curvature, settings: SensitivitySettings) -> Tensor:
+def _row_losses(W: Tensor, curvature: Curvature, widths: Sequence[int]) -> Tensor:
     """d H d^T f32 [B, G, M] of every width, group and row of W f32 [M, K] in packed columns."""
-    uncoupled = settings.cost == "compensated" and settings.compensate_from is None
-    if uncoupled and resolve_backend("auto", W.device) == "triton":
-        return _losses_on_device(W, curvature, settings)
-    unit = unit_rows(curvature.factor.upper)
-    work = W.clone()
+    if resolve_backend("auto", W.device) == "triton":
+        return _losses_on_device(W, curvature, widths)
+    U, weight = curvature.factor.upper, curvature.H.diagonal()
     losses = []
     for _, part in group_slices(W.shape[1]):
-        block = work[:, part].contiguous()
-        for width in settings.widths:
-            loss, error = _group_loss(block, part, width, curvature, unit, settings)
-            losses.append(loss)
-            if width == settings.compensate_from and part.stop < W.shape[1]:
-                work[:, part.stop :] -= error @ unit[part, part.stop :]
-    return torch.stack(losses).view(-1, len(settings.widths), len(W)).transpose(0, 1)
+        block, own = W[:, part].contiguous(), U[part, part]
+        unit, diagonal = unit_rows(own).contiguous(), own.diagonal()
+        for width in widths:
+            grid = clip_search(block, width, weight[part], settings=PROFILE_CLIP[width])
+            _, error = gptq_block(block, unit, grid.scale, grid.zero, max_code(width))
+            losses.append((error / diagonal).square().sum(1))
+    return torch.stack(losses).view(-1, len(widths), len(W)).transpose(0, 1)
 
 
-def _losses_on_device(W: Tensor, curvature: Curvature, settings: SensitivitySettings) -> Tensor:
+def _losses_on_device(W: Tensor, curvature: Curvature, widths: Sequence[int]) -> Tensor:
     """`_row_losses` by one search per width and one launch that quantizes all of them."""
     from bitmill_kernels.gptq.group_solve_triton import group_losses_triton
 
@@ -412,8 +360,8 @@ def _losses_on_device(W: Tensor, curvature: Curvature, settings: SensitivitySett
     columns = W.T.contiguous()
     shape = (group_count(W.shape[1]), len(W))
     grids, tops = [], []
-    for width in settings.widths:
-        clip = settings.clip or PROFILE_CLIP[width]
+    for width in widths:
+        clip = PROFILE_CLIP[width]
         tops.append(torch.full(shape, float(max_code(width)), device=W.device))
         if width == 1:
             grids.append(one_bit_groups(W, weight, clip))
@@ -459,26 +407,6 @@ def sample_rows(row_weight: Tensor, count: int) -> RowSample:
     share.index_add_(0, drawn, torch.full((len(drawn),), float(step), dtype=torch.float64))
     chosen = share.nonzero()[:, 0]
     return RowSample(chosen, share[chosen])
-
-
-def _group_loss(
-    block: Tensor,
-    part: slice,
-    width: int,
-    curvature: Curvature,
-    unit: Tensor,
-    settings: SensitivitySettings,
-) -> tuple[Tensor, Tensor]:
-    """d H d^T of every row, f32 [N], and the error [N, c] that later columns would take over."""
-    clip = settings.clip or PROFILE_CLIP[width]
-    grid = clip_search(block, width, curvature.H.diagonal()[part], settings=clip)
-    if settings.cost == "rounding":
-        error = block - values(nearest_codes(block, grid, width), grid)
-        return ((error @ curvature.H[part, part]) * error).sum(1), error
-    inner = unit[part, part].contiguous()
-    _, error = gptq_block(block, inner, grid.scale, grid.zero, max_code(width))
-    diagonal = curvature.factor.upper.diagonal()[part]
-    return (error / diagonal).square().sum(1), error
 
 
 def _index_array(order: Tensor) -> IndexArray:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from bitmill.config.quantization import parse_config
 from bitmill.errors import NumericalError
-from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
+from bitmill.evaluation.logits import StreamedLogits, Window, perplexity_and_kl
 from bitmill.models.streamed import StreamedModel, set_weight, weight_of
 from bitmill.plan.model_plan import make_plan
 from tiny import VOCABULARY, tiny_llama, tiny_opt
@@ -34,6 +35,23 @@ class TableModel:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return self.table[tokens]
+
+    def windows(self, tokens: Tensor) -> Iterator[Window]:
+        for row in tokens:
+            yield lambda begin, end, row=row: self(row[begin:end])
+
+
+class WholeModel:
+    """A transformers model, run window by window."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def windows(self, tokens: Tensor) -> Iterator[Window]:
+        for row in tokens:
+            logits = self.model(row[None]).logits[0]
+            yield lambda begin, end, logits=logits: logits[begin:end]
 
 
 def test_measures_equal_direct_formulas_for_any_chunk() -> None:
@@ -90,7 +108,7 @@ def test_streamed_model_gives_the_loss_of_transformers(make: object, tmp_path: P
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokens, blocks, windows = some_tokens(3, 40), [], []
     measured = perplexity_and_kl(
-        lambda row: reference(row).logits,
+        WholeModel(reference),
         StreamedLogits(model, on_block=lambda i, n: blocks.append((i, n))),
         tokens,
         on_window=lambda i, n: windows.append((i, n)),
@@ -118,10 +136,8 @@ def test_replaced_weights_are_what_is_measured(tmp_path: Path) -> None:
                 set_weight(module, -2 * weight_of(module))
 
     measured = perplexity_and_kl(
-        StreamedLogits(model, replace=replace), lambda row: reference(row).logits, some_tokens(2, 9)
+        StreamedLogits(model, replace=replace), WholeModel(reference), some_tokens(2, 9)
     )
     assert float(measured.kl.abs().max()) < 1e-6
-    plain = perplexity_and_kl(
-        StreamedLogits(model), lambda row: reference(row).logits, some_tokens(2, 9)
-    )
+    plain = perplexity_and_kl(StreamedLogits(model), WholeModel(reference), some_tokens(2, 9))
     assert float(plain.kl.min()) > 1e-4

@@ -77,14 +77,12 @@ def descend(
     settings: DescentSettings,
     *,
     record: bool = False,
-    should_stop: Callable[[], None] | None = None,
 ) -> DescentReport:
     """Minimize the training loss; on return the parameters are the best on held-out data.
 
     draw: called before each step with its number, chooses the data. training_loss: scalar to
     backpropagate, on what was drawn. held_out_loss: of the present parameters. record: `draw` only
     overwrites tensors and `training_loss` reads nothing back, so a step can be replayed on a GPU.
-    should_stop: called with each held-out loss; it raises to end the descent.
     """
     began = time.perf_counter()
     best = _Best([p for rate in rates for p in rate.parameters])
@@ -100,8 +98,6 @@ def descend(
         report.steps, report.recorded = step, stepper.recorded
         if step % settings.evaluate_every and step != settings.steps:
             continue
-        if should_stop:
-            should_stop()
         value = held_out_loss()
         report.curve.append((step, value))
         if bool(stepper.bad) or not value <= settings.diverged * first:

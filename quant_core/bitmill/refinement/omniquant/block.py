@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,7 +73,6 @@ def learn_block(
     *,
     seed: int,
     metric: OutputMetric | None = None,
-    should_stop: Callable[[], None] | None = None,
 ) -> LearnedBlock:
     """Learn block `index`, starting from `starts` (full name -> weights, e.g. GPTQ's).
 
@@ -99,7 +98,7 @@ def learn_block(
         run = _Run(model, index, block, slots, data, metric)
         start = learner.rows.dequantize(starts)
         before, texts_before = run.held_out_loss(start), run.text_losses(start)
-        descent = _descend(run, learner, settings, seed, should_stop)
+        descent = _descend(run, learner, settings, seed)
         exported = learner.export()
         after = run.held_out_loss(learner.rows.dequantize(exported))
         improved = after < before
@@ -131,7 +130,6 @@ def _descend(
     learner: Learner,
     settings: LearningSettings,
     seed: int,
-    should_stop: Callable[[], None] | None,
 ) -> DescentReport:
     batches = Batches(len(run.data.inputs), settings.batch, seed + run.index)
 
@@ -149,7 +147,6 @@ def _descend(
         held_out_loss,
         settings.descent(len(run.data.inputs)),
         record=settings.record and run.is_static and not len(run.data.inputs) % settings.batch,
-        should_stop=should_stop,
     )
 
 

@@ -12,9 +12,6 @@ forward pass, and each block is recomputed in the backward pass: activations of 
 The float model runs once, block by block; its last hidden states are what is remembered of it, and
 logits of both models exist for `CHUNK` tokens at a time. Given up: training under a host or device
 memory that cannot hold one byte per weight.
-
-`roundings=True` also trains the positions before rounding (`rounding.py`) end to end, for
-models small enough to hold those and Adam's moments in f32.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bitmill.models.streamed import StreamedModel, weight_of
+from bitmill.models.streamed import StreamedModel
 from bitmill.quant.tensors import QuantizedWeight
 from bitmill.refinement.omniquant.adam import DescentReport, DescentSettings, Rate, descend
 from bitmill.refinement.omniquant.block import (
@@ -40,7 +37,7 @@ from bitmill.refinement.omniquant.block import (
     set_slots,
 )
 from bitmill.refinement.omniquant.metric import mixed_precision
-from bitmill.refinement.omniquant.rounding import SMALLEST_RATIO, LearnedRounding, straight_half
+from bitmill.refinement.omniquant.rounding import SMALLEST_RATIO, straight_half
 from bitmill.refinement.omniquant.rows import BlockRows, LearnableLinear, attach
 from bitmill.results import TuningQuality
 
@@ -50,13 +47,11 @@ CHUNK = 2048
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """Steps, sequences per step and rates: scales relative to themselves, positions in codes."""
+    """Steps, sequences per step and the rate of scales, relative to themselves."""
 
     steps: int = 150
     batch: int = 4
     scale_rate: float = 1e-3
-    position_rate: float = 2e-3
-    roundings: bool = False
     evaluations: int = 12
 
 
@@ -92,7 +87,6 @@ def tune_scales(
     settings: TuneSettings,
     *,
     seed: int,
-    should_stop: Callable[[], None] | None = None,
     matrices: Mapping[str, Tensor] | None = None,
     texts: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, QuantizedWeight], TuningQuality]:
@@ -103,12 +97,12 @@ def tune_scales(
     i64 [S3, T3] of other texts, whose KL is reported and decides nothing.
     """
     with deterministic():
-        student = _Student(model, weights, matrices or {}, roundings=settings.roundings)
+        student = _Student(model, weights, matrices or {})
         lesson = _Lesson(student, tokens, held_out, settings.batch, seed)
         watched = {name: (t, final_hidden(model, t)) for name, t in (texts or {}).items()}
         before = {name: student.mean_kl(*pair) for name, pair in watched.items()}
         report = descend(
-            student.rates(settings),
+            [Rate([learner.ratio for learner in student.learners], settings.scale_rate)],
             lesson.draw,
             lesson.training_loss,
             lesson.held_out_loss,
@@ -117,7 +111,6 @@ def tune_scales(
                 max(1, settings.steps // settings.evaluations),
                 warmup=settings.steps // 20,
             ),
-            should_stop=should_stop,
         )
         kept = report.after < report.before
         after = {name: student.mean_kl(*pair) for name, pair in watched.items()} if kept else before
@@ -194,34 +187,20 @@ class _Student:
         model: StreamedModel,
         weights: Mapping[str, QuantizedWeight],
         matrices: Mapping[str, Tensor],
-        *,
-        roundings: bool,
     ) -> None:
         self.model, self.dtype = model, compute_dtype(model)
         self.outside = model.with_matrices(matrices)
         self.blocks: list[nn.Module] = []
         self.slots: list[dict[str, LearnableLinear]] = []
-        self.learners: list[LearnedScales | LearnedRounding] = []
+        self.learners: list[LearnedScales] = []
         for index in range(model.block_count):
             block = model.load_block(index)
             linears = model.linears(block, index)
             starts = {name: weights[name] for name in linears}
-            rows = BlockRows(starts, model.device)
-            if roundings:
-                source = {name: weight_of(module) for name, module in linears.items()}
-                self.learners.append(LearnedRounding(rows, starts, source))
-                self.learners[-1].zero.requires_grad_(False)
-            else:
-                self.learners.append(LearnedScales(rows, starts))
+            self.learners.append(LearnedScales(BlockRows(starts, model.device), starts))
             slots, _ = attach(block, linears)
             self.blocks.append(block)
             self.slots.append(slots)
-
-    def rates(self, settings: TuneSettings) -> list[Rate]:
-        """What is trained, and how fast."""
-        rates = [Rate([learner.ratio for learner in self.learners], settings.scale_rate)]
-        positions = [x.position for x in self.learners if isinstance(x, LearnedRounding)]
-        return rates + ([Rate(positions, settings.position_rate)] if positions else [])
 
     def export(self) -> dict[str, QuantizedWeight]:
         """Every linear as it would be stored now."""

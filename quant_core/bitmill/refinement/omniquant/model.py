@@ -8,7 +8,7 @@ after a kill uses the same numbers. A few windows of other texts travel along to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -45,11 +45,10 @@ class ModelLearning:
         folder: Path,
         *,
         seed: int,
-        should_stop: Callable[[], None] | None = None,
     ) -> None:
         self.model, self.tokens, self.spec, self.folder = model, tokens, spec, folder
         self.settings = LearningSettings.of_spec(spec)
-        self.seed, self.should_stop = seed, should_stop
+        self.seed = seed
         self.texts = WatchedTexts(model, quantized, tokens.tokens.shape[1])
         self._moments: list[Tensor] | None = None
 
@@ -84,7 +83,6 @@ class ModelLearning:
             self.settings,
             seed=self.seed,
             metric=self._metric(index),
-            should_stop=self.should_stop,
         )
 
     def advance(self, index: int, block: nn.Module) -> None:
@@ -107,7 +105,6 @@ class ModelLearning:
             self.tokens.held_out,
             TuneSettings(steps=self.spec.tune_scales_steps),
             seed=self.seed,
-            should_stop=self.should_stop,
             matrices=matrices,
             texts=self.texts.tokens,
         )

@@ -96,22 +96,6 @@ def test_a_non_finite_start_is_left_alone() -> None:
     assert report.steps == 0
 
 
-def test_should_stop_ends_the_descent() -> None:
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    x = parabola(1.0)
-    with pytest.raises(KeyboardInterrupt):
-        descend(
-            [Rate([x], 0.1)],
-            lambda _: None,
-            lambda: x.sum(),
-            lambda: x.item(),
-            DescentSettings(steps=5, evaluate_every=1),
-            should_stop=stop,
-        )
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_recorded_steps_are_the_ordinary_ones() -> None:

@@ -152,18 +152,17 @@ def test_without_held_out_sequences_learning_is_refused() -> None:
         learn_block(model, 0, model.load_block(0), starts(0), empty, settings("scales"), seed=0)
 
 
-def test_a_stop_reaches_the_caller_and_leaves_the_block_whole() -> None:
+def test_an_error_reaches_the_caller_and_leaves_the_block_whole() -> None:
     model = tiny().model
     block = model.load_block(0)
     linears = model.linears(block, 0)
 
-    def stop() -> None:
+    def stop(*_: object) -> None:
         raise Cancelled("stop")
 
+    block.register_forward_hook(stop)
     with pytest.raises(Cancelled):
-        learn_block(
-            model, 0, block, starts(0), block_data(), settings("scales"), seed=0, should_stop=stop
-        )
+        learn_block(model, 0, block, starts(0), block_data(), settings("scales"), seed=0)
     assert model.linears(block, 0) == linears
 
 

@@ -57,16 +57,6 @@ def test_other_texts_are_measured_and_decide_nothing() -> None:
     assert all(torch.equal(tuned[name].scales, plain[name].scales) for name in weights)
 
 
-def test_roundings_can_be_tuned_too() -> None:
-    weights, data = whole_model(), tiny()
-    settings = TuneSettings(steps=12, batch=4, roundings=True)
-    tuned, report = tune_scales(data.model, weights, data.tokens, data.held_out, settings, seed=0)
-    assert report.kept
-    assert kl(tuned, data.held_out) == pytest.approx(report.kl_after, rel=1e-3)
-    changed = [not torch.equal(tuned[n].codes, w.codes) for n, w in weights.items()]
-    assert any(changed)
-
-
 def test_scales_that_do_not_help_are_not_kept() -> None:
     weights, data = whole_model(), tiny()
     settings = TuneSettings(steps=4, batch=4, scale_rate=10.0)
