@@ -220,7 +220,7 @@ def quantize(
                 orders[linear.name] = torch.from_numpy(profile.orders[linear.order]).long()
     method: Literal["rtn", "gptq"] = "gptq" if row.start == "gptq" else "rtn"
     asymmetric = row.asymmetric and method == "gptq"
-    refine = refine_settings(Refinement(method=method), 8, bool(asymmetric))
+    refine = refine_settings(Refinement(method=method), 8, bool(asymmetric), orders)
     for index in range(model.block_count):
         began = time.perf_counter()
         block = model.load_block(index)
@@ -234,8 +234,7 @@ def quantize(
             block,
             Stream(hidden[:count], before[:count] if asymmetric else None),
             chosen,
-            settings=refine,
-            orders=orders,
+            refine,
             held_out=Stream(hidden[count:], before[count:]) if asymmetric else None,
         )
         refined = time.perf_counter()

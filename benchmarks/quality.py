@@ -55,6 +55,7 @@ from bitmill.results import LinearResult
 from bitmill.sensitivity.fisher import profile_knapsack
 from bitmill.sensitivity.sba import profile_block_sba
 from bitmill.solvers.factor import activation_order
+from bitmill.transforms.column_order import ColumnOrders
 
 TEXTS = ("wiki_evaluation", "handbook_evaluation")
 BATCH = 8
@@ -260,8 +261,8 @@ def refined(
 ) -> tuple[list[nn.Module], list[LinearResult]]:
     """Blocks with dequantized weights, and what refinement says of each linear."""
     orders = bench.orders() if variant.order == "activation" else {}
-    settings = replace(variant.refine, batch=BATCH)
-    needs_source = settings.asymmetric or variant.source_inputs
+    settings = replace(variant.refine, batch=BATCH, transforms=(ColumnOrders(orders),))
+    needs_source = "shift" in settings.needs or variant.source_inputs
     stream = bench.embed(bench.tokens.tokens)
     unseen = bench.embed(bench.tokens.held_out)
     source = stream.clone() if needs_source else None
@@ -279,8 +280,7 @@ def refined(
             block,
             Stream(stream, source),
             {name: chosen.linears[name] for name in names},
-            settings=settings,
-            orders={name: orders[name] for name in names} if orders else None,
+            settings,
             held_out=Stream(unseen, source_unseen),
         )
         results += found

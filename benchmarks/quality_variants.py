@@ -11,7 +11,10 @@ from bitmill.quant.grid import ClipSettings
 from bitmill.refinement.block import RefineSettings
 from bitmill.sensitivity.fisher import SensitivitySettings
 from bitmill.solvers.gptq.settings import GptqSettings
+from bitmill.solvers.gptq.solve import GptqSolver
 from bitmill.solvers.grid_search import CompensatedSettings
+from bitmill.solvers.rtn import RtnSolver
+from bitmill.solvers.solver import Statistic
 
 WIDTHS = (1, 2, 3, 4, 5, 6)
 
@@ -40,23 +43,31 @@ def gptq(
     clip: ClipSettings | None = None,
     compensated: bool = False,
     rounds: int = 0,
-) -> GptqSettings:
-    """Settings of the solver, everything off unless asked for."""
-    return GptqSettings(
+) -> RefineSettings:
+    """GPTQ, everything off unless asked for."""
+    settings = GptqSettings(
         clip=clip or ClipSettings(),
         compensated=CompensatedSettings() if compensated else None,
         rounds=rounds,
     )
+    return RefineSettings(GptqSolver(settings))
 
 
-SHRINK = RefineSettings(gptq=gptq(clip=ClipSettings.shrink_only()))
-CLIP = RefineSettings(gptq=gptq())
-COMPENSATED = RefineSettings(gptq=gptq(compensated=True))
-POLISHED = RefineSettings(gptq=gptq(rounds=4))
-FULL = RefineSettings(gptq=gptq(compensated=True, rounds=4))
-RESIDUAL = replace(FULL, asymmetric=True, ridges=(0.0,))
-CHOSEN_RIDGE = replace(RESIDUAL, ridges=RefineSettings.ridges)
-MORE_RIDGES = replace(RESIDUAL, ridges=(0.05, 0.2, 0.5, 1.0, 2.0))
+def corrected(refine: RefineSettings, ridges: tuple[float, ...] = (0.0,)) -> RefineSettings:
+    """The same with the correction for the prefix."""
+    assert isinstance(refine.solver, GptqSolver)
+    needs = frozenset[Statistic]({"hessian", "shift"})
+    return replace(refine, solver=replace(refine.solver, ridges=ridges), needs=needs)
+
+
+SHRINK = gptq(clip=ClipSettings.shrink_only())
+CLIP = gptq()
+COMPENSATED = gptq(compensated=True)
+POLISHED = gptq(rounds=4)
+FULL = gptq(compensated=True, rounds=4)
+RESIDUAL = corrected(FULL)
+CHOSEN_RIDGE = corrected(FULL, GptqSolver.ridges)
+MORE_RIDGES = corrected(FULL, (0.05, 0.2, 0.5, 1.0, 2.0))
 
 PLAIN_COST = SensitivitySettings(widths=WIDTHS, gradients=PassSettings(batch=8))
 WEIGHTED_COST = replace(PLAIN_COST, moments="weighted")
@@ -79,18 +90,18 @@ REFINEMENTS = {
     "residual": RESIDUAL,
     "residual-ridge": CHOSEN_RIDGE,
     "residual-more-ridges": MORE_RIDGES,
-    "residual-clip": replace(CLIP, asymmetric=True, ridges=(0.0,)),
+    "residual-clip": corrected(CLIP),
     "clip": CLIP,
     "compensated": COMPENSATED,
     "polished": POLISHED,
     "shrink": SHRINK,
-    "minmax": RefineSettings(gptq=gptq(clip=ClipSettings.min_max())),
+    "minmax": gptq(clip=ClipSettings.min_max()),
 }
 
 
 def uniform_rows() -> Iterator[Variant]:
     """Every group alike."""
-    rtn = RefineSettings(method="rtn", gptq=gptq(clip=ClipSettings.min_max()))
+    rtn = RefineSettings(RtnSolver(ClipSettings.min_max()))
     yield Variant("uniform3-rtn-minmax", "uniform", 3.0, "natural", rtn)
     for bits in (3.0, 4.0, 2.0):
         for order in ("natural", "activation"):

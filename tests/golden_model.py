@@ -15,6 +15,7 @@ from bitmill.config.bit_width_map import BitWidthMap, LinearShape
 from bitmill.formats.packed.checkpoint import write_checkpoint
 from bitmill.formats.packed.layout import stored_tensors
 from bitmill.io.safetensors import TensorInfo
+from bitmill.quant.rewrites import Rewrites
 from bitmill.quant.tensors import QuantizedWeight
 from bitmill_kernels.layout import group_columns, zero_bits
 
@@ -72,7 +73,7 @@ def golden_weight(index: int) -> QuantizedWeight:
         scales.half(),
         zeros.to(torch.uint8),
         widths,
-        None if order is None else order.int(),
+        Rewrites.of_order(order),
     )
 
 
@@ -94,6 +95,6 @@ def write_golden(folder: Path, source: Path) -> None:
         tensors=stored_tensors(KEPT, SHAPES, bit_widths.linears, ORDERS),
         bit_widths=bit_widths,
         orders=ORDERS,
-        linear=lambda name: golden_weight(names.index(name)),
+        linear=lambda name: golden_weight(names.index(name)).pack(),
         other=golden_tensor,
     )

@@ -15,6 +15,7 @@ from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
 from bitmill.formats.accounting import checkpoint_tensors, order_owners
 from bitmill.formats.packed.checkpoint import write_checkpoint
 from bitmill.plan.model_plan import Plan, make_plan
+from bitmill.quant.rewrites import Rewrites
 from bitmill.quant.tensors import QuantizedWeight
 from bitmill_kernels.layout import GROUP_SIZE, zero_bits
 
@@ -33,7 +34,9 @@ def random_weight(
     zeros = [integers((N,), zero_bits(width)) for width in widths]
     scales = torch.rand(len(widths), N, generator=generator).clamp_min(0.01).half()
     order = torch.randperm(K, generator=generator).int() if ordered else None
-    return QuantizedWeight(torch.cat(codes, 1), scales, torch.stack(zeros), widths, order)
+    return QuantizedWeight(
+        torch.cat(codes, 1), scales, torch.stack(zeros), widths, Rewrites.of_order(order)
+    )
 
 
 def rounded_weight(
@@ -52,7 +55,7 @@ def rounded_weight(
         scales.append(scale)
         zeros.append(zero.to(torch.uint8))
     grid = torch.stack(scales), torch.stack(zeros)
-    return QuantizedWeight(torch.cat(codes, 1), *grid, widths, order)
+    return QuantizedWeight(torch.cat(codes, 1), *grid, widths, Rewrites.of_order(order))
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def pack_model(
         tensors=checkpoint_tensors(plan, widths, order),
         bit_widths=bit_widths,
         orders={name: f"{owner}.order" for name, owner in owners.items()},
-        linear=weights.__getitem__,
+        linear=lambda name: weights[name].pack(),
         other=stored.__getitem__,
         **options,
     )

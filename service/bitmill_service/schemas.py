@@ -12,7 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.quantization import Allocation, Budget, Closed
+from bitmill.config.closed import Closed
+from bitmill.config.quantization import Allocation, Budget
 from bitmill.pipeline.estimate import Estimate
 from bitmill_workers.store.states import TERMINAL, ShownState
 

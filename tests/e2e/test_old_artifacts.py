@@ -282,7 +282,6 @@ def test_an_old_work_folder_leads_to_the_same_bytes(work: str, tmp_path: Path) -
     check_packed(quantize(copy_old(tmp_path, work), "llama", "--work", work), "llama")
 
 
-@pytest.mark.xfail(strict=True, reason="packing is skipped where only the codes are the same")
 def test_an_old_work_folder_of_a_changed_source_is_not_taken_for_it(tmp_path: Path) -> None:
     folder = copy_old(tmp_path, "work-finished")
     config = folder / "models/llama/tokenizer_config.json"

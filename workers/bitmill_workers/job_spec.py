@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.closed import Closed
 from bitmill.config.quantization import (
     Allocation,
     BaseAllocation,
@@ -21,7 +22,6 @@ from bitmill.config.quantization import (
     BaseRefinement,
     Budget,
     Calibration,
-    Closed,
     Evaluation,
     FileText,
     OmniQuant,

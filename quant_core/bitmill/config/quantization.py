@@ -10,18 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from bitmill.config.bit_width_map import WIDTHS, BitWidthMap
+from bitmill.config.closed import Closed
 from bitmill.errors import SpecError
 
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
-
-
-class Closed(BaseModel):
-    """Base of everything that is asked for: immutable, and unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 Part = TypeVar("Part", bound=Closed)

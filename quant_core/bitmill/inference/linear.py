@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from bitmill.inference.read_only import ReadOnlyTensor
 from bitmill.plan.architectures import sibling_key
+from bitmill.quant.rewrites import Rewrites
 from bitmill.quant.tensors import PackedTensor, packed_shapes
 from bitmill_kernels.matmul.linear import MixedLinear
 from bitmill_kernels.matmul.runtime import PackedWeight
@@ -84,7 +85,7 @@ class QuantizedLinear(nn.Module):
             order="own" if packed.order is not None else None,
             device="meta",
         )
-        module.fill(packed.tensors(""), bias)
+        module.fill(packed.tensors("") | packed.rewrites.tensors(""), bias)
         return module
 
     def fill(self, tensors: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
@@ -107,8 +108,9 @@ class QuantizedLinear(nn.Module):
         """
         keys = packed_shapes(self.out_features, self.in_features, self.widths)
         tensors = {f"{name}.{key}": getattr(self, key) for key in keys}
+        rewrites = Rewrites.of_order(self.order)
         return PackedTensor.from_tensors(
-            name, tensors, self.out_features, self.in_features, self.widths, self.order
+            name, tensors, self.out_features, self.in_features, self.widths, rewrites
         )
 
     def dequantize(self) -> Tensor:

@@ -25,7 +25,8 @@ import math
 from dataclasses import dataclass
 
 from bitmill.config.bit_width_map import WIDTHS, BitWidthMap
-from bitmill.config.quantization import Closed, QuantizationConfig
+from bitmill.config.closed import Closed
+from bitmill.config.quantization import QuantizationConfig
 from bitmill.formats.accounting import footprint
 from bitmill.plan.block_memory import (
     BATCH_TOKENS,

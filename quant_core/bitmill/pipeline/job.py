@@ -58,7 +58,7 @@ from bitmill.runtime.process import settle_process
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.runtime.warm_up import warm_up
 from bitmill.sensitivity.measure import ProfileRequest, make_profile
-from bitmill.transforms.folding import FoldedModel
+from bitmill.transforms.column_order import FoldedOrders
 
 PLAN_NAME = "plan.json"
 FILES_NAME = "files.json"
@@ -437,7 +437,7 @@ def pack(
                 source=source.folder,
                 tensors=checkpoint_tensors(planned, bit_widths.linears, bit_widths.order),
                 bit_widths=bit_widths,
-                linear=FoldedModel(refined, planned).linear,
+                linear=FoldedOrders(refined, planned).packed,
                 other=lambda name: stored.tensor(kept[name]),
                 orders={name: f"{owner}.order" for name, owner in owners.items()},
                 on_linear=on_linear,
@@ -484,7 +484,7 @@ def verify_order(order: dict[str, Any]) -> None:
         Budget.model_validate(order["budget"]),
         planned,
         tensor_hashes=storage.read_json(Path(order["tensor_hashes"])),
-        rows=FoldedModel(RefinedModel(Path(order["refined"]), planned), planned).rows,
+        solved=FoldedOrders(RefinedModel(Path(order["refined"]), planned), planned).solved,
     )
     storage.write_json(Path(order["report"]), report.model_dump(mode="json"))
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,10 +35,10 @@ from bitmill.formats.accounting import (
     measure,
 )
 from bitmill.formats.packed.checkpoint import PackedCheckpoint, read_bit_width_map, tensor_bytes
-from bitmill.inference.linear import QuantizedLinear
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan
-from bitmill.quant.tensors import PackedTensor, undo_order
+from bitmill.quant.tensors import Stored
+from bitmill.registry import load_object
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3}
 LARGEST_PROBE = 2.0**12
@@ -70,7 +70,7 @@ def verify_folder(
     plan: Plan,
     *,
     tensor_hashes: Mapping[str, str],
-    rows: Callable[[str], Tensor | None] = lambda _: None,
+    solved: Callable[[str, Stored], Stored] = lambda _, packed: packed,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> VerifyReport:
@@ -78,8 +78,8 @@ def verify_folder(
 
     expected_code_hashes: `QuantizedWeight.codes_sha256` by linear
     tensor_hashes: what `write_checkpoint` returned
-    rows: i64 [N] of a linear whose rows moved after its codes were hashed, see
-    `transforms/folding.py`
+    solved: a linear as it was when its codes were hashed, of its name and what is stored, see
+    `transforms/transform.py`
 
     Raises VerificationError for the first difference, naming the tensor or the limit.
     """
@@ -91,7 +91,7 @@ def verify_folder(
         specs = checkpoint_tensors(plan, bit_widths.linears, bit_widths.order)
         _check_tensors(checkpoint, specs, tensor_hashes)
         spent = _check_budget(checkpoint, bit_widths, plan, budget)
-        expected = _Expected(expected_code_hashes, rows)
+        expected = _Expected(expected_code_hashes, solved)
         errors = _check_linears(checkpoint, plan, expected, torch.device(device), seed)
     except InputError as error:  # a stored file that cannot be read is a difference too
         raise VerificationError(error.message, param=error.param) from error
@@ -105,14 +105,14 @@ def verify_folder(
     )
 
 
-def forward_error(packed: PackedTensor, x: Tensor) -> float:
+def forward_error(packed: Stored, x: Tensor) -> float:
     """Relative error of the packed forward of x [T, K] against the dequantized one in fp64.
 
     x comes near 1 and is scaled so that the largest output does too, as far as inputs allow. What
     still lies below the smallest step of x's dtype counts as that step.
     """
     device = x.device
-    module = QuantizedLinear.from_packed(packed).to(device)
+    module = load_object(packed.module).from_packed(packed).to(device)
     weight = packed.unpack().dequantize().to(device).double()
     x = x * _near_one(float((x.double() @ weight.t()).abs().max()))
     expected = x.double() @ weight.t()
@@ -168,17 +168,13 @@ def _check_tensors(
 
 @dataclass(frozen=True)
 class _Expected:
-    """Codes as they were computed: their hashes, and which rows moved since."""
+    """Codes as they were computed: their hashes, and how to undo what was folded since."""
 
     hashes: Mapping[str, str]
-    rows: Callable[[str], Tensor | None]
+    solved: Callable[[str, Stored], Stored]
 
-    def check(self, name: str, packed: PackedTensor) -> None:
-        weight = packed.unpack()
-        rows = self.rows(name)
-        if rows is not None:
-            weight = replace(weight, codes=undo_order(weight.codes.T, rows).T)
-        if weight.codes_sha256() != self.hashes[name]:
+    def check(self, name: str, packed: Stored) -> None:
+        if self.solved(name, packed).unpack().codes_sha256() != self.hashes[name]:
             raise VerificationError(
                 f"linear {name} has other codes on disk than were computed", param=name
             )

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bitmill.config.bit_width_map import LinearShape
-from bitmill.config.quantization import Closed, QuantizationConfig
+from bitmill.config.closed import Closed
+from bitmill.config.quantization import QuantizationConfig
 from bitmill.errors import ModelError, SpecError
 from bitmill.io.gguf import gguf_config, gguf_tensors, read_gguf_header
 from bitmill.io.safetensors import TensorInfo, read_headers

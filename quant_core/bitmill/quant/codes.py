@@ -71,14 +71,13 @@ class LinearCodes:
         top = torch.tensor([float(max_code(width)) for width in self.widths])
         return top.to(self.scales.device, non_blocking=True)[:, None].expand_as(self.scales)
 
-    def finish(self, order: Tensor | None) -> QuantizedWeight:
-        """The stored form, on the same device; order is i64 [K], or None for natural order."""
+    def finish(self) -> QuantizedWeight:
+        """The checked form, on the same device, without rewrites."""
         return QuantizedWeight(
             self.codes,
             self.scales.to(torch.float16),
             stored_zeros(self.zeros, self.widths),
             self.widths,
-            None if order is None else order.to(torch.int32),
         )
 
 

@@ -1,13 +1,17 @@
 """One quantized linear, as plain tensors and as the planes that are stored.
 
-    w[n, order[k]] = scale[g, n] * (code[n, k] - zero[g, n]),   g the group of packed column k
+    w[n, k] = scale[g, n] * (code[n, k] - zero[g, n])           g the group of packed column k
 
 `QuantizedWeight` is what refinement produces: one byte per code. `PackedTensor` is what a
-checkpoint holds: the bit planes of `bitmill_kernels.layout`, packed zeros, scales and the column
-order. Both are checked where they are built, so a value that exists is a legal one.
+checkpoint holds: the bit planes of `bitmill_kernels.layout`, packed zeros and scales. Both are
+checked where they are built, so a value that exists is a legal one.
 
-Packed column k is input column order[k]; without an order both are the same. The bias is not
-part of either: it is stored and loaded like any other tensor of the model.
+Packed columns are those that the weight's rewrites lead to (`rewrites.py`), today a column order;
+without rewrites they are the source's. The bias is not part of either: it is stored and loaded like
+any other tensor of the model.
+
+Both are of the kind "affine". A solver may give another kind, whose classes answer the calls of
+`Quantized` and `Stored`; files name the kind, and `KINDS` finds the stored class.
 """
 
 from __future__ import annotations
@@ -15,11 +19,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from bitmill.errors import FormatError
+from bitmill.quant.rewrites import NO_REWRITES, Rewrites
+from bitmill.registry import Registry
+from bitmill.runtime.ranks import Group
 from bitmill_kernels.layout import (
     GROUP_SIZE,
     PLANES,
@@ -34,15 +42,98 @@ from bitmill_kernels.pack import join_planes, pack_codes, pack_zeros, unpack_cod
 from bitmill_kernels.reference import dequantize
 
 
+class Quantized(Protocol):
+    """A quantized linear of N rows and K columns, as a solver gives it."""
+
+    @property
+    def N(self) -> int:  # noqa: N802
+        """Output rows."""
+
+    @property
+    def K(self) -> int:  # noqa: N802
+        """Input columns."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """One per group."""
+
+    @property
+    def rewrites(self) -> Rewrites:
+        """What leads to its columns, the first one first."""
+
+    @property
+    def codes(self) -> Tensor:
+        """The u8 tensor whose bytes stand for the codes in hashes."""
+
+    def rewritten(self, rewrites: Rewrites) -> Self:
+        """The same codes with these rewrites."""
+
+    def dequantize(self) -> Tensor:
+        """Weights f32 [N, K] in the source's columns."""
+
+    def codes_sha256(self) -> str:
+        """SHA-256 of the bytes of `codes`."""
+
+    def gathered(self, ranks: Group, count: int) -> Self:
+        """All `count` rows of a linear of which each rank holds its part."""
+
+    def pack(self) -> Stored:
+        """The stored form; exact, `unpack` gives the same values back."""
+
+
+class Stored(Protocol):
+    """A quantized linear as files hold it.
+
+    kind: its name in `KINDS`. module: place of the `torch.nn.Module` that computes with it, which
+    has `from_packed(stored)`.
+    """
+
+    kind: ClassVar[str]
+    module: ClassVar[str]
+
+    @property
+    def rewrites(self) -> Rewrites:
+        """As those of what was packed."""
+
+    def rewritten(self, rewrites: Rewrites) -> Self:
+        """The same tensors with these rewrites."""
+
+    def with_rows(self, rows: Tensor) -> Self:
+        """The linear whose row n is this one's row rows[n], i64 [N]; exact."""
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors by their name in a file, those of rewrites not included."""
+
+    @classmethod
+    def from_tensors(
+        cls,
+        prefix: str,
+        tensors: Mapping[str, Tensor],
+        N: int,
+        K: int,
+        widths: tuple[int, ...],
+        rewrites: Rewrites = NO_REWRITES,
+    ) -> Self:
+        """From the tensors `{prefix}.…` of a file. Raises FormatError for illegal ones."""
+
+    def unpack(self) -> Quantized:
+        """What was packed."""
+
+
+KINDS: Registry[type[Stored]] = Registry(
+    "kind of tensor", "bitmill.tensors", {"affine": "bitmill.quant.tensors:PackedTensor"}
+)
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """Codes and grid of one linear of N output rows and K input columns in G groups.
 
-    codes:  u8 [N, K], columns in packed order, each at most 2^b - 1 of its group's width b
-    scales: f16 [G, N], finite and >= 0
-    zeros:  u8 [G, N] as stored: an integer of 0..2^b-1, or eighths 0..15 for width 1
-    widths: G bit widths
-    order:  i32 [K], a permutation (packed column k is input column order[k]), or None
+    codes:    u8 [N, K], in packed columns, each at most 2^b - 1 of its group's width b
+    scales:   f16 [G, N], finite and >= 0
+    zeros:    u8 [G, N] as stored: an integer of 0..2^b-1, or eighths 0..15 for width 1
+    widths:   G bit widths
+    rewrites: what leads from the source's columns to packed ones
 
     Raises FormatError for anything else.
     """
@@ -51,7 +142,7 @@ class QuantizedWeight:
     scales: Tensor
     zeros: Tensor
     widths: tuple[int, ...]
-    order: Tensor | None = None
+    rewrites: Rewrites = NO_REWRITES
 
     def __post_init__(self) -> None:
         if self.codes.dtype != torch.uint8 or self.codes.dim() != 2:
@@ -62,8 +153,7 @@ class QuantizedWeight:
         _check_widths(self.widths, self.K)
         _check_grid(self.scales, self.zeros, (len(self.widths), self.N))
         _check_limits(self.codes, self.zeros, self.widths)
-        if self.order is not None:
-            check_order(self.order, self.K, "order")
+        self.rewrites.check("weight", self.N, self.K)
 
     @property
     def N(self) -> int:  # noqa: N802
@@ -75,14 +165,39 @@ class QuantizedWeight:
         """Input columns."""
         return self.codes.shape[1]
 
+    @property
+    def order(self) -> Tensor | None:
+        """Column order i32 [K], or None where columns keep their order."""
+        return self.rewrites.order
+
+    def rewritten(self, rewrites: Rewrites) -> QuantizedWeight:
+        """The same codes with these rewrites."""
+        return replace(self, rewrites=rewrites)
+
     def dequantize(self) -> Tensor:
-        """Weights f32 [N, K] in the source's column order."""
-        packed = dequantize(self.codes, self.scales, self.zeros, self.widths)
-        return packed if self.order is None else undo_order(packed, self.order)
+        """Weights f32 [N, K] in the source's columns."""
+        return self.rewrites.undo(dequantize(self.codes, self.scales, self.zeros, self.widths))
 
     def codes_sha256(self) -> str:
         """SHA-256 of the codes as N*K bytes, row by row in packed column order."""
         return hashlib.sha256(self.codes.contiguous().cpu().numpy().data).hexdigest()
+
+    def gathered(self, ranks: Group, count: int) -> QuantizedWeight:
+        """All `count` rows of a linear of which each rank holds its part."""
+        if ranks.size == 1:
+            return self
+        codes, scales, zeros = (
+            ranks.gather_rows(rows.contiguous(), count)
+            for rows in (self.codes, self.scales.T, self.zeros.T)
+        )
+        grid = scales.T.contiguous(), zeros.T.contiguous()
+        return QuantizedWeight(codes, *grid, self.widths, self.rewrites.gathered(ranks, count))
+
+    def pack(self) -> PackedTensor:
+        """Bit planes and packed zeros; exact, `unpack` gives the same values back."""
+        planes = pack_codes(self.codes, self.widths)
+        planes.update(pack_zeros(self.zeros, self.widths))
+        return PackedTensor(self.N, self.K, self.widths, planes, self.scales, self.rewrites)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +205,9 @@ class PackedTensor:
     """The stored tensors of one linear.
 
     planes: `codes_b{b}_p{w}`, `tail_p{w}` and `zeros_b{b}`, u8, shapes as in docs/format.md
-    scales: f16 [G, N]; order: i32 [K] or None, whichever linear owns it
+    scales: f16 [G, N]; rewrites: what leads from the source's columns to packed ones
 
-    Build it with `pack` or `from_tensors`, which check what they are given.
+    Build it with `QuantizedWeight.pack` or `from_tensors`, which check what they are given.
     """
 
     N: int
@@ -100,14 +215,18 @@ class PackedTensor:
     widths: tuple[int, ...]
     planes: dict[str, Tensor]
     scales: Tensor
-    order: Tensor | None = None
+    rewrites: Rewrites = NO_REWRITES
+    kind: ClassVar[str] = "affine"
+    module: ClassVar[str] = "bitmill.inference.linear:QuantizedLinear"
 
-    @classmethod
-    def pack(cls, weight: QuantizedWeight) -> PackedTensor:
-        """Pack codes and zeros; exact, `unpack` gives the same values back."""
-        planes = pack_codes(weight.codes, weight.widths)
-        planes.update(pack_zeros(weight.zeros, weight.widths))
-        return cls(weight.N, weight.K, weight.widths, planes, weight.scales, weight.order)
+    @property
+    def order(self) -> Tensor | None:
+        """Column order i32 [K], whichever linear owns it, or None where columns keep theirs."""
+        return self.rewrites.order
+
+    def rewritten(self, rewrites: Rewrites) -> PackedTensor:
+        """The same tensors with these rewrites."""
+        return replace(self, rewrites=rewrites)
 
     @classmethod
     def from_tensors(
@@ -117,7 +236,7 @@ class PackedTensor:
         N: int,
         K: int,
         widths: tuple[int, ...],
-        order: Tensor | None = None,
+        rewrites: Rewrites = NO_REWRITES,
     ) -> PackedTensor:
         """Take the tensors named `{prefix}.…` out of a checkpoint's tensors and check them.
 
@@ -133,15 +252,14 @@ class PackedTensor:
         scales = found.pop("scales")
         _check_scales(scales, f"{prefix}.scales")
         _check_padding(found, N, K, widths, prefix)
-        if order is not None:
-            check_order(order, K, f"{prefix}.order")
-        return cls(N, K, widths, found, scales, order)
+        rewrites.check(prefix, N, K)
+        return cls(N, K, widths, found, scales, rewrites)
 
     def unpack(self) -> QuantizedWeight:
         """Codes u8 [N, K] and stored zeros u8 [G, N], exactly as they were packed."""
         codes = unpack_codes(self.planes, self.widths, self.N, self.K)
         zeros = unpack_zeros(self.planes, self.widths, self.N)
-        return QuantizedWeight(codes, self.scales, zeros, self.widths, self.order)
+        return QuantizedWeight(codes, self.scales, zeros, self.widths, self.rewrites)
 
     def with_rows(self, rows: Tensor) -> PackedTensor:
         """The linear whose row n is this one's row rows[n], i64 [N]; exact."""
@@ -150,24 +268,30 @@ class PackedTensor:
             key: zeros[key] if key in zeros else plane.index_select(-2, rows)
             for key, plane in self.planes.items()
         }
-        return replace(self, planes=planes, scales=self.scales[:, rows])
+        rewrites = self.rewrites.with_rows(rows)
+        return replace(self, planes=planes, scales=self.scales[:, rows], rewrites=rewrites)
 
-    def tensors(self, prefix: str, *, owns_order: bool = True) -> dict[str, Tensor]:
-        """Tensors by their name in the checkpoint.
-
-        `owns_order=False` leaves the order out: another linear that reads the same input stores it.
-        """
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors by their name in the checkpoint, those of rewrites not included."""
         named = {f"{prefix}.{key}": tensor for key, tensor in self.planes.items()}
         named[f"{prefix}.scales"] = self.scales
-        if self.order is not None and owns_order:
-            named[f"{prefix}.order"] = self.order
         return named
+
+
+def affine(weights: Mapping[str, Quantized]) -> dict[str, QuantizedWeight]:
+    """Weights of the kind "affine" by name. Raises FormatError for the first of another kind."""
+    found = {}
+    for name, weight in weights.items():
+        if not isinstance(weight, QuantizedWeight):
+            raise FormatError(f"{name} has no scales and zero points of an affine grid", param=name)
+        found[name] = weight
+    return found
 
 
 def packed_shapes(
     N: int, K: int, widths: tuple[int, ...]
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every stored tensor of a linear but its order and bias, in file order."""
+    """Dtype and shape of every stored tensor of a linear but bias and rewrites, in file order."""
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for key, shape in code_tensor_shapes(N, K, widths).items():
         shapes[key] = (torch.uint8, shape)
@@ -175,20 +299,6 @@ def packed_shapes(
     for key, shape in zero_tensor_shapes(N, widths).items():
         shapes[key] = (torch.uint8, shape)
     return shapes
-
-
-def undo_order(weight: Tensor, order: Tensor) -> Tensor:
-    """Columns of `weight` [N, K] moved from packed to source order; `order` i32 [K]."""
-    source = torch.empty_like(weight)
-    source[:, order.long()] = weight
-    return source
-
-
-def check_order(order: Tensor, K: int, name: str) -> None:
-    """Raise FormatError unless `order` is an i32 permutation of 0..K-1."""
-    _require(order, torch.int32, (K,), name)
-    if not torch.equal(order.long().sort().values, torch.arange(K, device=order.device)):
-        raise FormatError(f"tensor {name} is not a permutation of 0..{K - 1}", param=name)
 
 
 def _check_widths(widths: tuple[int, ...], K: int) -> None:

@@ -4,15 +4,17 @@ Linears are taken in stages of those that can be observed together ([q, k, v], [
 [down]). For each stage the block is run with everything before the stage already quantized, so
 that linears of later stages see, and answer to, the error of earlier ones.
 
-With `asymmetric` the source model runs beside it, and each linear's target moves by the
-least-squares share of what its output lacks (`calibration/statistics.py`, `solvers/gptq/solve.py`).
-That is kept per linear only where the error of a sample of its rows on held-out tokens, mean |y' -
-x ŵ^T|^2, falls. A linear that adds straight to the residual stream also works against what the
-prefix has already lost there; which linears do is found by running the block, not from a list.
+Linears that read one input are rewritten by the transforms, then solved together. The solver sees
+packed columns alone, and only what it needs to know of its inputs is collected.
+
+Where it needs shifts, the source model runs beside the block, and each linear may answer for what
+its output lacks (`calibration/statistics.py`), judged by the error of a sample of its rows on
+held-out tokens, mean |y' - x ŵ^T|^2. A linear that adds straight to the residual stream also works
+against what the prefix has already lost there; which linears do is found by running the block, not
+from a list.
 
 Where the stream belongs to several ranks, H and shifts are sums over all windows. The ranks divide
-the factors of H, then the rows of each linear, which are independent given H; each gets what the
-others made.
+the rows of each linear, which are independent given H; each gets what the others made.
 
 At return the block computes with the dequantized weights. Given up: re-measuring q, k and v after
 each other, which read the same input and do not see each other.
@@ -23,7 +25,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -37,32 +38,36 @@ from bitmill.calibration.statistics import (
 )
 from bitmill.calibration.undersampled_experts import is_starved, starved_note
 from bitmill.models.streamed import StreamedModel, set_weight, weight_of
-from bitmill.quant.tensors import QuantizedWeight
+from bitmill.quant.rewrites import Rewrites
+from bitmill.quant.tensors import Quantized
 from bitmill.results import LinearResult
 from bitmill.runtime.ranks import Group
-from bitmill.solvers.gptq.correction import Correction, Linear, sampled_rows
-from bitmill.solvers.gptq.curvature import Curvature
-from bitmill.solvers.gptq.settings import GptqSettings
-from bitmill.solvers.gptq.solve import Solved, check_weights, quantize_siblings, read_results
-from bitmill.solvers.rtn import quantize_rtn
-
-Refined = tuple[QuantizedWeight, LinearResult]
+from bitmill.solvers.solver import (
+    Correction,
+    Linear,
+    Solved,
+    Solver,
+    Statistic,
+    check_weights,
+    read_results,
+    sampled_rows,
+)
+from bitmill.transforms.transform import Transform
 
 
 @dataclass(frozen=True)
 class RefineSettings:
     """How a block is refined.
 
-    asymmetric: answer to what the quantized prefix has lost; it needs the source stream and
-    held-out tokens. ridges (see `gptq.quantize_siblings`) are tried, beside no correction
+    needs: the statistics that the solver needs. "shift" takes the source stream and held-out tokens
+    transforms: rewrite the linears before, one after the other
     batch: sequences per run of the block
     advance_source: replace the source's streams by what the block gives for them, on the way
     """
 
-    method: Literal["rtn", "gptq"] = "gptq"
-    gptq: GptqSettings = field(default_factory=GptqSettings)
-    asymmetric: bool = False
-    ridges: tuple[float, ...] = (0.0, 0.05, 0.5)
+    solver: Solver
+    needs: frozenset[Statistic] = frozenset({"hessian"})
+    transforms: tuple[Transform, ...] = ()
     batch: int = 8
     advance_source: bool = False
 
@@ -73,24 +78,20 @@ def refine_block(
     block: nn.Module,
     stream: Stream,
     widths: Mapping[str, tuple[int, ...]],
+    settings: RefineSettings,
     *,
-    settings: RefineSettings | None = None,
-    orders: Mapping[str, Tensor] | None = None,
     held_out: Stream | None = None,
     on_stage: Callable[[], None] = lambda: None,
     replay: Replay | None = None,
-) -> tuple[dict[str, QuantizedWeight], list[LinearResult]]:
+) -> tuple[dict[str, Quantized], list[LinearResult]]:
     """Quantizes every linear of block `index` that `widths` names (full names).
 
-    stream: calibration block inputs; held_out: others, for choosing. orders: name -> i64 [K],
-    packed column k is input column orders[name][k]; linears reading one input share one order.
-    on_stage: called after every stage. replay: a new one, for a caller who moves the same streams
-    on by `advance_hidden`.
+    stream: calibration block inputs; held_out: others, for choosing. on_stage: called after every
+    stage. replay: a new one, for a caller who moves the same streams on by `advance_hidden`.
 
     Raises CalibrationError, naming the linear, where calibration gives non-finite inputs, and
     NumericalError where a factorization fails past the last damping.
     """
-    settings = settings or RefineSettings()
     _check_streams(settings, stream, held_out)
     linears = model.linears(block, index)
     check_weights({n: weight_of(linears[n]).detach() for n in linears if n in widths})
@@ -98,10 +99,9 @@ def refine_block(
         _block_state(model, index, block, stream, settings, replay or Replay()),
         widths,
         settings,
-        orders or {},
         stream.group,
     )
-    done: dict[str, Refined] = {}
+    done: dict[str, Quantized] = {}
     stages = list(job.stages())
     for stage in stages:
         last = settings.advance_source and stage is stages[-1]
@@ -111,10 +111,10 @@ def refine_block(
         on_stage()
     read = {result.name: result for result in read_results(job.solved, stream.group)}
     results = [
-        _with_tokens(read.get(name, result), job.tokens[name], model.plan.by_name[name].columns)
-        for name, (_, result) in done.items()
+        _with_tokens(read[name], job.tokens[name], model.plan.by_name[name].columns)
+        for name in done
     ]
-    return {name: weight for name, (weight, _) in done.items()}, results
+    return done, results
 
 
 def _with_tokens(result: LinearResult, tokens: int, columns: int) -> LinearResult:
@@ -130,7 +130,6 @@ class _BlockJob:
     state: BlockState
     widths: Mapping[str, tuple[int, ...]]
     settings: RefineSettings
-    orders: Mapping[str, Tensor]
     ranks: Group
     solved: list[Solved] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -148,19 +147,21 @@ class _BlockJob:
         stream: Stream,
         held_out: Stream | None,
         advance_source: bool,
-    ) -> dict[str, Refined]:
-        batch = self.settings.batch
-        seen = collect(
-            self.state,
-            groups,
-            stream,
-            batch=batch,
-            advance_source=advance_source,
-            judge=False,
-            rows=self.ranks.part,
-        )
+    ) -> dict[str, Quantized]:
+        seen: dict[str, InputStatistics] = {}
         unseen: dict[str, InputStatistics] = {}
-        if self.settings.asymmetric and held_out is not None:
+        batch = self.settings.batch
+        if self.settings.needs:
+            seen = collect(
+                self.state,
+                groups,
+                stream,
+                batch=batch,
+                advance_source=advance_source,
+                judge=False,
+                rows=self.ranks.part,
+            )
+        if "shift" in self.settings.needs and held_out is not None:
             unseen = collect(
                 self.state,
                 groups,
@@ -170,123 +171,94 @@ class _BlockJob:
                 rows=self._sample,
             )
         checks = dict.fromkeys(one.check for one in (*seen.values(), *unseen.values()))
-        result: dict[str, Refined] = {}
+        result: dict[str, Quantized] = {}
         try:
             for group in groups:
-                result |= self._refine_group(group, seen, unseen)
+                result |= self._solve(group, seen, unseen)
         finally:  # before what such inputs may have led to
             for check in checks:
                 check()
         return result
 
-    def _refine_group(
+    def _solve(
         self,
-        group: Sequence[str],
+        names: Sequence[str],
         seen: dict[str, InputStatistics],
         unseen: dict[str, InputStatistics],
-    ) -> dict[str, Refined]:
-        """Linears that share H (and so the order) are solved together; takes their statistics."""
-        self.tokens.update({name: seen[name].tokens for name in group})
-        if self.settings.method == "rtn":
-            found = {name: self._rtn(name, seen[name]) for name in group}
-        else:
-            found = self._gptq(group, seen, unseen)
-        return {name: self._gathered(name, found[name]) for name in group}
+    ) -> dict[str, Quantized]:
+        """Linears that read one input, together; takes their statistics, whose memory is free while
+        the solver works."""
+        self.tokens.update({name: seen[name].tokens if seen else 0 for name in names})
+        H = seen[names[0]].H if seen else None
+        weights = {name: self._weight(name).float() for name in names}
+        rewrites = {name: Rewrites() for name in names}
+        for transform in self.settings.transforms:
+            fitted = transform.fit(weights, H, self.ranks)
+            for name, rewrite in fitted.items():
+                weights[name] = rewrite.weights(weights[name])
+                rewrites[name] = Rewrites([*rewrites[name], rewrite])
+            if fitted and H is not None:
+                H = fitted[names[0]].hessian(H)
+        linears = [
+            Linear(
+                name,
+                weights.pop(name),
+                self.widths[name],
+                self._correction(
+                    name, rewrites[name], seen.pop(name, None), unseen.pop(name, None)
+                ),
+            )
+            for name in names
+        ]
+        solved = self.settings.solver.solve(linears, H, self.ranks)
+        self.solved.append(replace(solved, weights=()))
+        found = {}
+        for name, weight in zip(names, solved.weights, strict=True):
+            count = self.state.model.plan.by_name[name].rows
+            found[name] = weight.rewritten(rewrites[name]).gathered(self.ranks, count)
+        return found
 
     def _weight(self, name: str) -> Tensor:
-        """This rank's rows of a linear, f32."""
+        """This rank's rows of a linear."""
         W = weight_of(self.state.linears[name]).detach()
-        return W[self.ranks.part(len(W))].float()
+        return W[self.ranks.part(len(W))]
 
     def _sample(self, count: int) -> Tensor:
         """This rank's rows of the sample of a linear of `count` rows."""
         return sampled_rows(count, self.state.model.device, self.ranks.part(count))
 
-    def _rtn(self, name: str, statistics: InputStatistics) -> Refined:
-        return quantize_rtn(
-            self._weight(name),
-            self.widths[name],
-            H=statistics.H,
-            order=self.orders.get(name),
-            clip=self.settings.gptq.clip,
-            name=name,
-            ranks=self.ranks,
-        )
-
-    def _gptq(
+    def _correction(
         self,
-        names: Sequence[str],
-        seen: dict[str, InputStatistics],
-        unseen: dict[str, InputStatistics],
-    ) -> dict[str, Refined]:
-        """Plain solutions, or the corrected ones of least held-out error where they beat those."""
-        settings, first = self.settings, names[0]
-        linears = [self._linear(name, seen[name], unseen.pop(name, None)) for name in names]
-        corrected = any(linear.correction for linear in linears)
-        curvature = Curvature.prepare(
-            seen[first].H,
-            self.orders.get(first),
-            damping=settings.gptq.damping,
-            name=first,
-            ridges=settings.ridges if corrected else (),
-            ranks=self.ranks,
-        )
-        for name in names:
-            del seen[name]
-        solved = quantize_siblings(
-            linears,
-            curvature,
-            ridges=settings.ridges,
-            settings=settings.gptq,
-            ranks=self.ranks,
-        )
-        self.solved.append(replace(solved, weights=()))
-        return dict(zip(names, zip(solved.weights, solved.results, strict=True), strict=True))
-
-    def _linear(
-        self, name: str, statistics: InputStatistics, unseen: InputStatistics | None
-    ) -> Linear:
-        """This rank's rows of a linear, with what may correct them."""
-        W, widths = self._weight(name), self.widths[name]
-        if statistics.shift is None or unseen is None or unseen.shift is None:
-            return Linear(name, W, widths)
-        count = self.state.model.plan.by_name[name].rows
+        name: str,
+        rewrites: Rewrites,
+        seen: InputStatistics | None,
+        unseen: InputStatistics | None,
+    ) -> Correction | None:
+        """What may correct this rank's rows of a linear, in packed columns."""
+        if seen is None or unseen is None or seen.shift is None or unseen.shift is None:
+            return None
+        judged, count = unseen, self.state.model.plan.by_name[name].rows
         sample = self._sample(count) - self.ranks.part(count).start
-        some = W[sample]
+        some = self._weight(name)[sample].float()
 
         def judge(candidate: Tensor) -> Tensor:
-            return unseen.error(some - candidate)
+            return judged.error(some - rewrites.undo(candidate))
 
-        return Linear(name, W, widths, Correction(statistics.shift, sample, judge))
+        return Correction(rewrites.moments(seen.shift), sample, judge)
 
-    def _gathered(self, name: str, own: Refined) -> Refined:
-        """All rows of a linear of which each rank has solved its own."""
-        if self.ranks.size == 1:
-            return own
-        weight, result = own
-        count = self.state.model.plan.by_name[name].rows
-        codes, scales, zeros = (
-            self.ranks.gather_rows(rows.contiguous(), count)
-            for rows in (weight.codes, weight.scales.T, weight.zeros.T)
-        )
-        whole = replace(
-            weight, codes=codes, scales=scales.T.contiguous(), zeros=zeros.T.contiguous()
-        )
-        return whole, result
-
-    def install(self, refined: Mapping[str, Refined]) -> None:
+    def install(self, refined: Mapping[str, Quantized]) -> None:
         """Writes dequantized weights into the block."""
-        for name, (weight, _) in refined.items():
+        for name, weight in refined.items():
             set_weight(self.state.linears[name], weight.dequantize())
 
 
 def _check_streams(settings: RefineSettings, stream: Stream, held_out: Stream | None) -> None:
-    if not settings.asymmetric:
+    if "shift" not in settings.needs:
         return
     if stream.source is None or held_out is None or held_out.source is None:
         raise ValueError(
-            "the asymmetric correction needs the source model's block inputs for both the "
-            "calibration and the held-out tokens: give them, or leave it out"
+            "a solver that needs shifts needs the source model's block inputs for both the "
+            "calibration and the held-out tokens: give them"
         )
 
 
@@ -299,9 +271,9 @@ def _block_state(
     replay: Replay,
 ) -> BlockState:
     linears = model.linears(block, index)
-    source = copy.deepcopy(block) if settings.asymmetric else None
+    source = copy.deepcopy(block) if "shift" in settings.needs else None
     state = BlockState(model, index, block, source, linears, replay=replay)
-    if settings.asymmetric:
+    if source is not None:
         writers: tuple[str, ...] = ()
         if stream.group.first:
             writers = residual_writers(model, index, block, stream.hidden[:1])

@@ -19,7 +19,7 @@ from bitmill.evaluation.logits import CHUNK, StreamedLogits
 from bitmill.models.streamed import StreamedModel, capture_inputs
 from bitmill.plan.model_plan import PlannedLinear
 from bitmill.quant.grid import ClipSettings
-from bitmill.quant.tensors import QuantizedWeight
+from bitmill.quant.tensors import Quantized
 from bitmill.results import LinearResult
 from bitmill.solvers.rtn import round_to_nearest
 
@@ -28,7 +28,7 @@ COST_TOKENS = 4096
 
 def round_embedding(
     model: StreamedModel, matrix: PlannedLinear, widths: Sequence[int], squares: Tensor
-) -> tuple[QuantizedWeight, float]:
+) -> tuple[Quantized, float]:
     """Codes of one matrix [V, D], and their relative error sum(h (W - Q)^2) / sum(h W^2).
 
     h = squares f32 [D], the mean square of the head's input, for a head, else 1.
@@ -38,7 +38,7 @@ def round_embedding(
     codes = round_to_nearest(W, tuple(widths), h, ClipSettings())
     error = float(((W - codes.values()).square() @ h).sum(dtype=torch.float64))
     total = float((W.square() @ h).sum(dtype=torch.float64))
-    return codes.finish(None), error / total if total > 0 else error
+    return codes.finish(), error / total if total > 0 else error
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def head_squares(model: StreamedModel, tokens: Tensor) -> Tensor:
 
 def quantize_embeddings(
     model: StreamedModel, tokens: Tensor, widths: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, QuantizedWeight], list[LinearResult]]:
+) -> tuple[dict[str, Quantized], list[LinearResult]]:
     """Codes of every embedding and head of the plan at the map's widths; tokens int64 [S, T]."""
     squares = head_squares(model, tokens)
     weights, reports = {}, []

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ from bitmill.models.streamed import StreamedModel, set_weight
 from bitmill.plan.block_memory import refining_bytes
 from bitmill.plan.model_plan import Plan
 from bitmill.quant.grid import ClipSettings
-from bitmill.quant.tensors import PackedTensor, QuantizedWeight
+from bitmill.quant.rewrites import Rewrites
+from bitmill.quant.tensors import Quantized, Stored
 from bitmill.refinement.block import RefineSettings, refine_block
 from bitmill.refinement.embeddings import quantize_embeddings
 from bitmill.refinement.omniquant.model import ModelLearning
@@ -53,7 +54,11 @@ from bitmill.results import BlockQuality, LinearResult, TuningQuality
 from bitmill.runtime.graphs import graphs_kept
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.solvers.gptq.settings import GptqSettings
+from bitmill.solvers.gptq.solve import GptqSolver
 from bitmill.solvers.grid_search import CompensatedSettings
+from bitmill.solvers.rtn import RtnSolver
+from bitmill.solvers.solver import Solver
+from bitmill.transforms.column_order import ColumnOrders
 
 TUNED_NAME = "tuned"
 TUNING_NAME = "tuning.json"
@@ -91,17 +96,21 @@ class RefinedModel:
             hashes |= storage.read_json(report_path(self.folder, i))["code_hashes"]
         return hashes
 
-    def linear(self, name: str) -> QuantizedWeight:
+    def linear(self, name: str) -> Quantized:
         """One refined linear or embedding."""
         return self.packed(name).unpack()
 
-    def order(self, name: str) -> Tensor | None:
-        """Column order i32 [K] of one refined linear, None where it has its own."""
-        return self._block_of(name).order(name)
+    def rewrites(self, name: str) -> Rewrites:
+        """The rewrites of one refined linear."""
+        return self._block_of(name).rewrites(name)
 
-    def packed(self, name: str) -> PackedTensor:
+    def packed(self, name: str) -> Stored:
         """One refined linear or embedding as it is stored."""
         return self._block_of(name).packed(name)
+
+    def solved(self, name: str, packed: Stored) -> Stored:
+        """What `packed` gives is what was solved."""
+        return packed
 
     def _block_of(self, name: str) -> SavedBlock:
         i = self.plan.by_name[name].block
@@ -189,12 +198,12 @@ def refine_model(
 
 def _tune(learning: ModelLearning, plan: Plan, folder: Path) -> None:
     """Tune the scales of all refined blocks together, if the job asks for it."""
-    weights: dict[str, QuantizedWeight] = {}
+    loaded: dict[str, Quantized] = {}
     for i in range(plan.block_count):
-        weights |= load_block(folder, plan, i)
+        loaded |= load_block(folder, plan, i)
     embeddings = _load_embeddings(folder, plan)
     matrices = {name: weight.dequantize() for name, weight in embeddings.items()}
-    tuned = learning.tune(weights, matrices)
+    tuned = learning.tune(loaded, matrices)
     if tuned is None:
         return
     weights, report = tuned
@@ -219,7 +228,7 @@ def _refine_embeddings(model: StreamedModel, inputs: RefineInputs, folder: Path)
         save_block(folder, EMBEDDINGS, weights, reports, None)
 
 
-def _load_embeddings(folder: Path, plan: Plan) -> dict[str, QuantizedWeight]:
+def _load_embeddings(folder: Path, plan: Plan) -> dict[str, Quantized]:
     return load_block(folder, plan, EMBEDDINGS) if plan.embeddings else {}
 
 
@@ -262,7 +271,7 @@ class _Run:
 
     def refine(
         self, i: int, block: nn.Module, on_stage: Callable[[], None]
-    ) -> tuple[dict[str, QuantizedWeight], list[LinearResult], dict[str, Any] | None]:
+    ) -> tuple[Mapping[str, Quantized], list[LinearResult], dict[str, Any] | None]:
         names = [linear.name for linear in self.model.plan.block_linears(i)]
         weights, results = refine_block(
             self.model,
@@ -270,8 +279,7 @@ class _Run:
             block,
             self._streams[0],
             {name: self.inputs.bit_widths.linears[name] for name in names},
-            settings=refine_settings(self.settings, self.batch, self.asymmetric),
-            orders={n: self.inputs.orders[n] for n in names if n in self.inputs.orders},
+            refine_settings(self.settings, self.batch, self.asymmetric, self.inputs.orders),
             held_out=self._streams[1] if self.asymmetric else None,
             on_stage=on_stage,
             replay=self._replay if self.learning is None else None,
@@ -310,22 +318,30 @@ class _Run:
                 part.copy_(self.model.run_block(i, block, part), non_blocking=True)
 
 
-def first_method(settings: Refinement) -> Literal["rtn", "gptq"]:
-    """What a block's first solution comes from; clipping learns from plain rounding."""
+def refine_settings(
+    settings: Refinement, batch: int, asymmetric: bool, orders: Mapping[str, Tensor]
+) -> RefineSettings:
+    """The block settings of a job; `batch` sequences run at once.
+
+    orders: full name of a linear -> i64 [K] where it has a column order.
+    """
+    clip = ClipSettings() if settings.clip_search else ClipSettings.min_max()
     clipping = settings.method == "omniquant" and settings.omniquant.mode == "clipping"
-    return "rtn" if settings.method == "rtn" or clipping else "gptq"
-
-
-def refine_settings(settings: Refinement, batch: int, asymmetric: bool) -> RefineSettings:
-    """The block settings of a job; `batch` sequences run at once."""
+    solver: Solver
+    if settings.method == "rtn" or clipping:
+        solver = RtnSolver(clip)
+    else:
+        solver = GptqSolver(
+            GptqSettings(
+                clip=clip,
+                compensated=CompensatedSettings() if settings.compensated_grid else None,
+                rounds=GptqSettings.rounds if settings.scale_refit else 0,
+            )
+        )
     return RefineSettings(
-        method=first_method(settings),
-        gptq=GptqSettings(
-            clip=ClipSettings() if settings.clip_search else ClipSettings.min_max(),
-            compensated=CompensatedSettings() if settings.compensated_grid else None,
-            rounds=GptqSettings.rounds if settings.scale_refit else 0,
-        ),
-        asymmetric=asymmetric,
+        solver,
+        needs=frozenset({"hessian", "shift"} if asymmetric else {"hessian"}),
+        transforms=(ColumnOrders(orders),),
         batch=batch,
         advance_source=asymmetric,
     )

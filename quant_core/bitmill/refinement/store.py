@@ -24,7 +24,8 @@ from bitmill.formats.packed.checkpoint import DTYPES, tensor_bytes
 from bitmill.io import atomic as storage
 from bitmill.io.safetensors import TensorInfo, file_pieces
 from bitmill.plan.model_plan import Plan
-from bitmill.quant.tensors import PackedTensor, QuantizedWeight
+from bitmill.quant.rewrites import Rewrites
+from bitmill.quant.tensors import KINDS, Quantized, Stored
 from bitmill.results import LinearResult
 from bitmill.runtime.stage_timer import stage
 
@@ -56,7 +57,7 @@ def _part_name(i: int) -> str:
 def save_block(
     folder: Path,
     i: int,
-    weights: Mapping[str, QuantizedWeight],
+    weights: Mapping[str, Quantized],
     linears: list[LinearResult],
     learning: dict[str, Any] | None,
 ) -> None:
@@ -66,9 +67,12 @@ def save_block(
     """
     codes = {name: _to_host(weight.codes) for name, weight in weights.items()}
     tensors: dict[str, Tensor] = {}
+    kinds: dict[str, str] = {}
     for name, weight in weights.items():
-        packed = PackedTensor.pack(weight).tensors(name)
-        tensors |= {key: _to_host(value) for key, value in packed.items()}
+        packed = weight.pack()
+        kinds[name] = packed.kind
+        own = packed.tensors(name) | packed.rewrites.tensors(name)
+        tensors |= {key: _to_host(value) for key, value in own.items()}
     for device in {weight.codes.device for weight in weights.values()}:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
@@ -81,6 +85,8 @@ def save_block(
         "linears": [linear.model_dump(mode="json") for linear in linears],
         "learning": learning,
         "widths": {name: "".join(map(str, weight.widths)) for name, weight in weights.items()},
+        "kinds": kinds,
+        "rewrites": {name: [r.name for r in weight.rewrites] for name, weight in weights.items()},
         "code_hashes": {name: digest.result() for name, digest in hashes.items()},
         "tensors_sha256": whole.result(),
     }
@@ -132,7 +138,7 @@ class BlockSaver:
     def save(
         self,
         i: int,
-        weights: Mapping[str, QuantizedWeight],
+        weights: Mapping[str, Quantized],
         linears: list[LinearResult],
         learning: dict[str, Any] | None,
     ) -> None:
@@ -166,7 +172,10 @@ class SavedBlock:
 
     def __init__(self, folder: Path, plan: Plan, i: int) -> None:
         self._plan, self._i = plan, i
-        self._widths: dict[str, str] = storage.read_json(report_path(folder, i))["widths"]
+        report = storage.read_json(report_path(folder, i))
+        self._widths: dict[str, str] = report["widths"]
+        self._kinds: dict[str, str] = report.get("kinds", {})
+        self._rewrites: dict[str, list[str]] = report.get("rewrites", {})
         self._file = safe_open(tensors_path(folder, i), framework="pt")
         self._keys: dict[str, list[str]] = {}
         keys = self._file.keys()
@@ -178,23 +187,27 @@ class SavedBlock:
         """Its linears."""
         return tuple(self._widths)
 
-    def packed(self, name: str) -> PackedTensor:
+    def packed(self, name: str) -> Stored:
         """One linear as it is stored. Raises `FormatError` where it is missing or damaged."""
         if name not in self._widths:
             raise FormatError(f"block {self._i} holds no refined {name}", param=name)
-        shape = self._plan.by_name[name].shape
-        tensors = {key: self._file.get_tensor(key) for key in self._keys.get(name, ())}
-        order = tensors.pop(f"{name}.order", None)
+        shape, rewrites = self._plan.by_name[name].shape, self.rewrites(name)
+        apart = rewrites.tensors(name)
+        own = [key for key in self._keys.get(name, ()) if key not in apart]
+        tensors = {key: self._file.get_tensor(key) for key in own}
         widths = tuple(int(b) for b in self._widths[name])
-        return PackedTensor.from_tensors(name, tensors, shape.rows, shape.columns, widths, order)
+        kind = KINDS[self._kinds.get(name, "affine")]
+        return kind.from_tensors(name, tensors, shape.rows, shape.columns, widths, rewrites)
 
-    def order(self, name: str) -> Tensor | None:
-        """Column order i32 [K] of one linear, None where it has its own."""
-        key = f"{name}.order"
-        return self._file.get_tensor(key) if key in self._keys.get(name, ()) else None
+    def rewrites(self, name: str) -> Rewrites:
+        """The rewrites of one linear."""
+        prefix, keys = f"{name}.", self._keys.get(name, ())
+        ordered = ["order"] if f"{name}.order" in keys else []  # blocks of 0.1.0 name none
+        names = self._rewrites.get(name, ordered)
+        return Rewrites.read(names, lambda key: self._file.get_tensor(prefix + key))
 
 
-def load_block(folder: Path, plan: Plan, i: int) -> dict[str, QuantizedWeight]:
+def load_block(folder: Path, plan: Plan, i: int) -> dict[str, Quantized]:
     """The refined linears of block i."""
     block = SavedBlock(folder, plan, i)
     return {name: block.packed(name).unpack() for name in block.names}

@@ -51,6 +51,7 @@ from bitmill.quant.grid import (
     relative_weights,
     round_scale,
 )
+from bitmill.quant.rewrites import NO_REWRITES, Rewrites
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.runtime.stage_timer import stage
 from bitmill.sensitivity.checkpoint import BlockProfile, ProfileCheckpoint, joined_profile
@@ -292,11 +293,12 @@ class _Measurement:
         weighted = self._settings.moments == "weighted"
         for names in [[name] for name in group] if weighted else [list(group)]:
             own = moments.weighted(names[0])
-            shared = Curvature.prepare(H if own is None else own, order, name=names[0])
+            rewrites = Rewrites.of_order(order)
+            shared = Curvature.prepare(rewrites.hessian(H if own is None else own), name=names[0])
             weights = [weight_of(modules[name]).detach() for name in names]
             row_weights = [moments.row_weight(name, predictions) for name in names]
             with stage("cost"):
-                costs = input_costs(weights, row_weights, shared, self._settings)
+                costs = input_costs(weights, row_weights, shared, self._settings, rewrites)
             for name, table in zip(names, costs, strict=True):
                 self._keep(name, table, profile)
                 if order is not None:
@@ -320,15 +322,17 @@ def input_costs(
     row_weights: Sequence[Tensor],
     curvature: Curvature,
     settings: SensitivitySettings,
+    rewrites: Rewrites = NO_REWRITES,
 ) -> list[FloatArray]:
     """Costs float64 [G, B], nats per token, of every width for every group of each linear.
 
-    weights: [N, K] of linears that read one input, in source column order; row_weights: [N] each.
+    weights: [N, K] of linears that read one input, in the source's columns; row_weights: [N] each.
+    curvature: that of the input behind the rewrites, in whose columns the groups lie.
     """
     device = weights[0].device
     samples = [sample_rows(weight, settings.rows) for weight in row_weights]
     rows = [W[s.chosen.to(device)].float() for W, s in zip(weights, samples, strict=True)]
-    losses = _row_losses(curvature.packed(torch.cat(rows)), curvature, settings.widths).double()
+    losses = _row_losses(rewrites.weights(torch.cat(rows)), curvature, settings.widths).double()
     share = torch.cat([s.share for s in samples]).to(device)
     parts = (0.5 * share * losses).split([len(s.share) for s in samples], 2)
     table = torch.stack([part.sum(2).T for part in parts]).clamp(min=0.0).cpu()

@@ -37,8 +37,8 @@ from bitmill.runtime.ranks import Group
 from bitmill.runtime.stage_timer import stage
 from bitmill.sensitivity.fisher import PROFILE_CLIP
 from bitmill.solvers.factor import activation_order, squared_pivots
-from bitmill.solvers.gptq.solve import check_weights
 from bitmill.solvers.rtn import round_to_nearest
+from bitmill.solvers.solver import check_weights
 from bitmill_kernels.divergence.divergence import divergence
 from bitmill_kernels.layout import GROUP_SIZE, group_count
 from bitmill_kernels.linalg.hessian import add_product, product

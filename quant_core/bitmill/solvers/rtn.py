@@ -8,12 +8,12 @@ search; without one the columns weigh alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from bitmill.config.bit_width_map import LinearShape, code_bits
 from bitmill.quant.codes import LinearCodes, group_slices, row_errors
 from bitmill.quant.grid import (
     ClipSettings,
@@ -25,10 +25,34 @@ from bitmill.quant.grid import (
     relative_weights,
     round_scale,
 )
-from bitmill.quant.tensors import QuantizedWeight
+from bitmill.quant.rewrites import Rewrites
+from bitmill.quant.tensors import Quantized
 from bitmill.results import LinearResult
 from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.solvers.solver import Linear, Solved
 from bitmill_kernels.backend import resolve_backend
+
+
+@dataclass(frozen=True)
+class RtnSolver:
+    """Rounding as a solver (`solvers/solver.py`)."""
+
+    clip: ClipSettings = field(default_factory=ClipSettings)
+
+    def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Group) -> Solved:
+        """Nearest codes; without H errors are those of the weights themselves."""
+        weight = None if H is None else H.diagonal()
+        codes = [round_to_nearest(one.W, one.widths, weight, self.clip) for one in linears]
+        errors = [_errors(one.W, own, H) for one, own in zip(linears, codes, strict=True)]
+        weights = [own.finish() for own in codes]
+        return Solved(weights, [one.result() for one in linears], torch.stack(errors))
+
+
+def _errors(W: Tensor, codes: LinearCodes, H: Tensor | None) -> Tensor:
+    """Of zeros and of the codes, which are stored as they are: f64 [3]."""
+    metric = torch.eye(W.shape[1], device=W.device) if H is None else H
+    zeros, rounded = (row_errors(R, metric).sum() for R in (W, W - codes.values()))
+    return torch.stack([zeros, rounded, rounded])
 
 
 def quantize_rtn(
@@ -39,32 +63,18 @@ def quantize_rtn(
     order: Tensor | None = None,
     clip: ClipSettings | None = None,
     name: str = "linear",
-    ranks: Group = SINGLE,
-) -> tuple[QuantizedWeight, LinearResult]:
+) -> tuple[Quantized, LinearResult]:
     """Codes, grids and result of one linear by rounding alone.
 
-    W f32 [N, K], H f32 [K, K] or None, in source column order; order i64 [K]: packed column k is
+    W f32 [N, K], H f32 [K, K] or None, in the source's columns; order i64 [K]: packed column k is
     source column order[k]. Without H errors are those of the weights themselves.
-    ranks: those that round other rows of the linear; errors are sums over all of them.
     """
-    if order is not None:
-        order = order.to(W.device)
-        W = W[:, order]
-        H = None if H is None else H[order][:, order]
-    weight = None if H is None else H.diagonal()
-    codes = round_to_nearest(W, tuple(widths), weight, clip or ClipSettings())
-    metric = torch.eye(W.shape[1], device=W.device) if H is None else H
-    errors = [row_errors(residual, metric).sum() for residual in (W, W - codes.values())]
-    total, error = ranks.totals(torch.stack(errors))
-    result = LinearResult(
-        name=name,
-        code_bits=code_bits([LinearShape(name, *W.shape)], {name: widths}),
-        relative_error=error / (total or 1.0),
-        damping=0.0,
-        scale_refit_gain=0.0,
-        asymmetric=False,
-    )
-    return codes.finish(order), result
+    rewrites = Rewrites.of_order(order)
+    linear = Linear(name, rewrites.weights(W), tuple(widths))
+    H = None if H is None else rewrites.hessian(H)
+    solved = RtnSolver(clip or ClipSettings()).solve([linear], H, SINGLE)
+    weight, result = solved.read(SINGLE)[0]
+    return weight.rewritten(rewrites), result
 
 
 def round_to_nearest(

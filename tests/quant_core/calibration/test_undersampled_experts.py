@@ -23,7 +23,7 @@ from bitmill.refinement.block import RefineSettings, refine_block
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
 from bitmill.solvers.gptq.settings import GptqSettings
-from bitmill.solvers.gptq.solve import quantize_gptq
+from bitmill.solvers.gptq.solve import GptqSolver, quantize_gptq
 from bitmill.solvers.rtn import quantize_rtn
 from tiny import VOCABULARY, save_tiny
 
@@ -151,7 +151,7 @@ def test_an_expert_without_tokens_uses_the_layers_input_and_rounds_the_rest(mode
     widths = {li.name: (3,) for li in streamed.plan.block_linears(0)}
     block = streamed.load_block(0)
     weights, _ = refine_block(
-        streamed, 0, block, stream, widths, settings=RefineSettings(gptq=quick, batch=6)
+        streamed, 0, block, stream, widths, RefineSettings(GptqSolver(quick), batch=6)
     )
     fresh = streamed.load_block(0)
     names = streamed.linears(fresh, 0)

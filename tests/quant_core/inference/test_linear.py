@@ -9,13 +9,12 @@ import torch
 
 from bitmill.errors import FormatError
 from bitmill.inference.linear import QuantizedLinear, join_siblings
-from bitmill.quant.tensors import PackedTensor
 from weights import random_weight
 
 
 def module_of(N: int, K: int, widths: tuple[int, ...], **options: bool) -> QuantizedLinear:
     weight = random_weight(N, K, widths, **options)
-    return QuantizedLinear.from_packed(PackedTensor.pack(weight))
+    return QuantizedLinear.from_packed(weight.pack())
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["natural", "ordered"])
@@ -25,7 +24,7 @@ def test_forward_equals_the_dequantized_forward(
 ) -> None:
     weight = random_weight(24, 300, (3, 1, 5), ordered=ordered)
     bias = torch.linspace(-1, 1, 24)
-    module = QuantizedLinear.from_packed(PackedTensor.pack(weight), bias=bias)
+    module = QuantizedLinear.from_packed(weight.pack(), bias=bias)
     x = torch.randn(2, 3, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
     y = module(x)
     expected = x.double() @ weight.dequantize().double().t() + bias.double()
@@ -36,9 +35,10 @@ def test_forward_equals_the_dequantized_forward(
 
 def test_state_dict_has_the_names_of_the_format() -> None:
     weight = random_weight(8, 296, (3, 4, 2), ordered=True)
-    packed = PackedTensor.pack(weight)
+    packed = weight.pack()
     module = QuantizedLinear.from_packed(packed, bias=torch.zeros(8))
-    expected = {name.removeprefix("x.") for name in packed.tensors("x")} | {"bias"}
+    stored = packed.tensors("x") | packed.rewrites.tensors("x")
+    expected = {name.removeprefix("x.") for name in stored} | {"bias"}
     assert module.state_dict().keys() == expected
 
 
@@ -46,7 +46,7 @@ def test_an_order_of_another_linear_is_used_but_not_stored() -> None:
     weight = random_weight(8, 256, (3, 4), ordered=True)
     assert weight.order is not None
     module = QuantizedLinear(256, 8, (3, 4), order="shared")
-    module.fill(PackedTensor.pack(weight).tensors("", owns_order=False))
+    module.fill(weight.pack().tensors(""))
     module.share_order(weight.order)
     assert "order" not in module.state_dict()
     assert torch.equal(module.dequantize(), weight.dequantize())
@@ -83,7 +83,7 @@ def test_new_tensors_replace_the_cached_weight() -> None:
     module = module_of(8, 128, (4,))
     x = torch.ones(1, 128)
     old = module(x)
-    module.fill(PackedTensor.pack(random_weight(8, 128, (4,), seed=9)).tensors(""))
+    module.fill(random_weight(8, 128, (4,), seed=9).pack().tensors(""))
     assert not torch.equal(module(x), old)
 
 

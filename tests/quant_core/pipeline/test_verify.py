@@ -21,7 +21,6 @@ from bitmill.errors import VerificationError
 from bitmill.formats.accounting import footprint
 from bitmill.inference.linear import QuantizedLinear
 from bitmill.pipeline.verify import VerifyReport, forward_error, verify_folder
-from bitmill.quant.tensors import PackedTensor
 from tiny import tiny_llama
 from weights import PackedModel, pack_model, random_weight
 
@@ -146,7 +145,7 @@ def test_a_map_that_differs_from_the_config_is_refused(packed: PackedModel, tmp_
 
 
 def test_a_forward_that_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = PackedTensor.pack(random_weight(16, 200, (3, 4)))
+    packed = random_weight(16, 200, (3, 4)).pack()
     x = torch.randn(4, 200, generator=torch.Generator().manual_seed(0))
     assert forward_error(packed, x) < 1e-5
     right = QuantizedLinear.forward
@@ -160,7 +159,7 @@ def test_tiny_and_huge_outputs_are_judged_as_others(factor: float, dtype: torch.
     """fp16 holds numbers from 6e-8 to 65504; what a linear puts out may lie beyond both."""
     plain = random_weight(16, 200, (3, 4))
     scales = (plain.scales.float() * factor).clamp(6e-8, 6e4).half()
-    packed = PackedTensor.pack(replace(plain, scales=scales))
+    packed = replace(plain, scales=scales).pack()
     x = torch.randn(4, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert forward_error(packed, x) < (1e-5 if dtype == torch.float32 else 1e-3)
 
@@ -170,7 +169,7 @@ def test_a_wrong_forward_is_seen_at_any_size(
     factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = random_weight(16, 200, (3, 4))
-    packed = PackedTensor.pack(replace(plain, scales=(plain.scales.float() * factor).half()))
+    packed = replace(plain, scales=(plain.scales.float() * factor).half()).pack()
     right = QuantizedLinear.forward
     monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: right(self, x) * (1 + 1e-2))
     for dtype in (torch.float32, torch.float16):

@@ -2,6 +2,7 @@ import torch
 
 from bitmill.quant.codes import LinearCodes, group_slices, output_error
 from bitmill.quant.grid import ClipSettings
+from bitmill.quant.rewrites import Rewrites
 from bitmill.solvers.rtn import round_to_nearest
 
 
@@ -17,11 +18,11 @@ def test_the_stored_form_has_the_same_values_in_source_order():
     W = torch.randn(6, 300, generator=torch.Generator().manual_seed(0))
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
     codes = round_to_nearest(W[:, order], (1, 3, 8), None, ClipSettings())
-    stored = codes.finish(order)
+    stored = codes.finish().rewritten(Rewrites.of_order(order))
     assert isinstance(codes, LinearCodes)
     assert stored.widths == (1, 3, 8)
     assert torch.equal(stored.dequantize()[:, order], codes.values())
-    assert torch.equal(codes.finish(None).dequantize(), codes.values())
+    assert torch.equal(codes.finish().dequantize(), codes.values())
 
 
 def test_the_output_error_is_the_mean_over_tokens():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import FormatError
+from bitmill.quant.rewrites import ColumnOrder, Rewrites
 from bitmill.quant.tensors import PackedTensor, QuantizedWeight
 from weights import random_weight
 
@@ -27,22 +28,23 @@ def test_unpack_gives_back_what_was_packed(
     N: int, K: int, widths: tuple[int, ...], ordered: bool
 ) -> None:
     weight = random_weight(N, K, widths, ordered=ordered, seed=N)
-    assert same(PackedTensor.pack(weight).unpack(), weight)
+    assert same(weight.pack().unpack(), weight)
 
 
 @pytest.mark.parametrize(("N", "K", "widths"), SHAPES)
 def test_tensors_come_back_from_a_checkpoint(N: int, K: int, widths: tuple[int, ...]) -> None:
     weight = random_weight(N, K, widths, ordered=True, seed=1)
-    tensors = PackedTensor.pack(weight).tensors("a.b")
+    packed = weight.pack()
+    tensors = packed.tensors("a.b")
     assert all(name.startswith("a.b.") for name in tensors)
-    again = PackedTensor.from_tensors("a.b", tensors, N, K, widths, tensors["a.b.order"])
+    again = PackedTensor.from_tensors("a.b", tensors, N, K, widths, packed.rewrites)
     assert same(again.unpack(), weight)
 
 
-def test_an_order_that_another_linear_owns_is_not_listed() -> None:
-    packed = PackedTensor.pack(random_weight(4, 128, (2,), ordered=True))
-    assert "x.order" in packed.tensors("x")
-    assert "x.order" not in packed.tensors("x", owns_order=False)
+def test_what_rewrites_store_is_listed_apart() -> None:
+    packed = random_weight(4, 128, (2,), ordered=True).pack()
+    assert packed.rewrites.tensors("x").keys() == {"x.order"}
+    assert "x.order" not in packed.tensors("x")
 
 
 def test_dequantize_is_the_formula_in_source_column_order() -> None:
@@ -68,6 +70,10 @@ def test_codes_digest_depends_on_the_bytes_alone() -> None:
     assert other.codes_sha256() != weight.codes_sha256()
 
 
+def ordered(order: Tensor) -> Rewrites:
+    return Rewrites([ColumnOrder(order)])
+
+
 def _with(values: Tensor, place: tuple[int, int], value: float) -> Tensor:
     changed = values.clone()
     changed[place] = value
@@ -88,15 +94,16 @@ def _with(values: Tensor, place: tuple[int, int], value: float) -> Tensor:
         (lambda w: {"codes": w.codes.int()}, "uint8 matrix"),
         (lambda w: {"widths": (3, 2)}, "2 widths for K=280"),
         (lambda w: {"widths": (3, 2, 7)}, "width 7 is not supported"),
-        (lambda w: {"order": torch.zeros(280, dtype=torch.int32)}, "not a permutation"),
-        (lambda w: {"order": torch.arange(280)}, "expected torch.int32"),
+        (lambda w: {"rewrites": ordered(torch.zeros(280, dtype=torch.int32))}, "not a permutation"),
+        (lambda w: {"rewrites": ordered(torch.arange(280))}, "expected torch.int32"),
+        (lambda w: {"rewrites": ordered(torch.arange(8).int())}, r"order is .* of shape \(8,\)"),
     ],
 )
 def test_illegal_weights_are_refused(
     change: Callable[[QuantizedWeight], dict[str, object]], message: str
 ) -> None:
     good = random_weight(4, 280, (3, 2, 1), seed=3)
-    parts = {key: getattr(good, key) for key in ("codes", "scales", "zeros", "widths", "order")}
+    parts = {key: getattr(good, key) for key in ("codes", "scales", "zeros", "widths")}
     with pytest.raises(FormatError, match=message):
         QuantizedWeight(**(parts | change(good)))
 
@@ -116,7 +123,7 @@ def test_damaged_tensors_are_refused_by_name(
     name: str, change: Callable[[Tensor], Tensor] | None, message: str
 ) -> None:
     # 5 rows of 3-bit zeros leave one bit over, 9 columns of the tail leave 7 fields over
-    tensors = PackedTensor.pack(random_weight(5, 137, (3, 4), seed=4)).tensors("a")
+    tensors = random_weight(5, 137, (3, 4), seed=4).pack().tensors("a")
     tensors = {key: value for key, value in tensors.items() if change or key != name}
     if change:
         tensors[name] = change(tensors[name])
@@ -130,8 +137,10 @@ def test_rows_move_in_packed_form(K: int) -> None:
     widths = (1, 3, 8, 6)[: -(-K // 128)]
     weight = random_weight(37, K, widths, ordered=True)
     rows = torch.randperm(37, generator=torch.Generator().manual_seed(1))
-    moved = PackedTensor.pack(weight).with_rows(rows).unpack()
+    moved = weight.pack().with_rows(rows).unpack()
     assert torch.equal(moved.codes, weight.codes[rows])
     assert torch.equal(moved.scales, weight.scales[:, rows])
     assert torch.equal(moved.zeros, weight.zeros[:, rows])
-    assert moved.order is weight.order
+    assert moved.order is not None
+    assert weight.order is not None
+    assert torch.equal(moved.order, weight.order)

@@ -1,7 +1,9 @@
 import gc
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from bitmill.calibration.hooks import advance, observe
 from bitmill.calibration.statistics import BlockState, Stream, collect
@@ -12,12 +14,17 @@ from bitmill.refinement.block import RefineSettings, refine_block
 from bitmill.solvers.factor import activation_order
 from bitmill.solvers.gptq import solve as gptq
 from bitmill.solvers.gptq.settings import GptqSettings
-from bitmill.solvers.gptq.solve import quantize_gptq
+from bitmill.solvers.gptq.solve import GptqSolver, quantize_gptq
 from bitmill.solvers.polish import polish_codes
+from bitmill.solvers.rtn import RtnSolver
+from bitmill.solvers.solver import Linear
+from bitmill.transforms.column_order import ColumnOrders
 from streaming import streamed, token_windows
 from tiny import tiny_llama, tiny_opt
 
-QUICK = GptqSettings(clip=ClipSettings.shrink_only(), compensated=None, rounds=0)
+QUICK_GPTQ = GptqSettings(clip=ClipSettings.shrink_only(), compensated=None, rounds=0)
+QUICK = GptqSolver(QUICK_GPTQ)
+SHIFT = frozenset({"hessian", "shift"})
 PREFIX = "model.layers.0."
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 BEFORE = {
@@ -46,9 +53,9 @@ def widths_of(model, index, width):
 
 def refine(model, index, stream, width=3, **options):
     block = model.load_block(index)
-    settings = options.pop("settings", RefineSettings(gptq=QUICK, batch=4))
+    settings = options.pop("settings", RefineSettings(QUICK, batch=4))
     weights, results = refine_block(
-        model, index, block, stream, widths_of(model, index, width), settings=settings, **options
+        model, index, block, stream, widths_of(model, index, width), settings, **options
     )
     return block, weights, results
 
@@ -77,7 +84,7 @@ def test_later_stages_see_the_quantized_ones_before_them(llama, name):
     x = observe(llama, 0, by_hand, {name: module}, stream.hidden)[name].x
     H = x.T @ x / len(x)
     expected, _ = quantize_gptq(
-        module.weight.detach(), H, weights[PREFIX + name].widths, settings=QUICK
+        module.weight.detach(), H, weights[PREFIX + name].widths, settings=QUICK_GPTQ
     )
     same = expected.codes == weights[PREFIX + name].codes
     assert same.float().mean() > 0.99
@@ -86,7 +93,7 @@ def test_later_stages_see_the_quantized_ones_before_them(llama, name):
         name
     ].x
     other, _ = quantize_gptq(
-        module.weight.detach(), x.T @ x / len(x), weights[PREFIX + name].widths, settings=QUICK
+        module.weight.detach(), x.T @ x / len(x), weights[PREFIX + name].widths, settings=QUICK_GPTQ
     )
     assert (other.codes != weights[PREFIX + name].codes).float().mean() > 0.01
 
@@ -98,8 +105,8 @@ def test_gptq_keeps_the_block_closer_than_rounding(llama, width):
     exact = advance(llama, 0, llama.load_block(0), fresh, batch=4)
     errors = []
     for settings in (
-        RefineSettings(method="rtn", gptq=GptqSettings(clip=ClipSettings.min_max())),
-        RefineSettings(gptq=QUICK),
+        RefineSettings(RtnSolver(ClipSettings.min_max())),
+        RefineSettings(QUICK),
     ):
         block, _, _ = refine(llama, 0, Stream(hidden), width, settings=settings)
         errors.append(float((advance(llama, 0, block, fresh, batch=4) - exact).norm()))
@@ -109,11 +116,10 @@ def test_gptq_keeps_the_block_closer_than_rounding(llama, width):
 def test_same_input_same_bytes_whatever_the_batch(llama):
     stream = Stream(llama.embed(token_windows(6)))
     one, two = (
-        refine(llama, 0, stream, settings=RefineSettings(gptq=QUICK, batch=batch))[1]
-        for batch in (6, 6)
+        refine(llama, 0, stream, settings=RefineSettings(QUICK, batch=batch))[1] for batch in (6, 6)
     )
     assert all(one[name].codes_sha256() == two[name].codes_sha256() for name in one)
-    split = refine(llama, 0, stream, settings=RefineSettings(gptq=QUICK, batch=2))[1]
+    split = refine(llama, 0, stream, settings=RefineSettings(QUICK, batch=2))[1]
     first = [PREFIX + part for part in ATTENTION]
     assert all((one[n].codes == split[n].codes).float().mean() > 0.99 for n in first)
 
@@ -124,7 +130,7 @@ def test_linears_without_widths_keep_the_source_precision(llama):
     before = block.mlp.down_proj.weight.clone()
     widths = widths_of(llama, 0, 3)
     del widths[PREFIX + "mlp.down_proj"], widths[PREFIX + "self_attn.q_proj"]
-    weights, _ = refine_block(llama, 0, block, stream, widths, settings=RefineSettings(gptq=QUICK))
+    weights, _ = refine_block(llama, 0, block, stream, widths, RefineSettings(QUICK))
     assert set(weights) == set(widths)
     assert torch.equal(block.mlp.down_proj.weight, before)
 
@@ -133,12 +139,12 @@ def test_a_block_without_widths_stays_and_its_weights_are_checked_before_it_runs
     stream = Stream(llama.embed(token_windows(2)))
     block = llama.load_block(0)
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    assert refine_block(llama, 0, block, stream, {}) == ({}, [])
+    assert refine_block(llama, 0, block, stream, {}, RefineSettings(QUICK)) == ({}, [])
     assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
     with torch.no_grad():
         block.mlp.up_proj.weight[3, 7] = float("nan")
     with pytest.raises(NumericalError, match=r"0\.mlp\.up_proj has 1 weights.*row 3, column 7"):
-        refine_block(llama, 0, block, stream, widths_of(llama, 0, 3))
+        refine_block(llama, 0, block, stream, widths_of(llama, 0, 3), RefineSettings(QUICK))
 
 
 def test_column_orders_are_stored_and_undone(llama):
@@ -148,7 +154,8 @@ def test_column_orders_are_stored_and_undone(llama):
     seen = collect(state, llama.plan.input_groups(0), stream, batch=2)
     orders = {name: activation_order(statistics.H) for name, statistics in seen.items()}
     assert torch.equal(orders[PREFIX + "self_attn.q_proj"], orders[PREFIX + "self_attn.v_proj"])
-    refined, weights, results = refine(llama, 0, stream, width=4, orders=orders)
+    settings = RefineSettings(QUICK, transforms=(ColumnOrders(orders),), batch=4)
+    refined, weights, results = refine(llama, 0, stream, width=4, settings=settings)
     for name, weight in weights.items():
         assert torch.equal(weight.order.long(), orders[name])
     assert max(result.relative_error for result in results) < 0.02
@@ -169,7 +176,8 @@ def test_the_correction_works_against_what_the_prefix_has_lost(opt):
     target = advance(opt, 1, opt.load_block(1), streams[1].source, batch=6)
     errors = []
     for asymmetric in (False, True):
-        settings = RefineSettings(gptq=QUICK, asymmetric=asymmetric, batch=6)
+        needs = SHIFT if asymmetric else frozenset({"hessian"})
+        settings = RefineSettings(QUICK, needs, batch=6)
         block, _, results = refine(opt, 1, streams[0], 3, settings=settings, held_out=streams[1])
         assert any(result.asymmetric for result in results) == asymmetric
         output = advance(opt, 1, block, streams[1].hidden, batch=6)
@@ -178,7 +186,7 @@ def test_the_correction_works_against_what_the_prefix_has_lost(opt):
 
 
 def test_asymmetric_without_its_streams_is_refused(llama):
-    settings = RefineSettings(gptq=QUICK, asymmetric=True)
+    settings = RefineSettings(QUICK, SHIFT)
     with pytest.raises(ValueError, match="source model's block inputs"):
         refine(llama, 0, Stream(llama.embed(token_windows(2))), settings=settings)
 
@@ -186,7 +194,7 @@ def test_asymmetric_without_its_streams_is_refused(llama):
 def test_the_source_moves_on_while_its_block_is_refined(opt):
     hidden, unseen = opt.embed(token_windows(5)), opt.embed(token_windows(3, seed=1))
     streams = [Stream(x + 0.01, x.clone()) for x in (hidden, unseen)]
-    settings = RefineSettings(gptq=QUICK, asymmetric=True, batch=2, advance_source=True)
+    settings = RefineSettings(QUICK, SHIFT, batch=2, advance_source=True)
     block, _, _ = refine(opt, 0, streams[0], held_out=streams[1], settings=settings)
     source = opt.load_block(0)
     for x, stream in zip((hidden, unseen), streams, strict=True):
@@ -200,7 +208,7 @@ def test_a_non_finite_calibration_token_is_named(llama):
     hidden = llama.embed(token_windows(3))
     hidden[1, 5] = float("nan")
     with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.q_proj: tokens \[53"):
-        refine(llama, 0, Stream(hidden), settings=RefineSettings(gptq=QUICK, batch=1))
+        refine(llama, 0, Stream(hidden), settings=RefineSettings(QUICK, batch=1))
 
 
 def test_second_moments_are_dropped_before_polishing(llama, monkeypatch):
@@ -224,8 +232,58 @@ def test_second_moments_are_dropped_before_polishing(llama, monkeypatch):
         llama,
         0,
         Stream(hidden[:4], source[:4]),
-        settings=RefineSettings(gptq=QUICK, asymmetric=True, batch=2),
+        settings=RefineSettings(
+            QUICK, SHIFT, (ColumnOrders({PREFIX + "mlp.down_proj": order}),), batch=2
+        ),
         held_out=Stream(hidden[4:], source[4:]),
-        orders={PREFIX + "mlp.down_proj": order},
     )
     assert left[columns] == 2
+
+
+@dataclass
+class Watching:
+    """A solver that keeps what it is given."""
+
+    seen: dict[str, tuple[Linear, Tensor | None]] = field(default_factory=dict)
+
+    def solve(self, linears, H, ranks):
+        for linear in linears:  # their weights are written over when they are solved
+            self.seen[linear.name] = replace(linear, W=linear.W.clone()), H
+        return RtnSolver().solve(linears, H, ranks)
+
+
+def watched(model, needs, orders):
+    hidden, unseen = model.embed(token_windows(6)), model.embed(token_windows(3, seed=2))
+    streams = [Stream(x, x + 0.1 * x.roll(1, 1)) for x in (hidden, unseen)]
+    solver = Watching()
+    settings = RefineSettings(solver, needs, (ColumnOrders(orders),), batch=3)
+    weights = refine(model, 0, streams[0], held_out=streams[1], settings=settings)[1]
+    return solver.seen, weights
+
+
+def test_a_solver_sees_the_same_problem_in_the_columns_that_rewrites_lead_to(llama):
+    name = PREFIX + "self_attn.q_proj"
+    order = torch.randperm(160, generator=torch.Generator().manual_seed(4))
+    plain, _ = watched(llama, SHIFT, {})
+    moved, weights = watched(llama, SHIFT, {PREFIX + part: order for part in ATTENTION})
+    (linear, H), (other, ordered_H) = plain[name], moved[name]
+    assert torch.equal(other.W, linear.W[:, order])
+    assert torch.equal(ordered_H, H[order][:, order])
+    assert torch.equal(other.correction.shift, linear.correction.shift[:, order])
+    sample = linear.correction.sample
+    assert torch.equal(other.correction.sample, sample)
+    change = torch.randn(len(sample), 160, generator=torch.Generator().manual_seed(5))
+    errors = [float(linear.correction.judge(linear.W[sample] + change))]
+    errors.append(float(other.correction.judge(other.W[sample] + change[:, order])))
+    assert errors[0] > 0
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+    assert weights[name].rewrites.order.tolist() == order.tolist()
+
+
+def test_nothing_is_collected_for_a_solver_that_needs_nothing(llama):
+    poisoned = Stream(torch.full((2, 8, 160), torch.nan))
+    solver = Watching()
+    _, weights, results = refine(llama, 0, poisoned, settings=RefineSettings(solver, frozenset()))
+    assert weights.keys() == solver.seen.keys()
+    assert all(H is None and linear.correction is None for linear, H in solver.seen.values())
+    assert {result.tokens for result in results} == {0}

@@ -15,6 +15,7 @@ from bitmill.errors import CalibrationError
 from bitmill.plan.model_plan import make_plan
 from bitmill.quant.codes import group_slices
 from bitmill.quant.grid import clip_search, nearest_codes, values
+from bitmill.quant.rewrites import NO_REWRITES, Rewrites
 from bitmill.sensitivity import checkpoint as profile_checkpoint
 from bitmill.sensitivity.fisher import (
     PROFILE_CLIP,
@@ -161,8 +162,8 @@ def some_linear(rows: int = 24, columns: int = 300) -> tuple[Tensor, Tensor, Ten
     return W, x.T @ x / 900, torch.rand(rows, generator=generator).double()
 
 
-def linear_costs(W, row_weight, curvature, settings):
-    return input_costs([W], [row_weight], curvature, settings)[0]
+def linear_costs(W, row_weight, curvature, settings, rewrites=NO_REWRITES):
+    return input_costs([W], [row_weight], curvature, settings, rewrites)[0]
 
 
 def test_costs_are_what_gptq_leaves_once_later_columns_have_compensated():
@@ -172,9 +173,10 @@ def test_costs_are_what_gptq_leaves_once_later_columns_have_compensated():
     """
     W, H, q = some_linear()
     order = torch.randperm(300, generator=torch.Generator().manual_seed(2))
-    curvature = Curvature.prepare(H, order)
+    rewrites = Rewrites.of_order(order)
+    curvature = Curvature.prepare(rewrites.hessian(H))
     settings = SensitivitySettings(widths=(1, 2, 3))
-    costs = linear_costs(W, q, curvature, settings)
+    costs = linear_costs(W, q, curvature, settings, rewrites)
     packed, inner = W[:, order], H[order][:, order]
     damped = inner.double() + curvature.factor.damping * inner.diagonal().mean() * torch.eye(300)
     for group, part in group_slices(300):

@@ -38,7 +38,8 @@ from bitmill.io.safetensors import (
     safetensors_files,
 )
 from bitmill.plan.config_json import sanitize
-from bitmill.quant.tensors import PackedTensor, QuantizedWeight, check_order
+from bitmill.quant.rewrites import Rewrites, check_order
+from bitmill.quant.tensors import PackedTensor, Stored
 
 _THREADS = 4
 """Linears that are read, hashed and written at once."""
@@ -67,7 +68,7 @@ def write_checkpoint(
     source: Path,
     tensors: Sequence[TensorInfo],
     bit_widths: BitWidthMap,
-    linear: Callable[[str], QuantizedWeight | PackedTensor],
+    linear: Callable[[str], Stored],
     other: Callable[[str], Tensor],
     orders: Mapping[str, str | None] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -94,9 +95,10 @@ def write_checkpoint(
 
         def write_linear(packed: PackedLinear) -> str:
             weight = linear(packed.name)
-            if isinstance(weight, QuantizedWeight):
-                weight = PackedTensor.pack(weight)
-            for name, tensor in weight.tensors(packed.name, owns_order=packed.owns_order).items():
+            tensors = weight.tensors(packed.name)
+            if packed.owns_order:
+                tensors |= weight.rewrites.tensors(packed.name)
+            for name, tensor in tensors.items():
                 writer.write(name, tensor)
             return packed.name
 
@@ -255,10 +257,11 @@ class PackedCheckpoint:
         order = self.tensor(packed.order) if packed.order else None
         if order is not None:
             check_order(order, shape.columns, packed.order or "")
+        rewrites = Rewrites.of_order(order)
         names = [spec.name for spec in linear_tensors(shape, packed.widths)]
         tensors = {name: self.tensor(name) for name in names if name in self.headers}
         return PackedTensor.from_tensors(
-            shape.name, tensors, shape.rows, shape.columns, packed.widths, order
+            shape.name, tensors, shape.rows, shape.columns, packed.widths, rewrites
         )
 
     def _check_no_others(self, linear: str, expected: set[str]) -> None:

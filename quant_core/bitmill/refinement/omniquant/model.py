@@ -18,7 +18,7 @@ from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.quantization import OmniQuant
 from bitmill.io.atomic import write_bytes
 from bitmill.models.streamed import StreamedModel
-from bitmill.quant.tensors import QuantizedWeight
+from bitmill.quant.tensors import Quantized, QuantizedWeight, affine
 from bitmill.refinement.omniquant.block import BlockData, LearnedBlock, learn_block
 from bitmill.refinement.omniquant.end_to_end import TuneSettings, tune_scales
 from bitmill.refinement.omniquant.metric import OutputMetric, fisher_metric, gradient_moments
@@ -56,7 +56,7 @@ class ModelLearning:
         self,
         index: int,
         block: nn.Module,
-        starts: Mapping[str, QuantizedWeight],
+        starts: Mapping[str, Quantized],
         inputs: Tensor,
         targets: Tensor,
     ) -> LearnedBlock:
@@ -78,7 +78,7 @@ class ModelLearning:
             self.model,
             index,
             block,
-            starts,
+            affine(starts),
             data,
             self.settings,
             seed=self.seed,
@@ -90,7 +90,7 @@ class ModelLearning:
         self.texts.advance(index, block)
 
     def tune(
-        self, weights: Mapping[str, QuantizedWeight], matrices: Mapping[str, Tensor] | None = None
+        self, weights: Mapping[str, Quantized], matrices: Mapping[str, Tensor]
     ) -> tuple[dict[str, QuantizedWeight], TuningQuality] | None:
         """All weights with tuned scales, or None where the job asks for no tuning.
 
@@ -100,7 +100,7 @@ class ModelLearning:
             return None
         return tune_scales(
             self.model,
-            weights,
+            affine(weights),
             self.tokens.tokens,
             self.tokens.held_out,
             TuneSettings(steps=self.spec.tune_scales_steps),

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from bitmill.errors import ModelError, NumericalError
 from bitmill.quant.grid import ONE_BIT_ZERO_STEPS
+from bitmill.quant.rewrites import Rewrites
 from bitmill.quant.tensors import QuantizedWeight
 from bitmill_kernels.layout import GROUP_SIZE, group_columns, group_count
 
@@ -240,5 +241,5 @@ def _quantized(linear: LinearRows, codes: Tensor, scales: Tensor, zeros: Tensor)
         scales[linear.rows].reshape(shape).t().contiguous(),
         zeros[linear.rows].reshape(shape).t().contiguous(),
         linear.widths,
-        None if linear.order is None else linear.order.to("cpu", torch.int32),
+        Rewrites.of_order(None if linear.order is None else linear.order.cpu()),
     )

@@ -11,7 +11,7 @@ held-out tokens falls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
@@ -22,39 +22,12 @@ from bitmill.runtime.ranks import Group
 from bitmill.solvers.gptq.column_loop import solve_siblings
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import GptqSettings
-
-SAMPLED_ROWS = 1024
-"""Rows of a linear on which its corrections are compared with each other and with none."""
-
-
-@dataclass(frozen=True, eq=False)
-class Correction:
-    """What may move a linear's target for its prefix.
-
-    shift: f32 [N, K], the mean (y' - y)^T x of calibration tokens
-    sample: rows i64 [M] on which corrections are compared
-    judge: held-out error of ŵ f32 [M, K] in those rows, f64 [] on the device
-    """
-
-    shift: Tensor
-    sample: Tensor
-    judge: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Linear:
-    """One of the linears that read one input: W f32 [N, K], in source column order; a width per
-    group of packed columns."""
-
-    name: str
-    W: Tensor
-    widths: tuple[int, ...]
-    correction: Correction | None = None
+from bitmill.solvers.solver import Correction, Linear
 
 
 @dataclass(frozen=True, eq=False)
 class Goal:
-    """Where a linear is going, f32 [N, K] in packed order.
+    """Where a linear is going, f32 [N, K].
 
     ridge: damping that its correction was solved with, 0 for the factor's own; None where the
     target is the source.
@@ -65,31 +38,19 @@ class Goal:
     ridge: float | None = None
 
 
-def sampled_rows(count: int, device: torch.device, part: slice | None = None) -> Tensor:
-    """Those of a sample of `count` rows that lie in `part` (None: all), i64 [M], ascending.
-
-    The sample is at most `SAMPLED_ROWS` rows, evenly spaced.
-    """
-    part = part or slice(0, count)
-    most = min(count, SAMPLED_ROWS)
-    first, last = (-(-end * most // max(count, 1)) for end in (part.start, part.stop))
-    return torch.arange(first, last, device=device) * count // max(most, 1)
-
-
 def goals_of(
     linears: Sequence[Linear],
-    sources: Sequence[Tensor],
     curvature: Curvature,
     ridges: Sequence[float],
     settings: GptqSettings,
     ranks: Group,
 ) -> list[Goal]:
-    """Sources f32 [N_i, K] in packed order, or what corrections that win move them to."""
-    goals = [Goal(source, source) for source in sources]
+    """The linears' own weights, or what corrections that win move them to."""
+    goals = [Goal(linear.W, linear.W) for linear in linears]
     corrected = {i: linear.correction for i, linear in enumerate(linears) if linear.correction}
     if not corrected:
         return goals
-    samples = {i: sources[i][move.sample] for i, move in corrected.items()}
+    samples = {i: linears[i].W[move.sample] for i, move in corrected.items()}
     best = _best_ridges(corrected, samples, curvature, ridges, ranks)
     for ridge in curvature.solvers.keys() - {ridge for ridge, _ in best.values()}:
         del curvature.solvers[ridge]
@@ -98,9 +59,9 @@ def goals_of(
     won = _winners(corrected, pairs, widths, curvature, settings, ranks)
     for ridge in dict.fromkeys(best[i][0] for i in won):
         alike = [i for i in won if best[i][0] == ridge]
-        shifts = [curvature.packed(corrected[i].shift) for i in alike]
+        shifts = [corrected[i].shift for i in alike]
         for i, move in zip(alike, curvature.solve_each(shifts, ridge), strict=True):
-            goals[i] = Goal(sources[i], sources[i] + move, ridge)
+            goals[i] = Goal(linears[i].W, linears[i].W + move, ridge)
     return goals
 
 
@@ -115,7 +76,7 @@ def _best_ridges(
 
     Ridges with which H is not positive definite, whose errors are not finite, are passed over.
     """
-    shifts = [curvature.packed(move.shift[move.sample]) for move in corrected.values()]
+    shifts = [move.shift[move.sample] for move in corrected.values()]
     trials = [
         (i, ridge, samples[i] + move)
         for ridge in ridges
@@ -123,7 +84,7 @@ def _best_ridges(
     ]
     judged = [(corrected[i], target) for i, _, target in trials]
     best: dict[int, tuple[float, float, Tensor]] = {}
-    for (i, ridge, target), error in zip(trials, _held_out(judged, curvature, ranks), strict=True):
+    for (i, ridge, target), error in zip(trials, _held_out(judged, ranks), strict=True):
         if isfinite(error) and (i not in best or error < best[i][0]):
             best[i] = error, ridge, target
     return {i: best[i][1:] for i in corrected if i in best}
@@ -139,7 +100,7 @@ def _winners(
 ) -> list[int]:
     """Linears whose sample has less held-out error when it is quantized towards its target.
 
-    pairs: source and target f32 [M, K] of each sample, in packed order.
+    pairs: source and target f32 [M, K] of each sample.
     """
     both = [W for pair in pairs.values() for W in pair]
     each = [widths[i] for i in pairs for _ in range(2)]
@@ -147,16 +108,14 @@ def _winners(
     solved = solve_siblings(both, curvature, each, quick) if both else []
     owners = [corrected[i] for i in pairs for _ in range(2)]
     judged = [(move, codes.values()) for move, codes in zip(owners, solved, strict=True)]
-    errors = _held_out(judged, curvature, ranks)
+    errors = _held_out(judged, ranks)
     plain, moved = errors[::2], errors[1::2]
     return [i for i, before, after in zip(pairs, plain, moved, strict=True) if after < before]
 
 
-def _held_out(
-    candidates: Sequence[tuple[Correction, Tensor]], curvature: Curvature, ranks: Group
-) -> list[float]:
-    """Held-out errors of samples f32 [M, K] in packed order, of all ranks' rows."""
+def _held_out(candidates: Sequence[tuple[Correction, Tensor]], ranks: Group) -> list[float]:
+    """Held-out errors of samples f32 [M, K], of all ranks' rows."""
     if not candidates:
         return []
-    errors = [correction.judge(curvature.unpacked(W)) for correction, W in candidates]
+    errors = [correction.judge(W) for correction, W in candidates]
     return ranks.totals(torch.stack(errors))

@@ -1,10 +1,9 @@
-"""What linears that read the same input share: H in packed order, its factor and its solvers."""
+"""What linears that read the same input share: H, its factor and its solvers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,54 +22,35 @@ FACTOR_WORK = 3.0
 
 @dataclass(frozen=True, eq=False)
 class Curvature:
-    """H f32 [K, K] in packed column order, its factor, and that order (i64 [K], None = natural).
+    """H f32 [K, K] and its factor.
 
     solvers: those of H with other dampings, by damping, while corrections are compared.
     """
 
     H: Tensor
     factor: Factor
-    order: Tensor | None
     solvers: dict[float, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     @classmethod
     def prepare(
         cls,
         H: Tensor,
-        order: Tensor | None = None,
         *,
         damping: tuple[float, ...] = DAMPING_LADDER,
         name: str = "input",
         ridges: Sequence[float] = (),
         ranks: Group = SINGLE,
     ) -> Curvature:
-        """From H in source column order. Raises NumericalError as `hessian.factor` does.
+        """Raises NumericalError as `factor` does.
 
         ranks: those that hold this H too and will solve with these ridges. Each makes some of the
         factors for all.
         """
         with stage("factor"):
-            if order is not None:
-                order = order.to(H.device, non_blocking=True)
-                H = H[order][:, order]
             if ranks.size == 1:
-                return cls(H, factor(H, ladder=damping, name=name), order)
+                return cls(H, factor(H, ladder=damping, name=name))
             found, ridged = _divided_factors(H, damping, name, ridges, ranks)
-            return cls(H, found, order, {r: cholesky_solver(ridged[r]) for r in ridged})
-
-    def packed(self, matrix: Tensor) -> Tensor:
-        """The columns of matrix [*, K] moved from source to packed order."""
-        return matrix if self.order is None else matrix[:, self.order]
-
-    def unpacked(self, matrix: Tensor) -> Tensor:
-        """The columns of matrix [*, K] moved from packed to source order."""
-        return matrix if self.order is None else matrix.index_select(1, self._places)
-
-    @cached_property
-    def _places(self) -> Tensor:
-        """The packed column of each source column, i64 [K]."""
-        assert self.order is not None
-        return torch.argsort(self.order)
+            return cls(H, found, {r: cholesky_solver(ridged[r]) for r in ridged})
 
     def solve(self, matrix: Tensor, ridge: float = 0.0) -> Tensor:
         """matrix [*, K] times the inverse of H, damped by the factor's damping or by `ridge`.

@@ -8,25 +8,25 @@ raises the error. Linears that read the same input share a `Curvature` (`curvatu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableSequence, Sequence
-from dataclasses import dataclass, replace
-from math import nan
+from collections.abc import MutableSequence, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from bitmill.config.bit_width_map import LinearShape, code_bits
 from bitmill.errors import NumericalError
 from bitmill.quant.codes import row_errors
-from bitmill.quant.tensors import QuantizedWeight
+from bitmill.quant.rewrites import Rewrites
+from bitmill.quant.tensors import Quantized
 from bitmill.results import LinearResult
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.runtime.stage_timer import stage
 from bitmill.solvers.gptq.column_loop import solve_siblings
-from bitmill.solvers.gptq.correction import Goal, Linear, goals_of
+from bitmill.solvers.gptq.correction import Goal, goals_of
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import GptqSettings
 from bitmill.solvers.polish import polish_codes
+from bitmill.solvers.solver import Linear, Solved, check_weights
 
 
 def quantize_gptq(
@@ -39,25 +39,26 @@ def quantize_gptq(
     shift: Tensor | None = None,
     ridge: float = 0.0,
     name: str = "linear",
-) -> tuple[QuantizedWeight, LinearResult]:
+) -> tuple[Quantized, LinearResult]:
     """Codes, grids and result of one linear.
 
-    W f32 [N, K] and H f32 [K, K] in source column order (or a shared Curvature, which then brings
-    the order); widths: one per group of packed columns; order i64 [K]: packed column k is source
-    column order[k]. shift f32 [N, K]: the asymmetric correction's mean (y' - y)^T x, what the
-    linear's outputs lack on its own inputs (W (X' - X)^T X for its prefix), solved with damping
-    `ridge` (0: that of the factor).
+    W f32 [N, K] and H f32 [K, K] in the source's columns (or, without `order`, a shared Curvature);
+    widths: one per group of packed columns; order i64 [K]: packed column k is source column
+    order[k]. shift f32 [N, K]: the asymmetric correction's mean (y' - y)^T x, what the linear's
+    outputs lack on its own inputs (W (X' - X)^T X for its prefix), solved with damping `ridge` (0:
+    that of the factor).
 
     Raises NumericalError for weights that are not finite or a Hessian that cannot be factored.
     """
     settings = settings or GptqSettings()
     check_weights({name: W})
+    rewrites = Rewrites.of_order(order)
     if not isinstance(H, Curvature):
-        H = Curvature.prepare(H, order, damping=settings.damping, name=name)
-    source = H.packed(W.to(H.H.device, torch.float32))
+        H = Curvature.prepare(rewrites.hessian(H), damping=settings.damping, name=name)
+    source = rewrites.weights(W.to(H.H.device, torch.float32))
     goal = Goal(source, source)
     if shift is not None:
-        target = source + H.solve(H.packed(shift), ridge)
+        target = source + H.solve(rewrites.moments(shift), ridge)
         if not bool(torch.isfinite(target).all()):
             raise NumericalError(
                 f"the correction of {name} is not finite: its Hessian is not positive definite "
@@ -66,43 +67,32 @@ def quantize_gptq(
                 param=name,
             )
         goal = Goal(source, target, ridge)
-    return _reach([Linear(name, W, tuple(widths))], [goal], H, settings).read(SINGLE)[0]
+    solved = _reach([Linear(name, source, tuple(widths))], [goal], H, settings)
+    weight, result = solved.read(SINGLE)[0]
+    return weight.rewritten(rewrites), result
 
 
-@dataclass(frozen=True, eq=False)
-class Solved:
-    """Linears that read one input, whose errors are still on the device.
+@dataclass(frozen=True)
+class GptqSolver:
+    """GPTQ as a solver (`solvers/solver.py`). ridges: of corrections, where there are shifts."""
 
-    results: their errors are NaN; errors: f64 [L, 3], of zeros, before and after polishing, of this
-    rank's rows
-    """
+    settings: GptqSettings = field(default_factory=GptqSettings)
+    ridges: tuple[float, ...] = (0.0, 0.05, 0.5)
 
-    weights: Sequence[QuantizedWeight]
-    results: Sequence[LinearResult]
-    errors: Tensor
-
-    def read(self, ranks: Group) -> list[tuple[QuantizedWeight, LinearResult]]:
-        """Weights and whole results; waits for the device."""
-        return list(zip(self.weights, read_results([self], ranks), strict=True))
-
-
-def read_results(solved: Sequence[Solved], ranks: Group) -> list[LinearResult]:
-    """Results of all linears in turn, with errors of all ranks' rows.
-
-    Waits for the device, and for all ranks, once.
-    """
-    if not solved:
-        return []
-    totals = iter(ranks.totals(torch.cat([one.errors.flatten() for one in solved])))
-    results = []
-    for result in (result for one in solved for result in one.results):
-        total = next(totals) or 1.0
-        before, after = next(totals) / total, next(totals) / total
-        gain = 1.0 - after / before if before > 0 else 0.0
-        results.append(
-            result.model_copy(update={"relative_error": after, "scale_refit_gain": gain})
+    def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Group) -> Solved:
+        """Plain solutions, or the corrected ones of least held-out error where they beat those."""
+        assert H is not None
+        corrected = any(linear.correction for linear in linears)
+        curvature = Curvature.prepare(
+            H,
+            damping=self.settings.damping,
+            name=linears[0].name,
+            ridges=self.ridges if corrected else (),
+            ranks=ranks,
         )
-    return results
+        return quantize_siblings(
+            linears, curvature, ridges=self.ridges, settings=self.settings, ranks=ranks
+        )
 
 
 def quantize_siblings(
@@ -126,9 +116,7 @@ def quantize_siblings(
     memory.
     """
     settings = settings or GptqSettings()
-    device = curvature.H.device
-    sources = [curvature.packed(linear.W.to(device, torch.float32)) for linear in linears]
-    goals = goals_of(linears, sources, curvature, ridges, settings, ranks)
+    goals = goals_of(linears, curvature, ridges, settings, ranks)
     linears[:] = [replace(linear, correction=None) for linear in linears]
     curvature.solvers.clear()
     return _reach(linears, goals, curvature, settings)
@@ -147,47 +135,19 @@ def _reach(
     final, errors = polish_codes(targets, sources, solved, curvature.H, sweeps=settings.rounds)
     with stage("report"):
         zeros = torch.stack([row_errors(W, curvature.H).sum() for W in sources])
-    weights = [codes.finish(curvature.order) for codes in final]
+    weights = [codes.finish() for codes in final]
     results = [
         _result(linear, goal, curvature) for linear, goal in zip(linears, goals, strict=True)
     ]
     return Solved(weights, results, torch.cat([zeros[None], errors]).T)
 
 
-def check_weights(weights: Mapping[str, Tensor]) -> None:
-    """Raises NumericalError, naming the linear, if one of matrices [N, K] holds NaN or infinity.
-
-    Waits for the device once.
-    """
-    if not weights:
-        return
-    finite = torch.stack([torch.isfinite(W).all() for W in weights.values()]).tolist()
-    for (name, W), good in zip(weights.items(), finite, strict=True):
-        if good:
-            continue
-        bad = ~torch.isfinite(W)
-        row, column = (int(i) for i in bad.nonzero()[0])
-        raise NumericalError(
-            f"{name} has {int(bad.sum())} weights that are not finite, first at row {row}, column "
-            f"{column}: the source checkpoint is damaged",
-            code="weights_not_finite",
-            param=name,
-        )
-
-
 def _result(linear: Linear, goal: Goal, curvature: Curvature) -> LinearResult:
     """All but the errors, which `read_results` gives."""
-    factor, shape = curvature.factor, LinearShape(linear.name, *linear.W.shape)
-    notes = []
+    factor, notes = curvature.factor, []
     if factor.failed:
         notes.append(f"factorization failed at dampings {list(factor.failed)}")
     if factor.dead:
         notes.append(f"{factor.dead} dead input columns")
-    return LinearResult(
-        name=linear.name,
-        code_bits=code_bits([shape], {linear.name: linear.widths}),
-        relative_error=nan,
-        damping=factor.damping,
-        asymmetric=goal.ridge is not None,
-        notes=tuple(notes),
-    )
+    found = {"damping": factor.damping, "asymmetric": goal.ridge is not None}
+    return linear.result().model_copy(update={**found, "notes": tuple(notes)})

@@ -247,7 +247,7 @@ def test_a_supplied_tensor_that_differs_from_the_plan_is_refused(
             tensors=checkpoint_tensors(packed.plan, packed.map.linears, "activation"),
             bit_widths=packed.map,
             orders={name: f"{owner}.order" for name, owner in owners.items()},
-            linear=weights.__getitem__,
+            linear=lambda name: weights[name].pack(),
             other=stored.__getitem__,
         )
 
@@ -259,7 +259,7 @@ def test_a_source_that_is_quantized_already_is_refused(packed: PackedModel, tmp_
             source=packed.folder,
             tensors=[],
             bit_widths=packed.map.model_copy(update={"linears": {}}),
-            linear=packed.weights.__getitem__,
+            linear=lambda name: packed.weights[name].pack(),
             other=lambda name: torch.empty(0),
         )
 

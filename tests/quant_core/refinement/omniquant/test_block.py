@@ -11,7 +11,6 @@ import torch
 
 from bitmill.errors import CalibrationError, Cancelled
 from bitmill.models.streamed import set_weight, weight_of
-from bitmill.quant.tensors import PackedTensor
 from bitmill.refinement.omniquant.block import BlockData, _Run, learn_block
 from bitmill.refinement.omniquant.metric import fisher_metric, gradient_moments
 from bitmill.refinement.omniquant.settings import LearningSettings
@@ -52,7 +51,7 @@ def test_packing_what_was_learned_is_exact(mode: Literal["clipping", "scales", "
     for name, module in model.linears(block, 0).items():
         weight = learned.weights[name]
         assert weight.widths == start[name].widths
-        packed = PackedTensor.pack(weight).unpack()
+        packed = weight.pack().unpack()
         assert torch.equal(packed.codes, weight.codes)
         assert torch.equal(packed.dequantize(), weight_of(module))
 

@@ -114,7 +114,7 @@ def test_rows_of_scale_zero_stay_zero() -> None:
     name, first = next(iter(weights.items()))
     scales, zeros, codes = first.scales.clone(), first.zeros.clone(), first.codes.clone()
     scales[0, 0], zeros[0, 0], codes[0, :128] = 0.0, 0, 0
-    weights[name] = QuantizedWeight(codes, scales, zeros, first.widths, first.order)
+    weights[name] = QuantizedWeight(codes, scales, zeros, first.widths, first.rewrites)
     learned = LearnedRounding(BlockRows(weights, CPU), weights, source())
     with torch.no_grad():
         learned.zero += 1.0

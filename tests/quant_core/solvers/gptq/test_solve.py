@@ -9,12 +9,13 @@ from bitmill.quant.grid import ClipSettings, clip_search, max_code
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.solvers.factor import activation_order
 from bitmill.solvers.gptq import column_loop
-from bitmill.solvers.gptq.correction import Correction, Linear, goals_of, sampled_rows
+from bitmill.solvers.gptq.correction import goals_of
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import GptqSettings
-from bitmill.solvers.gptq.solve import quantize_gptq, quantize_siblings, read_results
+from bitmill.solvers.gptq.solve import quantize_gptq, quantize_siblings
 from bitmill.solvers.grid_search import CompensatedSettings
 from bitmill.solvers.rtn import quantize_rtn
+from bitmill.solvers.solver import Correction, Linear, read_results, sampled_rows
 
 PLAIN = GptqSettings(compensated=None, rounds=0)
 REFINED = GptqSettings()
@@ -142,7 +143,7 @@ def test_same_input_same_bytes():
 
 def test_a_shared_curvature_is_not_changed_by_a_linear():
     W, H = layer()
-    curvature = Curvature.prepare(H, activation_order(H))
+    curvature = Curvature.prepare(H)
     first, _ = quantize_gptq(W, curvature, (3, 3))
     quantize_gptq(2 * W, curvature, (2, 2))
     again, _ = quantize_gptq(W, curvature, (3, 3))
@@ -206,18 +207,17 @@ def test_the_compensated_search_starts_from_the_clip_search_and_improves_it():
 
 
 def chosen_ridges(linears, curvature, ridges):
-    sources = [curvature.packed(linear.W) for linear in linears]
-    goals = goals_of(linears, sources, curvature, ridges, REFINED, SINGLE)
-    for goal, source in zip(goals, sources, strict=True):
-        assert goal.source is source
-        assert (goal.target is source) == (goal.ridge is None)
+    goals = goals_of(linears, curvature, ridges, REFINED, SINGLE)
+    for goal, linear in zip(goals, linears, strict=True):
+        assert goal.source is linear.W
+        assert (goal.target is linear.W) == (goal.ridge is None)
     return [goal.ridge for goal in goals]
 
 
 def test_the_correction_is_chosen_by_the_judge():
     """The judge wants a multiple of W, and the correction with no ridge adds a tenth of W."""
     W, H = layer()
-    curvature = Curvature.prepare(H, activation_order(H))
+    curvature = Curvature.prepare(H)
 
     def chosen(gain):
         rows = torch.arange(0, len(W), 2)
@@ -288,7 +288,7 @@ def test_a_ridge_that_leaves_no_factor_is_refused():
 def test_siblings_are_solved_as_each_alone():
     """One corrected by its judge, one refused, one without a correction; widths of their own."""
     W, H = layer(N=21)
-    curvature = Curvature.prepare(H, activation_order(H))
+    curvature = Curvature.prepare(H)
 
     def judged(part, gain):
         target, own = gain * W[part], W[part]

@@ -20,10 +20,10 @@ from bitmill.formats.packed.checkpoint import PackedCheckpoint, tensor_bytes, wr
 from bitmill.formats.packed.layout import stored_tensors
 from bitmill.pipeline.verify import verify_folder
 from bitmill.plan.model_plan import Plan, make_plan
-from bitmill.quant.tensors import QuantizedWeight
+from bitmill.quant.tensors import Quantized, Stored
 from bitmill.refinement.model import RefinedModel
 from bitmill.refinement.store import save_block
-from bitmill.transforms.folding import FoldedModel
+from bitmill.transforms.column_order import FoldedOrders
 from tiny import VOCABULARY, tiny_llama
 from weights import rounded_weight
 
@@ -56,7 +56,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     (root / "refined").mkdir()
     widths: dict[str, tuple[int, ...]] = {}
     for i in range(plan.block_count):
-        block: dict[str, QuantizedWeight] = {}
+        block: dict[str, Quantized] = {}
         for linear in plan.block_linears(i):
             widths[linear.name] = (3, 4, 2)[: linear.shape.groups]
             matrix = stored[linear.source.tensor]
@@ -69,10 +69,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folded = {name: f"{owner}.order" for name, owner in order_owners(plan, "activation").items()}
     kept = [tensor.spec for tensor in plan.tensors]
     for folder, linear, tensors, named in (
-        ("gathered", refined.linear, stored_tensors(kept, plan.shapes, widths, names), names),
+        ("gathered", refined.packed, stored_tensors(kept, plan.shapes, widths, names), names),
         (
             "folded",
-            FoldedModel(refined, plan).linear,
+            FoldedOrders(refined, plan).packed,
             checkpoint_tensors(plan, widths, "activation"),
             folded,
         ),
@@ -124,14 +124,14 @@ def test_only_the_folded_order_is_gone(case: Case) -> None:
 
 
 def test_rows_follow_the_columns_they_feed(case: Case) -> None:
-    order = case.refined.order(DOWN)
+    order = case.refined.rewrites(DOWN).order
     assert order is not None
-    weights = FoldedModel(case.refined, case.plan)
+    weights = FoldedOrders(case.refined, case.plan)
     for name in (GATE, UP):
         expected = case.refined.linear(name).dequantize()[order.long()]
-        assert torch.equal(weights.linear(name).unpack().dequantize(), expected)
+        assert torch.equal(weights.packed(name).unpack().dequantize(), expected)
     expected = case.refined.linear(DOWN).dequantize()[:, order.long()]
-    assert torch.equal(weights.linear(DOWN).unpack().dequantize(), expected)
+    assert torch.equal(weights.packed(DOWN).unpack().dequantize(), expected)
 
 
 def test_verification_needs_to_know_which_rows_moved(case: Case) -> None:
@@ -141,14 +141,14 @@ def test_verification_needs_to_know_which_rows_moved(case: Case) -> None:
         for name, tensor in load_file(case.folded / "model.safetensors").items()
     }
 
-    def verify(rows: Callable[[str], torch.Tensor | None]) -> None:
+    def verify(solved: Callable[[str, Stored], Stored]) -> None:
         verify_folder(
-            case.folded, hashes, Budget(bits=16), case.plan, tensor_hashes=tensors, rows=rows
+            case.folded, hashes, Budget(bits=16), case.plan, tensor_hashes=tensors, solved=solved
         )
 
-    verify(FoldedModel(case.refined, case.plan).rows)
+    verify(FoldedOrders(case.refined, case.plan).solved)
     with pytest.raises(VerificationError, match="gate_proj has other codes on disk"):
-        verify(lambda _: None)
+        verify(lambda _, packed: packed)
 
 
 def test_a_folded_order_takes_no_bytes(case: Case) -> None:

@@ -1,0 +1,45 @@
+"""Transforms by name: what they store, and where they are found. Torch-free.
+
+A transform rewrites linears before they are solved (`transforms/transform.py`); its rewrite stays
+with the quantized weight (`quant/rewrites.py`). Its configuration class holds its settings and says
+what else must be known of it without torch. `TRANSFORMS` finds them by name.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from bitmill.config.bit_width_map import LinearShape
+from bitmill.config.closed import Closed
+from bitmill.io.safetensors import TensorInfo
+from bitmill.registry import Registry
+
+
+class TransformConfig(Closed):
+    """Base of the settings of all transforms.
+
+    transform: place of the class of `transforms.transform.Transform` that is made from the settings
+    rewrite: place of the class of `quant.rewrites.Rewrite` that it fits
+    """
+
+    transform: ClassVar[str]
+    rewrite: ClassVar[str]
+
+    def stored(self, shape: LinearShape) -> tuple[TensorInfo, ...]:
+        """What one linear's rewrite stores, by the names behind the linear's."""
+        raise NotImplementedError
+
+
+class ColumnOrder(TransformConfig):
+    """Packed column k is input column order[k]; `allocation.order` asks for it."""
+
+    transform: ClassVar[str] = "bitmill.transforms.column_order:ColumnOrders"
+    rewrite: ClassVar[str] = "bitmill.quant.rewrites:ColumnOrder"
+
+    def stored(self, shape: LinearShape) -> tuple[TensorInfo, ...]:
+        return (TensorInfo("order", "I32", (shape.columns,)),)
+
+
+TRANSFORMS: Registry[type[TransformConfig]] = Registry(
+    "transform", "bitmill.transforms", {"order": "bitmill.config.transforms:ColumnOrder"}
+)

@@ -1,0 +1,56 @@
+"""What may follow a block's first solution: a learner, which trains the block against the source.
+
+A method names its learner (`MethodConfig.learner`); `refinement/omniquant/` is the one there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from bitmill.quant.tensors import Quantized
+from bitmill.results import BlockQuality, TuningQuality
+
+
+class LearnedBlock(Protocol):
+    """What a learner made of one block."""
+
+    @property
+    def weights(self) -> Mapping[str, Quantized]:
+        """The weights that are kept, by full name."""
+
+    @property
+    def report(self) -> BlockQuality:
+        """What it did."""
+
+
+class Learner(Protocol):
+    """Sees the blocks of a model in order, then the model."""
+
+    def block(
+        self,
+        index: int,
+        block: nn.Module,
+        starts: Mapping[str, Quantized],
+        inputs: Tensor,
+        targets: Tensor,
+    ) -> LearnedBlock:
+        """Learn one block; on return its linears hold the kept weights.
+
+        inputs, targets: [S + S2, T, D], the held-out sequences behind the calibration sequences:
+        the block's inputs behind the quantized prefix, and the float block's outputs in the float
+        model.
+        """
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Go on behind a block, learned now or by an earlier run; it holds what it keeps."""
+
+    def tune(
+        self, weights: Mapping[str, Quantized], matrices: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Quantized], TuningQuality] | None:
+        """All weights tuned end to end, or None where that is not asked for.
+
+        matrices: the dequantized embeddings and heads, f32 [V, D], which stay as they are.
+        """

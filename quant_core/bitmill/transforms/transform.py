@@ -1,0 +1,43 @@
+"""What finds rewrites: a transform looks at linears that read one input, before they are solved.
+
+What it finds (`quant/rewrites.py`) is exact: the linear computes the same function, in columns that
+are easier to quantize. It stays with the quantized weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from bitmill.quant.rewrites import Rewrite, Rewrites
+from bitmill.quant.tensors import Stored
+from bitmill.runtime.ranks import Group
+
+
+class Transform(Protocol):
+    """What finds rewrites of linears that read one input."""
+
+    def fit(
+        self, weights: Mapping[str, Tensor], H: Tensor | None, ranks: Group
+    ) -> Mapping[str, Rewrite]:
+        """Rewrites by linear, of all that are given or of none.
+
+        weights: full name -> f32 [n, K], this rank's rows of linears that read one input, in the
+        columns that earlier transforms led to. H: f32 [K, K], mean x x^T of that input in the same
+        columns, where the method needs "hessian". All rewrites must do the same to H.
+        """
+
+
+class SolvedModel(Protocol):
+    """A model whose linears are solved, as it is to be packed."""
+
+    def packed(self, name: str) -> Stored:
+        """One linear or embedding."""
+
+    def solved(self, name: str, packed: Stored) -> Stored:
+        """The linear as it was solved, of what `packed` gives."""
+
+    def rewrites(self, name: str) -> Rewrites:
+        """The rewrites of one linear."""
