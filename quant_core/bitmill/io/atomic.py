@@ -1,7 +1,7 @@
 """Files that appear whole or not at all.
 
 A file or folder is written under a temporary name beside its target, flushed to disk and renamed;
-a crash leaves at most a name that starts with ".tmp-", which the next write of it removes.
+a crash leaves at most `.NAME.bitmill-partial`, which the next write of it removes.
 A full disk is reported as `ResourceError` after the temporary file is gone.
 """
 
@@ -80,8 +80,20 @@ class Flusher:
             self._flushing = self._thread.submit(os.fsync, file.fileno())
 
 
+_PARTIAL = ".bitmill-partial"
+_LONGEST_NAME = 255
+
+
 def _temporary(target: Path) -> Path:
-    return target.with_name(f".tmp-{target.name}")
+    name = f".{target.name}{_PARTIAL}"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()}{_PARTIAL}"
+    return target.with_name(name)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is what a crash may have left."""
+    return name.startswith(".") and name.endswith(_PARTIAL)
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def test_conversion_restores_the_model_and_the_plan(tied: bool, tmp_path: Path) 
     assert torch.allclose(first, second, atol=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(converted)
     assert tokenizer.decode(tokenizer("hello", add_special_tokens=False)["input_ids"]) == "hello"
-    assert not list(tmp_path.glob(".tmp-*"))
+    assert not list(tmp_path.glob(".*.bitmill-partial"))
 
 
 def test_damaged_files_are_refused_with_the_defect(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_a_block_is_told_when_saved_and_made_again_where_its_report_is_missing(
     again = refine(model, tmp_path / "again", [])
     first = tensors_path(again.folder, 0).stat().st_mtime_ns
     report_path(again.folder, 1).unlink()  # as a kill between the two files leaves it
-    (again.folder / ".tmp-block-00001.json").write_text("{")
+    (again.folder / ".block-00001.json.bitmill-partial").write_text("{")
     refine(model, again.folder, told)
     assert told == [1, 2, 1, 2]
     assert tensors_path(again.folder, 0).stat().st_mtime_ns == first
