@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
+from fastapi import Request, Response
+from starlette.middleware.base import RequestResponseEndpoint
 
 from bitmill.errors import ModelError
-from bitmill.plan.model_plan import make_plan
+from bitmill.pipeline import admission
+from bitmill.plan.model_plan import Plan, make_plan
 from bitmill_service.api.hub_headers import fetch_headers
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.job_spec import HubModel, parse_spec
-from finished import Stack, spec_json
+from finished import MAP, Stack, spec_json
 from hub_server import hub_app
 from serving import serve
+from tiny import tiny_opt
+
+
+@dataclass
+class Hub:
+    """A Hub on loopback. seen: paths asked for. faults: status of the files of a name."""
+
+    url: str
+    seen: list[str]
+    faults: dict[str, int]
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[str]:
+def served(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Hub]:
     root = tmp_path_factory.mktemp("hub")
     (root / "org").mkdir()
     (root / "org/good").symlink_to(models / "tiny")
@@ -28,8 +44,72 @@ def hub(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[str]
     (root / "org/pickle/pytorch_model.bin").write_bytes(b"\x80\x04.")
     (root / "org/bomb").mkdir()
     (root / "org/bomb/model.safetensors").write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
-    with serve(hub_app(root)) as url:
-        yield url
+    tiny_opt(root / "org/opt")
+    (root / "org/renamed").mkdir()
+    shutil.copy(models / "tiny/config.json", root / "org/renamed")
+    shutil.copy(models / "tiny/model.safetensors", root / "org/renamed/weights.safetensors")
+    (root / "org/gguf").mkdir()
+    (root / "org/gguf/model.gguf").write_bytes(gguf_file())
+    (root / "org/gguf/short.gguf").write_bytes(gguf_file()[:900_000])
+    app = hub_app(root)
+    found = Hub("", [], {})
+
+    @app.middleware("http")
+    async def watch(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        found.seen.append(request.url.path)
+        name = request.url.path.rpartition("/")[2]
+        if name not in found.faults:
+            return await call_next(request)
+        if found.faults[name] == 200:
+            return Response(b"whole", 200)
+        return Response(status_code=found.faults[name])
+
+    with serve(app) as found.url:
+        yield found
+
+
+@pytest.fixture
+def hub(served: Hub) -> Iterator[str]:
+    served.seen.clear()
+    yield served.url
+    served.faults.clear()
+
+
+def gguf_file() -> bytes:
+    """A GGUF header of a tiny Llama with a vocabulary of 1.4 MB, and no weights behind it."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    numbers = {
+        "context_length": 512,
+        "embedding_length": 128,
+        "block_count": 1,
+        "feed_forward_length": 256,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+    }
+    settings = [text("general.architecture") + struct.pack("<I", 8) + text("llama")]
+    settings += [
+        text(f"llama.{key}") + struct.pack("<II", 4, value) for key, value in numbers.items()
+    ]
+    words = 100_000
+    vocabulary = b"".join(text(f"{word:06}") for word in range(words))
+    settings.append(text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, words) + vocabulary)
+    shapes = {"token_embd": (words, 128), "output_norm": (128,)}
+    shapes |= {f"blk.0.{name}": (128,) for name in ("attn_norm", "ffn_norm")}
+    shapes |= {"blk.0.attn_q": (128, 128), "blk.0.attn_output": (128, 128)}
+    shapes |= {"blk.0.attn_k": (64, 128), "blk.0.attn_v": (64, 128)}
+    shapes |= {"blk.0.ffn_gate": (256, 128), "blk.0.ffn_up": (256, 128)}
+    shapes["blk.0.ffn_down"] = (128, 256)
+    tensors = [
+        text(f"{name}.weight")
+        + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        + struct.pack("<IQ", 0, 0)
+        for name, shape in shapes.items()
+    ]
+    start = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(settings))
+    return start + b"".join(settings) + b"".join(tensors)
 
 
 @pytest.fixture(autouse=True)
@@ -88,5 +168,151 @@ def test_enormous_header_is_never_fetched(hub: str, tmp_path: Path) -> None:
     settings = ServiceSettings(hub_endpoint=hub)
     with pytest.raises(ModelError, match="header of"):
         fetch_headers(HubModel(repo_id="org/bomb"), settings, tmp_path)
-    with pytest.raises(ModelError, match="whole file"):
-        fetch_headers(HubModel(repo_id="org/good", file="x.gguf"), settings, tmp_path)
+
+
+def both(http: httpx2.Client, spec: dict[str, object]) -> tuple[int, str | None]:
+    """Status and code with which a job is rehearsed and submitted, which must be the same."""
+    rehearsed = http.post("/v1/jobs?validate_only=true", json=spec)
+    submitted = http.post("/v1/jobs", json=spec)
+    found = submitted.status_code, submitted.json().get("code")
+    if submitted.status_code == 202:
+        assert rehearsed.status_code == 200
+    else:
+        assert (rehearsed.status_code, rehearsed.json()["code"]) == found
+        assert rehearsed.json()["detail"] == submitted.json()["detail"]
+        assert rehearsed.json()["param"] == submitted.json()["param"]
+    return found
+
+
+GGUF = {"source": "hub", "repo_id": "org/gguf", "file": "model.gguf"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"budget": {"code_bits": 1.5}}, "impossible_budget"),
+        ({"budget": {"size": 1000}}, "impossible_budget"),
+        ({"budget": {"bits": 1.9}, "allocation": {"method": "sba"}}, "impossible_budget"),
+        (
+            {
+                "model": {"source": "hub", "repo_id": "org/opt"},
+                "calibration": {"length": 4096},
+            },
+            "length_exceeds_model",
+        ),
+        (
+            {
+                "model": {"source": "hub", "repo_id": "org/opt"},
+                "calibration": {"length": 64},
+                "evaluation": {"length": 4096},
+            },
+            "length_exceeds_model",
+        ),
+        ({"model": {"source": "hub", "repo_id": "org/bomb"}}, "header_too_large"),
+        ({"model": {"source": "hub", "repo_id": "org/renamed"}}, "missing_file"),
+        ({"model": GGUF, "budget": {"code_bits": 1.5}}, "impossible_budget"),
+        ({"model": GGUF | {"file": "short.gguf"}}, "bad_gguf"),
+        ({"model": GGUF | {"file": "none.gguf"}}, "file_not_found"),
+        ({"model": GGUF}, None),
+    ],
+)
+def test_submission_and_rehearsal_give_the_same_answer(
+    http: httpx2.Client, stack: Stack, changes: dict[str, object], code: str | None
+) -> None:
+    before = sum(stack.context.jobs.counts().values())
+    status = 202 if code is None else 422
+    assert both(http, body("org/good") | changes) == (status, code)
+    assert sum(stack.context.jobs.counts().values()) == before + (code is None)
+
+
+def test_map_that_does_not_fit_is_refused_for_a_hub_model_too(http: httpx2.Client) -> None:
+    allocation = {"method": "map", "map": {"source": "inline", "map": MAP}}
+    status, code = both(http, body("org/good") | {"allocation": allocation})
+    assert (status, code) == (422, "invalid_format")
+
+
+def test_retry_of_a_hub_job_is_checked_as_its_submission_was(
+    http: httpx2.Client, stack: Stack
+) -> None:
+    model = {"source": "hub", "repo_id": "org/good"}
+    old = stack.failed(model=model, budget={"code_bits": 1.5})
+    answer = http.post(f"/v1/jobs/{old.id}/retry")
+    assert (answer.status_code, answer.json()["code"]) == (422, "impossible_budget")
+
+
+@pytest.mark.parametrize("status", [200, 404, 429, 500, 503])
+def test_header_that_does_not_come_is_no_ground_for_refusal(
+    http: httpx2.Client, served: Hub, status: int
+) -> None:
+    served.faults["model.safetensors"] = status
+    impossible = body("org/good") | {"budget": {"code_bits": 1.5}}
+    assert http.post("/v1/jobs", json=impossible).status_code == 202
+    rehearsed = http.post("/v1/jobs?validate_only=true", json=impossible)
+    assert (rehearsed.status_code, rehearsed.json()["code"]) == (502, "hub_unreachable")
+
+
+def test_files_that_the_hub_refuses_are_refused(http: httpx2.Client, served: Hub) -> None:
+    served.faults["model.safetensors"] = 403
+    assert both(http, body("org/good")) == (422, "model_gated")
+
+
+def test_one_submission_asks_for_every_header_once(http: httpx2.Client, served: Hub) -> None:
+    served.seen.clear()
+    assert http.post("/v1/jobs", json=body("org/good")).status_code == 202
+    names = [path.rpartition("/")[2] for path in served.seen]
+    assert sorted(names) == ["config.json", "main", "model.safetensors"]
+
+
+@pytest.fixture
+def tiers(stack: Stack) -> Iterator[None]:
+    before = stack.context.settings
+    stack.context.settings = before.model_copy(update={"route_by_memory": True})
+    yield
+    stack.context.settings = before
+
+
+def queue_of(http: httpx2.Client, stack: Stack, spec: dict[str, object]) -> str:
+    answer = http.post("/v1/jobs", json=spec)
+    return stack.context.jobs.get(answer.json()["id"]).queue
+
+
+@pytest.mark.usefixtures("tiers")
+def test_job_waits_for_the_smallest_accelerator_that_holds_it(
+    http: httpx2.Client, stack: Stack, served: Hub
+) -> None:
+    served.seen.clear()
+    assert queue_of(http, stack, body("org/good")) == "gpu-24"
+    assert len(served.seen) == 3
+    learned = {"method": "omniquant", "omniquant": {"batch": 256}}
+    huge = body("org/good") | {"calibration": {"length": 1 << 17}, "refinement": learned}
+    assert both(http, huge) == (422, "too_large")
+
+
+@pytest.mark.usefixtures("tiers")
+def test_job_of_unknown_needs_waits_for_the_largest_accelerator_at_work(
+    http: httpx2.Client, stack: Stack, served: Hub
+) -> None:
+    served.faults["config.json"] = 503
+    assert queue_of(http, stack, body("org/good")) == "gpu-24"
+    catalog = stack.context.catalog
+    for name, queues in (("small", ("gpu-24",)), ("large", ("gpu-48", "gpu-24"))):
+        catalog.beat(name, host="h", queues=queues, device="cuda", version="0")
+    assert queue_of(http, stack, body("org/good")) == "gpu-48"
+    catalog.leave("small")
+    catalog.leave("large")
+
+
+def test_local_job_is_planned_once_a_submission(
+    http: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[Path] = []
+
+    def make_and_note(folder: Path, *arguments: Any, **options: Any) -> Plan:
+        planned.append(folder)
+        return make_plan(folder, *arguments, **options)
+
+    monkeypatch.setattr(admission, "make_plan", make_and_note)
+    assert http.post("/v1/jobs", json=spec_json()).status_code == 202
+    assert len(planned) == 1
+    assert http.post("/v1/jobs?validate_only=true", json=spec_json()).status_code == 200
+    assert len(planned) == 2

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from bitmill.errors import ModelError, ResourceError
-from bitmill_workers.execution.fetch import check_model, fetch_model, local_model
+from bitmill_workers.execution.fetch import fetch_model, hub_info, local_model
 from bitmill_workers.execution.stop import StopRequest
 from bitmill_workers.execution.supervisor import Supervisor
-from bitmill_workers.job_spec import HubModel, PathModel, UploadModel
+from bitmill_workers.job_spec import HubModel, ModelRef, PathModel, UploadModel
 from bitmill_workers.settings import Settings
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
@@ -112,15 +112,22 @@ def hub(settings: Settings, server: ThreadingHTTPServer) -> Settings:
     return settings.model_copy(update={"hub_endpoint": url})
 
 
+def look_at(model: ModelRef, settings: Settings) -> None:
+    """What admission asks of a model before anything is fetched."""
+    if isinstance(model, HubModel):
+        hub_info(model, settings, 5.0)
+    else:
+        local_model(model, settings)
+
+
 def code_of(model: HubModel | PathModel | UploadModel, settings: Settings) -> str:
     with pytest.raises(ModelError) as caught:
-        check_model(model, settings)
+        look_at(model, settings)
     return caught.value.code
 
 
 def test_folder_below_a_root_is_found(settings: Settings) -> None:
     model = PathModel(path="models/tiny")
-    check_model(model, settings)
     assert local_model(model, settings) == settings.model_roots["models"].resolve() / "tiny"
 
 
@@ -157,7 +164,7 @@ def test_pickle_only_folder_is_refused_by_name(settings: Settings) -> None:
     assert code_of(PathModel(path="models/old"), settings) == "no_weights"
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
     with pytest.raises(ModelError, match=r"pytorch_model\.bin") as caught:
-        check_model(PathModel(path="models/old"), settings)
+        local_model(PathModel(path="models/old"), settings)
     assert caught.value.code == "pickle_refused"
 
 
@@ -182,10 +189,10 @@ def test_gguf_file_must_exist(settings: Settings) -> None:
     folder = settings.model_roots["models"] / "g"
     folder.mkdir()
     (folder / "a.gguf").write_bytes(b"GGUF")
-    check_model(PathModel(path="models/g", file="a.gguf"), settings)
+    local_model(PathModel(path="models/g", file="a.gguf"), settings)
     assert code_of(PathModel(path="models/g", file="b.gguf"), settings) == "file_not_found"
     with pytest.raises(ModelError, match=r"a\.gguf"):
-        check_model(PathModel(path="models/g"), settings)
+        local_model(PathModel(path="models/g"), settings)
 
 
 def test_uploads_are_not_available(settings: Settings) -> None:
@@ -208,9 +215,8 @@ def test_unknown_revision_is_refused(hub: Settings) -> None:
     assert code_of(HubModel(repo_id="org/good", revision="v9"), hub) == "revision_not_found"
 
 
-def test_hub_that_is_away_refuses_the_fetch_but_not_the_check(settings: Settings) -> None:
+def test_hub_that_is_away_refuses_the_fetch(settings: Settings) -> None:
     away = settings.model_copy(update={"hub_endpoint": "http://127.0.0.1:1", "hub_patience_s": 1.0})
-    check_model(HubModel(repo_id="org/good"), away)
     with pytest.raises(ModelError) as caught:
         fetch_model(HubModel(repo_id="org/good"), away)
     assert caught.value.code == "hub_unreachable"

@@ -6,6 +6,8 @@ every worker serves unless told otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from bitmill.errors import ModelError
 from bitmill_workers.settings import TIERS, Settings
 
@@ -36,6 +38,11 @@ def choose_queue(accelerator_bytes: int, settings: Settings) -> str:
         code="too_large",
         param="model",
     )
+
+
+def largest_tier(queues: Collection[str]) -> str:
+    """The largest accelerator among these queues; the smallest one there is where none is."""
+    return next((tier for tier in reversed(TIERS[1:]) if tier in queues), TIERS[1])
 
 
 def next_tier(queue: str) -> str | None:

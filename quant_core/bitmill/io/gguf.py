@@ -74,6 +74,12 @@ GGUF_ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3"})
 _BLOCK = re.compile(r"blk\.(\d{1,4})\.(\w+)\.(weight|bias)")
 
 
+class TruncatedGguf(ModelError):
+    """The file ends before its header does."""
+
+    code = "bad_gguf"
+
+
 @dataclass(frozen=True)
 class GgufHeader:
     """settings: scalars, strings and the lengths of arrays; tensors: GGUF name -> shape [N, K]."""
@@ -89,8 +95,8 @@ class _Cursor:
         self._handle, self._path = handle, path
         self._size = path.stat().st_size
 
-    def refuse(self, problem: str) -> ModelError:
-        return ModelError(
+    def refuse(self, problem: str, kind: type[ModelError] = ModelError) -> ModelError:
+        return kind(
             f"{self._path.name} is not a sound GGUF file: {problem}; fetch the file again",
             code="bad_gguf",
             param=self._path.name,
@@ -99,7 +105,7 @@ class _Cursor:
     def take(self, count: int) -> bytes:
         data = self._handle.read(count)
         if len(data) < count:
-            raise self.refuse(f"it is truncated at {self._size} bytes")
+            raise self.refuse(f"it is truncated at {self._size} bytes", TruncatedGguf)
         return data
 
     def scalar(self, form: str) -> Any:

@@ -1,26 +1,28 @@
 """What is refused before a job exists: bad references, impossible budgets, unsafe files.
 
 Everything that config and headers alone can tell is told here, within seconds and without a
-runner. A Hub that does not answer is no ground for refusal; the worker will try again.
+runner, and the same whether a job is submitted, rehearsed or tried again. A Hub that does not
+answer is no ground for refusal; the worker will try again.
 """
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from bitmill.allocation.allocator import check_budget
 from bitmill.config.bit_width_map import BitWidthMap, group_columns
 from bitmill.config.quantization import FileText, QuantizationConfig
-from bitmill.errors import CalibrationError
+from bitmill.errors import CalibrationError, ModelError
 from bitmill.formats.accounting import footprint
-from bitmill.pipeline.estimate import Machine, estimate
-from bitmill.plan.model_plan import Plan, make_plan
+from bitmill.pipeline import admission as library
+from bitmill.pipeline.estimate import Estimate, Machine
+from bitmill.plan.model_plan import Plan
 from bitmill_service.api.context import Context
 from bitmill_service.api.hub_headers import fetch_headers
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import PlanView, SizeView
-from bitmill_workers.execution.fetch import check_model, local_model
+from bitmill_workers.execution.fetch import local_model
 from bitmill_workers.execution.inputs import (
     calibration_file,
     check_parameters,
@@ -28,11 +30,36 @@ from bitmill_workers.execution.inputs import (
     planning_config,
 )
 from bitmill_workers.job_spec import HubModel, JobSpec
-from bitmill_workers.tiers import choose_queue
+from bitmill_workers.tiers import choose_queue, largest_tier
 
 
-def admit(context: Context, spec: JobSpec) -> None:
-    """Raise what is wrong with a specification, as far as it can be known before it runs."""
+@dataclass(frozen=True)
+class Admission:
+    """A job that may be queued.
+
+    job: what the library admitted, with plan, map and needs; None where only the worker can tell,
+    because the Hub did not deliver the headers. unplanned: why not.
+    """
+
+    queue: str
+    job: library.Admission | None
+    unplanned: str | None = None
+
+
+def admit(context: Context, spec: JobSpec) -> Admission:
+    """Plan a job once and raise what is wrong with it, as far as can be known before it runs."""
+    config = _config(context, spec)
+    try:
+        admitted = _planned(context, spec, config)
+    except ModelError as error:
+        if error.code != "hub_unreachable":
+            raise
+        return Admission(_queue(context, None), None, error.message)
+    return Admission(_queue(context, admitted.needs(Machine(accelerator=True))), admitted)
+
+
+def refuse_when_full(context: Context) -> None:
+    """Raise the 429 where as many jobs wait as may."""
     waiting = context.jobs.counts().get("queued", 0)
     if waiting >= context.settings.max_queued:
         raise ProblemError(
@@ -40,36 +67,17 @@ def admit(context: Context, spec: JobSpec) -> None:
             f"{waiting} jobs are waiting, at most {context.settings.max_queued} may",
             headers={"Retry-After": "60"},
         )
-    config = _config(context, spec)
-    if isinstance(spec.model, HubModel):
-        check_model(spec.model, context.settings)
-    else:
-        check_budget(_plan(context, spec, config), config)
 
 
-def plan_job(context: Context, spec: JobSpec) -> PlanView:
-    """The plan of a specification, after everything that `admit` checks."""
-    config = _config(context, spec)
-    if isinstance(spec.model, HubModel):
-        check_model(spec.model, context.settings)
-    plan = _plan(context, spec, config)
-    check_budget(plan, config)
-    return plan_view(plan, config, gguf=spec.model.file is not None)
+def plan_view(admission: Admission) -> PlanView:
+    """Counts, the range of sizes that the legal widths allow, and what a runner needs.
 
-
-def route(context: Context, spec: JobSpec) -> str:
-    """The queue that the job waits in; plans the job where queues are tiers of memory."""
-    if not context.settings.route_by_memory:
-        return choose_queue(0, context.settings)
-    config = _config(context, spec)
-    plan = _plan(context, spec, config)
-    needed = estimate(plan, config, Machine(accelerator=True), gguf=spec.model.file is not None)
-    return choose_queue(needed.accelerator_bytes, context.settings)
-
-
-def plan_view(plan: Plan, config: QuantizationConfig, *, gguf: bool) -> PlanView:
-    """Counts, the range of sizes that the legal widths allow, and what a runner needs."""
-    widths = config.allocation.legal_widths
+    Raises the 502 `hub_unreachable` where there is no plan to show.
+    """
+    job = admission.job
+    if job is None:
+        raise ProblemError("hub_unreachable", str(admission.unplanned), param="model.repo_id")
+    plan, widths = job.plan, job.config.allocation.legal_widths
     return PlanView(
         model_type=plan.model_type,
         blocks=plan.block_count,
@@ -77,22 +85,34 @@ def plan_view(plan: Plan, config: QuantizationConfig, *, gguf: bool) -> PlanView
         groups=sum(shape.groups for shape in plan.shapes),
         weights=plan.weights,
         fused=[plan.input_groups(block) for block in range(min(1, plan.block_count))],
-        smallest=_uniform_size(plan, config, min(widths)),
-        largest=_uniform_size(plan, config, max(widths)),
-        estimate=estimate(plan, config, gguf=gguf),
+        smallest=_uniform_size(plan, job.config, min(widths)),
+        largest=_uniform_size(plan, job.config, max(widths)),
+        estimate=job.needs(),
         notes=plan.notes,
-        on_accelerator=estimate(plan, config, Machine(accelerator=True), gguf=gguf),
+        on_accelerator=job.needs(Machine(accelerator=True)),
     )
 
 
-def _plan(context: Context, spec: JobSpec, config: QuantizationConfig) -> Plan:
-    """The plan, from headers that are here or fetched from the Hub."""
-    if isinstance(spec.model, HubModel):
-        with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as scratch:
-            fetch_headers(spec.model, context.settings, Path(scratch))
-            return make_plan(Path(scratch), config)
-    folder = local_model(spec.model, context.settings)
-    return make_plan(folder, config, gguf=spec.model.file)
+def _planned(context: Context, spec: JobSpec, config: QuantizationConfig) -> library.Admission:
+    """What the library says, of headers that are here or fetched from the Hub."""
+    if not isinstance(spec.model, HubModel):
+        folder = local_model(spec.model, context.settings)
+        return library.admit(folder, config, gguf=spec.model.file)
+    with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as scratch:
+        folder = Path(scratch, spec.model.repo_id.rpartition("/")[2])  # errors name it
+        folder.mkdir()
+        fetch_headers(spec.model, context.settings, folder)
+        return library.admit(folder, config, gguf=spec.model.file)
+
+
+def _queue(context: Context, needed: Estimate | None) -> str:
+    """Where the job waits; with unknown needs, for the largest accelerator that is at work."""
+    if needed is not None:
+        return choose_queue(needed.accelerator_bytes, context.settings)
+    if not context.settings.route_by_memory:
+        return choose_queue(0, context.settings)
+    served = {queue for worker in context.catalog.workers() for queue in worker.queues}
+    return largest_tier(served)
 
 
 def _uniform_size(plan: Plan, config: QuantizationConfig, width: int) -> SizeView:

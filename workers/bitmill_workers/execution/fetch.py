@@ -43,22 +43,6 @@ if TYPE_CHECKING:
 
 _SAFETENSORS = re.compile(r"[\w.-]{1,200}\.safetensors")
 _PICKLES = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle|msgpack|h5)$")
-_CHECK_TIMEOUT_S = 5.0
-
-
-def check_model(model: ModelRef, settings: Settings) -> None:
-    """Refuse within seconds what `fetch_model` would refuse for certain.
-
-    A Hub that does not answer is no reason to refuse: the worker will try. Raises `ModelError`.
-    """
-    if isinstance(model, HubModel):
-        try:
-            _hub_info(model, settings, _CHECK_TIMEOUT_S)
-        except ModelError as error:
-            if error.code != "hub_unreachable":
-                raise
-    else:
-        local_model(model, settings)
 
 
 def local_model(model: ModelRef, settings: Settings) -> Path:
@@ -234,7 +218,7 @@ def _hub_file(sibling: RepoSibling) -> HubFile:
 def _ask_hub(model: HubModel, settings: Settings) -> ModelInfo:
     """The repository's listing; raises `Passing` where another try may give it."""
     try:
-        return _hub_info(model, settings, 30.0)
+        return hub_info(model, settings, 30.0)
     except ModelError as error:
         if error.code != "hub_unreachable":
             raise
@@ -250,11 +234,16 @@ def _token(settings: Settings) -> str | None:
     return settings.hub_token.get_secret_value() if settings.hub_token else None
 
 
-def _hub_info(model: HubModel, settings: Settings, timeout: float) -> ModelInfo:
+def hub_info(model: HubModel, settings: Settings, timeout: float) -> ModelInfo:
+    """The repository's listing with the sizes of its files.
+
+    Raises `ModelError`: code `hub_unreachable` where the Hub did not answer within `timeout`
+    seconds, others for what is missing, closed to this service, or holds no weights to be read.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=settings.hub_endpoint, token=_token(settings) or False)
-    with _hub_errors(model):
+    with hub_errors(model):
         info = api.model_info(
             model.repo_id, revision=model.revision, timeout=timeout, files_metadata=True
         )
@@ -262,8 +251,8 @@ def _hub_info(model: HubModel, settings: Settings, timeout: float) -> ModelInfo:
     return info
 
 
-class _hub_errors:  # noqa: N801  (a context manager)
-    """Turn the Hub client's exceptions into `ModelError` with a stable code."""
+class hub_errors:  # noqa: N801  (a context manager)
+    """Turn the exceptions of HTTP clients into `ModelError` with a stable code."""
 
     def __init__(self, model: HubModel) -> None:
         self._name = f"{model.repo_id}@{model.revision}"

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Header, Query, Response, status
 from fastapi.responses import JSONResponse
 
 from bitmill.io.atomic import sha256_json
-from bitmill_service.api.admission import admit, plan_job, route
+from bitmill_service.api.admission import admit, plan_view, refuse_when_full
 from bitmill_service.api.context import Context, ContextDep, JobDep, JobId
 from bitmill_service.api.views import job_links, job_view
 from bitmill_service.http.problems import ProblemError
@@ -56,19 +56,19 @@ def create_job(
 ) -> Response:
     """Submit a job. A replayed key answers with the first call's job and `Idempotency-Replayed`."""
     if validate_only:
-        return JSONResponse(plan_job(context, spec).model_dump(mode="json"))
+        return JSONResponse(plan_view(admit(context, spec)).model_dump(mode="json"))
     asked = {"spec": spec.model_dump(mode="json"), "priority": priority, "webhook": webhook_url}
     request_hash = sha256_json(asked)
     if replayed := _replayed(context, idempotency_key, request_hash):
         return replayed
     if webhook_url is not None:
         check_webhook_url(webhook_url, context.settings)
-    admit(context, spec)
+    refuse_when_full(context)
     submission = context.jobs.submit(
         spec,
         idempotency_key=idempotency_key,
         request_hash=request_hash,
-        queue=route(context, spec),
+        queue=admit(context, spec).queue,
         priority=priority,
         webhook_url=webhook_url,
     )
@@ -112,6 +112,7 @@ def retry_job(job: JobDep, context: ContextDep, idempotency_key: IdempotencyKey 
     request_hash = sha256_json({"retry": job.id})
     if replayed := _replayed(context, idempotency_key, request_hash, tenant=job.tenant):
         return replayed
+    refuse_when_full(context)
     spec = parse_spec(job.spec)
     admit(context, spec)
     submission = context.jobs.submit(

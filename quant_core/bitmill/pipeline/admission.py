@@ -1,0 +1,43 @@
+"""Whether a job can be done at all, told from the model's config and headers. Torch-free.
+
+The one check before any weight is read: the service asks it before a job exists (of headers that
+it fetched from the Hub, where the model is there), and the run itself before its first stage. What
+it plans is handed on, so that nothing is planned twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitmill.allocation.allocator import check_budget
+from bitmill.config.quantization import QuantizationConfig
+from bitmill.pipeline.estimate import Estimate, Machine, estimate
+from bitmill.plan.model_plan import Plan, check_lengths, check_rows, make_plan
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A job that its model, budget and settings allow. gguf: the source must be converted first."""
+
+    config: QuantizationConfig
+    plan: Plan
+    gguf: bool
+
+    def needs(self, machine: Machine | None = None) -> Estimate:
+        """Memory, disk and time on such a machine; a CPU by default."""
+        return estimate(self.plan, self.config, machine, gguf=self.gguf)
+
+
+def admit(folder: Path, config: QuantizationConfig, *, gguf: str | None = None) -> Admission:
+    """Plan a job for a model folder, or for one GGUF file in it, and check what was asked.
+
+    Raises an `InputError`: `ModelError` for the model, `BudgetError` for a budget, map or size
+    that no choice of widths meets, `SpecError` for windows longer than the model runs or more
+    devices than a linear has rows.
+    """
+    plan = make_plan(folder, config, gguf=gguf)
+    check_budget(plan, config)
+    check_lengths(plan, config)
+    check_rows(plan, config)
+    return Admission(config, plan, gguf is not None)
