@@ -38,7 +38,7 @@ import transformers
 
 from bitmill.allocation.allocator import allocate
 from bitmill.allocation.profile import SensitivityProfile
-from bitmill.calibration.hooks import advance
+from bitmill.calibration.hooks import run_windows
 from bitmill.calibration.statistics import Stream
 from bitmill.calibration.windows import calibration_tokens, evaluation_tokens
 from bitmill.config.quantization import QuantizationConfig, Refinement, parse_config
@@ -225,7 +225,7 @@ def quantize(
         began = time.perf_counter()
         block = model.load_block(index)
         before = source
-        source = advance(model, index, block, source, batch=8)
+        source = run_windows(model, index, block, source, batch=8)
         float_weights = {n: weight_of(m).clone() for n, m in model.linears(block, index).items()}
         chosen = {name: tuple(widths[name]) for name in float_weights}
         starts, _ = refine_block(
@@ -256,7 +256,7 @@ def quantize(
             )
         print(line, flush=True)
         weights |= starts
-        hidden = advance(model, index, block, hidden, batch=8)
+        hidden = run_windows(model, index, block, hidden, batch=8)
     return weights, reports
 
 
@@ -294,7 +294,7 @@ class DeviceLogits:
                 block = self.model.load_block(index)
                 if self.replace:
                     self.replace(index, block)
-                hidden = advance(self.model, index, block, hidden, batch=8)
+                hidden = run_windows(self.model, index, block, hidden, batch=8)
             self.hidden = hidden
         for row in self.hidden.split(1):
             yield lambda begin, end, row=row: self.model.logits(row[:, begin:end])[0]

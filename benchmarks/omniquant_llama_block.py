@@ -19,7 +19,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 import transformers
 
-from bitmill.calibration.hooks import advance
+from bitmill.calibration.hooks import run_windows
 from bitmill.calibration.statistics import Stream
 from bitmill.config.quantization import parse_config
 from bitmill.models.streamed import StreamedModel
@@ -73,7 +73,7 @@ def main() -> None:
     )
     hidden = torch.cat([model.embed(t) for t in tokens.split(8)]) * 30
     block = model.load_block(0)
-    targets = advance(model, 0, block, hidden, batch=8)
+    targets = run_windows(model, 0, block, hidden, batch=8)
     widths = {
         linear.name: tuple(2 + g % 2 for g in range(linear.shape.groups)) for linear in plan.linears
     }

@@ -39,7 +39,7 @@ from value_basis import change_basis, value_bases
 
 from bitmill.allocation.allocator import allocate
 from bitmill.allocation.profile import SbaRecord, SensitivityProfile
-from bitmill.calibration.hooks import advance
+from bitmill.calibration.hooks import run_windows
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.calibration.windows import calibration_tokens, evaluation_tokens
 from bitmill.config.bit_width_map import BitWidthMap
@@ -152,7 +152,7 @@ class Bench:
         """Final hidden states [S, T, D] of a model given by its blocks."""
         hidden = self.embed(tokens)
         for i, block in enumerate(blocks):
-            hidden = advance(self.model, i, block, hidden, batch=BATCH)
+            hidden = run_windows(self.model, i, block, hidden, batch=BATCH)
         return hidden
 
     def profile(self, variant: Variant) -> SensitivityProfile:
@@ -182,7 +182,7 @@ class Bench:
                 state = BlockState(self.model, i, block, None, self.model.linears(block, i))
                 seen = collect(state, self.plan.input_groups(i), Stream(hidden), batch=BATCH)
                 self._orders |= {name: activation_order(s.H) for name, s in seen.items()}
-                hidden = advance(self.model, i, block, hidden, batch=BATCH)
+                hidden = run_windows(self.model, i, block, hidden, batch=BATCH)
         return self._orders
 
     def sba(self, variant: Variant, base: int) -> dict[str, SbaRecord]:
@@ -285,11 +285,11 @@ def refined(
         )
         results += found
         blocks.append(block)
-        stream = advance(bench.model, i, block, stream, batch=BATCH)
+        stream = run_windows(bench.model, i, block, stream, batch=BATCH)
         if needs_source and source is not None and source_unseen is not None:
-            source = advance(bench.model, i, original, source, batch=BATCH)
-            unseen = advance(bench.model, i, block, unseen, batch=BATCH)
-            source_unseen = advance(bench.model, i, original, source_unseen, batch=BATCH)
+            source = run_windows(bench.model, i, original, source, batch=BATCH)
+            unseen = run_windows(bench.model, i, block, unseen, batch=BATCH)
+            source_unseen = run_windows(bench.model, i, original, source_unseen, batch=BATCH)
     return blocks, results
 
 

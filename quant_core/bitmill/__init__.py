@@ -21,7 +21,7 @@ _MODULE_OF = {
     "QuantizedWeight": "quant.tensors",
     "check_folder": "io.manifest",
     "load": "inference.load",
-    "load_tokenizer": "inference.load",
+    "load_tokenizer": "models.tokenizer",
     "read_slim_map": "config.slim_llm",
     "verify_folder": "pipeline.verify",
 }

@@ -32,6 +32,7 @@ from bitmill.calibration.block_inputs import (
     choose_every,
     least_inputs,
 )
+from bitmill.calibration.hooks import batches, embed_windows, run_windows
 from bitmill.errors import CalibrationError
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.block_memory import backward_bytes
@@ -121,8 +122,7 @@ class GradientPass:
         limit, where = self._room(size)
         with HostMemory(limit, self._scratch, where) as memory:
             first = memory.empty(shape, self._model.dtype)
-            for part in self._parts():
-                first[part].copy_(self._model.embed(self._tokens[part]), non_blocking=True)
+            embed_windows(self._model, self._tokens, batch=self._settings.batch, out=first)
             every = self._settings.every or choose_every(self._model.block_count, size, limit)
             inputs = BlockInputs(
                 first,
@@ -175,15 +175,12 @@ class GradientPass:
         return top, gradient.to(first.device, self._model.dtype)
 
     def _parts(self) -> Iterator[slice]:
-        for start in range(0, len(self._tokens), self._settings.batch):
-            yield slice(start, start + self._settings.batch)
+        return batches(len(self._tokens), self._settings.batch)
 
     def _step(self, on_forward: Callable[[int], None] | None) -> Callable[..., None]:
-        @torch.no_grad()
         def step(i: int, x: Tensor, y: Tensor) -> None:
-            block = self._model.load_block(i).requires_grad_(False)
-            for part in self._parts():
-                y[part].copy_(self._model.run_block(i, block, x[part]), non_blocking=True)
+            block = self._model.load_block(i)
+            run_windows(self._model, i, block, x, batch=self._settings.batch, out=y)
             if on_forward:
                 on_forward(i)
 

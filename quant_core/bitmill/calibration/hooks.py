@@ -1,13 +1,13 @@
-"""What a linear reads and writes while its block runs, for whole sets of linears at once.
+"""Windows run through a block in batches, and what its linears read and write meanwhile.
 
-A block is run only as far as the last linear asked about: the inputs of q, k and v cost one norm,
-not a block. Inputs come as x [T, K], outputs as y [T, N], T = tokens of the batch in order (for a
-routed expert: the tokens sent to it).
+To see linears a block is run only as far as the last one asked about: the inputs of q, k and v cost
+one norm, not a block. Inputs come as x [T, K], outputs as y [T, N], T = tokens of the batch in
+order (for a routed expert: the tokens sent to it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,45 @@ class Ends(NamedTuple):
 
 class _Enough(Exception):
     """Every linear asked about has been called."""
+
+
+def batches(windows: int, batch: int) -> Iterator[slice]:
+    """All windows in their order, `batch` at a time."""
+    for start in range(0, windows, batch):
+        yield slice(start, start + batch)
+
+
+@torch.no_grad()
+def embed_windows(
+    model: StreamedModel, tokens: Tensor, *, batch: int, out: Tensor | None = None
+) -> Tensor:
+    """The first block's inputs [S, T, D] of windows i64 [S, T], in `out` or else on the CPU."""
+    if out is None:
+        out = torch.empty((*tokens.shape, model.plan.hidden_size), dtype=model.dtype)
+    for part in batches(len(tokens), batch):
+        out[part].copy_(model.embed(tokens[part]), non_blocking=True)
+    return out
+
+
+@torch.no_grad()
+def run_windows(
+    model: StreamedModel,
+    index: int,
+    block: nn.Module,
+    hidden: Tensor,
+    *,
+    batch: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The outputs [S, T, D] of block `index` for its inputs [S, T, D].
+
+    out: where they go, `hidden` itself for example; else a tensor of its device and dtype. Copies
+    into page-locked memory are under way when it returns.
+    """
+    out = torch.empty_like(hidden) if out is None else out
+    for part in batches(len(hidden), batch):
+        out[part].copy_(model.run_block(index, block, hidden[part]), non_blocking=True)
+    return out
 
 
 @torch.no_grad()
@@ -99,18 +138,6 @@ def observe_ends(
         for handle in handles:
             handle.remove()
     return Ends(inputs, outputs, result if whole else None)
-
-
-@torch.no_grad()
-def advance(
-    model: StreamedModel, index: int, block: nn.Module, hidden: Tensor, *, batch: int
-) -> Tensor:
-    """The block's outputs [S, T, D] for its inputs [S, T, D], on their device, in their dtype."""
-    result = torch.empty_like(hidden)
-    for start in range(0, hidden.shape[0], batch):
-        part = slice(start, start + batch)
-        result[part] = model.run_block(index, block, hidden[part]).to(hidden.device, hidden.dtype)
-    return result
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ Rows of W are independent in all of it, so shifts and energies of some rows are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.calibration.hessian import HessianAccumulator, all_reduce
-from bitmill.calibration.hooks import Ends, observe, observe_ends
+from bitmill.calibration.hooks import Ends, batches, observe, observe_ends
 from bitmill.calibration.replay import Replay
 from bitmill.calibration.undersampled_experts import filled_means
 from bitmill.models.streamed import StreamedModel, weight_of
@@ -158,40 +158,39 @@ def collect(
     stream: Stream,
     *,
     batch: int,
+    advance: bool = False,
     advance_source: bool = False,
     judge: bool = True,
     rows: Callable[[int], Rows] = lambda count: slice(count),
+    on_batch: Callable[[slice, Mapping[str, Tensor]], None] = lambda *_: None,
 ) -> dict[str, InputStatistics]:
     """Statistics of every linear in `groups` (lists of names that read the same input).
 
     Linears of a group share one H tensor; that of experts which saw few tokens is filled up
     (`undersampled_experts.py`).
-    Routed experts have no shift: the two streams send them different tokens. advance_source: where
-    a source runs beside, it runs to its end and its outputs replace stream.source. judge: `error`
-    will be asked of what is returned; else energies are left out. rows: those of a linear of so
-    many rows whose shift and energy are wanted.
+    Routed experts have no shift: the two streams send them different tokens. advance: the block
+    runs to its end and its outputs replace stream.hidden; advance_source: the same of a source that
+    runs beside, and of stream.source. judge: `error` will be asked of what is returned; else
+    energies are left out. rows: those of a linear of so many rows whose shift and energy are
+    wanted. on_batch: told the windows of each batch and the inputs [T, K] of the first linear of
+    every group.
     """
     shifts = state.source is not None and stream.source is not None
-    collector = _Collector(state, groups, shifts, advance_source, judge)
+    collector = _Collector(state, groups, shifts, advance, advance_source, judge)
     if sum(map(len, groups)) < len(state.linears):
         state.replay.look(state.model, state.index, state.current, state.linears, stream.hidden[:1])
-    for part in _parts(stream, batch):
-        collector.add(stream, part)
+    for part in batches(len(stream.hidden), batch):
+        on_batch(part, collector.add(stream, part))
     return collector.finish(stream.group, rows)
 
 
 @torch.no_grad()
 def advance_hidden(state: BlockState, stream: Stream, *, batch: int) -> None:
     """Replaces stream.hidden by what the block gives for it, the bytes of running it all."""
-    for part in _parts(stream, batch):
+    for part in batches(len(stream.hidden), batch):
         with state.replay.resumed(state.current, state.linears, (stream, part.start), last=True):
             output = state.model.run_block(state.index, state.current, stream.hidden[part])
         stream.hidden[part].copy_(output, non_blocking=True)
-
-
-def _parts(stream: Stream, batch: int) -> Iterator[slice]:
-    for start in range(0, len(stream.hidden), batch):
-        yield slice(start, start + batch)
 
 
 class _Collector:
@@ -200,10 +199,11 @@ class _Collector:
         state: BlockState,
         groups: Sequence[Sequence[str]],
         shifts: bool,
+        advance: bool,
         advance_source: bool,
         judge: bool,
     ) -> None:
-        self.advance_source = advance_source
+        self.advance, self.advance_source = advance, advance_source
         self.source_linears: dict[str, nn.Module] = {}
         if state.source is not None:
             self.source_linears = state.model.linears(state.source, state.index)
@@ -231,22 +231,28 @@ class _Collector:
         self.writers = state.writers[: max(places, default=-1) + 1]
         self.left_out = self.writers[-1] if self.writers and not judge else None
 
-    def add(self, stream: Stream, part: slice) -> None:
+    def add(self, stream: Stream, part: slice) -> dict[str, Tensor]:
+        """One batch of windows; returns inputs [T, K] of the first linear of every group."""
         state = self.state
-        hidden = stream.hidden[part].to(state.model.device, non_blocking=True)
+        # A copy where outputs take the inputs' place: a linear may read the block's input itself.
+        hidden = stream.hidden[part].to(state.model.device, non_blocking=True, copy=self.advance)
         written = [name for name in self.writers if name != self.left_out]
         batch = (stream, part.start)
         read = self.hessians
         with state.replay.resumed(state.current, state.linears, batch, read=read, written=written):
-            x, y, _ = self._observe(state.current, state.linears, read, written, hidden)
+            x, y, output = self._observe(
+                state.current, state.linears, read, written, hidden, whole=self.advance
+            )
+        if output is not None:
+            stream.hidden[part].copy_(output, non_blocking=True)
         for owner, hessian in self.hessians.items():
             if owner in x:
                 hessian.add(x[owner])
         whole = self.advance_source
         if state.source is None or stream.source is None:
-            return
+            return x
         if not (self.drifts or self.shifts or whole):
-            return
+            return x
         source = stream.source[part].to(state.model.device, non_blocking=True)
         with state.replay.resumed(
             state.source,
@@ -275,6 +281,7 @@ class _Collector:
                     self.shifts[name].add(drift, x[self.owner[name]])
         if behind is not None:
             stream.source[part].copy_(behind, non_blocking=True)
+        return x
 
     def _observe(
         self,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bitmill.calibration.block_inputs import HostMemory
+from bitmill.calibration.hooks import embed_windows
 from bitmill.models.streamed import StreamedModel
 from bitmill.runtime.memory import free_device_bytes, spare_host_bytes
 from bitmill.runtime.ranks import SINGLE, Group
@@ -63,10 +64,7 @@ class HiddenStates:
         Raises `ResourceError` where neither memory nor disk holds them.
         """
         hidden = self._empty((*tokens.shape, model.plan.hidden_size), model.dtype)
-        for start in range(0, len(tokens), batch):
-            part = slice(start, start + batch)
-            hidden[part].copy_(model.embed(tokens[part]), non_blocking=True)
-        return hidden
+        return embed_windows(model, tokens, batch=batch, out=hidden)
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize

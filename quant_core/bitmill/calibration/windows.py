@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from bitmill.config.quantization import BundledText, Calibration, DatasetText, FileText
 from bitmill.errors import CalibrationError, reason
+from bitmill.models.tokenizer import load_tokenizer
 
 MAX_TEXT_BYTES = 512 << 20
 
@@ -124,21 +124,6 @@ def read_text(calibration: Calibration) -> str:
         case DatasetText() as dataset:
             windows = calibration.sequences + calibration.held_out
             return _dataset_text(dataset, enough=windows * calibration.length * 16)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, from local files only, never with code from the folder."""
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CalibrationError(
-            "the model's tokenizer cannot be loaded: "
-            + str(error).replace(str(folder), folder.name)[:300],
-            code="bad_tokenizer",
-            param="model",
-        ) from error
 
 
 def token_windows(text: str, tokenizer: Any, length: int) -> Tensor:

@@ -24,10 +24,11 @@ from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
 from bitmill.evaluation.tasks import TaskSuite
 from bitmill.formats.accounting import footprint
 from bitmill.formats.packed.checkpoint import PackedCheckpoint, read_bit_width_map
-from bitmill.inference.load import load, load_tokenizer
+from bitmill.inference.load import load
 from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.dtypes import compute_dtype
 from bitmill.models.streamed import StreamedModel, set_weight
+from bitmill.models.tokenizer import load_tokenizer
 from bitmill.plan.model_plan import Plan, make_plan
 from bitmill.results import QualityRow, TextQuality
 from bitmill.runtime.ranks import SINGLE, Group

@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from bitmill.calibration.hooks import embed_windows, run_windows
 from bitmill.errors import NumericalError
 from bitmill.models.streamed import StreamedModel
 from bitmill.results import TextQuality
@@ -63,19 +64,19 @@ class StreamedLogits:
     ) -> None:
         self._model, self._replace, self._on_block = model, replace, on_block
         self._remember = remember
-        self._last: tuple[Tensor, list[Tensor]] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
 
-    @torch.no_grad()
-    def _hidden(self, tokens: Tensor) -> list[Tensor]:
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        """Outputs [S, T, D] of the last block, on the CPU."""
         if self._last is not None and torch.equal(self._last[0], tokens):
             return self._last[1]
         model = self._model
-        hidden = [model.embed(row[None]).cpu() for row in tokens]
+        hidden = embed_windows(model, tokens, batch=1)
         for i in range(model.block_count):
             block = model.load_block(i)
             if self._replace is not None:
                 self._replace(i, block)
-            hidden = [model.run_block(i, block, h).cpu() for h in hidden]
+            run_windows(model, i, block, hidden, batch=1, out=hidden)
             if self._on_block is not None:
                 self._on_block(i + 1, model.block_count)
         if self._remember:
@@ -85,7 +86,7 @@ class StreamedLogits:
     @torch.no_grad()
     def windows(self, tokens: Tensor) -> Iterator[Window]:
         """See `LogitSource`."""
-        for hidden in self._hidden(tokens):
+        for hidden in self._hidden(tokens).split(1):
             yield partial(self._head, hidden)
 
     @torch.no_grad()

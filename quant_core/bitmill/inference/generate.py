@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import InputError
-from bitmill.inference.load import load, load_tokenizer
+from bitmill.inference.load import load
+from bitmill.models.tokenizer import load_tokenizer
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.errors import FormatError
@@ -53,18 +53,6 @@ def load(
     if device_map is None:
         model.to(device)
     return model
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a packed folder. Raises FormatError where it cannot be loaded."""
-    folder = Path(folder)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise FormatError(
-            f"{folder.name} holds no tokenizer that can be loaded: give a packed folder",
-            param="tokenizer",
-        ) from error
 
 
 def model_shapes(folder: Path) -> list[LinearShape]:

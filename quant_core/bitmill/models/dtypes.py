@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from bitmill.errors import InputError
+from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import Plan
 
 
@@ -14,6 +17,22 @@ def compute_dtype(device: torch.device, plan: Plan) -> torch.dtype:
     if device.type == "cpu" or not stored <= {"BF16", "F16"}:
         return torch.float32
     return torch.bfloat16 if "BF16" in stored else torch.float16
+
+
+def product_dtype(model: StreamedModel) -> torch.dtype:
+    """The dtype of matrix products in learning: bf16 on a GPU for a model in f32, else its own."""
+    return torch.bfloat16 if _is_mixed(model) else model.dtype
+
+
+def mixed_precision(model: StreamedModel) -> AbstractContextManager[object]:
+    """Products in `product_dtype` within."""
+    if _is_mixed(model):
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+    return nullcontext()
+
+
+def _is_mixed(model: StreamedModel) -> bool:
+    return model.device.type == "cuda" and model.dtype == torch.float32
 
 
 def as_dtype(value: torch.dtype | str) -> torch.dtype:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitmill.calibration.hooks import run_windows
 from bitmill.calibration.replay import Replay
 from bitmill.calibration.statistics import BlockState, Stream, advance_hidden
 from bitmill.calibration.streams import HiddenStates
@@ -33,7 +34,7 @@ from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Refinement
 from bitmill.io import atomic as storage
 from bitmill.models.streamed import StreamedModel, set_weight
-from bitmill.plan.block_memory import refining_bytes
+from bitmill.plan.block_memory import BATCH_TOKENS, refining_bytes
 from bitmill.plan.model_plan import Plan
 from bitmill.quant.grid import ClipSettings
 from bitmill.quant.rewrites import Rewrites
@@ -62,8 +63,6 @@ from bitmill.transforms.column_order import ColumnOrders
 
 TUNED_NAME = "tuned"
 TUNING_NAME = "tuning.json"
-BATCH_TOKENS = 16384
-"""Tokens that run through a block at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,8 +287,7 @@ class _Run:
             self._source_is_behind = i
         if self.learning is None or self.source is None:
             return weights, results, None
-        self._run(i, self.model.load_block(i), self.source)
-        self._source_is_behind = i
+        self._advance_source(i)
         learned = self.learning.block(i, block, weights, self.hidden, self.source)
         return learned.weights, results, learned.report.model_dump(mode="json")
 
@@ -305,17 +303,17 @@ class _Run:
             advance_hidden(state, stream, batch=self.batch)
         self._replay = Replay()
         if self.source is not None and self._source_is_behind != i:
-            self._run(i, self.model.load_block(i), self.source)
+            self._advance_source(i)
         if self.learning is not None:
             self.learning.advance(i, block)
 
-    @torch.no_grad()
-    def _run(self, i: int, block: nn.Module, hidden: Tensor) -> None:
+    def _advance_source(self, i: int) -> None:
         """In the batches that statistics are taken in: the same bytes, whoever runs the source."""
-        for windows in (hidden[: self.count], hidden[self.count :]):
-            for start in range(0, len(windows), self.batch):
-                part = windows[start : start + self.batch]
-                part.copy_(self.model.run_block(i, block, part), non_blocking=True)
+        assert self.source is not None
+        block = self.model.load_block(i)
+        for windows in (self.source[: self.count], self.source[self.count :]):
+            run_windows(self.model, i, block, windows, batch=self.batch, out=windows)
+        self._source_is_behind = i
 
 
 def refine_settings(

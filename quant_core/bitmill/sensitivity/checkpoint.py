@@ -101,8 +101,9 @@ class ProfileCheckpoint:
         arrays = {f"costs/{name}": costs for name, costs in profile.costs.items()}
         orders = {f"order/{owner}": order for owner, order in profile.orders.items()}
         text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-        with replacing(self._block_path(self._folder, block)) as temporary:
-            np.savez(temporary, allow_pickle=False, header=text, **arrays, **orders)
+        path = self._block_path(self._folder, block)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, header=text, **arrays, **orders)
 
     def save_gradient(self, block: int, gradient: Tensor) -> None:
         """Keep the gradient at a block's input, if enough time has passed."""

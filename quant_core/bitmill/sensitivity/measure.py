@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.allocation.profile import IndexArray, LinearProfile, SbaRecord, SensitivityProfile
-from bitmill.calibration.source_run import run_source_block
-from bitmill.calibration.statistics import Stream
+from bitmill.calibration.hooks import run_windows
+from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.calibration.streams import HiddenStates
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.block_memory import backward_bytes
@@ -35,7 +35,7 @@ from bitmill.plan.model_plan import Plan
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.sensitivity.embeddings import embedding_profiles
 from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
-from bitmill.sensitivity.sba import SbaSettings, profile_block_sba
+from bitmill.sensitivity.sba import profile_block_sba
 from bitmill.solvers.factor import activation_order
 
 BATCH_TOKENS = 8192
@@ -166,9 +166,7 @@ def _stream(
                     measured.save(paths[i])
                 group.barrier()
             else:
-                for start in range(0, len(hidden), batch):
-                    part = slice(start, start + batch)
-                    hidden[part].copy_(model.run_block(i, block, hidden[part]), non_blocking=True)
+                run_windows(model, i, block, hidden, batch=batch, out=hidden)
             blocks.append(SensitivityProfile.load(paths[i]))
             on_unit(i + 1, plan.block_count, "block", "")
     return blocks
@@ -183,9 +181,7 @@ def _measure_sba(
     batch: int,
 ) -> SensitivityProfile:
     base, order = request.settings["base"], request.settings["order"]
-    records, orders = profile_block_sba(
-        model, i, block, stream, base, order=order, settings=SbaSettings(clip=None, batch=batch)
-    )
+    records, orders = profile_block_sba(model, i, block, stream, base, order=order, batch=batch)
     return _block_profile(model, i, request, orders, {base: records})
 
 
@@ -197,8 +193,11 @@ def _measure_orders(
     request: ProfileRequest,
     batch: int,
 ) -> SensitivityProfile:
-    seen = run_source_block(model, i, block, stream, batch=batch)
-    orders = {name: activation_order(H) for name, H in seen.H.items()}
+    groups = model.plan.input_groups(i)
+    state = BlockState(model, i, block, None, model.linears(block, i))
+    seen = collect(state, groups, stream, batch=batch, advance=True)
+    seen[groups[0][0]].check()
+    orders = {group[0]: activation_order(seen[group[0]].H) for group in groups}
     return _block_profile(model, i, request, orders, {})
 
 

@@ -11,7 +11,7 @@ cost in GPTQ's own order). Differences from that code:
 - only full groups are swapped: the tail keeps b bits, and the mean over columns is exactly b;
 - the Hessian is left as it was and damped relative to its mean; one ranking is searched and used;
 - the bias stands on both sides, softmax and KL are fp32, and KL is taken from source to quantized;
-- candidates are rounded on the clip-searched grid of the real quantizer, not on min-max;
+- candidates are rounded on clip-searched grids, as the profile's costs are, not on min-max;
 - all p come from one pass that adds up ŷ(p) - y: a step is the product of two groups of inputs;
 - that pass takes the first windows, about 32,768 tokens; salience and order take all of them.
 
@@ -21,7 +21,7 @@ With an activation order, groups are those of the ordered columns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Self
 
 import numpy as np
@@ -29,10 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.allocation.profile import SbaRecord
-from bitmill.calibration.source_run import run_source_block
-from bitmill.calibration.statistics import Stream
+from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.models.streamed import StreamedModel, weight_of
-from bitmill.quant.grid import ClipSettings
 from bitmill.runtime.ranks import Group
 from bitmill.runtime.stage_timer import stage
 from bitmill.sensitivity.fisher import PROFILE_CLIP
@@ -44,20 +42,10 @@ from bitmill_kernels.layout import GROUP_SIZE, group_count
 from bitmill_kernels.linalg.hessian import add_product, product
 
 DAMPING = (0.01, 0.05, 0.1)
-
-
-@dataclass(frozen=True)
-class SbaSettings:
-    """clip: the grid search of every candidate, None for the profile's quicker one.
-
-    tokens: inputs evaluated at once; evaluated: inputs evaluated in all, where there are as many:
-    whole windows, rounded up to whole batches of windows.
-    """
-
-    clip: ClipSettings | None = field(default_factory=ClipSettings)
-    tokens: int = 2048
-    evaluated: int = 32768
-    batch: int = 8
+CHUNK_TOKENS = 2048
+"""Inputs on which every p is evaluated at once."""
+EVALUATED_TOKENS = 32768
+"""Inputs evaluated in all, where there are as many: whole windows, up to whole batches of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +83,6 @@ class SbaSearch:
         base: int,
         *,
         bias: Tensor | None = None,
-        settings: SbaSettings | None = None,
         dtype: torch.dtype = torch.float32,
         name: str = "linear",
     ) -> None:
@@ -103,7 +90,6 @@ class SbaSearch:
 
         dtype: of the inputs; weights and their changes are multiplied in it.
         """
-        self._settings = settings or SbaSettings()
         self._bias, self._shared, self._tokens = bias, shared, 0
         check_weights({name: W})
         packed = W[:, shared.order]
@@ -135,14 +121,13 @@ class SbaSearch:
         if not groups:
             return W[:, :0], place[0][:0]
         columns = torch.cat([place[group] for group in groups]).to(W.device)
-        clip = self._settings.clip or PROFILE_CLIP[width]
-        widths = (width,) * len(groups)
-        codes = round_to_nearest(W[:, columns], widths, self._shared.weight[columns], clip)
+        widths, weight = (width,) * len(groups), self._shared.weight[columns]
+        codes = round_to_nearest(W[:, columns], widths, weight, PROFILE_CLIP[width])
         return codes.values(), columns
 
     def add(self, x: Tensor) -> None:
         """Adds inputs x [T, K] in source column order, evaluating every p on them."""
-        for rows in x.to(self._W.dtype).split(self._settings.tokens):
+        for rows in x.to(self._W.dtype).split(CHUNK_TOKENS):
             self._divergence += self._evaluate(rows)
         self._tokens += len(x)
 
@@ -193,23 +178,33 @@ def profile_block_sba(
     *,
     order: Literal["natural", "activation"] = "natural",
     orders: Mapping[str, Tensor] | None = None,
-    settings: SbaSettings | None = None,
+    batch: int = 8,
 ) -> tuple[dict[str, SbaRecord], dict[str, Tensor]]:
     """Records of every linear of a block and, for activation order, the order of each i64 [K].
 
     stream: block inputs [S, T, D] of the source model, whose float weights the block holds; the
     block's outputs take their place. One run of the block makes the Hessians and keeps the inputs
-    that are evaluated. `orders` gives orders already chosen.
+    that are evaluated, of `batch` windows at a time. `orders` gives orders already chosen.
     """
-    settings = settings or SbaSettings()
-    linears = model.linears(block, index)
-    windows = max(1, settings.evaluated // (stream.hidden.shape[1] * stream.group.size))
-    seen = run_source_block(model, index, block, stream, batch=settings.batch, keep=windows)
+    linears, groups = model.linears(block, index), model.plan.input_groups(index)
+    windows = max(1, EVALUATED_TOKENS // (stream.hidden.shape[1] * stream.group.size))
+    kept: dict[str, list[Tensor]] = {group[0]: [] for group in groups}
+
+    def keep(part: slice, inputs: Mapping[str, Tensor]) -> None:
+        if part.start < windows:
+            for lead, x in inputs.items():
+                kept[lead].append(x)
+
+    state = BlockState(model, index, block, None, linears)
+    seen = collect(state, groups, stream, batch=batch, advance=True, on_batch=keep)
+    seen[groups[0][0]].check()
     chosen: dict[str, Tensor] = {}
     records: dict[str, SbaRecord] = {}
-    for group in model.plan.input_groups(index):
+    for group in groups:
         lead = group[0]
-        H, inputs = seen.H.pop(lead), seen.inputs.pop(lead)
+        H, inputs = seen[lead].H, kept.pop(lead)
+        for name in group:
+            del seen[name]
         if order == "activation":
             found = orders[lead] if orders else activation_order(H)
             chosen |= dict.fromkeys(group, found)
@@ -221,7 +216,6 @@ def profile_block_sba(
                 shared,
                 base,
                 bias=None if bias is None else bias.float(),
-                settings=settings,
                 dtype=model.dtype,
                 name=name,
             )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bitmill.calibration.hooks import advance, observe
+from bitmill.calibration.hooks import embed_windows, observe, run_windows
 from bitmill.models.streamed import StreamedModel
 from streaming import streamed
 from tiny import tiny_llama
@@ -46,10 +46,19 @@ def test_a_linear_that_is_not_called_is_absent_and_no_hook_is_left(llama):
     assert not block.self_attn.q_proj._forward_hooks
 
 
-def test_advance_gives_the_blocks_output_in_batches(llama):
+def test_windows_run_in_batches_into_a_tensor_of_their_own_or_one_given(llama):
     block, x = llama.load_block(1), hidden(llama)
+    expected = llama.run_block(1, block, x)
     before = x.clone()
-    assert torch.allclose(
-        advance(llama, 1, block, x, batch=2), llama.run_block(1, block, x), atol=1e-6
-    )
+    assert torch.allclose(run_windows(llama, 1, block, x, batch=2), expected, atol=1e-6)
     assert torch.equal(x, before)
+    assert run_windows(llama, 1, block, x, batch=2, out=x) is x
+    assert torch.allclose(x, expected, atol=1e-6)
+
+
+def test_windows_are_embedded_in_batches(llama):
+    tokens = torch.randint(2, 258, (3, 20), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(embed_windows(llama, tokens, batch=2), llama.embed(tokens))
+    given = torch.empty(3, 20, llama.plan.hidden_size)
+    assert embed_windows(llama, tokens, batch=1, out=given) is given
+    assert torch.equal(given, llama.embed(tokens))

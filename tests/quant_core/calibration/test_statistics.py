@@ -105,3 +105,32 @@ def test_linears_of_a_group_share_h(llama):
     assert shared[names[0]].H is shared[names[2]].H
     x = observe(llama, 0, block, {"q": block.self_attn.q_proj}, stream.hidden)["q"].x.double()
     assert torch.allclose(shared[names[1]].H.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("normed_first", [True, False])
+def test_one_run_gives_hessians_inputs_and_outputs(tmp_path, normed_first):
+    """Without a norm before attention q, k and v read the block's own input."""
+    model = streamed(tiny_opt(tmp_path, do_layer_norm_before=normed_first))
+    hidden, block = model.embed(token_windows(5)), model.load_block(1)
+    groups = model.plan.input_groups(1)
+    state = BlockState(model, 1, block, None, model.linears(block, 1))
+    expected = collect(state, groups, Stream(hidden), batch=2)
+    linears = {group[0]: state.linears[group[0]] for group in groups}
+    inputs = {name: one.x for name, one in observe(model, 1, block, linears, hidden).items()}
+    kept = {group[0]: [] for group in groups}
+
+    def keep(part, batch):
+        assert batch.keys() == kept.keys()
+        for name, x in batch.items():
+            kept[name].append(x)
+
+    stream = Stream(hidden.clone())
+    seen = collect(state, groups, stream, batch=2, advance=True, on_batch=keep)
+    assert torch.allclose(stream.hidden, model.run_block(1, block, hidden), atol=1e-5)
+    assert not torch.allclose(stream.hidden, hidden, atol=1e-2)
+    assert seen.keys() == state.linears.keys()
+    for name, statistics in seen.items():
+        assert torch.equal(statistics.H, expected[name].H)
+    for name, parts in kept.items():
+        assert [len(x) for x in parts] == [96, 96, 48]
+        assert torch.allclose(torch.cat(parts), inputs[name], atol=1e-5)

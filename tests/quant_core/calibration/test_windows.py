@@ -13,11 +13,11 @@ from bitmill.calibration.windows import (
     bundled_text,
     calibration_tokens,
     evaluation_tokens,
-    load_tokenizer,
     token_windows,
 )
 from bitmill.config.quantization import Calibration
-from bitmill.errors import CalibrationError
+from bitmill.errors import CalibrationError, ModelError
+from bitmill.models.tokenizer import load_tokenizer
 from tiny import byte_tokenizer
 
 
@@ -129,9 +129,11 @@ def test_data_set_without_the_library_says_what_to_install(tokenizer_folder: Pat
         calibration_tokens(settings, tokenizer_folder)
 
 
-def test_missing_tokenizer_is_an_input_error(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="tokenizer cannot be loaded"):
+def test_a_missing_tokenizer_is_the_models_fault(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"tokenizer of .* cannot be loaded") as refused:
         load_tokenizer(tmp_path)
+    assert refused.value.code == "bad_tokenizer"
+    assert str(tmp_path) not in refused.value.message
 
 
 def test_bundled_texts_are_whole_and_evaluation_keeps_their_order(tokenizer_folder: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bitmill
-from bitmill.errors import FormatError, InputError
+from bitmill.errors import InputError, ModelError
 from bitmill.inference.generate import _pieces, stream
 from tiny import tiny_llama
 from weights import PackedModel, pack_model
@@ -40,7 +40,7 @@ def test_sampling_depends_on_the_seed_alone(packed: PackedModel) -> None:
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="nowhere holds no tokenizer"):
+    with pytest.raises(ModelError, match="tokenizer of nowhere cannot be loaded"):
         stream(tmp_path / "nowhere", "a")
 
 

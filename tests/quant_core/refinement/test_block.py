@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitmill.calibration.hooks import advance, observe
+from bitmill.calibration.hooks import observe, run_windows
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.errors import CalibrationError, NumericalError
 from bitmill.models.streamed import StreamedModel, weight_of
@@ -102,14 +102,14 @@ def test_later_stages_see_the_quantized_ones_before_them(llama, name):
 def test_gptq_keeps_the_block_closer_than_rounding(llama, width):
     hidden = llama.embed(token_windows(24))
     fresh = llama.embed(token_windows(8, seed=9))
-    exact = advance(llama, 0, llama.load_block(0), fresh, batch=4)
+    exact = run_windows(llama, 0, llama.load_block(0), fresh, batch=4)
     errors = []
     for settings in (
         RefineSettings(RtnSolver(ClipSettings.min_max())),
         RefineSettings(QUICK),
     ):
         block, _, _ = refine(llama, 0, Stream(hidden), width, settings=settings)
-        errors.append(float((advance(llama, 0, block, fresh, batch=4) - exact).norm()))
+        errors.append(float((run_windows(llama, 0, block, fresh, batch=4) - exact).norm()))
     assert errors[1] < errors[0]
 
 
@@ -170,17 +170,17 @@ def test_the_correction_works_against_what_the_prefix_has_lost(opt):
     first, _, _ = refine(opt, 0, Stream(calibration), width=2)
     exact = opt.load_block(0)
     streams = [
-        Stream(advance(opt, 0, first, x, batch=6), advance(opt, 0, exact, x, batch=6))
+        Stream(run_windows(opt, 0, first, x, batch=6), run_windows(opt, 0, exact, x, batch=6))
         for x in (calibration, unseen)
     ]
-    target = advance(opt, 1, opt.load_block(1), streams[1].source, batch=6)
+    target = run_windows(opt, 1, opt.load_block(1), streams[1].source, batch=6)
     errors = []
     for asymmetric in (False, True):
         needs = SHIFT if asymmetric else frozenset({"hessian"})
         settings = RefineSettings(QUICK, needs, batch=6)
         block, _, results = refine(opt, 1, streams[0], 3, settings=settings, held_out=streams[1])
         assert any(result.asymmetric for result in results) == asymmetric
-        output = advance(opt, 1, block, streams[1].hidden, batch=6)
+        output = run_windows(opt, 1, block, streams[1].hidden, batch=6)
         errors.append(float((output - target).square().mean()))
     assert errors[1] < 0.9 * errors[0]
 

@@ -1,24 +1,22 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from bitmill.calibration.statistics import Stream
 from bitmill.models.streamed import StreamedModel
-from bitmill.quant.grid import ClipSettings, clip_search, nearest_codes, values
-from bitmill.sensitivity.sba import (
-    SbaInput,
-    SbaSearch,
-    SbaSettings,
-    group_ranking,
-    profile_block_sba,
-)
+from bitmill.quant.grid import clip_search, nearest_codes, values
+from bitmill.sensitivity import sba
+from bitmill.sensitivity.fisher import PROFILE_CLIP
+from bitmill.sensitivity.sba import SbaInput, SbaSearch, group_ranking, profile_block_sba
 from bitmill.solvers.factor import activation_order
 from streaming import streamed
 from tiny import tiny_opt
 
-QUICK = SbaSettings(clip=ClipSettings.shrink_only(), tokens=64)
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """So that the inputs of these tests are several chunks."""
+    monkeypatch.setattr(sba, "CHUNK_TOKENS", 64)
 
 
 def layer(K=700, N=24, T=160, seed=0):
@@ -41,7 +39,7 @@ def slow_kl(W, x, H, bias, base, ranking, p, order=None):
     for group, width in widths.items():
         part = slice(128 * group, min(128 * group + 128, W.shape[1]))
         w = W[:, part].contiguous()
-        grid = clip_search(w, width, H.diagonal()[part], settings=QUICK.clip)
+        grid = clip_search(w, width, H.diagonal()[part], settings=PROFILE_CLIP[width])
         quantized.append(values(nearest_codes(w, grid, width), grid))
     source = torch.softmax(x.double() @ W.double().T + bias.double(), 1)
     changed = x.double() @ torch.cat(quantized, 1).double().T + bias.double()
@@ -53,7 +51,7 @@ def slow_kl(W, x, H, bias, base, ranking, p, order=None):
 def test_all_incremental_divergences_equal_the_direct_ones(ordered):
     W, x, H, bias = layer()
     order = activation_order(H) if ordered else None
-    search = SbaSearch(W, SbaInput.prepare(H, order), 3, bias=bias, settings=QUICK)
+    search = SbaSearch(W, SbaInput.prepare(H, order), 3, bias=bias)
     for part in x.split(50):
         search.add(part)
     record = search.record()
@@ -69,11 +67,11 @@ def test_the_bias_stands_on_both_sides():
     W, x, H, bias = layer(K=256)
     kl = []
     for shift in (0.0, 5.0):
-        search = SbaSearch(W, SbaInput.prepare(H), 4, bias=bias + shift, settings=QUICK)
+        search = SbaSearch(W, SbaInput.prepare(H), 4, bias=bias + shift)
         search.add(x)
         kl.append(search.record().kl)
     assert np.allclose(kl[0], kl[1], rtol=1e-3)
-    search = SbaSearch(W, SbaInput.prepare(H), 4, bias=10 * bias, settings=QUICK)
+    search = SbaSearch(W, SbaInput.prepare(H), 4, bias=10 * bias)
     search.add(x)
     assert not np.allclose(search.record().kl, kl[0], rtol=1e-2)
 
@@ -83,7 +81,7 @@ def test_the_bias_stands_on_both_sides():
 )
 def test_few_groups_work_and_the_tail_is_never_swapped(K, pairs):
     W, x, H, _ = layer(K=K)
-    search = SbaSearch(W, SbaInput.prepare(H), 3, settings=QUICK)
+    search = SbaSearch(W, SbaInput.prepare(H), 3)
     search.add(x)
     record = search.record()
     assert len(record.kl) == pairs + 1
@@ -114,7 +112,7 @@ def test_one_strong_and_one_weak_group_are_worth_swapping():
     W = 0.05 * torch.randn(32, 256, generator=generator)
     x = torch.randn(200, 256, generator=generator)
     x[:, :128] *= 30
-    search = SbaSearch(W, SbaInput.prepare(x.T @ x / 200), 3, settings=QUICK)
+    search = SbaSearch(W, SbaInput.prepare(x.T @ x / 200), 3)
     search.add(x)
     record = search.record()
     assert record.salience.tolist() == [1, 0]
@@ -131,8 +129,7 @@ def test_a_block_is_profiled_on_its_own_inputs(opt, order):
     tokens = torch.randint(2, 258, (3, 48), generator=torch.Generator().manual_seed(0))
     hidden, block = opt.embed(tokens), opt.load_block(0)
     stream = Stream(hidden.clone())
-    settings = SbaSettings(clip=ClipSettings.shrink_only(), batch=2)
-    records, orders = profile_block_sba(opt, 0, block, stream, 3, order=order, settings=settings)
+    records, orders = profile_block_sba(opt, 0, block, stream, 3, order=order, batch=2)
     linears = opt.linears(block, 0)
     assert set(records) == set(linears)
     assert set(orders) == (set(linears) if order == "activation" else set())
@@ -149,20 +146,18 @@ def test_a_block_is_profiled_on_its_own_inputs(opt, order):
         SbaInput.prepare(x.T @ x / len(x), orders.get(name)),
         3,
         bias=module.bias.detach(),
-        settings=settings,
     )
     search.add(x)
     assert records[name].salience.tolist() == search.record().salience.tolist()
     assert np.allclose(records[name].kl, search.record().kl, rtol=1e-3)
 
 
-def test_candidates_are_judged_on_the_first_windows_up_to_a_limit(opt):
+def test_candidates_are_judged_on_the_first_windows_up_to_a_limit(opt, monkeypatch):
     tokens = torch.randint(2, 258, (5, 48), generator=torch.Generator().manual_seed(1))
     hidden, block = opt.embed(tokens), opt.load_block(0)
-    whole = SbaSettings(clip=ClipSettings.shrink_only(), batch=2)
-    limited = replace(whole, evaluated=2 * 48 + 47)
-    every, _ = profile_block_sba(opt, 0, block, Stream(hidden.clone()), 3, settings=whole)
-    some, _ = profile_block_sba(opt, 0, block, Stream(hidden.clone()), 3, settings=limited)
+    every, _ = profile_block_sba(opt, 0, block, Stream(hidden.clone()), 3, batch=2)
+    monkeypatch.setattr(sba, "EVALUATED_TOKENS", 2 * 48 + 47)
+    some, _ = profile_block_sba(opt, 0, block, Stream(hidden.clone()), 3, batch=2)
     for name, record in some.items():
         assert record.salience.tolist() == every[name].salience.tolist()
         assert record.kl.tolist() != every[name].kl.tolist()

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.errors import CalibrationError
+from bitmill.models.dtypes import mixed_precision, product_dtype
 from bitmill.models.streamed import StreamedModel, set_weight, weight_of
 from bitmill.quant.tensors import QuantizedWeight
 from bitmill.refinement.omniquant.adam import DescentReport, descend
-from bitmill.refinement.omniquant.metric import OutputMetric, mixed_precision
+from bitmill.refinement.omniquant.metric import OutputMetric
 from bitmill.refinement.omniquant.rows import LearnableLinear, learnable
 from bitmill.refinement.omniquant.settings import (
     Learner,
@@ -180,7 +181,7 @@ class _Run:
     ) -> None:
         self.model, self.index, self.block = model, index, block
         self.slots, self.data, self.metric = slots, data, metric
-        self.dtype = compute_dtype(model)
+        self.dtype = product_dtype(model)
         self._batch: Tensor | None = None
 
     @property
@@ -231,12 +232,6 @@ def set_slots(slots: Mapping[str, LearnableLinear], weights: Mapping[str, Tensor
     """Put weights [N, K] into a block's learnable linears."""
     for name, weight in weights.items():
         slots[name].weight = weight
-
-
-def compute_dtype(model: StreamedModel) -> torch.dtype:
-    """The dtype of matrix products: bf16 on a GPU for a model in f32, else the model's own."""
-    mixed = model.device.type == "cuda" and model.dtype == torch.float32
-    return torch.bfloat16 if mixed else model.dtype
 
 
 def loss_scale(dtype: torch.dtype, tokens: int) -> float:

@@ -24,19 +24,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bitmill.calibration.hooks import embed_windows, run_windows
+from bitmill.models.dtypes import mixed_precision, product_dtype
 from bitmill.models.streamed import StreamedModel
 from bitmill.quant.tensors import QuantizedWeight
 from bitmill.refinement.omniquant.adam import DescentReport, DescentSettings, Rate, descend
 from bitmill.refinement.omniquant.block import (
     HELD_OUT_BATCH,
     Batches,
-    compute_dtype,
     deterministic,
     loss_scale,
     resident,
     set_slots,
 )
-from bitmill.refinement.omniquant.metric import mixed_precision
 from bitmill.refinement.omniquant.rounding import SMALLEST_RATIO, straight_half
 from bitmill.refinement.omniquant.rows import BlockRows, LearnableLinear, attach
 from bitmill.results import TuningQuality
@@ -135,20 +135,18 @@ def _report(
     )
 
 
-@torch.no_grad()
 def final_hidden(model: StreamedModel, tokens: Tensor) -> Tensor:
     """Output of the float model's last block [S, T, D], block by block.
 
     On the device where that takes little of its memory, else on the CPU.
     """
     with mixed_precision(model):
-        parts = [model.embed(t.to(model.device)).cpu() for t in tokens.split(HELD_OUT_BATCH)]
-        parts = list(resident(tuple(parts), model.device))
-        place = parts[0].device
+        on_host = embed_windows(model, tokens, batch=HELD_OUT_BATCH)
+        [hidden] = resident((on_host,), model.device)
         for index in range(model.block_count):
             block = model.load_block(index)
-            parts = [model.run_block(index, block, x.to(model.device)).to(place) for x in parts]
-    return torch.cat(parts)
+            run_windows(model, index, block, hidden, batch=HELD_OUT_BATCH, out=hidden)
+    return hidden
 
 
 class _Lesson:
@@ -188,7 +186,7 @@ class _Student:
         weights: Mapping[str, QuantizedWeight],
         matrices: Mapping[str, Tensor],
     ) -> None:
-        self.model, self.dtype = model, compute_dtype(model)
+        self.model, self.dtype = model, product_dtype(model)
         self.outside = model.with_matrices(matrices)
         self.blocks: list[nn.Module] = []
         self.slots: list[dict[str, LearnableLinear]] = []

@@ -18,13 +18,14 @@ Given up: a curvature per token or across blocks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bitmill.calibration.hooks import batches, embed_windows, run_windows
 from bitmill.errors import CalibrationError
+from bitmill.models.dtypes import mixed_precision
 from bitmill.models.streamed import StreamedModel
 
 TINY = 1e-12
@@ -88,8 +89,7 @@ def gradient_moments(
         block = model.load_block(index).requires_grad_(False)
         moment, parts = None, []
         hidden = inputs.pop()
-        for start in range(0, len(tokens), batch):
-            part = slice(start, start + batch)
+        for part in batches(len(tokens), batch):
             x = hidden[part].to(model.device).requires_grad_()
             with torch.enable_grad(), mixed_precision(model):
                 y = model.run_block(index, block, x)
@@ -105,25 +105,13 @@ def gradient_moments(
     return moments[::-1]
 
 
-def mixed_precision(model: StreamedModel) -> AbstractContextManager[object]:
-    """bf16 matrix products on a GPU for a model held in f32; nothing elsewhere."""
-    if model.device.type == "cuda" and model.dtype == torch.float32:
-        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
-    return nullcontext()
-
-
 def _block_inputs(model: StreamedModel, tokens: Tensor, batch: int) -> list[Tensor]:
     """The input of every block [S, T, D] on the CPU, and last the output of the last block."""
-    with torch.no_grad(), mixed_precision(model):
-        parts = [model.embed(t.to(model.device)).cpu() for t in tokens.split(batch)]
-        stream = [torch.cat(parts)]
+    with mixed_precision(model):
+        stream = [embed_windows(model, tokens, batch=batch)]
         for index in range(model.block_count):
             block = model.load_block(index)
-            outputs = [
-                model.run_block(index, block, x.to(model.device)).cpu()
-                for x in stream[-1].split(batch)
-            ]
-            stream.append(torch.cat(outputs))
+            stream.append(run_windows(model, index, block, stream[-1], batch=batch))
     return stream
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
+from bitmill.calibration.hooks import run_windows
 from bitmill.calibration.windows import evaluation_tokens
 from bitmill.models.streamed import StreamedModel
 
@@ -54,6 +54,5 @@ class WatchedTexts:
         self._hidden = {name: self._run(index, block, x) for name, x in self._hidden.items()}
         self._targets = None
 
-    @torch.no_grad()
     def _run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        return self._model.run_block(index, block, hidden.to(self._model.device)).cpu()
+        return run_windows(self._model, index, block, hidden, batch=WINDOWS)

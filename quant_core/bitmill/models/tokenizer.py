@@ -1,0 +1,29 @@
+"""A model's tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from bitmill.errors import ModelError
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a model folder, from local files only, never with code from the folder.
+
+    Raises `ModelError` where it cannot be loaded.
+    """
+    folder = Path(folder)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"the tokenizer of {folder.name} cannot be loaded: "
+            + str(error).replace(str(folder), folder.name)[:300],
+            code="bad_tokenizer",
+            param="model",
+        ) from error
