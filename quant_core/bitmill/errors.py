@@ -201,6 +201,18 @@ def as_bitmill_error(error: BaseException) -> BitmillError:
     return ProcessFailed(f"{type(error).__name__}: {error}", code="internal")
 
 
+def raise_resource_error(error: BaseException) -> None:
+    """Raise the `ResourceError` where the machine lacked something; any other error is left.
+
+    Call it before an error of other libraries is told as a fault of what they were given.
+    """
+    if isinstance(error, ResourceError):
+        raise error
+    known = as_bitmill_error(error)
+    if isinstance(known, ResourceError):
+        raise known from error
+
+
 def disk_full(message: str) -> ResourceError:
     """A disk, quota or limit on file sizes that has no room."""
     return ResourceError(message, code="disk_full", hint="Free some disk space, then retry.")

@@ -17,6 +17,7 @@ from bitmill.errors import (
     ProcessFailed,
     ResourceError,
     as_bitmill_error,
+    raise_resource_error,
 )
 
 
@@ -103,6 +104,17 @@ def test_what_the_machine_lacks_is_a_resource_error(error: Exception, code: str 
     assert (type(told), told.code) == (ResourceError, code or "out_of_memory")
     assert "\n" not in told.message
     assert "/secret" not in told.message
+
+
+def test_lack_is_raised_as_it_is_and_nothing_else() -> None:
+    full = ResourceError("no space left", code="disk_full")
+    for error, code in [(full, "disk_full"), (MemoryError(), "out_of_memory")]:
+        with pytest.raises(ResourceError) as raised:
+            raise_resource_error(error)
+        assert raised.value.code == code
+        assert raised.value.__cause__ is (None if error is full else error)
+    for other in (ValueError("a bug"), ModelError("broken"), OSError(errno.EIO, "broken")):
+        raise_resource_error(other)
 
 
 @pytest.mark.parametrize(

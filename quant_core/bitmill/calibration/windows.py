@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bitmill.config.quantization import BundledText, Calibration, DatasetText, FileText
-from bitmill.errors import CalibrationError, reason
+from bitmill.errors import CalibrationError, raise_resource_error, reason
 from bitmill.models.tokenizer import load_tokenizer
 
 MAX_TEXT_BYTES = 512 << 20
@@ -105,6 +105,7 @@ def _dataset_text(source: DatasetText, enough: int) -> str:
             if total >= enough:
                 break
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise_resource_error(error)
         raise CalibrationError(
             f"calibration data set {source.name!r}, split {source.split!r}, field "
             f"{source.field!r} cannot be read: {str(error)[:300]}",

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from bitmill.errors import ModelError, ResourceError
+from bitmill.errors import ModelError, raise_resource_error
 from bitmill.formats.packed.checkpoint import tensor_bytes
 from bitmill.io.atomic import atomic_folder
 from bitmill.io.gguf import gguf_config, gguf_tensors, read_gguf_header
@@ -39,9 +39,8 @@ def _load(path: Path) -> tuple[Any, Any]:
             path.parent, gguf_file=path.name, dtype=torch.float32
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except MemoryError as error:
-        raise ResourceError(f"not enough memory to dequantize {path.name}") from error
     except Exception as error:
+        raise_resource_error(error)
         raise ModelError(
             f"{path.name} cannot be converted: {str(error)[:500]}",
             code="bad_gguf",

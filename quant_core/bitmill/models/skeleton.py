@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from bitmill.errors import InputError, ModelError
+from bitmill.errors import InputError, ModelError, raise_resource_error
 from bitmill.models.experts import unfuse_experts
 from bitmill.plan.architectures import architecture
 from bitmill.plan.parameters import Parameters
@@ -34,6 +34,7 @@ def build_skeleton(settings: dict[str, Any], dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
+        raise_resource_error(error)
         raise ModelError(
             f"transformers cannot build a {settings['model_type']} model from config.json: "
             f"{' '.join(str(error).split())[:500]}",

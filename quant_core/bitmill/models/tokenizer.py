@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers
 
-from bitmill.errors import ModelError
+from bitmill.errors import ModelError, raise_resource_error
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -21,6 +21,7 @@ def load_tokenizer(folder: str | Path) -> Any:
             folder, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise_resource_error(error)
         raise ModelError(
             f"the tokenizer of {folder.name} cannot be loaded: "
             + str(error).replace(str(folder), folder.name)[:300],

@@ -28,7 +28,7 @@ from bitmill.allocation.profile import PROFILE_NAME, SensitivityProfile, profile
 from bitmill.calibration.windows import CalibrationSet, calibration_tokens
 from bitmill.config.bit_width_map import MAP_NAME, WIDTHS, BitWidthMap
 from bitmill.config.quantization import Budget, QuantizationConfig
-from bitmill.errors import ResourceError, SpecError, as_bitmill_error
+from bitmill.errors import SpecError, raise_resource_error
 from bitmill.evaluation.compare import Candidate, from_packed, measure, measure_tasks, with_weights
 from bitmill.evaluation.logits import StreamedLogits
 from bitmill.evaluation.tasks import TaskSuite
@@ -158,9 +158,7 @@ def run_job(
     try:
         return _run_stages(job)
     except Exception as error:
-        known = as_bitmill_error(error)
-        if known is not error and isinstance(known, ResourceError):
-            raise known from error
+        raise_resource_error(error)
         raise
 
 

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bitmill.errors import BitmillError
+from bitmill.errors import BitmillError, raise_resource_error
 
 _PIECE = 1 << 24
 """Values that are exchanged at once: 64 MiB of f32 per rank."""
@@ -207,6 +207,7 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        raise_resource_error(error)
         raise PeerLost(f"another rank of this job is gone: {str(error)[:200]}") from error
 
 

@@ -188,3 +188,15 @@ def test_full_disk_is_a_resource_error(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
         signal.signal(signal.SIGXFSZ, old_handler)
     assert not (tmp_path / "converted").exists()
+
+
+def test_refused_memory_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", source_folder(tmp_path), None)
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: torch.empty(1 << 48)
+    )
+    with pytest.raises(ResourceError, match="memory ran out") as lacking:
+        convert_gguf(path, tmp_path / "converted")
+    assert lacking.value.code == "out_of_memory"

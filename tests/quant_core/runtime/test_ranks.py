@@ -75,7 +75,10 @@ with as_rank("cpu") as (group, device):
         if sys.argv[2] == "fill":
             open("/dev/full", "w").write("x" * 99999)
         if sys.argv[2] == "memory":
-            torch.empty(1 << 48)
+            class Large:
+                def __reduce__(self):
+                    return (torch.empty(1 << 48), ())
+            group.gather(Large())
         if sys.argv[2] == "no room to say so":
             import resource
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from bitmill.errors import ModelError, ResourceError
+from bitmill.errors import ModelError, ResourceError, raise_resource_error
 from bitmill.io.companions import is_companion
 from bitmill.io.safetensors import INDEX_NAME, SINGLE_FILE
 from bitmill.plan.config_json import CONFIG_FILE
@@ -263,9 +263,9 @@ class hub_errors:  # noqa: N801  (a context manager)
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         from huggingface_hub import errors
 
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if not isinstance(error, Exception) or isinstance(error, ModelError) or full:
+        if not isinstance(error, Exception) or isinstance(error, ModelError):
             return
+        raise_resource_error(error)
         known: tuple[tuple[type[BaseException], str, str], ...] = (
             (errors.GatedRepoError, "model_gated", "is gated: ask for access and set a Hub token"),
             (errors.RevisionNotFoundError, "revision_not_found", "has no such revision"),
