@@ -203,7 +203,7 @@ class AllocationRequest(Closed):
     curve: tuple[float, ...] = Field(default=(), max_length=64)
 
 
-class CurvePoint(View):
+class BudgetPoint(View):
     """One budget and what it buys; an impossible budget has an `error` instead."""
 
     budget: float
@@ -226,7 +226,7 @@ class AllocationView(View):
     bits: float
     size: int
     predicted_loss: float | None
-    curve: list[CurvePoint] = []
+    curve: list[BudgetPoint] = []
 
 
 class MapView(View):

@@ -19,7 +19,6 @@ Given up: the rest of `uniform` and `sba` budgets stays unspent, by definition o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -29,6 +28,7 @@ from bitmill.allocation.knapsack import FloatArray, IntArray, Knapsack
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.allocation.sba import sba_swaps, sba_widths
 from bitmill.config.bit_width_map import PLANES, BitWidthMap
+from bitmill.config.closed import Closed
 from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
 from bitmill.errors import BudgetError, SpecError
 from bitmill.formats.accounting import Kind, describe, limit, measure, order_bytes, value
@@ -38,9 +38,8 @@ SIZE_GRID = 2048
 HEADER_SLACK_PER_TENSOR = 8
 
 
-@dataclass(frozen=True)
-class CurvePoint:
-    """One map on the curve of size against predicted loss (nats per token)."""
+class CurvePoint(Closed):
+    """One map on the curve of size (bytes of all files) against predicted loss (nats per token)."""
 
     size: int
     bits: float

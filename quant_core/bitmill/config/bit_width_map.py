@@ -118,6 +118,17 @@ class BitWidthMap(BaseModel):
                     f"which has {groups}"
                 )
 
+    @classmethod
+    def uniform(
+        cls,
+        shapes: Iterable[LinearShape],
+        width: int,
+        order: Literal["natural", "activation"] = "natural",
+    ) -> BitWidthMap:
+        """One width for all groups of these linears."""
+        linears = {shape.name: (width,) * shape.groups for shape in shapes}
+        return cls(order=order, linears=linears)
+
     def to_json(self) -> str:
         """Canonical JSON text: two spaces of indent, linears in the map's order."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"

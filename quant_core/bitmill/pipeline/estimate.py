@@ -79,8 +79,7 @@ def _element_bytes(plan: Plan, machine: Machine) -> int:
 
 
 def _uniform_size(plan: Plan, config: QuantizationConfig, width: int) -> int:
-    linears = {shape.name: (width,) * shape.groups for shape in plan.shapes}
-    return footprint(plan, BitWidthMap(order=config.allocation.order, linears=linears)).size
+    return footprint(plan, BitWidthMap.uniform(plan.shapes, width, config.allocation.order)).size
 
 
 def _outside_weights(plan: Plan) -> int:

@@ -50,7 +50,7 @@ from bitmill.pipeline.workspace import Workspace
 from bitmill.plan.config_json import read_config, refuse_pickles
 from bitmill.plan.model_plan import Plan, check_lengths, check_rows, make_plan
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
-from bitmill.reporting.overfitting import overfitting_warnings
+from bitmill.reporting.learning import overfitting_warnings
 from bitmill.reporting.summary import SUMMARY_NAME, summarize
 from bitmill.results import QualityReport
 from bitmill.runtime.child import run_child
@@ -516,7 +516,7 @@ def evaluate(
             _method_name(job.config): (bit_widths, from_packed(model, packed))
         }
         for width in _baseline_widths(planned, job.config, bit_widths):
-            uniform = _uniform(planned, width)
+            uniform = BitWidthMap.uniform(planned.shapes, width)
             baseline = _baseline(job, model, tokens, uniform, folder / f"baseline-{width}")
             candidates[f"uniform {width}-bit gptq"] = (uniform, _from_refined(model, baseline))
         rows = measure(
@@ -598,10 +598,6 @@ def _baseline_widths(
     nearest = min(config.allocation.legal_widths, key=lambda b: (abs(b - mean), b))
     asked = config.evaluation.baselines
     return sorted({nearest if name == "uniform" else int(name[-1]) for name in asked})
-
-
-def _uniform(planned: Plan, width: int) -> BitWidthMap:
-    return BitWidthMap(linears={shape.name: (width,) * shape.groups for shape in planned.shapes})
 
 
 def _baseline(

@@ -1,4 +1,4 @@
-"""Pieces of the HTML report: tables of blocks by modules, and a curve as inline SVG. Torch-free.
+"""Pieces of the HTML report: tables, blocks by modules, and a curve as inline SVG. Torch-free.
 
 Colours are viridis, which keeps its order for colour-blind eyes and in grey; every colour stands
 beside its number.
@@ -22,8 +22,44 @@ WIDTH_COLOURS = {
     8: "#fde725",
 }
 _SCALE = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")
+TEXT_COLOURS = ("#d95f02", "#7570b3", "#1b9e77")
+"""Colours of evaluation texts, in order, told apart by colour-blind eyes."""
 _LIGHT_FROM = 0.4
 """Luminance above which black text reads better than white."""
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+
+def table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    caption: str = "",
+    over: str = "",
+    ours: int | None = None,
+    kind: str = "plain",
+) -> str:
+    """HTML table of texts, which are escaped unless they are `Html`.
+
+    over: HTML of a row above the head; ours: number of the row to stress; kind: its CSS classes.
+    """
+    stressed = {ours: " class=ours"}
+    body = "".join(
+        f"<tr{stressed.get(i, '')}>{''.join(f'<td>{_html(cell)}</td>' for cell in row)}</tr>"
+        for i, row in enumerate(rows)
+    )
+    heads = "".join(f"<th scope=col>{_html(name)}</th>" for name in head)
+    title = f"<caption>{_html(caption)}</caption>" if caption else ""
+    return (
+        f'<div class=scroll><table class="{kind}">{title}<thead>{over}<tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _html(text: str) -> str:
+    return text if isinstance(text, Html) else escape(text)
 
 
 @dataclass(frozen=True)

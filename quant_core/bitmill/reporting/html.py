@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,21 +17,22 @@ from pathlib import Path
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.io.atomic import write_bytes
 from bitmill.reporting.charts import (
+    TEXT_COLOURS,
     WIDTH_COLOURS,
     Cell,
+    Html,
     Series,
     block_table,
     ink,
     line_chart,
     log_colours,
     mean_colour,
+    table,
     width_strip,
 )
-from bitmill.reporting.learning import learning_section
-from bitmill.reporting.losses import predicted_against_measured
+from bitmill.reporting.learning import held_out_change, text_changes
 from bitmill.reporting.summary import SUMMARY_NAME, ProfileSummary
-from bitmill.reporting.tasks import task_table
-from bitmill.results import LinearResult, QualityReport, QualityRow
+from bitmill.results import BlockQuality, QualityReport, QualityRow, TuningQuality
 
 WORST_LINEARS = 20
 
@@ -53,7 +55,8 @@ caption{text-align:left;font-size:13px;padding-bottom:6px}
 .plain th,.plain td{padding:5px 9px;border-bottom:1px solid var(--line);text-align:right;
 font-size:14px;white-space:nowrap}
 .plain .over{text-align:center;border-bottom:none}
-.plain th:first-child,.plain td:first-child,.plain .text{text-align:left}
+.plain th:first-child,.plain td:first-child,.notes th:last-child,.notes td:last-child
+{text-align:left}
 .plain tr.ours{font-weight:600;background:var(--card)}
 .scroll{overflow-x:auto}
 .map th{font-weight:500;font-size:12px;color:var(--soft);padding:2px 6px;text-align:left}
@@ -121,7 +124,7 @@ def render(data: ReportData) -> str:
         _errors(data),
         _curve(data),
         predicted_against_measured(data.quality.rows),
-        learning_section(data.quality),
+        _learning(data.quality),
         _linears(data),
         _times(data),
     ]
@@ -162,33 +165,34 @@ def _warnings(data: ReportData) -> str:
 
 
 def _quality_table(data: ReportData) -> str:
-    if not data.quality.rows:
+    rows = data.quality.rows
+    if not rows:
         return ""
-    texts = list(dict.fromkeys(text for row in data.quality.rows for text in row.texts))
+    texts = list(dict.fromkeys(text for row in rows for text in row.texts))
     over = "".join(f"<th class=over colspan=3 scope=colgroup>{escape(t)}</th>" for t in texts)
-    head = "".join(
-        f"<th scope=col>{what}</th>"
-        for _ in texts
-        for what in ("perplexity", "KL, nats/token", "top-1")
-    )
-    rows = "".join(_quality_row(row, texts, row is data.ours) for row in data.quality.rows)
     measured = "; ".join(
         f"{text}: {found.windows} windows, {found.tokens:,} predicted tokens"
         for text in texts
-        if (found := next(r.texts[text] for r in data.quality.rows if text in r.texts))
+        if (found := next(row.texts[text] for row in rows if text in row.texts))
     )
-    return (
-        "<h2>Quality</h2><div class=scroll><table class=plain>"
-        "<caption>± is one standard error over windows; top-1 is how often the most likely "
-        f"next token is the source's. {escape(measured)}.</caption>"
-        f"<thead><tr><td colspan=4 class=over></td>{over}</tr>"
-        "<tr><th scope=col>method</th><th scope=col>code bits</th><th scope=col>bits</th>"
-        f"<th scope=col>size</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    return "<h2>Quality</h2>" + table(
+        [
+            "method",
+            "code bits",
+            "bits",
+            "size",
+            *["perplexity", "KL, nats/token", "top-1"] * len(texts),
+        ],
+        [_quality_cells(row, texts) for row in rows],
+        caption="± is one standard error over windows; top-1 is how often the most likely next "
+        f"token is the source's. {measured}.",
+        over=f"<tr><td colspan=4 class=over></td>{over}</tr>",
+        ours=rows.index(data.ours) if data.ours else None,
     )
 
 
-def _quality_row(row: QualityRow, texts: list[str], ours: bool) -> str:
-    cells = [_figure(row.code_bits, ".3f"), _figure(row.bits, ".3f"), _bytes(row.size)]
+def _quality_cells(row: QualityRow, texts: Sequence[str]) -> list[str]:
+    cells = [row.method, _figure(row.code_bits, ".3f"), _figure(row.bits, ".3f"), _bytes(row.size)]
     for text in texts:
         found = row.texts.get(text)
         if found is None:
@@ -198,8 +202,36 @@ def _quality_row(row: QualityRow, texts: list[str], ours: bool) -> str:
         cells.append(f"{found.perplexity:.2f} ± {found.perplexity_se:.2f}")
         cells.append("" if reference else f"{found.kl:.4f} ± {found.kl_se:.4f}")
         cells.append("" if reference else f"{100 * found.top1_agreement:.1f} %")
-    body = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-    return f"<tr{' class=ours' if ours else ''}><td>{escape(row.method)}</td>{body}</tr>"
+    return cells
+
+
+def task_table(rows: Sequence[QualityRow]) -> str:
+    """HTML section with a column per lm-evaluation-harness task and metric, or nothing."""
+    measured = [row for row in rows if row.tasks]
+    columns = list(
+        dict.fromkeys(
+            (task, metric)
+            for row in measured
+            for task, found in row.tasks.items()
+            for metric in found.metrics
+        )
+    )
+    if not columns:
+        return ""
+    samples = ", ".join(f"{task}: {found.samples}" for task, found in measured[0].tasks.items())
+    return "<h2>Tasks</h2>" + table(
+        ["method", *(f"{task}, {metric}" for task, metric in columns)],
+        [[row.method, *(_score(row, *column) for column in columns)] for row in measured],
+        caption="± is one standard error over samples, as the harness gives it. Samples: "
+        f"{samples}.",
+    )
+
+
+def _score(row: QualityRow, task: str, metric: str) -> str:
+    found = row.tasks[task].metrics.get(metric) if task in row.tasks else None
+    if found is None:
+        return ""
+    return f"{found.value:.4f}" + ("" if found.se is None else f" ± {found.se:.4f}")
 
 
 def _width_map(data: ReportData) -> str:
@@ -300,44 +332,165 @@ def _measured(data: ReportData) -> list[Series]:
     return [Series("measured", tuple(points), "#d95f02", labels=tuple(labels))]
 
 
+def predicted_against_measured(rows: Sequence[QualityRow]) -> str:
+    """HTML section on trust: the loss that the profile predicts against what was measured.
+
+    Both are increases of the mean negative log-likelihood over the source model, nats per token.
+    The profile adds up second-order costs of single groups on the calibration text; the measurement
+    is of the whole model on an evaluation text. Points far above the diagonal mean that costs no
+    longer add up. Empty where no row has a prediction.
+    """
+    known = [row for row in rows if row.predicted_loss is not None and row.texts]
+    if not known:
+        return ""
+    texts = list(dict.fromkeys(text for row in known for text in row.texts))
+    measured = [name for text in texts for name in (text, "measured / predicted")]
+    return (
+        "<h2>Predicted against measured loss</h2><p>Increase of the loss over the source model, "
+        "nats/token. The profile predicts it from the calibration text for these widths in the "
+        "profile's column order; the other columns are measured. Where both agree, the size-loss "
+        "curve can be trusted at that size.</p>"
+        + table(
+            ["method", "code bits", "predicted", *measured],
+            [_loss_cells(row, texts) for row in known],
+            caption="± is one standard error of the paired difference over windows.",
+        )
+        + _loss_plot(known, texts)
+    )
+
+
+def _loss_cells(row: QualityRow, texts: Sequence[str]) -> list[str]:
+    predicted = row.predicted_loss or 0.0
+    cells = [row.method, _figure(row.code_bits, ".3f"), f"{predicted:.4g}"]
+    for text in texts:
+        found = row.texts.get(text)
+        if found is None:
+            cells += ["", ""]
+            continue
+        cells.append(f"{found.loss_increase:.4f} ± {found.loss_increase_se:.4f}")
+        cells.append(f"{found.loss_increase / predicted:.2f}" if predicted > 0 else "")
+    return cells
+
+
+def _loss_plot(rows: Sequence[QualityRow], texts: Sequence[str]) -> str:
+    """Logarithmic on both axes, with the diagonal; rows without a positive loss are left out."""
+    series, key = [], []
+    for place, text in enumerate(texts):
+        colour = TEXT_COLOURS[place % len(TEXT_COLOURS)]
+        found = [
+            (row.method, row.predicted_loss, row.texts[text].loss_increase)
+            for row in rows
+            if row.predicted_loss and text in row.texts and row.texts[text].loss_increase > 0
+        ]
+        points = tuple((predicted, measured) for _, predicted, measured in found)
+        labels = tuple(method if place == 0 else "" for method, _, _ in found)
+        series.append(Series(text, points, colour, labels=labels))
+        key.append(f'<span style="background:{colour};color:#fff">{escape(text)}</span>')
+    values = [value for one in series for point in one.points for value in point]
+    if not values:
+        return ""
+    diagonal = tuple((end, end) for end in (min(values), max(values)))
+    chart = line_chart(
+        [Series("equal", diagonal, "var(--soft)", line=True), *series],
+        x_title="predicted increase of loss, nats/token",
+        y_title="measured, nats/token",
+        log_x=True,
+    )
+    return f"<div class=key>{''.join(key)}</div>{chart}"
+
+
+def _learning(report: QualityReport) -> str:
+    """A row per learned block, and the tuning of scales; empty where nothing learned."""
+    blocks = report.blocks
+    if not blocks:
+        return ""
+    changes = text_changes(blocks)
+    mean = [f"{held_out_change(blocks):+.1%}", *(f"{c:+.1%}" for c in changes.values())]
+    spent = f"{sum(block.seconds for block in blocks):,.1f}"
+    total = ["mean change, sum of seconds", "", "", "", *mean, "", "", spent]
+    taken = (
+        "<p>Learned by an earlier job, whose report this is; nothing was trained.</p>"
+        if report.resumed
+        else ""
+    )
+    return (
+        f"<h2>Learning</h2>{taken}<p>Error of each block's output on held-out calibration text, "
+        "with its first solution and with what was kept. The held-out text decided what is kept; "
+        "the other texts decided nothing.</p>"
+        + table(
+            [
+                *("block", "kept", "error before", "error after", "change"),
+                *(f"change on {name}" for name in changes),
+                *("best of steps", "rollbacks", "seconds"),
+            ],
+            [*(_block_cells(block, list(changes)) for block in blocks), total],
+            caption=f"mode {blocks[0].mode}; means of changes are geometric",
+            ours=len(blocks),
+        )
+        + _tuning(report.tuning)
+    )
+
+
+def _block_cells(block: BlockQuality, texts: Sequence[str]) -> list[str]:
+    pairs = [(block.loss_before, block.loss_after), *(block.texts[name] for name in texts)]
+    changes = [f"{after / before - 1:+.1%}" if before > 0 else "" for before, after in pairs]
+    return [
+        str(block.index),
+        block.kept,
+        f"{block.loss_before:.4g}",
+        f"{block.loss_after:.4g}",
+        *changes,
+        f"{block.best_step} of {block.steps}" + (", gave up" if block.gave_up else ""),
+        str(block.rollbacks),
+        f"{block.seconds:.1f}",
+    ]
+
+
+def _tuning(tuning: TuningQuality | None) -> str:
+    if tuning is None:
+        return ""
+    pairs = {"held-out calibration text": (tuning.kl_before, tuning.kl_after), **tuning.texts}
+    kept = "kept" if tuning.kept else "not kept"
+    return (
+        f"<p>All scales were then tuned together and {kept}: best of {tuning.steps} steps at "
+        f"{tuning.best_step}, {tuning.rollbacks} rollbacks, {tuning.seconds:,.1f} seconds.</p>"
+        + table(
+            ["KL, nats/token", "before", "after"],
+            [[name, f"{a:.4g}", f"{b:.4g}"] for name, (a, b) in pairs.items()],
+        )
+    )
+
+
 def _linears(data: ReportData) -> str:
     if not data.quality.linears:
         return ""
     worst = sorted(data.quality.linears, key=lambda linear: -linear.relative_error)
     noted = [linear for linear in data.quality.linears if linear.notes]
     shown = list(dict.fromkeys([*noted, *worst[:WORST_LINEARS]]))
-    rows = "".join(map(_linear_row, shown))
-    return (
-        "<h2>Linears to look at</h2><div class=scroll><table class=plain><caption>Those with "
-        f"notes, then the {WORST_LINEARS} of largest relative error.</caption><thead><tr>"
-        "<th scope=col>linear</th><th scope=col>code bits</th><th scope=col>relative error</th>"
-        "<th scope=col>damping</th><th scope=col>gain of scale refit</th>"
-        f"<th scope=col class=text>notes</th></tr></thead><tbody>{rows}</tbody></table></div>"
+    return "<h2>Linears to look at</h2>" + table(
+        ["linear", "code bits", "relative error", "damping", "gain of scale refit", "notes"],
+        [
+            [
+                Html(f"<code>{escape(linear.name)}</code>"),
+                f"{linear.code_bits:.3f}",
+                f"{linear.relative_error:.3g}",
+                _figure(linear.damping, ".3g"),
+                _figure(linear.scale_refit_gain, ".1%"),
+                "; ".join(linear.notes),
+            ]
+            for linear in shown
+        ],
+        caption=f"Those with notes, then the {WORST_LINEARS} of largest relative error.",
+        kind="plain notes",
     )
-
-
-def _linear_row(linear: LinearResult) -> str:
-    cells = [
-        f"{linear.code_bits:.3f}",
-        f"{linear.relative_error:.3g}",
-        _figure(linear.damping, ".3g"),
-        "" if linear.scale_refit_gain is None else f"{100 * linear.scale_refit_gain:.1f} %",
-    ]
-    body = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-    notes = escape("; ".join(linear.notes))
-    return f"<tr><td><code>{escape(linear.name)}</code></td>{body}<td class=text>{notes}</td></tr>"
 
 
 def _times(data: ReportData) -> str:
-    if not data.quality.seconds:
+    seconds = data.quality.seconds.items()
+    if not seconds:
         return ""
-    rows = "".join(
-        f"<tr><td>{escape(stage)}</td><td>{seconds:,.1f}</td></tr>"
-        for stage, seconds in data.quality.seconds.items()
-    )
-    return (
-        "<h2>Time</h2><table class=plain><thead><tr><th scope=col>stage</th>"
-        f"<th scope=col>seconds</th></tr></thead><tbody>{rows}</tbody></table>"
+    return "<h2>Time</h2>" + table(
+        ["stage", "seconds"], [[stage, f"{spent:,.1f}"] for stage, spent in seconds]
     )
 
 

@@ -1,12 +1,46 @@
-"""What a report says of learned refinement, as HTML and as text. Torch-free."""
+"""What learning changed, and whether that holds for other text than calibration's. Torch-free.
+
+    change = exp(mean over blocks of ln(error after / error before)) - 1
+
+Errors of a block are measured on held-out windows of the calibration text, which choose what is
+kept, and on windows of other texts, which choose nothing (`refinement/omniquant/watched_texts.py`).
+Before is the first solution of the block, GPTQ's where learning starts from it, after what was
+kept, both on the same inputs. Tuned scales are judged by KL likewise. Where another text gains less
+than a tenth of what the held-out windows do (of the logarithm), the report says that learning
+overfits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
+import math
+from collections.abc import Mapping, Sequence
 
-from bitmill.reporting.overfitting import held_out_change, text_changes
-from bitmill.results import BlockQuality, QualityReport, TuningQuality
+from bitmill.results import BlockQuality, TuningQuality
+
+WORTH = 0.1
+"""Share of the gain on held-out text below which another text has not gained."""
+
+ADVICE = "calibrate on text closer to the intended use, or on more sequences"
+
+
+def mean_change(pairs: Sequence[tuple[float, float]]) -> float:
+    """Geometric mean of after / before, less 1; a pair with an error of 0 counts as unchanged."""
+    logs = [math.log(after / before) for before, after in pairs if before > 0 and after > 0]
+    return math.expm1(sum(logs) / len(pairs)) if pairs else 0.0
+
+
+def held_out_change(blocks: Sequence[BlockQuality]) -> float:
+    """Mean change of the block errors on the held-out calibration text."""
+    return mean_change([(block.loss_before, block.loss_after) for block in blocks])
+
+
+def text_changes(blocks: Sequence[BlockQuality]) -> dict[str, float]:
+    """Mean change of the block errors on every other text."""
+    names = dict.fromkeys(name for block in blocks for name in block.texts)
+    return {
+        name: mean_change([block.texts[name] for block in blocks if name in block.texts])
+        for name in names
+    }
 
 
 def learning_summary(
@@ -30,72 +64,24 @@ def learning_summary(
     return tuple(lines)
 
 
-def learning_section(report: QualityReport) -> str:
-    """HTML section with a row per block and the tuning of scales; empty where nothing learned."""
-    if not report.blocks:
-        return ""
-    changes = text_changes(report.blocks)
-    heads = [
-        "block",
-        "kept",
-        "error before",
-        "error after",
-        "change",
-        *(f"change on {escape(name)}" for name in changes),
-        "best of steps",
-        "rollbacks",
-        "seconds",
-    ]
-    head = "".join(f"<th scope=col>{name}</th>" for name in heads)
-    rows = "".join(_row(_cells(block, list(changes))) for block in report.blocks)
-    mean = [f"{held_out_change(report.blocks):+.1%}", *(f"{c:+.1%}" for c in changes.values())]
-    spent = f"{sum(block.seconds for block in report.blocks):,.1f}"
-    total = _row(["mean change, sum of seconds", "", "", "", *mean, "", "", spent], ours=True)
-    taken = (
-        "<p>Learned by an earlier job, whose report this is; nothing was trained.</p>"
-        if report.resumed
-        else ""
-    )
-    return (
-        f"<h2>Learning</h2>{taken}<p>Error of each block's output on held-out calibration text, "
-        "with its first solution and with what was kept. The held-out text decided what is kept; "
-        "the other texts decided nothing.</p><div class=scroll><table class=plain>"
-        f"<caption>mode {escape(report.blocks[0].mode)}; means of changes are geometric</caption>"
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}{total}</tbody></table></div>"
-        f"{_tuning(report.tuning)}"
-    )
+def overfitting_warnings(
+    blocks: Sequence[BlockQuality], tuning: TuningQuality | None
+) -> tuple[str, ...]:
+    """One sentence for each text on which learning, or tuning, gained nothing worth the name."""
+    what = "learning lowered the block errors"
+    found = _warnings(what, held_out_change(blocks), text_changes(blocks))
+    if tuning is not None:
+        changes = {name: mean_change([pair]) for name, pair in tuning.texts.items()}
+        gained = mean_change([(tuning.kl_before, tuning.kl_after)])
+        found += _warnings("tuning the scales lowered the KL", gained, changes)
+    return tuple(found)
 
 
-def _cells(block: BlockQuality, texts: Sequence[str]) -> list[str]:
-    pairs = [(block.loss_before, block.loss_after), *(block.texts[name] for name in texts)]
-    changes = [f"{after / before - 1:+.1%}" if before > 0 else "" for before, after in pairs]
+def _warnings(what: str, gained: float, changes: Mapping[str, float]) -> list[str]:
+    least = WORTH * math.log1p(gained)
     return [
-        str(block.index),
-        block.kept,
-        f"{block.loss_before:.4g}",
-        f"{block.loss_after:.4g}",
-        *changes,
-        f"{block.best_step} of {block.steps}" + (", gave up" if block.gave_up else ""),
-        str(block.rollbacks),
-        f"{block.seconds:.1f}",
+        f"{what} on held-out calibration text by {-gained:.1%}, and on {name} by "
+        f"{-change:.2%}: it overfits; {ADVICE}"
+        for name, change in changes.items()
+        if gained < 0 and math.log1p(change) > least
     ]
-
-
-def _row(cells: Sequence[str], *, ours: bool = False) -> str:
-    body = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-    return f"<tr{' class=ours' if ours else ''}>{body}</tr>"
-
-
-def _tuning(tuning: TuningQuality | None) -> str:
-    if tuning is None:
-        return ""
-    pairs = {"held-out calibration text": (tuning.kl_before, tuning.kl_after), **tuning.texts}
-    rows = "".join(_row([name, f"{a:.4g}", f"{b:.4g}"]) for name, (a, b) in pairs.items())
-    kept = "kept" if tuning.kept else "not kept"
-    return (
-        f"<p>All scales were then tuned together and {kept}: best of {tuning.steps} steps at "
-        f"{tuning.best_step}, {tuning.rollbacks} rollbacks, {tuning.seconds:,.1f} seconds.</p>"
-        "<table class=plain><thead><tr><th scope=col>KL, nats/token</th>"
-        f"<th scope=col>before</th><th scope=col>after</th></tr></thead><tbody>{rows}</tbody>"
-        "</table>"
-    )

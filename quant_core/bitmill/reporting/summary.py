@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from bitmill.allocation.allocator import curve
+from bitmill.allocation.allocator import CurvePoint, curve
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.closed import Closed
 from bitmill.config.quantization import Allocation
 from bitmill.errors import FormatError, reason
 from bitmill.formats.accounting import footprint
@@ -23,20 +22,7 @@ SUMMARY_NAME = "profile_summary.json"
 _DIGITS = 4
 
 
-class _Closed(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class CurveEntry(_Closed):
-    """One map on the curve of size (file bytes) against predicted loss."""
-
-    size: int
-    bits: float
-    code_bits: float
-    predicted_loss: float
-
-
-class LinearSensitivity(_Closed):
+class LinearSensitivity(Closed):
     """One linear. groups: cost of each group at the summary's reference width.
 
     predicted_loss: cost of the whole linear at the widths it was given.
@@ -46,14 +32,14 @@ class LinearSensitivity(_Closed):
     predicted_loss: float
 
 
-class ProfileSummary(_Closed):
+class ProfileSummary(Closed):
     """Sensitivities at one width, losses as allocated, and the size-loss curve."""
 
     schema_version: Literal[1] = 1
     profile_id: str
     reference_width: int
     linears: dict[str, LinearSensitivity]
-    curve: tuple[CurveEntry, ...]
+    curve: tuple[CurvePoint, ...]
 
     def to_json(self) -> str:
         """JSON text with two spaces of indent."""
@@ -97,15 +83,7 @@ def summarize(
         profile_id=profile.key,
         reference_width=reference,
         linears=linears,
-        curve=tuple(
-            CurveEntry(
-                size=point.size,
-                bits=point.bits,
-                code_bits=point.code_bits,
-                predicted_loss=point.predicted_loss,
-            )
-            for point in curve(profile, plan, allocation, points)
-        ),
+        curve=tuple(curve(profile, plan, allocation, points)),
     )
 
 

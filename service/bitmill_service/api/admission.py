@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitmill.config.bit_width_map import BitWidthMap, group_columns
+from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import FileText, QuantizationConfig
 from bitmill.errors import CalibrationError, ModelError
 from bitmill.formats.accounting import footprint
@@ -116,8 +116,7 @@ def _queue(context: Context, needed: Estimate | None) -> str:
 
 
 def _uniform_size(plan: Plan, config: QuantizationConfig, width: int) -> SizeView:
-    linears = {s.name: (width,) * len(group_columns(s.columns)) for s in plan.shapes}
-    cost = footprint(plan, BitWidthMap(order=config.allocation.order, linears=linears))
+    cost = footprint(plan, BitWidthMap.uniform(plan.shapes, width, config.allocation.order))
     return SizeView(width=width, code_bits=cost.code_bits, bits=cost.bits, size=cost.size)
 
 

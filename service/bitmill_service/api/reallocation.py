@@ -6,7 +6,7 @@ files are not needed any more.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from bitmill.allocation.allocator import Allocator
@@ -98,22 +98,22 @@ def _predicted(allocator: Allocator, found: BitWidthMap) -> float | None:
     return profile.predicted_loss(found.linears) if profile.widths else None
 
 
-def _whole_curve(allocator: Allocator, kind: Kind) -> list[schemas.CurvePoint]:
+def _whole_curve(allocator: Allocator, kind: Kind) -> list[schemas.BudgetPoint]:
     """From the smallest to the largest map; empty where the profile has no costs."""
     if not allocator.profile.widths:
         return []
-    points = [asdict(point) for point in allocator.curve(CURVE_POINTS)]
-    return [schemas.CurvePoint(budget=point[kind], **point) for point in points]
+    points = [point.model_dump() for point in allocator.curve(CURVE_POINTS)]
+    return [schemas.BudgetPoint(budget=point[kind], **point) for point in points]
 
 
-def _point(allocator: Allocator, kind: Kind, value: float) -> schemas.CurvePoint:
+def _point(allocator: Allocator, kind: Kind, value: float) -> schemas.BudgetPoint:
     try:
         budget = Budget.model_validate({kind: int(value) if kind == "size" else value})
         found = allocator.map(budget)
     except (BudgetError, ValueError) as error:
-        return schemas.CurvePoint(budget=value, error=str(error))
+        return schemas.BudgetPoint(budget=value, error=str(error))
     cost = footprint(allocator.plan, found)
-    return schemas.CurvePoint(
+    return schemas.BudgetPoint(
         budget=value,
         code_bits=cost.code_bits,
         bits=cost.bits,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -292,4 +291,4 @@ def test_curve_runs_from_the_smallest_to_the_largest_map():
     again = allocator.knapsack(Budget(size=middle.size))
     # 1/2048 of the size may be given up, here 0.002 bits, each of which divides losses by about 4
     assert PROFILE.predicted_loss(again.linears) <= middle.predicted_loss * 1.004
-    assert dataclasses.asdict(middle).keys() == {"size", "bits", "code_bits", "predicted_loss"}
+    assert middle.model_dump().keys() == {"size", "bits", "code_bits", "predicted_loss"}

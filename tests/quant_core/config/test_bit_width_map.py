@@ -80,3 +80,10 @@ def test_map_must_fit_the_model_group_for_group():
         BitWidthMap(linears={"a": (2, 3), "c": (4,)}).check_shapes(shapes)
     with pytest.raises(FormatError, match="gives 1 groups to a, which has 2"):
         BitWidthMap(linears={"a": (2,), "b": (4,)}).check_shapes(shapes)
+
+
+def test_a_uniform_map_has_one_width_for_every_group():
+    shapes = [LinearShape("a", 4, 256), LinearShape("b", 4, 100)]
+    found = BitWidthMap.uniform(shapes, 3, "activation")
+    assert found == BitWidthMap(order="activation", linears={"a": (3, 3), "b": (3,)})
+    found.check_shapes(shapes)

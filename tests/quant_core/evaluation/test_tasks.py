@@ -18,7 +18,7 @@ from bitmill.cli import main
 from bitmill.config.quantization import parse_config
 from bitmill.errors import InputError, SpecError
 from bitmill.evaluation.tasks import TaskSuite
-from bitmill.reporting.tasks import task_table
+from bitmill.reporting.html import task_table
 from bitmill.results import QualityRow, TaskMetric, TaskQuality
 from tiny import byte_tokenizer, tiny_llama
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from bitmill.allocation.allocator import CurvePoint
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.errors import FormatError
 from bitmill.reporting.charts import WIDTH_COLOURS, ink, log_colours, mean_colour, width_strip
 from bitmill.reporting.html import write_report
-from bitmill.reporting.summary import CurveEntry, LinearSensitivity, ProfileSummary
+from bitmill.reporting.summary import LinearSensitivity, ProfileSummary
 from bitmill.results import (
     BlockQuality,
     LinearResult,
@@ -80,7 +81,7 @@ def folder_with(tmp_path: Path, *, profile: bool = True, **changes: Any) -> Path
     given = {"rows": (source, ours), "predicted_loss": 0.3, "linears": linears} | changes
     (folder / "quality.json").write_text(QualityReport(**given).to_json())
     if profile:
-        curve = [CurveEntry(size=s, bits=b, code_bits=b, predicted_loss=x) for s, b, x in CURVE]
+        curve = [CurvePoint(size=s, bits=b, code_bits=b, predicted_loss=x) for s, b, x in CURVE]
         summary = ProfileSummary(
             profile_id="p",
             reference_width=3,

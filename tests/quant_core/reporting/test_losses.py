@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from bitmill.reporting.losses import predicted_against_measured
+from bitmill.reporting.html import predicted_against_measured
 from bitmill.results import QualityRow, TextQuality
 
 

@@ -4,7 +4,7 @@ Held-out windows choose what learning keeps, and they come from the calibration 
 holds for other text is told by a few windows of the bundled evaluation texts: the error of each
 block on them is measured before and after, and no choice depends on it.
 
-`overfitting_warnings` (in `reporting/overfitting.py`) reads the result.
+`overfitting_warnings` (in `reporting/learning.py`) reads the result.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 
 from bitmill.refinement.omniquant.block import BlockData, learn_block
 from bitmill.refinement.omniquant.settings import LearningSettings
-from bitmill.reporting.overfitting import (
+from bitmill.reporting.learning import (
     held_out_change,
     mean_change,
     overfitting_warnings,
