@@ -15,15 +15,18 @@ from fastapi import Request, Response
 from starlette.middleware.base import RequestResponseEndpoint
 
 from bitmill.errors import ModelError
+from bitmill.io.gguf import read_gguf_header
 from bitmill.pipeline import admission
+from bitmill.plan.gguf_models import read_model
 from bitmill.plan.model_plan import Plan, make_plan
 from bitmill_service.api.hub_headers import fetch_headers
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.job_spec import HubModel, parse_spec
 from finished import MAP, Stack, spec_json
+from gguf_files import write_gguf
 from hub_server import hub_app
 from serving import serve
-from tiny import tiny_opt
+from tiny import tiny_llama, tiny_opt
 
 
 @dataclass
@@ -51,6 +54,10 @@ def served(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[H
     (root / "org/gguf").mkdir()
     (root / "org/gguf/model.gguf").write_bytes(gguf_file())
     (root / "org/gguf/short.gguf").write_bytes(gguf_file()[:900_000])
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"rope_theta": 500000.0, "original_max_position_embeddings": 8192}
+    llama3 = tiny_llama(tmp_path_factory.mktemp("llama3") / "m", rope_parameters=rope)
+    write_gguf(root / "org/gguf/llama3.gguf", llama3)
     app = hub_app(root)
     found = Hub("", [], {})
 
@@ -76,7 +83,7 @@ def hub(served: Hub) -> Iterator[str]:
 
 
 def gguf_file() -> bytes:
-    """A GGUF header of a tiny Llama with a vocabulary of 1.4 MB, and no weights behind it."""
+    """A GGUF file of a tiny Llama with a vocabulary of 1.4 MB; all weights are 0, in Q4_0."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value)) + value.encode()
@@ -93,6 +100,8 @@ def gguf_file() -> bytes:
     settings += [
         text(f"llama.{key}") + struct.pack("<II", 4, value) for key, value in numbers.items()
     ]
+    eps = struct.pack("<If", 6, 1e-6)
+    settings.append(text("llama.attention.layer_norm_rms_epsilon") + eps)
     words = 100_000
     vocabulary = b"".join(text(f"{word:06}") for word in range(words))
     settings.append(text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, words) + vocabulary)
@@ -105,11 +114,12 @@ def gguf_file() -> bytes:
     tensors = [
         text(f"{name}.weight")
         + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-        + struct.pack("<IQ", 0, 0)
+        + struct.pack("<IQ", 2, 0)
         for name, shape in shapes.items()
     ]
     start = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(settings))
-    return start + b"".join(settings) + b"".join(tensors)
+    weights = bytes(words * 128 // 32 * 18 + 32)
+    return start + b"".join(settings) + b"".join(tensors) + weights
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +167,17 @@ def test_plan_from_headers_equals_the_plan_of_the_folder(
     file, source = tmp_path / "model.safetensors", models / "tiny/model.safetensors"
     assert file.stat().st_size == source.stat().st_size
     assert file.read_bytes() != source.read_bytes()
+
+
+def test_rotary_factors_of_a_gguf_file_come_with_its_header(hub: str, tmp_path: Path) -> None:
+    fetch_headers(
+        HubModel(repo_id="org/gguf", file="llama3.gguf"),
+        ServiceSettings(hub_endpoint=hub),
+        tmp_path,
+    )
+    found = read_model(read_gguf_header(tmp_path / "llama3.gguf"))
+    assert found.config["rope_parameters"]["rope_type"] == "llama3"
+    assert make_plan(tmp_path, parse_spec(spec_json()), gguf="llama3.gguf").block_count == 2
 
 
 def test_plan_of_a_hub_model_is_answered(http: httpx2.Client) -> None:

@@ -1,28 +1,33 @@
-"""Safe reading of GGUF headers: settings, and tensors under their Hugging Face names. Torch-free.
+"""Safe reading of GGUF headers: settings, and where each tensor lies. Torch-free.
 
 A GGUF file (versions 2 and 3, little-endian) is the magic "GGUF", u32 version, u64 tensor count,
 u64 setting count, the settings (string key, u32 type, value) and per tensor a string name, u32
-rank, u64 sizes (innermost first), u32 type, u64 offset. The `gguf` package parses every value into
-numpy views, which takes seconds and trusts all counts; a plan needs few settings and must survive
-strangers' files, so this reader bounds every count and skips what it does not need.
+rank, u64 sizes (innermost first), u32 type, u64 offset from the data's start, which is the header's
+end rounded up to `general.alignment` (32). The `gguf` package parses every value into numpy views,
+which takes seconds and trusts all counts; a plan needs few settings and must survive strangers'
+files, so this reader bounds every count and skips what it does not need.
 """
 
 from __future__ import annotations
 
-import re
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from bitmill.errors import ModelError
-from bitmill.io.safetensors import MAX_NAME, MAX_TENSORS, TensorInfo
+from bitmill.io.safetensors import MAX_NAME, MAX_TENSORS
 
 _MAX_SETTINGS = 10_000
 _MAX_ARRAY = 1 << 22
 _MAX_STRING = 1 << 24
 _MAX_RANK = 4
+_KEPT_ARRAY = 4096
+"""Arrays of numbers up to this length are kept; of longer ones and of strings, the length alone."""
 
 _SCALARS: Mapping[int, str] = {
     0: "<B",
@@ -39,39 +44,52 @@ _SCALARS: Mapping[int, str] = {
 }
 _STRING, _ARRAY = 8, 9
 
-# GGUF settings, without the architecture's prefix -> config.json keys.
-_SETTINGS: Mapping[str, str] = {
-    "context_length": "max_position_embeddings",
-    "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "embedding_length": "hidden_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "vocab_size": "vocab_size",
+F32 = 0
+TYPES: Mapping[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
 }
+"""Type of a tensor -> name, weights of a block, bytes of a block: those that can be dequantized."""
 
-_BLOCK_NAMES: Mapping[str, str] = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_OUTER_NAMES: Mapping[str, str] = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-GGUF_ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3"})
-"""GGUF architectures with the names above."""
 
-_BLOCK = re.compile(r"blk\.(\d{1,4})\.(\w+)\.(weight|bias)")
+@dataclass(frozen=True)
+class Skipped:
+    """An array that was not read: its length."""
+
+    length: int
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """shape: outermost axis first; kind: a key of `TYPES`; begin, nbytes: place in the file."""
+
+    shape: tuple[int, ...]
+    kind: int
+    begin: int
+    nbytes: int
 
 
 class TruncatedGguf(ModelError):
@@ -82,10 +100,34 @@ class TruncatedGguf(ModelError):
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """settings: scalars, strings and the lengths of arrays; tensors: GGUF name -> shape [N, K]."""
+    """settings: scalars, strings, lists of numbers, `Skipped` arrays."""
 
+    path: Path
     settings: dict[str, Any]
-    tensors: dict[str, tuple[int, ...]]
+    tensors: dict[str, GgufTensor]
+
+    def check_extent(self) -> None:
+        """Raise `ModelError` where a tensor's bytes lie past the file's end."""
+        size = self.path.stat().st_size
+        for name, tensor in self.tensors.items():
+            if tensor.begin + tensor.nbytes > size:
+                raise _unsound(self.path, f"it is truncated: {name[:100]} lies past {size} bytes")
+
+    def floats(self, name: str) -> list[float]:
+        """The values of a small tensor that is stored as F32; raises `ModelError` for another."""
+        tensor = self.tensors[name]
+        if tensor.kind != F32 or tensor.nbytes > 4 * _KEPT_ARRAY:
+            raise _unsound(self.path, f"{name} is no small tensor of 32-bit floats")
+        values = np.fromfile(self.path, "<f4", tensor.nbytes // 4, offset=tensor.begin)
+        return [float(value) for value in values]
+
+
+def _unsound(path: Path, problem: str, kind: type[ModelError] = ModelError) -> ModelError:
+    return kind(
+        f"{path.name} is not a sound GGUF file: {problem}; fetch the file again",
+        code="bad_gguf",
+        param=path.name,
+    )
 
 
 class _Cursor:
@@ -93,19 +135,19 @@ class _Cursor:
 
     def __init__(self, handle: BinaryIO, path: Path) -> None:
         self._handle, self._path = handle, path
-        self._size = path.stat().st_size
+        self.size = path.stat().st_size
 
-    def refuse(self, problem: str, kind: type[ModelError] = ModelError) -> ModelError:
-        return kind(
-            f"{self._path.name} is not a sound GGUF file: {problem}; fetch the file again",
-            code="bad_gguf",
-            param=self._path.name,
-        )
+    def refuse(self, problem: str) -> ModelError:
+        return _unsound(self._path, problem)
+
+    @property
+    def position(self) -> int:
+        return self._handle.tell()
 
     def take(self, count: int) -> bytes:
         data = self._handle.read(count)
         if len(data) < count:
-            raise self.refuse(f"it is truncated at {self._size} bytes", TruncatedGguf)
+            raise _unsound(self._path, f"it is truncated at {self.size} bytes", TruncatedGguf)
         return data
 
     def scalar(self, form: str) -> Any:
@@ -120,35 +162,55 @@ class _Cursor:
     def string(self, limit: int = MAX_NAME) -> str:
         return self.take(self.count("a string's length", limit)).decode("utf-8", "replace")
 
-    def value(self, kind: int, depth: int = 0) -> Any:
-        """A scalar or string; for an array its length."""
+    def value(self, kind: int) -> Any:
+        """A scalar, a string, or an array as a list or `Skipped`."""
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
             return self.string(_MAX_STRING)
-        if kind != _ARRAY or depth > 1:
-            raise self.refuse(f"a setting has the type {kind}")
+        if kind == _ARRAY:
+            return self.array()
+        raise self.refuse(f"a setting has the type {kind}")
+
+    def array(self) -> list[Any] | Skipped:
         inner = self.scalar("<I")
         length = self.count("an array's length", _MAX_ARRAY)
+        if inner in _SCALARS and length <= _KEPT_ARRAY:
+            return [self.scalar(_SCALARS[inner]) for _ in range(length)]
         if inner in _SCALARS:
             self.take(length * struct.calcsize(_SCALARS[inner]))
-        else:
+        elif inner == _STRING:
             for _ in range(length):
-                self.value(inner, depth + 1)
-        return length
+                self.string(_MAX_STRING)
+        else:
+            raise self.refuse(f"an array's elements have the type {inner}")
+        return Skipped(length)
 
-    def shape(self) -> tuple[int, ...]:
+    def tensor(self, name: str) -> GgufTensor:
+        """A tensor whose `begin` counts from the data's start."""
         rank = self.scalar("<I")
         if rank > _MAX_RANK:
-            raise self.refuse(f"a tensor has {rank} axes, the limit is {_MAX_RANK}")
-        inner_first = [self.count("a tensor's size", 1 << 32) for _ in range(rank)]
-        self.scalar("<I")
-        self.scalar("<Q")
-        return tuple(reversed(inner_first))
+            raise self.refuse(f"{name} has {rank} axes, the limit is {_MAX_RANK}")
+        shape = tuple(reversed([self.count("a tensor's size", 1 << 32) for _ in range(rank)]))
+        kind, begin = self.scalar("<I"), self.scalar("<Q")
+        if kind not in TYPES:
+            raise ModelError(
+                f"{self._path.name}: {name[:100]} has the type {kind}; readable are "
+                f"{', '.join(name for name, _, _ in TYPES.values())}",
+                code="unsupported_dtype",
+                param=name[:100],
+            )
+        _, block, block_bytes = TYPES[kind]
+        if (shape[-1] if shape else 1) % block:
+            raise self.refuse(f"{name} has rows of {shape[-1]} weights, no multiple of {block}")
+        return GgufTensor(shape, kind, begin, math.prod(shape) // block * block_bytes)
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Settings and tensor shapes of a GGUF file; `ModelError` (bad_gguf) names a defect."""
+    """Settings and tensors of a GGUF file; `ModelError` (bad_gguf) names a defect.
+
+    Reads the header alone: `GgufHeader.check_extent` looks whether its tensors are there.
+    """
     if not path.is_file():
         raise ModelError(f"there is no file {path.name}", code="missing_file", param=path.name)
     with path.open("rb") as handle:
@@ -164,66 +226,22 @@ def read_gguf_header(path: Path) -> GgufHeader:
         for _ in range(setting_count):
             key = cursor.string()
             settings[key] = cursor.value(cursor.scalar("<I"))
-        tensors: dict[str, tuple[int, ...]] = {}
+        tensors: dict[str, GgufTensor] = {}
         for _ in range(tensor_count):
             name = cursor.string()
             if name in tensors:
                 raise cursor.refuse(f"tensor {name[:100]!r} appears twice")
-            tensors[name] = cursor.shape()
-    return GgufHeader(settings, tensors)
+            tensors[name] = cursor.tensor(name)
+        start = _data_start(cursor, settings)
+    placed = {
+        name: GgufTensor(tensor.shape, tensor.kind, start + tensor.begin, tensor.nbytes)
+        for name, tensor in tensors.items()
+    }
+    return GgufHeader(path, settings, placed)
 
 
-def gguf_config(header: GgufHeader) -> dict[str, Any]:
-    """The config.json keys that a plan needs; raises `ModelError` for another architecture."""
-    kind = header.settings.get("general.architecture")
-    if kind not in GGUF_ARCHITECTURES:
-        raise ModelError(
-            f"GGUF architecture {str(kind)[:100]!r} is not supported; supported are "
-            f"{', '.join(sorted(GGUF_ARCHITECTURES))}. Use the model's safetensors files",
-            code="unsupported_architecture",
-            param="general.architecture",
-        )
-    if "rope_freqs.weight" in header.tensors:
-        raise ModelError(
-            "the GGUF file rescales its rotary frequencies (rope_freqs.weight), which cannot be "
-            "carried over; use the model's safetensors files",
-            code="unsupported_architecture",
-            param="rope_freqs.weight",
-        )
-    config: dict[str, Any] = {"model_type": kind}
-    if header.settings.get("general.name") == "mistral" and kind == "llama":
-        config["model_type"] = "mistral"
-    for key, name in _SETTINGS.items():
-        if f"{kind}.{key}" in header.settings:
-            config[name] = header.settings[f"{kind}.{key}"]
-    config.setdefault("vocab_size", header.settings.get("tokenizer.ggml.tokens"))
-    config["tie_word_embeddings"] = "output.weight" not in header.tensors
-    return config
-
-
-def _hugging_face_name(name: str) -> str | None:
-    if match := _BLOCK.fullmatch(name):
-        module = _BLOCK_NAMES.get(match[2])
-        return module and f"model.layers.{match[1]}.{module}.{match[3]}"
-    outer, _, leaf = name.rpartition(".")
-    module = _OUTER_NAMES.get(outer)
-    return module and f"{module}.{leaf}"
-
-
-def gguf_tensors(path: Path, header: GgufHeader) -> dict[str, TensorInfo]:
-    """The tensors under their Hugging Face names, as float32: what conversion will write.
-
-    Raises `ModelError` for a tensor without a counterpart.
-    """
-    result: dict[str, TensorInfo] = {}
-    for name, shape in header.tensors.items():
-        full = _hugging_face_name(name)
-        if full is None:
-            raise ModelError(
-                f"{path.name} holds {name[:100]!r}, which has no counterpart in a Hugging Face "
-                "model; use the model's safetensors files",
-                code="unsupported_architecture",
-                param=name[:100],
-            )
-        result[full] = TensorInfo(full, "F32", shape, path.name)
-    return result
+def _data_start(cursor: _Cursor, settings: Mapping[str, Any]) -> int:
+    alignment = settings.get("general.alignment", 32)
+    if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
+        raise cursor.refuse(f"its alignment is {alignment}")
+    return -(-cursor.position // alignment) * alignment

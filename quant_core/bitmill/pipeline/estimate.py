@@ -40,6 +40,8 @@ from bitmill.plan.block_memory import (
 from bitmill.plan.model_plan import Plan, PlannedLinear
 
 OVERHEAD = 512 << 20
+CONVERTING_BYTES = 10
+"""Host memory for each weight of the largest tensor of a GGUF file while it is converted."""
 ACCELERATOR_LIBRARIES = 5 << 29
 """Host memory of the libraries of CUDA and torch in one process, from a model of 7B on an H100."""
 LEARNING_BYTES = 30
@@ -88,6 +90,11 @@ def _outside_weights(plan: Plan) -> int:
     return kept + sum(embedding.shape.weights for embedding in plan.embeddings)
 
 
+def _largest_tensor(plan: Plan) -> int:
+    kept = max((math.prod(t.shape) for t in plan.tensors), default=0)
+    return max(kept, widest_linear(plan))
+
+
 def _learning_bytes(plan: Plan, config: QuantizationConfig, block: int, element: int) -> int:
     """A block that is learned on one batch of windows, or in the turn of tuning all scales."""
     asked = config.refinement.omniquant
@@ -129,7 +136,7 @@ def fixed_host_bytes(
     process = ACCELERATOR_LIBRARIES if machine.accelerator else OVERHEAD
     if not machine.accelerator:
         process += _accelerator_bytes(plan, config, machine) - OVERHEAD
-    converting = OVERHEAD + 10 * (plan.weights + _outside_weights(plan)) if gguf else 0
+    converting = OVERHEAD + CONVERTING_BYTES * _largest_tensor(plan) if gguf else 0
     return max((2 * block + process) * config.devices, converting)
 
 

@@ -36,7 +36,7 @@ from bitmill.formats.accounting import checkpoint_tensors, footprint, order_owne
 from bitmill.formats.packed.checkpoint import write_checkpoint
 from bitmill.io import atomic as storage
 from bitmill.io.manifest import Manifest, read_manifest, write_manifest
-from bitmill.models.convert_gguf import convert_gguf
+from bitmill.models.convert_gguf import CONVERSION_VERSION, convert_gguf
 from bitmill.models.dtypes import compute_dtype
 from bitmill.models.reader import CheckpointSource, check_all_finite
 from bitmill.models.skeleton import check_skeleton
@@ -224,8 +224,10 @@ def resolve(job: Job) -> Source:
             job.space.unit("resolve", i, len(files), "file", path.name)
         storage.write_json(folder / FILES_NAME, hashes)
 
-    folder = job.space.run("resolve", {"gguf": job.gguf, "files": stats}, work)
-    digest = storage.sha256_json(storage.read_json(folder / FILES_NAME))
+    inputs: dict[str, Any] = {"gguf": job.gguf, "files": stats}
+    conversion = {} if job.gguf is None else {"conversion": CONVERSION_VERSION}
+    folder = job.space.run("resolve", inputs | conversion, work)
+    digest = storage.sha256_json(storage.read_json(folder / FILES_NAME) | conversion)
     return Source(job.model_folder if job.gguf is None else folder / "source", digest)
 
 

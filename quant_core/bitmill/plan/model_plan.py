@@ -20,7 +20,7 @@ from bitmill.config.bit_width_map import LinearShape
 from bitmill.config.closed import Closed
 from bitmill.config.quantization import QuantizationConfig
 from bitmill.errors import ModelError, SpecError
-from bitmill.io.gguf import gguf_config, gguf_tensors, read_gguf_header
+from bitmill.io.gguf import read_gguf_header
 from bitmill.io.safetensors import TensorInfo, read_headers
 from bitmill.plan.architectures import (
     ELEMENTWISE,
@@ -36,6 +36,7 @@ from bitmill.plan.config_json import (
     refuse_pickles,
     size_of,
 )
+from bitmill.plan.gguf_models import read_model
 from bitmill.plan.parameters import HEAD_WEIGHT
 from bitmill.plan.source_tensors import Placed, SourceTensors, place_tensors
 
@@ -377,9 +378,9 @@ def make_plan(folder: Path, asked: QuantizationConfig, *, gguf: str | None = Non
     Raises `ModelError` for files that are missing, unsafe, damaged or unsupported.
     """
     if gguf is not None:
-        header = read_gguf_header(folder / gguf)
-        config = gguf_config(header)
-        found, stored = check_config(config), gguf_tensors(folder / gguf, header)
+        model = read_model(read_gguf_header(folder / gguf))
+        config, found = model.config, check_config(model.config)
+        stored = {name: part.info for name, part in model.parts.items()}
     else:
         refuse_adapter(folder)
         refuse_pickles(folder)

@@ -17,9 +17,10 @@ import httpx2
 from huggingface_hub import constants
 
 from bitmill.errors import ModelError
-from bitmill.io.gguf import TruncatedGguf, read_gguf_header
+from bitmill.io.gguf import GgufHeader, TruncatedGguf, read_gguf_header
 from bitmill.io.safetensors import INDEX_NAME, MAX_HEADER
 from bitmill.plan.config_json import ADAPTER_FILE, CONFIG_FILE
+from bitmill.plan.gguf_models import ROTARY_FACTORS
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.execution.fetch import hub_errors, hub_info, weight_files
 from bitmill_workers.job_spec import HubModel
@@ -125,14 +126,23 @@ def _write_gguf_header(http: httpx2.Client, name: str, target: Path) -> None:
             file.flush()
             start += len(data)
             try:
-                read_gguf_header(target)
+                header = read_gguf_header(target)
             except TruncatedGguf:
                 if start >= size:
                     raise
             else:
                 _extend(target, size)
+                _write_rotary_factors(http, name, header)
                 return
     raise httpx2.HTTPError(f"the header of {name} is longer than {start:,} bytes")
+
+
+def _write_rotary_factors(http: httpx2.Client, name: str, header: GgufHeader) -> None:
+    """Fetch the few values of a GGUF file that its configuration depends on."""
+    with header.path.open("r+b") as file:
+        for tensor in (header.tensors[t] for t in ROTARY_FACTORS if t in header.tensors):
+            file.seek(tensor.begin)
+            file.write(_part(http, name, tensor.begin, tensor.begin + tensor.nbytes)[0])
 
 
 def _extend(file: Path, size: int) -> None:

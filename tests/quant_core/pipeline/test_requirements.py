@@ -109,8 +109,8 @@ def test_a_source_that_must_be_converted_needs_more() -> None:
     room = replace(AMPLE, disk=10 * GB)
     check_room(PLAN, spec(), room)
     message = refusal(spec(), room, gguf=True).message
-    assert "host memory" in message
     assert "disk space" in message
+    assert "host memory" not in message  # tensors are converted one at a time
 
 
 def test_baselines_and_tuned_blocks_are_kept_on_disk() -> None:
