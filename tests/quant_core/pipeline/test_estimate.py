@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bitmill.calibration.block_inputs import choose_every, least_inputs
 from bitmill.calibration.gradients import input_room
+from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.formats.accounting import footprint
-from bitmill.pipeline.estimate import Machine, estimate
-from bitmill.plan.block_memory import backward_bytes
+from bitmill.pipeline.estimate import OVERHEAD, Machine, estimate
+from bitmill.plan.block_memory import LOGIT_BYTES, backward_bytes, refining_bytes
 from bitmill.plan.model_plan import Plan, PlannedLinear, PlannedTensor, Source, make_plan
+from bitmill.refinement.model import RefineInputs, refine_model
+from streaming import streamed, token_windows
 from tiny import tiny_llama
 
 GIB = 1 << 30
@@ -98,6 +103,47 @@ def test_what_is_held_at_once_is_counted() -> None:
     assert made.accelerator_bytes < 40 * GIB
     stream = 128 * 2048 * 8192 * 2
     assert 2 * stream < made.host_bytes < 2 * stream + 10 * GIB
+
+
+def test_the_batch_that_is_counted_is_the_one_that_refinement_runs(tmp_path: Path) -> None:
+    """By the most tokens that a linear of a decoder block ever sees at once."""
+    model = streamed(tiny_llama(tmp_path / "model", num_hidden_layers=1))
+    tokens = token_windows(50, T=400)
+    seen: list[int] = []
+
+    def note(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, torch.nn.Linear) and inputs[0].dim() == 3:
+            seen.append(inputs[0].shape[0] * inputs[0].shape[1])
+
+    asked = spec(
+        calibration={"sequences": 48, "held_out": 2, "length": 400},
+        refinement={"method": "gptq", "asymmetric": False},
+    )
+    widths = {shape.name: (3,) * shape.groups for shape in model.plan.shapes}
+    (tmp_path / "refine").mkdir()
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        refine_model(
+            model,
+            RefineInputs(
+                CalibrationSet(tokens[:48], tokens[48:], "digest"),
+                BitWidthMap(order="natural", linears=widths),
+                {},
+            ),
+            asked.refinement,
+            tmp_path / "refine",
+            seed=0,
+            on_unit=lambda *_: None,
+        )
+    finally:
+        hook.remove()
+    largest = max(seen)
+    assert largest < 48 * 400, "one batch held all windows, so its limit does not show"
+    counted = estimate(model.plan, asked, Machine(accelerator=True)).accelerator_bytes
+    for tokens_at_once, fits in ((largest, True), (largest + 400, False)):
+        needed = refining_bytes(model.plan, 4, tokens_at_once, judged=False)
+        outside = 4 * sum(math.prod(t.shape) for t in model.plan.tensors if "layers" not in t.name)
+        assert (OVERHEAD + outside + LOGIT_BYTES + needed <= counted) is fits
 
 
 def test_learning_holds_a_block_with_its_optimizer_and_tuning_all_codes() -> None:
