@@ -17,35 +17,61 @@ ROOT = Path(__file__).parents[3]
 
 MUTATIONS = {
     "token predicate": (
-        "store/leases.py",
+        "workers/bitmill_workers/store/leases.py",
         "sa.and_(jobs.c.id == job_id, jobs.c.token == token, jobs.c.state",
         "sa.and_(jobs.c.id == job_id, jobs.c.state",
-        "test_leases.py::test_stale_token_writes_nothing[sqlite]",
+        "workers/test_leases.py::test_stale_token_writes_nothing[sqlite]",
     ),
     "immediate transaction": (
-        "store/db.py",
+        "workers/bitmill_workers/store/db.py",
         'raw.execute("BEGIN IMMEDIATE")',
         'raw.execute("BEGIN")',
-        "test_concurrency.py::test_a_key_submitted_by_twelve_at_once_makes_one_job[sqlite]",
+        "workers/test_concurrency.py::test_a_key_submitted_by_twelve_at_once_makes_one_job[sqlite]",
     ),
     "liveness pipe": (
-        "execution/child.py",
+        "workers/bitmill_workers/execution/child.py",
         '    start_lifeline(request["lease_s"])\n',
         "",
-        "test_worker.py::test_stopped_supervisor_is_fenced_when_it_wakes",
+        "workers/test_worker.py::test_stopped_supervisor_is_fenced_when_it_wakes",
+    ),
+    "more memory after too little": (
+        "workers/bitmill_workers/execution/exits.py",
+        '    "out_of_memory": Then.LARGER,\n',
+        "",
+        "workers/test_supervisor.py::test_out_of_memory_goes_to_the_next_tier_once",
+    ),
+    "class of a stored error": (
+        "workers/bitmill_workers/store/records.py",
+        '"kind": self.error_kind,',
+        '"kind": None,',
+        "workers/test_leases.py::test_error_is_stored_whole_and_read_as_its_class[sqlite]",
+    ),
+    "what a child raised": (
+        "quant_core/bitmill/runtime/child.py",
+        "    if done.returncode != 0:\n",
+        "    if False:\n",
+        "quant_core/runtime/test_child.py::test_judgement_of_a_child_arrives_as_it_left",
+    ),
+    "budget at admission": (
+        "quant_core/bitmill/pipeline/admission.py",
+        "    check_budget(plan, config)\n",
+        "",
+        "service/test_hub_headers.py::test_retry_of_a_hub_job_is_checked_as_its_submission_was",
     ),
 }
 
 
-def run_tests(package: Path, name: str) -> int:
-    """Exit code of one test against the `bitmill_workers` in `package`."""
-    folders = [ROOT / "kernels", ROOT / "quant_core", package, ROOT / "service", ROOT / "tests"]
+def run_tests(copy: Path, package: Path, name: str) -> int:
+    """Exit code of one test against the copy of a package that lies in `copy`."""
+    folders = [ROOT / folder for folder in ("kernels", "quant_core", "workers", "service")]
+    folders = [copy if folder == package.parent else folder for folder in folders]
+    folders.append(ROOT / "tests")
     run = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
             *("-o", f"pythonpath={' '.join(map(str, folders))}"),
-            f"--basetemp={package / 'tests'}",
-            str(ROOT / "tests" / "workers" / name),
+            f"--basetemp={copy / 'tests'}",
+            str(ROOT / "tests" / name),
         ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
@@ -54,7 +80,7 @@ def run_tests(package: Path, name: str) -> int:
         check=False,
     )
     # Without the pipe a runner outlives its supervisor, which is what the test is about.
-    for pid in processes_of(str(package / "tests")):
+    for pid in processes_of(str(copy / "tests")):
         os.kill(pid, signal.SIGKILL)
     return run.returncode
 
@@ -62,10 +88,11 @@ def run_tests(package: Path, name: str) -> int:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_missing_safeguard_turns_the_suite_red(name: str, tmp_path: Path) -> None:
     file, old, new, test = MUTATIONS[name]
-    package = tmp_path / "bitmill_workers"
-    shutil.copytree(ROOT / "workers" / "bitmill_workers", package)
-    assert run_tests(tmp_path, test) == 0
-    text = (package / file).read_text()
+    package = ROOT / Path(*Path(file).parts[:2])
+    shutil.copytree(package, tmp_path / package.name)
+    assert run_tests(tmp_path, package, test) == 0
+    copy = tmp_path / Path(*Path(file).parts[1:])
+    text = copy.read_text()
     assert text.count(old) == 1
-    (package / file).write_text(text.replace(old, new))
-    assert run_tests(tmp_path, test) == 1
+    copy.write_text(text.replace(old, new))
+    assert run_tests(tmp_path, package, test) == 1
