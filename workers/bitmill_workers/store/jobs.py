@@ -85,11 +85,12 @@ class JobStore:
             "queue": queue,
             "parent_id": parent_id,
             "webhook_url": webhook_url,
+            "deadline_at": None if spec.deadline_s is None else db_now() + spec.deadline_s,
         }
         if idempotency_key is None:
             with self.database.write() as conn:
-                return Submission(_insert_job(conn, values, spec.deadline_s), replayed=False)
-        return self._submit_once(values, spec.deadline_s, idempotency_key, request_hash)
+                return Submission(_insert_job(conn, values), replayed=False)
+        return self._submit_once(values, idempotency_key, request_hash)
 
     def submitted(
         self, idempotency_key: str, request_hash: str, *, tenant: str = "local"
@@ -98,16 +99,14 @@ class JobStore:
         with self.database.read() as conn:
             return self._known_key(conn, tenant, idempotency_key, request_hash)
 
-    def _submit_once(
-        self, values: dict[str, Any], deadline_s: float | None, key: str, request_hash: str
-    ) -> Submission:
+    def _submit_once(self, values: dict[str, Any], key: str, request_hash: str) -> Submission:
         tenant = values["tenant"]
         try:
             with self.database.write() as conn:
                 known = self._known_key(conn, tenant, key, request_hash)
                 if known is not None:
                     return Submission(known, replayed=True)
-                job = _insert_job(conn, values, deadline_s)
+                job = _insert_job(conn, values)
                 self._take_key(conn, tenant, key, request_hash, job.id)
                 return Submission(job, replayed=False)
         except _KeyTaken:
@@ -324,50 +323,38 @@ def _shown_as(state: ShownState) -> sa.ColumnElement[bool]:
     return jobs.c.state == state
 
 
-def _fair_rank() -> sa.ColumnElement[int]:
+def _fair_rank(tenant: str) -> sa.ColumnElement[int]:
     """Start-time fair queueing: max(rank of the head of the queue, the tenant's last rank + 1).
 
     Jobs run in ascending rank, so tenants take turns however many jobs each has waiting, and a
     tenant that was idle gains no credit. (Goyal, Vin, Cheng 1996, with unit cost per job.)
     """
-    last = (
-        sa.select(sa.func.coalesce(sa.func.max(jobs.c.fair_rank) + 1, 0))
-        .where(jobs.c.tenant == sa.bindparam("of_tenant"))
-        .scalar_subquery()
-    )
-    lowest = sa.select(sa.func.min(jobs.c.fair_rank))
-    head = lowest.where(jobs.c.state == "queued").scalar_subquery()
-    newest = sa.select(sa.func.coalesce(sa.func.max(jobs.c.fair_rank), 0)).scalar_subquery()
-    virtual = sa.func.coalesce(head, newest)
-    return sa.case((last > virtual, last), else_=virtual)
+    ranks = sa.func.max(jobs.c.fair_rank)
+    last = sa.select(sa.func.coalesce(ranks + 1, 0)).where(jobs.c.tenant == tenant)
+    head = sa.select(sa.func.min(jobs.c.fair_rank)).where(jobs.c.state == "queued")
+    newest = sa.select(sa.func.coalesce(ranks, 0))
+    virtual = sa.func.coalesce(head.scalar_subquery(), newest.scalar_subquery())
+    own = last.scalar_subquery()
+    return sa.case((own > virtual, own), else_=virtual)
 
 
-_GIVEN = ("id", "tenant", "spec", "model", "label", "priority", "queue", "parent_id", "webhook_url")
 _COUNTS = ("attempt", "lost_count", "crash_count", "oom_count", "handback_count", "token")
-_INSERT_JOB = (
-    sa.insert(jobs)
-    .values(
-        {name: sa.bindparam(f"job_{name}", type_=jobs.c[name].type) for name in _GIVEN}
-        | dict.fromkeys((*_COUNTS, "log_size"), 0)
-        | {
-            "state": "queued",
-            "fair_rank": _fair_rank(),
-            "not_before": 0.0,
-            "deadline_at": db_now() + sa.bindparam("deadline_s", type_=sa.Double()),
-            "created_at": db_now(),
-            "queued_at": db_now(),
-            "next_seq": 1,
-            "schema_version": 1,
-        }
+
+
+def _insert_job(conn: sa.Connection, given: dict[str, Any]) -> JobRecord:
+    """Store a queued job of these columns and its first event."""
+    new = sa.insert(jobs).values(
+        **given,
+        **dict.fromkeys((*_COUNTS, "log_size"), 0),
+        state="queued",
+        fair_rank=_fair_rank(given["tenant"]),
+        not_before=0.0,
+        created_at=db_now(),
+        queued_at=db_now(),
+        next_seq=1,
+        schema_version=1,
     )
-    .returning(*jobs.c)
-)
-
-
-def _insert_job(conn: sa.Connection, given: dict[str, Any], deadline_s: float | None) -> JobRecord:
-    parameters = {f"job_{name}": given[name] for name in _GIVEN}
-    parameters |= {"of_tenant": given["tenant"], "deadline_s": deadline_s}
-    job = job_record(conn.execute(_INSERT_JOB, parameters).one())
+    job = job_record(conn.execute(new.returning(*jobs.c)).one())
     first = {"state": "queued"} | ({"parent_id": job.parent_id} if job.parent_id else {})
     add_events(conn, jobs.c.id == job.id, [("state", first)])
     return replace(job, next_seq=2)
