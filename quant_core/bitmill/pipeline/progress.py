@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -26,17 +26,16 @@ class Progress(BaseModel):
     """One event of a running job.
 
     kind: "stage" (a stage started, was skipped or finished: `state`), "progress" (done of total
-    units within the stage), "metric" (name and value), "warning" (message).
+    units within the stage), "warning" (message).
     unit: what done and total count, e.g. "block", "window".
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["stage", "progress", "metric", "warning"]
+    kind: Literal["stage", "progress", "warning"]
     stage: Stage
     state: Literal["started", "skipped", "finished"] | None = None
     done: int | None = None
     total: int | None = None
     unit: str | None = None
     message: str | None = None
-    data: dict[str, Any] = {}
