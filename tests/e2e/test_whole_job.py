@@ -113,12 +113,12 @@ def test_checkpoint_is_whole_within_budget_and_generates(undisturbed: Path) -> N
     assert row["size"] == (undisturbed / "model.safetensors").stat().st_size
     arguments = ["generate", str(undisturbed), "A mill", "--max-new-tokens", "5", "--json"]
     said = subprocess.run(
-        [sys.executable, "-P", "-m", "bitmill", *arguments],
+        [sys.executable, "-P", "-m", "bitmill_service.cli.main", *arguments],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert json.loads(said.stdout.splitlines()[-1])["text"]
+    assert json.loads(said.stdout)["text"]
 
 
 def test_what_one_job_learned_another_packs_without_training(

@@ -1,65 +1,69 @@
-"""`python -m bitmill`: how refusals look and which exit codes they have."""
+"""`python -m bitmill`: requests, what it tells, and whom it dies with."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bitmill import cli as command_line
-from bitmill.errors import InputError
+from bitmill.errors import BitmillError, FormatError, SpecError
+from bitmill.runtime.child import run_child
 
 
-def test_refusal_is_json_where_json_was_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["quantize", str(tmp_path / "none"), "--bits", "3", "--out", str(tmp_path / "out")]
-    assert command_line.main([*arguments, "--json"]) == 2
-    out, err = capsys.readouterr()
-    error = json.loads(err.splitlines()[-1])["error"]
-    assert (out, error["code"], error["param"]) == ("", "model_not_found", "model")
-    assert command_line.main(arguments) == 2
-    told = capsys.readouterr().err.splitlines()[-2:]
-    assert told == [f"error: {error['message']}", f"  {error['hint']}"]
+def program(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "bitmill", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+    )
 
 
-def test_a_job_specification_with_all_of_its_words_is_a_configuration(tmp_path: Path) -> None:
-    golden = Path(__file__).parents[1] / "golden" / "spec-v1.json"
-    spec = json.loads(golden.read_text()) | {"model": {"source": "path", "path": "m", "file": None}}
-    spec["refinement"]["omniquant"]["resume_parameters"] = {"source": "path", "path": "learned"}
-    (tmp_path / "spec.json").write_text(json.dumps(spec))
-    line = ["quantize", "--spec", str(tmp_path / "spec.json"), "--out", "out", "--seed", "5"]
-    model, file, config = command_line.build_config(command_line.parser().parse_args(line))
-    assert (model, file, config.seed, config.threads) == (Path("m"), None, 5, 2)
-    assert config.allocation.map is not None
-    assert config.allocation.map.linears == {"model.layers.0.mlp.up_proj": (3, 3, 4, 3, 2)}
-    assert config.refinement.omniquant.resume_parameters == Path("learned")
+@pytest.mark.parametrize("arguments", [(), ("quantize",), ("dance", "x"), ("bench", "x", "y")])
+def test_other_arguments_are_answered_with_the_usage(arguments: tuple[str, ...]) -> None:
+    done = program(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: python -m bitmill quantize|evaluate|")
+
+
+def test_an_error_is_the_last_line_and_all_of_standard_output(tmp_path: Path) -> None:
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps({"folder": str(tmp_path / "none"), "prompt": "a"}))
+    done = program("generate", request)
+    (line,) = done.stdout.splitlines()
+    assert type(BitmillError.from_dict(json.loads(line)["error"])) is FormatError
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("command", "request_", "param"),
     [
-        {"model": {"source": "hub", "repo_id": "a/b"}},
-        {"allocation": {"method": "map", "map": {"source": "job", "job_id": "j"}}},
-        {"refinement": {"omniquant": {"resume_parameters": {"source": "job", "job_id": "j"}}}},
+        ("generate", {"folder": "f"}, "prompt"),
+        ("generate", {"folder": "f", "prompt": "p", "colour": "red"}, "colour"),
+        ("bench", {"folder": "f", "dtype": "float3"}, "dtype"),
+        ("quantize", {"model": "m", "out": "o", "work": "w", "config": {"budget": {}}}, "budget"),
     ],
 )
-def test_what_only_a_service_can_find_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
-    spec = {"model": {"source": "path", "path": "m"}, "budget": {"bits": 3}} | changes
-    (tmp_path / "spec.json").write_text(json.dumps(spec))
-    line = ["quantize", "--spec", str(tmp_path / "spec.json"), "--out", "out"]
-    with pytest.raises(InputError):
-        command_line.build_config(command_line.parser().parse_args(line))
-
-
-def test_interrupt_leaves_no_trace(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_request_is_refused_by_name(
+    tmp_path: Path, command: str, request_: dict[str, Any], param: str
 ) -> None:
-    def interrupted(_: object) -> None:
-        raise KeyboardInterrupt
+    file = tmp_path / "request.json"
+    file.write_text(json.dumps(request_))
+    with pytest.raises(SpecError) as refused:
+        run_child("it", ["-m", "bitmill", command, str(file)])
+    assert param in str(refused.value.param)
 
-    monkeypatch.setattr(command_line, "_bench", interrupted)
-    assert command_line.main(["bench", "folder"]) == 130
-    assert "Traceback" not in capsys.readouterr().err
+
+def test_a_process_whose_parent_died_before_it_could_look_does_nothing(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    done = program("generate", tmp_path / "request.json", BITMILL_PARENT=str(gone.pid))
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")

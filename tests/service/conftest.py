@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
 
+from bitmill_service.cli import main as cli
 from bitmill_service.client.client import Client
 from bitmill_service.main import create_app
 from bitmill_service.settings import ServiceSettings
@@ -50,3 +52,20 @@ def http(stack: Stack) -> Iterator[httpx2.Client]:
 def client(stack: Stack) -> Iterator[Client]:
     with Client(stack.url, sleep=lambda _: None) as opened:
         yield opened
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`bitmill ...` through its entry point: exit code, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bitmill", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), out, err
+
+    return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
-from bitmill.errors import ModelError
-from bitmill_service.cli import main as cli
-from bitmill_service.cli import output as cli_output
-from bitmill_service.cli.local import PASS_ON
+from bitmill.errors import InputError, ModelError
+from bitmill_service.cli.docs import commands, help_of
 from bitmill_service.cli.output import format_size, parse_size
-from bitmill_service.client.watch import JobWatch
+from bitmill_service.cli.progress import JobWatch
 from bitmill_service.schemas import EventView
 from bitmill_workers.store.jobs import JobStore
 from finished import MAP, Stack
@@ -28,24 +26,11 @@ from stores import claim
 SUBMIT = ["submit", "path:models/tiny", "--code-bits", "3", "--method", "uniform"]
 
 
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `bitmill ...`, through its entry point."""
-    monkeypatch.setattr(sys, "argv", ["bitmill", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    out, err = capsys.readouterr()
-    code = ended.value.code
-    return (code if isinstance(code, int) else 0), out, err
-
-
 @pytest.fixture
-def bitmill(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stack: Stack
-) -> Any:
+def bitmill(monkeypatch: pytest.MonkeyPatch, command: Any, stack: Stack) -> Any:
+    """`bitmill ...` for the service of this module."""
     monkeypatch.setenv("BITMILL_URL", stack.url)
-    return lambda *arguments: run(monkeypatch, capsys, *arguments)
+    return command
 
 
 def test_submit_status_list_cancel_retry_delete(bitmill: Any) -> None:
@@ -171,47 +156,52 @@ def test_submit_with_download_prints_one_json_document(
 
 
 def test_bad_setting_is_named_without_a_trace(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, command: Any
 ) -> None:
     monkeypatch.setenv("BITMILL_PORT", "many")
-    code, _, err = run(monkeypatch, capsys, "doctor")
+    code, _, err = command("doctor")
     assert (code, "BITMILL_PORT" in err, "Traceback" in err) == (2, True, False)
 
 
-def test_service_that_is_not_there_exits_with_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = run(monkeypatch, capsys, "list", "--url", "http://127.0.0.1:9")
+def test_service_that_is_not_there_exits_with_1(command: Any) -> None:
+    code, _, err = command("list", "--url", "http://127.0.0.1:9")
     assert (code, "bitmill serve" in err) == (1, True)
 
 
-def test_database_is_made_and_reported(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    code, out, _ = run(monkeypatch, capsys, "db", "upgrade", "--data", str(tmp_path), "--json")
+def test_database_is_made_and_reported(command: Any, tmp_path: Path) -> None:
+    code, out, _ = command("db", "upgrade", "--data", tmp_path, "--json")
     assert code == 0
     assert json.loads(out)["revision"]
     assert (tmp_path / "bitmill.db").is_file()
 
 
-def test_every_command_takes_json() -> None:
-    runner = CliRunner()
-    own = [c for c in cli.app.registered_commands if c.context_settings != PASS_ON]
-    assert len(own) >= 14
-    for command in own:
-        assert command.callback is not None
-        name = command.name or command.callback.__name__
-        assert "--json" in runner.invoke(cli.app, [name, "--help"]).output, name
-    for group, name in [("map", "show"), ("map", "diff"), ("map", "allocate"), ("db", "upgrade")]:
-        assert "--json" in runner.invoke(cli.app, [group, name, "--help"]).output, name
+def test_every_command_takes_json_and_shows_an_example_that_it_would_take() -> None:
+    for path, found in commands():
+        text = " ".join(help_of(path).split())
+        assert "--json" in text, path
+        example = re.search(rf"Example: bitmill {' '.join(path)} ?(.*?) (Arguments|Options):", text)
+        assert example, path
+        found.make_context(path[-1], shlex.split(example[1]))
 
 
-def test_commands_of_the_library_keep_its_help_and_exit_code() -> None:
-    shown = _script("quantize", "--help")
-    assert shown.returncode == 0
-    assert "--calibration-sequences" in shown.stdout
-    refused = _script("generate", "nowhere")
-    assert refused.returncode == 2
+def test_usage_errors_are_one_line_or_one_document(command: Any) -> None:
+    code, out, err = command("submit", "--qqq")
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        "error: No such option: --qqq",
+        "  See `bitmill submit --help`.",
+    ]
+    code, out, err = command("wait", "--json")
+    assert (code, out) == (2, "")
+    error = json.loads(err)["error"]
+    assert (error["code"], error["message"]) == ("usage", "Missing argument 'JOB'.")
+
+
+def test_a_place_that_cannot_be_written_to_is_named(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, out, err = command("db", "upgrade", "--data", tmp_path / "file" / "below")
+    assert (code, out) == (1, "")
+    assert err == f"error: {tmp_path}/file/below: Not a directory\n"
 
 
 def test_command_line_and_api_never_load_torch() -> None:
@@ -221,15 +211,6 @@ def test_command_line_and_api_never_load_torch() -> None:
         "assert not {'torch', 'triton', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
-
-
-def _script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "bitmill_service.cli.main", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.mark.parametrize(
@@ -249,7 +230,7 @@ def test_sizes_are_read_or_refused(text: str, size: int) -> None:
     if size:
         assert parse_size(text) == size
     else:
-        with pytest.raises(cli_output.typer.BadParameter):
+        with pytest.raises(InputError, match="no size"):
             parse_size(text)
 
 

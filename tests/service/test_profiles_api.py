@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import httpx2
@@ -15,7 +14,6 @@ from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Allocation
 from bitmill.formats.accounting import footprint
 from bitmill.plan.model_plan import Plan, PlannedLinear, Source
-from bitmill_service.cli import main as cli
 from finished import Stack
 from plans import llama_plan, random_profile
 
@@ -133,22 +131,16 @@ def test_quantized_embeddings_of_the_profile_are_counted_or_the_difference_refus
 
 
 def test_command_leaves_open_what_it_was_not_told(
-    stack: Stack, url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stack: Stack, url: str, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BITMILL_URL", stack.url)
-    command = ["map", "allocate", url.rpartition("/")[2], "--method", "uniform", "--json"]
-    assert _bitmill(monkeypatch, *command, "--code-bits", "3") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["code_bits"], len(found["curve"])) == (3.0, 32)
-    assert _bitmill(monkeypatch, *command) == 2
-    assert "exactly one of code_bits, bits, size" in capsys.readouterr().err
-
-
-def _bitmill(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
-    monkeypatch.setattr(sys, "argv", ["bitmill", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return ended.value.code or 0
+    line = ["map", "allocate", url.rpartition("/")[2], "--method", "uniform", "--json"]
+    code, out, _ = command(*line, "--code-bits", "3")
+    found = json.loads(out)
+    assert (code, found["code_bits"], len(found["curve"])) == (0, 3.0, 32)
+    code, _, err = command(*line)
+    assert code == 2
+    assert "exactly one of code_bits, bits, size" in err
 
 
 def test_other_method_may_be_asked_for(http: httpx2.Client, url: str) -> None:

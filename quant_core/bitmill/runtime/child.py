@@ -1,14 +1,16 @@
-"""Processes that a job starts, and how each of them ended.
+"""Processes that a job starts, what they tell, and how each of them ended.
 
-A child hands what it raises to its parent as `BitmillError.to_dict` through its standard output,
-which is no file and so is there on a full disk too; what it prints goes to standard error. A child
-that died without a word is told by its return code:
+A child tells its parent what it does as JSON lines on its standard output, which is no file and so
+is there on a full disk too: messages of its own, last `{"result": ...}` or `{"error": ...}`, the
+latter as `BitmillError.to_dict`; what it prints goes to standard error. A child that died without a
+word is told by its return code:
 
     ended by a signal that a fault of its own raises (SIGSEGV, SIGABRT, ...)   ProcessFailed
     ended by any other signal, such as the SIGKILL of a kernel without memory  ResourceError, killed
     ended by itself                                                            ProcessFailed
 
-Torch-free.
+No child outlives its parent: one that stops waiting, by Ctrl-C or an exception, ends the child, and
+a child whose parent died without a word is killed by the kernel. Torch-free.
 """
 
 from __future__ import annotations
@@ -19,12 +21,18 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from bitmill.errors import BitmillError, ProcessFailed, ResourceError, as_bitmill_error
 from bitmill.runtime.lifetime import die_with_parent
 
+PARENT = "BITMILL_PARENT"
+"""Environment variable: process id of the parent that waits for this process."""
+
+_GRACE_S = 10.0
+"""How long a child may take to end when it is told to."""
 _OWN_FAULTS = frozenset(
     {
         *(signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL),
@@ -57,43 +65,105 @@ def _name(number: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else "unknown"
 
 
-def run_child(what: str, arguments: Sequence[str]) -> None:
-    """Run `python <arguments>`, a program that is `as_child`, and wait for its end.
+def run_child(
+    what: str,
+    arguments: Sequence[str],
+    on_message: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run `python <arguments>`, a program that is `as_child`, and return its result.
 
-    what: the process in words. Raises what the child raised, else how it died (`death`).
+    what: the process in words. on_message: gets what the child tells before. Raises what the child
+    raised, else how it died (`death`).
     """
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        check=False,
-        env=os.environ | {"PYTHONSAFEPATH": "1"},
-    )
-    if done.returncode != 0:
-        raise told(done.stdout) or death(what, done.returncode)
-
-
-def told(output: bytes | str) -> BitmillError | None:
-    """The error in the last line of what a process wrote, None where there is none."""
-    lines = output.strip().splitlines()
-    with suppress(ValueError):
-        found = json.loads(lines[-1]) if lines else None
-        if isinstance(found, dict) and isinstance(found.get("error"), dict):
-            return BitmillError.from_dict(found["error"])
-    return None
+    last: dict[str, Any] = {}
+    with _started(arguments) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            last = _parsed(line)
+            if last and not {"result", "error"} & last.keys():
+                on_message(last)
+        status = child.wait()
+    if "error" in last:
+        raise BitmillError.from_dict(last["error"])
+    if status != 0 or "result" not in last:
+        raise death(what, status)
+    result: dict[str, Any] = last["result"]
+    return result
 
 
 @contextmanager
-def as_child() -> Iterator[None]:
-    """Be a process that `run_child` started: end with the parent, and tell it what is raised."""
-    die_with_parent()
-    parent = os.dup(1)
+def _started(arguments: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that is gone afterwards. SIGINT is blocked in it: a terminal sends it to the parent
+    too, which ends the child.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        child = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())},
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    with child:  # closes its output and waits
+        try:
+            yield child
+        finally:
+            child.terminate()
+            try:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(_GRACE_S)
+            finally:
+                child.kill()
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    with suppress(ValueError):
+        found = json.loads(line)
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+class Tell:
+    """Writes messages to the parent, one JSON object a line."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __call__(self, **message: Any) -> None:
+        """Write one message whole, e.g. `tell(text="...")`."""
+        data = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        while data:
+            data = data[os.write(self._fd, data) :]
+
+    @contextmanager
+    def handed_on(self) -> Iterator[None]:
+        """Processes that are started meanwhile write to the parent."""
+        os.dup2(self._fd, 1)
+        try:
+            yield
+        finally:
+            os.dup2(2, 1)
+
+
+@contextmanager
+def as_child() -> Iterator[Tell]:
+    """Be a process that `run_child` started: end with the parent, and tell it what is raised.
+
+    In a process that was started otherwise the parent is the reader of standard output.
+    """
+    if PARENT in os.environ:
+        die_with_parent(parent=int(os.environ[PARENT]))
+    tell = Tell(os.dup(1))
     os.dup2(2, 1)
     try:
-        yield
+        yield tell
     except Exception as error:  # noqa: BLE001  (the boundary of the process)
         known = as_bitmill_error(error)
-        os.write(parent, json.dumps({"error": known.to_dict()}).encode())
         if known is not error:
-            with suppress(OSError):  # the log may lie on the disk that is full
-                traceback.print_exc()
+            traceback.print_exc()
+        tell(error=known.to_dict())
         sys.exit(1)

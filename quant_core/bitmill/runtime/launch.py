@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bitmill.errors import BitmillError, ResourceError, as_bitmill_error, disk_full
-from bitmill.runtime.child import death
+from bitmill.runtime.child import PARENT, death
 from bitmill.runtime.lifetime import die_with_parent
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def run_ranks(count: int, arguments: Sequence[str]) -> None:
     threads = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
     told = {
         _LAUNCHER: str(os.getpid()),
+        PARENT: str(os.getpid()),
         "OMP_NUM_THREADS": str(max(1, threads // count)),
         "MKL_NUM_THREADS": str(max(1, threads // count)),
         "GLOO_SOCKET_IFNAME": "lo",

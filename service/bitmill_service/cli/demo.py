@@ -9,11 +9,7 @@ benchmarks, which is why the table says how many were used.
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,13 +24,13 @@ from bitmill.config.bit_width_map import MAP_NAME
 from bitmill.errors import InputError
 from bitmill.io.atomic import write_bytes
 from bitmill.io.manifest import MANIFEST_NAME, check_folder
-from bitmill.runtime.child import death, told
-from bitmill_service.cli.local import library_command
+from bitmill.pipeline.requests import GenerateRequest
+from bitmill_service.cli.local import ended_by_signals, run_library
 from bitmill_service.cli.output import console, format_size, print_json
+from bitmill_service.cli.progress import JobWatch
 from bitmill_service.cli.report_table import parse_rows, print_report
 from bitmill_service.client.client import Client
 from bitmill_service.client.errors import JobFailed
-from bitmill_service.client.watch import JobWatch
 from bitmill_service.embedded.server import EmbeddedService
 from bitmill_service.schemas import JobView
 from bitmill_service.settings import ServiceSettings
@@ -82,13 +78,12 @@ class DemoResult:
 
 def run_demo(settings: DemoSettings, *, as_json: bool) -> None:
     """Run the demo and print what came out; raises `BitmillError` for whatever goes wrong."""
-    # The default action of SIGTERM would leave the temporary data folder behind.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     started = time.monotonic()
     folder, file = find_model(settings.model)
     spec = demo_spec(settings, file)
     checkpoint = _fresh_folder(settings.out / "checkpoint")
     with ExitStack() as stack:
+        stack.enter_context(ended_by_signals())
         data = settings.data or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="bitmill-demo-"))
         )
@@ -167,21 +162,12 @@ def demo_spec(settings: DemoSettings, file: str | None) -> JobSpec:
 
 def generate(checkpoint: Path, settings: DemoSettings) -> str:
     """Continue the prompt with the packed checkpoint, in a process that has torch."""
-    arguments = [str(checkpoint), settings.prompt, "--max-new-tokens", str(settings.new_tokens)]
-    done = subprocess.run(
-        library_command("generate", [*arguments, "--json"]),
-        capture_output=True,
-        text=True,
-        check=False,
+    request = GenerateRequest(
+        folder=checkpoint, prompt=settings.prompt, max_new_tokens=settings.new_tokens
     )
-    if done.returncode:
-        if error := told(done.stderr):
-            raise error
-        typer.echo(done.stderr, err=True)
-        raise death("the process that generates", done.returncode)
-    text = json.loads(done.stdout.splitlines()[-1])["text"]
-    assert isinstance(text, str)
-    return text
+    pieces: list[str] = []
+    run_library("generate", request, lambda message: pieces.append(message["text"]))
+    return "".join(pieces)
 
 
 def _run_job(client: Client, spec: JobSpec, *, quiet: bool) -> JobView:

@@ -5,14 +5,14 @@ python -m bitmill_service.cli.docs > docs/cli.md
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
+from typing import Any
 
-from bitmill_service.cli.local import PASS_ON, library_command
+from typer.main import get_command
+
 from bitmill_service.cli.main import app
 
 _HEAD = """# Command line
@@ -31,52 +31,35 @@ Progress is shown as bars on a terminal and as plain lines otherwise.
 | 5 | timeout |
 | 6 | credentials refused |
 
-`quantize`, `evaluate`, `generate` and `bench` need torch and become `python -m bitmill ...`;
-everything else is torch-free. `BITMILL_URL` names the service that the job commands talk to.
+Options of a specification (budget, allocation, refinement, calibration, evaluation, run) are the
+same in `quantize` and `submit`; each sets one field, and what is not given is as in `--spec` or its
+default. `BITMILL_URL` names the service that the job commands talk to. `quantize`, `evaluate`,
+`generate` and `bench` need torch: they run it in a process of its own, which ends with the command.
 """
 
 
 def pages() -> Iterator[str]:
     """The document, heading by heading."""
     yield _HEAD
-    for command in app.registered_commands:
-        assert command.callback is not None
-        name = command.name or command.callback.__name__
-        library = command.context_settings == PASS_ON
-        yield _page([name], _library_help(name) if library else _help([name]))
-    for group in app.registered_groups:
-        assert group.name is not None
-        assert group.typer_instance is not None
-        for command in group.typer_instance.registered_commands:
-            assert command.callback is not None
-            path = [group.name, command.name or command.callback.__name__]
-            yield _page(path, _help(path))
+    for path, _ in commands():
+        yield f"## bitmill {' '.join(path)}\n```text\n{help_of(path)}\n```\n"
 
 
-def _page(path: list[str], text: str) -> str:
-    return f"## bitmill {' '.join(path)}\n```text\n{text.strip()}\n```\n"
+def commands() -> Iterator[tuple[list[str], Any]]:
+    """Every command with its path, e.g. ["map", "show"]."""
+    whole: Any = get_command(app)
+    for name, command in whole.commands.items():
+        if hasattr(command, "commands"):
+            yield from (([name, below], inner) for below, inner in command.commands.items())
+        else:
+            yield [name], command
 
 
-def _help(path: list[str]) -> str:
+def help_of(path: list[str]) -> str:
+    """What `bitmill ... --help` prints."""
     with redirect_stdout(StringIO()) as out:
         app([*path, "--help"], prog_name="bitmill", standalone_mode=False)
-    return _trimmed(out.getvalue())
-
-
-def _library_help(name: str) -> str:
-    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    done = subprocess.run(
-        library_command(name, ["--help"]),
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
-    return _trimmed(done.stdout.replace("python -m bitmill ", "bitmill "))
-
-
-def _trimmed(text: str) -> str:
-    return "\n".join(line.rstrip() for line in text.splitlines())
+    return "\n".join(line.rstrip() for line in out.getvalue().strip().splitlines())
 
 
 def main() -> None:

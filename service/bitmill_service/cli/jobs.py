@@ -11,6 +11,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from bitmill.pipeline.estimate import Estimate
+from bitmill_service.cli.options import COMMON, JOB, SERVICE_RESULTS, SpecFile, takes
 from bitmill_service.cli.output import (
     JobArgument,
     JsonFlag,
@@ -22,53 +23,25 @@ from bitmill_service.cli.output import (
     print_json,
     print_table,
 )
+from bitmill_service.cli.progress import JobWatch
 from bitmill_service.cli.report_table import parse_rows, print_report
-from bitmill_service.cli.spec import budget, build_spec, parameters_reference
+from bitmill_service.cli.spec import Given, build_spec, model_reference
 from bitmill_service.client.client import Client
-from bitmill_service.client.watch import JobWatch
 from bitmill_service.schemas import JobView, PlanView
 
 
+@takes(*COMMON, SERVICE_RESULTS, JOB)
 def submit(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="path:ROOT/FOLDER, or a Hub repository ORG/NAME[@REVISION]."
+            metavar="MODEL",
+            help="path:ROOT/FOLDER, upload:ID, or a Hub repository ORG/NAME[@REVISION].",
         ),
     ] = None,
     *,
-    code_bits: Annotated[
-        float | None, typer.Option(help="Budget: mean bits of the codes alone.")
-    ] = None,
-    bits: Annotated[
-        float | None, typer.Option(help="Budget: stored bits per quantized weight.")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="Budget: bytes of the checkpoint, e.g. 120MB.")
-    ] = None,
-    file: Annotated[str | None, typer.Option(help="A GGUF file of the model.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="Allocation: uniform, sba, knapsack or map.")
-    ] = None,
-    refine: Annotated[str | None, typer.Option(help="Refinement: rtn, gptq or omniquant.")] = None,
-    resume_parameters: Annotated[
-        str | None,
-        typer.Option(
-            metavar="JOB",
-            help="Train nothing: take what a job with the same settings learned, or a folder of "
-            "one, path:ROOT/FOLDER.",
-        ),
-    ] = None,
-    order: Annotated[str | None, typer.Option(help="Columns: natural or activation.")] = None,
-    calibration_sequences: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
-    calibration_length: Annotated[
-        int | None, typer.Option(help="Tokens of a calibration window.")
-    ] = None,
-    label: Annotated[str | None, typer.Option(help="A name to find the job by.")] = None,
-    spec: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="JSON specification, - for standard input."),
-    ] = None,
+    given: Given,
+    spec: SpecFile = None,
     key: Annotated[
         str | None, typer.Option(help="Idempotency key: repeat the call without a second job.")
     ] = None,
@@ -82,22 +55,11 @@ def submit(
     url: UrlOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Submit a job."""
-    built = build_spec(
-        model,
-        spec,
-        file=file,
-        budget_part=budget(code_bits, bits, size),
-        changes={
-            "allocation": {"method": method, "order": order},
-            "refinement": {
-                "method": refine,
-                "omniquant": {"resume_parameters": parameters_reference(resume_parameters)},
-            },
-            "calibration": {"sequences": calibration_sequences, "length": calibration_length},
-            "label": label,
-        },
-    )
+    """Submit a job; settings that are not given are those of --spec, or defaults.
+
+    Example: bitmill submit HuggingFaceTB/SmolLM2-135M --bits 3 --wait
+    """
+    built = build_spec(None if model is None else model_reference(model), spec, given)
     with open_client(url) as client:
         if validate_only:
             _show_plan(client.plan(built), as_json=json)
@@ -115,7 +77,10 @@ def submit(
 
 
 def status(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
-    """Show one job."""
+    """Show one job.
+
+    Example: bitmill status JOB
+    """
     with open_client(url) as client:
         view = client.get(job)
     if json:
@@ -136,7 +101,10 @@ def list_jobs(
     url: UrlOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """List jobs, newest first."""
+    """List jobs, newest first.
+
+    Example: bitmill list --state running --limit 10
+    """
     with open_client(url) as client:
         page = client.list_jobs(state=state, model=model, label=label, limit=limit, after=after)
     if json:
@@ -160,7 +128,10 @@ def wait(
     url: UrlOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Wait until a job has finished; exit code 3 if it failed, 4 if cancelled, 5 on timeout."""
+    """Wait until a job has finished; exit code 3 if it failed, 4 if cancelled, 5 on timeout.
+
+    Example: bitmill wait JOB --timeout 3600
+    """
     with open_client(url) as client:
         view = _watch(client, job, timeout, quiet=json)
     if json:
@@ -177,7 +148,10 @@ def logs(
     url: UrlOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Print a job's log."""
+    """Print a job's log.
+
+    Example: bitmill logs JOB --follow
+    """
     with open_client(url) as client:
         if json:
             print_json({"text": "".join(client.logs(job, offset=offset, follow=follow))})
@@ -188,19 +162,28 @@ def logs(
 
 
 def cancel(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
-    """Ask a job to stop."""
+    """Ask a job to stop.
+
+    Example: bitmill cancel JOB
+    """
     with open_client(url) as client:
         _say(client.cancel(job), as_json=json)
 
 
 def retry(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
-    """Submit a job's specification again, as a new job."""
+    """Submit a job's specification again, as a new job.
+
+    Example: bitmill retry JOB
+    """
     with open_client(url) as client:
         _say(client.retry(job), as_json=json)
 
 
 def delete(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
-    """Remove a finished job with all its files."""
+    """Remove a finished job with all its files.
+
+    Example: bitmill delete JOB
+    """
     with open_client(url) as client:
         client.delete(job)
     if json:
@@ -224,7 +207,10 @@ def download(
     url: UrlOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Download a finished job's files; verified, and resumed where an earlier run stopped."""
+    """Download a finished job's files; verified, and resumed where an earlier run stopped.
+
+    Example: bitmill download JOB --out packed
+    """
     with open_client(url) as client:
         done = _download(client, job, out, tuple(include or ()), parallel, quiet=json)
     if json:

@@ -1,57 +1,265 @@
-"""Commands that work on local folders. Those that need torch become `python -m bitmill ...`."""
+"""Commands that work on local folders. Those that need torch run as `python -m bitmill`."""
 
 from __future__ import annotations
 
-import os
-import sys
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from rich.console import Console
 
-from bitmill.errors import InputError
+from bitmill.errors import BitmillError, Cancelled, InputError, ModelError
+from bitmill.pipeline.requests import (
+    BenchRequest,
+    EvaluateRequest,
+    GenerateRequest,
+    QuantizeRequest,
+    Request,
+)
+from bitmill.reporting.learning import learning_summary
 from bitmill.results import QualityReport
-from bitmill_service.cli.output import JsonFlag, UrlOption, open_client, print_json
-from bitmill_service.cli.report_table import parse_rows, print_learning, print_report
+from bitmill.runtime.child import run_child
+from bitmill_service.cli.options import COMMON, LOCAL_RESULTS, SpecFile, takes
+from bitmill_service.cli.output import JsonFlag, RunFailed, UrlOption, open_client, print_json
+from bitmill_service.cli.progress import JobWatch
+from bitmill_service.cli.report_table import parse_rows, print_quality, print_report
+from bitmill_service.cli.spec import Given, build_spec, comma_separated
 
-PASS_ON = {
-    "allow_extra_args": True,
-    "ignore_unknown_options": True,
-    "help_option_names": [],
-}
-"""Settings of a command that hands everything, `--help` included, to another program."""
-
-
-def library_command(command: str, arguments: list[str]) -> list[str]:
-    """The program that runs a command of the library in a process of its own."""
-    return [sys.executable, "-P", "-m", "bitmill", command, *arguments]
-
-
-def _become(command: str, arguments: list[str]) -> None:
-    """Replace this process, so that signals and the exit code need no relay."""
-    line = library_command(command, arguments)
-    sys.stdout.flush()
-    os.execv(line[0], line)
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A packed folder.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+TaskFolderOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Task files of one's own for --tasks; they may run code."),
+]
 
 
-def quantize(context: typer.Context) -> None:
-    """Quantize a local model without a server."""
-    _become("quantize", context.args)
+def run_library(
+    command: str,
+    request: Request,
+    on_message: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run a command of `python -m bitmill` and return its result.
+
+    However this process ends, the child does too. Raises what the child raises; what is neither
+    refused input nor a wish to stop as `RunFailed`.
+    """
+    with tempfile.TemporaryDirectory(prefix="bitmill-") as folder, ended_by_signals():
+        file = Path(folder, "request.json")
+        file.write_text(request.model_dump_json())
+        try:
+            return run_child(
+                f"the process of `bitmill {command}`",
+                ["-m", "bitmill", command, str(file)],
+                on_message,
+            )
+        except (InputError, Cancelled):
+            raise
+        except BitmillError as error:
+            raise RunFailed(error) from error
 
 
-def evaluate(context: typer.Context) -> None:
-    """Measure perplexity and KL of a packed folder against its source."""
-    _become("evaluate", context.args)
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit as Ctrl-C raises KeyboardInterrupt, so that what was
+    begun is cleaned up.
+    """
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, _exit)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
-def generate(context: typer.Context) -> None:
-    """Continue a prompt with a packed model."""
-    _become("generate", context.args)
+def _exit(number: int, _: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
-def bench(context: typer.Context) -> None:
-    """Measure prefill and decode speed and memory of a packed folder."""
-    _become("bench", context.args)
+@takes(*COMMON, LOCAL_RESULTS)
+def quantize(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="Folder of the source model.")
+    ] = None,
+    *,
+    given: Given,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to make.")],
+    spec: SpecFile = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of finished stages, kept for resuming."),
+    ] = None,
+    profiles: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Sensitivity profiles to reuse and keep.")
+    ] = None,
+    task_folder: TaskFolderOption = None,
+    device: DeviceOption = "cpu",
+    json: JsonFlag = False,
+) -> None:
+    """Quantize a local model without a server; progress goes to standard error.
+
+    Example: bitmill quantize models/SmolLM2-135M --bits 3 --out packed
+    """
+    source = None if model is None else {"source": "path", "path": str(model)}
+    asked = build_spec(source, spec, given)
+    if asked.model.source != "path":
+        raise InputError("quantize reads local folders; submit a job for other models")
+    folder, config = Path(asked.model.path), asked.config()
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}", code="model_not_found", param="model")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=".bitmill-", dir=out.absolute().parent) as scratch,
+        JobWatch(Console(stderr=True, highlight=False)) as watch,
+    ):
+        request = QuantizeRequest(
+            model=folder,
+            file=asked.model.file,
+            config=config,
+            out=out,
+            work=work or Path(scratch, "work"),
+            profiles=profiles,
+            task_folder=task_folder,
+            device=device,
+        )
+        run_library("quantize", request, lambda m: watch.show(m["progress"]["kind"], m["progress"]))
+    quality = QualityReport.load(out / "quality.json")
+    if json:
+        shown = quality.model_dump(mode="json", include={"rows"})
+        shown |= {
+            "folder": str(out),
+            "learning": learning_summary(quality.blocks, quality.tuning, resumed=quality.resumed),
+            "warnings": [f"warning: {warning}" for warning in quality.warnings],
+        }
+        print_json(shown)
+    else:
+        print_quality(quality.model_dump(mode="json"))
+
+
+def evaluate(
+    folder: FolderArgument,
+    *,
+    source: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the source model.")],
+    file: Annotated[
+        str | None, typer.Option(metavar="NAME", help="GGUF file in the source's folder.")
+    ] = None,
+    texts: Annotated[
+        str, typer.Option(metavar="TEXT,...", help="Bundled texts to measure.")
+    ] = "wiki_evaluation,handbook_evaluation",
+    sequences: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="TASK,...", help="Tasks of lm-evaluation-harness to measure."),
+    ] = None,
+    task_folder: TaskFolderOption = None,
+    device: DeviceOption = "cpu",
+    json: JsonFlag = False,
+) -> None:
+    """Measure perplexity and KL of a packed folder against its source.
+
+    Example: bitmill evaluate packed --source models/SmolLM2-135M --sequences 20
+    """
+    request = EvaluateRequest(
+        folder=folder,
+        source=source,
+        file=file,
+        texts=comma_separated(texts),
+        sequences=sequences,
+        length=length,
+        tasks=comma_separated(tasks) if tasks else (),
+        task_folder=task_folder,
+        device=device,
+    )
+    found = run_library("evaluate", request)
+    if json:
+        print_json(found)
+    else:
+        print_report(parse_rows(found["rows"]))
+
+
+def generate(
+    folder: FolderArgument,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    *,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most likely token each time.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the chat template.")
+    ] = False,
+    device: DeviceOption = "cpu",
+    json: JsonFlag = False,
+) -> None:
+    """Continue a prompt with a packed model.
+
+    Example: bitmill generate packed "A water mill is"
+    """
+    request = GenerateRequest(
+        folder=folder,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        device=device,
+    )
+    pieces: list[str] = []
+
+    def on_text(message: dict[str, Any]) -> None:
+        pieces.append(message["text"])
+        if not json:
+            typer.echo(message["text"], nl=False)
+
+    run_library("generate", request, on_text)
+    if json:
+        print_json({"prompt": prompt, "text": "".join(pieces)})
+    else:
+        typer.echo()
+
+
+def bench(
+    folder: FolderArgument,
+    *,
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        typer.Option(help="Type of everything that is not quantized; auto: the folder's."),
+    ] = "auto",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
+    device: DeviceOption = "cpu",
+    json: JsonFlag = False,
+) -> None:
+    """Measure prefill and decode speed and memory of a packed folder.
+
+    Example: bitmill bench packed --device cuda
+    """
+    request = BenchRequest(
+        folder=folder,
+        dtype=dtype,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        device=device,
+    )
+    found = run_library("bench", request)
+    if json:
+        print_json(found)
+        return
+    for name in ("packed", "dense"):
+        speed = found[name]
+        typer.echo(
+            f"{name:7} prefill {speed['prefill_tokens_per_second']:9.1f} tokens/s, "
+            f"decode {speed['decode_tokens_per_second']:7.1f} tokens/s, "
+            f"peak {speed['peak_bytes'] / 1e9:.2f} GB"
+        )
 
 
 def report(
@@ -65,7 +273,10 @@ def report(
     url: UrlOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Print the quality report of a packed folder or of a finished job."""
+    """Print the quality report of a packed folder or of a finished job.
+
+    Example: bitmill report packed --html report.html
+    """
     if html is not None and not Path(target).is_dir():
         raise InputError(f"--html needs a packed folder: download {target} first", param="--html")
     if html is not None:
@@ -79,8 +290,5 @@ def report(
             found = client.report(target)
     if json:
         print_json(found)
-        return
-    print_report(parse_rows(found["rows"]))
-    print_learning(found)
-    for warning in found.get("warnings", ()):
-        typer.echo(f"warning: {warning}")
+    else:
+        print_quality(found)

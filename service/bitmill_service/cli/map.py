@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
+from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import parse_part
-from bitmill.config.slim_llm import read_slim_map
 from bitmill.io.atomic import write_bytes
+from bitmill_service.cli.options import ALLOCATION, BUDGET, GroupedCommand, takes
 from bitmill_service.cli.output import (
     JsonFlag,
     UrlOption,
@@ -20,12 +20,11 @@ from bitmill_service.cli.output import (
     print_json,
     print_table,
 )
-from bitmill_service.cli.spec import budget, merge
+from bitmill_service.cli.spec import Given, put, read_map
 from bitmill_service.schemas import AllocationRequest
 
 app = typer.Typer(
     help="Look at bit-width maps, compare them, make them from a stored profile.",
-    no_args_is_help=True,
     rich_markup_mode=None,
 )
 
@@ -36,19 +35,18 @@ MapArgument = Annotated[str, typer.Argument(metavar="MAP", help=_MAP_HELP)]
 def load_map(target: str, url: str | None) -> BitWidthMap:
     """The map that a command-line argument means."""
     path = Path(target)
-    if path.is_dir():
-        return BitWidthMap.load(path / MAP_NAME)
-    if path.suffix == ".pt":
-        return read_slim_map(path)
-    if path.is_file() or path.suffix == ".json":
-        return BitWidthMap.load(path)
+    if path.exists() or path.suffix in (".json", ".pt"):
+        return read_map(path)
     with open_client(url) as client:
         return client.bit_width_map(target)
 
 
 @app.command()
 def show(target: MapArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
-    """Show the widths of every linear's groups."""
+    """Show the widths of every linear's groups.
+
+    Example: bitmill map show packed
+    """
     found = load_map(target, url)
     if json:
         print_json(found.model_dump(mode="json"))
@@ -67,7 +65,10 @@ def show(target: MapArgument, *, url: UrlOption = None, json: JsonFlag = False) 
 def diff(
     first: MapArgument, second: MapArgument, *, url: UrlOption = None, json: JsonFlag = False
 ) -> None:
-    """Show the linears in which two maps differ; exit code 0 also when they do."""
+    """Show the linears in which two maps differ; exit code 0 also when they do.
+
+    Example: bitmill map diff first.json second.json
+    """
     a, b = load_map(first, url).linears, load_map(second, url).linears
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
     if json:
@@ -79,14 +80,12 @@ def diff(
     typer.echo(f"{len(names)} of {len({**a, **b})} linears differ")
 
 
-@app.command()
+@app.command(cls=GroupedCommand)
+@takes(BUDGET, ALLOCATION)
 def allocate(
     profile: Annotated[str, typer.Argument(metavar="PROFILE", help="Id of a stored profile.")],
     *,
-    code_bits: Annotated[float | None, typer.Option(help="Budget: mean bits of the codes.")] = None,
-    bits: Annotated[float | None, typer.Option(help="Budget: stored bits per weight.")] = None,
-    size: Annotated[str | None, typer.Option(help="Budget: bytes, e.g. 120MB.")] = None,
-    method: Annotated[str | None, typer.Option(help="knapsack, sba or uniform.")] = None,
+    given: Given,
     curve: Annotated[
         list[float] | None,
         typer.Option(help="Budgets of the same kind for the curve, repeatable; default all."),
@@ -97,14 +96,14 @@ def allocate(
     url: UrlOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Spend a budget on a stored sensitivity profile, without an accelerator."""
-    request = parse_part(
-        AllocationRequest,
-        merge(
-            {"budget": budget(code_bits, bits, size)},
-            {"allocation": {"method": method}, "curve": curve},
-        ),
-    )
+    """Spend a budget on a stored sensitivity profile, without an accelerator.
+
+    What is not given is as in the profile.
+
+    Example: bitmill map allocate PROFILE --bits 2.5 --out map.json
+    """
+    asked = put({"budget": {}}, given) | ({"curve": curve} if curve else {})
+    request = parse_part(AllocationRequest, asked)
     with open_client(url) as client:
         found = client.allocate(profile, request)
     if out is not None:

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bitmill.errors import BitmillError, InputError
+from bitmill.errors import BitmillError, Cancelled, InputError
 from bitmill_service.client.client import Client
 from bitmill_service.client.errors import (
     JobCancelled,
@@ -34,6 +34,14 @@ UrlOption = Annotated[
     ),
 ]
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Job id.")]
+
+
+class RunFailed(BitmillError):
+    """A run on local folders failed, for the reason given."""
+
+    def __init__(self, reason: BitmillError) -> None:
+        super().__init__(reason.message, code=reason.code, param=reason.param, hint=reason.hint)
+
 
 _PLAIN_WIDTH = 200
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -70,7 +78,7 @@ def print_table(
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 120000000, 120MB, 1.5GB or 512MiB; raises `BadParameter`."""
+    """Bytes of a size such as 120000000, 120MB, 1.5GB or 512MiB; raises `InputError`."""
     digits = text.strip().rstrip("BbKkMmGgTtIi ")
     unit = text.strip()[len(digits) :].strip().upper()
     factor = (_UNITS | _BINARY).get(unit)
@@ -79,7 +87,9 @@ def parse_size(text: str) -> int:
     except ValueError:
         value = -1.0
     if value < 1 or value == float("inf"):
-        raise typer.BadParameter(f"{text!r} is no size: give bytes, or a number with MB, GB, MiB")
+        raise InputError(
+            f"{text!r} is no size: give bytes, or a number with MB, GB, MiB", param="--size"
+        )
     return int(value)
 
 
@@ -103,9 +113,9 @@ def exit_code(error: BitmillError) -> int:
     """The exit code that stands for this error."""
     if isinstance(error, Unauthorized):
         return 6
-    if isinstance(error, JobFailed):
+    if isinstance(error, JobFailed | RunFailed):
         return 3
-    if isinstance(error, JobCancelled):
+    if isinstance(error, JobCancelled | Cancelled):
         return 4
     if isinstance(error, WaitTimeout):
         return 5

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from bitmill.reporting.learning import learning_summary
-from bitmill.results import BlockQuality, QualityRow, TextQuality, TuningQuality
+from bitmill.results import BlockQuality, QualityRow, TaskMetric, TextQuality, TuningQuality
 from bitmill_service.cli.output import format_size, print_table
 
 
@@ -17,8 +17,16 @@ def parse_rows(rows: Sequence[dict[str, Any]]) -> list[QualityRow]:
     return [QualityRow.model_validate(row) for row in rows]
 
 
+def print_quality(report: dict[str, Any]) -> None:
+    """A whole report, as JSON values: rows, what was learned, warnings."""
+    print_report(parse_rows(report["rows"]))
+    _print_learning(report)
+    for warning in report.get("warnings", ()):
+        typer.echo(f"warning: {warning}")
+
+
 def print_report(rows: Sequence[QualityRow]) -> None:
-    """One line per method and text; ± is one standard error over windows."""
+    """One line per method and text, then per method and task; ± is one standard error."""
     texts = {text for row in rows for text in row.texts}
     named = len(texts) > 1
     columns = ["method", "code bits", "true bits", "file size", "tokens", "perplexity", "KL"]
@@ -30,9 +38,18 @@ def print_report(rows: Sequence[QualityRow]) -> None:
         for index, (text, quality) in enumerate(row.texts.items())
     ]
     print_table(columns, lines, numbers_from=1)
+    for row in rows:
+        for task, found in row.tasks.items():
+            metrics = ", ".join(f"{name} {_metric(m)}" for name, m in found.metrics.items())
+            typer.echo(f"{row.method}, {task}: {metrics}")
 
 
-def print_learning(report: dict[str, Any]) -> None:
+def _metric(metric: TaskMetric) -> str:
+    error = "" if metric.se is None else f" ± {metric.se:.4f}"
+    return f"{metric.value:.4f}{error}"
+
+
+def _print_learning(report: dict[str, Any]) -> None:
     """A line per learned block, and what learning changed; nothing where nothing learned."""
     blocks = [BlockQuality.model_validate(block) for block in report.get("blocks", ())]
     if not blocks:

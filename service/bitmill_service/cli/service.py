@@ -25,7 +25,7 @@ DataOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
-db = typer.Typer(help="Look after the job database.", no_args_is_help=True, rich_markup_mode=None)
+db = typer.Typer(help="Look after the job database.", rich_markup_mode=None)
 
 
 def make_settings(**given: Any) -> ServiceSettings:
@@ -52,7 +52,7 @@ def model_roots(given: list[str] | None) -> dict[str, Path] | None:
         name, found, folder = item.partition("=")
         path = Path(folder if found else item)
         if not path.is_dir():
-            raise typer.BadParameter(f"{path} is no folder", param_hint="--models")
+            raise InputError(f"{path} is no folder", param="--models")
         roots[name if found else path.resolve().name] = path.resolve()
     return roots
 
@@ -78,7 +78,10 @@ def serve(
     ] = True,
     json: JsonFlag = False,
 ) -> None:
-    """Run the whole service: API, worker and database in one data folder."""
+    """Run the whole service: API, worker and database in one data folder.
+
+    Example: bitmill serve --data /srv/bitmill --models models=/srv/models
+    """
     from bitmill_service.embedded.server import EmbeddedService
     from bitmill_workers.logs import configure_logs
 
@@ -107,7 +110,10 @@ def worker(
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Run a worker alone; with a broker of files (the default) only one per data folder."""
+    """Run a worker alone; with a broker of files (the default) only one per data folder.
+
+    Example: bitmill worker --data /srv/bitmill --device cuda:0
+    """
     from bitmill_service.embedded.worker_process import settings_environment, worker_lock
     from bitmill_workers import worker as worker_module
 
@@ -125,7 +131,10 @@ def worker(
 
 @db.command("upgrade")
 def db_upgrade(*, data: DataOption = None, json: JsonFlag = False) -> None:
-    """Bring the job database to this program's schema."""
+    """Bring the job database to this program's schema.
+
+    Example: bitmill db upgrade --data /srv/bitmill
+    """
     from bitmill_workers.store.db import Database
     from bitmill_workers.store.migrate import current_revision, upgrade
 
@@ -143,7 +152,10 @@ def db_upgrade(*, data: DataOption = None, json: JsonFlag = False) -> None:
 
 
 def doctor(*, data: DataOption = None, url: UrlOption = None, json: JsonFlag = False) -> None:
-    """Check this installation: versions, accelerator, disk, database, Hub, service."""
+    """Check this installation: versions, accelerator, disk, database, Hub, service.
+
+    Example: bitmill doctor
+    """
     from bitmill_service.cli.doctor import run_checks
 
     checks = list(run_checks(make_settings(data=data), url))
@@ -173,7 +185,10 @@ def demo(
     device: DeviceOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Run the main job on a real model through an embedded service, and show what came out."""
+    """Run the main job on a real model through an embedded service, and show what came out.
+
+    Example: bitmill demo --out demo-output
+    """
     from bitmill_service.cli.demo import DemoSettings, run_demo
 
     run_demo(DemoSettings(out=out, data=data, model=model, device=device or "auto"), as_json=json)

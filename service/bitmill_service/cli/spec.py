@@ -1,8 +1,4 @@
-"""A job specification from command-line options.
-
-MODEL is `path:ROOT/FOLDER` (below one of the service's model roots) or a Hub repository,
-`ORG/NAME` or `ORG/NAME@REVISION`.
-"""
+"""A specification from what a command was given: references, files, and options over both."""
 
 from __future__ import annotations
 
@@ -11,83 +7,110 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import typer
-
+from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
+from bitmill.config.slim_llm import read_slim_map
 from bitmill.errors import SpecError
-from bitmill_service.cli.output import parse_size
 from bitmill_workers.job_spec import JobSpec, parse_spec
 
-
-def model_reference(model: str, file: str | None) -> dict[str, Any]:
-    """The JSON model reference that MODEL stands for."""
-    reference: dict[str, Any]
-    if model.startswith("path:"):
-        reference = {"source": "path", "path": model.removeprefix("path:")}
-    else:
-        repo, _, revision = model.removeprefix("hub:").partition("@")
-        reference = {"source": "hub", "repo_id": repo}
-        if revision:
-            reference["revision"] = revision
-    if file is not None:
-        reference["file"] = file
-    return reference
+Given = dict[str, Any]
+"""Path of a field, e.g. "calibration.held_out" -> JSON value, for every option that was given."""
 
 
-def parameters_reference(given: str | None) -> dict[str, Any]:
-    """The JSON reference to learned parameters: of a job, or of a folder as `path:...`."""
-    if given is None:
+def put(spec: dict[str, Any], given: Given) -> dict[str, Any]:
+    """The specification with what was given in place of its own values; `spec` is changed."""
+    if any(path.startswith("budget.") for path in given):
+        spec["budget"] = {}
+    for path, value in given.items():
+        *parents, name = path.split(".")
+        part = spec
+        for parent in parents:
+            inner = part.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise SpecError(f"{parent} must be an object in the specification", param=parent)
+            part = inner
+        part[name] = value
+    return spec
+
+
+def build_spec(model: dict[str, Any] | None, file: str | None, given: Given) -> JobSpec:
+    """The specification of the file, if any, with the model and what was given in its place."""
+    spec = read_spec(file)
+    if model is not None:
+        spec["model"] = model
+    elif "model" not in spec:
+        raise SpecError("name the model: give MODEL, or --spec with one", param="model")
+    put(spec, given)
+    part_of_text = any(path.startswith("calibration.text.") for path in given)
+    if part_of_text and "source" not in spec["calibration"]["text"]:
+        raise SpecError(
+            "a field, configuration or split needs its text: give --calibration-text too",
+            param="calibration.text",
+        )
+    return parse_spec(spec)
+
+
+def read_spec(file: str | None) -> dict[str, Any]:
+    """The specification of a JSON file, or of standard input for `-`; an empty one for None."""
+    if file is None:
         return {}
-    if given.startswith("path:"):
-        return {"source": "path", "path": given.removeprefix("path:")}
-    return {"source": "job", "job_id": given}
-
-
-def budget(code_bits: float | None, bits: float | None, size: str | None) -> dict[str, Any]:
-    """The JSON budget; `parse_spec` refuses none or two."""
-    given: dict[str, Any] = {"code_bits": code_bits, "bits": bits}
-    given["size"] = None if size is None else parse_size(size)
-    return {key: value for key, value in given.items() if value is not None}
-
-
-def read_spec(path: str) -> dict[str, Any]:
-    """A specification from a JSON file, or from standard input for `-`."""
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
         loaded = json.loads(text)
     except (OSError, ValueError) as error:
-        raise SpecError(f"{path} cannot be read as JSON: {error}", param="--spec") from error
+        raise SpecError(f"{file} cannot be read as JSON: {error}", param="--spec") from error
     if not isinstance(loaded, dict):
-        raise SpecError(f"{path} holds no JSON object", param="--spec")
+        raise SpecError(f"{file} holds no JSON object", param="--spec")
     return loaded
 
 
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the given (not None) leaves of `changes` put in."""
-    merged = dict(base)
-    for key, value in changes.items():
-        if isinstance(value, dict):
-            inner = merge(merged.get(key) or {}, value)
-            if inner:
-                merged[key] = inner
-        elif value is not None:
-            merged[key] = value
-    return merged
+def read_map(path: Path) -> BitWidthMap:
+    """A map from a JSON file, a packed folder, or a published SliM-LLM file (.pt)."""
+    if path.suffix == ".pt":
+        return read_slim_map(path)
+    return BitWidthMap.load(path / MAP_NAME if path.is_dir() else path)
 
 
-def build_spec(
-    model: str | None,
-    spec: str | None,
-    *,
-    file: str | None,
-    budget_part: dict[str, Any],
-    changes: dict[str, Any],
-) -> JobSpec:
-    """The specification of the file, if any, with the options' values in place of its own."""
-    base = read_spec(spec) if spec is not None else {}
-    if model is not None:
-        base["model"] = model_reference(model, file)
-    elif "model" not in base:
-        raise typer.BadParameter("give MODEL, or --spec with a model")
-    if budget_part:
-        base["budget"] = budget_part
-    return parse_spec(merge(base, changes))
+def comma_separated(text: str) -> tuple[str, ...]:
+    """The items of an option that takes several values."""
+    return tuple(item.strip() for item in text.split(","))
+
+
+def text_reference(text: str) -> dict[str, Any]:
+    """A calibration text: `bundled:NAME`, `dataset:NAME`, or a file."""
+    source, found, name = text.partition(":")
+    if found and source in ("bundled", "dataset"):
+        return {"source": source, "name": name}
+    return {"source": "file", "path": text}
+
+
+def map_file(text: str) -> dict[str, Any]:
+    """A local map, sent inline."""
+    return {"source": "inline", "map": read_map(Path(text))}
+
+
+def map_reference(text: str) -> dict[str, Any]:
+    """`job:ID`, `upload:ID`, or a local map."""
+    source, _, name = text.partition(":")
+    key = {"job": "job_id", "upload": "map_id"}.get(source)
+    return map_file(text) if key is None else {"source": source, key: name}
+
+
+def parameters_folder(text: str) -> dict[str, Any]:
+    """The folder of learned parameters."""
+    return {"source": "path", "path": text}
+
+
+def parameters_reference(text: str) -> dict[str, Any]:
+    """Learned parameters of a job, or of a folder of the service as `path:ROOT/FOLDER`."""
+    if text.startswith("path:"):
+        return parameters_folder(text.removeprefix("path:"))
+    return {"source": "job", "job_id": text.removeprefix("job:")}
+
+
+def model_reference(text: str) -> dict[str, Any]:
+    """`path:ROOT/FOLDER`, `upload:ID`, or a Hub repository `ORG/NAME[@REVISION]`."""
+    source, _, name = text.partition(":")
+    if source in ("path", "upload"):
+        return {"source": source, "path" if source == "path" else "upload_id": name}
+    repo, _, revision = text.removeprefix("hub:").partition("@")
+    return {"source": "hub", "repo_id": repo} | ({"revision": revision} if revision else {})

@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bitmill.cli import main
 from bitmill.config.quantization import parse_config
 from bitmill.errors import InputError, SpecError
 from bitmill.evaluation.tasks import TaskSuite
@@ -88,7 +87,7 @@ def accuracies(model: Path) -> tuple[float, float]:
 
 
 def bitmill(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bitmill", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "bitmill_service.cli.main", *map(str, arguments)]
     surroundings = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings)
 
@@ -147,18 +146,17 @@ def test_a_specification_names_tasks_and_never_files() -> None:
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
-def test_a_missing_harness_is_refused_before_any_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_harness_is_refused_before_any_work(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model")
     with pytest.raises(InputError, match=r"bitmill\[eval\]") as refused:
         TaskSuite(["piqa"])
     assert (refused.value.code, refused.value.param) == ("missing_extra", "evaluation.tasks")
-    asked = ["--bits", "4", "--tasks", "piqa", "boolq", "--out", str(tmp_path / "out")]
-    assert main(["quantize", str(model), *asked]) == 2
-    told = capsys.readouterr().err
-    assert "tasks piqa, boolq need the package lm-eval" in told
-    assert "profile" not in told
+    done = bitmill(
+        *("quantize", model, "--bits", 4, "--tasks", "piqa,boolq", "--out", tmp_path / "out")
+    )
+    assert done.returncode == 2
+    assert "tasks piqa, boolq need the package lm-eval" in done.stderr
+    assert "profile" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -109,7 +109,7 @@ def test_the_command_takes_the_folder_and_says_what_was_learned(
     options |= {"--resume-parameters": trained.out}
     arguments = [str(word) for pair in options.items() for word in pair]
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "bitmill", "quantize", str(llama), *arguments],
+        [sys.executable, "-P", "-m", "bitmill_service.cli.main", "quantize", llama, *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -8,19 +8,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bitmill.errors import BitmillError, ProcessFailed, ResourceError, VerificationError
-from bitmill.runtime.child import death, run_child, told
+from bitmill.runtime.child import death, run_child
 
 CHILD = """
 import ctypes, os, resource, signal, sys
 from bitmill.errors import VerificationError
 from bitmill.runtime.child import as_child
-with as_child():
+with as_child() as tell:
     print("noise on standard output")
     {act}
+    tell(result={{"sum": 3}})
 """
 
 
@@ -30,9 +32,34 @@ def end_of(act: str) -> BitmillError:
     return ended.value
 
 
-def test_child_that_ends_well_raises_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    run_child("the check", ["-c", CHILD.format(act="pass")])
+def test_messages_come_as_they_are_told_and_the_result_last(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    heard: list[dict[str, Any]] = []
+    act = "tell(text='Mühle\\n'); tell(text='b')"
+    found = run_child("the check", ["-c", CHILD.format(act=act)], heard.append)
+    assert (found, heard) == ({"sum": 3}, [{"text": "Mühle\n"}, {"text": "b"}])
     assert capfd.readouterr() == ("", "noise on standard output\n")
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+def test_parent_that_stops_listening_ends_the_child(tmp_path: Path, heeds: bool) -> None:
+    ignore = "" if heeds else "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    act = f"{ignore}tell(pid=os.getpid()); signal.pause()"
+    heard: list[dict[str, Any]] = []
+
+    def stop(message: dict[str, Any]) -> None:
+        heard.append(message)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_child("the check", ["-c", CHILD.format(act=act)], stop)
+    assert not _runs(heard[0]["pid"])
+
+
+def test_end_without_a_result_is_a_death() -> None:
+    error = end_of("os._exit(0)")
+    assert (type(error), error.message) == (ProcessFailed, "the check ended with exit code 0")
 
 
 def test_judgement_of_a_child_arrives_as_it_left(capfd: pytest.CaptureFixture[str]) -> None:
@@ -112,9 +139,3 @@ def test_signals_without_a_name_and_codes_of_ones_own() -> None:
     assert death("it", -signal.SIGBUS, code="rank_failed").code == "rank_failed"
     assert death("it", -signal.SIGKILL, code="rank_failed").code == "killed"
     assert death("it", os.EX_OK).message == "it ended with exit code 0"
-
-
-@pytest.mark.parametrize("output", ["", "\n", "text", "[1]", '{"error": 3}', "{", '"error"'])
-def test_output_without_an_error_tells_none(output: str) -> None:
-    assert told(output) is None
-    assert told(output.encode()) is None

@@ -7,7 +7,8 @@ at the end of a stage, so that a log stays readable.
 from __future__ import annotations
 
 import time
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -25,7 +26,7 @@ _PLAIN_INTERVAL = 2.0
 
 
 class JobWatch:
-    """Feed it a job's events with `on_event`; use it as a context manager."""
+    """Feed it what a job tells, with `show` or `on_event`; use it as a context manager."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -53,16 +54,19 @@ class JobWatch:
             self._bars.stop()
 
     def on_event(self, event: EventView) -> None:
+        """Show an event of the service."""
+        self.show(event.kind, event.data)
+
+    def show(self, kind: str, data: Mapping[str, Any]) -> None:
         """Show one event; kinds it does not know are left out."""
-        stage = event.data.get("stage")
-        if event.kind == "state":
-            self._line(f"job {event.data.get('state', '')}{_reason(event)}")
-        elif event.kind == "warning":
-            self._line(f"warning: {event.data.get('message', '')}")
-        elif event.kind == "stage" and isinstance(stage, str):
-            self._on_stage(stage, str(event.data.get("state")))
-        elif event.kind == "progress" and isinstance(stage, str):
-            data = event.data
+        stage = data.get("stage")
+        if kind == "state":
+            self._line(f"job {data.get('state', '')}{_reason(data)}")
+        elif kind == "warning":
+            self._line(f"warning: {data.get('message', '')}")
+        elif kind == "stage" and isinstance(stage, str):
+            self._on_stage(stage, str(data.get("state")))
+        elif kind == "progress" and isinstance(stage, str):
             self._on_progress(
                 stage, int(data["done"]), int(data["total"]), str(data.get("unit") or "")
             )
@@ -96,11 +100,11 @@ class JobWatch:
         return self._tasks[stage]
 
     def _line(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
 
-def _reason(event: EventView) -> str:
+def _reason(data: Mapping[str, Any]) -> str:
     for key in ("message", "reason"):
-        if event.data.get(key):
-            return f": {event.data[key]}"
+        if data.get(key):
+            return f": {data[key]}"
     return ""

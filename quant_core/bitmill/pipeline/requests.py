@@ -1,0 +1,66 @@
+"""What `python -m bitmill` is asked to do, one model a command. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from bitmill.config.quantization import Closed, QuantizationConfig
+
+
+class Request(Closed):
+    """What a command is asked; device: as torch names it."""
+
+    device: str = "cpu"
+
+
+class QuantizeRequest(Request):
+    """A whole job on local folders; its result is the folder `out`.
+
+    file: GGUF file in the model's folder. work: finished stages, for resuming. profiles:
+    sensitivity profiles to share. task_folder: harness task files of one's own.
+    """
+
+    model: Path
+    file: str | None = None
+    config: QuantizationConfig
+    out: Path
+    work: Path
+    profiles: Path | None = None
+    task_folder: Path | None = None
+
+
+class EvaluateRequest(Request):
+    """A packed folder against its source: rows of a quality report.
+
+    file: GGUF file in the source's folder. sequences: at most so many windows of `length` tokens.
+    """
+
+    folder: Path
+    source: Path
+    file: str | None = None
+    texts: tuple[str, ...] = ("wiki_evaluation", "handbook_evaluation")
+    sequences: int | None = None
+    length: int = 2048
+    tasks: tuple[str, ...] = ()
+    task_folder: Path | None = None
+
+
+class GenerateRequest(Request):
+    """A prompt to continue; every piece of text is told as it comes."""
+
+    folder: Path
+    prompt: str
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    chat: bool = False
+
+
+class BenchRequest(Request):
+    """Speed and memory of a packed folder; dtype: of what is not quantized, auto: the folder's."""
+
+    folder: Path
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    prompt_tokens: int = 512
+    new_tokens: int = 32
