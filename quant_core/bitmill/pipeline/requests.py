@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from bitmill.config.quantization import Closed, QuantizationConfig
+from bitmill.config.closed import Closed
+from bitmill.config.quantization import QuantizationConfig
 
 
 class Request(Closed):
