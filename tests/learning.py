@@ -16,7 +16,7 @@ from bitmill.plan.model_plan import make_plan
 from bitmill.quant.grid import ClipSettings
 from bitmill.quant.tensors import QuantizedWeight
 from bitmill.refinement.omniquant.block import BlockData
-from bitmill.solvers.rtn import quantize_rtn
+from solving import quantize_rtn
 from tiny import tiny_llama
 
 SPEC = parse_config({"budget": {"code_bits": 3}})

@@ -14,7 +14,7 @@ from bitmill.solvers.gptq.column_loop import solve, solve_siblings
 from bitmill.solvers.gptq.correction import Correction, Linear, goals_of
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import GptqSettings
-from bitmill.solvers.gptq.solve import quantize_siblings
+from bitmill.solvers.gptq.solve import GptqSolver
 from bitmill.solvers.grid_search import CompensatedSettings
 from bitmill.solvers.polish import polish_codes
 from bitmill.solvers.rtn import round_to_nearest
@@ -136,7 +136,7 @@ def test_corrections_of_siblings_are_those_of_each_alone(linear, monkeypatch):
         return Linear(name, some, (6, 8, 6), Correction(shift, sample, judge))
 
     def solved(linears):
-        return quantize_siblings(linears, prepared, ridges=ridges, settings=settings).read(SINGLE)
+        return GptqSolver(settings, ridges).solve_with(linears, prepared, SINGLE).read(SINGLE)
 
     linears = [
         corrected("q", slice(0, 4), 1.0, 0.0),

@@ -8,7 +8,7 @@ search; without one the columns weigh alike.
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence, Sequence
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,10 +25,7 @@ from bitmill.quant.grid import (
     relative_weights,
     round_scale,
 )
-from bitmill.quant.rewrites import Rewrites
-from bitmill.quant.tensors import Quantized
-from bitmill.results import LinearResult
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import Group
 from bitmill.solvers.solver import Linear, Solved
 from bitmill_kernels.backend import resolve_backend
 
@@ -53,28 +50,6 @@ def _errors(W: Tensor, codes: LinearCodes, H: Tensor | None) -> Tensor:
     metric = torch.eye(W.shape[1], device=W.device) if H is None else H
     zeros, rounded = (row_errors(R, metric).sum() for R in (W, W - codes.values()))
     return torch.stack([zeros, rounded, rounded])
-
-
-def quantize_rtn(
-    W: Tensor,
-    widths: Sequence[int],
-    *,
-    H: Tensor | None = None,
-    order: Tensor | None = None,
-    clip: ClipSettings | None = None,
-    name: str = "linear",
-) -> tuple[Quantized, LinearResult]:
-    """Codes, grids and result of one linear by rounding alone.
-
-    W f32 [N, K], H f32 [K, K] or None, in the source's columns; order i64 [K]: packed column k is
-    source column order[k]. Without H errors are those of the weights themselves.
-    """
-    rewrites = Rewrites.of_order(order)
-    linear = Linear(name, rewrites.weights(W), tuple(widths))
-    H = None if H is None else rewrites.hessian(H)
-    solved = RtnSolver(clip or ClipSettings()).solve([linear], H, SINGLE)
-    weight, result = solved.read(SINGLE)[0]
-    return weight.rewritten(rewrites), result
 
 
 def round_to_nearest(

@@ -23,8 +23,8 @@ from bitmill.refinement.block import RefineSettings, refine_block
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
 from bitmill.solvers.gptq.settings import GptqSettings
-from bitmill.solvers.gptq.solve import GptqSolver, quantize_gptq
-from bitmill.solvers.rtn import quantize_rtn
+from bitmill.solvers.gptq.solve import GptqSolver
+from solving import quantize_gptq, quantize_rtn
 from tiny import VOCABULARY, save_tiny
 
 LAYER = "model.layers.0.mlp.experts"

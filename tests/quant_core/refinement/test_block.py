@@ -14,11 +14,12 @@ from bitmill.refinement.block import RefineSettings, refine_block
 from bitmill.solvers.factor import activation_order
 from bitmill.solvers.gptq import solve as gptq
 from bitmill.solvers.gptq.settings import GptqSettings
-from bitmill.solvers.gptq.solve import GptqSolver, quantize_gptq
+from bitmill.solvers.gptq.solve import GptqSolver
 from bitmill.solvers.polish import polish_codes
 from bitmill.solvers.rtn import RtnSolver
 from bitmill.solvers.solver import Linear
 from bitmill.transforms.column_order import ColumnOrders
+from solving import quantize_gptq
 from streaming import streamed, token_windows
 from tiny import tiny_llama, tiny_opt
 

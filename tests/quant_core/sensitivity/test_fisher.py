@@ -27,7 +27,7 @@ from bitmill.sensitivity.fisher import (
 )
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import GptqSettings
-from bitmill.solvers.gptq.solve import quantize_gptq
+from solving import quantize_gptq
 from streaming import SPEC, streamed
 from tiny import VOCABULARY, save_tiny, tiny_llama, tiny_opt
 from tiny_architectures import tiny_config

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bitmill.quant.grid import ClipSettings
-from bitmill.solvers.rtn import quantize_rtn
+from solving import quantize_rtn
 
 
 def layer(seed=0):

@@ -14,62 +14,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bitmill.errors import NumericalError
 from bitmill.quant.codes import row_errors
-from bitmill.quant.rewrites import Rewrites
-from bitmill.quant.tensors import Quantized
 from bitmill.results import LinearResult
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import Group
 from bitmill.runtime.stage_timer import stage
 from bitmill.solvers.gptq.column_loop import solve_siblings
 from bitmill.solvers.gptq.correction import Goal, goals_of
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import GptqSettings
 from bitmill.solvers.polish import polish_codes
-from bitmill.solvers.solver import Linear, Solved, check_weights
-
-
-def quantize_gptq(
-    W: Tensor,
-    H: Tensor | Curvature,
-    widths: Sequence[int],
-    *,
-    order: Tensor | None = None,
-    settings: GptqSettings | None = None,
-    shift: Tensor | None = None,
-    ridge: float = 0.0,
-    name: str = "linear",
-) -> tuple[Quantized, LinearResult]:
-    """Codes, grids and result of one linear.
-
-    W f32 [N, K] and H f32 [K, K] in the source's columns (or, without `order`, a shared Curvature);
-    widths: one per group of packed columns; order i64 [K]: packed column k is source column
-    order[k]. shift f32 [N, K]: the asymmetric correction's mean (y' - y)^T x, what the linear's
-    outputs lack on its own inputs (W (X' - X)^T X for its prefix), solved with damping `ridge` (0:
-    that of the factor).
-
-    Raises NumericalError for weights that are not finite or a Hessian that cannot be factored.
-    """
-    settings = settings or GptqSettings()
-    check_weights({name: W})
-    rewrites = Rewrites.of_order(order)
-    if not isinstance(H, Curvature):
-        H = Curvature.prepare(rewrites.hessian(H), damping=settings.damping, name=name)
-    source = rewrites.weights(W.to(H.H.device, torch.float32))
-    goal = Goal(source, source)
-    if shift is not None:
-        target = source + H.solve(rewrites.moments(shift), ridge)
-        if not bool(torch.isfinite(target).all()):
-            raise NumericalError(
-                f"the correction of {name} is not finite: its Hessian is not positive definite "
-                f"with a ridge of {ridge:.1%}, or its shift is not finite; use a larger ridge",
-                code="correction_not_finite",
-                param=name,
-            )
-        goal = Goal(source, target, ridge)
-    solved = _reach([Linear(name, source, tuple(widths))], [goal], H, settings)
-    weight, result = solved.read(SINGLE)[0]
-    return weight.rewritten(rewrites), result
+from bitmill.solvers.solver import Linear, Solved
 
 
 @dataclass(frozen=True)
@@ -90,36 +44,26 @@ class GptqSolver:
             ridges=self.ridges if corrected else (),
             ranks=ranks,
         )
-        return quantize_siblings(
-            linears, curvature, ridges=self.ridges, settings=self.settings, ranks=ranks
-        )
+        return self.solve_with(linears, curvature, ranks)
 
+    def solve_with(
+        self, linears: MutableSequence[Linear], curvature: Curvature, ranks: Group
+    ) -> Solved:
+        """The same with H factored already.
 
-def quantize_siblings(
-    linears: MutableSequence[Linear],
-    curvature: Curvature,
-    *,
-    ridges: Sequence[float] = (0.0,),
-    settings: GptqSettings | None = None,
-    ranks: Group = SINGLE,
-) -> Solved:
-    """As `quantize_gptq`, for linears that read one input, each with its best correction or none.
+        Ridges are compared as float targets on a sample of rows; the best is kept if it also wins
+        there against no correction after the column loop of both, on clip-searched grids. All rows
+        then go to the target kept, with the compensated search of grids and polishing. A large
+        ridge keeps the correction to directions the calibration inputs hold much of, which few
+        tokens call for.
 
-    Ridges are compared as float targets on a sample of rows; the best is kept if it also wins there
-    against no correction after the column loop of both, on clip-searched grids. All rows then go to
-    the target kept, with the compensated search of grids and polishing. A large ridge keeps the
-    correction to directions the calibration inputs hold much of, which few tokens call for.
-
-    ranks: those that solve other rows of the same linears. Errors are sums over all of them.
-    Weights must be finite (`check_weights`). Corrections, which hold second moments, are taken out
-    of `linears` once they are judged, and solvers out of `curvature`: the column loop needs their
-    memory.
-    """
-    settings = settings or GptqSettings()
-    goals = goals_of(linears, curvature, ridges, settings, ranks)
-    linears[:] = [replace(linear, correction=None) for linear in linears]
-    curvature.solvers.clear()
-    return _reach(linears, goals, curvature, settings)
+        Corrections, which hold second moments, are taken out of `linears` once they are judged, and
+        solvers out of `curvature`: the column loop needs their memory.
+        """
+        goals = goals_of(linears, curvature, self.ridges, self.settings, ranks)
+        linears[:] = [replace(linear, correction=None) for linear in linears]
+        curvature.solvers.clear()
+        return _reach(linears, goals, curvature, self.settings)
 
 
 def _reach(
