@@ -37,7 +37,6 @@ from bitmill_kernels.pack import join_planes, pack_codes, unpack_zeros
 from bitmill_kernels.reference import real_zeros
 
 ROW_ALIGNMENT = 128
-PAIR_COLUMNS = 2 * GROUP_SIZE
 
 
 @dataclass(frozen=True)
