@@ -19,4 +19,5 @@ EXPOSE 8737
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8737/readyz', timeout=4)"]
 CMD ["uvicorn", "--factory", "bitmill_service.main:create_app", "--host", "0.0.0.0", "--port", "8737", \
+     "--http", "bitmill_service.http.connections:GuardedProtocol", "--backlog", "128", \
      "--proxy-headers", "--forwarded-allow-ips", "*", "--no-server-header", "--log-config", "/etc/bitmill/logging.json", "--timeout-graceful-shutdown", "20"]

@@ -71,6 +71,7 @@ class NativeStack:
             subprocess.run(prepare, env=os.environ | settings, check=True, stderr=log)
         for name in ("api-0", "api-1"):
             app = ["-m", "uvicorn", "--factory", "bitmill_service.main:create_app"]
+            app += ["--http", "bitmill_service.http.connections:GuardedProtocol"]
             log = str(ROOT / "deploy" / "logging.json")
             options = ["--port", str(self.ports[name]), "--log-config", log]
             folder = {"BITMILL_DATA": str(self.data / name)}

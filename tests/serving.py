@@ -12,10 +12,11 @@ import uvicorn
 
 
 @contextmanager
-def serve(app: Callable[..., Any]) -> Iterator[str]:
-    """Serve `app` in a thread until the block ends; yields its URL."""
+def serve(app: Callable[..., Any], **options: Any) -> Iterator[str]:
+    """Serve `app` in a thread until the block ends; yields its URL. options: of uvicorn."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2)
+    options = {"log_level": "critical", "timeout_graceful_shutdown": 2} | options
+    config = uvicorn.Config(app, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

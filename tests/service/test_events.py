@@ -6,11 +6,13 @@ import threading
 from typing import Any
 
 import httpx2
+import pytest
 from starlette.datastructures import Headers
 
 from bitmill.errors import NumericalError
 from bitmill_service.api.events import first_event, wants_stream
 from finished import Stack
+from stores import wait_for
 
 
 def stream(http: httpx2.Client, job_id: str, **headers: str) -> list[httpx2.ServerSentEvent]:
@@ -93,6 +95,27 @@ def test_deleted_job_ends_its_stream(http: httpx2.Client, stack: Stack) -> None:
         assert stack.leases.fail(job.id, job.token, NumericalError("no luck"))
         stack.context.jobs.delete(job.id)
         assert all(event.event in ("state", "end") for event in events)
+
+
+def test_streams_have_a_limit_and_give_their_place_back(
+    http: httpx2.Client, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = stack.running()
+    accept = {"Accept": "text/event-stream"}
+    wait_for(lambda: stack.context.streams == 0, "the end of other streams")
+    monkeypatch.setattr(stack.context, "max_streams", 1)
+    path = f"/v1/jobs/{job.id}/events"
+    with http.stream("GET", path, headers=accept) as response:
+        events = iter(httpx2.EventSource(response))
+        assert next(events).event == "state"
+        refused = http.get(path, headers=accept)
+        assert (refused.status_code, refused.json()["code"]) == (429, "too_many_streams")
+        assert refused.headers["retry-after"] == "5"
+        assert http.get(path).json()["events"]
+    wait_for(lambda: stack.context.streams == 0, "the place of the closed stream")
+    assert stack.leases.fail(job.id, job.token, NumericalError("no luck"))
+    assert stream(http, job.id)[-1].event == "end"
+    assert stream(http, job.id)[-1].event == "end"
 
 
 def test_accept_header_chooses_the_form() -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import Depends, Path, Request
 from prometheus_client import CollectorRegistry
 
+from bitmill_service.http.connections import connection_limit
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.storage.artifacts import ArtifactStore
 from bitmill_workers.store.catalog import Catalog
@@ -24,7 +25,7 @@ class Context:
 
     notify: tells the broker about a queued job (id, queue) without waiting for it; a lost message
     is harmless, because the reconciler sends again. stopping: set when the server goes down, so
-    that streams end.
+    that streams end. streams: how many event streams are open, of `max_streams`.
     """
 
     settings: ServiceSettings
@@ -35,6 +36,8 @@ class Context:
     notify: Callable[[str, str], None] = lambda job_id, queue: None
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    streams: int = 0
+    max_streams: int = field(default_factory=lambda: connection_limit() // 2)
 
 
 def get_context(request: Request) -> Context:

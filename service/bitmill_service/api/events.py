@@ -19,7 +19,9 @@ from starlette.datastructures import Headers
 from starlette.routing import Match
 from starlette.types import Scope
 
+from bitmill_service.api.context import ContextDep
 from bitmill_service.api.views import event_view
+from bitmill_service.http.problems import ProblemError
 from bitmill_workers.errors import JobNotFound
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.records import Event
@@ -42,6 +44,24 @@ class EventStreamRoute(APIRoute):
         if scope["type"] == "http" and not wants_stream(Headers(scope=scope)):
             return Match.NONE, {}
         return super().matches(scope)
+
+
+async def stream_slot(context: ContextDep) -> AsyncIterator[None]:
+    """Count a stream while it is open; 429 `too_many_streams` where half of all connections are.
+
+    Streams last as long as jobs, so without a limit they could keep every other request out.
+    """
+    if context.streams >= context.max_streams:
+        raise ProblemError(
+            "too_many_streams",
+            f"{context.streams} event streams are open, at most {context.max_streams} may be",
+            headers={"Retry-After": "5"},
+        )
+    context.streams += 1
+    try:
+        yield
+    finally:
+        context.streams -= 1
 
 
 def first_event(after: int, last_event_id: str | None) -> int:

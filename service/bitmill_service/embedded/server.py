@@ -22,6 +22,7 @@ from bitmill.errors import InputError
 from bitmill_service.api.context import Context
 from bitmill_service.embedded.data_lock import FileLock
 from bitmill_service.embedded.worker_process import WorkerProcess
+from bitmill_service.http.connections import BACKLOG, GuardedProtocol, raise_file_limit
 from bitmill_service.http.same_origin import LOOPBACK_NAMES
 from bitmill_service.main import create_app
 from bitmill_service.settings import ServiceSettings
@@ -80,6 +81,7 @@ class EmbeddedService:
 
         Raises `AlreadyInUse`, or `ServeError` for an address that cannot be bound.
         """
+        raise_file_limit()
         self.settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock.acquire()
         try:
@@ -129,6 +131,8 @@ class EmbeddedService:
         app = create_app(self.settings)
         config = uvicorn.Config(
             app,
+            http=GuardedProtocol,
+            backlog=BACKLOG,
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=_DRAIN_S,
@@ -174,7 +178,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 lets the system choose. Raises `ServeError`."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise _bind_error(host, port, error) from error
 

@@ -109,4 +109,6 @@ class BodyLimit:
         await self.app(scope, limited, send)
 
     def _refusal(self, size: int) -> HTTPException:
-        return HTTPException(413, f"a body of {size} bytes; at most {self.limit} are accepted")
+        # What is left of the body is not read, so nothing else can come over this connection.
+        detail = f"a body of {size} bytes; at most {self.limit} are accepted"
+        return HTTPException(413, detail, headers={"Connection": "close"})

@@ -59,6 +59,7 @@ CODES: Mapping[str, tuple[int, str]] = {
     "profile_not_found": (404, "List the profiles with GET /v1/profiles."),
     "map_not_found": (404, "List the maps with GET /v1/bit-width-maps."),
     "hub_unreachable": (502, "Try again later, or check the server's HF_ENDPOINT."),
+    "too_many_streams": (429, "Ask for pages of events, and for a stream again later."),
     "too_many_jobs": (429, "Wait until queued jobs have finished."),
     "internal": (500, "Report this with the request id; the server's log holds the cause."),
 }

@@ -11,7 +11,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill_service.api.context import Context, ContextDep, JobDep
-from bitmill_service.api.events import EventStreamRoute, first_event, job_events
+from bitmill_service.api.events import EventStreamRoute, first_event, job_events, stream_slot
 from bitmill_service.api.files import StoredFile, file_response, head_response
 from bitmill_service.api.views import event_view, file_view, log_view
 from bitmill_service.http.problems import ProblemError
@@ -26,7 +26,12 @@ streams = APIRouter(prefix="/v1/jobs/{job_id}", route_class=EventStreamRoute)
 After = Annotated[int, Query(ge=0, lt=2**62, description="Number of the last event seen.")]
 
 
-@streams.get("/events", response_class=EventSourceResponse, include_in_schema=False)
+@streams.get(
+    "/events",
+    response_class=EventSourceResponse,
+    include_in_schema=False,
+    dependencies=[Depends(stream_slot)],
+)
 async def stream_events(
     job: JobDep,
     context: ContextDep,
