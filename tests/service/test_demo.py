@@ -65,7 +65,7 @@ def test_table_names_methods_bits_size_tokens_and_quality(
     print_report(parse_rows(rows))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
-        "method code bits true bits file size text tokens perplexity KL",
+        "method code bits bits file size text tokens perplexity KL",
         "source - - - wiki 4096 20.13 ± 0.50 0",
         "sba gptq 3.000 3.153 97.7 MB wiki 4096 20.13 ± 0.50 0.2500 ± 0.0100",
         "handbook 4096 20.13 ± 0.50 0.5000 ± 0.0200",

@@ -34,7 +34,6 @@ __all__ = [
     "group_bytes",
     "group_columns",
     "linear_bytes",
-    "stored_bits",
 ]
 
 MAP_NAME = "bit_width_map.json"
@@ -167,20 +166,3 @@ def code_bits(shapes: Iterable[LinearShape], linears: Mapping[str, Sequence[int]
             )
             total += shape.weights
     return spent / total if total else 0.0
-
-
-def stored_bits(
-    shapes: Iterable[LinearShape],
-    linears: Mapping[str, Sequence[int]],
-    order_columns: int = 0,
-) -> float:
-    """Bits per weight with scales, zeros and orders: 8 * stored bytes / sum(N * K).
-
-    order_columns: total K over the distinct column orders that the checkpoint stores.
-    """
-    spent, total = 4 * order_columns, 0
-    for shape in shapes:
-        if shape.name in linears:
-            spent += linear_bytes(shape, linears[shape.name])
-            total += shape.weights
-    return 8 * spent / total if total else 0.0

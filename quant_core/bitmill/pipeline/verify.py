@@ -59,7 +59,7 @@ class VerifyReport(BaseModel):
     tensors: int
     file_bytes: int
     code_bits: float
-    stored_bits: float
+    bits: float
     forward_error: dict[str, float]
 
 
@@ -100,7 +100,7 @@ def verify_folder(
         tensors=len(specs),
         file_bytes=spent.size,
         code_bits=spent.code_bits,
-        stored_bits=spent.bits,
+        bits=spent.bits,
         forward_error=errors,
     )
 

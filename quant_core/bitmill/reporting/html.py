@@ -140,7 +140,7 @@ def _head(data: ReportData) -> str:
     tiles = []
     if ours := data.ours:
         tiles.append(("code bits per weight", _figure(ours.code_bits, ".3f")))
-        tiles.append(("bits per weight, all stored", _figure(ours.bits, ".3f")))
+        tiles.append(("bits per weight", _figure(ours.bits, ".3f")))
         tiles.append(("safetensors files", _bytes(ours.size)))
         for text, quality in ours.texts.items():
             before = data.source.texts.get(text) if data.source else None
@@ -309,9 +309,7 @@ def _curve(data: ReportData) -> str:
         "<h2>Size against loss</h2><p>The line is the profile's prediction for the best map at "
         f"each size, from {_bytes(smallest.size)} to {_bytes(largest.size)}. Orange marks are "
         "measured: ln of the perplexity's ratio to the source's.</p>"
-        + line_chart(
-            series, x_title="bits per weight, all stored", y_title="increase of loss, nats/token"
-        )
+        + line_chart(series, x_title="bits per weight", y_title="increase of loss, nats/token")
     )
 
 

@@ -29,7 +29,7 @@ def print_report(rows: Sequence[QualityRow]) -> None:
     """One line per method and text, then per method and task; ± is one standard error."""
     texts = {text for row in rows for text in row.texts}
     named = len(texts) > 1
-    columns = ["method", "code bits", "true bits", "file size", "tokens", "perplexity", "KL"]
+    columns = ["method", "code bits", "bits", "file size", "tokens", "perplexity", "KL"]
     if named:
         columns.insert(4, "text")
     lines = [

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitmill.allocation.allocator import Allocator, allocate, check_budget, curve
-from bitmill.config.bit_width_map import BitWidthMap, code_bits, stored_bits
+from bitmill.config.bit_width_map import BitWidthMap, code_bits, linear_bytes
 from bitmill.config.quantization import Allocation, Budget, QuantizationConfig, parse_config
 from bitmill.errors import BudgetError, FormatError, SpecError
 from bitmill.formats.accounting import checkpoint_tensors, footprint, measure, order_bytes
@@ -130,7 +130,8 @@ def test_accounting_agrees_with_bits_and_layout():
     owned = 3 * 416 * 3  # down_proj's order is folded
     assert order_bytes(PLAN, "activation") == 4 * owned
     assert taken.code_bits == pytest.approx(code_bits(PLAN.shapes, found.linears))
-    assert taken.bits == pytest.approx(stored_bits(PLAN.shapes, found.linears, owned))
+    groups = sum(linear_bytes(shape, found.linears[shape.name]) for shape in PLAN.shapes)
+    assert taken.bits == pytest.approx(8 * (groups + 4 * owned) / PLAN.weights)
     tensors = checkpoint_tensors(PLAN, found.linears, "activation")
     assert taken.size == checkpoint_bytes(tensors)
     names = {tensor.name for tensor in tensors}

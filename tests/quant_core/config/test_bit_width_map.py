@@ -12,7 +12,6 @@ from bitmill.config.bit_width_map import (
     code_bits,
     group_bytes,
     linear_bytes,
-    stored_bits,
 )
 from bitmill.errors import FormatError
 from bitmill_kernels.pack import pack_codes, pack_zeros
@@ -48,13 +47,6 @@ def test_code_bits_weigh_groups_by_their_columns():
     shapes = [LinearShape("a", 2, 192), LinearShape("b", 4, 128), LinearShape("kept", 9, 9)]
     linears = {"a": (2, 8), "b": (3,)}
     assert code_bits(shapes, linears) == (2 * (2 * 128 + 8 * 64) + 4 * 3 * 128) / (2 * 192 + 512)
-
-
-def test_stored_bits_count_orders_once():
-    shapes = [LinearShape("a", 16, 128)]
-    plain = stored_bits(shapes, {"a": (4,)})
-    assert plain == 8 * group_bytes(4, 16, 128) / 2048
-    assert stored_bits(shapes, {"a": (4,)}, order_columns=128) == plain + 8 * 512 / 2048
 
 
 def test_map_round_trips_through_its_json(tmp_path):

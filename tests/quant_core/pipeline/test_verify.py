@@ -61,7 +61,7 @@ def test_a_sound_folder_passes_with_its_measures(packed: PackedModel) -> None:
     spent = footprint(packed.plan, packed.map)
     assert report.linears == 14
     assert report.file_bytes == (packed.folder / "model.safetensors").stat().st_size
-    assert (report.code_bits, report.stored_bits) == (spent.code_bits, spent.bits)
+    assert (report.code_bits, report.bits) == (spent.code_bits, spent.bits)
     assert 0 < report.forward_error["float32"] < 1e-5
     assert 0 < report.forward_error["float16"] < 1e-3
 
