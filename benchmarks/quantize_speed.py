@@ -52,7 +52,7 @@ from bitmill.plan.model_plan import Plan
 from bitmill.runtime.launch import as_rank, is_rank, run_ranks
 from bitmill.runtime.memory import free_device_bytes, spare_host_bytes
 from bitmill.runtime.ranks import Group
-from bitmill.runtime.stage_timer import Recorder
+from bitmill.runtime.timer import Recorder
 
 OUTLIERS = 0.002
 """Share of a norm's channels that are ten times larger."""

@@ -39,7 +39,7 @@ from bitmill.plan.block_memory import backward_bytes
 from bitmill.plan.model_plan import Plan
 from bitmill.runtime.memory import free_device_bytes, spare_host_bytes
 from bitmill.runtime.ranks import SINGLE, Group
-from bitmill.runtime.stage_timer import stage
+from bitmill.runtime.timer import timed
 
 LOGIT_VALUES = 3 << 24
 """Values of one slice of logits: 192 MiB in fp32."""
@@ -165,7 +165,7 @@ class GradientPass:
         if resume is None:
             output = inputs.forward()
             gradient = torch.empty_like(output)
-            with stage("head"):
+            with timed("head"):
                 self._head_gradient(output, gradient)
             memory.free(output)
             return self._model.block_count, gradient
@@ -223,7 +223,7 @@ class GradientPass:
             with _watching(modules, observer), torch.enable_grad():
                 y = self._model.run_block(i, block, x)
                 received = gradient[part].to(self._model.device, y.dtype, non_blocking=True)
-                with stage("backward"):
+                with timed("backward"):
                     torch.autograd.backward(y, received)
             assert x.grad is not None
             largest = torch.maximum(largest, torch.linalg.vector_norm(x.grad, ord=math.inf))

@@ -18,7 +18,7 @@ from torch import Tensor
 from bitmill.errors import CalibrationError
 from bitmill.runtime.deferred_reads import ReadLater
 from bitmill.runtime.ranks import Group
-from bitmill.runtime.stage_timer import stage
+from bitmill.runtime.timer import timed
 from bitmill.solvers.factor import mirrored
 from bitmill_kernels.linalg.hessian import hessian_update
 
@@ -40,7 +40,7 @@ class HessianAccumulator:
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Adds inputs x [T, K] (bf16, fp16 or f32), weighted by f32 [T] >= 0 where given."""
-        with stage("hessian"):
+        with timed("hessian"):
             self._unchecked.append(x.sum(1, dtype=torch.float32))
             hessian_update(self._sum, x, weight)
         self._mass += x.shape[0] if weight is None else weight.double().sum()

@@ -31,7 +31,7 @@ from bitmill.calibration.undersampled_experts import filled_means
 from bitmill.models.streamed import StreamedModel, weight_of
 from bitmill.quant.codes import row_errors
 from bitmill.runtime.ranks import SINGLE, Group
-from bitmill.runtime.stage_timer import stage
+from bitmill.runtime.timer import timed
 from bitmill.solvers.factor import mirrored
 from bitmill_kernels.linalg.hessian import cross_update, hessian_update
 from bitmill_kernels.linalg.split_product import split_product
@@ -128,7 +128,7 @@ class _Sums:
 
         a is f32 where its trace is summed.
         """
-        with stage("hessian"):
+        with timed("hessian"):
             cross_update(self._cross, a.to(b.dtype), b)
             if self._kind == "squares":
                 hessian_update(self._energy, a.to(b.dtype))

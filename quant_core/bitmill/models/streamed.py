@@ -36,8 +36,8 @@ from bitmill.models.reader import CheckpointSource, check_finite
 from bitmill.models.skeleton import build_skeleton
 from bitmill.plan.config_json import read_config
 from bitmill.plan.model_plan import Plan, Source
-from bitmill.runtime.stage_timer import stage
 from bitmill.runtime.staging import Staging
+from bitmill.runtime.timer import timed
 
 _REMEMBERED_SHAPES = 4
 
@@ -269,7 +269,7 @@ class StreamedModel:
 
         Stacked experts come as one linear per matrix (`bitmill.models.experts.ExpertList`).
         """
-        with stage("read"):
+        with timed("read"):
             return self._load_block(i) if self._ahead is None else self._ahead.get(i)
 
     def _load_block(self, i: int) -> nn.Module:
@@ -290,7 +290,7 @@ class StreamedModel:
             with _plain_tensors():
                 self._record(torch.zeros(key, dtype=torch.int64, device=self.device))
         args, kwargs = self._seen[key][i]
-        with stage("forward"):
+        with timed("forward"):
             x = hidden.to(device=self.device, dtype=self.dtype, non_blocking=True)
             output = block(x, *args, **kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)

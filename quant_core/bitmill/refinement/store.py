@@ -27,7 +27,7 @@ from bitmill.plan.model_plan import Plan
 from bitmill.quant.rewrites import Rewrites
 from bitmill.quant.tensors import KINDS, Quantized, Stored
 from bitmill.results import LinearResult
-from bitmill.runtime.stage_timer import stage
+from bitmill.runtime.timer import timed
 
 EMBEDDINGS = -1
 """Stands for the embeddings where a block's number is asked for."""
@@ -153,7 +153,7 @@ class BlockSaver:
         """Return when every block is saved. Raises what went wrong in the thread."""
         saving, self._saving = self._saving, None
         if saving is not None:
-            with stage("write"):
+            with timed("write"):
                 saving[1].result()
             self._on_saved(saving[0])
 

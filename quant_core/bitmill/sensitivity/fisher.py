@@ -53,7 +53,7 @@ from bitmill.quant.grid import (
 )
 from bitmill.quant.rewrites import NO_REWRITES, Rewrites
 from bitmill.runtime.ranks import SINGLE, Group
-from bitmill.runtime.stage_timer import stage
+from bitmill.runtime.timer import timed
 from bitmill.sensitivity.checkpoint import BlockProfile, ProfileCheckpoint, joined_profile
 from bitmill.solvers.factor import activation_order
 from bitmill.solvers.gptq.curvature import Curvature
@@ -297,7 +297,7 @@ class _Measurement:
             shared = Curvature.prepare(rewrites.hessian(H if own is None else own), name=names[0])
             weights = [weight_of(modules[name]).detach() for name in names]
             row_weights = [moments.row_weight(name, predictions) for name in names]
-            with stage("cost"):
+            with timed("cost"):
                 costs = input_costs(weights, row_weights, shared, self._settings, rewrites)
             for name, table in zip(names, costs, strict=True):
                 self._keep(name, table, profile)

@@ -32,7 +32,7 @@ from bitmill.allocation.profile import SbaRecord
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.models.streamed import StreamedModel, weight_of
 from bitmill.runtime.ranks import Group
-from bitmill.runtime.stage_timer import stage
+from bitmill.runtime.timer import timed
 from bitmill.sensitivity.fisher import PROFILE_CLIP
 from bitmill.solvers.factor import activation_order, squared_pivots
 from bitmill.solvers.rtn import round_to_nearest
@@ -68,7 +68,7 @@ class SbaInput:
         else:
             H = H[order][:, order]
         order = order.to(H.device)
-        with stage("factor"):
+        with timed("factor"):
             squares = squared_pivots(H, ladder=DAMPING, name=name)
         return cls(order, H.diagonal().clone(), squares)
 
@@ -219,7 +219,7 @@ def profile_block_sba(
                 dtype=model.dtype,
                 name=name,
             )
-            with stage("divergence"):
+            with timed("divergence"):
                 for x in inputs:
                     search.add(x)
             search.all_reduce(stream.group)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bitmill.quant.codes import LinearCodes, row_errors, row_slices, stacked_largest
 from bitmill.quant.grid import FP16_MAX, max_code
-from bitmill.runtime.stage_timer import stage
+from bitmill.runtime.timer import timed
 from bitmill_kernels.backend import resolve_backend
 from bitmill_kernels.gptq.code_descent import descend_block
 from bitmill_kernels.layout import GROUP_SIZE
@@ -59,12 +59,12 @@ def polish_codes(
     R = source - ŵ, for sources f32 [N_i, K] that may differ from the targets.
     """
     if sweeps and resolve_backend("auto", H.device) == "triton":
-        with stage("polish"):
+        with timed("polish"):
             return _polish_measured(targets, sources, codes, H, sweeps)
-    with stage("polish"):
+    with timed("polish"):
         pairs = zip(targets, codes, strict=True)
         polished = [_polish_torch(W, own, H, sweeps) if sweeps else own for W, own in pairs]
-    with stage("report"):
+    with timed("report"):
         errors = [_errors(sources, own, H) for own in (codes, polished)]
     return polished, torch.stack(errors)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitmill.quant.codes import LinearCodes, group_slices
 from bitmill.quant.grid import Grid, clip_search, max_code
-from bitmill.runtime.stage_timer import stage
+from bitmill.runtime.timer import timed
 from bitmill.solvers.gptq.column_loop_device import solve_on_device
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import SUPER_BLOCK, GptqSettings
@@ -42,7 +42,7 @@ def solve_siblings(
     settings: GptqSettings,
 ) -> list[LinearCodes]:
     """The column loop on matrices f32 [N_i, K] in packed order, each with widths of its own."""
-    with stage("solve"):
+    with timed("solve"):
         if resolve_backend("auto", curvature.H.device) == "triton":
             return solve_on_device(matrices, curvature, widths, settings)
         return [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bitmill.quant.codes import row_slices
 from bitmill.runtime.ranks import SINGLE, Group
-from bitmill.runtime.stage_timer import stage
+from bitmill.runtime.timer import timed
 from bitmill.solvers.factor import DAMPING_LADDER, Factor, damped, factor
 from bitmill_kernels.backend import resolve_backend
 from bitmill_kernels.linalg.split_product import split_product
@@ -46,7 +46,7 @@ class Curvature:
         ranks: those that hold this H too and will solve with these ridges. Each makes some of the
         factors for all.
         """
-        with stage("factor"):
+        with timed("factor"):
             if ranks.size == 1:
                 return cls(H, factor(H, ladder=damping, name=name))
             found, ridged = _divided_factors(H, damping, name, ridges, ranks)
@@ -57,7 +57,7 @@ class Curvature:
 
         NaN where H damped by `ridge` is not positive definite.
         """
-        with stage("factor"):
+        with timed("factor"):
             if ridge:
                 if ridge not in self.solvers:
                     self.solvers[ridge] = cholesky_solver(_ridged(self.H, ridge))

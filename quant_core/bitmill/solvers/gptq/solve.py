@@ -17,7 +17,7 @@ from torch import Tensor
 from bitmill.quant.codes import row_errors
 from bitmill.results import LinearResult
 from bitmill.runtime.ranks import Group
-from bitmill.runtime.stage_timer import stage
+from bitmill.runtime.timer import timed
 from bitmill.solvers.gptq.column_loop import solve_siblings
 from bitmill.solvers.gptq.correction import Goal, goals_of
 from bitmill.solvers.gptq.curvature import Curvature
@@ -77,7 +77,7 @@ def _reach(
     sources = [goal.source for goal in goals]
     solved = solve_siblings(targets, curvature, widths, settings)
     final, errors = polish_codes(targets, sources, solved, curvature.H, sweeps=settings.rounds)
-    with stage("report"):
+    with timed("report"):
         zeros = torch.stack([row_errors(W, curvature.H).sum() for W in sources])
     weights = [codes.finish() for codes in final]
     results = [

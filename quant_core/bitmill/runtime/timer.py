@@ -1,16 +1,16 @@
-"""Seconds of named stages, for benchmarks: nothing is measured unless a `Recorder` is open.
+"""Seconds of named parts of the work, for benchmarks: nothing is measured unless a `Recorder` is open.
 
     with Recorder(device) as recorder:
-        ...                            # library code with `with stage("hessian"):` around parts
+        ...                            # library code with `with timed("hessian"):` around parts
     recorder.take()                    # {"hessian": 1.2, ..., "other": 0.3}
 
-Seconds are exclusive: a stage's time without the stages inside it; "other" is what no stage covers,
-so all of them add up to the time since the last `take`. On CUDA the clock is the current stream's
-(events, nothing waits): a stage ends when the stream gets past what it launched, and what the
-stream had to wait for counts for the stage that made it wait.
+Seconds are exclusive: a part's time without the parts inside it; "other" is what no part covers, so
+all of them add up to the time since the last `take`. On CUDA the clock is the current stream's
+(events, nothing waits): a part ends when the stream gets past what it launched, and what the stream
+had to wait for counts for the part that made it wait.
 
-One recorder at a time in a process; stages of a thread that runs beside the main one (loading
-ahead) are not to be marked.
+One recorder at a time in a process; what a thread does beside the main one (loading ahead) is not
+to be marked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Mark = float | torch.cuda.Event
 
 
 class Recorder:
-    """Collects the marks of `stage` while it is open, on the clock of `device`."""
+    """Collects the marks of `timed` while it is open, on the clock of `device`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -54,17 +54,17 @@ class Recorder:
         _active = None
 
     def push(self, name: str) -> None:
-        """Begin a stage inside the present one."""
+        """Begin a part inside the present one."""
         self._close_span()
         self._stack.append(name)
 
     def pop(self) -> None:
-        """End the innermost stage."""
+        """End the innermost part."""
         self._close_span()
         self._stack.pop()
 
     def take(self) -> dict[str, float]:
-        """Seconds by stage since the last call, largest first; waits for the device."""
+        """Seconds by part since the last call, largest first; waits for the device."""
         self._close_span()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -91,8 +91,8 @@ _active: Recorder | None = None
 
 
 @contextmanager
-def stage(name: str) -> Iterator[None]:
-    """Counts what runs inside for the stage `name` of the open recorder, if there is one."""
+def timed(name: str) -> Iterator[None]:
+    """Counts what runs inside for the part `name` of the open recorder, if there is one."""
     recorder = _active
     if recorder is None:
         yield

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitmill.runtime import stage_timer as timing
-from bitmill.runtime.stage_timer import Recorder, stage
+from bitmill.runtime import timer as timing
+from bitmill.runtime.timer import Recorder, timed
 
 CPU = torch.device("cpu")
 
@@ -22,9 +22,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_seconds_are_exclusive_and_add_up(clock: list[float]) -> None:
     with Recorder(CPU) as recorder:
         clock[0] = 1
-        with stage("outer"):
+        with timed("outer"):
             clock[0] = 3
-            with stage("inner"):
+            with timed("inner"):
                 clock[0] = 7
             clock[0] = 15
         clock[0] = 31
@@ -32,17 +32,17 @@ def test_seconds_are_exclusive_and_add_up(clock: list[float]) -> None:
         assert sum(recorder.take().values()) == 0
 
 
-def test_an_error_ends_its_stage(clock: list[float]) -> None:
+def test_an_error_ends_its_part(clock: list[float]) -> None:
     with Recorder(CPU) as recorder:
-        with pytest.raises(ValueError, match="no"), stage("broken"):
+        with pytest.raises(ValueError, match="no"), timed("broken"):
             clock[0] = 2
             raise ValueError("no")
         clock[0] = 5
         assert recorder.take() == {"other": 3, "broken": 2}
 
 
-def test_a_second_recorder_is_refused_and_stages_without_one_cost_nothing() -> None:
+def test_a_second_recorder_is_refused_and_parts_without_one_cost_nothing() -> None:
     with Recorder(CPU), pytest.raises(RuntimeError, match="open already"), Recorder(CPU):
         pass
-    with stage("unwatched"):
+    with timed("unwatched"):
         pass
