@@ -1,4 +1,4 @@
-"""Seconds of named parts of the work, for benchmarks: nothing is measured unless a `Recorder` is open.
+"""Seconds of named parts, for benchmarks: nothing is measured unless a `Recorder` is open.
 
     with Recorder(device) as recorder:
         ...                            # library code with `with timed("hessian"):` around parts
