@@ -1,6 +1,6 @@
 """Runs of a block that go on where earlier runs of the same batch have been.
 
-Refinement runs a block once per stage, and all that comes before the stage does again what it did
+Refinement runs a block once per step, and all that comes before the step does again what it did
 then. Some modules hand out what their last linear gives: attention the output projection's, a gated
 MLP the down projection's. That linear's input, or its output, is kept, and in a later run
 
@@ -29,7 +29,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.runtime.memory import spare_device_bytes, spare_host_bytes
 
 MOST_BYTES = 10 << 30
-"""Kept tensors, and three matrices [K, K] of the widest input K that a stage works with beside."""
+"""Kept tensors, and three matrices [K, K] of the widest input K that a step works with beside."""
 
 
 class Tail(NamedTuple):

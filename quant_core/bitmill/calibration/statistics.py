@@ -84,7 +84,7 @@ class InputStatistics:
     """H f32 [K, K]; tokens seen; where the source was run too, for the M rows asked for, shift f32
     [M, K] and, where that was asked for, energy f64 [M].
 
-    check: raises CalibrationError where inputs were not finite; all linears of a stage share it.
+    check: raises CalibrationError where inputs were not finite; all linears of a step share it.
     """
 
     H: Tensor
@@ -339,13 +339,13 @@ def residual_writers(
 ) -> tuple[str, ...]:
     """Linears of the block that add their output to the residual stream, in execution order.
 
-    Candidates are linears alone in their stage with D output rows. They are accepted together if
+    Candidates are linears alone in their step with D output rows. They are accepted together if
     block output = block input + the sum of their outputs on hidden [B, T, D], within the model's
     rounding, else there are none (a norm or a factor after the linear, or experts).
     """
     linears = model.linears(block, index)
-    stages = [stage for stage in model.plan.input_stages(index) if len(stage) == 1]
-    alone = [group[0] for stage in stages for group in stage if len(group) == 1]
+    steps = [step for step in model.plan.input_steps(index) if len(step) == 1]
+    alone = [group[0] for step in steps for group in step if len(group) == 1]
     rows = {linear.name: linear.rows for linear in model.plan.block_linears(index)}
     names = tuple(name for name in alone if rows[name] == hidden.shape[-1])
     if not names:

@@ -2,8 +2,8 @@
 
 `ARCHITECTURES` says what each consists of; `plan/parameters.py` computes names and shapes. A linear
 is a block's matrix called `<module>.weight`, except routers. Linears that play the same part
-(`STAGES`) under the same parent module read the same input; stages are listed in the order in which
-a block executes them. A leaf name that no stage knows still works, as a group of its own after the
+(`STEPS`) under the same parent module read the same input; steps are listed in the order in which
+a block executes them. A leaf name that no step knows still works, as a group of its own after the
 others. Torch-free.
 
 Fused experts (one tensor [E, 2I, D] or [E, D, I] for all experts of a block) are listed expert by
@@ -21,16 +21,16 @@ from bitmill.errors import ModelError
 from bitmill.plan import parameters
 from bitmill.plan.parameters import Parameters, Settings, Shapes, bounded
 
-STAGES: tuple[tuple[str, ...], ...] = (
+STEPS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "attn.c_attn"),
     ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense"),
     ("gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h", "mlp.c_fc"),
     ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj"),
 )
-"""Endings of module paths, in execution order; a stage's members under one parent are siblings."""
+"""Endings of module paths, in execution order; a step's members under one parent are siblings."""
 
 ELEMENTWISE = {3: 2}
-"""Stage -> the stage under the same parent whose outputs, by activation functions and products of
+"""Step -> the step under the same parent whose outputs, by activation functions and products of
 single elements alone, are its inputs; so in every architecture below."""
 
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
@@ -157,16 +157,16 @@ def architecture(model_type: str) -> Architecture:
     return found
 
 
-def stage_of(path: str) -> tuple[int, int]:
-    """(stage, place within it) of a module path; unknown names come after all stages."""
-    for stage, endings in enumerate(STAGES):
+def step_of(path: str) -> tuple[int, int]:
+    """(step, place within it) of a module path; unknown names come after all steps."""
+    for step, endings in enumerate(STEPS):
         for place, ending in enumerate(endings):
             if path.endswith("." + ending):
-                return stage, place
-    return len(STAGES), 0
+                return step, place
+    return len(STEPS), 0
 
 
 def sibling_key(path: str) -> tuple[int, str]:
-    """Linears with the same key read the same input: (stage, parent module), or itself alone."""
-    stage, _ = stage_of(path)
-    return stage, path.rpartition(".")[0] if stage < len(STAGES) else path
+    """Linears with the same key read the same input: (step, parent module), or itself alone."""
+    step, _ = step_of(path)
+    return step, path.rpartition(".")[0] if step < len(STEPS) else path

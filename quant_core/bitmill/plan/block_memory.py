@@ -29,14 +29,12 @@ def block_weights(plan: Plan, block: int) -> int:
 
 
 def hessian_bytes(plan: Plan, judged: bool, block: int) -> int:
-    """Float32 second moments of a block's widest stage, those of held-out windows too where they
+    """Float32 second moments of a block's widest step, those of held-out windows too where they
     judge, and for the widest input an ordered copy, the factor and two more while it is made."""
     sets = 2 if judged else 1
-    stages = [
-        [plan.by_name[group[0]].columns for group in stage] for stage in plan.input_stages(block)
-    ]
-    together = max(sum(k * k for k in stage) for stage in stages)
-    return 4 * (sets * together + 4 * max(k * k for stage in stages for k in stage))
+    steps = [[plan.by_name[group[0]].columns for group in step] for step in plan.input_steps(block)]
+    together = max(sum(k * k for k in step) for step in steps)
+    return 4 * (sets * together + 4 * max(k * k for step in steps for k in step))
 
 
 def activation_bytes(plan: Plan, block: int, tokens: int, element: int) -> int:
@@ -66,7 +64,7 @@ def backward_bytes(plan: Plan, element: int, tokens: int) -> int:
 def refining_bytes(plan: Plan, element: int, tokens: int, *, judged: bool) -> int:
     """Accelerator memory of one block's turn in refinement without learning, beside hidden states.
 
-    Three blocks (quantized, source, the next), the widest stage's second moments (see
+    Three blocks (quantized, source, the next), the widest step's second moments (see
     `hessian_bytes`), values of one batch of tokens, the widest linear's working copies.
     """
     per_block = [

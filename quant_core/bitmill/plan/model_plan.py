@@ -27,7 +27,7 @@ from bitmill.plan.architectures import (
     ROUTERS,
     Architecture,
     sibling_key,
-    stage_of,
+    step_of,
 )
 from bitmill.plan.config_json import (
     check_config,
@@ -187,8 +187,8 @@ class Plan(Closed):
         for linear in self.linears:
             found.setdefault(sibling_key(linear.name), []).append(linear)
         feeders = {}
-        for (stage, parent), (linear, *others) in found.items():
-            source = (ELEMENTWISE.get(stage, -1), parent)
+        for (step, parent), (linear, *others) in found.items():
+            source = (ELEMENTWISE.get(step, -1), parent)
             rows = {feeder.rows for feeder in found.get(source, ())}
             if not others and rows == {linear.columns} and source not in kept:
                 feeders[linear.name] = tuple(feeder.name for feeder in found[source])
@@ -214,22 +214,22 @@ class Plan(Closed):
         """Linears of one block, in execution order."""
         return self._by_block[block]
 
-    def input_stages(self, block: int) -> list[list[list[str]]]:
-        """Full names of a block's linears: stages in execution order, each a list of input groups.
+    def input_steps(self, block: int) -> list[list[list[str]]]:
+        """Full names of a block's linears: steps in execution order, each a list of input groups.
 
-        The members of a group read the same input; the groups of a stage can be captured in one
-        pass: one group per stage in a dense block, one per expert in the experts' stages.
+        The members of a group read the same input; the groups of a step can be captured in one
+        pass: one group per step in a dense block, one per expert in the experts' steps.
         """
-        stages: dict[tuple[int, str], dict[tuple[int, str], list[str]]] = {}
+        steps: dict[tuple[int, str], dict[tuple[int, str], list[str]]] = {}
         for linear in self.block_linears(block):
-            stage, key = stage_of(linear.name)[0], sibling_key(linear.name)
+            step, key = step_of(linear.name)[0], sibling_key(linear.name)
             own = linear.name if key[1] == linear.name else ""
-            stages.setdefault((stage, own), {}).setdefault(key, []).append(linear.name)
-        return [list(groups.values()) for groups in stages.values()]
+            steps.setdefault((step, own), {}).setdefault(key, []).append(linear.name)
+        return [list(groups.values()) for groups in steps.values()]
 
     def input_groups(self, block: int) -> list[list[str]]:
         """Full names that read the same input, in execution order: [[q, k, v], [o], ...]."""
-        return [group for stage in self.input_stages(block) for group in stage]
+        return [group for step in self.input_steps(block) for group in step]
 
 
 def _source(place: Placed, transposed: bool = False) -> Source:
@@ -276,11 +276,11 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 
 def _order(linear: PlannedLinear) -> tuple[Any, ...]:
-    """Execution order: block, stage, expert or parent, place among the siblings."""
-    stage, place = stage_of(linear.name)
+    """Execution order: block, step, expert or parent, place among the siblings."""
+    step, place = step_of(linear.name)
     parent = linear.name.rpartition(".")[0]
     numbers = tuple(int(part) for part in parent.split(".") if part.isdecimal())
-    return linear.block, stage, numbers, parent, place, linear.name
+    return linear.block, step, numbers, parent, place, linear.name
 
 
 def _kept(place: Placed) -> PlannedTensor:

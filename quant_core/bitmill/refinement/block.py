@@ -1,8 +1,8 @@
 """Refinement of one decoder block: true-sequential, on the outputs of the quantized prefix.
 
-Linears are taken in stages of those that can be observed together ([q, k, v], [o], [gate, up],
-[down]). For each stage the block is run with everything before the stage already quantized, so
-that linears of later stages see, and answer to, the error of earlier ones.
+Linears are taken in steps of those that can be observed together ([q, k, v], [o], [gate, up],
+[down]). For each step the block is run with everything before the step already quantized, so
+that linears of later steps see, and answer to, the error of earlier ones.
 
 Linears that read one input are rewritten by the transforms, then solved together. The solver sees
 packed columns alone, and only what it needs to know of its inputs is collected.
@@ -81,13 +81,13 @@ def refine_block(
     settings: RefineSettings,
     *,
     held_out: Stream | None = None,
-    on_stage: Callable[[], None] = lambda: None,
+    on_step: Callable[[], None] = lambda: None,
     replay: Replay | None = None,
 ) -> tuple[dict[str, Quantized], list[LinearResult]]:
     """Quantizes every linear of block `index` that `widths` names (full names).
 
-    stream: calibration block inputs; held_out: others, for choosing. on_stage: called after every
-    stage. replay: a new one, for a caller who moves the same streams on by `advance_hidden`.
+    stream: calibration block inputs; held_out: others, for choosing. on_step: called after every
+    step. replay: a new one, for a caller who moves the same streams on by `advance_hidden`.
 
     Raises CalibrationError, naming the linear, where calibration gives non-finite inputs, and
     NumericalError where a factorization fails past the last damping.
@@ -102,13 +102,13 @@ def refine_block(
         stream.group,
     )
     done: dict[str, Quantized] = {}
-    stages = list(job.stages())
-    for stage in stages:
-        last = settings.advance_source and stage is stages[-1]
-        refined = job.refine_stage(stage, stream, held_out, last)
+    steps = list(job.steps())
+    for step in steps:
+        last = settings.advance_source and step is steps[-1]
+        refined = job.refine_step(step, stream, held_out, last)
         done |= refined
         job.install(refined)
-        on_stage()
+        on_step()
     read = {result.name: result for result in read_results(job.solved, stream.group)}
     results = [
         _with_tokens(read[name], job.tokens[name], model.plan.by_name[name].columns)
@@ -134,14 +134,14 @@ class _BlockJob:
     solved: list[Solved] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=dict)
 
-    def stages(self) -> Iterator[list[list[str]]]:
+    def steps(self) -> Iterator[list[list[str]]]:
         """Stages of input groups, without the linears that keep the source's precision."""
-        for stage in self.state.model.plan.input_stages(self.state.index):
-            groups = [[name for name in group if name in self.widths] for group in stage]
+        for step in self.state.model.plan.input_steps(self.state.index):
+            groups = [[name for name in group if name in self.widths] for group in step]
             if any(groups):
                 yield [group for group in groups if group]
 
-    def refine_stage(
+    def refine_step(
         self,
         groups: Sequence[Sequence[str]],
         stream: Stream,

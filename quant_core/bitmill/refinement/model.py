@@ -269,7 +269,7 @@ class _Run:
         self._replay = Replay()
 
     def refine(
-        self, i: int, block: nn.Module, on_stage: Callable[[], None]
+        self, i: int, block: nn.Module, on_step: Callable[[], None]
     ) -> tuple[Mapping[str, Quantized], list[LinearResult], dict[str, Any] | None]:
         names = [linear.name for linear in self.model.plan.block_linears(i)]
         weights, results = refine_block(
@@ -280,7 +280,7 @@ class _Run:
             {name: self.inputs.bit_widths.linears[name] for name in names},
             refine_settings(self.settings, self.batch, self.asymmetric, self.inputs.orders),
             held_out=self._streams[1] if self.asymmetric else None,
-            on_stage=on_stage,
+            on_step=on_step,
             replay=self._replay if self.learning is None else None,
         )
         if self.asymmetric and names:

@@ -76,17 +76,17 @@ def outputs(model, block, hidden):
 
 
 def walk(state, stream, sequential=True):
-    """Statistics of all stages as refinement takes them, each beside those of whole runs."""
-    stages = state.model.plan.input_stages(0)
-    for stage in stages:
-        last = stage is stages[-1]
+    """Statistics of all steps as refinement takes them, each beside those of whole runs."""
+    steps = state.model.plan.input_steps(0)
+    for step in steps:
+        last = step is steps[-1]
         whole = replace(stream, source=stream.source.clone())
-        fresh = collect(replace(state, replay=Replay()), stage, whole, batch=2, advance_source=last)
-        found = collect(state, stage, stream, batch=2, advance_source=last)
+        fresh = collect(replace(state, replay=Replay()), step, whole, batch=2, advance_source=last)
+        found = collect(state, step, stream, batch=2, advance_source=last)
         assert torch.equal(stream.source, whole.source)
         yield found, fresh
         if sequential:
-            install(state, [name for group in stage for name in group])
+            install(state, [name for group in step for name in group])
 
 
 def assert_same(found, fresh):
@@ -141,10 +141,10 @@ def test_each_linear_runs_once_or_twice(llama, stream):
     the stream. The first window runs once more, to find where runs can resume."""
     state = block_state(llama, stream)
     current, source = count_rows(state, state.current), count_rows(state, state.source)
-    stages = llama.plan.input_stages(0)
-    for stage in stages:
-        collect(state, stage, stream, batch=2, advance_source=stage is stages[-1])
-        install(state, [name for group in stage for name in group])
+    steps = llama.plan.input_steps(0)
+    for step in steps:
+        collect(state, step, stream, batch=2, advance_source=step is steps[-1])
+        install(state, [name for group in step for name in group])
     advance_hidden(state, stream, batch=2)
     assert set(source.values()) == {5 * 24}
     for name, rows in current.items():
@@ -202,21 +202,21 @@ def test_stages_without_the_linears_before_them_quantized(llama, stream):
 
 def test_stages_can_be_observed_in_any_order(llama, stream):
     state = block_state(llama, stream)
-    stages = llama.plan.input_stages(0)
-    for stage in (*stages, *reversed(stages), stages[2]):
-        fresh = collect(replace(state, replay=Replay()), stage, stream, batch=2)
-        assert_same(collect(state, stage, stream, batch=2), fresh)
+    steps = llama.plan.input_steps(0)
+    for step in (*steps, *reversed(steps), steps[2]):
+        fresh = collect(replace(state, replay=Replay()), step, stream, batch=2)
+        assert_same(collect(state, step, stream, batch=2), fresh)
 
 
 def test_what_the_block_adds_in_place_to_is_run_again(llama, stream):
     state = block_state(llama, stream)
-    stages = llama.plan.input_stages(0)
-    collect(state, stages[0], stream, batch=2)
+    steps = llama.plan.input_steps(0)
+    collect(state, steps[0], stream, batch=2)
     for block in (state.current, state.source):
         block.self_attn.register_forward_hook(lambda _, args, output: (output[0].add_(1), None))
-    for stage in stages[1:]:
-        fresh = collect(replace(state, replay=Replay()), stage, stream, batch=2)
-        assert_same(collect(state, stage, stream, batch=2), fresh)
+    for step in steps[1:]:
+        fresh = collect(replace(state, replay=Replay()), step, stream, batch=2)
+        assert_same(collect(state, step, stream, batch=2), fresh)
 
 
 def test_modules_that_change_what_their_linear_gave_are_run(llama, stream):

@@ -130,7 +130,7 @@ def test_fused_and_separate_experts_give_the_same_linears(tmp_path: Path) -> Non
     fused = rename(folder, tmp_path / "fused", fuse_experts)
     first, second = make_plan(folder, spec()), make_plan(fused, spec())
     assert first.shapes == second.shapes
-    assert first.input_stages(0) == second.input_stages(0)
+    assert first.input_steps(0) == second.input_steps(0)
     assert first.experts == 12
     name = "model.layers.1.mlp.experts.11.up_proj"
     sources = CheckpointSource(folder), CheckpointSource(fused)
@@ -149,11 +149,11 @@ def test_fused_and_separate_experts_give_the_same_linears(tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_experts_form_two_stages_of_one_group_each(kind: str, tmp_path: Path) -> None:
     plan = make_plan(save_tiny(tmp_path / "m", moe_config(kind)), spec())
-    stages = plan.input_stages(0)
-    assert [len(stage) for stage in stages] == [1, 1, 12, 12]
+    steps = plan.input_steps(0)
+    assert [len(step) for step in steps] == [1, 1, 12, 12]
     prefix = "model.layers.0.mlp.experts"
-    assert stages[2][10] == [f"{prefix}.10.gate_proj", f"{prefix}.10.up_proj"]
-    assert stages[3][2] == [f"{prefix}.2.down_proj"]
+    assert steps[2][10] == [f"{prefix}.10.gate_proj", f"{prefix}.10.up_proj"]
+    assert steps[3][2] == [f"{prefix}.2.down_proj"]
     router = {t.module for t in plan.tensors if t.module.endswith("mlp.gate.weight")}
     assert router == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
 
