@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bitmill.errors import BitmillError, FormatError, SpecError
+from bitmill.errors import BitmillError, InputError, SpecError
 from bitmill.runtime.child import run_child
 
 
@@ -38,7 +38,7 @@ def test_an_error_is_the_last_line_and_all_of_standard_output(tmp_path: Path) ->
     request.write_text(json.dumps({"folder": str(tmp_path / "none"), "prompt": "a"}))
     done = program("generate", request)
     (line,) = done.stdout.splitlines()
-    assert type(BitmillError.from_dict(json.loads(line)["error"])) is FormatError
+    assert isinstance(BitmillError.from_dict(json.loads(line)["error"]), InputError)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
 

@@ -175,7 +175,12 @@ def test_database_is_made_and_reported(command: Any, tmp_path: Path) -> None:
     assert (tmp_path / "bitmill.db").is_file()
 
 
-def test_every_command_takes_json_and_shows_an_example_that_it_would_take() -> None:
+def test_every_command_takes_json_and_shows_an_example_that_it_would_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("packed", "models/SmolLM2-135M"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     for path, found in commands():
         text = " ".join(help_of(path).split())
         assert "--json" in text, path

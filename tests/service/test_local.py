@@ -149,6 +149,24 @@ def test_what_needs_no_torch_is_refused_at_once(
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        ["evaluate", "none", "--source", "."],
+        ["evaluate", ".", "--source", "none"],
+        ["generate", "none", "A mill"],
+        ["bench", "none"],
+    ],
+)
+def test_folders_that_are_not_there_are_told_before_torch_loads(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = command(*line)
+    assert (status, out) == (2, "")
+    assert "'none' does not exist" in err.splitlines()[0]
+
+
+@pytest.mark.parametrize(
     ("line", "status", "code"),
     [
         (["quantize", "MODEL", "--code-bits", "1.5", "--out", "OUT"], 2, "impossible_budget"),

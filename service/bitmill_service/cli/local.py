@@ -30,7 +30,9 @@ from bitmill_service.cli.progress import JobWatch
 from bitmill_service.cli.report_table import parse_rows, print_quality, print_report
 from bitmill_service.cli.spec import Given, build_spec, comma_separated
 
-FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A packed folder.")]
+FolderArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A packed folder.", exists=True, file_okay=False)
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 TaskFolderOption = Annotated[
     Path | None,
@@ -145,7 +147,12 @@ def quantize(
 def evaluate(
     folder: FolderArgument,
     *,
-    source: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the source model.")],
+    source: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Folder of the source model.", exists=True, file_okay=False
+        ),
+    ],
     file: Annotated[
         str | None, typer.Option(metavar="NAME", help="GGUF file in the source's folder.")
     ] = None,
