@@ -180,7 +180,7 @@ class Bench:
             hidden = self.embed(self.tokens.tokens)
             for i, block in enumerate(self.blocks):
                 state = BlockState(self.model, i, block, None, self.model.linears(block, i))
-                seen = collect(state, self.plan.input_groups(i), Stream(hidden), batch=BATCH)
+                seen = collect(state, self.plan.siblings(i), Stream(hidden), batch=BATCH)
                 self._orders |= {name: activation_order(s.H) for name, s in seen.items()}
                 hidden = run_windows(self.model, i, block, hidden, batch=BATCH)
         return self._orders
@@ -246,7 +246,7 @@ def sba_profile(bench: Bench, variant: Variant, base: int) -> SensitivityProfile
     orders: dict[str, Any] = {}
     if variant.order == "activation":
         for i in range(bench.plan.block_count):
-            for group in bench.plan.input_groups(i):
+            for group in bench.plan.siblings(i):
                 owners |= dict.fromkeys(group, group[0])
                 orders[group[0]] = bench.orders()[group[0]].cpu().numpy().astype(np.int32)
     linears = tuple(

@@ -55,8 +55,8 @@ class GroupTable:
         leader = np.arange(len(self.plan.matrices))
         if self.allocation.fuse_siblings:
             place = self.places()
-            for group in self.sibling_groups():
-                leader[[place[name] for name in group]] = place[group[0]]
+            for names in self.siblings():
+                leader[[place[name] for name in names]] = place[names[0]]
         inside = np.arange(len(self)) - self.starts[self._linear]
         if self.allocation.per_linear:
             inside[:] = 0
@@ -68,11 +68,11 @@ class GroupTable:
         """Linear -> its place in the plan."""
         return {linear.name: i for i, linear in enumerate(self.plan.matrices)}
 
-    def sibling_groups(self) -> Iterator[list[str]]:
+    def siblings(self) -> Iterator[list[str]]:
         """Names that read the same input where siblings are fused, else single names."""
         for block in range(self.plan.block_count):
-            for group in self.plan.input_groups(block):
-                yield from [group] if self.allocation.fuse_siblings else [[n] for n in group]
+            for names in self.plan.siblings(block):
+                yield from [names] if self.allocation.fuse_siblings else [[n] for n in names]
 
     def uniform(self, width: int) -> GroupWidths:
         """One width everywhere (edge blocks: at least their floor)."""

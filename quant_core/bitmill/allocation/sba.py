@@ -46,7 +46,7 @@ def sba_swaps(groups: GroupTable, profile: SensitivityProfile, base: int) -> dic
         )
     place = groups.places()
     swaps: dict[int, Swap] = {}
-    for names in groups.sibling_groups():
+    for names in groups.siblings():
         kl = np.sum([records[name].kl for name in names], axis=0)
         rank = np.sum([np.argsort(records[name].salience) for name in names], axis=0)
         count = int(np.argmin(kl))

@@ -45,11 +45,11 @@ def order_owners(plan: Plan, order: Order) -> dict[str, str]:
     if order == "natural":
         return {}
     return {
-        name: group[0]
+        name: first
         for block in range(plan.block_count)
-        for group in plan.input_groups(block)
-        if group[0] not in plan.feeders
-        for name in group
+        for first, *others in plan.siblings(block)
+        if first not in plan.feeders
+        for name in (first, *others)
     }
 
 

@@ -181,9 +181,9 @@ def _seconds(plan: Plan, config: QuantizationConfig, machine: Machine) -> float:
         passed, solved = _linear_work(linear, tokens * share)
         forward, solving = forward + passed, solving + solved
     for block in range(plan.block_count):
-        for group in plan.input_groups(block):
-            share = active if ".experts." in group[0] else 1.0
-            hessians += 2.0 * plan.by_name[group[0]].columns ** 2 * tokens * share
+        for first, *_ in plan.siblings(block):
+            share = active if ".experts." in first else 1.0
+            hessians += 2.0 * plan.by_name[first].columns ** 2 * tokens * share
     passes = 3 if config.refinement.asymmetric else 2
     profiled = config.calibration.length * config.calibration.profiled / tokens
     measured = profiled * (4 * forward + hessians)

@@ -215,10 +215,10 @@ class Plan(Closed):
         return self._by_block[block]
 
     def input_steps(self, block: int) -> list[list[list[str]]]:
-        """Full names of a block's linears: steps in execution order, each a list of input groups.
+        """Full names of a block's linears: steps in execution order, each a list of siblings.
 
-        The members of a group read the same input; the groups of a step can be captured in one
-        pass: one group per step in a dense block, one per expert in the experts' steps.
+        Siblings read the same input; those of a step can be captured in one pass: one list per step
+        in a dense block, one per expert in the experts' steps.
         """
         steps: dict[tuple[int, str], dict[tuple[int, str], list[str]]] = {}
         for linear in self.block_linears(block):
@@ -227,9 +227,9 @@ class Plan(Closed):
             steps.setdefault((step, own), {}).setdefault(key, []).append(linear.name)
         return [list(groups.values()) for groups in steps.values()]
 
-    def input_groups(self, block: int) -> list[list[str]]:
+    def siblings(self, block: int) -> list[list[str]]:
         """Full names that read the same input, in execution order: [[q, k, v], [o], ...]."""
-        return [group for step in self.input_steps(block) for group in step]
+        return [siblings for step in self.input_steps(block) for siblings in step]
 
 
 def _source(place: Placed, transposed: bool = False) -> Source:

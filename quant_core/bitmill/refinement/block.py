@@ -135,7 +135,7 @@ class _BlockJob:
     tokens: dict[str, int] = field(default_factory=dict)
 
     def steps(self) -> Iterator[list[list[str]]]:
-        """Stages of input groups, without the linears that keep the source's precision."""
+        """Steps of siblings, without the linears that keep the source's precision."""
         for step in self.state.model.plan.input_steps(self.state.index):
             groups = [[name for name in group if name in self.widths] for group in step]
             if any(groups):

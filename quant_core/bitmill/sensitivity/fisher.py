@@ -229,7 +229,7 @@ class _Measurement:
             if i in found:
                 return None
             shapes = {li.name: (li.rows, li.columns) for li in self._plan.block_linears(i)}
-            groups = self._plan.input_groups(i)
+            groups = self._plan.siblings(i)
             self._moments[i] = BlockMoments(groups, shapes, self._model.device, self._settings)
             return self._moments[i]
 
@@ -262,7 +262,7 @@ class _Measurement:
         modules = self._model.linears(block, i)
         moments.all_reduce(self._ranks)
         moments.fill()
-        groups = self._plan.input_groups(i)
+        groups = self._plan.siblings(i)
         owners = self._ranks.owners([self._columns(group) for group in groups])
         profiles = []
         for group, owner in zip(groups, owners, strict=True):

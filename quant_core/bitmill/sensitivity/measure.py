@@ -193,7 +193,7 @@ def _measure_orders(
     request: ProfileRequest,
     batch: int,
 ) -> SensitivityProfile:
-    groups = model.plan.input_groups(i)
+    groups = model.plan.siblings(i)
     state = BlockState(model, i, block, None, model.linears(block, i))
     seen = collect(state, groups, stream, batch=batch, advance=True)
     seen[groups[0][0]].check()
@@ -208,8 +208,8 @@ def _block_profile(
     orders: Mapping[str, Tensor],
     sba: Mapping[int, Mapping[str, SbaRecord]],
 ) -> SensitivityProfile:
-    """The profile of one block's linears; the first of an input group owns the group's order."""
-    owner = {name: group[0] for group in model.plan.input_groups(i) for name in group}
+    """The profile of one block's linears; the first of siblings owns their order."""
+    owner = {name: group[0] for group in model.plan.siblings(i) for name in group}
     linears = tuple(
         LinearProfile(
             linear.name,

@@ -186,7 +186,7 @@ def profile_block_sba(
     block's outputs take their place. One run of the block makes the Hessians and keeps the inputs
     that are evaluated, of `batch` windows at a time. `orders` gives orders already chosen.
     """
-    linears, groups = model.linears(block, index), model.plan.input_groups(index)
+    linears, groups = model.linears(block, index), model.plan.siblings(index)
     windows = max(1, EVALUATED_TOKENS // (stream.hidden.shape[1] * stream.group.size))
     kept: dict[str, list[Tensor]] = {group[0]: [] for group in groups}
 

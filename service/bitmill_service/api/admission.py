@@ -84,7 +84,7 @@ def plan_view(admission: Admission) -> PlanView:
         linears=len(plan.linears),
         groups=sum(shape.groups for shape in plan.shapes),
         weights=plan.weights,
-        fused=[plan.input_groups(block) for block in range(min(1, plan.block_count))],
+        fused=[plan.siblings(block) for block in range(min(1, plan.block_count))],
         smallest=_uniform_size(plan, job.config, min(widths)),
         largest=_uniform_size(plan, job.config, max(widths)),
         estimate=job.needs(),

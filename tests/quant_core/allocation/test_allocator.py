@@ -213,7 +213,7 @@ def test_sba_needs_its_neighbours_and_its_record():
 def test_fused_siblings_share_one_map(method):
     found = allocate(PLAN, job({"code_bits": 3}, method=method, fuse_siblings=True), PROFILE)
     for block in range(PLAN.block_count):
-        for group in PLAN.input_groups(block):
+        for group in PLAN.siblings(block):
             assert len({found.linears[name] for name in group}) == 1
     free = allocate(PLAN, job({"code_bits": 3}, method=method), PROFILE)
     assert free.linears != found.linears

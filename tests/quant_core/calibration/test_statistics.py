@@ -112,7 +112,7 @@ def test_one_run_gives_hessians_inputs_and_outputs(tmp_path, normed_first):
     """Without a norm before attention q, k and v read the block's own input."""
     model = streamed(tiny_opt(tmp_path, do_layer_norm_before=normed_first))
     hidden, block = model.embed(token_windows(5)), model.load_block(1)
-    groups = model.plan.input_groups(1)
+    groups = model.plan.siblings(1)
     state = BlockState(model, 1, block, None, model.linears(block, 1))
     expected = collect(state, groups, Stream(hidden), batch=2)
     linears = {group[0]: state.linears[group[0]] for group in groups}

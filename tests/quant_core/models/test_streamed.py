@@ -116,7 +116,7 @@ def test_capture_sees_what_the_linears_read(folder: Path) -> None:
     model, tokens = streamed(folder), some_tokens(3, 10)
     block = model.load_block(0)
     modules = model.linears(block, 0)
-    chosen = {group[0]: modules[group[0]] for group in model.plan.input_groups(0)}
+    chosen = {group[0]: modules[group[0]] for group in model.plan.siblings(0)}
     outputs: dict[str, torch.Tensor] = {}
     for name, module in chosen.items():
         module.register_forward_hook(lambda _, __, out, name=name: outputs.update({name: out}))

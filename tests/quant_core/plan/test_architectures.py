@@ -122,7 +122,7 @@ def test_siblings_read_the_same_input(model_folder: Path) -> None:
     tokens = torch.randint(0, VOCABULARY, (4, 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         model.run_block(0, block, model.embed(tokens))
-    groups = plan.input_groups(0)
+    groups = plan.siblings(0)
     assert sorted(name for group in groups for name in group) == sorted(modules)
     for group in groups:
         assert all(torch.equal(inputs[group[0]], inputs[name]) for name in group)

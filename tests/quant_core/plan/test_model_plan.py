@@ -58,7 +58,7 @@ def test_biases_are_kept_tensors(tmp_path: Path) -> None:
     plan = make_plan(tiny_opt(tmp_path / "m"), spec())
     kept = {t.name for t in plan.tensors}
     assert all(f"{li.name}.bias" in kept for li in plan.linears)
-    assert plan.input_groups(0)[0] == [
+    assert plan.siblings(0)[0] == [
         f"model.decoder.layers.0.self_attn.{x}_proj" for x in ("q", "k", "v")
     ]
 
@@ -67,7 +67,7 @@ def test_plan_survives_json(tmp_path: Path) -> None:
     plan = make_plan(tiny_llama(tmp_path / "m"), spec())
     again = Plan.model_validate_json(plan.model_dump_json())
     assert again == plan
-    assert again.input_groups(0) == plan.input_groups(0)
+    assert again.siblings(0) == plan.siblings(0)
 
 
 def test_kept_linears_stay_whole(tmp_path: Path) -> None:

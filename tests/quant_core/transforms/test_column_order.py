@@ -48,7 +48,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     plan = make_plan(source, parse_config(SPEC))
     stored = load_file(source / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    owners = {n: g[0] for b in range(plan.block_count) for g in plan.input_groups(b) for n in g}
+    owners = {n: g[0] for b in range(plan.block_count) for g in plan.siblings(b) for n in g}
     orders = {
         owner: torch.randperm(plan.by_name[owner].columns, generator=generator).int()
         for owner in dict.fromkeys(owners.values())
