@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,12 @@ from torch import Tensor, nn
 from value_basis import change_basis, value_bases
 
 from bitmill.allocation.allocator import allocate
-from bitmill.allocation.profile import SbaRecord, SensitivityProfile
+from bitmill.allocation.profile import (
+    ProfileConfig,
+    ProfileOrigin,
+    SbaRecord,
+    SensitivityProfile,
+)
 from bitmill.calibration.hooks import run_windows
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.calibration.windows import calibration_tokens, evaluation_tokens
@@ -52,7 +57,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.block import refine_block
 from bitmill.results import LinearResult
-from bitmill.sensitivity.fisher import profile_knapsack
+from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
 from bitmill.sensitivity.sba import profile_block_sba
 from bitmill.solvers.factor import activation_order
 from bitmill.transforms.column_order import ColumnOrders
@@ -158,7 +163,7 @@ class Bench:
     def profile(self, variant: Variant) -> SensitivityProfile:
         """The profile a variant asks for, made once."""
         settings = replace(variant.profile, order=variant.order)
-        key = json.dumps([settings.identity(), variant.value_basis], sort_keys=True)
+        key = json.dumps([identity(settings), variant.value_basis], sort_keys=True)
         if key not in self._profiles:
             folder = self.profile_folder(variant)
             with one_at_a_time(folder):
@@ -169,7 +174,7 @@ class Bench:
 
     def profile_folder(self, variant: Variant) -> Path:
         """Where the profile of a variant is kept between runs."""
-        settings = replace(variant.profile, order=variant.order).identity()
+        settings = identity(replace(variant.profile, order=variant.order))
         parts = [settings, self.tokens.digest] + ["basis"] * variant.value_basis
         digest: str = sha256_json(parts)
         return self.work / f"profile-{digest[:12]}"
@@ -209,6 +214,14 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
+def identity(settings: SensitivitySettings) -> dict[str, Any]:
+    """The settings that decide a profile, as JSON; memory limits do not."""
+    named = asdict(settings)
+    for name in ("host_bytes", "every"):
+        del named["gradients"][name]
+    return named
+
+
 def spec_of(parts: Mapping[str, Any]) -> Any:
     """A job specification for a local model."""
     return parse_config(parts)
@@ -239,7 +252,9 @@ def allocation(bench: Bench, variant: Variant) -> tuple[BitWidthMap, float | Non
 
 
 def sba_profile(bench: Bench, variant: Variant, base: int) -> SensitivityProfile:
-    from bitmill.allocation.profile import LinearProfile
+    from bitmill.allocation.profile import (
+        LinearProfile,
+    )
 
     records = bench.sba(variant, base)
     owners: dict[str, str] = {}
@@ -253,7 +268,9 @@ def sba_profile(bench: Bench, variant: Variant, base: int) -> SensitivityProfile
         LinearProfile(s.name, s.rows, s.columns, np.zeros((s.groups, 0)), owners.get(s.name))
         for s in bench.plan.shapes
     )
-    return SensitivityProfile("", "", {}, (), linears, orders, {base: records})
+    return SensitivityProfile(
+        ProfileOrigin(ProfileConfig(kind="sba")), (), linears, orders, {base: records}
+    )
 
 
 def refined(

@@ -44,8 +44,8 @@ from bitmill.calibration.block_inputs import (
 from bitmill.calibration.gradients import PassSettings, input_room
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.quantization import QuantizationConfig, parse_config
-from bitmill.pipeline import job as pipeline
 from bitmill.pipeline.estimate import Machine, estimate
+from bitmill.pipeline.job import Job
 from bitmill.pipeline.progress import Progress
 from bitmill.pipeline.workspace import Workspace
 from bitmill.plan.model_plan import Plan
@@ -314,23 +314,21 @@ def run_stages(
     shape: Shape,
 ) -> Plan:
     """The job's stages from profile to pack, on windows of random tokens."""
-    job = pipeline.Job(
+    job = Job(
         config=spec,
         model_folder=source,
-        space=Workspace(root / "job", watch, lambda: False, group),
+        space=Workspace(root / "job", watch, lambda: False, group, device),
         output=root / "out",
         gguf=None,
         profiles=None,
-        device=device,
-        group=group,
     )
-    resolved = pipeline.Source(source, "random")
-    planned = pipeline.plan(job, resolved)
+    resolved = job.resolve()
+    planned = job.plan(resolved)
     tokens = windows(shape, options.sequences, options.held_out, options.tokens)
-    profiled = pipeline.profile(job, resolved, planned, tokens)
-    bit_widths = pipeline.allocate_widths(job, planned, profiled)
-    refined = pipeline.refine(job, resolved, planned, tokens, profiled, bit_widths)
-    pipeline.pack(job, resolved, planned, bit_widths, refined)
+    profiled = job.profile(resolved, planned, tokens)
+    bit_widths = job.allocate(planned, profiled)
+    refined = job.refine(resolved, planned, tokens, profiled, bit_widths)
+    job.pack(resolved, planned, bit_widths, refined)
     return planned
 
 

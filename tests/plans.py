@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitmill.allocation.profile import LinearProfile, SbaRecord, SensitivityProfile
+from bitmill.allocation.profile import (
+    LinearProfile,
+    ProfileConfig,
+    ProfileOrigin,
+    SbaRecord,
+    SensitivityProfile,
+)
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.plan.model_plan import Plan, PlannedLinear, PlannedTensor, Source
 
@@ -71,9 +77,7 @@ def random_profile(
         costs = scale * 4.0**-bits * rng.lognormal(0, 0.2, (shape.groups, len(widths)))
         linears.append(LinearProfile(shape.name, shape.rows, shape.columns, costs))
     return SensitivityProfile(
-        model_digest="m",
-        calibration_digest="c",
-        settings={"seed": seed},
+        origin=ProfileOrigin(ProfileConfig(seed=seed), "m", "c"),
         widths=widths,
         linears=tuple(linears),
         sba={base: _records(rng, plan.shapes) for base in sba},

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bitmill.allocation.allocator import allocate
+from bitmill.allocation.profile import ProfileConfig, ProfileOrigin
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.quantization import parse_config
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
@@ -24,12 +25,12 @@ from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.runtime.launch import as_rank
 from bitmill.runtime.ranks import SINGLE, Group
-from bitmill.sensitivity.measure import ProfileRequest, make_profile
+from bitmill.sensitivity.measure import make_profile
 
 KINDS: dict[str, dict[str, Any]] = {
-    "knapsack": {"widths": [2, 3, 4]},
-    "sba": {"base": 3},
-    "orders": {},
+    "knapsack": {"kind": "knapsack", "widths": (2, 3, 4)},
+    "sba": {"kind": "sba", "base": 3},
+    "orders": {"kind": "orders"},
 }
 
 
@@ -53,7 +54,7 @@ def ranks_job(
             model,
             calibration.tokens,
             plan,
-            ProfileRequest({"kind": kind, "order": "activation", **settings}, "model", "digest"),
+            ProfileOrigin(ProfileConfig(order="activation", **settings), "model", "digest"),
             folder=out / kind,
             on_unit=lambda *_: None,
             group=group,

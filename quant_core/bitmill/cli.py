@@ -100,7 +100,7 @@ def _bench(file: Path, _: Tell) -> dict[str, Any]:
 
 
 def _verify(file: Path, _: Tell) -> dict[str, Any]:
-    from bitmill.pipeline.job import verify_order
+    from bitmill.pipeline.stages.verify import verify_order
 
     verify_order(read_json(file))
     return {}

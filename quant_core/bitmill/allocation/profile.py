@@ -18,14 +18,16 @@ import io
 import json
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from bitmill.config.bit_width_map import WIDTHS, LinearShape
+from bitmill.config.quantization import Closed
 from bitmill.errors import FormatError, reason
 from bitmill.io import atomic as storage
 
@@ -44,6 +46,68 @@ _HEADER_KEYS = {
 
 FloatArray = npt.NDArray[np.float64]
 IndexArray = npt.NDArray[np.int32]
+
+
+class ProfileConfig(Closed):
+    """How a profile was measured, and where: a part of its id, stored in its header.
+
+    kind: see `sensitivity/measure.py`. widths: of kind "knapsack"; base: the width that "sba"
+    departs from. keep: patterns of linears that stay in the source precision; embeddings: matrices
+    that are quantized too. sequences: windows, where not all of the calibration's were taken.
+    What is None was not recorded.
+    """
+
+    kind: Literal["knapsack", "sba", "orders"] | None = None
+    order: Literal["natural", "activation"] | None = None
+    keep: tuple[str, ...] | None = None
+    embeddings: tuple[str, ...] | None = None
+    widths: tuple[int, ...] | None = None
+    base: int | None = None
+    sequences: int | None = None
+    dtype: str | None = None
+    seed: int | None = None
+    threads: int | None = None
+    device: str | None = None
+    devices: int | None = None
+    torch: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What is stored and hashed."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    @classmethod
+    def parse(cls, stored: object) -> ProfileConfig:
+        """Raises `FormatError` naming the key that this version does not know."""
+        try:
+            return cls.model_validate(stored)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            where = ".".join(map(str, first["loc"])) or "settings"
+            raise FormatError(
+                f"profile setting {where}: {first['msg']}; this version of bitmill cannot use the "
+                "profile: make it again"
+            ) from error
+
+
+@dataclass(frozen=True)
+class ProfileOrigin:
+    """What a profile is made from; `key` identifies it."""
+
+    config: ProfileConfig
+    model_digest: str = ""
+    calibration_digest: str = ""
+
+    @property
+    def key(self) -> str:
+        """Hex SHA-256, the profile's id. Equal keys, same measurement."""
+        return storage.sha256_json(
+            {
+                "model": self.model_digest,
+                "calibration": self.calibration_digest,
+                "settings": self.config.to_json(),
+                "schema_version": SCHEMA_VERSION,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -86,12 +150,10 @@ class SensitivityProfile:
 
     widths: the candidate widths, ascending. orders: owner's name -> int32 [K], packed column k is
     input column order[k]. sba: base width -> linear's name -> record.
-    model_digest, calibration_digest, settings: what it was made from; `key` identifies them.
+    origin: what it was made from, no part of what was measured.
     """
 
-    model_digest: str
-    calibration_digest: str
-    settings: Mapping[str, Any]
+    origin: ProfileOrigin = field(compare=False)
     widths: tuple[int, ...]
     linears: tuple[LinearProfile, ...]
     orders: Mapping[str, IndexArray] = field(default_factory=dict)
@@ -130,6 +192,10 @@ class SensitivityProfile:
                 f"the order of {linear.order} is no permutation of the {linear.columns} "
                 f"columns of {linear.name}"
             )
+
+    def of(self, origin: ProfileOrigin) -> SensitivityProfile:
+        """The same measurement, said to be made from something else that gives it too."""
+        return replace(self, origin=origin)
 
     def linear(self, name: str) -> LinearProfile:
         """The profile of one linear; raises `FormatError` where it has none."""
@@ -176,11 +242,8 @@ class SensitivityProfile:
 
     @property
     def key(self) -> str:
-        """Hex SHA-256 of what the profile was made from, its id in the service.
-
-        Equal keys, same measurement.
-        """
-        return profile_key(self.model_digest, self.calibration_digest, self.settings)
+        """Hex SHA-256 of what the profile was made from, its id in the service."""
+        return self.origin.key
 
     @property
     def digest(self) -> str:
@@ -221,18 +284,6 @@ class SensitivityProfile:
         return cls.from_bytes(data, name=target.name)
 
 
-def profile_key(model_digest: str, calibration_digest: str, settings: Mapping[str, Any]) -> str:
-    """Hex SHA-256 of model, calibration and settings."""
-    return storage.sha256_json(
-        {
-            "model": model_digest,
-            "calibration": calibration_digest,
-            "settings": dict(settings),
-            "schema_version": SCHEMA_VERSION,
-        }
-    )
-
-
 _ARRAYS = ("costs", "orders", "salience", "kl")
 
 
@@ -261,9 +312,9 @@ def _flatten(
     owners = sorted(profile.orders)
     header = {
         "schema_version": SCHEMA_VERSION,
-        "model_digest": profile.model_digest,
-        "calibration_digest": profile.calibration_digest,
-        "settings": dict(profile.settings),
+        "model_digest": profile.origin.model_digest,
+        "calibration_digest": profile.origin.calibration_digest,
+        "settings": profile.origin.config.to_json(),
         "widths": list(profile.widths),
         "linears": [[p.name, p.rows, p.columns, p.order] for p in profile.linears],
         "orders": [[owner, len(profile.orders[owner])] for owner in owners],
@@ -307,9 +358,11 @@ def _unflatten(header: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> Sensitivi
         record = SbaRecord(salience.take(groups), kl.take(points))
         sba.setdefault(base, {})[name] = record
     return SensitivityProfile(
-        model_digest=header["model_digest"],
-        calibration_digest=header["calibration_digest"],
-        settings=header["settings"],
+        origin=ProfileOrigin(
+            ProfileConfig.parse(header["settings"]),
+            header["model_digest"],
+            header["calibration_digest"],
+        ),
         widths=widths,
         linears=tuple(linears),
         orders={owner: orders.take(length) for owner, length in header["orders"]},

@@ -19,7 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitmill.config.quantization import BundledText, Calibration, DatasetText, FileText
+from bitmill.config.quantization import (
+    BundledText,
+    Calibration,
+    DatasetText,
+    Evaluation,
+    FileText,
+)
 from bitmill.errors import CalibrationError, raise_resource_error, reason
 from bitmill.models.tokenizer import load_tokenizer
 
@@ -181,3 +187,13 @@ def evaluation_tokens(
     """int64 [windows, length] of a bundled text, in order, at most `sequences` of them."""
     tokenizer = load_tokenizer(tokenizer_folder)
     return token_windows(bundled_text(name), tokenizer, length)[:sequences]
+
+
+def evaluation_windows(asked: Evaluation, tokenizer_folder: Path) -> dict[str, Tensor]:
+    """Windows int64 [S, T] of every text that an evaluation asks for."""
+    return {
+        text: evaluation_tokens(
+            text, tokenizer_folder, length=asked.length, sequences=asked.sequences
+        )
+        for text in asked.texts
+    }

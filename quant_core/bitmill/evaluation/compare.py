@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from bitmill.calibration.windows import evaluation_tokens
+from bitmill.calibration.windows import evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Budget, Evaluation, QuantizationConfig
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
@@ -60,23 +60,19 @@ def with_weights(model: StreamedModel, dequantized: Callable[[str], Tensor]) -> 
 
 def measure(
     model: StreamedModel,
-    source_folder: Path,
-    asked: Evaluation,
+    texts: Mapping[str, Tensor],
     candidates: Mapping[str, Candidate],
     on_unit: Callable[[int, int, str, str], None],
     predict: Callable[[BitWidthMap], float | None] = lambda _: None,
     group: Group = SINGLE,
 ) -> list[QualityRow]:
-    """Rows of the source and of every candidate on every text asked for.
+    """Rows of the source and of every candidate on every text: windows int64 [S, T] by name.
 
     predict: predicted increase of the loss of a map, None where no profile covers its widths.
     group: ranks that divide the windows; each gets all rows.
     """
-    texts: dict[str, dict[str, TextQuality]] = {name: {} for name in ("source", *candidates)}
-    for text in asked.texts:
-        windows = evaluation_tokens(
-            text, source_folder, length=asked.length, sequences=asked.sequences
-        )
+    found: dict[str, dict[str, TextQuality]] = {name: {} for name in ("source", *candidates)}
+    for text, windows in texts.items():
         reference = StreamedLogits(model, remember=True)
         for name, (_, candidate) in candidates.items():
             message = f"{name} on {text}"
@@ -86,9 +82,9 @@ def measure(
                 group.shard(windows),
                 on_window=partial(_report_window, on_unit, message),
             ).gathered(group, len(windows))
-            texts[name][text] = measured.candidate()
-            texts["source"][text] = measured.source()
-    rows = [QualityRow(method="source", texts=texts["source"])]
+            found[name][text] = measured.candidate()
+            found["source"][text] = measured.source()
+    rows = [QualityRow(method="source", texts=found["source"])]
     for name, (bit_widths, _) in candidates.items():
         spent = footprint(model.plan, bit_widths)
         rows.append(
@@ -98,7 +94,7 @@ def measure(
                 bits=spent.bits,
                 size=spent.size,
                 predicted_loss=predict(bit_widths),
-                texts=texts[name],
+                texts=found[name],
             )
         )
     return rows
@@ -181,7 +177,7 @@ def evaluate_folder(
             source_folder, planned, device=where, dtype=compute_dtype(where, planned)
         )
         candidates = {"packed": (bit_widths, from_packed(model, folder))}
-        rows = measure(model, source_folder, asked, candidates, _silent)
+        rows = measure(model, evaluation_windows(asked, source_folder), candidates, _silent)
         if suite is None:
             return rows
         return measure_tasks(

@@ -11,7 +11,7 @@ every machine.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.quantization import QuantizationConfig, Refinement
 from bitmill.errors import FormatError, InputError
 from bitmill.io.atomic import sha256_file
-from bitmill.io.manifest import MANIFEST_NAME, Manifest, read_manifest
+from bitmill.io.manifest import Manifest, read_manifest
 
 RECORD_NAME = "learned_parameters.json"
 PARAM = "refinement.omniquant.resume_parameters"
@@ -71,7 +71,7 @@ class LearnedFor(BaseModel):
 class LearnedParameters:
     """A published folder with learned parameters whose lists were read; `check_files` reads all."""
 
-    folder: Path
+    folder: Path = field(compare=False)
     learned_for: LearnedFor
     manifest: Manifest
 
@@ -87,11 +87,6 @@ class LearnedParameters:
                 param=PARAM,
             )
         return cls(folder, LearnedFor.parse(record.read_bytes()), read_manifest(folder))
-
-    @property
-    def digest(self) -> str:
-        """Hash of the hashes of all files."""
-        return sha256_file(self.folder / MANIFEST_NAME)
 
     def check_map(self, bit_widths: BitWidthMap) -> None:
         """Refuse another map than the one that the parameters were learned for."""

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-STAGES = (
-    "resolve",
-    "plan",
-    "profile",
-    "allocate",
-    "refine",
-    "pack",
-    "verify",
-    "evaluate",
-    "publish",
-)
-Stage = Literal[
+StageName = Literal[
     "resolve", "plan", "profile", "allocate", "refine", "pack", "verify", "evaluate", "publish"
 ]
+STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 class Progress(BaseModel):
@@ -33,7 +23,7 @@ class Progress(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["stage", "progress", "warning"]
-    stage: Stage
+    stage: StageName
     state: Literal["started", "skipped", "finished"] | None = None
     done: int | None = None
     total: int | None = None

@@ -13,24 +13,42 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+import torch
 
 from bitmill.errors import Cancelled
-from bitmill.io.atomic import disk_errors, publish_folder, read_json, sha256_json, write_json
-from bitmill.pipeline.progress import Progress, Stage
+from bitmill.io.atomic import disk_errors, publish_folder, read_json, write_json
+from bitmill.pipeline.progress import Progress, StageName
+from bitmill.pipeline.stage import Run, Stage
 from bitmill.runtime.ranks import SINGLE, Group
 
 STAGE_FILE = "stage.json"
-_VERSION = 1
+
+Inputs = TypeVar("Inputs")
+
+
+@dataclass(frozen=True)
+class Made:
+    """The folder of a stage. id: of this making; a folder that was lost and made again has another.
+
+    As an input of a later stage it counts by its id, which stands for all that lies in the folder.
+    """
+
+    folder: Path = field(compare=False)
+    id: str
 
 
 class Workspace:
     """A job directory and those who watch it.
 
     emit receives every `Progress`; should_stop is asked between units of work; both of the first
-    rank alone.
+    rank alone. device: where stages compute.
     """
 
     def __init__(
@@ -39,48 +57,57 @@ class Workspace:
         emit: Callable[[Progress], None],
         should_stop: Callable[[], bool],
         group: Group = SINGLE,
+        device: torch.device | None = None,
     ) -> None:
         self.root = root
         self.group = group
+        self.device = device or torch.device("cpu")
         self._emit = emit
         self._should_stop = should_stop
+        self._seconds: dict[str, float] = {}
 
-    def run(
-        self,
-        stage: Stage,
-        inputs: Mapping[str, Any],
-        work: Callable[[Path], None],
-        *,
-        shared: bool = False,
-    ) -> Path:
-        """The folder of this stage, made by `work(folder)` unless it exists for these inputs.
-
-        inputs: JSON values that determine the result. shared: all ranks do the work.
-        """
-        digest = sha256_json({"stage": stage, "version": _VERSION, "inputs": dict(inputs)})
-        folder, partial = self.root / stage, self.root / f".partial-{stage}"
+    def run(self, stage: Stage[Inputs], inputs: Inputs) -> Made:
+        """The folder of this stage, made by its work unless it exists for these inputs."""
+        name, digest = stage.name, stage.digest(inputs)
+        folder, hidden = self.root / name, self.root / f".partial-{name}"
         if self.group.broadcast(_is_made_from(folder, digest)):
-            self._tell(Progress(kind="stage", stage=stage, state="skipped"))
-            return folder
+            self._tell(Progress(kind="stage", stage=name, state="skipped"))
+            return self._made(folder)
         self.check_stop()
-        self._tell(Progress(kind="stage", stage=stage, state="started"))
+        self._tell(Progress(kind="stage", stage=name, state="started"))
         with disk_errors(folder):
             begin = time.monotonic()
             if self.group.first:
-                _prepare(partial, digest)
+                _prepare(hidden, digest)
             self.group.barrier()
-            if shared or self.group.first:
-                work(partial)
+            if stage.shared or self.group.first:
+                stage.work(inputs, self._watched(name), hidden)
             self.group.barrier()
             if self.group.first:
-                spent = read_json(partial / STAGE_FILE)["seconds"] + time.monotonic() - begin
-                write_json(partial / STAGE_FILE, {"digest": digest, "seconds": round(spent, 3)})
-                publish_folder(partial, folder)
+                record = read_json(hidden / STAGE_FILE)
+                spent = record["seconds"] + time.monotonic() - begin
+                write_json(hidden / STAGE_FILE, record | {"seconds": round(spent, 3)})
+                publish_folder(hidden, folder)
             self.group.barrier()
-        self._tell(Progress(kind="stage", stage=stage, state="finished"))
-        return folder
+        self._tell(Progress(kind="stage", stage=name, state="finished"))
+        return self._made(folder)
 
-    def forget(self, stage: Stage) -> None:
+    def _watched(self, name: StageName) -> Run:
+        return Run(
+            root=self.root,
+            device=self.device,
+            group=self.group,
+            on_unit=partial(self.unit, name),
+            warn=partial(self.warn, name),
+            seconds=self.seconds,
+        )
+
+    def _made(self, folder: Path) -> Made:
+        record = read_json(folder / STAGE_FILE)
+        self._seconds[folder.name] = record["seconds"]
+        return Made(folder, record["id"])
+
+    def forget(self, stage: StageName) -> None:
         """Have a stage run again, because what it made elsewhere is gone."""
         if self.group.first:
             shutil.rmtree(self.root / stage, ignore_errors=True)
@@ -89,7 +116,7 @@ class Workspace:
         if self.group.first:
             self._emit(progress)
 
-    def unit(self, stage: Stage, done: int, total: int, unit: str, message: str = "") -> None:
+    def unit(self, stage: StageName, done: int, total: int, unit: str, message: str = "") -> None:
         """Report that `done` of `total` units are finished; raises `Cancelled` if asked to stop."""
         self._tell(
             Progress(
@@ -103,7 +130,7 @@ class Workspace:
         )
         self.check_stop()
 
-    def warn(self, stage: Stage, message: str) -> None:
+    def warn(self, stage: StageName, message: str) -> None:
         """Report something the user should know."""
         self._tell(Progress(kind="warning", stage=stage, message=message))
 
@@ -113,17 +140,17 @@ class Workspace:
             raise Cancelled("the job was asked to stop")
 
     def seconds(self) -> dict[str, float]:
-        """Wall time of every finished stage."""
-        files = sorted(self.root.glob(f"[!.]*/{STAGE_FILE}"))
-        return {file.parent.name: read_json(file)["seconds"] for file in files}
+        """Wall time of every stage that this run has come to, by name in alphabetical order."""
+        return dict(sorted(self._seconds.items()))
 
 
-def _prepare(partial: Path, digest: str) -> None:
+def _prepare(hidden: Path, digest: str) -> None:
     """The folder to work in: that of a killed run with the same inputs, or a new one."""
-    if not _is_made_from(partial, digest):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_json(partial / STAGE_FILE, {"digest": digest, "seconds": 0.0})
+    if not _is_made_from(hidden, digest):
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir(parents=True)
+        made = {"digest": digest, "id": uuid.uuid4().hex, "seconds": 0.0}
+        write_json(hidden / STAGE_FILE, made)
 
 
 def _is_made_from(folder: Path, digest: str) -> bool:

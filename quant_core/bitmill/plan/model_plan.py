@@ -355,18 +355,18 @@ def build_plan(
     )
 
 
-def check_lengths(plan: Plan, asked: QuantizationConfig) -> None:
-    """Raise `SpecError` where the model cannot run the job's calibration or evaluation windows."""
-    plan.check_length(asked.calibration.length, "calibration.length")
-    plan.check_length(asked.evaluation.length, "evaluation.length")
+def check_lengths(plan: Plan, calibration: int, evaluation: int) -> None:
+    """Raise `SpecError` where the model cannot run windows of so many tokens."""
+    plan.check_length(calibration, "calibration.length")
+    plan.check_length(evaluation, "evaluation.length")
 
 
-def check_rows(plan: Plan, asked: QuantizationConfig) -> None:
+def check_rows(plan: Plan, devices: int) -> None:
     """Raise `SpecError` where a linear has fewer output rows than devices that divide them."""
     for linear in plan.linears:
-        if linear.rows < asked.devices:
+        if linear.rows < devices:
             raise SpecError(
-                f"devices is {asked.devices}, {linear.name} has {linear.rows} output rows to "
+                f"devices is {devices}, {linear.name} has {linear.rows} output rows to "
                 "divide: give at most as many devices, or keep that linear",
                 param="devices",
             )

@@ -1,6 +1,6 @@
 """Finished blocks of a profile that is being measured, kept so that a killed run can go on.
 
-    block-00012.npz             costs, orders and shapes of block 12's linears
+    block-00012.npz               block 12's part of the profile, a profile itself
     gradient-0-00012.safetensors  loss gradient [S, T, D] at block 12's input of rank 0's windows,
                                 the newest one only
 
@@ -11,51 +11,17 @@ the saved gradient and the first unmeasured block again, without measuring them.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitmill.allocation.profile import FloatArray, IndexArray, LinearProfile
+from bitmill.allocation.profile import SensitivityProfile
 from bitmill.io.atomic import replacing
 from bitmill.runtime.ranks import SINGLE, Group
 
 GRADIENT_SECONDS = 20.0
-
-
-@dataclass(frozen=True, eq=False)
-class BlockProfile:
-    """One block's part of a profile.
-
-    shapes: linear -> (N, K); costs: linear -> float64 [G, B]; owners: linear -> the linear whose
-    order it uses; orders: owner -> int32 [K].
-    """
-
-    block: int
-    widths: tuple[int, ...]
-    shapes: dict[str, tuple[int, int]]
-    costs: dict[str, FloatArray]
-    owners: dict[str, str]
-    orders: dict[str, IndexArray]
-
-    def linear(self, name: str) -> LinearProfile:
-        """The profile of one linear."""
-        rows, columns = self.shapes[name]
-        return LinearProfile(name, rows, columns, self.costs[name], self.owners.get(name))
-
-
-def joined_profile(parts: Sequence[BlockProfile]) -> BlockProfile:
-    """One block's profile from those of its linears."""
-    joined = BlockProfile(parts[0].block, parts[0].widths, {}, {}, {}, {})
-    for part in parts:
-        for name in ("shapes", "costs", "owners", "orders"):
-            getattr(joined, name).update(getattr(part, name))
-    return joined
 
 
 class ProfileCheckpoint:
@@ -70,40 +36,19 @@ class ProfileCheckpoint:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def load(self, block: int) -> BlockProfile | None:
+    def load(self, block: int) -> SensitivityProfile | None:
         """A finished block, or None."""
         return self._group.broadcast(self._read(block) if self._group.first else None)
 
-    def _read(self, block: int) -> BlockProfile | None:
-        if self._folder is None or not (path := self._block_path(self._folder, block)).exists():
+    def _read(self, block: int) -> SensitivityProfile | None:
+        if self._folder is None or not (path := self._block_path(self._folder, block)).is_file():
             return None
-        with np.load(path, allow_pickle=False) as arrays:
-            header = json.loads(arrays["header"].tobytes())
-            return BlockProfile(
-                block,
-                tuple(header["widths"]),
-                {name: (rows, columns) for name, rows, columns in header["shapes"]},
-                {name: arrays[f"costs/{name}"] for name, _, _ in header["shapes"]},
-                header["owners"],
-                {owner: arrays[f"order/{owner}"] for owner in header["orders"]},
-            )
+        return SensitivityProfile.load(path)
 
-    def save(self, block: int, profile: BlockProfile) -> None:
+    def save(self, block: int, profile: SensitivityProfile) -> None:
         """Keep a finished block."""
-        if self._folder is None or not self._group.first:
-            return
-        header = {
-            "widths": profile.widths,
-            "shapes": [[name, *shape] for name, shape in profile.shapes.items()],
-            "owners": profile.owners,
-            "orders": list(profile.orders),
-        }
-        arrays = {f"costs/{name}": costs for name, costs in profile.costs.items()}
-        orders = {f"order/{owner}": order for owner, order in profile.orders.items()}
-        text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-        path = self._block_path(self._folder, block)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, header=text, **arrays, **orders)
+        if self._folder is not None and self._group.first:
+            profile.save(self._block_path(self._folder, block))
 
     def save_gradient(self, block: int, gradient: Tensor) -> None:
         """Keep the gradient at a block's input, if enough time has passed."""

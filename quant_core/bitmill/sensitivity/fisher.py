@@ -26,15 +26,22 @@ which at 1 and 2 bits are not small: compare predicted with measured loss before
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitmill.allocation.profile import FloatArray, IndexArray, SensitivityProfile
+from bitmill.allocation.profile import (
+    FloatArray,
+    IndexArray,
+    LinearProfile,
+    ProfileConfig,
+    ProfileOrigin,
+    SensitivityProfile,
+)
 from bitmill.calibration.gradients import GradientPass, PassSettings
 from bitmill.calibration.hessian import HessianAccumulator, all_reduce
 from bitmill.calibration.undersampled_experts import fill_squares, filled_means
@@ -54,7 +61,7 @@ from bitmill.quant.grid import (
 from bitmill.quant.rewrites import NO_REWRITES, Rewrites
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.runtime.timer import timed
-from bitmill.sensitivity.checkpoint import BlockProfile, ProfileCheckpoint, joined_profile
+from bitmill.sensitivity.checkpoint import ProfileCheckpoint
 from bitmill.solvers.factor import activation_order
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.grid_search import unit_rows
@@ -89,13 +96,6 @@ class SensitivitySettings:
     moments: Literal["plain", "weighted"] = "plain"
     rows: int = 512
     gradients: PassSettings = field(default_factory=PassSettings)
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that decide the result, as JSON; memory limits do not."""
-        named = asdict(self)
-        for name in ("host_bytes", "every"):
-            del named["gradients"][name]
-        return named
 
 
 class BlockMoments:
@@ -173,30 +173,31 @@ def profile_knapsack(
     plan: Plan,
     settings: SensitivitySettings | None = None,
     *,
-    model_digest: str = "",
-    calibration_digest: str = "",
+    origin: ProfileOrigin | None = None,
     folder: Path | None = None,
     on_block: Callable[[int, int], None] | None = None,
     group: Group = SINGLE,
 ) -> SensitivityProfile:
     """The profile of a model on windows of tokens, int64 [S, T].
 
-    folder: where finished blocks (and, spilled, block inputs) are kept; a killed run that is
-    started again with the same arguments goes on there and returns the same bytes.
-    on_block(done, total): after each of the 2 L block passes, forward and backward. group: ranks
-    that make this call together: windows are divided, then the inputs whose linears are measured.
+    origin: what the profile says it was made from. folder: where finished blocks (and, spilled,
+    block inputs) are kept; a killed run that is started again with the same arguments goes on there
+    and returns the same bytes. on_block(done, total): after each of the 2 L block passes, forward
+    and backward. group: ranks that make this call together: windows are divided, then the inputs
+    whose linears are measured.
 
     Raises `CalibrationError` and `NumericalError` naming the linear at fault.
     """
     settings = settings or SensitivitySettings()
-    measurement = _Measurement(model, plan, settings, folder, group)
+    if origin is None:
+        config = ProfileConfig(kind="knapsack", widths=settings.widths, order=settings.order)
+        origin = ProfileOrigin(config)
+    measurement = _Measurement(model, plan, settings, origin, folder, group)
     run = GradientPass(model, tokens, settings.gradients, scratch=folder, group=group)
     blocks = measurement.run(run, on_block)
     linears = [blocks[linear.block].linear(linear.name) for linear in plan.linears]
     return SensitivityProfile(
-        model_digest=model_digest,
-        calibration_digest=calibration_digest,
-        settings=settings.identity(),
+        origin=origin,
         widths=settings.widths,
         linears=tuple(linears),
         orders={owner: order for block in blocks for owner, order in block.orders.items()},
@@ -211,17 +212,18 @@ class _Measurement:
         model: StreamedModel,
         plan: Plan,
         settings: SensitivitySettings,
+        origin: ProfileOrigin,
         folder: Path | None,
         group: Group,
     ) -> None:
         self._model, self._plan, self._settings = model, plan, settings
-        self._ranks = group
+        self._origin, self._ranks = origin, group
         self._saved = ProfileCheckpoint(folder, group)
         self._moments: dict[int, BlockMoments] = {}
 
     def run(
         self, gradients: GradientPass, on_block: Callable[[int, int], None] | None
-    ) -> list[BlockProfile]:
+    ) -> list[SensitivityProfile]:
         count = self._plan.block_count
         found = {i: block for i in range(count) if (block := self._saved.load(i)) is not None}
 
@@ -258,19 +260,30 @@ class _Measurement:
     @torch.no_grad()
     def _measure(
         self, i: int, block: nn.Module, moments: BlockMoments, predictions: int
-    ) -> BlockProfile:
+    ) -> SensitivityProfile:
         modules = self._model.linears(block, i)
         moments.all_reduce(self._ranks)
         moments.fill()
         groups = self._plan.siblings(i)
         owners = self._ranks.owners([self._columns(group) for group in groups])
-        profiles = []
-        for group, owner in zip(groups, owners, strict=True):
-            profiles.append(BlockProfile(i, self._settings.widths, {}, {}, {}, {}))
-            if owner == self._ranks.rank:
-                self._measure_group(group, modules, moments, predictions, profiles[-1])
-        measured = self._ranks.gather(profiles)
-        return joined_profile([measured[owner][g] for g, owner in enumerate(owners)])
+        mine = [
+            self._measure_group(group, modules, moments, predictions)
+            if owner == self._ranks.rank
+            else None
+            for group, owner in zip(groups, owners, strict=True)
+        ]
+        every = self._ranks.gather(mine)
+        measured = [found for g, owner in enumerate(owners) if (found := every[owner][g])]
+        return SensitivityProfile(
+            origin=self._origin,
+            widths=self._settings.widths,
+            linears=tuple(linear for linears, _ in measured for linear in linears),
+            orders={
+                group[0]: order
+                for group, (_, order) in zip(groups, measured, strict=True)
+                if order is not None
+            },
+        )
 
     def _columns(self, group: Sequence[str]) -> int:
         """What measuring grows with: every group of columns is searched once per width."""
@@ -282,15 +295,14 @@ class _Measurement:
         modules: Mapping[str, nn.Module],
         moments: BlockMoments,
         predictions: int,
-        profile: BlockProfile,
-    ) -> None:
+    ) -> tuple[list[LinearProfile], IndexArray | None]:
         """Linears that read one input share its order and, with plain moments, its factor."""
         H = moments.mean(group[0])
         order: Tensor | None = None
         if self._settings.order == "activation":
             order = activation_order(H)
-            profile.orders[group[0]] = _index_array(order)
         weighted = self._settings.moments == "weighted"
+        linears = []
         for names in [[name] for name in group] if weighted else [list(group)]:
             own = moments.weighted(names[0])
             rewrites = Rewrites.of_order(order)
@@ -300,21 +312,21 @@ class _Measurement:
             with timed("cost"):
                 costs = input_costs(weights, row_weights, shared, self._settings, rewrites)
             for name, table in zip(names, costs, strict=True):
-                self._keep(name, table, profile)
-                if order is not None:
-                    profile.owners[name] = group[0]
+                _check_costs(name, table)
+                linear = self._plan.by_name[name]
+                owner = None if order is None else group[0]
+                linears.append(LinearProfile(name, linear.rows, linear.columns, table, owner))
+        return linears, None if order is None else _index_array(order)
 
-    def _keep(self, name: str, costs: FloatArray, profile: BlockProfile) -> None:
-        if not np.isfinite(costs).all():
-            raise CalibrationError(
-                f"the costs of {name} are not finite: its gradients or inputs are too large "
-                "for fp32; use other calibration text",
-                code="non_finite_costs",
-                param=name,
-            )
-        linear = self._plan.by_name[name]
-        profile.shapes[name] = (linear.rows, linear.columns)
-        profile.costs[name] = costs
+
+def _check_costs(name: str, costs: FloatArray) -> None:
+    if not np.isfinite(costs).all():
+        raise CalibrationError(
+            f"the costs of {name} are not finite: its gradients or inputs are too large "
+            "for fp32; use other calibration text",
+            code="non_finite_costs",
+            param=name,
+        )
 
 
 def input_costs(

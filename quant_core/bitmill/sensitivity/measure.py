@@ -17,22 +17,31 @@ Of several ranks each carries its own windows, and all hold the same sums; the f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitmill.allocation.profile import IndexArray, LinearProfile, SbaRecord, SensitivityProfile
+from bitmill.allocation.profile import (
+    LinearProfile,
+    ProfileConfig,
+    ProfileOrigin,
+    SbaRecord,
+    SensitivityProfile,
+)
 from bitmill.calibration.hooks import run_windows
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.calibration.streams import HiddenStates
+from bitmill.config.bit_width_map import WIDTHS
+from bitmill.errors import SpecError
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.block_memory import backward_bytes
 from bitmill.plan.model_plan import Plan
 from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.sensitivity.checkpoint import ProfileCheckpoint
 from bitmill.sensitivity.embeddings import embedding_profiles
 from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
 from bitmill.sensitivity.sba import profile_block_sba
@@ -44,60 +53,36 @@ BATCH_TOKENS = 8192
 OnUnit = Callable[[int, int, str, str], None]
 
 
-@dataclass(frozen=True)
-class ProfileRequest:
-    """What is measured on which data; the digests identify model and calibration."""
-
-    settings: Mapping[str, Any]
-    model_digest: str
-    calibration_digest: str
-
-    def profile(
-        self,
-        linears: tuple[LinearProfile, ...],
-        orders: Mapping[str, IndexArray],
-        sba: Mapping[int, Mapping[str, SbaRecord]],
-    ) -> SensitivityProfile:
-        """A profile without costs."""
-        return SensitivityProfile(
-            model_digest=self.model_digest,
-            calibration_digest=self.calibration_digest,
-            settings=dict(self.settings),
-            widths=(),
-            linears=linears,
-            orders=orders,
-            sba=sba,
-        )
-
-
 def make_profile(
     model: StreamedModel,
     tokens: Tensor,
     plan: Plan,
-    request: ProfileRequest,
+    origin: ProfileOrigin,
     *,
     folder: Path,
     on_unit: OnUnit,
     group: Group = SINGLE,
 ) -> SensitivityProfile:
-    """Measure what `request.settings["kind"]` names on windows of tokens, int64 [S, T].
+    """Measure what `origin.config.kind` names on windows of tokens, int64 [S, T].
 
     folder: where finished blocks are kept. on_unit: told done, total, the unit and a message.
     group: ranks that make this call together; each gets the whole profile.
     """
-    if request.settings["kind"] == "knapsack":
-        return _knapsack(model, tokens, plan, request, folder, on_unit, group)
-    blocks = _stream(model, tokens, plan, request, folder, on_unit, group)
-    base = request.settings.get("base")
+    if origin.config.kind == "knapsack":
+        return _knapsack(model, tokens, plan, origin, folder, on_unit, group)
+    blocks = _stream(model, tokens, plan, origin, folder, on_unit, group)
+    base = origin.config.base
     sba = {base: {name: r for b in blocks for name, r in b.sba[base].items()}} if base else {}
     embeddings = tuple(
         LinearProfile(m.name, m.rows, m.columns, np.zeros((m.shape.groups, 0)))
         for m in plan.embeddings
     )
-    return request.profile(
-        tuple(linear for block in blocks for linear in block.linears) + embeddings,
-        {owner: order for block in blocks for owner, order in block.orders.items()},
-        sba,
+    return SensitivityProfile(
+        origin=origin,
+        widths=(),
+        linears=tuple(linear for block in blocks for linear in block.linears) + embeddings,
+        orders={owner: order for block in blocks for owner, order in block.orders.items()},
+        sba=sba,
     )
 
 
@@ -105,21 +90,20 @@ def _knapsack(
     model: StreamedModel,
     tokens: Tensor,
     plan: Plan,
-    request: ProfileRequest,
+    origin: ProfileOrigin,
     folder: Path,
     on_unit: OnUnit,
     group: Group,
 ) -> SensitivityProfile:
     settings = SensitivitySettings(
-        widths=tuple(request.settings["widths"]), order=request.settings["order"]
+        widths=origin.config.widths or WIDTHS, order=_order(origin.config)
     )
     made = profile_knapsack(
         model,
         tokens,
         plan,
         settings,
-        model_digest=request.model_digest,
-        calibration_digest=request.calibration_digest,
+        origin=origin,
         folder=folder,
         on_block=lambda done, total: on_unit(done, total, "block", ""),
         group=group,
@@ -127,16 +111,7 @@ def _knapsack(
     embeddings: tuple[LinearProfile, ...] = ()
     if group.first:
         embeddings = embedding_profiles(model, tokens, settings.widths, folder, on_unit)
-    embeddings = group.broadcast(embeddings)
-    return SensitivityProfile(
-        model_digest=made.model_digest,
-        calibration_digest=made.calibration_digest,
-        settings=dict(request.settings),
-        widths=made.widths,
-        linears=made.linears + embeddings,
-        orders=made.orders,
-        sba=made.sba,
-    )
+    return replace(made, linears=made.linears + group.broadcast(embeddings))
 
 
 @torch.no_grad()
@@ -144,30 +119,28 @@ def _stream(
     model: StreamedModel,
     tokens: Tensor,
     plan: Plan,
-    request: ProfileRequest,
+    origin: ProfileOrigin,
     folder: Path,
     on_unit: OnUnit,
     group: Group,
 ) -> list[SensitivityProfile]:
     """One profile per block, in order. A measurement replaces block inputs by the outputs."""
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
-    paths = [folder / f"block-{i:05}.npz" for i in range(model.block_count)]
-    finished = group.broadcast([path.is_file() for path in paths])
-    measure = _measure_sba if request.settings["kind"] == "sba" else _measure_orders
+    saved = ProfileCheckpoint(folder, group)
+    measure = _measure_sba if origin.config.kind == "sba" else _measure_orders
     blocks = []
     turn = backward_bytes(plan, model.dtype.itemsize, batch * tokens.shape[1])
     with HiddenStates(model.device, folder, turn=turn, group=group) as states:
         hidden = states.embed(model, group.shard(tokens), batch)
         for i in range(model.block_count):
             block = model.load_block(i)
-            if not finished[i]:
-                measured = measure(model, i, block, Stream(hidden, None, group), request, batch)
-                if group.first:
-                    measured.save(paths[i])
-                group.barrier()
+            measured = saved.load(i)
+            if measured is None:
+                measured = measure(model, i, block, Stream(hidden, None, group), origin, batch)
+                saved.save(i, measured)
             else:
                 run_windows(model, i, block, hidden, batch=batch, out=hidden)
-            blocks.append(SensitivityProfile.load(paths[i]))
+            blocks.append(measured)
             on_unit(i + 1, plan.block_count, "block", "")
     return blocks
 
@@ -177,12 +150,14 @@ def _measure_sba(
     i: int,
     block: nn.Module,
     stream: Stream,
-    request: ProfileRequest,
+    origin: ProfileOrigin,
     batch: int,
 ) -> SensitivityProfile:
-    base, order = request.settings["base"], request.settings["order"]
+    base, order = origin.config.base, _order(origin.config)
+    if base is None:
+        raise SpecError("a profile of kind 'sba' needs a base width", param="allocation.method")
     records, orders = profile_block_sba(model, i, block, stream, base, order=order, batch=batch)
-    return _block_profile(model, i, request, orders, {base: records})
+    return _block_profile(model, i, origin, orders, {base: records})
 
 
 def _measure_orders(
@@ -190,7 +165,7 @@ def _measure_orders(
     i: int,
     block: nn.Module,
     stream: Stream,
-    request: ProfileRequest,
+    origin: ProfileOrigin,
     batch: int,
 ) -> SensitivityProfile:
     groups = model.plan.siblings(i)
@@ -198,13 +173,13 @@ def _measure_orders(
     seen = collect(state, groups, stream, batch=batch, advance=True)
     seen[groups[0][0]].check()
     orders = {group[0]: activation_order(seen[group[0]].H) for group in groups}
-    return _block_profile(model, i, request, orders, {})
+    return _block_profile(model, i, origin, orders, {})
 
 
 def _block_profile(
     model: StreamedModel,
     i: int,
-    request: ProfileRequest,
+    origin: ProfileOrigin,
     orders: Mapping[str, Tensor],
     sba: Mapping[int, Mapping[str, SbaRecord]],
 ) -> SensitivityProfile:
@@ -221,4 +196,8 @@ def _block_profile(
         for linear in model.plan.block_linears(i)
     )
     owned = {name: orders[name].cpu().numpy().astype(np.int32) for name in owner.values() if orders}
-    return request.profile(linears, owned, sba)
+    return SensitivityProfile(origin=origin, widths=(), linears=linears, orders=owned, sba=sba)
+
+
+def _order(config: ProfileConfig) -> Literal["natural", "activation"]:
+    return config.order or "activation"

@@ -73,7 +73,7 @@ def _allocation(stored: StoredProfile, asked: Allocation | None) -> Allocation:
     measured = {
         "order": "activation" if stored.profile.orders else "natural",
         "embeddings": "quantize" if stored.plan.embeddings else "keep",
-        "keep": tuple(stored.profile.settings.get("keep", ())),
+        "keep": stored.profile.origin.config.keep or (),
     }
     given = {} if asked is None else asked.model_dump(exclude_unset=True)
     for name, value in measured.items():

@@ -11,10 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitmill.allocation.profile import LinearProfile, SbaRecord, SensitivityProfile
+from bitmill.allocation.profile import (
+    LinearProfile,
+    ProfileConfig,
+    ProfileOrigin,
+    SbaRecord,
+    SensitivityProfile,
+)
 from bitmill.errors import FormatError
 from plans import llama_plan, random_profile
 
+ORIGIN = ProfileOrigin(ProfileConfig(sequences=4), "model", "text")
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 GOLDEN = Path(__file__).parents[1] / "golden" / "profile_v1.npz"
 
 
@@ -22,9 +30,7 @@ def small_profile() -> SensitivityProfile:
     order = np.array([3, 1, 0, 2], dtype=np.int32)
     costs = np.array([[0.5, 0.25, 0.125]])
     return SensitivityProfile(
-        model_digest="model",
-        calibration_digest="text",
-        settings={"sequences": 4},
+        origin=ORIGIN,
         widths=(2, 3, 4),
         linears=(
             LinearProfile("a", 8, 4, costs, order="a"),
@@ -47,7 +53,7 @@ def test_stored_and_read_back(tmp_path):
     np.testing.assert_array_equal(again.orders["a"], [3, 1, 0, 2])
     np.testing.assert_array_equal(again.sba[3]["b"].salience, [1, 0])
     np.testing.assert_array_equal(again.sba[3]["b"].kl, [0.4, 0.3])
-    assert again.settings == {"sequences": 4}
+    assert again.origin == profile.origin
     assert again.digest == profile.digest
     assert again.key == profile.key
 
@@ -64,9 +70,44 @@ def test_version_1_is_still_read():
 def test_key_depends_on_model_text_and_settings():
     profile = small_profile()
     keys = {profile.key}
-    for change in ({"model_digest": "x"}, {"calibration_digest": "x"}, {"settings": {"s": 5}}):
-        keys.add(dataclasses.replace(profile, **change).key)
+    other = ProfileConfig(sequences=5)
+    for change in ({"model_digest": "x"}, {"calibration_digest": "x"}, {"config": other}):
+        keys.add(profile.of(dataclasses.replace(profile.origin, **change)).key)
     assert len(keys) == 4
+
+
+def test_an_id_of_commit_7c5cfe5_is_kept():
+    """The same settings gave it there, as a dict."""
+    config = ProfileConfig(
+        kind="knapsack",
+        order="activation",
+        keep=(),
+        widths=(1, 2, 3, 4, 5, 6, 8),
+        dtype="torch.float32",
+        seed=3,
+        threads=1,
+        device="cpu",
+        devices=1,
+        torch="2.13.0+cpu",
+    )
+    made = FIXTURES / "made-by-7c5cfe5" / "profiles"
+    stored = [SensitivityProfile.load(folder) for folder in sorted(made.iterdir())]
+    assert [profile.key for profile in stored] == [folder.name for folder in sorted(made.iterdir())]
+    assert config in [profile.origin.config for profile in stored]
+    for profile, folder in zip(stored, sorted(made.iterdir()), strict=True):
+        assert profile.to_bytes() == (folder / "profile.npz").read_bytes()
+
+
+def test_settings_of_a_later_version_are_refused_by_name():
+    profile = small_profile()
+    arrays = dict(np.load(io.BytesIO(profile.to_bytes())))
+    header = json.loads(arrays["header"].tobytes())
+    header["settings"] |= {"rotation": "hadamard"}
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    with pytest.raises(FormatError, match=r"profile setting rotation: .*make it again"):
+        SensitivityProfile.from_bytes(buffer.getvalue())
 
 
 def test_predicted_loss_adds_the_chosen_costs():
@@ -117,7 +158,7 @@ def test_inconsistent_parts_are_refused(change, message):
 def test_costs_must_be_finite_and_not_negative(bad):
     linear = LinearProfile("a", 8, 4, np.array([[1.0, bad]]))
     with pytest.raises(FormatError, match="finite and not negative"):
-        SensitivityProfile("m", "c", {}, (2, 3), (linear,))
+        SensitivityProfile(ORIGIN, (2, 3), (linear,))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, 700])

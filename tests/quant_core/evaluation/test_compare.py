@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import bitmill
 from bitmill.allocation.profile import SensitivityProfile
-from bitmill.calibration.windows import evaluation_tokens
+from bitmill.calibration.windows import evaluation_tokens, evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Evaluation, parse_config
 from bitmill.evaluation.compare import measure, plan_for_map
@@ -90,7 +90,8 @@ def test_a_map_outside_the_profile_has_no_prediction(source: Path) -> None:
     model = StreamedModel(source, plan, device=torch.device("cpu"), dtype=torch.float32)
     asked = Evaluation.model_validate(EVALUATION | {"sequences": 1})
     same = BitWidthMap(linears={"model.layers.0.mlp.up_proj": (3, 3)})
-    rows = measure(model, source, asked, {"same": (same, StreamedLogits(model))}, lambda *_: None)
+    windows = evaluation_windows(asked, source)
+    rows = measure(model, windows, {"same": (same, StreamedLogits(model))}, lambda *_: None)
     assert (rows[1].predicted_loss, rows[1].code_bits) == (None, 3.0)
     assert rows[1].texts[WIKI].loss_increase == pytest.approx(0, abs=1e-9)
 

@@ -110,7 +110,7 @@ def test_the_profile_is_measured_on_the_first_windows_where_asked(llama, tmp_pat
         seen.append(tuple(tokens.shape))
         return make_profile(model, tokens, *arguments, **options)
 
-    monkeypatch.setattr("bitmill.pipeline.job.make_profile", observed)
+    monkeypatch.setattr("bitmill.pipeline.stages.profile.make_profile", observed)
     calibration = spec().calibration.model_dump() | {"profile_sequences": 2}
     asked = spec(allocation={"method": "uniform", "order": "activation"}, calibration=calibration)
     result = run_job(asked, llama, tmp_path / "work", tmp_path / "out")

@@ -83,8 +83,8 @@ def run(
 def test_a_resumed_job_gives_the_same_bytes_and_trains_nothing(
     llama: Path, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("refine_model", "make_profile"):
-        monkeypatch.delattr(f"bitmill.pipeline.job.{name}")
+    for name in ("refine.refine_model", "profile.make_profile"):
+        monkeypatch.delattr(f"bitmill.pipeline.stages.{name}")
     result = run(trained.resumed(), llama, tmp_path)
     assert stored(tmp_path / "out") == stored(trained.out)
     assert check_folder(tmp_path / "out") == result.manifest

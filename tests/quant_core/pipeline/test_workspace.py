@@ -1,63 +1,107 @@
 """Stages are skipped, resumed and redone exactly when their inputs say so."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 
 from bitmill.errors import Cancelled
-from bitmill.pipeline.workspace import Workspace
+from bitmill.pipeline.progress import Progress, StageName
+from bitmill.pipeline.stage import Run, Stage
+from bitmill.pipeline.workspace import Made, Workspace
 
 
 class Watcher:
-    def __init__(self):
-        self.events, self.stop = [], False
+    def __init__(self) -> None:
+        self.events: list[Progress] = []
+        self.stop = False
 
-    def workspace(self, root):
+    def workspace(self, root: Path) -> Workspace:
         return Workspace(root, self.events.append, lambda: self.stop)
 
     @property
-    def states(self):
+    def states(self) -> list[str | None]:
         return [event.state for event in self.events if event.kind == "stage"]
 
 
-def put(name, text="x"):
-    return lambda folder: (folder / name).write_text(text)
+@dataclass(frozen=True)
+class Inputs:
+    a: int
 
 
-def test_same_inputs_are_skipped_and_others_replace(tmp_path):
+def run(
+    space: Workspace, name: StageName, a: int, do: Callable[[Path], object], version: int = 1
+) -> Made:
+    def work(inputs: Inputs, run: Run, folder: Path) -> None:
+        do(folder)
+
+    return space.run(Stage(name, work, version), Inputs(a))
+
+
+def put(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text("x")
+
+
+def test_same_inputs_are_skipped_and_others_replace(tmp_path: Path) -> None:
     watcher = Watcher()
     space = watcher.workspace(tmp_path)
-    space.run("plan", {"a": 1}, put("one"))
-    space.run("plan", {"a": 1}, put("never"))
+    first = run(space, "plan", 1, put("one"))
+    assert run(space, "plan", 1, put("never")) == first
     assert watcher.states == ["started", "finished", "skipped"]
-    folder = space.run("plan", {"a": 2}, put("two"))
-    assert sorted(p.name for p in folder.iterdir()) == ["stage.json", "two"]
+    second = run(space, "plan", 2, put("two"))
+    assert sorted(p.name for p in second.folder.iterdir()) == ["stage.json", "two"]
+    assert second != first
     assert set(space.seconds()) == {"plan"}
 
 
-def test_a_failed_stage_goes_on_where_it_was_with_the_same_inputs_only(tmp_path):
+def test_a_later_version_of_the_code_makes_it_anew(tmp_path: Path) -> None:
+    space = Watcher().workspace(tmp_path)
+    run(space, "plan", 1, put("one"))
+    assert (run(space, "plan", 1, put("two"), version=2).folder / "two").exists()
+
+
+def test_a_folder_that_was_lost_is_another_making(tmp_path: Path) -> None:
+    space = Watcher().workspace(tmp_path)
+    first = run(space, "plan", 1, put("one"))
+    space.forget("plan")
+    assert run(space, "plan", 1, put("one")) != first
+
+
+def test_stages_of_other_runs_do_not_count(tmp_path: Path) -> None:
+    run(Watcher().workspace(tmp_path), "profile", 1, put("one"))
+    space = Watcher().workspace(tmp_path)
+    run(space, "plan", 1, put("one"))
+    assert set(space.seconds()) == {"plan"}
+
+
+def test_a_failed_stage_goes_on_where_it_was_with_the_same_inputs_only(tmp_path: Path) -> None:
     space = Watcher().workspace(tmp_path)
 
-    def fails(folder):
+    def fails(folder: Path) -> None:
         (folder / "block-0").write_text("done")
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        space.run("refine", {"a": 1}, fails)
+        run(space, "refine", 1, fails)
     assert not (tmp_path / "refine").exists()
-    seen = []
-    space.run("refine", {"a": 1}, lambda folder: seen.append((folder / "block-0").exists()))
+    seen: list[bool] = []
+    run(space, "refine", 1, lambda folder: seen.append((folder / "block-0").exists()))
     assert seen == [True]
     with pytest.raises(RuntimeError):
-        space.run("refine", {"a": 2}, fails)
-    space.run("refine", {"a": 3}, lambda folder: seen.append((folder / "block-0").exists()))
+        run(space, "refine", 2, fails)
+    run(space, "refine", 3, lambda folder: seen.append((folder / "block-0").exists()))
     assert seen == [True, False]
 
 
-def test_a_stop_is_seen_before_a_stage_and_between_units(tmp_path):
+def test_a_stop_is_seen_before_a_stage_and_between_units(tmp_path: Path) -> None:
     watcher = Watcher()
     space = watcher.workspace(tmp_path)
     watcher.stop = True
     with pytest.raises(Cancelled):
-        space.run("plan", {}, put("never"))
+        run(space, "plan", 1, put("never"))
     with pytest.raises(Cancelled):
         space.unit("refine", 1, 2, "block")
     assert (watcher.events[-1].done, watcher.events[-1].total) == (1, 2)

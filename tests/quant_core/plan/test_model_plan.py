@@ -211,11 +211,10 @@ def test_unfitting_checkpoints_are_refused(tmp_path: Path) -> None:
 def test_windows_longer_than_a_position_table_are_refused(tmp_path: Path) -> None:
     opt = make_plan(tiny_opt(tmp_path / "opt"), spec())
     with pytest.raises(SpecError, match=r"calibration\.length is 2048; the model has 512"):
-        check_lengths(opt, spec())
-    fitting = spec(calibration={"length": 512})
+        check_lengths(opt, 2048, 512)
     with pytest.raises(SpecError, match=r"evaluation\.length is 2048"):
-        check_lengths(opt, fitting)
-    check_lengths(make_plan(tiny_llama(tmp_path / "llama"), spec()), spec())
+        check_lengths(opt, 512, 2048)
+    check_lengths(make_plan(tiny_llama(tmp_path / "llama"), spec()), 2048, 2048)
     model = StreamedModel(tmp_path / "opt", opt, device=torch.device("cpu"), dtype=torch.float32)
     with pytest.raises(SpecError, match="length is 513"):
         model.embed(torch.zeros(1, 513, dtype=torch.int64))
@@ -224,9 +223,9 @@ def test_windows_longer_than_a_position_table_are_refused(tmp_path: Path) -> Non
 def test_rows_that_cannot_be_divided_among_the_devices_are_refused(tmp_path: Path) -> None:
     narrow = tiny_llama(tmp_path / "m", num_attention_heads=4, num_key_value_heads=1, head_dim=8)
     plan = make_plan(narrow, spec())
-    check_rows(plan, spec(devices=8))
+    check_rows(plan, 8)
     with pytest.raises(SpecError, match=r"devices is 9, model\.layers\.0\.\S+k_proj has 8 output"):
-        check_rows(plan, spec(devices=9))
+        check_rows(plan, 9)
 
 
 def test_planning_reads_no_tensor_library(tmp_path: Path) -> None:

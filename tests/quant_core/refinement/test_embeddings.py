@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Gemma3TextConfig, GPTN
 
 import bitmill
 from bitmill.allocation.allocator import Allocator
+from bitmill.allocation.profile import ProfileConfig, ProfileOrigin
 from bitmill.calibration.windows import evaluation_tokens
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Budget, QuantizationConfig, parse_config
@@ -29,10 +30,11 @@ from bitmill.formats.packed.checkpoint import read_bit_width_map
 from bitmill.inference.embedding import TiedHead
 from bitmill.inference.hf_quantizer import quantized_linears
 from bitmill.models.streamed import StreamedModel
-from bitmill.pipeline.job import Result, run_job, verify_order
+from bitmill.pipeline.job import Result, run_job
+from bitmill.pipeline.stages.verify import verify_order
 from bitmill.plan.model_plan import Plan, make_plan
 from bitmill.refinement.embeddings import head_squares, round_embedding
-from bitmill.sensitivity.measure import ProfileRequest, make_profile
+from bitmill.sensitivity.measure import make_profile
 from tiny import VOCABULARY, llama_config, save_tiny, tiny_llama, tiny_opt
 from weights import PackedModel, dequantized_model, pack_model
 
@@ -295,13 +297,13 @@ def test_budgets_spend_on_the_embedding_what_its_measured_cost_is_worth(
     asked, source = JOBS["tied"], tiny_llama(tmp_path / "source")
     plan = make_plan(source, asked)
     model = StreamedModel(source, plan, device=torch.device("cpu"), dtype=torch.float32)
-    settings = {"kind": "knapsack", "widths": (2, 3, 4, 5, 6, 8), "order": "natural"}
+    config = ProfileConfig(kind="knapsack", widths=(2, 3, 4, 5, 6, 8), order="natural")
     tokens = torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
     profile = make_profile(
         model,
         tokens,
         plan,
-        ProfileRequest(settings, "model", "text"),
+        ProfileOrigin(config, "model", "text"),
         folder=tmp_path,
         on_unit=lambda *_: None,
     )

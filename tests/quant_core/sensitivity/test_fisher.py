@@ -271,7 +271,7 @@ def test_predicted_loss_is_the_divergence_it_predicts(llama):
 
 def test_profile_covers_the_plan_and_stores_orders(llama):
     model = streamed(llama)
-    profile = profile_knapsack(model, some_tokens(), model.plan, QUICK, model_digest="m")
+    profile = profile_knapsack(model, some_tokens(), model.plan, QUICK)
     profile.check_shapes(model.plan.shapes)
     assert profile.widths == (2, 4)
     assert all((linear.costs > 0).all() for linear in profile.linears)

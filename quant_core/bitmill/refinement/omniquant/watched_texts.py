@@ -10,6 +10,7 @@ block on them is measured before and after, and no choice depends on it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -22,6 +23,15 @@ WINDOWS = 4
 LENGTH = 2048
 
 
+def watched_texts(tokenizer_folder: Path, length: int) -> Mapping[str, Tensor]:
+    """int64 [S, T] of every text; length: tokens of a window, at most `LENGTH`."""
+    length = min(length, LENGTH)
+    return {
+        name: evaluation_tokens(name, tokenizer_folder, length=length, sequences=WINDOWS)
+        for name in TEXTS
+    }
+
+
 class WatchedTexts:
     """Hidden states of every text at the input of the next block, in both models.
 
@@ -31,12 +41,7 @@ class WatchedTexts:
 
     def __init__(self, model: StreamedModel, quantized: StreamedModel, length: int) -> None:
         self._model = model
-        self.tokens: Mapping[str, Tensor] = {
-            name: evaluation_tokens(
-                name, model.source.folder, length=min(length, LENGTH), sequences=WINDOWS
-            )
-            for name in TEXTS
-        }
+        self.tokens = watched_texts(model.source.folder, length)
         self._hidden = {name: quantized.embed(t).cpu() for name, t in self.tokens.items()}
         self._source = {name: model.embed(t).cpu() for name, t in self.tokens.items()}
         self._targets: dict[str, Tensor] | None = None

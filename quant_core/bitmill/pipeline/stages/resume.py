@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.errors import FormatError
 from bitmill.formats.packed.checkpoint import PackedCheckpoint
 from bitmill.io.atomic import write_json
 from bitmill.pipeline.learned_parameters import PARAM, LearnedParameters
+from bitmill.pipeline.stage import Run, Stage
 from bitmill.plan.model_plan import Plan, PlannedLinear
 from bitmill.refinement.model import TUNING_NAME
 from bitmill.refinement.store import EMBEDDINGS, save_block
 from bitmill.results import QualityReport
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """learned: what an earlier job published; its manifest stands for all of its files."""
+
+    learned: LearnedParameters
+    plan: Plan
+    bit_widths: BitWidthMap
+
+
+def work(inputs: Inputs, run: Run, folder: Path) -> None:
+    """Raises `InputError` for another map than the one that was learned for."""
+    inputs.learned.check_map(inputs.bit_widths)
+    take_over(inputs.learned, inputs.plan, folder, run.on_unit)
+
+
+STAGE = Stage("refine", work)
 
 
 def take_over(

@@ -1,0 +1,222 @@
+"""Stage `evaluate`: perplexity and KL of the packed folder against the source, and of baselines."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from bitmill.allocation.profile import SensitivityProfile
+from bitmill.calibration.windows import CalibrationSet, evaluation_windows
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.quantization import QuantizationConfig, Refinement
+from bitmill.evaluation.compare import Candidate, from_packed, measure, measure_tasks, with_weights
+from bitmill.formats.accounting import footprint
+from bitmill.io.atomic import write_bytes
+from bitmill.models.streamed import StreamedModel
+from bitmill.pipeline.source import Model, Source
+from bitmill.pipeline.stage import Environment, Run, Stage
+from bitmill.pipeline.stages.pack import PACKED_NAME
+from bitmill.pipeline.stages.plan import Tasks
+from bitmill.pipeline.stages.refine import Refined
+from bitmill.pipeline.workspace import Made
+from bitmill.plan.model_plan import Plan
+from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
+from bitmill.reporting.learning import overfitting_warnings
+from bitmill.results import QualityReport, QualityRow
+
+QUALITY_NAME = "quality.json"
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Uniform maps at these widths, quantized by plain GPTQ with clip search in natural order."""
+
+    widths: tuple[int, ...]
+    refinement: Refinement
+    calibration: CalibrationSet
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        config: QuantizationConfig,
+        plan: Plan,
+        calibration: CalibrationSet,
+        bit_widths: BitWidthMap,
+    ) -> Baselines | None:
+        """The baselines asked for, each once, ascending."""
+        asked = config.evaluation.baselines
+        if not asked:
+            return None
+        mean = footprint(plan, bit_widths).code_bits
+        nearest = min(config.allocation.legal_widths, key=lambda b: (abs(b - mean), b))
+        widths = {nearest if name == "uniform" else int(name[-1]) for name in asked}
+        plain = config.refinement.model_copy(
+            update={
+                "method": "gptq",
+                "compensated_grid": False,
+                "scale_refit": False,
+                "asymmetric": False,
+            }
+        )
+        return cls(tuple(sorted(widths)), plain, calibration, config.seed)
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """Tasks, and what they read beside the models."""
+
+    tasks: Tasks
+    tokenizer: Mapping[str, str]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """method: names the row of the result. windows: int64 [S, T] of every evaluation text.
+
+    packed: where the packed folder lies; its tensors are those of `refined` and `model`.
+    resumed: whether the refined blocks are another job's, and so what is reported of them.
+    """
+
+    method: str
+    model: Model
+    plan: Plan
+    bit_widths: BitWidthMap
+    packed: Path = field(compare=False)
+    refined: Refined
+    windows: Mapping[str, Tensor]
+    profile: SensitivityProfile | None
+    baselines: Baselines | None
+    tasks: TaskRun | None
+    resumed: bool
+    environment: Environment
+
+    @classmethod
+    def of(
+        cls,
+        config: QuantizationConfig,
+        source: Source,
+        plan: Plan,
+        calibration: CalibrationSet,
+        profile: SensitivityProfile | None,
+        bit_widths: BitWidthMap,
+        packed: Made,
+        refined: Refined,
+        environment: Environment,
+        task_folder: Path | None,
+    ) -> Inputs:
+        """What of a job decides the report."""
+        tasks = Tasks.of(config.evaluation.tasks, task_folder)
+        return cls(
+            method=f"{config.allocation.method} {config.refinement.method}",
+            model=source.planned(plan),
+            plan=plan,
+            bit_widths=bit_widths,
+            packed=packed.folder / PACKED_NAME,
+            refined=refined,
+            windows=evaluation_windows(config.evaluation, source.folder),
+            profile=profile,
+            baselines=Baselines.of(config, plan, calibration, bit_widths),
+            tasks=TaskRun(tasks, source.companions, config.seed) if tasks.names else None,
+            resumed=config.refinement.omniquant.resume_parameters is not None,
+            environment=environment,
+        )
+
+
+def work(inputs: Inputs, run: Run, folder: Path) -> None:
+    """The first rank writes the report."""
+    model = run.open_model(inputs.model.folder, inputs.plan)
+    candidates: dict[str, Candidate] = {
+        inputs.method: (inputs.bit_widths, from_packed(model, inputs.packed))
+    }
+    if inputs.baselines is not None:
+        for width in inputs.baselines.widths:
+            baseline = _baseline(inputs.baselines, model, width, folder, run)
+            candidates[f"uniform {width}-bit gptq"] = baseline
+    predict = partial(predicted_loss, inputs.profile)
+    rows = measure(model, inputs.windows, candidates, run.on_unit, predict, group=run.group)
+    if not run.group.first:
+        return
+    _write_report(inputs, _with_tasks(inputs, rows, model, run), run, folder)
+    for baseline_folder in folder.glob("baseline-*"):
+        shutil.rmtree(baseline_folder)
+
+
+STAGE = Stage("evaluate", work, shared=True)
+
+
+def load(folder: Path) -> QualityReport:
+    """What the stage made."""
+    return QualityReport.load(folder / QUALITY_NAME)
+
+
+def predicted_loss(profile: SensitivityProfile | None, bit_widths: BitWidthMap) -> float | None:
+    """What the profile says of a map; None where it has no costs of the map's widths."""
+    if profile is None or not profile.widths:
+        return None
+    used = {width for widths in bit_widths.linears.values() for width in widths}
+    if not used <= set(profile.widths):
+        return None
+    return profile.predicted_loss(bit_widths.linears)
+
+
+def _with_tasks(
+    inputs: Inputs, rows: list[QualityRow], model: StreamedModel, run: Run
+) -> list[QualityRow]:
+    suite = inputs.tasks.tasks.suite() if inputs.tasks else None
+    if inputs.tasks is None or suite is None:
+        return rows
+    return measure_tasks(
+        suite,
+        rows,
+        {"source": inputs.model.folder, inputs.method: inputs.packed},
+        packed=inputs.method,
+        device=run.device,
+        dtype=model.dtype,
+        seed=inputs.tasks.seed,
+        on_unit=run.on_unit,
+    )
+
+
+def _write_report(inputs: Inputs, rows: list[QualityRow], run: Run, folder: Path) -> None:
+    refined = inputs.refined.open(inputs.plan)
+    linears, blocks = refined.reports()
+    overfitting = overfitting_warnings(blocks, refined.tuning())
+    for warning in overfitting:
+        run.warn(warning)
+    report = QualityReport(
+        rows=tuple(rows),
+        predicted_loss=predicted_loss(inputs.profile, inputs.bit_widths),
+        linears=linears,
+        blocks=blocks,
+        tuning=refined.tuning(),
+        resumed=inputs.resumed,
+        warnings=(*inputs.plan.notes, *overfitting),
+        seconds=run.seconds(),
+    )
+    write_bytes(folder / QUALITY_NAME, report.to_json().encode())
+
+
+def _baseline(
+    asked: Baselines, model: StreamedModel, width: int, scratch: Path, run: Run
+) -> Candidate:
+    uniform = BitWidthMap.uniform(model.plan.shapes, width)
+    folder = scratch / f"baseline-{width}"
+    folder.mkdir(exist_ok=True)  # any rank may come first
+    refine_model(
+        model,
+        RefineInputs(asked.calibration, uniform, {}),
+        asked.refinement,
+        folder,
+        seed=asked.seed,
+        on_unit=lambda done, total, unit, _: run.on_unit(done, total, unit, "baseline"),
+        group=run.group,
+    )
+    refined = RefinedModel(folder, model.plan)
+    return uniform, with_weights(model, lambda name: refined.linear(name).dequantize())

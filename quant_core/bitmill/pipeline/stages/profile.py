@@ -1,0 +1,111 @@
+"""Stage `profile`: what every width costs every group, and the column orders."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitmill.allocation.allocator import Allocator
+from bitmill.allocation.profile import (
+    PROFILE_NAME,
+    ProfileConfig,
+    ProfileOrigin,
+    SensitivityProfile,
+)
+from bitmill.config.bit_width_map import WIDTHS
+from bitmill.config.quantization import QuantizationConfig
+from bitmill.models.dtypes import compute_dtype
+from bitmill.pipeline.source import Model, Source
+from bitmill.pipeline.stage import Environment, Run, Stage
+from bitmill.plan.model_plan import Plan
+from bitmill.sensitivity.measure import make_profile
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """windows: int64 [S, T]. known: a stored profile of this origin, or None.
+
+    origin: names model and calibration by all of their files and windows, and is no input.
+    """
+
+    model: Model
+    plan: Plan
+    windows: Tensor
+    config: ProfileConfig
+    environment: Environment
+    origin: ProfileOrigin = field(compare=False)
+    known: Path | None = field(compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        plan: Plan,
+        windows: Tensor,
+        origin: ProfileOrigin,
+        environment: Environment,
+        store: Path | None,
+    ) -> Inputs:
+        """store: folder of profiles by id, shared between jobs, or None."""
+        forward = origin.config.kind != "knapsack" and not plan.embeddings
+        model = source.without_head(plan) if forward else source.planned(plan)
+        known = store / origin.key / PROFILE_NAME if store else None
+        return cls(model, plan, windows, origin.config, environment, origin, known)
+
+
+def work(inputs: Inputs, run: Run, folder: Path) -> None:
+    """Takes the stored profile where there is one."""
+    known = inputs.known if inputs.known is not None and inputs.known.is_file() else None
+    if run.group.broadcast(known is not None):
+        if known is not None and run.group.first:
+            shutil.copyfile(known, folder / PROFILE_NAME)
+        return
+    made = make_profile(
+        run.open_model(inputs.model.folder, inputs.plan),
+        inputs.windows,
+        inputs.plan,
+        inputs.origin,
+        folder=folder,
+        on_unit=run.on_unit,
+        group=run.group,
+    )
+    if run.group.first:
+        made.save(folder / PROFILE_NAME)
+
+
+STAGE = Stage("profile", work, shared=True)
+
+
+def load(folder: Path, origin: ProfileOrigin) -> SensitivityProfile:
+    """What the stage made, under the id that it would have if it were made now."""
+    return SensitivityProfile.load(folder / PROFILE_NAME).of(origin)
+
+
+def needed(
+    config: QuantizationConfig, plan: Plan, environment: Environment
+) -> ProfileConfig | None:
+    """What the profile must hold, or None where none is needed."""
+    allocation = config.allocation
+    resumed = config.refinement.omniquant.resume_parameters is not None
+    if allocation.method in ("uniform", "map") and (allocation.order == "natural" or resumed):
+        return None
+    knapsack, sba = allocation.method == "knapsack", allocation.method == "sba"
+    return ProfileConfig(
+        kind="knapsack" if knapsack else "sba" if sba else "orders",
+        order=allocation.order,
+        keep=allocation.keep,
+        embeddings=tuple(matrix.name for matrix in plan.embeddings) or None,
+        widths=WIDTHS if knapsack else None,
+        base=Allocator(plan, allocation).sba_base(config.budget) if sba else None,
+        sequences=config.calibration.profile_sequences,
+        dtype=str(compute_dtype(torch.device(environment.device), plan)),
+        seed=config.seed,
+        threads=environment.threads,
+        device=environment.device,
+        devices=environment.devices,
+        torch=environment.torch_version,
+    )

@@ -1,0 +1,109 @@
+"""Stage `refine`: codes, scales and zeros of every linear, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitmill.allocation.profile import IndexArray, SensitivityProfile
+from bitmill.calibration.windows import CalibrationSet
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.quantization import Refinement
+from bitmill.pipeline.source import Model, Source
+from bitmill.pipeline.stage import Environment, Run, Stage
+from bitmill.plan.model_plan import Plan
+from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
+from bitmill.refinement.omniquant.watched_texts import watched_texts
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The folder of refined blocks, and the hash of their reports, which hold all hashes."""
+
+    folder: Path = field(compare=False)
+    digest: str
+
+    @classmethod
+    def of(cls, folder: Path, plan: Plan) -> Refined:
+        """What lies in the folder that the stage made."""
+        return cls(folder, RefinedModel(folder, plan).digest)
+
+    def open(self, plan: Plan) -> RefinedModel:
+        """To be read from."""
+        return RefinedModel(self.folder, plan)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """orders: owner's name -> i32 [K], column order of the linears that `order_of` gives it.
+
+    watched: windows of other texts, which learning reports on.
+    """
+
+    model: Model
+    plan: Plan
+    calibration: CalibrationSet
+    bit_widths: BitWidthMap
+    orders: Mapping[str, IndexArray]
+    order_of: Mapping[str, str]
+    refinement: Refinement
+    seed: int
+    watched: Mapping[str, Tensor]
+    environment: Environment
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        plan: Plan,
+        calibration: CalibrationSet,
+        bit_widths: BitWidthMap,
+        profile: SensitivityProfile | None,
+        refinement: Refinement,
+        seed: int,
+        environment: Environment,
+    ) -> Inputs:
+        """What of a job decides the refined blocks."""
+        ordered = profile if profile and bit_widths.order == "activation" else None
+        linears = ordered.linears if ordered else ()
+        learns = refinement.method == "omniquant"
+        length = calibration.tokens.shape[1]
+        return cls(
+            model=(
+                source.planned(plan) if learns or plan.embeddings else source.without_head(plan)
+            ),
+            plan=plan,
+            calibration=calibration,
+            bit_widths=bit_widths,
+            orders=ordered.orders if ordered else {},
+            order_of={linear.name: linear.order for linear in linears if linear.order is not None},
+            refinement=refinement,
+            seed=seed,
+            watched=watched_texts(source.folder, length) if learns else {},
+            environment=environment,
+        )
+
+
+def work(inputs: Inputs, run: Run, folder: Path) -> None:
+    """Goes on behind the last block that a killed run saved."""
+    orders = {owner: torch.tensor(order).long() for owner, order in inputs.orders.items()}
+    refine_model(
+        run.open_model(inputs.model.folder, inputs.plan),
+        RefineInputs(
+            inputs.calibration,
+            inputs.bit_widths,
+            {name: orders[owner] for name, owner in inputs.order_of.items()},
+        ),
+        inputs.refinement,
+        folder,
+        seed=inputs.seed,
+        on_unit=run.on_unit,
+        group=run.group,
+    )
+
+
+STAGE = Stage("refine", work, shared=True)

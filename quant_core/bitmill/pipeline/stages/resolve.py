@@ -1,0 +1,127 @@
+"""Stage `resolve`: the source's files by SHA-256; a GGUF file becomes a folder of safetensors.
+
+Files count as unchanged while name, size and both times are; what they hold is hashed here, and all
+later stages go by that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bitmill.io.atomic import sha256_file, sha256_json, write_json
+from bitmill.io.companions import companions
+from bitmill.io.safetensors import TensorInfo, read_header, safetensors_files
+from bitmill.models.convert_gguf import CONVERSION_VERSION, convert_gguf
+from bitmill.pipeline.source import Source
+from bitmill.pipeline.stage import Run, Stage
+from bitmill.plan.config_json import refuse_pickles
+
+FILES_NAME = "files.json"
+_CONVERTED = "source"
+_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file of the source, without its content. Times in ns; `changed` is the inode's."""
+
+    name: str
+    size: int
+    modified: int
+    changed: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The folder's files, or its one GGUF file; conversion: the version of what is made of it."""
+
+    folder: Path = field(compare=False)
+    gguf: str | None
+    files: tuple[FileState, ...]
+    conversion: int | None
+
+    @classmethod
+    def of(cls, folder: Path, gguf: str | None) -> Inputs:
+        """What lies in a model folder now."""
+        names = [gguf] if gguf is not None else sorted({*_files(folder), *companions(folder)})
+        stats = [(name, (folder / name).stat()) for name in names]
+        return cls(
+            folder,
+            gguf,
+            tuple(FileState(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in stats),
+            None if gguf is None else CONVERSION_VERSION,
+        )
+
+
+def work(inputs: Inputs, run: Run, folder: Path) -> None:
+    """Raises `ModelError` for files that are unsafe or damaged."""
+    place = inputs.folder
+    if inputs.gguf is None:
+        refuse_pickles(place)
+    else:
+        place = folder / _CONVERTED
+        convert_gguf(inputs.folder / inputs.gguf, place)
+    tensors: dict[str, str] = {}
+    weights = {path.name for path in safetensors_files(place)}
+    digests = {}
+    for i, file in enumerate(inputs.files, 1):
+        path = inputs.folder / file.name
+        if file.name in weights:
+            digests[file.name], found = hash_weights(path)
+            tensors |= found
+        else:
+            digests[file.name] = sha256_file(path)
+        run.on_unit(i, len(inputs.files), "file", file.name)
+    given = {f.name: {"size": f.size, "sha256": digests[f.name]} for f in inputs.files}
+    if inputs.gguf is not None:
+        for name in weights:
+            tensors |= hash_weights(place / name)[1]
+        digests = {name: sha256_file(place / name) for name in _files(place) - weights}
+    write_json(folder / FILES_NAME, given)
+    named: dict[str, Any] = {name: entry for name, entry in given.items() if "/" not in name}
+    if inputs.conversion is not None:
+        named["conversion"] = inputs.conversion
+    others = {name: digest for name, digest in digests.items() if name not in weights}
+    Source(place, sha256_json(named), dict(sorted(tensors.items())), dict(sorted(others.items()))).save(folder)
+
+
+STAGE = Stage("resolve", work)
+
+
+def load(folder: Path, inputs: Inputs) -> Source:
+    """What the stage made."""
+    return Source.load(folder, inputs.folder if inputs.gguf is None else folder / _CONVERTED)
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def hash_weights(path: Path) -> tuple[str, dict[str, str]]:
+    """Hex SHA-256 of a safetensors file, and of every tensor in it with its dtype and shape.
+
+    The file is read once; a second thread hashes the tensors beside it.
+    """
+    tensors = read_header(path)
+    whole, digests = hashlib.sha256(), {}
+    with path.open("rb") as file, ThreadPoolExecutor(1) as beside:
+        length = file.read(8)
+        whole.update(length + file.read(int.from_bytes(length, "little")))
+        for tensor in tensors.values():
+            one = hashlib.sha256(f"{tensor.dtype} {tensor.shape} ".encode())
+            for chunk in _chunks(file, tensor):
+                hashing = beside.submit(one.update, chunk)
+                whole.update(chunk)
+                hashing.result()
+            digests[tensor.name] = one.hexdigest()
+    return whole.hexdigest(), digests
+
+
+def _chunks(file: BinaryIO, tensor: TensorInfo) -> Iterator[bytes]:
+    for start in range(0, tensor.nbytes, _CHUNK):
+        yield file.read(min(_CHUNK, tensor.nbytes - start))
