@@ -51,6 +51,7 @@ from bitmill.pipeline.workspace import Workspace
 from bitmill.plan.model_plan import Plan
 from bitmill.runtime.launch import as_rank, is_rank, run_ranks
 from bitmill.runtime.memory import free_device_bytes, spare_host_bytes
+from bitmill.runtime.process import computing
 from bitmill.runtime.ranks import Group
 from bitmill.runtime.timer import Recorder
 
@@ -222,7 +223,8 @@ def run(options: argparse.Namespace, group: Group, device: torch.device) -> dict
         held = hold_rest(options.device_gib, device)
         with Memory() as memory, Recorder(device) as recorder, profiled(options):
             watch = Watch(recorder, options.blocks)
-            planned = run_stages(spec, source, root, device, group, watch, options, shape)
+            with computing():
+                planned = run_stages(spec, source, root, device, group, watch, options, shape)
         peak = memory.peak
         group.barrier()
     measured = {stage: seconds_of(stage, watch.units, options, shape) for stage in STAGES}

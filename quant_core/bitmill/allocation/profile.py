@@ -27,7 +27,7 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from bitmill.config.bit_width_map import WIDTHS, LinearShape
-from bitmill.config.quantization import Closed
+from bitmill.config.closed import Closed
 from bitmill.errors import FormatError, reason
 from bitmill.io import atomic as storage
 

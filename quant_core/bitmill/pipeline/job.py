@@ -41,7 +41,7 @@ from bitmill.pipeline.stages.refine import Refined
 from bitmill.pipeline.workspace import Made, Workspace
 from bitmill.plan.model_plan import Plan, make_plan
 from bitmill.results import QualityReport
-from bitmill.runtime.process import settle_process
+from bitmill.runtime.process import computing
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.runtime.warm_up import warm_up
 
@@ -236,7 +236,7 @@ def run_job(
     task_folder: task files for `evaluation.tasks`; they may run code, so trust their author.
     group: the ranks that call this with the same arguments, `devices` of them
     (`runtime/launch.py`). Raises a `BitmillError`; nothing of `output_dir` exists until the last
-    stage ends.
+    stage ends. Settings of the process are the caller's again then.
     """
     if group.size != config.devices:
         raise SpecError(
@@ -244,9 +244,6 @@ def run_job(
             "`bitmill quantize --devices` or a worker, or give the number it runs on",
             param="devices",
         )
-    if config.threads:
-        torch.set_num_threads(max(1, config.threads // group.size))
-    settle_process()
     job = Job(
         config=config,
         model_folder=model_folder,
@@ -256,8 +253,10 @@ def run_job(
         profiles=profile_folder,
         task_folder=task_folder,
     )
+    threads = max(1, config.threads // group.size) if config.threads else None
     try:
-        return _run_stages(job)
+        with computing(threads):
+            return _run_stages(job)
     except Exception as error:
         raise_resource_error(error)
         raise

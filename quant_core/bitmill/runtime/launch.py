@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from bitmill.errors import BitmillError, ResourceError, as_bitmill_error, disk_full
 from bitmill.runtime.child import PARENT, death
 from bitmill.runtime.lifetime import die_with_parent
+from bitmill.runtime.process import environment, settle_own_process
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def run_ranks(count: int, arguments: Sequence[str]) -> None:
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
     }
-    with _environment(told), tempfile.TemporaryDirectory(prefix="bitmill-ranks-") as logs:
+    with environment(told), tempfile.TemporaryDirectory(prefix="bitmill-ranks-") as logs:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -99,18 +100,6 @@ def run_ranks(count: int, arguments: Sequence[str]) -> None:
             raise SystemExit(128 + error.sigval) from None
         except ChildFailedError as error:
             raise _reason(error.failures, count) from error
-
-
-@contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    """Variables that processes started meanwhile inherit."""
-    before = dict(os.environ)
-    os.environ |= changes
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ |= before
 
 
 def _reason(failures: dict[int, Any], count: int) -> BitmillError:
@@ -138,10 +127,9 @@ def as_rank(device: str) -> Iterator[tuple[Group, torch.device]]:
     launcher = os.environ.get(_LAUNCHER)
     if launcher is not None:
         die_with_parent(parent=int(launcher))
-    from bitmill.runtime.process import settle_process
     from bitmill.runtime.ranks import PeerLost, joined
 
-    settle_process()
+    settle_own_process()
     if launcher is None:
         with joined(device) as found:
             yield found

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitmill.runtime.launch import check_devices, run_ranks
+from bitmill.runtime.process import settle_own_process
 from bitmill_workers.execution.child import Emit, Emitter, serve
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 def run(request: dict[str, Any], emit: Emitter) -> dict[str, Any]:
     """Run the pipeline in local folders, relay its progress and return what it found."""
+    settle_own_process()
     request["device"] = _device(request["device"])
     devices = request["config"]["devices"]
     if devices == 1:

@@ -244,13 +244,14 @@ def deterministic() -> Iterator[None]:
     """Deterministic kernels within, where the process set CUBLAS_WORKSPACE_CONFIG for them."""
     switches: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     possible = not torch.cuda.is_available() or "CUBLAS_WORKSPACE_CONFIG" in os.environ
     torch.use_deterministic_algorithms(before[0] or possible)
     switches.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch.use_deterministic_algorithms(before[0], warn_only=warn_only)
         switches.fill_uninitialized_memory = before[1]
 
 
