@@ -38,6 +38,6 @@ def admit(folder: Path, config: QuantizationConfig, *, gguf: str | None = None) 
     """
     plan = make_plan(folder, config, gguf=gguf)
     check_budget(plan, config)
-    check_lengths(plan, config)
-    check_rows(plan, config)
+    check_lengths(plan, config.calibration.length, config.evaluation.length)
+    check_rows(plan, config.devices)
     return Admission(config, plan, gguf is not None)

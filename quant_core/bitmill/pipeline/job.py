@@ -28,6 +28,7 @@ from bitmill.config.quantization import QuantizationConfig
 from bitmill.errors import SpecError, raise_resource_error
 from bitmill.io.atomic import atomic_folder
 from bitmill.io.manifest import Manifest, read_manifest
+from bitmill.pipeline.admission import Admission, admit
 from bitmill.pipeline.learned_parameters import LearnedFor, LearnedParameters
 from bitmill.pipeline.progress import Progress
 from bitmill.pipeline.requirements import Room, check_room
@@ -39,7 +40,7 @@ from bitmill.pipeline.stages import resume as resuming
 from bitmill.pipeline.stages import verify as verifying
 from bitmill.pipeline.stages.refine import Refined
 from bitmill.pipeline.workspace import Made, Workspace
-from bitmill.plan.model_plan import Plan, make_plan
+from bitmill.plan.model_plan import Plan
 from bitmill.results import QualityReport
 from bitmill.runtime.process import computing
 from bitmill.runtime.ranks import SINGLE, Group
@@ -76,12 +77,16 @@ class Job:
         """What of this process decides the bytes of a result."""
         return Environment.here(self.space.device, self.space.group)
 
+    @cached_property
+    def admission(self) -> Admission:
+        """That the job can be done at all; raises what `admit` raises."""
+        return admit(self.model_folder, self.config, gguf=self.gguf)
+
     def check_machine(self) -> None:
         """Raise `ResourceError` for what this machine cannot hold, before anything is done."""
-        planned = make_plan(self.model_folder, self.config, gguf=self.gguf)
         here = Room.here(self.space.device, self.space.root, self.output)
         room = Room.of_ranks(self.space.group.gather(here))
-        check_room(planned, self.config, room, gguf=self.gguf is not None)
+        check_room(self.admission.plan, self.config, room, gguf=self.admission.gguf)
 
     def resolve(self) -> Source:
         """The source's files by digest."""
@@ -91,7 +96,8 @@ class Job:
     def plan(self, source: Source) -> Plan:
         """What there is to do."""
         warm_up(self.space.device)  # beside reading all weights
-        inputs = planning.Inputs.of(source.every, self.config, self.task_folder)
+        admitted = None if self.admission.gguf else self.admission.plan
+        inputs = planning.Inputs.of(source.every, self.config, self.task_folder, admitted)
         return planning.load(self.space.run(planning.STAGE, inputs).folder)
 
     def calibration(self, source: Source) -> CalibrationSet:

@@ -42,7 +42,10 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Inputs:
-    """lengths: tokens of calibration and evaluation windows."""
+    """lengths: tokens of calibration and evaluation windows.
+
+    admitted: the plan that `admit` made of the same folder, None where it made none.
+    """
 
     model: Model
     allocation: Allocation
@@ -51,9 +54,16 @@ class Inputs:
     evaluation_length: int
     devices: int
     tasks: Tasks
+    admitted: Plan | None = field(compare=False)
 
     @classmethod
-    def of(cls, model: Model, config: QuantizationConfig, task_folder: Path | None) -> Inputs:
+    def of(
+        cls,
+        model: Model,
+        config: QuantizationConfig,
+        task_folder: Path | None,
+        admitted: Plan | None,
+    ) -> Inputs:
         """What of a configuration decides what there is to do."""
         return cls(
             model=model,
@@ -63,17 +73,14 @@ class Inputs:
             evaluation_length=config.evaluation.length,
             devices=config.devices,
             tasks=Tasks.of(config.evaluation.tasks, task_folder),
+            admitted=admitted,
         )
 
 
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
     """Raises for impossible budgets, windows and tasks, for weights with NaN or infinity, and for
     configurations of which transformers builds another model than is planned."""
-    asked = QuantizationConfig(allocation=inputs.allocation, budget=inputs.budget)
-    made = make_plan(inputs.model.folder, asked)
-    check_budget(made, asked)
-    check_lengths(made, inputs.calibration_length, inputs.evaluation_length)
-    check_rows(made, inputs.devices)
+    made = inputs.admitted or _admitted(inputs)
     check_skeleton(read_config(inputs.model.folder)[0])
     inputs.tasks.suite()
     with CheckpointSource(inputs.model.folder) as tensors:
@@ -84,6 +91,15 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
 
 
 STAGE = Stage("plan", work)
+
+
+def _admitted(inputs: Inputs) -> Plan:
+    asked = QuantizationConfig(allocation=inputs.allocation, budget=inputs.budget)
+    made = make_plan(inputs.model.folder, asked)
+    check_budget(made, asked)
+    check_lengths(made, inputs.calibration_length, inputs.evaluation_length)
+    check_rows(made, inputs.devices)
+    return made
 
 
 def load(folder: Path) -> Plan:

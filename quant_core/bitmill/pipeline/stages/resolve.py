@@ -87,7 +87,9 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     if inputs.conversion is not None:
         named["conversion"] = inputs.conversion
     others = {name: digest for name, digest in digests.items() if name not in weights}
-    Source(place, sha256_json(named), dict(sorted(tensors.items())), dict(sorted(others.items()))).save(folder)
+    Source(
+        place, sha256_json(named), dict(sorted(tensors.items())), dict(sorted(others.items()))
+    ).save(folder)
 
 
 STAGE = Stage("resolve", work)
