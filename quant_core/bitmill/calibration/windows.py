@@ -8,28 +8,21 @@ the windows, held-out sequences are the next ones of it; evaluation takes window
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitmill.calibration.texts import bundled_text, read_text
 from bitmill.config.quantization import (
-    BundledText,
     Calibration,
-    DatasetText,
     Evaluation,
-    FileText,
 )
-from bitmill.errors import CalibrationError, raise_resource_error, reason
+from bitmill.errors import CalibrationError
 from bitmill.models.tokenizer import load_tokenizer
-
-MAX_TEXT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,100 +38,33 @@ class CalibrationSet:
     digest: str
 
 
-def bundled_text(name: str) -> str:
-    """A text that ships with the library, e.g. "wiki_evaluation"."""
-    return (resources.files("bitmill") / "texts" / f"{name}.txt").read_text("utf-8")
+def check_token_ids(ids: Sequence[int], tokenizer: Any, rows: int | None, param: str) -> None:
+    """Raise `CalibrationError` (code `token_beyond_embedding`) for an id that has no row.
+
+    rows: those of the model's input embedding, None where they are not known.
+    """
+    largest = max(ids, default=0)
+    if rows is None or largest < rows:
+        return
+    raise CalibrationError(
+        f"token {tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, the model's "
+        f"embedding has {rows} rows: use the tokenizer that the model was trained with, or leave "
+        "the token out of the text",
+        code="token_beyond_embedding",
+        param=param,
+    )
 
 
-def _json_lines(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[field]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise CalibrationError(
-                    f"{path.name}, line {number}: no JSON object with the field {field!r}",
-                    param="calibration.text.field",
-                ) from error
-            if not isinstance(text, str):
-                raise CalibrationError(
-                    f"{path.name}, line {number}: field {field!r} is a {type(text).__name__}, "
-                    "not a string",
-                    param="calibration.text.field",
-                )
-            yield text
-
-
-def _file_text(source: FileText) -> str:
-    path = Path(source.path)
-    try:
-        size = path.stat().st_size
-        if size > MAX_TEXT_BYTES:
-            raise CalibrationError(
-                f"{path.name} has {size} bytes, the limit is {MAX_TEXT_BYTES}; give a part of it",
-                param="calibration.text.path",
-            )
-        if path.suffix == ".jsonl":
-            return "\n\n".join(_json_lines(path, source.field))
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            f"calibration text {path.name} cannot be read as UTF-8: {reason(error)}",
-            param="calibration.text.path",
-        ) from error
-
-
-def _dataset_text(source: DatasetText, enough: int) -> str:
-    """Rows of a Hub data set, joined by empty lines, until there are `enough` characters."""
-    if importlib.util.find_spec("datasets") is None:
-        raise CalibrationError(
-            f"calibration data set {source.name!r} needs the `datasets` package: "
-            "run `pip install datasets`, or give a text file",
-            code="datasets_missing",
-            param="calibration.text",
-        )
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source.name, source.config, split=source.split, streaming=True)
-        parts: list[str] = []
-        total = 0
-        for row in rows:
-            parts.append(str(row[source.field]))
-            total += len(parts[-1]) + 2
-            if total >= enough:
-                break
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise_resource_error(error)
-        raise CalibrationError(
-            f"calibration data set {source.name!r}, split {source.split!r}, field "
-            f"{source.field!r} cannot be read: {str(error)[:300]}",
-            code="dataset_unreadable",
-            param="calibration.text",
-        ) from error
-    return "\n\n".join(parts)
-
-
-def read_text(calibration: Calibration) -> str:
-    """The calibration text; raises `CalibrationError` where it cannot be read."""
-    match calibration.text:
-        case BundledText(name=name):
-            return bundled_text(name)
-        case FileText() as file:
-            return _file_text(file)
-        case DatasetText() as dataset:
-            windows = calibration.sequences + calibration.held_out
-            return _dataset_text(dataset, enough=windows * calibration.length * 16)
-
-
-def token_windows(text: str, tokenizer: Any, length: int) -> Tensor:
+def token_windows(
+    text: str, tokenizer: Any, length: int, *, rows: int | None = None, param: str = "text"
+) -> Tensor:
     """int64 [windows, length]: the whole text without special tokens, remainder dropped.
 
-    Raises `CalibrationError` where the text is shorter than one window.
+    Raises `CalibrationError` where the text is shorter than one window or holds a token that the
+    model's embedding of `rows` rows does not.
     """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    check_token_ids(ids, tokenizer, rows, param)
     windows = len(ids) // length
     if windows == 0:
         raise CalibrationError(
@@ -159,14 +85,17 @@ def _digest(*parts: Tensor) -> str:
 
 
 def calibration_tokens(
-    calibration: Calibration, tokenizer_folder: Path, *, seed: int = 0
+    calibration: Calibration, tokenizer_folder: Path, *, seed: int = 0, rows: int | None = None
 ) -> CalibrationSet:
     """The calibration windows of a job and its held-out windows.
 
-    Raises `CalibrationError` where the text cannot be read or has too few windows.
+    rows: of the model's input embedding. Raises `CalibrationError` where the text cannot be read,
+    has too few windows, or a token without a row.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
-    windows = token_windows(read_text(calibration), tokenizer, calibration.length)
+    windows = token_windows(
+        read_text(calibration), tokenizer, calibration.length, rows=rows, param="calibration.text"
+    )
     first, asked = calibration.sequences, calibration.sequences + calibration.held_out
     if len(windows) < asked:
         raise CalibrationError(
@@ -182,18 +111,29 @@ def calibration_tokens(
 
 
 def evaluation_tokens(
-    name: str, tokenizer_folder: Path, *, length: int, sequences: int | None = None
+    name: str,
+    tokenizer_folder: Path,
+    *,
+    length: int,
+    sequences: int | None = None,
+    rows: int | None = None,
 ) -> Tensor:
-    """int64 [windows, length] of a bundled text, in order, at most `sequences` of them."""
+    """int64 [windows, length] of a bundled text, in order, at most `sequences` of them.
+
+    rows: of the model's input embedding. Raises `CalibrationError` as `token_windows` does.
+    """
     tokenizer = load_tokenizer(tokenizer_folder)
-    return token_windows(bundled_text(name), tokenizer, length)[:sequences]
+    text = bundled_text(name)
+    return token_windows(text, tokenizer, length, rows=rows, param="evaluation")[:sequences]
 
 
-def evaluation_windows(asked: Evaluation, tokenizer_folder: Path) -> dict[str, Tensor]:
-    """Windows int64 [S, T] of every text that an evaluation asks for."""
+def evaluation_windows(
+    asked: Evaluation, tokenizer_folder: Path, *, rows: int | None = None
+) -> dict[str, Tensor]:
+    """Windows int64 [S, T] of every text that an evaluation asks for; rows as above."""
     return {
         text: evaluation_tokens(
-            text, tokenizer_folder, length=asked.length, sequences=asked.sequences
+            text, tokenizer_folder, length=asked.length, sequences=asked.sequences, rows=rows
         )
         for text in asked.texts
     }

@@ -21,6 +21,7 @@ from bitmill.calibration.windows import evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Budget, Evaluation, QuantizationConfig
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
+from bitmill.evaluation.origin import check_made_from
 from bitmill.evaluation.tasks import TaskSuite
 from bitmill.formats.accounting import footprint
 from bitmill.formats.packed.checkpoint import PackedCheckpoint, read_bit_width_map
@@ -160,7 +161,8 @@ def evaluate_folder(
 ) -> list[QualityRow]:
     """Measure a packed folder against its source model: rows for the source and the folder.
 
-    task_folder: a folder of task files beside the harness's own.
+    task_folder: a folder of task files beside the harness's own. Raises InputError where the folder
+    was made from another model.
     """
     asked = Evaluation.model_validate(
         {"texts": texts, "sequences": sequences, "length": length, "tasks": tasks}
@@ -176,8 +178,10 @@ def evaluate_folder(
         model = StreamedModel(
             source_folder, planned, device=where, dtype=compute_dtype(where, planned)
         )
+        check_made_from(folder, model.source, planned)
         candidates = {"packed": (bit_widths, from_packed(model, folder))}
-        rows = measure(model, evaluation_windows(asked, source_folder), candidates, _silent)
+        windows = evaluation_windows(asked, source_folder, rows=planned.vocab_size)
+        rows = measure(model, windows, candidates, _silent)
         if suite is None:
             return rows
         return measure_tasks(

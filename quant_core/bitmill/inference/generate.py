@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitmill.calibration.windows import check_token_ids
 from bitmill.errors import InputError
 from bitmill.inference.load import load
 from bitmill.models.tokenizer import load_tokenizer
@@ -45,6 +46,8 @@ def stream(
     tokenizer = load_tokenizer(folder)
     tokens = _encode(tokenizer, prompt, chat)
     model = load(folder, device=device, dtype=dtype)
+    rows = model.config.get_text_config().vocab_size
+    check_token_ids(tokens[0].tolist(), tokenizer, rows, "prompt")
     generator = torch.Generator().manual_seed(seed)
     ids = _sample(model, tokens.to(device), max_new_tokens, temperature, generator)
     return _pieces(tokenizer, ids)

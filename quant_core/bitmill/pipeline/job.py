@@ -100,9 +100,14 @@ class Job:
         inputs = planning.Inputs.of(source.every, self.config, self.task_folder, admitted)
         return planning.load(self.space.run(planning.STAGE, inputs).folder)
 
-    def calibration(self, source: Source) -> CalibrationSet:
+    def calibration(self, source: Source, planned: Plan) -> CalibrationSet:
         """The calibration windows and those held out."""
-        return calibration_tokens(self.config.calibration, source.folder, seed=self.config.seed)
+        return calibration_tokens(
+            self.config.calibration,
+            source.folder,
+            seed=self.config.seed,
+            rows=planned.vocab_size,
+        )
 
     def profile(
         self, source: Source, planned: Plan, tokens: CalibrationSet
@@ -272,7 +277,7 @@ def _run_stages(job: Job) -> Result:
     job.check_machine()
     source = job.resolve()
     planned = job.plan(source)
-    tokens = job.calibration(source)
+    tokens = job.calibration(source, planned)
     learned_for = LearnedFor.of_job(job.config, model=source.digest, calibration=tokens.digest)
     learned = _learned_earlier(job.config, learned_for)
     profiled = job.profile(source, planned, tokens)

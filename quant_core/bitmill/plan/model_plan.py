@@ -361,6 +361,17 @@ def check_lengths(plan: Plan, calibration: int, evaluation: int) -> None:
     plan.check_length(evaluation, "evaluation.length")
 
 
+def length_notes(plan: Plan, calibration: int, evaluation: int) -> list[str]:
+    """What to say of windows that are longer than the model was trained for, but can be run."""
+    asked = {"calibration.length": calibration, "evaluation.length": evaluation}
+    return [
+        f"{param} is {length}, the model was made for {plan.max_positions} positions: its outputs "
+        "behind those are not what it was trained for"
+        for param, length in asked.items()
+        if plan.max_positions and plan.position_limit is None and length > plan.max_positions
+    ]
+
+
 def check_rows(plan: Plan, devices: int) -> None:
     """Raise `SpecError` where a linear has fewer output rows than devices that divide them."""
     for linear in plan.linears:

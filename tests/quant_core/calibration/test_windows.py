@@ -101,7 +101,7 @@ def test_json_lines_are_joined_by_empty_lines(tokenizer_folder: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("line", "problem"),
-    [("not json", "line 2"), ('{"other": 1}', "line 2"), ('{"text": 5}', "is a int")],
+    [("not json", "line 2"), ('{"other": 1}', "line or record 2"), ('{"text": 5}', "is a int")],
 )
 def test_bad_json_line_is_named(
     tokenizer_folder: Path, tmp_path: Path, line: str, problem: str

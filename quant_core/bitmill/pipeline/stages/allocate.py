@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bitmill.allocation.allocator import allocate
 from bitmill.allocation.profile import SensitivityProfile
+from bitmill.allocation.unspent import unspent_warning
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
 from bitmill.io.atomic import write_bytes
@@ -36,6 +37,8 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     """Raises what `bitmill.allocation.allocator.allocate` raises."""
     asked = QuantizationConfig(allocation=inputs.allocation, budget=inputs.budget)
     made = allocate(inputs.plan, asked, inputs.profile)
+    if unspent := unspent_warning(inputs.plan, asked, made):
+        run.warn(unspent)
     write_bytes(folder / MAP_NAME, made.to_json().encode())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bitmill.allocation.profile import SensitivityProfile
+from bitmill.allocation.unspent import unspent_warning
 from bitmill.calibration.windows import CalibrationSet, evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import QuantizationConfig, Refinement
@@ -24,7 +25,7 @@ from bitmill.pipeline.stages.pack import PACKED_NAME
 from bitmill.pipeline.stages.plan import Tasks
 from bitmill.pipeline.stages.refine import Refined
 from bitmill.pipeline.workspace import Made
-from bitmill.plan.model_plan import Plan
+from bitmill.plan.model_plan import Plan, length_notes
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.reporting.learning import overfitting_warnings
 from bitmill.results import QualityReport, QualityRow
@@ -81,7 +82,8 @@ class Inputs:
     """method: names the row of the result. windows: int64 [S, T] of every evaluation text.
 
     packed: where the packed folder lies; its tensors are those of `refined` and `model`.
-    resumed: whether the refined blocks are another job's, and so what is reported of them.
+    resumed: whether the refined blocks are another job's, and so what is reported of them. notes:
+    what else the report warns of.
     """
 
     method: str
@@ -95,6 +97,7 @@ class Inputs:
     baselines: Baselines | None
     tasks: TaskRun | None
     resumed: bool
+    notes: tuple[str, ...]
     environment: Environment
 
     @classmethod
@@ -120,11 +123,12 @@ class Inputs:
             bit_widths=bit_widths,
             packed=packed.folder / PACKED_NAME,
             refined=refined,
-            windows=evaluation_windows(config.evaluation, source.folder),
+            windows=evaluation_windows(config.evaluation, source.folder, rows=plan.vocab_size),
             profile=profile,
             baselines=Baselines.of(config, plan, calibration, bit_widths),
             tasks=TaskRun(tasks, source.companions, config.seed) if tasks.names else None,
             resumed=config.refinement.omniquant.resume_parameters is not None,
+            notes=_notes(config, plan, bit_widths),
             environment=environment,
         )
 
@@ -166,6 +170,12 @@ def predicted_loss(profile: SensitivityProfile | None, bit_widths: BitWidthMap) 
     return profile.predicted_loss(bit_widths.linears)
 
 
+def _notes(config: QuantizationConfig, plan: Plan, bit_widths: BitWidthMap) -> tuple[str, ...]:
+    lengths = length_notes(plan, config.calibration.length, config.evaluation.length)
+    unspent = unspent_warning(plan, config, bit_widths)
+    return (*plan.notes, *lengths, *([unspent] if unspent else []))
+
+
 def _with_tasks(
     inputs: Inputs, rows: list[QualityRow], model: StreamedModel, run: Run
 ) -> list[QualityRow]:
@@ -197,7 +207,7 @@ def _write_report(inputs: Inputs, rows: list[QualityRow], run: Run, folder: Path
         blocks=blocks,
         tuning=refined.tuning(),
         resumed=inputs.resumed,
-        warnings=(*inputs.plan.notes, *overfitting),
+        warnings=(*inputs.notes, *overfitting),
         seconds=run.seconds(),
     )
     write_bytes(folder / QUALITY_NAME, report.to_json().encode())

@@ -15,7 +15,7 @@ from bitmill.models.skeleton import check_skeleton
 from bitmill.pipeline.source import Model
 from bitmill.pipeline.stage import Run, Stage
 from bitmill.plan.config_json import read_config
-from bitmill.plan.model_plan import Plan, check_lengths, check_rows, make_plan
+from bitmill.plan.model_plan import Plan, check_lengths, check_rows, length_notes, make_plan
 
 PLAN_NAME = "plan.json"
 
@@ -85,7 +85,8 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     inputs.tasks.suite()
     with CheckpointSource(inputs.model.folder) as tensors:
         check_all_finite(tensors, made.stored)
-    for note in made.notes:
+    lengths = length_notes(made, inputs.calibration_length, inputs.evaluation_length)
+    for note in (*made.notes, *lengths):
         run.warn(note)
     write_bytes(folder / PLAN_NAME, made.model_dump_json(indent=1).encode())
 

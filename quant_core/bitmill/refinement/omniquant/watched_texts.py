@@ -23,11 +23,14 @@ WINDOWS = 4
 LENGTH = 2048
 
 
-def watched_texts(tokenizer_folder: Path, length: int) -> Mapping[str, Tensor]:
-    """int64 [S, T] of every text; length: tokens of a window, at most `LENGTH`."""
+def watched_texts(
+    tokenizer_folder: Path, length: int, rows: int | None = None
+) -> Mapping[str, Tensor]:
+    """int64 [S, T] of every text; length: tokens of a window, at most `LENGTH`; rows: of the
+    model's input embedding."""
     length = min(length, LENGTH)
     return {
-        name: evaluation_tokens(name, tokenizer_folder, length=length, sequences=WINDOWS)
+        name: evaluation_tokens(name, tokenizer_folder, length=length, sequences=WINDOWS, rows=rows)
         for name in TEXTS
     }
 
@@ -41,7 +44,7 @@ class WatchedTexts:
 
     def __init__(self, model: StreamedModel, quantized: StreamedModel, length: int) -> None:
         self._model = model
-        self.tokens = watched_texts(model.source.folder, length)
+        self.tokens = watched_texts(model.source.folder, length, model.plan.vocab_size)
         self._hidden = {name: quantized.embed(t).cpu() for name, t in self.tokens.items()}
         self._source = {name: model.embed(t).cpu() for name, t in self.tokens.items()}
         self._targets: dict[str, Tensor] | None = None

@@ -1,0 +1,71 @@
+"""Whether a packed folder was made from a source model, told by the weights of both.
+
+Kept tensors are compared by value, quantized linears of the first and the last block by the cosine
+of their weights with the source's, which is near 1 even at two bits and near 0 for another model.
+Rows and columns that packing moved are left out. A source in another dtype is the same model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import FormatError, InputError
+from bitmill.formats.packed.checkpoint import PackedCheckpoint
+from bitmill.models.reader import CheckpointSource
+from bitmill.plan.model_plan import Plan
+
+ROWS = 64
+"""Rows of a tensor that are compared."""
+LARGEST_DIFFERENCE = 0.02
+LEAST_COSINE = 0.5
+
+
+def check_made_from(folder: Path, source: CheckpointSource, plan: Plan) -> None:
+    """Raise InputError (code `other_source`) where `folder` holds another model's weights.
+
+    plan: of the source, with the linears of the folder's map.
+    """
+    checkpoint = PackedCheckpoint.open(folder)
+    try:
+        checkpoint.check_linears(plan.shapes)
+    except FormatError as error:
+        raise _other(folder, source, error.message) from error
+    for kept in plan.tensors:
+        if kept.name not in checkpoint.headers:
+            raise _other(folder, source, f"it has no {kept.name}")
+        packed, original = checkpoint.tensor(kept.name), source.tensor(kept)
+        if packed.shape != original.shape or _difference(packed, original) > LARGEST_DIFFERENCE:
+            raise _other(folder, source, f"{kept.name} differs")
+    moved = {name for reader, names in plan.feeders.items() for name in (reader, *names)}
+    for block in {0, plan.block_count - 1}:
+        for linear in plan.block_linears(block):
+            if linear.name in moved:
+                continue
+            weight = checkpoint.linear(linear.shape).unpack().dequantize()[:ROWS]
+            if _cosine(weight, source.weight(linear)[:ROWS]) < LEAST_COSINE:
+                raise _other(folder, source, f"{linear.name} has other weights")
+
+
+def _difference(packed: Tensor, original: Tensor) -> float:
+    """Relative difference of the first rows, in any dtypes."""
+    a, b = packed[:ROWS].double(), original[:ROWS].double()
+    return float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    """1 where either is zero, as a dead linear's weights are."""
+    a, b = a.double(), b.double()
+    size = float(a.norm() * b.norm())
+    return float((a * b).sum()) / size if size > 0 else 1.0
+
+
+def _other(folder: Path, source: CheckpointSource, why: str) -> InputError:
+    return InputError(
+        f"{folder.name} was not made from {source.folder.name}: {why}; give the model that it was "
+        "quantized from",
+        code="other_source",
+        param="source",
+    )

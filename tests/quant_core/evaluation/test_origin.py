@@ -1,0 +1,78 @@
+"""A packed folder is measured against the model that it was made from, and no other."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.errors import InputError
+from bitmill.evaluation.compare import plan_for_map
+from bitmill.evaluation.origin import check_made_from
+from bitmill.models.reader import CheckpointSource
+from tiny import tiny_llama
+from weights import PackedModel, pack_model
+
+
+@pytest.fixture(scope="module", params=["natural", "activation"])
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+    folder = tmp_path_factory.mktemp("origin")
+    return pack_model(tiny_llama(folder / "source"), folder / "packed", order=request.param)
+
+
+def check(packed: PackedModel, source: Path) -> None:
+    widths = BitWidthMap.load(packed.folder / "bit_width_map.json")
+    with CheckpointSource(source) as tensors:
+        check_made_from(packed.folder, tensors, plan_for_map(source, widths))
+
+
+def edited(source: Path, target: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    shutil.copytree(source, target)
+    file = target / "model.safetensors"
+    tensors = {name: change(name, tensor) for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+def test_the_source_and_the_same_weights_in_another_dtype_pass(
+    packed: PackedModel, tmp_path: Path
+) -> None:
+    check(packed, packed.source)
+    check(packed, edited(packed.source, tmp_path / "half", lambda _, t: t.bfloat16()))
+
+
+def another_seed(source: Path, target: Path) -> Path:
+    return tiny_llama(target, seed=9)
+
+
+def another_norm(source: Path, target: Path) -> Path:
+    return edited(source, target, lambda n, t: t * 1.5 if n == "model.norm.weight" else t)
+
+
+def another_embedding(source: Path, target: Path) -> Path:
+    return edited(source, target, lambda n, t: t.flip(0) if "embed_tokens" in n else t)
+
+
+def another_last_block(source: Path, target: Path) -> Path:
+    return edited(source, target, lambda n, t: -t if "layers.1.self_attn.v_proj" in n else t)
+
+
+def another_shape(source: Path, target: Path) -> Path:
+    return tiny_llama(target, intermediate_size=80)
+
+
+OTHERS = [another_seed, another_norm, another_embedding, another_last_block, another_shape]
+
+
+@pytest.mark.parametrize("make", OTHERS)
+def test_another_model_is_refused(
+    packed: PackedModel, make: Callable[[Path, Path], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="was not made from") as caught:
+        check(packed, make(packed.source, tmp_path / "other"))
+    assert caught.value.code == "other_source"
