@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -87,6 +88,11 @@ class ProfileConfig(Closed):
                 f"profile setting {where}: {first['msg']}; this version of bitmill cannot use the "
                 "profile: make it again"
             ) from error
+
+
+def is_of_profiles(name: str) -> bool:
+    """Whether a folder of profiles has entries of this name: an id, or what is being fetched."""
+    return bool(re.fullmatch(r"[0-9a-f]{64}", name)) or name.startswith(".tmp-")
 
 
 @dataclass(frozen=True)

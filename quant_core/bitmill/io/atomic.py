@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,10 +142,11 @@ def publish_folder(folder: Path, target: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, check: Callable[[Path], None] = lambda _: None) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block ends without an error.
 
-    An existing `target` is replaced. On an error nothing of the new folder stays.
+    An existing `target` is replaced; check(target) raises where it must not be. On an error nothing
+    of the new folder stays.
     """
     temporary = _temporary(target)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -153,6 +154,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         with disk_errors(target):
             temporary.mkdir(parents=True)
             yield temporary
+            check(target)
             publish_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

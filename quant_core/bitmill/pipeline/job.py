@@ -21,13 +21,19 @@ from pathlib import Path
 
 import torch
 
-from bitmill.allocation.profile import PROFILE_NAME, ProfileOrigin, SensitivityProfile
+from bitmill.allocation.profile import (
+    PROFILE_NAME,
+    ProfileOrigin,
+    SensitivityProfile,
+    is_of_profiles,
+)
 from bitmill.calibration.windows import CalibrationSet, calibration_tokens
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import QuantizationConfig
 from bitmill.errors import SpecError, raise_resource_error
 from bitmill.io.atomic import atomic_folder
 from bitmill.io.manifest import Manifest, read_manifest
+from bitmill.io.targets import check_apart, check_kept, check_result
 from bitmill.pipeline.admission import Admission, admit
 from bitmill.pipeline.learned_parameters import LearnedFor, LearnedParameters
 from bitmill.pipeline.progress import Progress
@@ -39,7 +45,7 @@ from bitmill.pipeline.stages import plan as planning
 from bitmill.pipeline.stages import resume as resuming
 from bitmill.pipeline.stages import verify as verifying
 from bitmill.pipeline.stages.refine import Refined
-from bitmill.pipeline.workspace import Made, Workspace
+from bitmill.pipeline.workspace import Made, Workspace, is_of_a_workspace
 from bitmill.plan.model_plan import Plan
 from bitmill.results import QualityReport
 from bitmill.runtime.process import computing
@@ -81,6 +87,21 @@ class Job:
     def admission(self) -> Admission:
         """That the job can be done at all; raises what `admit` raises."""
         return admit(self.model_folder, self.config, gguf=self.gguf)
+
+    def check_folders(self) -> None:
+        """Raise `InputError` for folders that hold what is not Bitmill's, before any is touched."""
+        source = self.model_folder / self.gguf if self.gguf else self.model_folder
+        folders = {
+            "the source": source,
+            "the output": self.output,
+            "the work folder": self.space.root,
+            "the folder of profiles": self.profiles,
+        }
+        check_apart(folders)
+        check_result(self.output)
+        check_kept(self.space.root, is_of_a_workspace, param="work")
+        if self.profiles is not None:
+            check_kept(self.profiles, is_of_profiles, param="profiles")
 
     def check_machine(self) -> None:
         """Raise `ResourceError` for what this machine cannot hold, before anything is done."""
@@ -274,6 +295,7 @@ def run_job(
 
 
 def _run_stages(job: Job) -> Result:
+    job.check_folders()
     job.check_machine()
     source = job.resolve()
     planned = job.plan(source)

@@ -12,6 +12,7 @@ from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Allocation
 from bitmill.io.atomic import atomic_folder, read_json, sha256_file, write_bytes, write_json
 from bitmill.io.manifest import MANIFEST_NAME, write_manifest
+from bitmill.io.targets import check_result
 from bitmill.pipeline.learned_parameters import RECORD_NAME, LearnedFor
 from bitmill.pipeline.stage import Run, Stage
 from bitmill.pipeline.stages.evaluate import QUALITY_NAME
@@ -60,10 +61,10 @@ class Inputs:
 
 
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
-    """Replaces a folder that an earlier run of the job published."""
+    """Replaces what an earlier run published, and nothing else (`check_result`)."""
     output = Path(inputs.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(output) as made:
+    with atomic_folder(output, check_result) as made:
         packed = inputs.packed.folder / PACKED_NAME
         shutil.copytree(packed, made, copy_function=_link_or_copy, dirs_exist_ok=True)
         write_bytes(made / QUALITY_NAME, inputs.quality.to_json().encode())
