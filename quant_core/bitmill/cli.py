@@ -23,6 +23,7 @@ from bitmill.pipeline.requests import (
 )
 from bitmill.runtime.child import Tell, as_child
 from bitmill.runtime.launch import as_rank, check_devices, is_rank, run_ranks
+from bitmill.runtime.process import settle_own_process
 
 _USAGE = "usage: python -m bitmill quantize|evaluate|generate|bench|verify REQUEST.json"
 
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
 
 def _quantize(file: Path, tell: Tell) -> dict[str, Any]:
     request = parse_part(QuantizeRequest, read_json(file))
+    settle_own_process()
     devices = request.config.devices
     if devices > 1 and not is_rank():
         check_devices(devices, request.device)
