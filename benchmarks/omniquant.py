@@ -41,18 +41,20 @@ from bitmill.allocation.profile import SensitivityProfile
 from bitmill.calibration.hooks import run_windows
 from bitmill.calibration.statistics import Stream
 from bitmill.calibration.windows import calibration_tokens, evaluation_tokens
-from bitmill.config.quantization import QuantizationConfig, Refinement, parse_config
+from bitmill.config.methods import GPTQ, RTN
+from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.evaluation.logits import perplexity_and_kl
 from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.streamed import StreamedModel, set_weight, weight_of
 from bitmill.plan.model_plan import make_plan
-from bitmill.refinement.block import refine_block
-from bitmill.refinement.model import refine_settings
+from bitmill.refinement.block import RefineSettings, refine_block
 from bitmill.refinement.omniquant.block import BlockData, learn_block
 from bitmill.refinement.omniquant.end_to_end import TuneSettings, tune_scales
 from bitmill.refinement.omniquant.metric import fisher_metric, gradient_moments
 from bitmill.refinement.omniquant.settings import LearningSettings
 from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
+from bitmill.solvers.solver import solver_of
+from bitmill.transforms.column_order import ColumnOrders
 
 TEXTS = ("wiki_evaluation", "handbook_evaluation")
 LEARNING = {field.name for field in dataclasses.fields(LearningSettings)}
@@ -218,9 +220,10 @@ def quantize(
         for linear in profile.linears:
             if linear.order is not None:
                 orders[linear.name] = torch.from_numpy(profile.orders[linear.order]).long()
-    method: Literal["rtn", "gptq"] = "gptq" if row.start == "gptq" else "rtn"
-    asymmetric = row.asymmetric and method == "gptq"
-    refine = refine_settings(Refinement(method=method), 8, bool(asymmetric), orders)
+    method = GPTQ(asymmetric=bool(row.asymmetric)) if row.start == "gptq" else RTN()
+    asymmetric = "shift" in method.needs
+    transforms = (ColumnOrders(orders),)
+    refine = RefineSettings(solver_of(method), method.needs, transforms, batch=8)
     for index in range(model.block_count):
         began = time.perf_counter()
         block = model.load_block(index)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from bitmill.calibration.gradients import PassSettings
+from bitmill.config.methods import Statistic
 from bitmill.quant.grid import ClipSettings
 from bitmill.refinement.block import RefineSettings
 from bitmill.sensitivity.fisher import SensitivitySettings
@@ -14,7 +15,6 @@ from bitmill.solvers.gptq.settings import GptqSettings
 from bitmill.solvers.gptq.solve import GptqSolver
 from bitmill.solvers.grid_search import CompensatedSettings
 from bitmill.solvers.rtn import RtnSolver
-from bitmill.solvers.solver import Statistic
 
 WIDTHS = (1, 2, 3, 4, 5, 6)
 

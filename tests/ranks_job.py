@@ -73,7 +73,7 @@ def ranks_job(
     refine_model(
         model,
         RefineInputs(calibration, bit_widths, {name: o.long() for name, o in orders.items()}),
-        spec.refinement,
+        spec.method,
         out / "refine",
         seed=0,
         on_unit=on_unit,

@@ -12,6 +12,7 @@ imported before it is asked for by name. Torch-free.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from importlib import import_module, metadata
 from typing import Any, Generic, TypeVar
 
@@ -21,9 +22,9 @@ T = TypeVar("T")
 
 
 def load_object(place: str) -> Any:
-    """The object at "package.module:name"."""
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
+    """The object at "package.module:name" or "package.module:Class.attribute"."""
+    module, _, names = place.partition(":")
+    return reduce(getattr, names.split("."), import_module(module))
 
 
 class Registry(Generic[T]):

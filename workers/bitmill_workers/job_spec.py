@@ -24,7 +24,7 @@ from bitmill.config.quantization import (
     Calibration,
     Evaluation,
     FileText,
-    OmniQuant,
+    LocalOmniQuant,
     QuantizationConfig,
     Refinement,
     parse_part,
@@ -170,7 +170,7 @@ class JobSpec(Closed):
             calibration = calibration.model_copy(update={"text": local})
         omniquant = self.refinement.omniquant
         resumed = self._parameters(parameters)
-        learning = OmniQuant.model_validate(dict(omniquant) | {"resume_parameters": resumed})
+        learning = LocalOmniQuant.model_validate(dict(omniquant) | {"resume_parameters": resumed})
         return QuantizationConfig(
             budget=self.budget,
             allocation=Allocation.model_validate(
@@ -198,13 +198,13 @@ class JobSpec(Closed):
         return given
 
     def _parameters(self, given: Path | None) -> Path | None:
-        named = self.refinement.omniquant.resume_parameters
+        named = self.refinement.resume_parameters
         if named is None or given is not None:
             return given if named else None
         if not isinstance(named, PathParameters):
             raise SpecError(
                 "learned parameters of another job need a service: give the path of its folder",
-                param="refinement.omniquant.resume_parameters",
+                param=Refinement.place("resume_parameters"),
             )
         return Path(named.path)
 

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from bitmill.config.bit_width_map import WIDTHS, BitWidthMap
 from bitmill.config.closed import Closed
+from bitmill.config.methods import METHODS, MethodConfig
 from bitmill.errors import SpecError
 
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -179,12 +180,7 @@ class Allocation(BaseAllocation):
 
 
 class BaseOmniQuant(Closed):
-    """Block-wise learning (OmniQuant, and past it); see `bitmill.refinement.omniquant.settings`.
-
-    epochs, batch: passes over the calibration sequences and sequences per step; None takes the
-    mode's own.
-    resume_parameters: take what a job with these very settings learned, and train nothing.
-    """
+    """Settings of method "omniquant", as `bitmill.config.methods.OmniQuant` explains them."""
 
     mode: Literal["clipping", "scales", "rounding"] = "rounding"
     epochs: int | None = Field(default=None, ge=0, le=1000)
@@ -194,43 +190,101 @@ class BaseOmniQuant(Closed):
     resume_parameters: Any = None
 
 
-class OmniQuant(BaseOmniQuant):
+class LocalOmniQuant(BaseOmniQuant):
     """`BaseOmniQuant` with the local folder of the parameters to resume."""
 
     resume_parameters: Path | None = None
 
 
 class BaseRefinement(Closed):
-    """How codes are found.
+    """How codes are found: the JSON of all methods' settings (`bitmill.config.methods`).
 
-    clip_search: ranges are clipped where that lowers the error weighted by diag(H).
-    compensated_grid: the grid is searched by GPTQ's own loss after the clip search.
-    scale_refit: closed-form refit of the scales and descent of the codes after the pass.
-    asymmetric: correction for the already quantized prefix, kept per linear only where the
-    error on held-out sequences falls. For method "gptq"; learning sees the quantized prefix itself
-    and starts better without the correction.
+    A method takes the settings here that it has, and those in `omniquant`. settings: what else a
+    method has.
     """
 
-    method: Literal["rtn", "gptq", "omniquant"] = "gptq"
+    method: str = "gptq"
     clip_search: bool = True
     compensated_grid: bool = True
     scale_refit: bool = True
     asymmetric: bool = True
     omniquant: BaseOmniQuant = BaseOmniQuant()
+    settings: dict[str, Any] = Field(default={})
 
     @model_validator(mode="after")
-    def _resumes_what_learns(self) -> Self:
-        if self.omniquant.resume_parameters is not None and self.method != "omniquant":
+    def _legal_settings(self) -> Self:
+        kind = _known_method(self.method)
+        resumes = self.resume_parameters is not None
+        if resumes and "resume_parameters" not in kind.model_fields:
             raise ValueError(
                 f"omniquant.resume_parameters with method {self.method!r}: give method 'omniquant'"
             )
+        elsewhere = self.settings.keys() & self._of_many_methods().keys()
+        if elsewhere:
+            raise ValueError(f"settings.{min(elsewhere)}: give it outside of `settings`")
+        given = self._of_method(kind)
+        given.pop("resume_parameters", None)  # what a service has not fetched yet is no path
+        try:
+            kind.model_validate(given)
+        except ValidationError as error:
+            where, problem = _first_problem(error)
+            raise ValueError(f"settings.{where}: {problem}") from error
         return self
+
+    @property
+    def resume_parameters(self) -> Any:
+        """Learned parameters to take over, or what a service finds them by; None to learn."""
+        return self.omniquant.resume_parameters
+
+    def _of_many_methods(self) -> dict[str, Any]:
+        shared = dict(self) | dict(self.omniquant)
+        return {key: shared[key] for key in shared.keys() - {"method", "omniquant", "settings"}}
+
+    def _of_method(self, kind: type[MethodConfig]) -> dict[str, Any]:
+        shared = self._of_many_methods()
+        return {key: shared[key] for key in shared.keys() & kind.model_fields} | self.settings
 
 
 class Refinement(BaseRefinement):
     """`BaseRefinement` with local parameters."""
 
-    omniquant: OmniQuant = OmniQuant()
+    omniquant: LocalOmniQuant = LocalOmniQuant()
+
+    @classmethod
+    def of(cls, method: MethodConfig) -> Self:
+        """The JSON of a method's settings."""
+        given = dict(method)
+        own, learning = (
+            {key: given.pop(key) for key in given.keys() & part.model_fields}
+            for part in (cls, LocalOmniQuant)
+        )
+        return cls(method=method.name, **own, omniquant=LocalOmniQuant(**learning), settings=given)
+
+    @property
+    def typed(self) -> MethodConfig:
+        """The method's settings."""
+        kind = METHODS[self.method]
+        return kind.model_validate(self._of_method(kind))
+
+    def afresh(self) -> Self:
+        """The same without parameters to resume."""
+        learning = self.omniquant.model_copy(update={"resume_parameters": None})
+        return self.model_copy(update={"omniquant": learning})
+
+    @classmethod
+    def place(cls, setting: str) -> str:
+        """Where the JSON of a configuration has a setting of some method."""
+        if setting in cls.model_fields:
+            return f"refinement.{setting}"
+        part = "omniquant" if setting in LocalOmniQuant.model_fields else "settings"
+        return f"refinement.{part}.{setting}"
+
+
+def _known_method(name: str) -> type[MethodConfig]:
+    try:
+        return METHODS[name]
+    except SpecError as error:
+        raise ValueError(error.message) from error
 
 
 TaskName = Annotated[str, Field(pattern=r"^[\w.+-]{1,128}$")]
@@ -273,6 +327,11 @@ class QuantizationConfig(Closed):
     threads: int | None = Field(default=None, ge=1, le=1024)
     devices: int = Field(default=1, ge=1, le=64)
 
+    @property
+    def method(self) -> MethodConfig:
+        """How codes are found."""
+        return self.refinement.typed
+
     @model_validator(mode="after")
     def _learns_alone(self) -> Self:
         refuse_shared_learning(self.devices, self.refinement)
@@ -281,10 +340,11 @@ class QuantizationConfig(Closed):
 
 def refuse_shared_learning(devices: int, refinement: BaseRefinement) -> None:
     """Raise `ValueError` where several devices are to learn together."""
-    if devices > 1 and refinement.method == "omniquant":
+    most = METHODS[refinement.method].max_devices
+    if most is not None and devices > most:
         raise ValueError(
-            f"devices {devices} with refinement 'omniquant', which learns on one: "
-            "give devices 1, or method 'gptq'"
+            f"devices {devices} with refinement {refinement.method!r}, which works on {most}: "
+            f"give devices {most}, or another method"
         )
 
 
@@ -301,6 +361,11 @@ def parse_part(kind: type[Part], data: object) -> Part:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "spec"
-        raise SpecError(f"{where}: {first['msg']}", param=where) from error
+        where, problem = _first_problem(error)
+        raise SpecError(f"{where or 'spec'}: {problem}", param=where or "spec") from error
+
+
+def _first_problem(error: ValidationError) -> tuple[str, str]:
+    """Where it is, dotted, and what."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    return ".".join(str(part) for part in first["loc"]), first["msg"]

@@ -5,8 +5,8 @@ Memory and disk are sums of the tensors that the stages hold at once, so they ar
     accelerator  what lies outside the blocks, three blocks (quantized, source, the next), the
                  widest stage's Hessians with factors or what learning a block holds, the widest
                  linear's working copies, one batch of activations, one slice of logits
-    host         hidden states of all windows (twice with the asymmetric correction), one block per
-                 rank of a job on several devices; block inputs of a backward pass wait in files
+    host         hidden states of all windows (twice where the source model runs beside), one block
+                 per rank of a job on several devices; block inputs of a backward pass wait in files
                  where memory is short and are not counted
     disk         converted source (GGUF only), refined blocks, of baselines too, and the packed
                  checkpoint, as large as the budget allows
@@ -44,9 +44,6 @@ CONVERTING_BYTES = 10
 """Host memory for each weight of the largest tensor of a GGUF file while it is converted."""
 ACCELERATOR_LIBRARIES = 5 << 29
 """Host memory of the libraries of CUDA and torch in one process, from a model of 7B on an H100."""
-LEARNING_BYTES = 30
-"""Per weight of a block that is learned, see docs/omniquant.md."""
-LEARNING_BATCH = 4
 CPU_FLOPS_PER_THREAD = 2.5e10
 ACCELERATOR_FLOPS = {2: 4e14, 4: 4e13}
 EVALUATION_WINDOWS = 40
@@ -97,12 +94,12 @@ def _largest_tensor(plan: Plan) -> int:
 
 def _learning_bytes(plan: Plan, config: QuantizationConfig, block: int, element: int) -> int:
     """A block that is learned on one batch of windows, or in the turn of tuning all scales."""
-    asked = config.refinement.omniquant
-    if config.refinement.method != "omniquant" or asked.resume_parameters is not None:
+    needs = config.method.learning
+    if needs is None:
         return 0
-    tokens = (asked.batch or LEARNING_BATCH) * config.calibration.length
-    learned = LEARNING_BYTES * block_weights(plan, block)
-    held = plan.weights if asked.tune_scales_steps else 0
+    tokens = needs.windows * config.calibration.length
+    learned = needs.bytes_per_weight * block_weights(plan, block)
+    held = plan.weights if needs.whole_model else 0
     return max(learned, held) + 2 * activation_bytes(plan, block, tokens, element)
 
 
@@ -114,7 +111,7 @@ def _accelerator_bytes(plan: Plan, config: QuantizationConfig, machine: Machine)
         for i in {0, plan.block_count - 1}
     ]
     turn = max(
-        refining_bytes(plan, element, tokens, judged=config.refinement.asymmetric),
+        refining_bytes(plan, element, tokens, judged="shift" in config.method.needs),
         max(learning) + WORKING_COPIES * 4 * widest_linear(plan),
     )
     return OVERHEAD + element * _outside_weights(plan) + LOGIT_BYTES + turn
@@ -123,7 +120,7 @@ def _accelerator_bytes(plan: Plan, config: QuantizationConfig, machine: Machine)
 def stream_bytes(plan: Plan, config: QuantizationConfig, machine: Machine) -> int:
     """Hidden states of all windows that refinement carries; files hold them where memory cannot."""
     windows = config.calibration.sequences + config.calibration.held_out
-    streams = 2 if config.refinement.asymmetric or config.refinement.method == "omniquant" else 1
+    streams = 2 if config.method.runs_source else 1
     element = _element_bytes(plan, machine)
     return streams * windows * config.calibration.length * plan.hidden_size * element
 
@@ -152,7 +149,8 @@ def packed_bytes(plan: Plan, config: QuantizationConfig) -> int:
 
 def _disk_bytes(plan: Plan, config: QuantizationConfig, gguf: bool) -> int:
     packed = packed_bytes(plan, config)
-    copies = 3 if config.refinement.omniquant.tune_scales_steps else 2
+    learning = config.method.learning
+    copies = 3 if learning is not None and learning.whole_model else 2
     baselines = sum(
         packed if name == "uniform" else _uniform_size(plan, config, int(name[-1]))
         for name in config.evaluation.baselines
@@ -184,7 +182,7 @@ def _seconds(plan: Plan, config: QuantizationConfig, machine: Machine) -> float:
         for first, *_ in plan.siblings(block):
             share = active if ".experts." in first else 1.0
             hessians += 2.0 * plan.by_name[first].columns ** 2 * tokens * share
-    passes = 3 if config.refinement.asymmetric else 2
+    passes = 3 if config.method.runs_source else 2
     profiled = config.calibration.length * config.calibration.profiled / tokens
     measured = profiled * (4 * forward + hessians)
     profile = measured if config.allocation.method != "uniform" else 0.0

@@ -175,7 +175,7 @@ class Job:
             tokens,
             bit_widths,
             profiled,
-            self.config.refinement,
+            self.config.method,
             self.config.seed,
             self.environment,
         )
@@ -317,7 +317,7 @@ def _run_stages(job: Job) -> Result:
 
 def _learned_earlier(config: QuantizationConfig, asked: LearnedFor) -> LearnedParameters | None:
     """The learned parameters that the job takes over, after all checks but that of the map."""
-    given = config.refinement.omniquant.resume_parameters
+    given = config.method.resumed
     if given is None:
         return None
     learned = LearnedParameters.open(given)

@@ -24,7 +24,7 @@ from bitmill.io.atomic import sha256_file
 from bitmill.io.manifest import Manifest, read_manifest
 
 RECORD_NAME = "learned_parameters.json"
-PARAM = "refinement.omniquant.resume_parameters"
+PARAM = Refinement.place("resume_parameters")
 
 
 class LearnedFor(BaseModel):
@@ -41,9 +41,8 @@ class LearnedFor(BaseModel):
     @classmethod
     def of_job(cls, config: QuantizationConfig, *, model: str, calibration: str) -> LearnedFor:
         """What a job of this configuration learns for."""
-        omniquant = config.refinement.omniquant.model_copy(update={"resume_parameters": None})
-        refinement = config.refinement.model_copy(update={"omniquant": omniquant})
-        return cls(model=model, calibration=calibration, seed=config.seed, refinement=refinement)
+        asked = config.refinement.afresh()
+        return cls(model=model, calibration=calibration, seed=config.seed, refinement=asked)
 
     @classmethod
     def parse(cls, data: bytes) -> LearnedFor:
@@ -81,8 +80,8 @@ class LearnedParameters:
         record = folder / RECORD_NAME
         if not record.is_file():
             raise FormatError(
-                f"{folder.name} holds no {RECORD_NAME}: give the folder that a job with "
-                "refinement 'omniquant' published",
+                f"{folder.name} holds no {RECORD_NAME}: give the folder that a job whose "
+                "refinement learns published",
                 code="no_learned_parameters",
                 param=PARAM,
             )

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import torch
 
-from bitmill.config.quantization import QuantizationConfig
+from bitmill.config.quantization import QuantizationConfig, Refinement
 from bitmill.errors import ResourceError
 from bitmill.pipeline.estimate import (
     OVERHEAD,
@@ -122,20 +122,15 @@ def check_room(plan: Plan, config: QuantizationConfig, room: Room, *, gguf: bool
 
 def _smaller(config: QuantizationConfig) -> Iterator[tuple[str, Any, QuantizationConfig]]:
     """(a setting, its value, the configuration with it): jobs that need less, the largest first."""
-    calibration, refinement = config.calibration, config.refinement
+    calibration = config.calibration
     for sequences in _halves(calibration.sequences, 1):
         part = calibration.model_copy(update={"sequences": sequences})
         yield "calibration.sequences", sequences, _with(config, calibration=part)
     for length in _halves(calibration.length, _SHORTEST):
         part = calibration.model_copy(update={"length": length})
         yield "calibration.length", length, _with(config, calibration=part)
-    if refinement.asymmetric:
-        plain = refinement.model_copy(update={"asymmetric": False})
-        yield "refinement.asymmetric", False, _with(config, refinement=plain)
-    if refinement.omniquant.tune_scales_steps:
-        learned = refinement.omniquant.model_copy(update={"tune_scales_steps": 0})
-        untuned = refinement.model_copy(update={"omniquant": learned})
-        yield "refinement.omniquant.tune_scales_steps", 0, _with(config, refinement=untuned)
+    for setting, value, method in config.method.lighter():
+        yield Refinement.place(setting), value, _with(config, refinement=Refinement.of(method))
     for devices in _halves(config.devices, 1):
         yield "devices", devices, _with(config, devices=devices)
     if config.evaluation.baselines:

@@ -37,6 +37,7 @@ from bitmill.calibration.statistics import (
     residual_writers,
 )
 from bitmill.calibration.undersampled_experts import is_starved, starved_note
+from bitmill.config.methods import Statistic
 from bitmill.models.streamed import StreamedModel, set_weight, weight_of
 from bitmill.quant.rewrites import Rewrites
 from bitmill.quant.tensors import Quantized
@@ -47,7 +48,6 @@ from bitmill.solvers.solver import (
     Linear,
     Solved,
     Solver,
-    Statistic,
     check_weights,
     read_results,
     sampled_rows,

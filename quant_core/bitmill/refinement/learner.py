@@ -6,10 +6,12 @@ A method names its learner (`MethodConfig.learner`); `refinement/omniquant/` is 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from bitmill.calibration.windows import CalibrationSet
 from bitmill.quant.tensors import Quantized
 from bitmill.results import BlockQuality, TuningQuality
 
@@ -27,7 +29,16 @@ class LearnedBlock(Protocol):
 
 
 class Learner(Protocol):
-    """Sees the blocks of a model in order, then the model."""
+    """Sees the blocks of a model in order, then the model.
+
+    What `MethodConfig.learner` names makes it: learner(model, quantized, tokens, settings, folder,
+    seed=seed), with the float model, the model with its dequantized embeddings, the
+    `CalibrationSet`, the method's settings and a folder to keep things in.
+    """
+
+    @staticmethod
+    def watched(tokenizer_folder: Path, tokens: CalibrationSet) -> Mapping[str, Tensor]:
+        """What it reads besides that, for the key of a stage: windows int64 [S, T] by text."""
 
     def block(
         self,

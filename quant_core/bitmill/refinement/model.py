@@ -5,9 +5,8 @@ killed reloads finished blocks, puts their dequantized weights into the stream a
 inputs of later blocks, and so their bytes, are the same. Held-out sequences travel behind the
 calibration sequences.
 
-With method "omniquant" each block is learned after its first solution
-(`refinement/omniquant/model.py`), and a tuning of all scales at the end, where one is asked for,
-leaves its blocks in the subfolder `tuned`.
+Where the method has a learner (`learner.py`), each block is learned after its first solution, and
+what tunes the whole model at the end leaves its blocks in the subfolder `tuned`.
 
 Embeddings and heads that are quantized too come first: the blocks read what the quantized embedding
 gives.
@@ -31,17 +30,16 @@ from bitmill.calibration.statistics import BlockState, Stream, advance_hidden
 from bitmill.calibration.streams import HiddenStates
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.quantization import Refinement
+from bitmill.config.methods import MethodConfig
 from bitmill.io import atomic as storage
 from bitmill.models.streamed import StreamedModel, set_weight
 from bitmill.plan.block_memory import BATCH_TOKENS, refining_bytes
 from bitmill.plan.model_plan import Plan
-from bitmill.quant.grid import ClipSettings
 from bitmill.quant.rewrites import Rewrites
 from bitmill.quant.tensors import Quantized, Stored
 from bitmill.refinement.block import RefineSettings, refine_block
 from bitmill.refinement.embeddings import quantize_embeddings
-from bitmill.refinement.omniquant.model import ModelLearning
+from bitmill.refinement.learner import Learner
 from bitmill.refinement.store import (
     EMBEDDINGS,
     BlockSaver,
@@ -51,14 +49,11 @@ from bitmill.refinement.store import (
     report_path,
     save_block,
 )
+from bitmill.registry import load_object
 from bitmill.results import BlockQuality, LinearResult, TuningQuality
 from bitmill.runtime.graphs import graphs_kept
 from bitmill.runtime.ranks import SINGLE, Group
-from bitmill.solvers.gptq.settings import GptqSettings
-from bitmill.solvers.gptq.solve import GptqSolver
-from bitmill.solvers.grid_search import CompensatedSettings
-from bitmill.solvers.rtn import RtnSolver
-from bitmill.solvers.solver import Solver
+from bitmill.solvers.solver import solver_of
 from bitmill.transforms.column_order import ColumnOrders
 
 TUNED_NAME = "tuned"
@@ -139,7 +134,7 @@ class RefinedModel:
 def refine_model(
     model: StreamedModel,
     inputs: RefineInputs,
-    settings: Refinement,
+    method: MethodConfig,
     folder: Path,
     *,
     seed: int,
@@ -164,14 +159,14 @@ def refine_model(
         on_unit(i + 1, model.block_count, "block", "")
 
     tokens = max(BATCH_TOKENS, inputs.tokens.tokens.shape[1])
-    element, judged = model.dtype.itemsize, settings.asymmetric
-    turn = refining_bytes(model.plan, element, tokens, judged=judged)
+    judged = "shift" in method.needs
+    turn = refining_bytes(model.plan, model.dtype.itemsize, tokens, judged=judged)
     with (
         HiddenStates(model.device, folder, turn=turn, group=group, host_bytes=host_bytes) as states,
         BlockSaver(folder, model.device, tell) as saver,
         graphs_kept(model.device),
     ):
-        run = _Run(model, quantized, inputs, settings, folder, seed, group, states)
+        run = _Run(model, quantized, inputs, method, folder, seed, group, states)
         for i in range(model.block_count):
             block = model.load_block(i)
             if finished[i]:
@@ -195,8 +190,8 @@ def refine_model(
     group.barrier()
 
 
-def _tune(learning: ModelLearning, plan: Plan, folder: Path) -> None:
-    """Tune the scales of all refined blocks together, if the job asks for it."""
+def _tune(learning: Learner, plan: Plan, folder: Path) -> None:
+    """Tune all refined blocks together, if the job asks for it."""
     loaded: dict[str, Quantized] = {}
     for i in range(plan.block_count):
         loaded |= load_block(folder, plan, i)
@@ -239,27 +234,29 @@ class _Run:
         model: StreamedModel,
         quantized: StreamedModel,
         inputs: RefineInputs,
-        settings: Refinement,
+        method: MethodConfig,
         folder: Path,
         seed: int,
         group: Group,
         states: HiddenStates,
     ) -> None:
-        self.model, self.inputs, self.settings = model, inputs, settings
+        self.model, self.inputs, self.solver = model, inputs, solver_of(method)
         self.group = group
         own = group.shard(inputs.tokens.tokens)
         tokens = torch.cat([own, group.shard(inputs.tokens.held_out)])
+        if not method.needs and method.learner is None:
+            own = tokens = tokens[:0]  # nobody asks what the blocks make of them
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
         self.count = len(own)
         self.hidden = states.embed(quantized, tokens, self.batch)
-        held_out = len(inputs.tokens.held_out) > 0
-        self.asymmetric = settings.asymmetric and settings.method == "gptq" and held_out
-        self.learning: ModelLearning | None = None
-        if settings.method == "omniquant":
-            self.learning = ModelLearning(
-                model, quantized, inputs.tokens, settings.omniquant, folder, seed=seed
-            )
-        needed = self.asymmetric or self.learning is not None
+        self.needs = method.needs
+        if not len(inputs.tokens.held_out):
+            self.needs -= {"shift"}
+        self.learning: Learner | None = None
+        if method.learner is not None:
+            make = load_object(method.learner)
+            self.learning = make(model, quantized, inputs.tokens, method, folder, seed=seed)
+        needed = self.shifts or self.learning is not None
         self.source = states.embed(model, tokens, self.batch) if needed else None
         self._source_is_behind: int | None = None
         self._streams = (
@@ -267,6 +264,11 @@ class _Run:
             self._stream(slice(self.count, None)),
         )
         self._replay = Replay()
+
+    @property
+    def shifts(self) -> bool:
+        """Whether the solver sees the source's streams, and so moves them on."""
+        return "shift" in self.needs
 
     def refine(
         self, i: int, block: nn.Module, on_step: Callable[[], None]
@@ -278,12 +280,18 @@ class _Run:
             block,
             self._streams[0],
             {name: self.inputs.bit_widths.linears[name] for name in names},
-            refine_settings(self.settings, self.batch, self.asymmetric, self.inputs.orders),
-            held_out=self._streams[1] if self.asymmetric else None,
+            RefineSettings(
+                self.solver,
+                self.needs,
+                (ColumnOrders(self.inputs.orders),),
+                self.batch,
+                advance_source=self.shifts,
+            ),
+            held_out=self._streams[1] if self.shifts else None,
             on_step=on_step,
             replay=self._replay if self.learning is None else None,
         )
-        if self.asymmetric and names:
+        if self.shifts and names:
             self._source_is_behind = i
         if self.learning is None or self.source is None:
             return weights, results, None
@@ -292,7 +300,7 @@ class _Run:
         return learned.weights, results, learned.report.model_dump(mode="json")
 
     def _stream(self, part: slice) -> Stream:
-        source = self.source[part] if self.source is not None and self.asymmetric else None
+        source = self.source[part] if self.source is not None and self.shifts else None
         return Stream(self.hidden[part], source, self.group)
 
     def advance(self, i: int, block: nn.Module) -> None:
@@ -314,32 +322,3 @@ class _Run:
         for windows in (self.source[: self.count], self.source[self.count :]):
             run_windows(self.model, i, block, windows, batch=self.batch, out=windows)
         self._source_is_behind = i
-
-
-def refine_settings(
-    settings: Refinement, batch: int, asymmetric: bool, orders: Mapping[str, Tensor]
-) -> RefineSettings:
-    """The block settings of a job; `batch` sequences run at once.
-
-    orders: full name of a linear -> i64 [K] where it has a column order.
-    """
-    clip = ClipSettings() if settings.clip_search else ClipSettings.min_max()
-    clipping = settings.method == "omniquant" and settings.omniquant.mode == "clipping"
-    solver: Solver
-    if settings.method == "rtn" or clipping:
-        solver = RtnSolver(clip)
-    else:
-        solver = GptqSolver(
-            GptqSettings(
-                clip=clip,
-                compensated=CompensatedSettings() if settings.compensated_grid else None,
-                rounds=GptqSettings.rounds if settings.scale_refit else 0,
-            )
-        )
-    return RefineSettings(
-        solver,
-        needs=frozenset({"hessian", "shift"} if asymmetric else {"hessian"}),
-        transforms=(ColumnOrders(orders),),
-        batch=batch,
-        advance_source=asymmetric,
-    )

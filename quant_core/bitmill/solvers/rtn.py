@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bitmill.config.methods import RTN
 from bitmill.quant.codes import LinearCodes, group_slices, row_errors
 from bitmill.quant.grid import (
     ClipSettings,
@@ -35,6 +36,11 @@ class RtnSolver:
     """Rounding as a solver (`solvers/solver.py`)."""
 
     clip: ClipSettings = field(default_factory=ClipSettings)
+
+    @classmethod
+    def of(cls, settings: RTN) -> RtnSolver:
+        """The solver of a method's settings."""
+        return cls(ClipSettings() if settings.clip_search else ClipSettings.min_max())
 
     def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Group) -> Solved:
         """Nearest codes; without H errors are those of the weights themselves."""

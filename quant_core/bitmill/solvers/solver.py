@@ -1,8 +1,8 @@
 """What a solver is given, and what it gives: weights and statistics in, quantized tensors out.
 
 A solver sees the linears that read one input, in packed columns: rewrites (`quant/rewrites.py`)
-come before it and go with its result. Which statistics it needs its method says, so nothing else is
-collected.
+come before it and go with its result. Which statistics it needs its method says
+(`config/methods.py`), so nothing else is collected. docs/extending.md shows how to add one.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bitmill.config.bit_width_map import LinearShape, code_bits
+from bitmill.config.methods import MethodConfig
 from bitmill.errors import NumericalError
 from bitmill.quant.tensors import Quantized
+from bitmill.registry import load_object
 from bitmill.results import LinearResult
 from bitmill.runtime.ranks import Group
-
-Statistic = Literal["hessian", "shift"]
-"""What may be collected for a solver: mean x x^T of its inputs, and with it what its outputs lack
-for the already quantized prefix."""
 
 SAMPLED_ROWS = 1024
 """Rows of a linear on which its corrections are compared with each other and with none."""
@@ -84,7 +82,7 @@ class Solved:
 
 
 class Solver(Protocol):
-    """What quantizes linears."""
+    """What quantizes linears; made from a method's settings by what `MethodConfig.solver` names."""
 
     def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Group) -> Solved:
         """Quantize linears that read one input.
@@ -93,6 +91,12 @@ class Solver(Protocol):
         ranks: those that solve other rows of the same linears. Weights are finite. Linears may be
         replaced in the list, so that what they hold is freed.
         """
+
+
+def solver_of(method: MethodConfig) -> Solver:
+    """The solver of a method."""
+    solver: Solver = load_object(method.solver)(method)
+    return solver
 
 
 def read_results(solved: Sequence[Solved], ranks: Group) -> list[LinearResult]:

@@ -67,9 +67,7 @@ def refine(model: StreamedModel, folder: Path, host_bytes: int | None) -> Refine
     def on_unit(*_: object) -> None:
         assert len(list(folder.glob("block-inputs-*"))) == (host_bytes == 0)
 
-    refine_model(
-        model, inputs, SPEC.refinement, folder, seed=0, on_unit=on_unit, host_bytes=host_bytes
-    )
+    refine_model(model, inputs, SPEC.method, folder, seed=0, on_unit=on_unit, host_bytes=host_bytes)
     return RefinedModel(folder, model.plan)
 
 

@@ -126,7 +126,7 @@ def test_refinement_counts_tokens_and_says_which_expert_starved(model: Any, tmp_
     refine_model(
         streamed,
         RefineInputs(CalibrationSet(some[:4], some[4:], ""), widths, {}),
-        spec.refinement,
+        spec.method,
         tmp_path,
         seed=0,
         on_unit=lambda *_: None,

@@ -1,9 +1,12 @@
 """The configuration refuses what breaks a rule, and names it."""
 
+from pathlib import Path
+
 import pytest
 
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.quantization import QuantizationConfig, parse_config
+from bitmill.config.methods import GPTQ, RTN, MethodConfig, OmniQuant
+from bitmill.config.quantization import QuantizationConfig, Refinement, parse_config
 from bitmill.errors import SpecError
 
 
@@ -55,3 +58,49 @@ def test_legal_widths_respect_the_limits():
     allocation = parse_config(asked(allocation={"widths": [8, 2, 4, 4], "min_bits": 3})).allocation
     assert allocation.widths == (2, 4, 8)
     assert allocation.legal_widths == (4, 8)
+
+
+def test_json_and_typed_settings_of_a_method_are_one() -> None:
+    methods = [
+        RTN(clip_search=False),
+        GPTQ(scale_refit=False),
+        OmniQuant(mode="scales", epochs=3, resume_parameters=Path("earlier"), clip_search=False),
+    ]
+    for method in methods:
+        asked = Refinement.of(method)
+        assert asked.typed == method
+        again = parse_config({"budget": {"bits": 3}, "refinement": asked.model_dump(mode="json")})
+        assert again.method == method
+
+
+@pytest.mark.parametrize(
+    ("refinement", "problem"),
+    [
+        ({"method": "hqq"}, "refinement method 'hqq' is unknown: known are rtn, gptq, omniquant"),
+        ({"settings": {"steps": 3}}, "settings.steps: Extra inputs are not permitted"),
+        ({"settings": {"asymmetric": True}}, "settings.asymmetric: give it outside"),
+        ({"settings": {"epochs": 3}}, "settings.epochs: give it outside"),
+    ],
+)
+def test_methods_and_settings_that_there_are_not_are_refused(
+    refinement: dict[str, object], problem: str
+) -> None:
+    with pytest.raises(SpecError, match=problem):
+        parse_config({"budget": {"bits": 3}, "refinement": refinement})
+
+
+@pytest.mark.parametrize(
+    ("method", "needs", "learns"),
+    [
+        (RTN(), {"hessian"}, False),
+        (GPTQ(), {"hessian", "shift"}, False),
+        (GPTQ(asymmetric=False), {"hessian"}, False),
+        (OmniQuant(), {"hessian"}, True),
+        (OmniQuant(resume_parameters=Path("earlier")), {"hessian"}, False),
+    ],
+)
+def test_a_method_says_what_it_needs(method: MethodConfig, needs: set[str], learns: bool) -> None:
+    assert method.needs == needs
+    assert (method.learning is not None) == learns
+    for setting, value, lighter in method.lighter():
+        assert getattr(lighter, setting) == value != getattr(method, setting)

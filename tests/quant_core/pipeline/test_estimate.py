@@ -130,7 +130,7 @@ def test_the_batch_that_is_counted_is_the_one_that_refinement_runs(tmp_path: Pat
                 BitWidthMap(order="natural", linears=widths),
                 {},
             ),
-            asked.refinement,
+            asked.method,
             tmp_path / "refine",
             seed=0,
             on_unit=lambda *_: None,
@@ -164,7 +164,8 @@ def test_learning_holds_a_block_with_its_optimizer_and_tuning_all_codes() -> Non
     block = sum(li.shape.weights for li in LLAMA_70B.block_linears(0))
     assert codes == LLAMA_70B.weights - 30 * block
     taken_over = {"resume_parameters": "earlier"}
-    assert needed(LLAMA_7B, **taken_over) == solved
+    plain = spec(calibration=CALIBRATION, refinement={"asymmetric": False})
+    assert needed(LLAMA_7B, **taken_over) == estimate(LLAMA_7B, plain, machine).accelerator_bytes
 
 
 def test_needs_grow_with_what_is_asked() -> None:

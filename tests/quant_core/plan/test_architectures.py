@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.quantization import Refinement, parse_config
+from bitmill.config.methods import GPTQ
+from bitmill.config.quantization import parse_config
 from bitmill.errors import ModelError
 from bitmill.evaluation.compare import with_weights
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
@@ -26,7 +27,7 @@ from tiny_architectures import COVERED, tiny_config
 
 SPEC = parse_config({"budget": {"code_bits": 3}})
 
-QUICK = Refinement(compensated_grid=False, scale_refit=False)
+QUICK = GPTQ(compensated_grid=False, scale_refit=False)
 
 BIASED_OR_FUSED = {"phi3", "opt", "bloom", "gpt_neox", "gpt2", "starcoder2"}
 

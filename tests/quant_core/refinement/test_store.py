@@ -147,7 +147,7 @@ def refine(model: StreamedModel, folder: Path, told: list[int]) -> RefinedModel:
     inputs = RefineInputs(
         CalibrationSet(tokens[:4], tokens[4:], ""), BitWidthMap(linears=widths), {}
     )
-    refine_model(model, inputs, SPEC.refinement, folder, seed=0, on_unit=on_unit)
+    refine_model(model, inputs, SPEC.method, folder, seed=0, on_unit=on_unit)
     return RefinedModel(folder, model.plan)
 
 

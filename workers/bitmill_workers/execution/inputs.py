@@ -59,7 +59,7 @@ def planning_config(spec: JobSpec, bit_widths: BitWidthMap | None) -> Quantizati
 
     bit_widths: what `given_map` found. Learned parameters of a job have its id for a folder.
     """
-    given = spec.refinement.omniquant.resume_parameters
+    given = spec.refinement.resume_parameters
     folder = Path(given.job_id) if isinstance(given, JobParameters) else None
     return spec.config(bit_widths=bit_widths, parameters=folder)
 
@@ -99,7 +99,7 @@ def check_parameters(
     config: of `planning_config`. Raises `InputError` (codes `parameters_not_found`,
     `path_not_allowed`, `unfit_parameters`).
     """
-    given = spec.refinement.omniquant.resume_parameters
+    given = spec.refinement.resume_parameters
     if given is None:
         return
     if isinstance(given, JobParameters):
@@ -118,7 +118,7 @@ def fetch_parameters(
 
     target: the folder to make for those of a job. Raises `InputError` as `check_parameters` does.
     """
-    given = spec.refinement.omniquant.resume_parameters
+    given = spec.refinement.resume_parameters
     if given is None:
         return None
     if not isinstance(given, JobParameters):

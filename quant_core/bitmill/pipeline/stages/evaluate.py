@@ -14,7 +14,8 @@ from bitmill.allocation.profile import SensitivityProfile
 from bitmill.allocation.unspent import unspent_warning
 from bitmill.calibration.windows import CalibrationSet, evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.quantization import QuantizationConfig, Refinement
+from bitmill.config.methods import BASELINE, MethodConfig
+from bitmill.config.quantization import QuantizationConfig
 from bitmill.evaluation.compare import Candidate, from_packed, measure, measure_tasks, with_weights
 from bitmill.formats.accounting import footprint
 from bitmill.io.atomic import write_bytes
@@ -35,10 +36,10 @@ QUALITY_NAME = "quality.json"
 
 @dataclass(frozen=True)
 class Baselines:
-    """Uniform maps at these widths, quantized by plain GPTQ with clip search in natural order."""
+    """Uniform maps at these widths, quantized by the plain method in natural order."""
 
     widths: tuple[int, ...]
-    refinement: Refinement
+    method: MethodConfig
     calibration: CalibrationSet
     seed: int
 
@@ -57,15 +58,7 @@ class Baselines:
         mean = footprint(plan, bit_widths).code_bits
         nearest = min(config.allocation.legal_widths, key=lambda b: (abs(b - mean), b))
         widths = {nearest if name == "uniform" else int(name[-1]) for name in asked}
-        plain = config.refinement.model_copy(
-            update={
-                "method": "gptq",
-                "compensated_grid": False,
-                "scale_refit": False,
-                "asymmetric": False,
-            }
-        )
-        return cls(tuple(sorted(widths)), plain, calibration, config.seed)
+        return cls(tuple(sorted(widths)), BASELINE, calibration, config.seed)
 
 
 @dataclass(frozen=True)
@@ -117,7 +110,7 @@ class Inputs:
         """What of a job decides the report."""
         tasks = Tasks.of(config.evaluation.tasks, task_folder)
         return cls(
-            method=f"{config.allocation.method} {config.refinement.method}",
+            method=f"{config.allocation.method} {config.method.name}",
             model=source.planned(plan),
             plan=plan,
             bit_widths=bit_widths,
@@ -127,7 +120,7 @@ class Inputs:
             profile=profile,
             baselines=Baselines.of(config, plan, calibration, bit_widths),
             tasks=TaskRun(tasks, source.companions, config.seed) if tasks.names else None,
-            resumed=config.refinement.omniquant.resume_parameters is not None,
+            resumed=config.method.resumed is not None,
             notes=_notes(config, plan, bit_widths),
             environment=environment,
         )
@@ -142,7 +135,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     if inputs.baselines is not None:
         for width in inputs.baselines.widths:
             baseline = _baseline(inputs.baselines, model, width, folder, run)
-            candidates[f"uniform {width}-bit gptq"] = baseline
+            candidates[f"uniform {width}-bit {inputs.baselines.method.name}"] = baseline
     predict = partial(predicted_loss, inputs.profile)
     rows = measure(model, inputs.windows, candidates, run.on_unit, predict, group=run.group)
     if not run.group.first:
@@ -222,7 +215,7 @@ def _baseline(
     refine_model(
         model,
         RefineInputs(asked.calibration, uniform, {}),
-        asked.refinement,
+        asked.method,
         folder,
         seed=asked.seed,
         on_unit=lambda done, total, unit, _: run.on_unit(done, total, unit, "baseline"),

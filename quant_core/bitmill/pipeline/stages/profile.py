@@ -90,7 +90,7 @@ def needed(
 ) -> ProfileConfig | None:
     """What the profile must hold, or None where none is needed."""
     allocation = config.allocation
-    resumed = config.refinement.omniquant.resume_parameters is not None
+    resumed = config.method.resumed is not None
     if allocation.method in ("uniform", "map") and (allocation.order == "natural" or resumed):
         return None
     knapsack, sba = allocation.method == "knapsack", allocation.method == "sba"

@@ -12,12 +12,12 @@ from torch import Tensor
 from bitmill.allocation.profile import IndexArray, SensitivityProfile
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.quantization import Refinement
+from bitmill.config.methods import MethodConfig
 from bitmill.pipeline.source import Model, Source
 from bitmill.pipeline.stage import Environment, Run, Stage
 from bitmill.plan.model_plan import Plan
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
-from bitmill.refinement.omniquant.watched_texts import watched_texts
+from bitmill.registry import load_object
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Inputs:
     bit_widths: BitWidthMap
     orders: Mapping[str, IndexArray]
     order_of: Mapping[str, str]
-    refinement: Refinement
+    method: MethodConfig
     seed: int
     watched: Mapping[str, Tensor]
     environment: Environment
@@ -63,27 +63,25 @@ class Inputs:
         calibration: CalibrationSet,
         bit_widths: BitWidthMap,
         profile: SensitivityProfile | None,
-        refinement: Refinement,
+        method: MethodConfig,
         seed: int,
         environment: Environment,
     ) -> Inputs:
         """What of a job decides the refined blocks."""
         ordered = profile if profile and bit_widths.order == "activation" else None
         linears = ordered.linears if ordered else ()
-        learns = refinement.method == "omniquant"
-        length = calibration.tokens.shape[1]
+        learner = load_object(method.learner) if method.learner else None
+        whole = learner is not None or plan.embeddings
         return cls(
-            model=(
-                source.planned(plan) if learns or plan.embeddings else source.without_head(plan)
-            ),
+            model=source.planned(plan) if whole else source.without_head(plan),
             plan=plan,
             calibration=calibration,
             bit_widths=bit_widths,
             orders=ordered.orders if ordered else {},
             order_of={linear.name: linear.order for linear in linears if linear.order is not None},
-            refinement=refinement,
+            method=method,
             seed=seed,
-            watched=watched_texts(source.folder, length) if learns else {},
+            watched=learner.watched(source.folder, calibration) if learner else {},
             environment=environment,
         )
 
@@ -98,7 +96,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
             inputs.bit_widths,
             {name: orders[owner] for name, owner in inputs.order_of.items()},
         ),
-        inputs.refinement,
+        inputs.method,
         folder,
         seed=inputs.seed,
         on_unit=run.on_unit,

@@ -15,7 +15,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from bitmill.calibration.windows import CalibrationSet
-from bitmill.config.quantization import OmniQuant
+from bitmill.config.methods import OmniQuant
 from bitmill.io.atomic import write_bytes
 from bitmill.models.streamed import StreamedModel
 from bitmill.quant.tensors import Quantized, QuantizedWeight, affine
@@ -23,7 +23,7 @@ from bitmill.refinement.omniquant.block import BlockData, LearnedBlock, learn_bl
 from bitmill.refinement.omniquant.end_to_end import TuneSettings, tune_scales
 from bitmill.refinement.omniquant.metric import OutputMetric, fisher_metric, gradient_moments
 from bitmill.refinement.omniquant.settings import LearningSettings
-from bitmill.refinement.omniquant.watched_texts import WatchedTexts
+from bitmill.refinement.omniquant.watched_texts import WatchedTexts, watched_texts
 from bitmill.results import TuningQuality
 
 MOMENT_SEQUENCES = 16
@@ -51,6 +51,11 @@ class ModelLearning:
         self.seed = seed
         self.texts = WatchedTexts(model, quantized, tokens.tokens.shape[1])
         self._moments: list[Tensor] | None = None
+
+    @staticmethod
+    def watched(tokenizer_folder: Path, tokens: CalibrationSet) -> Mapping[str, Tensor]:
+        """Windows int64 [S, T] of the texts that are only measured."""
+        return watched_texts(tokenizer_folder, tokens.tokens.shape[1])
 
     def block(
         self,

@@ -23,12 +23,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitmill.config.quantization import OmniQuant
+from bitmill.config.methods import OmniQuant
 from bitmill.quant.tensors import QuantizedWeight
 from bitmill.refinement.omniquant.adam import DescentSettings, Rate
 from bitmill.refinement.omniquant.clipping import LearnedClipping
 from bitmill.refinement.omniquant.rounding import LearnedRounding
 from bitmill.refinement.omniquant.rows import BlockRows
+from bitmill.solvers.solver import Solver, solver_of
 
 Mode = Literal["clipping", "scales", "rounding"]
 Learner = LearnedClipping | LearnedRounding
@@ -91,6 +92,11 @@ class LearningSettings:
         return DescentSettings(
             steps, every, warmup=steps // 20 if self.cosine else 0, cosine=self.cosine
         )
+
+
+def first_solver(settings: OmniQuant) -> Solver:
+    """What gives every block its first solution."""
+    return solver_of(settings.first)
 
 
 def make_learner(

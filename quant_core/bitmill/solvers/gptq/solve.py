@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from bitmill.config.methods import GPTQ
 from bitmill.quant.codes import row_errors
+from bitmill.quant.grid import ClipSettings
 from bitmill.results import LinearResult
 from bitmill.runtime.ranks import Group
 from bitmill.runtime.timer import timed
@@ -22,6 +24,7 @@ from bitmill.solvers.gptq.column_loop import solve_siblings
 from bitmill.solvers.gptq.correction import Goal, goals_of
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import GptqSettings
+from bitmill.solvers.grid_search import CompensatedSettings
 from bitmill.solvers.polish import polish_codes
 from bitmill.solvers.solver import Linear, Solved
 
@@ -32,6 +35,17 @@ class GptqSolver:
 
     settings: GptqSettings = field(default_factory=GptqSettings)
     ridges: tuple[float, ...] = (0.0, 0.05, 0.5)
+
+    @classmethod
+    def of(cls, settings: GPTQ) -> GptqSolver:
+        """The solver of a method's settings."""
+        return cls(
+            GptqSettings(
+                clip=ClipSettings() if settings.clip_search else ClipSettings.min_max(),
+                compensated=CompensatedSettings() if settings.compensated_grid else None,
+                rounds=GptqSettings.rounds if settings.scale_refit else 0,
+            )
+        )
 
     def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Group) -> Solved:
         """Plain solutions, or the corrected ones of least held-out error where they beat those."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from bitmill.calibration.windows import CalibrationSet
-from bitmill.config.quantization import OmniQuant
+from bitmill.config.methods import OmniQuant
 from bitmill.refinement.omniquant.model import MOMENTS_NAME, ModelLearning
 from learning import block_data, starts, tiny
 

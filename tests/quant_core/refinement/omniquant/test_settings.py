@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bitmill.config.quantization import OmniQuant
+from bitmill.config.methods import OmniQuant
 from bitmill.refinement.omniquant.settings import LearningSettings
 
 

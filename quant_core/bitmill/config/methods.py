@@ -1,0 +1,174 @@
+"""Refinement methods by name: their settings, and what else must be known of them. Torch-free.
+
+A method is a solver, which gives every linear its codes (`solvers/solver.py`), and for some a
+learner, which then trains each decoder block (`refinement/learner.py`). Nothing outside asks for a
+method's name: what the rest of the library must know of it, its configuration class says.
+`METHODS` finds the classes; docs/extending.md shows how to add one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from bitmill.config.closed import Closed
+from bitmill.registry import Registry
+
+Statistic = Literal["hessian", "shift"]
+"""What may be collected for a solver: mean x x^T of a linear's inputs, and with it what its outputs
+lack for the already quantized prefix, on calibration and on held-out windows."""
+
+
+@dataclass(frozen=True)
+class LearningNeeds:
+    """What learning holds of a block at once.
+
+    bytes_per_weight: of the block. windows: calibration windows of one step. whole_model: a byte
+    for every weight of the model too, at the end.
+    """
+
+    bytes_per_weight: int
+    windows: int
+    whole_model: bool
+
+
+class MethodConfig(Closed):
+    """Base of the settings of all methods.
+
+    name: as users write it. solver: place of what makes the `Solver` from the settings. learner:
+    place of the `Learner`, if the method has one. kind: of the tensors that it gives
+    (`quant.tensors.KINDS`). max_devices: most accelerators that it works on, None for any number.
+    """
+
+    name: ClassVar[str]
+    solver: ClassVar[str]
+    learner: ClassVar[str | None] = None
+    kind: ClassVar[str] = "affine"
+    max_devices: ClassVar[int | None] = None
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """The statistics that its solver needs; of none, none are collected."""
+        return frozenset({"hessian"})
+
+    @property
+    def runs_source(self) -> bool:
+        """Whether the source model runs beside the quantized one."""
+        return "shift" in self.needs or self.learner is not None
+
+    @property
+    def learning(self) -> LearningNeeds | None:
+        """What learning holds, None where nothing is learned."""
+        return None
+
+    @property
+    def resumed(self) -> Path | None:
+        """Folder of the parameters that are taken over instead of learned."""
+        return None
+
+    def lighter(self) -> Iterator[tuple[str, Any, Self]]:
+        """The name of a setting, a value that needs less memory, and the settings with it."""
+        yield from ()
+
+
+class RTN(MethodConfig):
+    """Round to nearest. clip_search: ranges are clipped where that lowers the error weighted by
+    diag(H)."""
+
+    name: ClassVar[str] = "rtn"
+    solver: ClassVar[str] = "bitmill.solvers.rtn:RtnSolver.of"
+
+    clip_search: bool = True
+
+
+class GPTQ(MethodConfig):
+    """GPTQ, group by group.
+
+    compensated_grid: the grid is searched by GPTQ's own loss after the clip search.
+    scale_refit: closed-form refit of the scales and descent of the codes after the pass.
+    asymmetric: correction for the already quantized prefix, kept per linear only where the error on
+    held-out sequences falls.
+    """
+
+    name: ClassVar[str] = "gptq"
+    solver: ClassVar[str] = "bitmill.solvers.gptq.solve:GptqSolver.of"
+
+    clip_search: bool = True
+    compensated_grid: bool = True
+    scale_refit: bool = True
+    asymmetric: bool = True
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset({"hessian", "shift"} if self.asymmetric else {"hessian"})
+
+    def lighter(self) -> Iterator[tuple[str, Any, Self]]:
+        if self.asymmetric:
+            yield "asymmetric", False, self.model_copy(update={"asymmetric": False})
+
+
+class OmniQuant(MethodConfig):
+    """Block-wise learning (OmniQuant, and past it), see `bitmill.refinement.omniquant.settings`.
+
+    epochs, batch: passes over the calibration sequences and sequences per step; None takes the
+    mode's own. tune_scales_steps: steps that tune all scales end to end, behind the last block.
+    resume_parameters: take what a job with these very settings learned, and train nothing.
+
+    It starts from rounding in mode "clipping", else from GPTQ without the correction for the
+    prefix: learning sees the quantized prefix itself, and starts better without.
+    """
+
+    name: ClassVar[str] = "omniquant"
+    solver: ClassVar[str] = "bitmill.refinement.omniquant.settings:first_solver"
+    learner: ClassVar[str | None] = "bitmill.refinement.omniquant.model:ModelLearning"
+    max_devices: ClassVar[int | None] = 1
+
+    mode: Literal["clipping", "scales", "rounding"] = "rounding"
+    epochs: int | None = Field(default=None, ge=0, le=1000)
+    batch: int | None = Field(default=None, ge=1, le=256)
+    augmented_loss: bool = False
+    tune_scales_steps: int = Field(default=0, ge=0, le=100_000)
+    resume_parameters: Path | None = None
+    clip_search: bool = True
+    compensated_grid: bool = True
+    scale_refit: bool = True
+
+    @property
+    def first(self) -> RTN | GPTQ:
+        """The method of the first solution."""
+        if self.mode == "clipping":
+            return RTN(clip_search=self.clip_search)
+        return GPTQ(
+            clip_search=self.clip_search,
+            compensated_grid=self.compensated_grid,
+            scale_refit=self.scale_refit,
+            asymmetric=False,
+        )
+
+    @property
+    def learning(self) -> LearningNeeds | None:
+        if self.resume_parameters is not None:
+            return None
+        return LearningNeeds(30, self.batch or 4, self.tune_scales_steps > 0)  # docs/omniquant.md
+
+    @property
+    def resumed(self) -> Path | None:
+        return self.resume_parameters
+
+    def lighter(self) -> Iterator[tuple[str, Any, Self]]:
+        if self.tune_scales_steps:
+            yield "tune_scales_steps", 0, self.model_copy(update={"tune_scales_steps": 0})
+
+
+BASELINE = GPTQ(compensated_grid=False, scale_refit=False, asymmetric=False)
+"""What a result is compared with, at one width in natural column order."""
+
+METHODS: Registry[type[MethodConfig]] = Registry(
+    "refinement method",
+    "bitmill.methods",
+    {kind.name: f"{kind.__module__}:{kind.__name__}" for kind in (RTN, GPTQ, OmniQuant)},
+)
