@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bitmill_kernels.compiled import compiled
 from bitmill_kernels.layout import (
     GROUP_SIZE,
     PLANES,
@@ -201,20 +202,11 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _build() -> ctypes.CDLL:
-    from torch.utils.cpp_extension import get_default_build_root, load
-
     capability = torch.backends.cpu.get_cpu_capability()
-    folder = Path(get_default_build_root()) / f"bitmill_cpu_{capability.replace(' ', '_').lower()}"
-    os.makedirs(folder, exist_ok=True)
-    load(
-        "bitmill_cpu",
-        [str(Path(__file__).with_name("cpu_kernel.cpp"))],
-        extra_cflags=["-O3", *VECTOR_FLAGS.get(capability, ()), "-fopenmp"],
-        extra_ldflags=["-fopenmp"],
-        build_directory=str(folder),
-        is_python_module=False,
-    )
-    library = ctypes.CDLL(str(folder / "bitmill_cpu.so"))
+    flags = ["-O3", *VECTOR_FLAGS.get(capability, ()), "-fopenmp"]
+    source = Path(__file__).with_name("cpu_kernel.cpp")
+    built = compiled("bitmill_cpu", [source], extra_cflags=flags, extra_ldflags=["-fopenmp"])
+    library = ctypes.CDLL(str(built))
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.bitmill_multiply.argtypes = [
         *(pointer, integer, integer, integer),

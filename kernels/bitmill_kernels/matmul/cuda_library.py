@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from bitmill_kernels.compiled import compiled
+
 SOURCES = ("decode_cuda.cu", "dequantize_cuda.cu")
 SMALLEST_CAPABILITY = (9, 0)
 
@@ -45,18 +47,8 @@ def load_library() -> ctypes.CDLL:
 
 
 def _build() -> str:
-    from torch.utils.cpp_extension import get_default_build_root, load
-
-    folder = Path(get_default_build_root()) / "bitmill_cuda"
-    os.makedirs(folder, exist_ok=True)
-    load(
-        "bitmill_cuda",
-        [str(Path(__file__).with_name(source)) for source in SOURCES],
-        extra_cuda_cflags=["-O3", "-std=c++17"],
-        build_directory=str(folder),
-        is_python_module=False,
-    )
-    return str(folder / "bitmill_cuda.so")
+    sources = [Path(__file__).with_name(source) for source in SOURCES]
+    return str(compiled("bitmill_cuda", sources, extra_cuda_cflags=["-O3", "-std=c++17"]))
 
 
 @cache
