@@ -44,15 +44,16 @@ _OWN_FAULTS = frozenset(
 def death(what: str, status: int, *, code: str | None = None) -> BitmillError:
     """The error that stands for a process that ended without telling why.
 
-    what: the process in words. status: as `subprocess` returns it, -N for signal N. code: of a
-    fault of the program, where it has one of its own.
+    what: the process in words. status: as `subprocess` returns it, -N for signal N; launchers of
+    others give 128 + N. code: of a fault of the program, where it has one of its own.
     """
-    if status >= 0:
+    number = -status if status < 0 else status - 128
+    if not 0 < number <= signal.NSIG:
         return ProcessFailed(f"{what} ended with exit code {status}", code=code)
-    how = f"{what} was ended by signal {-status} ({_name(-status)})"
-    if -status in _OWN_FAULTS:
+    how = f"{what} was ended by signal {number} ({_name(number)})"
+    if number in _OWN_FAULTS:
         return ProcessFailed(how, code=code)
-    if -status == signal.SIGKILL:
+    if number == signal.SIGKILL:
         how += ", most often because the machine's memory ran out"
     return ResourceError(
         how,

@@ -79,6 +79,7 @@ def test_judgement_of_a_child_arrives_as_it_left(capfd: pytest.CaptureFixture[st
         ("os.kill(os.getpid(), signal.SIGXCPU)", ResourceError, "killed", "signal 24 (SIGXCPU)"),
         ("ctypes.string_at(0)", ProcessFailed, "process_failed", "signal 11 (SIGSEGV)"),
         ("os.abort()", ProcessFailed, "process_failed", "signal 6 (SIGABRT)"),
+        ("os._exit(128 + 15)", ResourceError, "killed", "signal 15 (SIGTERM)"),
         ("os._exit(3)", ProcessFailed, "process_failed", "exit code 3"),
         ("bytearray(1 << 60)", ResourceError, "out_of_memory", "memory ran out"),
         (
@@ -138,4 +139,5 @@ def test_signals_without_a_name_and_codes_of_ones_own() -> None:
     assert "signal 50 (unknown)" in death("it", -50).message
     assert death("it", -signal.SIGBUS, code="rank_failed").code == "rank_failed"
     assert death("it", -signal.SIGKILL, code="rank_failed").code == "killed"
-    assert death("it", os.EX_OK).message == "it ended with exit code 0"
+    for status in (os.EX_OK, 128, 255):
+        assert death("it", status).message == f"it ended with exit code {status}"
