@@ -164,7 +164,8 @@ def as_child() -> Iterator[Tell]:
         yield tell
     except Exception as error:  # noqa: BLE001  (the boundary of the process)
         known = as_bitmill_error(error)
-        if known is not error:
-            traceback.print_exc()
         tell(error=known.to_dict())
+        if known is not error:
+            with suppress(OSError):  # the log may lie on the disk that is full
+                traceback.print_exc()
         sys.exit(1)
