@@ -240,7 +240,7 @@ def test_profiles_and_maps_are_read(name: str) -> None:
 
 def quantize(folder: Path, name: str, *more: str, code: int = 0) -> Path:
     """Run the fixtures' command in this folder; the folder that it made."""
-    command = [sys.executable, "-P", "-m", "bitmill", "quantize"]
+    command = [sys.executable, "-P", "-m", "bitmill_service.cli.main", "quantize"]
     command += [*HASHES["commands"][name].split(), "--out", "out", *more]
     environment = os.environ | HASHES["environment"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

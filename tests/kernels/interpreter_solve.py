@@ -31,8 +31,7 @@ def linear():
     x = torch.randn(2 * K, K, generator=generator) @ torch.randn(K, K, generator=generator)
     W = torch.randn(11, K, generator=generator)
     W[2] = 0.0
-    order = torch.randperm(K, generator=generator)
-    return W, Curvature.prepare(x.T @ x / len(x), order)
+    return W, Curvature.prepare(x.T @ x / len(x))
 
 
 def both(monkeypatch, call):
@@ -61,7 +60,7 @@ def polished(matrices, codes, H, sweeps=1):
 def test_solving_and_polishing_reach_the_plain_error(linear, monkeypatch, widths, compensated):
     W, curvature = linear
     settings = GptqSettings(clip=CLIP, compensated=compensated)
-    target = curvature.packed(W)
+    target = W
 
     def run():
         codes = solve(target, curvature, widths, settings)
@@ -100,7 +99,7 @@ def test_siblings_are_solved_as_each_alone(linear, monkeypatch):
     W, curvature = linear
     settings = GptqSettings(clip=CLIP, compensated=SCALES, rounds=1)
     widths = [(3, 2, 1), (1, 4, 3)]
-    matrices = [curvature.packed(W[:4]), curvature.packed(W[4:])]
+    matrices = [W[:4], W[4:]]
     together = solve_siblings(matrices, curvature, widths, settings)
     after = polished(matrices, together, curvature.H)
     for i, matrix in enumerate(matrices):
@@ -117,15 +116,14 @@ def test_corrections_of_siblings_are_those_of_each_alone(linear, monkeypatch):
     """One is moved with a ridge, one without, one stays."""
     monkeypatch.setenv("BITMILL_BACKEND", "triton")
     W, prepared = linear
-    source = torch.argsort(prepared.order)
-    H = prepared.H[source][:, source]
+    H = prepared.H
     settings = GptqSettings(clip=CLIP, compensated=None, rounds=1)
     ridges = (0.0, 0.5)
 
     def corrected(name, rows, gain, ridge):
         some = W[rows]
         shift = 0.2 * some @ H
-        move = prepared.unpacked(prepared.solve(prepared.packed(shift), ridge))
+        move = prepared.solve(shift, ridge)
         sample = torch.arange(0, len(some), 2)
         target = (some + gain * move)[sample]
 
@@ -145,7 +143,7 @@ def test_corrections_of_siblings_are_those_of_each_alone(linear, monkeypatch):
     ]
     together = solved(list(linears))
     assert [result.asymmetric for _, result in together] == [True, True, False]
-    sources = [prepared.packed(one.W) for one in linears]
+    sources = [one.W for one in linears]
     goals = goals_of(linears, sources, prepared, ridges, settings, SINGLE)
     assert [goal.ridge for goal in goals] == [0.0, 0.5, None]
     for one, (weight, result) in zip(linears, together, strict=True):
@@ -161,7 +159,7 @@ def test_errors_around_polishing_are_those_of_the_codes(linear, monkeypatch):
     W, curvature = linear
     settings = GptqSettings(clip=CLIP, compensated=None)
     widths, H = [(3, 2, 4), (2, 8, 3)], curvature.H
-    matrices = [curvature.packed(W[:4]), curvature.packed(W[4:])]
+    matrices = [W[:4], W[4:]]
     sources = [matrices[0], matrices[1] + 0.1 * torch.randn(7, 300)]
     codes = solve_siblings(matrices, curvature, widths, settings)
     after, errors = polish_codes(matrices, sources, codes, H, sweeps=2)

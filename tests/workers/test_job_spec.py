@@ -45,7 +45,7 @@ def test_defaults_round_trip_through_json() -> None:
         ({"budget": {}}, "budget", "got none"),
         ({"allocation": {"method": "map"}}, "allocation", "missing"),
         ({"allocation": {"method": "map", "map": {"linears": {}}}}, "allocation.map", "source"),
-        ({"devices": 2, "refinement": {"method": "omniquant"}}, "spec", "learns on one"),
+        ({"devices": 2, "refinement": {"method": "omniquant"}}, "spec", "works on 1"),
         (
             {"refinement": {"omniquant": {"resume_parameters": {"source": "path", "path": "p"}}}},
             "refinement",

@@ -10,7 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from bitmill.config.bit_width_map import WIDTHS, BitWidthMap
 from bitmill.config.closed import Closed
@@ -230,6 +237,14 @@ class BaseRefinement(Closed):
             where, problem = _first_problem(error)
             raise ValueError(f"settings.{where}: {problem}") from error
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty_settings(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """JSON that readers from before `settings` take too, where there are none."""
+        found: dict[str, Any] = dump(self)
+        if not self.settings:
+            found.pop("settings", None)
+        return found
 
     @property
     def resume_parameters(self) -> Any:

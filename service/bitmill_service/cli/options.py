@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -18,6 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
+from bitmill.errors import InputError
 from bitmill_service.cli.output import parse_size
 from bitmill_service.cli.spec import (
     comma_separated,
@@ -67,6 +69,20 @@ class SpecOption:
             default=None,
             annotation=Annotated[kind | None, option],
         )
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object given as text."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{text!r} is no JSON: {error}", param="--refine-settings") from error
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{text!r} is no JSON object: give for example '{{\"rounds\": 2}}'",
+            param="--refine-settings",
+        )
+    return found
 
 
 BUDGET, ALLOCATION, REFINEMENT = "Budget (exactly one)", "Allocation", "Refinement"
@@ -129,6 +145,13 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
             "--tune-scales-steps",
             "refinement.omniquant.tune_scales_steps",
             "Steps that tune all scales end to end after the blocks.",
+        ),
+        SpecOption(
+            "--refine-settings",
+            "refinement.settings",
+            "Settings of a method that was added from outside, as a JSON object.",
+            json_object,
+            "JSON",
         ),
     ),
     CALIBRATION: (

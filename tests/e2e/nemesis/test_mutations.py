@@ -48,7 +48,7 @@ MUTATIONS = {
     ),
     "what a child raised": (
         "quant_core/bitmill/runtime/child.py",
-        "    if done.returncode != 0:\n",
+        '    if "error" in last:\n',
         "    if False:\n",
         "quant_core/runtime/test_child.py::test_judgement_of_a_child_arrives_as_it_left",
     ),

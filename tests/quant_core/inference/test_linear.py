@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from bitmill.errors import FormatError
+from bitmill.errors import FormatError, InputError
 from bitmill.inference.linear import QuantizedLinear, join_siblings
 from weights import random_weight
 
@@ -72,9 +72,11 @@ def test_a_move_drops_what_was_built_for_the_old_place() -> None:
     assert not module._runtime
 
 
-def test_the_weight_is_a_dequantized_copy() -> None:
+def test_the_weight_is_a_dequantized_copy_that_cannot_be_written() -> None:
     module = module_of(8, 128, (4,))
-    module.weight.zero_()
+    with pytest.raises(InputError, match="cannot be written to"):
+        module.weight.zero_()
+    module.weight.clone().zero_()
     assert torch.equal(module.weight, module.dequantize())
     assert bool(module.weight.any())
 

@@ -326,8 +326,13 @@ CASES: dict[str, tuple[Callable[[Path], None], dict[str, Any], set[str]]] = {
     ),
     "budget": (
         lambda _: None,
-        {"budget": {"code_bits": 3.5}},
+        {"budget": {"code_bits": 3.05}},
         {"plan", "allocate", "verify"},
+    ),
+    "unspent budget": (
+        lambda _: None,
+        {"budget": {"code_bits": 3.5}},
+        {"plan", "allocate", "verify", "evaluate", "publish"},
     ),
 }
 
