@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.errors import InputError
 from bitmill_service.cli.docs import commands
+from bitmill_service.cli.main import app
 from bitmill_service.cli.options import COMMON, GROUPS, JOB, SERVICE_RESULTS, SpecFile, takes
 from bitmill_service.cli.spec import Given, build_spec, model_reference
 from bitmill_workers.job_spec import JobSpec
@@ -64,7 +65,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ),
     (
         "upload:u1 --size 120MB --no-clip-search --no-compensated-grid --no-scale-refit "
-        "--no-asymmetric",
+        "--no-asymmetric --refine-settings {}",
         {
             "model.source": "upload",
             "model.upload_id": "u1",
@@ -223,7 +224,18 @@ def test_an_option_sets_its_field(parsed: Any, line: str, expected: dict[str, An
 
 def test_every_field_is_set_by_some_option() -> None:
     tried = {path for _, expected in CASES for path in expected}
-    assert tried == set(leaves(JobSpec)) - {CONSTANT}
+    assert tried == set(leaves(JobSpec)) - {CONSTANT, "refinement.settings"}
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [('{"rounds": 2}', "rounds"), ("[1]", "no JSON object"), ("{", "no JSON")],
+)
+def test_settings_of_a_method_reach_the_specification(given: str, problem: str) -> None:
+    line = ["submit", "m", "--bits", "3", "--refine-settings", given, "--url", "http://127.0.0.1:9"]
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code != 0
+    assert problem in f"{done.output}{done.exception}"
 
 
 def test_the_lines_above_use_every_option_of_submit() -> None:
