@@ -143,8 +143,7 @@ def test_corrections_of_siblings_are_those_of_each_alone(linear, monkeypatch):
     ]
     together = solved(list(linears))
     assert [result.asymmetric for _, result in together] == [True, True, False]
-    sources = [one.W for one in linears]
-    goals = goals_of(linears, sources, prepared, ridges, settings, SINGLE)
+    goals = goals_of(linears, prepared, ridges, settings, SINGLE)
     assert [goal.ridge for goal in goals] == [0.0, 0.5, None]
     for one, (weight, result) in zip(linears, together, strict=True):
         [(alone, expected)] = solved([one])
