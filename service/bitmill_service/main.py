@@ -16,8 +16,10 @@ from starlette.concurrency import run_in_threadpool
 from bitmill_service.api.context import Context
 from bitmill_service.api.routes import health, job_outputs, jobs, maps, profiles
 from bitmill_service.http import problems
+from bitmill_service.http.media_type import require_json
 from bitmill_service.http.metrics import new_registry
 from bitmill_service.http.middleware import BodyLimit, RequestContext
+from bitmill_service.http.openapi import describe, refusals
 from bitmill_service.http.query import refuse_unknown_query
 from bitmill_service.http.same_origin import SameOrigin
 from bitmill_service.settings import ServiceSettings
@@ -78,8 +80,10 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         version=health.VERSION,
         description=_DESCRIPTION,
         lifespan=_lifespan,
-        responses=problems.openapi_responses(),
+        responses=refusals(),
+        separate_input_output_schemas=False,
     )
+    describe(app)
     app.state.context = context
     problems.install(app)
     app.add_middleware(BodyLimit, limit=context.settings.max_body)
@@ -92,6 +96,8 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         profiles.router,
         maps.router,
     ):
-        app.include_router(router, dependencies=[Depends(refuse_unknown_query)])
+        app.include_router(
+            router, dependencies=[Depends(refuse_unknown_query), Depends(require_json)]
+        )
     app.include_router(health.router)
     return app

@@ -24,6 +24,20 @@ class View(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
+class Problem(View):
+    """A refusal (RFC 9457): `code` is stable, `param` names what is at fault, `hint` what to do."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    param: str | None = None
+    hint: str
+    kind: str | None = None
+    request_id: str | None = None
+
+
 class JobError(View):
     """Why a job failed: `code` is stable, `message` names the value, `hint` says what to do.
 
@@ -59,6 +73,16 @@ class JobLinks(View):
     files: str
 
 
+class WebhookView(View):
+    """How far the message about a job's end is; `last_error` says why it was not taken."""
+
+    state: Literal["waiting", "delivering", "delivered", "failed"]
+    tries: int = 0
+    next_try: datetime | None = None
+    delivered_at: datetime | None = None
+    last_error: str | None = None
+
+
 class JobView(View):
     """One job. `eta` is a guess of when it finishes; null until there is ground for one."""
 
@@ -81,6 +105,7 @@ class JobView(View):
     result: dict[str, Any] | None = None
     profile_id: str | None = None
     parent_id: str | None = None
+    webhook: WebhookView | None = None
     links: JobLinks
 
     @property

@@ -150,7 +150,9 @@ def test_work_is_kept_and_a_new_connection_refused_where_all_work(url: str) -> N
 
 def test_what_is_no_http_gets_a_problem_document(url: str) -> None:
     with connect(url, b"\x16\x03\x01 nonsense\r\n\r\n") as link:
-        answer = link.recv(65536)
+        answer = b""
+        while data := link.recv(65536):
+            answer += data
     assert answer.startswith(b"HTTP/1.1 400")
     assert b"application/problem+json" in answer
     assert b'"code": "malformed_request"' in answer

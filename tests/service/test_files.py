@@ -1,4 +1,4 @@
-"""Range, If-Range, If-None-Match, HEAD and digests, over real HTTP."""
+"""Ranges, conditions, HEAD and digests, over real HTTP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import pytest
 from fastapi import FastAPI, Request, Response
 from starlette.datastructures import Headers
 
-from bitmill_service.api.files import CHUNK, StoredFile, file_response, parse_range
+from bitmill_service.api.files import (
+    CHUNK,
+    StoredFile,
+    elsewhere_response,
+    file_response,
+    parse_range,
+)
 from bitmill_service.http import problems
 from bitmill_service.http.problems import ProblemError
 from serving import serve
@@ -119,6 +125,66 @@ def test_known_content_is_not_sent_again(http: httpx2.Client, header: str) -> No
 
 def test_other_content_is_sent(http: httpx2.Client) -> None:
     assert http.get("/file", headers={"If-None-Match": '"other"'}).status_code == 200
+
+
+NEVER, LONG_AGO = "Fri, 01 Jan 2100 00:00:00 GMT", "Thu, 01 Jan 1970 00:00:10 GMT"
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"If-Match": "{etag}"}, 200),
+        ({"If-Match": '"a", {etag}'}, 200),
+        ({"If-Match": "*"}, 200),
+        ({"If-Match": '"other"'}, 412),
+        ({"If-Match": "W/{etag}"}, 412),
+        ({"If-Match": '"other"', "If-None-Match": "{etag}"}, 412),
+        ({"If-Match": "{etag}", "If-None-Match": "{etag}"}, 304),
+        ({"If-Unmodified-Since": NEVER}, 200),
+        ({"If-Unmodified-Since": LONG_AGO}, 412),
+        ({"If-Unmodified-Since": LONG_AGO, "If-Match": "{etag}"}, 200),
+        ({"If-Unmodified-Since": "yesterday"}, 200),
+        ({"If-Modified-Since": NEVER}, 304),
+        ({"If-Modified-Since": "{modified}"}, 304),
+        ({"If-Modified-Since": LONG_AGO}, 200),
+        ({"If-Modified-Since": "soon"}, 200),
+        ({"If-Modified-Since": NEVER, "If-None-Match": '"other"'}, 200),
+    ],
+)
+def test_conditions_are_held(
+    http: httpx2.Client, method: str, headers: dict[str, str], status: int
+) -> None:
+    plain = http.get("/file").headers
+    known = {"etag": plain["etag"], "modified": plain["last-modified"]}
+    sent = {name: value.format(**known) for name, value in headers.items()}
+    answer = http.request(method, "/file", headers=sent)
+    assert answer.status_code == status
+    if status == 412 and method == "GET":
+        assert answer.json()["code"] == "precondition_failed"
+        assert answer.json()["param"] in headers
+
+
+@pytest.mark.parametrize(
+    ("headers", "method", "status"),
+    [
+        ({}, "GET", 302),
+        ({}, "HEAD", 200),
+        ({"If-None-Match": '"{sha256}"'}, "GET", 304),
+        ({"If-None-Match": '"{sha256}"'}, "HEAD", 304),
+        ({"If-None-Match": '"other"'}, "GET", 302),
+        ({"If-Match": '"{sha256}"'}, "GET", 302),
+        ({"If-Modified-Since": NEVER}, "GET", 302),
+        ({"If-Unmodified-Since": LONG_AGO}, "GET", 302),
+    ],
+)
+def test_conditions_of_a_file_elsewhere(headers: dict[str, str], method: str, status: int) -> None:
+    sha256 = "0" * 64
+    sent = Headers({name: value.format(sha256=sha256) for name, value in headers.items()})
+    answer = elsewhere_response("a.json", 5, sha256, method, sent, lambda: "https://store/x")
+    assert answer.status_code == status
+    with pytest.raises(ProblemError):
+        elsewhere_response("a", 5, sha256, method, Headers({"If-Match": '"no"'}), lambda: "")
 
 
 def test_head_has_the_headers_and_no_body(http: httpx2.Client) -> None:

@@ -8,9 +8,17 @@ from typing import Any
 
 import httpx2
 import pytest
+import sqlalchemy as sa
+from pydantic import SecretStr
 
 from bitmill.errors import ModelError, NumericalError
+from bitmill_service.main import create_app
+from bitmill_service.settings import ServiceSettings
+from bitmill_workers.store.migrate import upgrade
+from bitmill_workers.store.tables import DELIVERY_TRIES, outbox
 from finished import Stack, spec_json
+from serving import serve
+from stores import wait_for
 
 
 def post(http: httpx2.Client, body: Any, **headers: str) -> httpx2.Response:
@@ -239,6 +247,50 @@ def test_full_queue_refuses_with_retry_after(stack: Stack, http: httpx2.Client) 
         stack.context.settings = settings
     assert (answer.status_code, answer.json()["code"]) == (429, "too_many_jobs")
     assert answer.headers["retry-after"] == "60"
+
+
+def test_webhook_is_refused_where_it_cannot_be_called_and_its_delivery_is_shown(
+    tmp_path: Path, models: Path
+) -> None:
+    settings = ServiceSettings(
+        data=tmp_path, model_roots={"models": models}, webhook_secret=SecretStr("long-and-random")
+    )
+    app = create_app(settings)
+    context = app.state.context
+    upgrade(context.database)
+    headers = {"Webhook-URL": "https://hook.invalid/x?token=secret"}
+    with serve(app) as url, httpx2.Client(base_url=url, timeout=20) as http:
+        for host in (
+            "127.0.0.1",
+            "[::1]",
+            "169.254.169.254",
+            "10.0.0.1",
+            "2130706433",
+            "localhost",
+        ):
+            inwards = {"Webhook-URL": f"https://{host}/"}
+            refused = http.post("/v1/jobs", json=spec_json(), headers=inwards)
+            assert (refused.status_code, refused.json()["code"]) == (422, "webhook_refused")
+            assert refused.json()["param"] == "Webhook-URL"
+        job = http.post("/v1/jobs", json=spec_json(), headers=headers).json()
+        assert job["webhook"]["state"] == "waiting"
+        path = f"/v1/jobs/{job['id']}"
+        http.post(f"{path}/cancel")
+        wait_for(lambda: http.get(path).json()["webhook"]["last_error"], "a try")
+        shown = http.get(path).json()["webhook"]
+        assert (shown["state"], shown["tries"]) == ("delivering", 1)
+        assert shown["next_try"]
+        assert "does not resolve" in shown["last_error"]
+        with context.database.write() as conn:
+            conn.execute(sa.update(outbox).values(tries=DELIVERY_TRIES))
+        assert http.get(path).json()["webhook"]["state"] == "failed"
+        with context.database.write() as conn:
+            conn.execute(sa.update(outbox).values(delivered_at=1e9, last_error=None))
+        assert http.get(path).json()["webhook"]["state"] == "delivered"
+        assert "token=secret" not in http.get(path).text
+        assert http.post(f"{path}/retry").json()["webhook"]["state"] == "waiting"
+        assert http.get("/v1/jobs").json()["jobs"][0]["webhook"] is None
+        assert http.post("/v1/jobs", json=spec_json()).json()["webhook"] is None
 
 
 def test_webhook_without_a_secret_is_refused_and_priority_is_kept(

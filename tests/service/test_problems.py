@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -44,8 +45,63 @@ def test_unknown_path_method_and_body_are_problems(http: httpx2.Client) -> None:
         assert body.keys() == MEMBERS
         assert body["status"] == status
         assert body["type"] == f"urn:bitmill:error:{body['code']}"
-    assert answers[405].headers["allow"]
     assert answers[422].json()["param"] == "limit"
+
+
+FORM = "application/x-www-form-urlencoded"
+
+
+@pytest.mark.parametrize(
+    "media",
+    [FORM, "text/plain", "text/json", "application/xml", "multipart/form-data; boundary=x", None],
+)
+@pytest.mark.parametrize(
+    "path", ["/v1/jobs", "/v1/jobs?validate_only=true", "/v1/profiles/x/allocate"]
+)
+def test_a_body_that_is_not_said_to_be_json_is_415(
+    http: httpx2.Client, path: str, media: str | None
+) -> None:
+    headers = {} if media is None else {"Content-Type": media}
+    answer = http.post(path, content=json.dumps(spec_json()).encode(), headers=headers)
+    body = answer.json()
+    assert (answer.status_code, body["code"]) == (415, "unsupported_media_type")
+    assert body["param"] == "Content-Type"
+    assert "application/json" in body["hint"]
+    assert media is None or media in body["detail"]
+
+
+@pytest.mark.parametrize(
+    "media", ["application/json", "Application/JSON; charset=utf-8", "application/vnd.x+json"]
+)
+def test_other_spellings_of_json_are_taken(http: httpx2.Client, media: str) -> None:
+    content = json.dumps(spec_json()).encode()
+    answer = http.post("/v1/jobs", content=content, headers={"Content-Type": media})
+    assert answer.status_code == 202
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/jobs", "GET, POST"),
+        ("/v1/jobs/x", "DELETE, GET"),
+        ("/v1/jobs/x/cancel", "POST"),
+        ("/v1/jobs/x/events", "GET"),
+        ("/v1/jobs/x/files/a/b", "GET, HEAD"),
+        ("/v1/bit-width-maps", "GET, POST"),
+        ("/v1/profiles", "GET"),
+        ("/healthz", "GET"),
+        ("/openapi.json", "GET, HEAD"),
+    ],
+)
+@pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
+def test_405_allows_every_method_of_the_path(
+    http: httpx2.Client, path: str, allowed: str, accept: str
+) -> None:
+    for method in ("OPTIONS", "PUT", "PATCH", "TRACE"):
+        answer = http.request(method, path, headers={"Accept": accept})
+        assert answer.status_code == 405
+        assert answer.headers["allow"] == allowed
+        assert answer.json()["code"] == "method_not_allowed"
 
 
 def test_body_over_the_limit_is_refused(http: httpx2.Client, stack: Stack) -> None:

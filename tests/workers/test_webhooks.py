@@ -26,6 +26,7 @@ from bitmill_workers.messaging.webhooks import (
 from bitmill_workers.settings import Settings
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.records import Delivery
 from bitmill_workers.store.stats import read_stats
 from bitmill_workers.store.tables import DELIVERY_TRIES, outbox
 from stores import spec
@@ -77,16 +78,23 @@ def test_message_is_signed_and_repeated_until_taken(
     job = store.submit(spec(label="mine"), webhook_url=url).job
     sender = WebhookSender(allowed, database)
     assert sender.deliver_due() == 0
+    assert store.delivery(job) == Delivery()
     store.request_cancel(job.id)
     receiver.answers[:] = [503, 302, 200]
     assert sender.deliver_due() == 0
     assert sender.deliver_due() == 0
+    refused = store.delivery(job)
+    assert refused is not None
+    assert (refused.tries, refused.last_error, refused.delivered_at) == (1, "answered 503", None)
     due_now(database)
     assert sender.deliver_due() == 0
     due_now(database)
     assert sender.deliver_due() == 1
     due_now(database)
     assert sender.deliver_due() == 0
+    taken = store.delivery(job)
+    assert taken is not None
+    assert (taken.tries, taken.last_error, taken.delivered_at is None) == (3, None, False)
     got = receiver.got
     assert len(got) == 3
     headers, body = got[-1]
@@ -188,10 +196,33 @@ def test_odd_address_is_refused_at_submission(settings: Settings, url: str) -> N
         "224.0.0.1",
         "localhost",
         "2002:7f00:1::",
+        "64:ff9b::7f00:1",
+        "64:ff9b::a9fe:a9fe",
+        "::7f00:1",
+        "::ffff:a00:1",
+        "2001:0:7f00:1::",
+        "fd00::1",
+        "2130706433",
+        "0x7f000001",
+        "0177.0.0.1",
+        "127.1",
     ],
 )
-def test_private_address_is_never_called(settings: Settings, host: str) -> None:
+def test_private_address_is_refused_at_submission_and_never_called(
+    settings: Settings, host: str
+) -> None:
     with pytest.raises(AddressRefused):
         resolve_public(host, 443, allow_private=False)
+    strict = settings.model_copy(update={"webhook_secret": SecretStr(SECRET)})
+    shown = f"[{host}]" if ":" in host else host
+    with pytest.raises(AddressRefused, match="not public") as refused:
+        check_webhook_url(f"https://{shown}/hook", strict)
+    assert (refused.value.code, refused.value.param) == ("webhook_refused", "Webhook-URL")
     assert settings.webhook_private is False
     assert resolve_public("8.8.8.8", 443, allow_private=False) == "8.8.8.8"
+    assert resolve_public("64:ff9b::808:808", 443, allow_private=False) == "64:ff9b::808:808"
+
+
+def test_a_name_that_has_no_address_now_is_taken(settings: Settings) -> None:
+    strict = settings.model_copy(update={"webhook_secret": SecretStr(SECRET)})
+    check_webhook_url("https://no-such-host.invalid/hook", strict)

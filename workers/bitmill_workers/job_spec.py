@@ -37,8 +37,8 @@ class HubModel(Closed):
     """A model repository on the Hugging Face Hub (or the host named by HF_ENDPOINT)."""
 
     source: Literal["hub"] = "hub"
-    repo_id: str = Field(pattern=r"^[\w.-]{1,96}(/[\w.-]{1,96})?$", max_length=193)
-    revision: str = Field(default="main", pattern=r"^[\w./-]{1,128}$")
+    repo_id: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?$", max_length=193)
+    revision: str = Field(default="main", pattern=r"^[A-Za-z0-9_./-]{1,128}$")
     file: str | None = Field(default=None, max_length=512)
 
 
@@ -54,7 +54,7 @@ class UploadModel(Closed):
     """A model uploaded to the service beforehand."""
 
     source: Literal["upload"] = "upload"
-    upload_id: str = Field(pattern=r"^[\w-]{1,64}$")
+    upload_id: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     file: str | None = Field(default=None, max_length=512)
 
 
@@ -72,14 +72,14 @@ class JobMap(Closed):
     """The map of an earlier job of the same service."""
 
     source: Literal["job"] = "job"
-    job_id: str = Field(pattern=r"^[\w-]{1,64}$")
+    job_id: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
 
 
 class UploadedMap(Closed):
     """A map uploaded to the service beforehand."""
 
     source: Literal["upload"] = "upload"
-    map_id: str = Field(pattern=r"^[\w-]{1,64}$")
+    map_id: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
 
 
 class JobAllocation(BaseAllocation):
@@ -92,7 +92,7 @@ class JobParameters(Closed):
     """What an earlier job of the same service learned."""
 
     source: Literal["job"] = "job"
-    job_id: str = Field(pattern=r"^[\w-]{1,64}$")
+    job_id: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
 
 
 class PathParameters(Closed):

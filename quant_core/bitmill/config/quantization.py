@@ -84,7 +84,7 @@ class DatasetText(Closed):
     """A data set on the Hub, read through the `datasets` library where it is installed."""
 
     source: Literal["dataset"] = "dataset"
-    name: str = Field(pattern=r"^[\w.-]{1,96}(/[\w.-]{1,96})?$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?$")
     config: str | None = None
     split: str = "train"
     field: str = "text"
@@ -302,7 +302,7 @@ def _known_method(name: str) -> type[MethodConfig]:
         raise ValueError(error.message) from error
 
 
-TaskName = Annotated[str, Field(pattern=r"^[\w.+-]{1,128}$")]
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]{1,128}$")]
 Baseline = Literal["uniform", "uniform-2", "uniform-3", "uniform-4"]
 
 

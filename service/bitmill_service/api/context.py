@@ -48,7 +48,8 @@ def get_context(request: Request) -> Context:
 
 
 ContextDep = Annotated[Context, Depends(get_context)]
-JobId = Annotated[str, Path(pattern=r"^[\w-]{1,64}$", description="Job id.")]
+ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+JobId = Annotated[str, Path(pattern=ID_PATTERN, description="Job id.")]
 
 
 def get_job(job_id: JobId, context: ContextDep) -> JobRecord:

@@ -1,4 +1,4 @@
-"""Serve one stored file: `Range`, `If-Range`, `ETag`, 304, `Repr-Digest`, HEAD.
+"""Serve one stored file: conditions, `Range`, `If-Range`, `ETag`, `Repr-Digest`, HEAD.
 
 The entity tag is the file's SHA-256, so it is strong, the same on every replica and usable to
 resume (`If-Range`). `Repr-Digest` (RFC 9530) is the digest of the whole file on every answer, 206
@@ -11,24 +11,27 @@ the whole file is what such a client gets.
 from __future__ import annotations
 
 import base64
+import math
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from email.utils import formatdate
+from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import quote
 
 from anyio import to_thread
 from starlette.datastructures import Headers
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.types import Send
 
 from bitmill_service.http.problems import ProblemError
 
 CHUNK = 4 << 20
-_RANGE = re.compile(r"bytes=([0-9]{0,19})-([0-9]{0,19})", re.IGNORECASE)
-_TYPES = {
+_RANGE = re.compile(r"bytes=([0-9]{0,4000})-([0-9]{0,4000})", re.IGNORECASE)
+BINARY = {"type": "string", "format": "binary"}
+OTHER_TYPE = "application/octet-stream"
+TYPES = {
     ".json": "application/json",
     ".jinja": "text/plain; charset=utf-8",
     ".txt": "text/plain; charset=utf-8",
@@ -70,10 +73,43 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     return start, end
 
 
-def _matches(header: str, etag: str) -> bool:
-    """Weak comparison of `If-None-Match` (RFC 9110 section 13.1.2)."""
-    tags = {tag.strip().removeprefix("W/") for tag in header.split(",")}
+def _names(header: str, etag: str, *, weakly: bool) -> bool:
+    """Whether a list of entity tags, or `*`, names the file (RFC 9110 section 8.8.3.2)."""
+    tags = {tag.strip() for tag in header.split(",")}
+    if weakly:
+        tags = {tag.removeprefix("W/") for tag in tags}
     return "*" in tags or etag in tags
+
+
+def _seconds(date: str | None, otherwise: float) -> float:
+    """Time of an HTTP date; where there is none, or what is no date, something else."""
+    try:
+        return parsedate_to_datetime(date).timestamp() if date else otherwise
+    except (ValueError, OverflowError):
+        return otherwise
+
+
+def check_conditions(request: Headers, sha256: str, modified: float | None) -> bool:
+    """Whether the client has the file already (304), by the order of RFC 9110 section 13.2.2.
+
+    modified: seconds since the epoch, None where they are not known here. Raises `ProblemError`
+    `precondition_failed`.
+    """
+    etag, second = f'"{sha256}"', None if modified is None else int(modified)
+    if (match := request.get("if-match")) is not None:
+        if not _names(match, etag, weakly=False):
+            raise ProblemError(
+                "precondition_failed", f"the file's entity tag is {etag}", param="If-Match"
+            )
+    elif second is not None and second > _seconds(request.get("if-unmodified-since"), math.inf):
+        raise ProblemError(
+            "precondition_failed",
+            f"the file was modified at {formatdate(second, usegmt=True)}",
+            param="If-Unmodified-Since",
+        )
+    if (none_match := request.get("if-none-match")) is not None:
+        return _names(none_match, etag, weakly=True)
+    return second is not None and second <= _seconds(request.get("if-modified-since"), -math.inf)
 
 
 async def _chunks(path: Path, start: int, end: int) -> AsyncGenerator[bytes]:
@@ -103,7 +139,7 @@ class _FileStream(StreamingResponse):
 
 
 def _media_type(name: str) -> str:
-    return _TYPES.get(Path(name).suffix, "application/octet-stream")
+    return TYPES.get(Path(name).suffix, OTHER_TYPE)
 
 
 def _entity_headers(name: str, sha256: str) -> dict[str, str]:
@@ -118,17 +154,27 @@ def _entity_headers(name: str, sha256: str) -> dict[str, str]:
     }
 
 
-def head_response(name: str, size: int, sha256: str) -> Response:
-    """The answer to HEAD of a file that is stored elsewhere: what is known of it here."""
-    headers = _entity_headers(name, sha256) | {"content-length": str(size)}
-    return Response(status_code=200, headers=headers, media_type=_media_type(name))
+def elsewhere_response(
+    name: str, size: int, sha256: str, method: str, request: Headers, url: Callable[[], str]
+) -> Response:
+    """The answer for a file that is stored elsewhere: what is known of it here, 304, or 302.
+
+    url: makes an address that is good for GET alone. Raises `ProblemError` `precondition_failed`.
+    """
+    headers = _entity_headers(name, sha256)
+    if check_conditions(request, sha256, None):
+        return Response(status_code=304, headers=headers)
+    if method == "HEAD":
+        headers["content-length"] = str(size)
+        return Response(status_code=200, headers=headers, media_type=_media_type(name))
+    return RedirectResponse(url(), 302)
 
 
 def file_response(file: StoredFile, method: str, request: Headers) -> StreamingResponse:
     """The answer to GET or HEAD of a stored file: 200, 206 or 304.
 
-    Raises `ProblemError` `range_not_satisfiable`, and `file_missing` where the disk disagrees with
-    the manifest.
+    Raises `ProblemError` `precondition_failed`, `range_not_satisfiable`, and `file_missing` where
+    the disk disagrees with the manifest.
     """
     try:
         stat = file.path.stat()
@@ -141,7 +187,7 @@ def file_response(file: StoredFile, method: str, request: Headers) -> StreamingR
     modified = formatdate(stat.st_mtime, usegmt=True)
     headers = _entity_headers(file.name, file.sha256) | {"last-modified": modified}
     etag = headers["etag"]
-    if _matches(request.get("if-none-match", ""), etag):
+    if check_conditions(request, file.sha256, stat.st_mtime):
         return _FileStream(_chunks(file.path, 0, 0), 304, headers)
     fresh = request.get("if-range", etag) in (etag, modified)
     wanted = request.get("range") if method == "GET" and fresh else None

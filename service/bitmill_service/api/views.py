@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill_service import schemas
 from bitmill_workers.store.records import (
     Artifact,
+    Delivery,
     Event,
     JobRecord,
     LogPage,
     MapRecord,
     ProfileRecord,
 )
+from bitmill_workers.store.tables import DELIVERY_TRIES
 
 
 def moment(seconds: float | None) -> datetime | None:
@@ -41,8 +43,10 @@ def job_links(job_id: str) -> schemas.JobLinks:
     )
 
 
-def job_view(job: JobRecord, queue_position: int | None = None) -> schemas.JobView:
-    """One job as clients see it; the owner, lease and token stay inside."""
+def job_view(
+    job: JobRecord, queue_position: int | None = None, delivery: Delivery | None = None
+) -> schemas.JobView:
+    """One job as clients see it; the owner, lease, token and webhook's address stay inside."""
     error = job.error
     return schemas.JobView(
         id=job.id,
@@ -64,7 +68,25 @@ def job_view(job: JobRecord, queue_position: int | None = None) -> schemas.JobVi
         result=_result(job.result),
         profile_id=job.profile_id,
         parent_id=job.parent_id,
+        webhook=None if delivery is None else _webhook(delivery),
         links=job_links(job.id),
+    )
+
+
+def _webhook(delivery: Delivery) -> schemas.WebhookView:
+    state: Literal["waiting", "delivering", "delivered", "failed"]
+    if delivery.delivered_at is not None:
+        state = "delivered"
+    elif delivery.next_try is None:
+        state = "waiting"
+    else:
+        state = "failed" if delivery.tries >= DELIVERY_TRIES else "delivering"
+    return schemas.WebhookView(
+        state=state,
+        tries=delivery.tries,
+        next_try=moment(delivery.next_try) if state == "delivering" else None,
+        delivered_at=moment(delivery.delivered_at),
+        last_error=delivery.last_error,
     )
 
 

@@ -7,10 +7,12 @@ template and a known method, never with a path or a word that a client chose.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import uuid
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,8 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bitmill_workers.logs import ACCESS, log_fields
 
 _access = logging.getLogger(ACCESS)
-_REQUEST_ID = re.compile(r"[\w.-]{1,64}")
+_REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"})
+_DRAIN_S = 5.0
 _SAFE = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -92,23 +95,39 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
         size = int(declared) if declared.isdecimal() else 0
+        waits = headers.get("expect", "").lower() == "100-continue"
         read = 0
 
         async def limited() -> Message:
             nonlocal read
             if size > self.limit:
+                if not waits:
+                    await self._drain(receive)
                 raise self._refusal(size)
             message = await receive()
             read += len(message.get("body", b""))
             if read > self.limit:
+                await self._drain(receive)
                 raise self._refusal(read)
             return message
 
         await self.app(scope, limited, send)
 
+    async def _drain(self, receive: Receive) -> None:
+        """Drop some more of the body: a client that is still sending would not hear the answer."""
+        dropped = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                while dropped < self.limit:
+                    message = await receive()
+                    dropped += len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return
+
     def _refusal(self, size: int) -> HTTPException:
-        # What is left of the body is not read, so nothing else can come over this connection.
+        # What is left of the body is not read, so nothing more can come over this connection.
         detail = f"a body of {size} bytes; at most {self.limit} are accepted"
         return HTTPException(413, detail, headers={"Connection": "close"})

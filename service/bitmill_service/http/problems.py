@@ -21,6 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from bitmill.errors import BitmillError, Cancelled, InputError, ResourceError
 
@@ -44,6 +45,7 @@ CODES: Mapping[str, tuple[int, str]] = {
     "cross_origin": (403, "Call the service from a program, or from a page that it serves."),
     "payload_too_large": (413, "Send a smaller body."),
     "unsupported_media_type": (415, "Send Content-Type: application/json."),
+    "precondition_failed": (412, "Look at the resource again; it is not the one you expect."),
     "range_not_satisfiable": (416, "Ask for a range within the size in Content-Range."),
     "job_not_found": (404, "List the jobs with GET /v1/jobs."),
     "job_not_finished": (409, "Follow GET /v1/jobs/{id}/events until the job has finished."),
@@ -73,6 +75,9 @@ _HTTP_CODES = {
     415: "unsupported_media_type",
     416: "range_not_satisfiable",
 }
+
+_TITLES = {413: "Content Too Large", 416: "Range Not Satisfiable", 422: "Unprocessable Content"}
+"""Of RFC 9110, where Python 3.11 has older ones."""
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +119,7 @@ def problem_body(
     """The members of a problem document."""
     return {
         "type": f"urn:bitmill:error:{code}",
-        "title": HTTPStatus(status).phrase,
+        "title": _TITLES.get(status) or HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
         "code": code,
@@ -170,14 +175,29 @@ async def _on_bitmill_error(request: Request, error: Exception) -> JSONResponse:
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = _HTTP_CODES.get(error.status_code, "internal")
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_allowed(request))
     return _respond(
         request,
         status=error.status_code,
         code=code,
         detail=f"{request.method} {request.url.path}: {error.detail}",
         hint=CODES[code][1],
-        headers=error.headers,
+        headers=headers,
     )
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of all routes of this path; the router tells those of one route only."""
+    return [
+        method
+        for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.routes
+        )
+    ]
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -239,22 +259,6 @@ async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
         hint=CODES["internal"][1],
         headers={"X-Request-ID": request_id} if request_id else None,
     )
-
-
-def openapi_responses() -> dict[int | str, dict[str, Any]]:
-    """What the API's description says about refusals, for every route."""
-    text = {"type": "string"}
-    optional = {"anyOf": [text, {"type": "null"}]}
-    members = dict.fromkeys(("type", "title", "detail", "code", "hint"), text)
-    schema = {
-        "type": "object",
-        "properties": members
-        | {"status": {"type": "integer"}}
-        | dict.fromkeys(("param", "kind", "request_id"), optional),
-        "required": [*members, "status"],
-    }
-    problem = {"description": "Refused (RFC 9457).", "content": {MEDIA_TYPE: {"schema": schema}}}
-    return {"4XX": problem, "5XX": problem}
 
 
 def install(app: FastAPI) -> None:

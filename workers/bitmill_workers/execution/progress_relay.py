@@ -6,6 +6,7 @@ at most one progress event per write whatever its runner says.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from bitmill.errors import BitmillError
@@ -29,6 +30,7 @@ class Reporter:
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._log = bytearray()
         self._log_limit = log_limit
+        self._mid_line = False
         self._shown: dict[str, Any] = {}
         self.begin()
 
@@ -59,6 +61,8 @@ class Reporter:
             last = self._events[-1] if self._events else None
             if last and last[0] == "progress" and last[1].get("stage") == stage:
                 self._events.pop()
+        elif kind in ("stage", "warning"):
+            self._note(kind, data)
         if stage is not None:
             self._shown["stage"] = stage
         if len(self._events) < _MAX_PENDING:
@@ -66,7 +70,17 @@ class Reporter:
 
     def log(self, data: bytes) -> None:
         """Take a piece of the child's output; what exceeds the log's limit is dropped."""
+        self._mid_line = not data.endswith(b"\n")
         self._log += data[: max(0, self._log_limit - len(self._log))]
+
+    def _note(self, kind: str, data: dict[str, Any]) -> None:
+        """A line of the log, which would otherwise say nothing of a job that met no trouble."""
+        told = [data.get("stage"), kind if kind == "warning" else data.get("state")]
+        text = " ".join(str(word) for word in told if word)
+        if message := data.get("message"):
+            text += f": {message}"
+        now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        self.log(b"\n" * self._mid_line + f"{now} {text}\n".encode())
 
     def flush(self) -> bool:
         """Write what was collected; False where the attempt is fenced. Keeps it on an error."""

@@ -34,6 +34,10 @@ _ANSWER_S = 30.0
 _BATCH = 20
 _MAX_URL = 2048
 _FIRST_DELAY_S = 10.0
+_ENDS_IN_IPV4 = (
+    ipaddress.IPv6Network("64:ff9b::/96"),  # NAT64 (RFC 6052)
+    ipaddress.IPv6Network("::/96"),  # IPv4-compatible (RFC 4291 section 2.5.5.1)
+)
 
 
 class AddressRefused(InputError):
@@ -42,13 +46,20 @@ class AddressRefused(InputError):
     code = "webhook_refused"
 
 
+class NoAddress(AddressRefused):
+    """A webhook's host has no address now; it may have one when the job has ended."""
+
+
 def check_webhook_url(url: str, settings: Settings) -> None:
     """Refuse at submission an address that would never be called. Raises `AddressRefused`."""
     if settings.webhook_secret is None:
         raise AddressRefused(
             "webhooks are off: the service has no BITMILL_WEBHOOK_SECRET", param="Webhook-URL"
         )
-    _split(url, settings)
+    parts = _split(url, settings)
+    assert parts.hostname is not None
+    with suppress(NoAddress):
+        resolve_public(parts.hostname, _port(parts), allow_private=settings.webhook_private)
 
 
 def _split(url: str, settings: Settings) -> SplitResult:
@@ -70,6 +81,10 @@ def _split(url: str, settings: Settings) -> SplitResult:
     return parts
 
 
+def _port(parts: SplitResult) -> int:
+    return parts.port or (443 if parts.scheme == "https" else 80)
+
+
 def _plain(url: str) -> bool:
     return url.isascii() and url.isprintable() and " " not in url
 
@@ -79,17 +94,28 @@ def resolve_public(host: str, port: int, *, allow_private: bool) -> str:
     try:
         found = {str(a[4][0]) for a in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError) as error:
-        raise AddressRefused(f"{host} does not resolve", param="Webhook-URL") from error
+        raise NoAddress(f"{host} does not resolve", param="Webhook-URL") from error
     for address in sorted(found):
         if not allow_private and not _is_public(address):
-            raise AddressRefused(f"{host} has the address {address}, which is not public")
+            raise AddressRefused(
+                f"{host} has the address {address}, which is not public", param="Webhook-URL"
+            )
     return sorted(found)[0]
 
 
 def _is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
-    inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
-    return ip.is_global and not ip.is_multicast and (inner is None or inner.is_global)
+    inner = _inner(ip) if isinstance(ip, ipaddress.IPv6Address) else None
+    return ip.is_global and not ip.is_multicast and (inner is None or _is_public(str(inner)))
+
+
+def _inner(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that a packet to this IPv6 address may be sent on to."""
+    if ip.ipv4_mapped or ip.sixtofour:
+        return ip.ipv4_mapped or ip.sixtofour
+    if any(ip in network for network in _ENDS_IN_IPV4):
+        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return None
 
 
 def sign(secret: str, at: int, body: bytes) -> str:
@@ -150,7 +176,7 @@ class WebhookSender:
         assert settings.webhook_secret is not None
         parts = _split(url, settings)
         assert parts.hostname is not None
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+        port = _port(parts)
         address = resolve_public(parts.hostname, port, allow_private=settings.webhook_private)
         connection = http.client.HTTPConnection(parts.hostname, port)
         connection.sock = link = _connect(parts.scheme, parts.hostname, address, port)

@@ -17,6 +17,7 @@ from bitmill_workers.job_spec import JobSpec, ModelRef
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.records import (
     Artifact,
+    Delivery,
     Event,
     JobRecord,
     LogPage,
@@ -26,7 +27,7 @@ from bitmill_workers.store.records import (
     new_id,
 )
 from bitmill_workers.store.states import ACTIVE, TERMINAL, ShownState, State
-from bitmill_workers.store.tables import artifacts, idempotency, job_events, job_logs, jobs
+from bitmill_workers.store.tables import artifacts, idempotency, job_events, job_logs, jobs, outbox
 from bitmill_workers.store.transitions import add_events, transition
 
 MAX_PAGE = 200
@@ -226,6 +227,15 @@ class JobStore:
                     f"job {job_id} is {job.shown_state}: cancel it before deleting it",
                     code="job_not_finished",
                 )
+
+    def delivery(self, job: JobRecord) -> Delivery | None:
+        """How far the job's webhook is; None where it has none."""
+        if job.webhook_url is None:
+            return None
+        columns = (outbox.c.tries, outbox.c.next_try, outbox.c.delivered_at, outbox.c.last_error)
+        with self.database.read() as conn:
+            row = conn.execute(sa.select(*columns).where(outbox.c.job_id == job.id)).one_or_none()
+        return Delivery() if row is None else Delivery(**row._mapping)
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 500) -> tuple[Event, ...]:
         """Events with a number above `after`, ascending."""

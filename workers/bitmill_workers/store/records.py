@@ -123,6 +123,16 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class Delivery:
+    """How far a job's webhook is. `next_try` None: there is none before the job has ended."""
+
+    tries: int = 0
+    next_try: float | None = None
+    delivered_at: float | None = None
+    last_error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LogPage:
     """Bytes of a job's log from `offset`; `next_offset` continues, `size` is the whole log's."""
 

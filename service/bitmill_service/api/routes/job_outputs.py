@@ -6,14 +6,21 @@ from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.responses import RedirectResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill_service.api.context import Context, ContextDep, JobDep
 from bitmill_service.api.events import EventStreamRoute, first_event, job_events, stream_slot
-from bitmill_service.api.files import StoredFile, file_response, head_response
+from bitmill_service.api.files import (
+    BINARY,
+    OTHER_TYPE,
+    TYPES,
+    StoredFile,
+    elsewhere_response,
+    file_response,
+)
 from bitmill_service.api.views import event_view, file_view, log_view
+from bitmill_service.http.openapi import Responses, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import EventPage, FileList, LogPage
 from bitmill_workers.store.records import Artifact, JobRecord
@@ -22,6 +29,20 @@ REPORT_FILE = "quality.json"
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["job outputs"])
 streams = APIRouter(prefix="/v1/jobs/{job_id}", route_class=EventStreamRoute)
+
+_OF_FINISHED = (
+    *("job_not_found", "no_such_output", "no_such_file"),
+    *("job_not_finished", "file_missing", "storage_unavailable"),
+)
+_BYTES = {"content": {kind: {"schema": BINARY} for kind in (OTHER_TYPE, *TYPES.values())}}
+_FILE: Responses = refusals(*_OF_FINISHED, "precondition_failed", "range_not_satisfiable") | {
+    200: {"description": "The whole file.", **_BYTES},
+    304: {"description": "It is the one that `If-None-Match` names, or is not newer."},
+}
+_FILE_PART: Responses = {
+    206: {"description": "The part that `Range` names.", **_BYTES},
+    302: {"description": "The file lies in an object store, at a signed address."},
+}
 
 After = Annotated[int, Query(ge=0, lt=2**62, description="Number of the last event seen.")]
 
@@ -48,7 +69,8 @@ async def stream_events(
 @router.get(
     "/events",
     response_model=EventPage,
-    responses={
+    responses=refusals("job_not_found", "too_many_streams")
+    | {
         200: {
             "description": "A page; with `Accept: text/event-stream` a stream, which takes "
             "`Last-Event-ID` and ends with `event: end`.",
@@ -72,7 +94,7 @@ def page_events(
     )
 
 
-@router.get("/logs", response_model=LogPage)
+@router.get("/logs", response_model=LogPage, responses=refusals("job_not_found"))
 def read_logs(
     job: JobDep,
     context: ContextDep,
@@ -83,19 +105,19 @@ def read_logs(
     return log_view(page, finished=job.finished)
 
 
-@router.get("/bit-width-map", response_model=BitWidthMap)
+@router.get("/bit-width-map", response_model=BitWidthMap, responses=refusals(*_OF_FINISHED))
 def read_map(job: JobDep, context: ContextDep) -> Response:
     """The width of every group of every quantized linear."""
     return _json_file(context, job, MAP_NAME)
 
 
-@router.get("/report")
+@router.get("/report", responses=refusals(*_OF_FINISHED))
 def read_report(job: JobDep, context: ContextDep) -> Response:
     """The quality report: perplexity and KL against the source, with standard errors."""
     return _json_file(context, job, REPORT_FILE)
 
 
-@router.get("/files", response_model=FileList)
+@router.get("/files", response_model=FileList, responses=refusals(*_OF_FINISHED))
 def list_files(job: JobDep, context: ContextDep) -> FileList:
     """All published files with sizes and SHA-256."""
     _require_success(job)
@@ -113,20 +135,23 @@ def find_file(path: str, job: JobDep, context: ContextDep) -> Artifact:
     return _published(context, job, path)
 
 
-@router.get("/files/{path:path}", response_class=Response)
-@router.head("/files/{path:path}", include_in_schema=False)
+@router.get("/files/{path:path}", response_class=Response, responses=_FILE | _FILE_PART)
+@router.head("/files/{path:path}", response_class=Response, responses=_FILE)
 def read_file(
     request: Request, context: ContextDep, file: Annotated[Artifact, Depends(find_file)]
 ) -> Response:
-    """A file's bytes; takes `Range`, `If-Range` and `If-None-Match`. The ETag is the SHA-256."""
+    """A file's bytes; takes `Range`, `If-Range` and conditions. The ETag is the SHA-256."""
     place = context.artifacts.local_path(file)
-    if place is None and request.method == "HEAD":
-        # A presigned address is good for one method only.
-        return head_response(file.path, file.size, file.sha256)
     if place is None:
-        elsewhere = context.artifacts.url(file)
-        assert elsewhere is not None
-        return RedirectResponse(elsewhere, 302)
+
+        def address() -> str:
+            found = context.artifacts.url(file)
+            assert found is not None
+            return found
+
+        return elsewhere_response(
+            file.path, file.size, file.sha256, request.method, request.headers, address
+        )
     stored = StoredFile(place, file.path, file.size, file.sha256)
     return file_response(stored, request.method, request.headers)
 

@@ -9,8 +9,9 @@ from fastapi.responses import JSONResponse
 
 from bitmill.io.atomic import sha256_json
 from bitmill_service.api.admission import admit, plan_view, refuse_when_full
-from bitmill_service.api.context import Context, ContextDep, JobDep, JobId
+from bitmill_service.api.context import ID_PATTERN, Context, ContextDep, JobDep, JobId
 from bitmill_service.api.views import job_links, job_view
+from bitmill_service.http.openapi import CHANGES, JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import JobPage, JobView, PlanView
 from bitmill_workers.job_spec import JobSpec, parse_spec
@@ -19,6 +20,8 @@ from bitmill_workers.store.records import JobRecord
 from bitmill_workers.store.states import ShownState
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+_SUBMISSION = ("idempotency_deleted", "too_many_jobs", "hub_unreachable", "storage_unavailable")
 
 IdempotencyKey = Annotated[
     str | None,
@@ -32,15 +35,16 @@ IdempotencyKey = Annotated[
 
 
 def shown(context: Context, job: JobRecord) -> JobView:
-    """The job as clients see it, with its place in the queue."""
-    return job_view(job, context.jobs.queue_position(job))
+    """The job as clients see it, with its place in the queue and its webhook."""
+    return job_view(job, context.jobs.queue_position(job), context.jobs.delivery(job))
 
 
 @router.post(
     "",
     status_code=status.HTTP_202_ACCEPTED,
     response_model=JobView,
-    responses={200: {"model": PlanView, "description": "The plan; `validate_only` was set."}},
+    responses=refusals(*JSON_BODY, *_SUBMISSION)
+    | {200: {"model": PlanView, "description": "The plan; `validate_only` was set."}},
 )
 def create_job(
     spec: JobSpec,
@@ -82,26 +86,35 @@ def list_jobs(
     model: Annotated[str | None, Query(max_length=4200)] = None,
     label: Annotated[str | None, Query(max_length=200)] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    after: Annotated[str | None, Query(pattern=r"^[\w-]{1,64}$")] = None,
+    after: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
 ) -> JobPage:
     """Jobs, newest first; `next` of a page is `after` of the following one."""
     page = context.jobs.list(state=state, model=model, label=label, limit=limit, after=after)
     return JobPage(jobs=[job_view(job) for job in page.jobs], next=page.after)
 
 
-@router.get("/{job_id}", response_model=JobView)
+@router.get("/{job_id}", response_model=JobView, responses=refusals("job_not_found"))
 def get_one(job: JobDep, context: ContextDep) -> JobView:
     """One job: state, stage, progress, estimate, error, result and links."""
     return shown(context, job)
 
 
-@router.post("/{job_id}/cancel", response_model=JobView)
+@router.post(
+    "/{job_id}/cancel",
+    response_model=JobView,
+    responses=refusals(*CHANGES, "job_not_found", "job_finished", "state_conflict"),
+)
 def cancel_job(job_id: JobId, context: ContextDep) -> JobView:
     """Stop a job. A running one shows `cancelling` until its runner is gone; repeating is fine."""
     return shown(context, context.jobs.request_cancel(job_id))
 
 
-@router.post("/{job_id}/retry", status_code=status.HTTP_202_ACCEPTED, response_model=JobView)
+@router.post(
+    "/{job_id}/retry",
+    status_code=status.HTTP_202_ACCEPTED,
+    response_model=JobView,
+    responses=refusals(*CHANGES, *_SUBMISSION, "job_not_found", "job_not_finished"),
+)
 def retry_job(job: JobDep, context: ContextDep, idempotency_key: IdempotencyKey = None) -> Response:
     """Submit a finished job's specification again, as a new job with `parent_id`."""
     if not job.finished:
@@ -114,6 +127,8 @@ def retry_job(job: JobDep, context: ContextDep, idempotency_key: IdempotencyKey 
         return replayed
     refuse_when_full(context)
     spec = parse_spec(job.spec)
+    if job.webhook_url is not None:
+        check_webhook_url(job.webhook_url, context.settings)
     admit(context, spec)
     submission = context.jobs.submit(
         spec,
@@ -128,7 +143,11 @@ def retry_job(job: JobDep, context: ContextDep, idempotency_key: IdempotencyKey 
     return _accepted(context, submission.job, replayed=submission.replayed)
 
 
-@router.delete("/{job_id}", status_code=status.HTTP_204_NO_CONTENT)
+@router.delete(
+    "/{job_id}",
+    status_code=status.HTTP_204_NO_CONTENT,
+    responses=refusals(*CHANGES, "job_not_found", "job_not_finished", "state_conflict"),
+)
 def delete_job(job_id: JobId, context: ContextDep) -> None:
     """Remove a finished job with its events, log and files."""
     context.jobs.delete(job_id)

@@ -14,14 +14,15 @@ from starlette.concurrency import run_in_threadpool
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.slim_llm import read_slim_map
 from bitmill.errors import FormatError
-from bitmill_service.api.context import ContextDep
+from bitmill_service.api.context import ID_PATTERN, ContextDep
 from bitmill_service.api.views import map_view
+from bitmill_service.http.openapi import CHANGES, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import MapPage, MapView
 
 router = APIRouter(prefix="/v1/bit-width-maps", tags=["bit-width maps"])
 
-_MapId = Annotated[str | None, Query(pattern=r"^[\w-]{1,64}$")]
+_MapId = Annotated[str | None, Query(pattern=ID_PATTERN)]
 _ANY_BODY = {
     "requestBody": {
         "required": True,
@@ -34,7 +35,11 @@ _ANY_BODY = {
 
 
 @router.post(
-    "", status_code=status.HTTP_201_CREATED, response_model=MapView, openapi_extra=_ANY_BODY
+    "",
+    status_code=status.HTTP_201_CREATED,
+    response_model=MapView,
+    responses=refusals(*CHANGES, "payload_too_large"),
+    openapi_extra=_ANY_BODY,
 )
 async def upload_map(
     request: Request,
@@ -73,7 +78,7 @@ def list_maps(
     )
 
 
-@router.get("/{map_id}", response_model=BitWidthMap)
+@router.get("/{map_id}", response_model=BitWidthMap, responses=refusals("map_not_found"))
 def get_map(map_id: str, context: ContextDep) -> BitWidthMap:
     """One stored map."""
     record = context.catalog.map(map_id)

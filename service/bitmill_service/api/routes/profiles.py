@@ -6,16 +6,17 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
 
-from bitmill_service.api.context import Context, ContextDep
+from bitmill_service.api.context import ID_PATTERN, Context, ContextDep
 from bitmill_service.api.reallocation import StoredProfile, load_profile, reallocate
 from bitmill_service.api.views import profile_view
+from bitmill_service.http.openapi import JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import AllocationRequest, AllocationView, ProfilePage, ProfileView
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 
 ProfileId = Annotated[
-    str, Path(pattern=r"^[\w-]{1,64}$", description="Hash of what the profile was made from.")
+    str, Path(pattern=ID_PATTERN, description="Hash of what the profile was made from.")
 ]
 
 
@@ -23,7 +24,7 @@ ProfileId = Annotated[
 def list_profiles(
     context: ContextDep,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    after: Annotated[str | None, Query(pattern=r"^[\w-]{1,64}$")] = None,
+    after: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
 ) -> ProfilePage:
     """Stored profiles by id."""
     found = context.catalog.profiles(limit=limit, after=after)
@@ -33,14 +34,22 @@ def list_profiles(
     )
 
 
-@router.get("/{profile_id}", response_model=ProfileView)
+@router.get(
+    "/{profile_id}",
+    response_model=ProfileView,
+    responses=refusals("profile_not_found", "storage_unavailable"),
+)
 def get_profile(profile_id: ProfileId, context: ContextDep) -> ProfileView:
     """One profile with its widths and counts."""
     stored = _load(context, profile_id)
     return profile_view(stored.record, stored.profile)
 
 
-@router.post("/{profile_id}/allocate", response_model=AllocationView)
+@router.post(
+    "/{profile_id}/allocate",
+    response_model=AllocationView,
+    responses=refusals(*JSON_BODY, "profile_not_found", "storage_unavailable"),
+)
 def allocate_budget(
     profile_id: ProfileId, request: AllocationRequest, context: ContextDep
 ) -> AllocationView:
