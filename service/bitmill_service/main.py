@@ -82,6 +82,8 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         lifespan=_lifespan,
         responses=refusals(),
         separate_input_output_schemas=False,
+        docs_url=None,
+        redoc_url=None,
     )
     describe(app)
     app.state.context = context

@@ -108,3 +108,24 @@ def test_documented_answers_of_files_are_those_given(
             assert answer.headers["content-type"] in told["content"]
         seen.add(answer.status_code)
     assert seen == {200, 206, 304, 404, 412, 416}
+
+
+def test_the_page_for_people_holds_everything_and_asks_nobody_else(
+    described: dict[str, Any], http: httpx2.Client
+) -> None:
+    answer = http.get("/docs")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    page = answer.text
+    for path, methods in described["paths"].items():
+        for method in methods:
+            assert f"{method.upper()} {path}<" in page
+    for name in described["components"]["schemas"]:
+        assert f'id="{name}"' in page
+    anchors = set(re.findall(r'href="([^"]+)"', page))
+    assert {a for a in anchors if not a.startswith("#")} == {"openapi.json"}
+    assert {a[1:] for a in anchors if a.startswith("#")} <= described["components"][
+        "schemas"
+    ].keys()
+    assert re.findall(r"<script|src=|@import|url\(", page) == []
+    assert http.get("/redoc").status_code == 404

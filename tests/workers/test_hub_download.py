@@ -322,6 +322,14 @@ def test_a_redirected_file_is_compared_with_what_the_hub_links(
         assert len(store.asked("GET", "model.safetensors")) == 2
 
 
+def test_files_with_the_same_bytes_are_fetched_once(hub: FaultyHub, settings: Settings) -> None:
+    same = ("LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.md", "COPYING", "USE_POLICY.md")
+    hub.files = FILES | dict.fromkeys(same, b"Free." * 1000)
+    assert contents(fetch_model(MODEL, settings)) == hub.files
+    asked = [request.file for request in hub.requests if request.method == "GET"]
+    assert len(set(asked) & set(same)) == 1
+
+
 def test_two_jobs_at_once_fetch_once(hub: FaultyHub, settings: Settings) -> None:
     found: list[dict[str, bytes]] = []
     threads = [

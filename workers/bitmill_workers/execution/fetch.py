@@ -23,7 +23,7 @@ from urllib.parse import quote
 from bitmill.errors import ModelError, ResourceError, raise_resource_error
 from bitmill.io.companions import is_companion
 from bitmill.io.safetensors import INDEX_NAME, SINGLE_FILE
-from bitmill.plan.config_json import CONFIG_FILE
+from bitmill.plan.config_json import ADAPTER_FILE, CONFIG_FILE
 from bitmill_workers.execution.hub_download import (
     HubDownload,
     HubFile,
@@ -185,7 +185,7 @@ def fetch_model(model: HubModel, settings: Settings, notify: Notify = lambda mes
 
 
 def _is_small(path: str) -> bool:
-    return path in (CONFIG_FILE, INDEX_NAME) or is_companion(path)
+    return path in (CONFIG_FILE, INDEX_NAME, ADAPTER_FILE) or is_companion(path)
 
 
 def weight_files(names: list[str], folder: Path, file: str | None) -> list[str]:

@@ -159,7 +159,7 @@ class Patience:
                 return answer
 
     def _wait(self, what: str, fault: Passing, attempt: int) -> None:
-        usual = min(30.0, 0.5 * 2.0**attempt) * random.uniform(0.5, 1.0)
+        usual = min(30.0, 0.5 * 2.0 ** min(attempt, 6)) * random.uniform(0.5, 1.0)
         pause = max(usual, fault.asked or 0.0)
         silent = time.monotonic() - self._heard
         if silent + pause > self._seconds:
@@ -251,8 +251,11 @@ class HubDownload:
         `file_not_found`), `ResourceError` where the disk is full.
         """
         self._sizes |= {file.path: file.size or 0 for file in files}
+        same: dict[Path, list[HubFile]] = {}
+        for file in files:
+            same.setdefault(self._blob(file), []).append(file)
         with ThreadPoolExecutor(_PARALLEL) as pool:
-            running = {pool.submit(self._fetch, file) for file in files}
+            running = {pool.submit(self._fetch, blob, found) for blob, found in same.items()}
             done, waiting = wait(running, return_when=FIRST_EXCEPTION)
             if waiting:
                 self._patience.give_up()
@@ -283,8 +286,9 @@ class HubDownload:
         length = int(size) if file.size is None and size.isdecimal() else file.size
         return replace(file, size=length, digest=digest)
 
-    def _fetch(self, file: HubFile) -> None:
-        blob = self._blob(file)
+    def _fetch(self, blob: Path, files: Sequence[HubFile]) -> None:
+        """Put files of the same bytes into the snapshot."""
+        file = files[0]
         # Without a digest nothing says that what lies there is the Hub's file.
         if file.digest is not None and file.matches(blob):
             self._count(file, blob.stat().st_size)
@@ -293,7 +297,8 @@ class HubDownload:
                 self._say(f"{file.path} in the cache is damaged and fetched again")
             blob.unlink(missing_ok=True)
             self._download(file, blob)
-        self._link(file, blob)
+        for each in files:
+            self._link(each, blob)
 
     def _blob(self, file: HubFile) -> Path:
         named = f"{self._commit}/{file.path}".encode()

@@ -1,15 +1,16 @@
-"""Is the process up, can it take jobs, and what has it been doing."""
+"""Is the process up, can it take jobs, what has it been doing, and how is it called."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
 
-from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from bitmill.errors import BitmillError
 from bitmill_service.api.context import Context, ContextDep
+from bitmill_service.http.docs_page import POLICY, docs_page
 from bitmill_service.schemas import Health, Readiness
 from bitmill_workers.store.migrate import require_head
 
@@ -50,6 +51,13 @@ def _workers(context: Context) -> str:
     if live:
         return f"{len(live)} live"
     return f"none live, {waiting} jobs wait: start one with `bitmill worker`"
+
+
+@router.get("/docs", include_in_schema=False)
+def docs(request: Request) -> Response:
+    """The API's description for people."""
+    page = docs_page(request.app.openapi())
+    return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
 
 
 @router.get("/metrics", include_in_schema=False)
