@@ -82,6 +82,20 @@ def test_a_choice_needs_its_discriminator_in_schema_and_service(
     assert answer.status_code == 422
 
 
+def test_maps_fit_their_description(
+    described: dict[str, Any], http: httpx2.Client, stack: Stack
+) -> None:
+    schema = described["components"]["schemas"]["BitWidthMap"]["properties"]["linears"]
+    kinds = {kind["type"]: kind for kind in schema["additionalProperties"]["anyOf"]}
+    found = http.get(f"/v1/jobs/{stack.succeeded().id}/bit-width-map").json()["linears"]
+    assert found
+    for widths in found.values():
+        assert re.search(kinds["string"]["pattern"], widths)
+    listed = {"linears": {name: [int(w) for w in widths] for name, widths in found.items()}}
+    assert http.post("/v1/bit-width-maps", json=listed).status_code == 201
+    assert kinds["array"]["items"] == {"type": "integer"}
+
+
 def test_documented_answers_of_files_are_those_given(
     described: dict[str, Any], http: httpx2.Client, stack: Stack
 ) -> None:

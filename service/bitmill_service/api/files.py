@@ -29,7 +29,6 @@ from bitmill_service.http.problems import ProblemError
 
 CHUNK = 4 << 20
 _RANGE = re.compile(r"bytes=([0-9]{0,4000})-([0-9]{0,4000})", re.IGNORECASE)
-BINARY = {"type": "string", "format": "binary"}
 OTHER_TYPE = "application/octet-stream"
 TYPES = {
     ".json": "application/json",

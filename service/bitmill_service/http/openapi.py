@@ -50,11 +50,19 @@ def describe(app: FastAPI) -> None:
             schemas = plain()["components"]["schemas"]
             schemas["Problem"] = Problem.model_json_schema()
             _exactly_one(schemas["Budget"])
+            _widths_as_digits(schemas["BitWidthMap"])
             _require_discriminators(schemas)
         assert app.openapi_schema is not None
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _widths_as_digits(schema: dict[str, Any]) -> None:
+    """Widths are written as one digit a group, and read as a list of numbers as well."""
+    linears = schema["properties"]["linears"]
+    digits = {"type": "string", "pattern": "^[0-9]+$"}
+    linears["additionalProperties"] = {"anyOf": [digits, linears["additionalProperties"]]}
 
 
 def _exactly_one(schema: dict[str, Any]) -> None:

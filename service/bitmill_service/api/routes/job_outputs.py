@@ -12,7 +12,6 @@ from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill_service.api.context import Context, ContextDep, JobDep
 from bitmill_service.api.events import EventStreamRoute, first_event, job_events, stream_slot
 from bitmill_service.api.files import (
-    BINARY,
     OTHER_TYPE,
     TYPES,
     StoredFile,
@@ -34,7 +33,13 @@ _OF_FINISHED = (
     *("job_not_found", "no_such_output", "no_such_file"),
     *("job_not_finished", "file_missing", "storage_unavailable"),
 )
-_BYTES = {"content": {kind: {"schema": BINARY} for kind in (OTHER_TYPE, *TYPES.values())}}
+_BYTES = {
+    "content": {
+        OTHER_TYPE: {"schema": {"type": "string", "format": "binary"}},
+        **{kind: {"schema": {"type": "string"}} for kind in TYPES.values()},
+        "application/json": {"schema": {}},
+    }
+}
 _FILE: Responses = refusals(*_OF_FINISHED, "precondition_failed", "range_not_satisfiable") | {
     200: {"description": "The whole file.", **_BYTES},
     304: {"description": "It is the one that `If-None-Match` names, or is not newer."},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -98,10 +97,7 @@ def parse_map(body: bytes, prefix: str) -> BitWidthMap:
             raise FormatError(
                 f"the body is not a bit-width map: {where}: {first['msg']}", param=where
             ) from error
-    handle, name = tempfile.mkstemp(suffix=".pt")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(body)
-        return read_slim_map(Path(name), prefix=prefix)
-    finally:
-        Path(name).unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "body")  # errors name it
+        file.write_bytes(body)
+        return read_slim_map(file, prefix=prefix)
