@@ -14,8 +14,9 @@ from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from bitmill_service.api.context import Context
-from bitmill_service.api.routes import health, job_outputs, jobs, maps, profiles
+from bitmill_service.api.routes import health, job_outputs, jobs, keys, maps, profiles
 from bitmill_service.http import problems
+from bitmill_service.http.access import Access, KeyRing
 from bitmill_service.http.media_type import require_json
 from bitmill_service.http.metrics import new_registry
 from bitmill_service.http.middleware import BodyLimit, RequestContext
@@ -29,6 +30,7 @@ from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.store.catalog import Catalog
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.migrate import require_head
 
 _DESCRIPTION = """Turns a language model into a mixed-precision checkpoint of exactly the size \
@@ -65,6 +67,7 @@ def make_context(settings: ServiceSettings) -> Context:
         jobs=store,
         catalog=catalog,
         artifacts=open_artifacts(settings),
+        keys=KeyRing(KeyStore(database), settings),
         registry=new_registry(store, catalog, settings),
     )
 
@@ -89,6 +92,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     app.state.context = context
     problems.install(app)
     app.add_middleware(BodyLimit, limit=context.settings.max_body)
+    app.add_middleware(Access, ring=context.keys)
     app.add_middleware(SameOrigin, hosts=context.settings.allowed_hosts)
     app.add_middleware(RequestContext, registry=context.registry)
     for router in (
@@ -97,6 +101,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         job_outputs.router,
         profiles.router,
         maps.router,
+        keys.router,
     ):
         app.include_router(
             router, dependencies=[Depends(refuse_unknown_query), Depends(require_json)]

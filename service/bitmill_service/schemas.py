@@ -15,6 +15,8 @@ from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.quantization import Allocation, Budget
 from bitmill.pipeline.estimate import Estimate
+from bitmill_workers.store.limits import KEY_NAME, Limits
+from bitmill_workers.store.limits import Scope as KeyScope
 from bitmill_workers.store.states import TERMINAL, ShownState
 
 
@@ -270,6 +272,43 @@ class MapPage(View):
 
     maps: list[MapView]
     next: str | None = None
+
+
+class KeyRequest(Closed):
+    """A key to make. tenant: whose jobs it works on; default is the name."""
+
+    name: str = Field(pattern=KEY_NAME)
+    tenant: str | None = Field(default=None, pattern=KEY_NAME)
+    scopes: tuple[KeyScope, ...] = Field(default=("read", "submit"), min_length=1, max_length=3)
+    expires_in_s: int | None = Field(default=None, ge=60, le=10 * 366 * 86400)
+    limits: Limits = Limits()
+
+
+class KeyView(View):
+    """A key without its secret. `last_used` is exact to a minute."""
+
+    id: str
+    name: str
+    tenant: str
+    scopes: tuple[KeyScope, ...]
+    limits: Limits
+    created_at: datetime
+    created_by: str | None = None
+    expires_at: datetime | None = None
+    last_used: datetime | None = None
+    revoked_at: datetime | None = None
+
+
+class NewKeyView(KeyView):
+    """A key that was just made: `key` is shown this once."""
+
+    key: str
+
+
+class KeyList(View):
+    """All keys, oldest first, revoked ones too."""
+
+    keys: list[KeyView]
 
 
 class Health(View):

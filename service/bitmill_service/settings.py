@@ -5,7 +5,7 @@ Read from the environment (prefix BITMILL_) or given by the command line; frozen
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
@@ -16,6 +16,7 @@ from bitmill_workers.settings import Settings
 class ServiceSettings(Settings):
     """What `bitmill serve` and `create_app` can be told; sizes in bytes, times in seconds.
 
+    keys: whether calls need an API key. "auto": unless `host` is loopback and no key was ever made.
     allowed_hosts: names that requests may be sent to; empty accepts all. The embedded service on
     loopback accepts loopback's names only, unless these are set.
     max_body: largest request body; bit-width maps of large models are the largest ones.
@@ -26,6 +27,7 @@ class ServiceSettings(Settings):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8737, ge=0, le=65535)
+    keys: Literal["auto", "required", "off"] = "auto"
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
     max_body: int = Field(default=16 << 20, ge=1024)
     event_poll_s: float = Field(default=0.5, gt=0)

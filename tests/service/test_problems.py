@@ -13,11 +13,10 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy.exc import DataError
 
 from bitmill import errors
-from bitmill_service.api.routes import jobs
 from bitmill_service.http import problems
 from bitmill_service.http.middleware import RequestContext
 from bitmill_service.http.problems import CODES, ProblemError, status_and_hint
-from bitmill_service.main import make_context
+from bitmill_service.main import create_app
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.errors import (
     IdempotencyMismatch,
@@ -25,6 +24,9 @@ from bitmill_workers.errors import (
     StateConflict,
     StoreUnavailable,
 )
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.keys import KeyStore
+from bitmill_workers.store.migrate import upgrade
 from finished import Stack, spec_json
 from serving import serve
 
@@ -125,17 +127,20 @@ def test_request_id_is_echoed_where_it_is_harmless(http: httpx2.Client) -> None:
     assert len(odd.headers["x-request-id"]) == 32
 
 
+@pytest.mark.parametrize("keys", ["off", "auto", "required"])
 def test_store_that_fails_answers_503_with_retry_after(
-    caplog: pytest.LogCaptureFixture, tmp_path: Path
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, keys: str
 ) -> None:
     """A database file that is no database, behind the real stores."""
     (tmp_path / "bitmill.db").write_bytes(b"this is no database" * 500)
-    app = FastAPI()
-    app.state.context = make_context(ServiceSettings(data=tmp_path))
-    problems.install(app)
-    app.include_router(jobs.router)
-    with caplog.at_level(logging.CRITICAL), serve(app) as url:
-        answer = httpx2.get(f"{url}/v1/jobs")
+    app = create_app(ServiceSettings(data=tmp_path, keys=keys))  # type: ignore[arg-type]
+    other = Database(f"sqlite:///{tmp_path / 'other.db'}")
+    upgrade(other)
+    key, _ = KeyStore(other).create("a", scopes=["read"])
+    other.close()
+    headers = {"Authorization": f"Bearer {key}"}
+    with caplog.at_level(logging.CRITICAL), serve(app, lifespan="off") as url:
+        answer = httpx2.get(f"{url}/v1/jobs", headers=headers)
     app.state.context.database.close()
     assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
     assert answer.headers["retry-after"] == "5"

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from bitmill.errors import ModelError, ResourceError
 from bitmill_workers.execution.fetch import fetch_model, hub_info, local_model
@@ -20,6 +21,7 @@ from bitmill_workers.job_spec import HubModel, ModelRef, PathModel, UploadModel
 from bitmill_workers.settings import Settings
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.limits import Limits
 from stores import processes_of, spec
 
 SHA = "a" * 40
@@ -30,9 +32,11 @@ class _Hub(BaseHTTPRequestHandler):
     """The Hub's read API for org/good, org/pickle (no safetensors), org/gated, org/huge."""
 
     requests: list[str]
+    tokens: set[str | None]
 
     def do_GET(self) -> None:
         self.server.requests.append(self.path)
+        self.server.tokens.add(self.headers.get("Authorization"))
         parts = self.path.split("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             self._api(parts[2:])
@@ -98,6 +102,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
     """The Hub; `asked` is set when org/slow was asked for, which waits for `answer`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     server.requests, server.asked, server.answer = [], threading.Event(), threading.Event()
+    server.tokens = set()
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield server
     server.answer.set()
@@ -238,6 +243,38 @@ def test_job_downloads_only_safe_files(hub: Settings, database: Database) -> Non
     assert (job.state, job.error_message) == ("succeeded", None)
     (snapshot,) = hub.hub_cache.glob("models--org--good/snapshots/*")
     assert sorted(p.name for p in snapshot.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("maker", "patterns", "spent"),
+    [
+        (None, (), True),
+        ("key", ("org/*",), True),
+        ("key", ("other/*",), False),
+        ("revoked", ("org/*",), False),
+    ],
+)
+def test_the_operators_token_is_spent_for_those_who_may(
+    hub: Settings,
+    server: ThreadingHTTPServer,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    maker: str | None,
+    patterns: tuple[str, ...],
+    spent: bool,
+) -> None:
+    monkeypatch.setenv("BITMILL_HUB_TOKEN", "hf_operator")
+    operators = hub.model_copy(update={"hub_token": SecretStr("hf_operator")})
+    supervisor = Supervisor(operators, database)
+    limits = Limits(hub_repositories=patterns)
+    _, key = supervisor.keys.create("a", scopes=["submit"], limits=limits)
+    if maker == "revoked":
+        supervisor.keys.revoke(key.id)
+    wanted = spec().model_copy(update={"model": HubModel(repo_id="org/absent")})
+    supervisor.store.submit(wanted, created_by=maker and key.id)
+    with StopRequest() as stop:
+        assert supervisor.run_next(stop)
+    assert server.tokens == {"Bearer hf_operator" if spent else None}
 
 
 def test_job_of_a_missing_repository_fails_at_once(hub: Settings, database: Database) -> None:

@@ -2,6 +2,7 @@
 
 BitmillError
 ├── JobNotFound          no such job (HTTP 404)
+├── KeyNotFound          no such API key (HTTP 404)
 ├── StateConflict        the job's state does not allow it (HTTP 409)
 ├── IdempotencyMismatch  the key was used with another request (HTTP 422)
 ├── StoreUnavailable     the database cannot be reached or is of another version (HTTP 503)
@@ -21,6 +22,15 @@ class JobNotFound(BitmillError):
 
     def __init__(self, job_id: str) -> None:
         super().__init__(f"there is no job {job_id!r}", param="job_id")
+
+
+class KeyNotFound(BitmillError):
+    """No API key has this id."""
+
+    code = "key_not_found"
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"there is no key {key_id!r}", param="key_id")
 
 
 class StateConflict(BitmillError):

@@ -19,6 +19,8 @@ from bitmill_workers.settings import Settings
 
 ACCESS = "bitmill.access"
 """Logger of one line for each request; silent unless a logging configuration asks for it."""
+AUDIT = "bitmill.audit"
+"""Logger of one line for each change: who did it (key, address), what it was, what it answered."""
 _CHATTY = ("alembic", "boto3", "botocore", "celery", "huggingface_hub", "kombu", "s3transfer")
 _FIELDS: ContextVar[dict[str, object]] = ContextVar("log_fields", default={})  # noqa: B039
 _SECRETS = re.compile(
@@ -68,3 +70,4 @@ def configure_logs(settings: Settings) -> None:
     root.setLevel(settings.log_level)
     for name in (*_CHATTY, ACCESS):
         logging.getLogger(name).setLevel(max(root.level, logging.WARNING))
+    logging.getLogger(AUDIT).setLevel(logging.INFO)

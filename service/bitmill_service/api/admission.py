@@ -20,6 +20,7 @@ from bitmill.pipeline.estimate import Estimate, Machine
 from bitmill.plan.model_plan import Plan
 from bitmill_service.api.context import Context
 from bitmill_service.api.hub_headers import fetch_headers
+from bitmill_service.http.access import Principal
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import PlanView, SizeView
 from bitmill_workers.execution.fetch import local_model
@@ -46,11 +47,11 @@ class Admission:
     unplanned: str | None = None
 
 
-def admit(context: Context, spec: JobSpec) -> Admission:
+def admit(context: Context, spec: JobSpec, caller: Principal) -> Admission:
     """Plan a job once and raise what is wrong with it, as far as can be known before it runs."""
-    config = _config(context, spec)
+    config = _config(context, spec, caller)
     try:
-        admitted = _planned(context, spec, config)
+        admitted = _planned(context, spec, config, caller)
     except ModelError as error:
         if error.code != "hub_unreachable":
             raise
@@ -93,15 +94,20 @@ def plan_view(admission: Admission) -> PlanView:
     )
 
 
-def _planned(context: Context, spec: JobSpec, config: QuantizationConfig) -> library.Admission:
+def _planned(
+    context: Context, spec: JobSpec, config: QuantizationConfig, caller: Principal
+) -> library.Admission:
     """What the library says, of headers that are here or fetched from the Hub."""
     if not isinstance(spec.model, HubModel):
         folder = local_model(spec.model, context.settings)
         return library.admit(folder, config, gguf=spec.model.file)
+    settings = context.settings
+    if not caller.may_use_hub_token(spec.model.repo_id):
+        settings = settings.model_copy(update={"hub_token": None})
     with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as scratch:
         folder = Path(scratch, spec.model.repo_id.rpartition("/")[2])  # errors name it
         folder.mkdir()
-        fetch_headers(spec.model, context.settings, folder)
+        fetch_headers(spec.model, settings, folder)
         return library.admit(folder, config, gguf=spec.model.file)
 
 
@@ -120,12 +126,13 @@ def _uniform_size(plan: Plan, config: QuantizationConfig, width: int) -> SizeVie
     return SizeView(width=width, code_bits=cost.code_bits, bits=cost.bits, size=cost.size)
 
 
-def _config(context: Context, spec: JobSpec) -> QuantizationConfig:
+def _config(context: Context, spec: JobSpec, caller: Principal) -> QuantizationConfig:
     """What the job is planned by, after a look at everything that the specification refers to."""
     _check_calibration(context, spec)
-    given = given_map(spec, context.jobs, context.catalog, context.artifacts)
+    stores, sees = (context.jobs, context.artifacts), caller.sees
+    given = given_map(spec, context.jobs, context.catalog, context.artifacts, tenant=sees)
     config = planning_config(spec, given)
-    check_parameters(spec, config, context.settings, context.jobs, context.artifacts)
+    check_parameters(spec, config, context.settings, *stores, tenant=sees)
     return config
 
 

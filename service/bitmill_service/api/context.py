@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import Depends, Path, Request
 from prometheus_client import CollectorRegistry
 
+from bitmill_service.http.access import KeyRing, Principal
 from bitmill_service.http.connections import connection_limit
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.storage.artifacts import ArtifactStore
@@ -33,6 +34,7 @@ class Context:
     jobs: JobStore
     catalog: Catalog
     artifacts: ArtifactStore
+    keys: KeyRing
     notify: Callable[[str, str], None] = lambda job_id, queue: None
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -48,13 +50,23 @@ def get_context(request: Request) -> Context:
 
 
 ContextDep = Annotated[Context, Depends(get_context)]
+
+
+def get_principal(request: Request) -> Principal:
+    """Who calls, as `Access` found out."""
+    caller = request.state.principal
+    assert isinstance(caller, Principal)
+    return caller
+
+
+PrincipalDep = Annotated[Principal, Depends(get_principal)]
 ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 JobId = Annotated[str, Path(pattern=ID_PATTERN, description="Job id.")]
 
 
-def get_job(job_id: JobId, context: ContextDep) -> JobRecord:
-    """The job of the path; 404 `job_not_found` where there is none."""
-    return context.jobs.get(job_id)
+def get_job(job_id: JobId, context: ContextDep, caller: PrincipalDep) -> JobRecord:
+    """The job of the path; 404 `job_not_found` where the caller can see none."""
+    return context.jobs.get(job_id, tenant=caller.sees)
 
 
 JobDep = Annotated[JobRecord, Depends(get_job)]

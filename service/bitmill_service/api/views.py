@@ -9,6 +9,7 @@ from typing import Any, Literal
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill_service import schemas
+from bitmill_workers.store.keys import KeyRecord
 from bitmill_workers.store.records import (
     Artifact,
     Delivery,
@@ -149,6 +150,22 @@ def file_view(job_id: str, artifact: Artifact) -> schemas.FileView:
         size=artifact.size,
         sha256=artifact.sha256,
         url=f"/v1/jobs/{job_id}/files/{artifact.path}",
+    )
+
+
+def key_view(record: KeyRecord) -> schemas.KeyView:
+    """A key without its secret."""
+    return schemas.KeyView(
+        id=record.id,
+        name=record.name,
+        tenant=record.tenant,
+        scopes=record.scopes,
+        limits=record.limits,
+        created_at=_moment(record.created_at),
+        created_by=record.created_by,
+        expires_at=moment(record.expires_at),
+        last_used=moment(record.last_used),
+        revoked_at=moment(record.revoked_at),
     )
 
 

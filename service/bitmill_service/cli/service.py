@@ -61,7 +61,8 @@ def serve(
     *,
     data: DataOption = None,
     host: Annotated[
-        str | None, typer.Option(help="Address to bind; default 127.0.0.1. There are no keys.")
+        str | None,
+        typer.Option(help="Address to bind; default 127.0.0.1. Any other needs an API key."),
     ] = None,
     port: Annotated[
         int | None, typer.Option(help="Port to bind; default 8737, 0 picks a free one.")
@@ -76,6 +77,9 @@ def serve(
     worker: Annotated[
         bool, typer.Option("--worker/--no-worker", help="Run a worker beside the API.")
     ] = True,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Ask nobody for an API key, on any address.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Run the whole service: API, worker and database in one data folder.
@@ -86,7 +90,12 @@ def serve(
     from bitmill_workers.logs import configure_logs
 
     settings = make_settings(
-        data=data, host=host, port=port, device=device, model_roots=model_roots(models)
+        data=data,
+        host=host,
+        port=port,
+        device=device,
+        model_roots=model_roots(models),
+        keys="off" if insecure else None,
     )
     service = EmbeddedService(settings, worker=worker)
     service.prepare()
@@ -98,6 +107,8 @@ def serve(
     else:
         typer.echo(f"Bitmill is at {service.url} (documentation: {service.url}/docs)")
         typer.echo(f"data folder: {settings.data.resolve()}; model roots: {roots}")
+    if settings.keys == "off":
+        typer.echo("warning: whoever reaches this address may do everything", err=True)
     service.run()
 
 

@@ -24,6 +24,7 @@ from typing import Any, Self, TypeVar
 import httpx2
 
 from bitmill.config.bit_width_map import BitWidthMap
+from bitmill_service.client.credentials import find_key
 from bitmill_service.client.download import Download, download_files, select
 from bitmill_service.client.errors import (
     JobCancelled,
@@ -42,9 +43,13 @@ from bitmill_service.schemas import (
     FileList,
     JobPage,
     JobView,
+    KeyList,
+    KeyRequest,
+    KeyView,
     LogPage,
     MapPage,
     MapView,
+    NewKeyView,
     PlanView,
     ProfilePage,
     ProfileView,
@@ -62,6 +67,7 @@ class Client:
     """One service. Close it, or use it as a context manager.
 
     url: default `BITMILL_URL`, else the embedded service's address.
+    api_key: default `BITMILL_API_KEY`, else the one that `bitmill login` kept for this address.
     timeout: seconds without a byte before a request counts as broken.
     tries: how often one request is sent at most.
     patience: how many seconds `wait`, `events`, `logs` with `follow` and `download` go on without
@@ -73,6 +79,7 @@ class Client:
         self,
         url: str | None = None,
         *,
+        api_key: str | None = None,
         timeout: float = 30.0,
         tries: int = 6,
         patience: float = 600.0,
@@ -80,12 +87,16 @@ class Client:
         on_wait: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.url = (url or os.environ.get("BITMILL_URL") or DEFAULT_URL).rstrip("/")
+        key = find_key(self.url) if api_key is None else api_key
+        headers = {"User-Agent": "bitmill-client"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
         self._retries = Retries(tries, patience, sleep, on_wait)
         self._sleep = sleep
         self._http = httpx2.Client(
             base_url=_address(self.url),
             timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
-            headers={"User-Agent": "bitmill-client"},
+            headers=headers,
         )
 
     def __enter__(self) -> Self:
@@ -296,6 +307,20 @@ class Client:
             headers={"Content-Type": "application/octet-stream"},
         )
         return read_answer(MapView, response)
+
+    def create_key(self, request: KeyRequest) -> NewKeyView:
+        """Make an API key, which only this answer shows; sent once, as it cannot be repeated."""
+        once = replace(self._retries, tries=1)
+        body = request.model_dump(mode="json")
+        return read_answer(NewKeyView, self._send("POST", "/v1/keys", json=body, retries=once))
+
+    def keys(self) -> list[KeyView]:
+        """All API keys without their secrets, revoked ones too."""
+        return self._get(KeyList, "/v1/keys").keys
+
+    def revoke_key(self, key_id: str) -> None:
+        """End an API key."""
+        self._send("DELETE", f"/v1/keys/{key_id}")
 
     def ready(self) -> bool:
         """Whether the service can take jobs."""

@@ -1,9 +1,9 @@
 """`bitmill serve`: API, worker process and reconciler on one data folder, in one process tree.
 
-Binds to loopback unless told otherwise, because there is no authentication in front of it. Start:
-lock the data folder, bind the port, bring the schema up to date, start the worker, serve. Stop: end
-event streams, let downloads finish for a few seconds, stop the worker (which hands its job back),
-unlock. Nothing is left running.
+Binds to loopback unless told otherwise; any other address needs a key, or the word that none is
+wanted. Start: lock the data folder, bind the port, bring the schema up to date, start the worker,
+serve. Stop: end event streams, let downloads finish for a few seconds, stop the worker (which hands
+its job back), unlock. Nothing is left running.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from bitmill.errors import InputError
 from bitmill_service.api.context import Context
 from bitmill_service.embedded.data_lock import FileLock
 from bitmill_service.embedded.worker_process import WorkerProcess
+from bitmill_service.http.access import is_loopback
 from bitmill_service.http.connections import BACKLOG, GuardedProtocol, raise_file_limit
 from bitmill_service.http.same_origin import LOOPBACK_NAMES
 from bitmill_service.main import create_app
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.store.db import Database
+from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.migrate import upgrade
 
 _DRAIN_S = 10
@@ -58,7 +60,7 @@ class EmbeddedService:
     """
 
     def __init__(self, settings: ServiceSettings, *, worker: bool = True) -> None:
-        if settings.host in LOOPBACK_NAMES and not settings.allowed_hosts:
+        if is_loopback(settings.host) and not settings.allowed_hosts:
             settings = settings.model_copy(update={"allowed_hosts": LOOPBACK_NAMES})
         self.settings = settings
         self._lock = FileLock(settings.data / "lock", what="the data folder")
@@ -79,7 +81,8 @@ class EmbeddedService:
     def prepare(self) -> None:
         """Everything that can fail, before anything serves.
 
-        Raises `AlreadyInUse`, or `ServeError` for an address that cannot be bound.
+        Raises `AlreadyInUse`, or `ServeError` for an address that cannot be bound, or that others
+        reach while there is no key.
         """
         raise_file_limit()
         self.settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -90,6 +93,7 @@ class EmbeddedService:
             database = Database(self.settings.database)
             try:
                 upgrade(database)
+                self._refuse_strangers(KeyStore(database))
             finally:
                 database.close()
         except BaseException:
@@ -126,6 +130,17 @@ class EmbeddedService:
 
     def __exit__(self, *_: object) -> None:
         self._stop_all()
+
+    def _refuse_strangers(self, keys: KeyStore) -> None:
+        host = self.settings.host
+        if self.settings.keys == "off" or is_loopback(host) or keys.any(live=True):
+            return
+        raise ServeError(
+            f"on {host} others can reach this service, and there is no API key: make one with "
+            "`bitmill keys create NAME`, or let everybody in with --insecure",
+            code="no_key",
+            param="host",
+        )
 
     def _make_server(self) -> _Server:
         app = create_app(self.settings)

@@ -61,9 +61,11 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> str:
         f"<tr><td>{escape(status)}<td>{_text(answer['description'])}"
         for status, answer in sorted(operation["responses"].items())
     ]
+    scopes = [scope for need in operation.get("security", ()) for scope in need.get("key", ())]
+    needs = f" Needs a key with the scope `{scopes[0]}`." if scopes else ""
     return (
         f"<details><summary><code>{method} {escape(path)}</code></summary>"
-        f"<p>{_text(operation.get('description', ''))}<table>{''.join(rows)}</table>"
+        f"<p>{_text(operation.get('description', '') + needs)}<table>{''.join(rows)}</table>"
         f"<table>{''.join(answers)}</table></details>"
     )
 

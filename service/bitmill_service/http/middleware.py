@@ -19,10 +19,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bitmill_workers.logs import ACCESS, log_fields
+from bitmill_workers.logs import ACCESS, AUDIT, log_fields
 
-_access = logging.getLogger(ACCESS)
+_access, _audit = logging.getLogger(ACCESS), logging.getLogger(AUDIT)
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"})
 _DRAIN_S = 5.0
 _SAFE = {
@@ -72,13 +73,23 @@ class RequestContext:
         try:
             with log_fields(request_id=request_id):
                 await self.app(scope, receive, observe)
-                _access.info("%s %s %d", scope["method"], scope["path"], status)
+                _log_access(scope, status)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             elapsed = time.perf_counter() - started
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self.seconds.labels(method, route, status).observe(elapsed)
             self.sent.labels(route).inc(sent)
+
+
+def _log_access(scope: Scope, status: int) -> None:
+    """One line of what was asked, and one that is kept of every change that was made."""
+    caller, client = scope["state"].get("principal"), scope.get("client")
+    who = {"address": client and client[0], "key": caller and caller.key_id}
+    with log_fields(**who):
+        changed = scope["method"] not in _READING and status < 400
+        log = _audit if changed else _access
+        log.info("%s %s %d", scope["method"], scope["path"], status)
 
 
 class BodyLimit:

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from bitmill_service.http.access import needed_scope
 from bitmill_service.http.problems import CODES, MEDIA_TYPE
 from bitmill_service.schemas import Problem
 
@@ -25,6 +26,9 @@ CHANGES = ("cross_origin",)
 
 JSON_BODY = (*CHANGES, "payload_too_large", "unsupported_media_type")
 """Codes of a route that takes JSON."""
+
+_KEYED = ("key_required", "key_refused", "hub_token_refused", "scope_missing")
+"""Codes of a route that needs a key."""
 
 _EVERYWHERE = ("malformed_request", "wrong_host", "internal", "store_unavailable")
 
@@ -42,12 +46,14 @@ def refusals(*codes: str) -> Responses:
 
 
 def describe(app: FastAPI) -> None:
-    """Let `app.openapi()` also say what its types cannot: problems, budgets, discriminators."""
+    """Let `app.openapi()` also say what its types cannot: keys, problems, budgets and the like."""
     plain: Callable[[], dict[str, Any]] = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schemas = plain()["components"]["schemas"]
+            described = plain()
+            _require_keys(described)
+            schemas = described["components"]["schemas"]
             schemas["Problem"] = Problem.model_json_schema()
             _exactly_one(schemas["Budget"])
             _widths_as_digits(schemas["BitWidthMap"])
@@ -56,6 +62,31 @@ def describe(app: FastAPI) -> None:
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _require_keys(described: dict[str, Any]) -> None:
+    """Every call says which scope its key needs, and what it answers without."""
+    described["components"]["securitySchemes"] = {
+        "key": {
+            "type": "http",
+            "scheme": "bearer",
+            "bearerFormat": "bm_<id>_<secret>_<checksum>",
+            "description": "An API key, made by `bitmill keys create`. A service on loopback asks "
+            "for none until the first key is made.",
+        }
+    }
+    for path, methods in described["paths"].items():
+        for method, operation in methods.items():
+            scope = needed_scope(method.upper(), path)
+            if scope is None:
+                continue
+            operation["security"] = [{"key": [scope]}]
+            answers = operation["responses"]
+            for status, answer in refusals(*_KEYED).items():
+                known = answers.setdefault(str(status), answer)
+                if str(status) == "403" and known is not answer:
+                    known["description"] += f", {answer['description']}"
+            operation["responses"] = dict(sorted(answers.items()))
 
 
 def _widths_as_digits(schema: dict[str, Any]) -> None:

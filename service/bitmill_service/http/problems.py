@@ -41,6 +41,10 @@ CODES: Mapping[str, tuple[int, str]] = {
     "method_not_allowed": (405, "Use one of the methods in the Allow header."),
     "not_acceptable": (406, "Ask for application/json or text/event-stream."),
     "malformed_request": (400, "Send a well-formed request; /docs shows an example."),
+    "key_required": (401, "Send Authorization: Bearer KEY; `bitmill login` keeps a key for later."),
+    "key_refused": (401, "Look at the key again, or ask the service's operator for a new one."),
+    "hub_token_refused": (401, "Set HF_TOKEN to a key of this service, or unset it."),
+    "scope_missing": (403, "Use a key with the scope that `detail` names."),
     "wrong_host": (421, "Use the address that `bitmill serve` printed, or set allowed_hosts."),
     "cross_origin": (403, "Call the service from a program, or from a page that it serves."),
     "payload_too_large": (413, "Send a smaller body."),
@@ -48,6 +52,7 @@ CODES: Mapping[str, tuple[int, str]] = {
     "precondition_failed": (412, "Look at the resource again; it is not the one you expect."),
     "range_not_satisfiable": (416, "Ask for a range within the size in Content-Range."),
     "job_not_found": (404, "List the jobs with GET /v1/jobs."),
+    "key_not_found": (404, "List the keys with GET /v1/keys."),
     "job_not_finished": (409, "Follow GET /v1/jobs/{id}/events until the job has finished."),
     "no_such_output": (404, "The job did not produce this; its `result` and `error` say why."),
     "job_finished": (409, "Nothing to cancel: the job has finished; DELETE removes it."),
@@ -223,6 +228,11 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 
 
 async def _on_store_error(request: Request, error: Exception) -> JSONResponse:
+    return store_response(request, error)
+
+
+def store_response(request: Request, error: Exception) -> JSONResponse:
+    """The answer where the job store failed, which the log says more about."""
     _log.error("the job store failed: %s", error)
     status, hint = CODES["store_unavailable"]
     return _respond(

@@ -19,6 +19,7 @@ from bitmill_workers.store.catalog import Catalog
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.records import Artifact
 
+_WITHOUT = "there is no succeeded job {!r} with learned parameters"
 _TEXT_PARAM = "calibration.text.path"
 
 
@@ -65,11 +66,16 @@ def planning_config(spec: JobSpec, bit_widths: BitWidthMap | None) -> Quantizati
 
 
 def given_map(
-    spec: JobSpec, store: JobStore, catalog: Catalog, artifacts: ArtifactStore
+    spec: JobSpec,
+    store: JobStore,
+    catalog: Catalog,
+    artifacts: ArtifactStore,
+    *,
+    tenant: str | None = None,
 ) -> BitWidthMap | None:
     """The map that the specification holds or refers to; None where it gives none.
 
-    Raises `InputError` (code `map_not_found`).
+    tenant: whose jobs and maps it may refer to. Raises `InputError` (code `map_not_found`).
     """
     given = spec.allocation.map
     if given is None:
@@ -77,11 +83,11 @@ def given_map(
     if isinstance(given, InlineMap):
         return given.map
     if isinstance(given, UploadedMap):
-        record = catalog.map(given.map_id)
+        record = catalog.map(given.map_id, tenant=tenant)
         if record is None:
             raise _no_map(f"no bit-width map {given.map_id!r} was uploaded", "map_id")
         return BitWidthMap.model_validate(record.map)
-    artifact = store.artifact(given.job_id, MAP_NAME)
+    artifact = store.artifact(given.job_id, MAP_NAME, tenant=tenant)
     if artifact is None:
         raise _no_map(f"there is no succeeded job {given.job_id!r} with a bit-width map", "job_id")
     return BitWidthMap.model_validate_json(artifacts.read(artifact))
@@ -93,17 +99,22 @@ def check_parameters(
     settings: Settings,
     store: JobStore,
     artifacts: ArtifactStore,
+    *,
+    tenant: str | None = None,
 ) -> None:
     """Refuse learned parameters that are not there, or that were learned with other settings.
 
-    config: of `planning_config`. Raises `InputError` (codes `parameters_not_found`,
-    `path_not_allowed`, `unfit_parameters`).
+    config: of `planning_config`; tenant: whose jobs may be referred to. Raises `InputError` (codes
+    `parameters_not_found`, `path_not_allowed`, `unfit_parameters`).
     """
     given = spec.refinement.resume_parameters
     if given is None:
         return
     if isinstance(given, JobParameters):
-        data = artifacts.read(_parameter_files(given, store)[RECORD_NAME])
+        record = store.artifact(given.job_id, RECORD_NAME, tenant=tenant)
+        if record is None:
+            raise _no_parameters(_WITHOUT.format(given.job_id), "job_id")
+        data = artifacts.read(record)
     else:
         data = (_parameter_folder(given, settings) / RECORD_NAME).read_bytes()
     learned_for = LearnedFor.parse(data)
@@ -132,8 +143,7 @@ def fetch_parameters(
 def _parameter_files(given: JobParameters, store: JobStore) -> dict[str, Artifact]:
     files = {file.path: file for file in store.artifacts(given.job_id)}
     if RECORD_NAME not in files:
-        what = f"there is no succeeded job {given.job_id!r} with learned parameters"
-        raise _no_parameters(what, "job_id")
+        raise _no_parameters(_WITHOUT.format(given.job_id), "job_id")
     return files
 
 

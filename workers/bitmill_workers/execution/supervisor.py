@@ -38,7 +38,9 @@ from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.store.catalog import Catalog
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.leases import LeaseStore
+from bitmill_workers.store.limits import may_use_hub_token
 from bitmill_workers.store.records import JobRecord
 from bitmill_workers.store.stats import stage_seconds
 from bitmill_workers.tiers import next_tier
@@ -70,6 +72,7 @@ class Supervisor:
         self.store = JobStore(database)
         self.leases = LeaseStore(database, lease_s=settings.lease_s)
         self.catalog = Catalog(database)
+        self.keys = KeyStore(database)
         self.artifacts: ArtifactStore = open_artifacts(settings)
 
     def run_next(self, stop: StopRequest) -> bool:
@@ -138,8 +141,8 @@ class Attempt:
             "hub_patience_s": settings.hub_patience_s,
             "lease_s": settings.lease_s,
         }
-        env = dict(os.environ)
-        if settings.hub_token is not None:
+        env = {name: value for name, value in os.environ.items() if name != "BITMILL_HUB_TOKEN"}
+        if settings.hub_token is not None and self._may_use_hub_token(model.repo_id):
             env["BITMILL_HUB_TOKEN"] = settings.hub_token.get_secret_value()
         message = f"downloading {model.repo_id}"
         self.reporter.message(
@@ -148,6 +151,14 @@ class Attempt:
         ended = self._watch("bitmill_workers.execution.fetch", "fetch.json", request, env)
         self._raise_unless_ok(ended, "the downloader")
         return Path(self.reporter.result["folder"])
+
+    def _may_use_hub_token(self, repo_id: str) -> bool:
+        """Whether the job's maker may spend the operator's token; a revoked key may not."""
+        if self.job.created_by is None:
+            return True
+        key = self.parts.keys.get(self.job.created_by)
+        live = key.revoked_at is None
+        return live and may_use_hub_token(key.scopes, key.limits, repo_id)
 
     def _run_pipeline(self, model_folder: Path) -> Ended:
         parts, job = self.parts, self.job
@@ -297,7 +308,11 @@ class Attempt:
             self.parts.artifacts.share_profile(profile_id, folder)
         settings = {key: self.job.spec[key] for key in ("model", "calibration", "seed")}
         self.parts.catalog.add_profile(
-            profile_id, model=self.job.model, settings=settings, path=profile_id
+            profile_id,
+            model=self.job.model,
+            settings=settings,
+            path=profile_id,
+            tenant=self.job.tenant,
         )
 
     def _raise_unless_ok(self, ended: Ended, child: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -10,7 +10,12 @@ from bitmill.io.atomic import sha256_json
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.records import MapRecord, ProfileRecord, WorkerRecord
 from bitmill_workers.store.states import ACTIVE
-from bitmill_workers.store.tables import bit_width_maps, jobs, profiles, workers
+from bitmill_workers.store.tables import bit_width_maps, holdings, jobs, profiles, workers
+
+LOCAL = "local"
+"""The tenant of a service without keys."""
+
+_KINDS: dict[str, Literal["profile", "map"]] = {"profiles": "profile", "bit_width_maps": "map"}
 
 WORKER_GONE_S = 60.0
 """A worker that was not seen for this long does not count as live."""
@@ -23,37 +28,51 @@ class Catalog:
         self.database = database
 
     def add_profile(
-        self, profile_id: str, *, model: str, settings: dict[str, Any], path: str
+        self,
+        profile_id: str,
+        *,
+        model: str,
+        settings: dict[str, Any],
+        path: str,
+        tenant: str = LOCAL,
     ) -> None:
         """Register a profile; one with the same content is already there and stays."""
         row = {"id": profile_id, "model": model, "settings": settings, "path": path}
-        self._insert_once(profiles, row)
+        self._insert_once(profiles, row, tenant)
 
-    def profile(self, profile_id: str) -> ProfileRecord | None:
-        """One profile, or None."""
-        row = self._one(profiles, profile_id)
+    def profile(self, profile_id: str, *, tenant: str | None = None) -> ProfileRecord | None:
+        """One profile, or None, also where it is another tenant's."""
+        row = self._one(profiles, profile_id, tenant)
         return None if row is None else ProfileRecord(**row._mapping)
 
-    def profiles(self, *, limit: int = 50, after: str | None = None) -> tuple[ProfileRecord, ...]:
+    def profiles(
+        self, *, tenant: str | None = None, limit: int = 50, after: str | None = None
+    ) -> tuple[ProfileRecord, ...]:
         """Profiles by id; `after` is the last id of a former page."""
-        return tuple(ProfileRecord(**r._mapping) for r in self._page(profiles, limit, after))
+        rows = self._page(profiles, tenant, limit, after)
+        return tuple(ProfileRecord(**row._mapping) for row in rows)
 
-    def add_map(self, content: dict[str, Any], *, name: str | None = None) -> MapRecord:
+    def add_map(
+        self, content: dict[str, Any], *, name: str | None = None, tenant: str = LOCAL
+    ) -> MapRecord:
         """Store an uploaded bit-width map under the hash of its content."""
         map_id = sha256_json(content)[:32]
-        self._insert_once(bit_width_maps, {"id": map_id, "name": name, "map": content})
+        self._insert_once(bit_width_maps, {"id": map_id, "name": name, "map": content}, tenant)
         record = self.map(map_id)
         assert record is not None
         return record
 
-    def map(self, map_id: str) -> MapRecord | None:
-        """One uploaded map, or None."""
-        row = self._one(bit_width_maps, map_id)
+    def map(self, map_id: str, *, tenant: str | None = None) -> MapRecord | None:
+        """One uploaded map, or None, also where it is another tenant's."""
+        row = self._one(bit_width_maps, map_id, tenant)
         return None if row is None else MapRecord(**row._mapping)
 
-    def maps(self, *, limit: int = 50, after: str | None = None) -> tuple[MapRecord, ...]:
+    def maps(
+        self, *, tenant: str | None = None, limit: int = 50, after: str | None = None
+    ) -> tuple[MapRecord, ...]:
         """Uploaded maps by id; `after` is the last id of a former page."""
-        return tuple(MapRecord(**r._mapping) for r in self._page(bit_width_maps, limit, after))
+        rows = self._page(bit_width_maps, tenant, limit, after)
+        return tuple(MapRecord(**row._mapping) for row in rows)
 
     def beat(
         self,
@@ -100,18 +119,30 @@ class Catalog:
             rows = conn.execute(query).all()
         return tuple(WorkerRecord(**(dict(r._mapping) | {"queues": tuple(r.queues)})) for r in rows)
 
-    def _insert_once(self, table: sa.Table, values: dict[str, Any]) -> None:
-        statement = self.database.insert(table).values(values | {"created_at": db_now()})
+    def _insert_once(self, table: sa.Table, values: dict[str, Any], tenant: str) -> None:
+        owner = {"tenant": tenant, "kind": _KINDS[table.name], "id": values["id"]}
         with self.database.write() as conn:
-            conn.execute(statement.on_conflict_do_nothing())
+            for target, row in ((table, values | {"created_at": db_now()}), (holdings, owner)):
+                conn.execute(self.database.insert(target).values(row).on_conflict_do_nothing())
 
-    def _one(self, table: sa.Table, row_id: str) -> sa.Row[Any] | None:
+    def _one(self, table: sa.Table, row_id: str, tenant: str | None) -> sa.Row[Any] | None:
+        query = _held_by(sa.select(table).where(table.c.id == row_id), table, tenant)
         with self.database.read() as conn:
-            return conn.execute(sa.select(table).where(table.c.id == row_id)).one_or_none()
+            return conn.execute(query).one_or_none()
 
-    def _page(self, table: sa.Table, limit: int, after: str | None) -> list[sa.Row[Any]]:
+    def _page(
+        self, table: sa.Table, tenant: str | None, limit: int, after: str | None
+    ) -> list[sa.Row[Any]]:
         query = sa.select(table).order_by(table.c.id).limit(max(1, min(limit, 200)))
         if after is not None:
             query = query.where(table.c.id > after)
         with self.database.read() as conn:
-            return list(conn.execute(query).all())
+            return list(conn.execute(_held_by(query, table, tenant)).all())
+
+
+def _held_by(query: sa.Select[Any], table: sa.Table, tenant: str | None) -> sa.Select[Any]:
+    """The query, of what this tenant holds; of everything where it is None."""
+    if tenant is None:
+        return query
+    mine = (holdings.c.tenant == tenant, holdings.c.kind == _KINDS[table.name])
+    return query.where(sa.exists().where(*mine, holdings.c.id == table.c.id))

@@ -70,11 +70,12 @@ class JobStore:
         priority: int = 0,
         parent_id: str | None = None,
         webhook_url: str | None = None,
+        created_by: str | None = None,
     ) -> Submission:
         """Store a new queued job, or return the one that the same key made within a day.
 
-        `request_hash` identifies the request's body. Raises `IdempotencyMismatch` where the key
-        was used with another hash.
+        `request_hash` identifies the request's body; `created_by` is an API key's id. Raises
+        `IdempotencyMismatch` where the key was used with another hash.
         """
         values = {
             "id": new_id(),
@@ -86,6 +87,7 @@ class JobStore:
             "queue": queue,
             "parent_id": parent_id,
             "webhook_url": webhook_url,
+            "created_by": created_by,
             "deadline_at": None if spec.deadline_s is None else db_now() + spec.deadline_s,
         }
         if idempotency_key is None:
@@ -188,21 +190,24 @@ class JobStore:
         more = len(found) > limit
         return Page(tuple(found[:limit]), found[limit - 1].id if more else None)
 
-    def request_cancel(self, job_id: str, *, tenant: str | None = None) -> JobRecord:
+    def request_cancel(
+        self, job_id: str, *, tenant: str | None = None, by: str | None = None
+    ) -> JobRecord:
         """Cancel a queued job now, or ask the runner of an active one to stop.
 
-        Repeating it changes nothing. Raises `JobNotFound`, and `StateConflict` (code
-        `job_finished`) where the job has succeeded or failed.
+        Repeating it changes nothing. `by` is the id of the API key that asks. Raises `JobNotFound`,
+        and `StateConflict` (code `job_finished`) where the job has succeeded or failed.
         """
         with self.database.write() as conn:
             job = _get(conn, job_id, tenant)
             mine = jobs.c.id == job_id
-            done = transition(conn, mine, "cancelled", sources=_QUEUED)
+            told = {"by": by} if by else {}
+            done = transition(conn, mine, "cancelled", sources=_QUEUED, event=told)
             if done is not None:
                 return done
             asked = (mine, jobs.c.state.in_(sorted(ACTIVE)), jobs.c.cancel_requested_at.is_(None))
             now = {"cancel_requested_at": db_now()}
-            if not add_events(conn, sa.and_(*asked), [("cancel_requested", {})], values=now):
+            if not add_events(conn, sa.and_(*asked), [("cancel_requested", told)], values=now):
                 job = _get(conn, job_id, tenant)
                 if job.state in ("succeeded", "failed"):
                     raise StateConflict(
@@ -274,9 +279,14 @@ class JobStore:
             rows = conn.execute(query).all()
         return tuple(Artifact(r.path, r.size, r.sha256, r.storage_key) for r in rows)
 
-    def artifact(self, job_id: str, path: str) -> Artifact | None:
-        """One published file, or None: the only way from a client's path to a file."""
+    def artifact(self, job_id: str, path: str, *, tenant: str | None = None) -> Artifact | None:
+        """One published file, or None: the only way from a client's path to a file.
+
+        None also where the job belongs to another tenant.
+        """
         query = sa.select(artifacts).where(artifacts.c.job_id == job_id, artifacts.c.path == path)
+        if tenant is not None:
+            query = query.join(jobs).where(jobs.c.tenant == tenant)
         with self.database.read() as conn:
             row = conn.execute(query).one_or_none()
         return None if row is None else Artifact(row.path, row.size, row.sha256, row.storage_key)
@@ -365,6 +375,7 @@ def _insert_job(conn: sa.Connection, given: dict[str, Any]) -> JobRecord:
         schema_version=1,
     )
     job = job_record(conn.execute(new.returning(*jobs.c)).one())
-    first = {"state": "queued"} | ({"parent_id": job.parent_id} if job.parent_id else {})
+    told = {"parent_id": job.parent_id, "by": job.created_by}
+    first = {"state": "queued"} | {name: value for name, value in told.items() if value}
     add_events(conn, jobs.c.id == job.id, [("state", first)])
     return replace(job, next_seq=2)

@@ -68,6 +68,7 @@ class JobRecord:
     next_seq: int
     log_size: int
     schema_version: int
+    created_by: str | None
 
     @property
     def shown_state(self) -> ShownState:

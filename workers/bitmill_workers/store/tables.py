@@ -64,6 +64,7 @@ jobs = sa.Table(
     sa.Column("next_seq", sa.BigInteger, nullable=False),
     sa.Column("log_size", sa.BigInteger, nullable=False),
     sa.Column("schema_version", sa.Integer, nullable=False),
+    sa.Column("created_by", sa.String(16)),
     sa.CheckConstraint("state IN ({})".format(", ".join(f"'{s}'" for s in STATES)), name="state"),
 )
 
@@ -156,6 +157,32 @@ workers = sa.Table(
     sa.Column("started_at", sa.Double, nullable=False),
     sa.Column("last_seen", sa.Double, nullable=False),
 )
+
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String(16), primary_key=True),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("scopes", sa.JSON(none_as_null=True), nullable=False),
+    sa.Column("limits", sa.JSON(none_as_null=True), nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("created_by", sa.String(16)),
+    sa.Column("expires_at", sa.Double),
+    sa.Column("last_used", sa.Double),
+    sa.Column("revoked_at", sa.Double),
+)
+
+holdings = sa.Table(
+    "holdings",
+    metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("kind", sa.String(16), primary_key=True),
+    sa.Column("id", sa.String(64), primary_key=True),
+)
+"""Whose a profile or a map is, both of which are stored once however many have the same."""
+sa.Index("ix_holdings_kind_id", holdings.c.kind, holdings.c.id)
 
 DELIVERY_TRIES = 10
 """How often the message of an outbox row is sent before it is given up."""

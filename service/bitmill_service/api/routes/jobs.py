@@ -9,7 +9,14 @@ from fastapi.responses import JSONResponse
 
 from bitmill.io.atomic import sha256_json
 from bitmill_service.api.admission import admit, plan_view, refuse_when_full
-from bitmill_service.api.context import ID_PATTERN, Context, ContextDep, JobDep, JobId
+from bitmill_service.api.context import (
+    ID_PATTERN,
+    Context,
+    ContextDep,
+    JobDep,
+    JobId,
+    PrincipalDep,
+)
 from bitmill_service.api.views import job_links, job_view
 from bitmill_service.http.openapi import CHANGES, JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
@@ -49,6 +56,7 @@ def shown(context: Context, job: JobRecord) -> JobView:
 def create_job(
     spec: JobSpec,
     context: ContextDep,
+    caller: PrincipalDep,
     idempotency_key: IdempotencyKey = None,
     validate_only: Annotated[
         bool, Query(description="Answer with the plan and create nothing.")
@@ -60,21 +68,24 @@ def create_job(
 ) -> Response:
     """Submit a job. A replayed key answers with the first call's job and `Idempotency-Replayed`."""
     if validate_only:
-        return JSONResponse(plan_view(admit(context, spec)).model_dump(mode="json"))
+        plan = plan_view(admit(context, spec, caller))
+        return JSONResponse(plan.model_dump(mode="json"))
     asked = {"spec": spec.model_dump(mode="json"), "priority": priority, "webhook": webhook_url}
     request_hash = sha256_json(asked)
-    if replayed := _replayed(context, idempotency_key, request_hash):
+    if replayed := _replayed(context, idempotency_key, request_hash, tenant=caller.tenant):
         return replayed
     if webhook_url is not None:
         check_webhook_url(webhook_url, context.settings)
     refuse_when_full(context)
     submission = context.jobs.submit(
         spec,
+        tenant=caller.tenant,
         idempotency_key=idempotency_key,
         request_hash=request_hash,
-        queue=admit(context, spec).queue,
+        queue=admit(context, spec, caller).queue,
         priority=priority,
         webhook_url=webhook_url,
+        created_by=caller.key_id,
     )
     return _accepted(context, submission.job, replayed=submission.replayed)
 
@@ -82,6 +93,7 @@ def create_job(
 @router.get("", response_model=JobPage)
 def list_jobs(
     context: ContextDep,
+    caller: PrincipalDep,
     state: Annotated[ShownState | None, Query()] = None,
     model: Annotated[str | None, Query(max_length=4200)] = None,
     label: Annotated[str | None, Query(max_length=200)] = None,
@@ -89,7 +101,9 @@ def list_jobs(
     after: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
 ) -> JobPage:
     """Jobs, newest first; `next` of a page is `after` of the following one."""
-    page = context.jobs.list(state=state, model=model, label=label, limit=limit, after=after)
+    page = context.jobs.list(
+        tenant=caller.sees, state=state, model=model, label=label, limit=limit, after=after
+    )
     return JobPage(jobs=[job_view(job) for job in page.jobs], next=page.after)
 
 
@@ -104,9 +118,10 @@ def get_one(job: JobDep, context: ContextDep) -> JobView:
     response_model=JobView,
     responses=refusals(*CHANGES, "job_not_found", "job_finished", "state_conflict"),
 )
-def cancel_job(job_id: JobId, context: ContextDep) -> JobView:
+def cancel_job(job_id: JobId, context: ContextDep, caller: PrincipalDep) -> JobView:
     """Stop a job. A running one shows `cancelling` until its runner is gone; repeating is fine."""
-    return shown(context, context.jobs.request_cancel(job_id))
+    asked = context.jobs.request_cancel(job_id, tenant=caller.sees, by=caller.key_id)
+    return shown(context, asked)
 
 
 @router.post(
@@ -115,7 +130,12 @@ def cancel_job(job_id: JobId, context: ContextDep) -> JobView:
     response_model=JobView,
     responses=refusals(*CHANGES, *_SUBMISSION, "job_not_found", "job_not_finished"),
 )
-def retry_job(job: JobDep, context: ContextDep, idempotency_key: IdempotencyKey = None) -> Response:
+def retry_job(
+    job: JobDep,
+    context: ContextDep,
+    caller: PrincipalDep,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
     """Submit a finished job's specification again, as a new job with `parent_id`."""
     if not job.finished:
         raise ProblemError(
@@ -129,7 +149,7 @@ def retry_job(job: JobDep, context: ContextDep, idempotency_key: IdempotencyKey 
     spec = parse_spec(job.spec)
     if job.webhook_url is not None:
         check_webhook_url(job.webhook_url, context.settings)
-    admit(context, spec)
+    admit(context, spec, caller)
     submission = context.jobs.submit(
         spec,
         tenant=job.tenant,
@@ -139,6 +159,7 @@ def retry_job(job: JobDep, context: ContextDep, idempotency_key: IdempotencyKey 
         priority=job.priority,
         parent_id=job.id,
         webhook_url=job.webhook_url,
+        created_by=caller.key_id,
     )
     return _accepted(context, submission.job, replayed=submission.replayed)
 
@@ -148,13 +169,13 @@ def retry_job(job: JobDep, context: ContextDep, idempotency_key: IdempotencyKey 
     status_code=status.HTTP_204_NO_CONTENT,
     responses=refusals(*CHANGES, "job_not_found", "job_not_finished", "state_conflict"),
 )
-def delete_job(job_id: JobId, context: ContextDep) -> None:
+def delete_job(job_id: JobId, context: ContextDep, caller: PrincipalDep) -> None:
     """Remove a finished job with its events, log and files."""
-    context.jobs.delete(job_id)
+    context.jobs.delete(job_id, tenant=caller.sees)
 
 
 def _replayed(
-    context: Context, key: str | None, request_hash: str, *, tenant: str = "local"
+    context: Context, key: str | None, request_hash: str, *, tenant: str
 ) -> Response | None:
     """The answer to a repeated request, None to a new one.
 

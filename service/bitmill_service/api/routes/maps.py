@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.slim_llm import read_slim_map
 from bitmill.errors import FormatError
-from bitmill_service.api.context import ID_PATTERN, ContextDep
+from bitmill_service.api.context import ID_PATTERN, ContextDep, PrincipalDep
 from bitmill_service.api.views import map_view
 from bitmill_service.http.openapi import CHANGES, refusals
 from bitmill_service.http.problems import ProblemError
@@ -43,6 +43,7 @@ _ANY_BODY = {
 async def upload_map(
     request: Request,
     context: ContextDep,
+    caller: PrincipalDep,
     name: Annotated[str | None, Query(max_length=200)] = None,
     prefix: Annotated[
         str,
@@ -59,18 +60,21 @@ async def upload_map(
     body = await request.body()
     found = await run_in_threadpool(parse_map, body, prefix)
     content = found.model_dump(mode="json")
-    record = await run_in_threadpool(context.catalog.add_map, content, name=name)
+    record = await run_in_threadpool(
+        context.catalog.add_map, content, name=name, tenant=caller.tenant
+    )
     return map_view(record)
 
 
 @router.get("", response_model=MapPage)
 def list_maps(
     context: ContextDep,
+    caller: PrincipalDep,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     after: _MapId = None,
 ) -> MapPage:
     """Stored maps by id."""
-    found = context.catalog.maps(limit=limit, after=after)
+    found = context.catalog.maps(tenant=caller.sees, limit=limit, after=after)
     return MapPage(
         maps=[map_view(record) for record in found],
         next=found[-1].id if len(found) == limit else None,
@@ -78,9 +82,9 @@ def list_maps(
 
 
 @router.get("/{map_id}", response_model=BitWidthMap, responses=refusals("map_not_found"))
-def get_map(map_id: str, context: ContextDep) -> BitWidthMap:
+def get_map(map_id: str, context: ContextDep, caller: PrincipalDep) -> BitWidthMap:
     """One stored map."""
-    record = context.catalog.map(map_id)
+    record = context.catalog.map(map_id, tenant=caller.sees)
     if record is None:
         raise ProblemError("map_not_found", f"there is no map {map_id!r}", param="map_id")
     return BitWidthMap.model_validate(record.map)

@@ -6,9 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
 
-from bitmill_service.api.context import ID_PATTERN, Context, ContextDep
+from bitmill_service.api.context import ID_PATTERN, Context, ContextDep, PrincipalDep
 from bitmill_service.api.reallocation import StoredProfile, load_profile, reallocate
 from bitmill_service.api.views import profile_view
+from bitmill_service.http.access import Principal
 from bitmill_service.http.openapi import JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import AllocationRequest, AllocationView, ProfilePage, ProfileView
@@ -23,11 +24,12 @@ ProfileId = Annotated[
 @router.get("", response_model=ProfilePage)
 def list_profiles(
     context: ContextDep,
+    caller: PrincipalDep,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     after: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
 ) -> ProfilePage:
     """Stored profiles by id."""
-    found = context.catalog.profiles(limit=limit, after=after)
+    found = context.catalog.profiles(tenant=caller.sees, limit=limit, after=after)
     return ProfilePage(
         profiles=[profile_view(record) for record in found],
         next=found[-1].id if len(found) == limit else None,
@@ -39,9 +41,9 @@ def list_profiles(
     response_model=ProfileView,
     responses=refusals("profile_not_found", "storage_unavailable"),
 )
-def get_profile(profile_id: ProfileId, context: ContextDep) -> ProfileView:
+def get_profile(profile_id: ProfileId, context: ContextDep, caller: PrincipalDep) -> ProfileView:
     """One profile with its widths and counts."""
-    stored = _load(context, profile_id)
+    stored = _load(context, caller, profile_id)
     return profile_view(stored.record, stored.profile)
 
 
@@ -51,14 +53,17 @@ def get_profile(profile_id: ProfileId, context: ContextDep) -> ProfileView:
     responses=refusals(*JSON_BODY, "profile_not_found", "storage_unavailable"),
 )
 def allocate_budget(
-    profile_id: ProfileId, request: AllocationRequest, context: ContextDep
+    profile_id: ProfileId,
+    request: AllocationRequest,
+    context: ContextDep,
+    caller: PrincipalDep,
 ) -> AllocationView:
     """A bit-width map for another budget: exact size, predicted loss, and a curve if asked."""
-    return reallocate(_load(context, profile_id), request)
+    return reallocate(_load(context, caller, profile_id), request)
 
 
-def _load(context: Context, profile_id: str) -> StoredProfile:
-    record = context.catalog.profile(profile_id)
+def _load(context: Context, caller: Principal, profile_id: str) -> StoredProfile:
+    record = context.catalog.profile(profile_id, tenant=caller.sees)
     if record is None:
         raise ProblemError(
             "profile_not_found", f"there is no profile {profile_id!r}", param="profile_id"

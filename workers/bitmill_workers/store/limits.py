@@ -1,0 +1,46 @@
+"""What an API key may do, and how much: words that clients know as well. No database here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from typing import Final, Literal
+
+from pydantic import Field, model_validator
+
+from bitmill.config.closed import Closed
+
+Scope = Literal["read", "submit", "admin"]
+SCOPES: Final[tuple[Scope, ...]] = ("read", "submit", "admin")
+KEY_NAME = r"^[A-Za-z0-9_.@-]{1,64}$"
+"""The form of names of keys and of tenants."""
+
+
+class Limits(Closed):
+    """What a key may take; None: as much as the service gives anybody.
+
+    requests_per_minute: of all calls but downloads. queued, running: jobs of the key's tenant.
+    bytes: kept results and uploads of the tenant. priorities: lowest and highest of its jobs.
+    hub_repositories: patterns (`org/*`) of the Hub repositories that may be fetched with the
+    operator's token; all others are fetched without one.
+    """
+
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    queued: int | None = Field(default=None, ge=0)
+    running: int | None = Field(default=None, ge=0)
+    bytes: int | None = Field(default=None, ge=0)
+    priorities: tuple[int, int] = (-100, 0)
+    hub_repositories: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Limits:
+        low, high = self.priorities
+        if not -100 <= low <= high <= 100:
+            raise ValueError(f"priorities {low} to {high} must ascend within -100 to 100")
+        return self
+
+
+def may_use_hub_token(scopes: Collection[Scope], limits: Limits, repo_id: str) -> bool:
+    """Whether the operator's Hub token may be spent on this repository; admins may on any."""
+    allowed = limits.hub_repositories
+    return "admin" in scopes or any(fnmatchcase(repo_id, pattern) for pattern in allowed)
