@@ -19,6 +19,13 @@ import torch
 
 _DONE = "done"
 
+VECTOR_FLAGS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+"""Compiler flags by what torch finds the processor capable of, not "native": the folder of compiled
+kernels may be shared by unlike machines, so each capability has its own build."""
+
 
 def compiled(name: str, sources: Sequence[Path], **options: Any) -> Path:
     """The shared library `name` of these sources; options as `torch.utils.cpp_extension.load`.

@@ -143,7 +143,7 @@ def test_corrections_of_siblings_are_those_of_each_alone(linear, monkeypatch):
     ]
     together = solved(list(linears))
     assert [result.asymmetric for _, result in together] == [True, True, False]
-    goals = goals_of(linears, prepared, ridges, settings, SINGLE)
+    goals = goals_of(linears, prepared, ridges, GptqSolver(settings).quick, SINGLE)
     assert [goal.ridge for goal in goals] == [0.0, 0.5, None]
     for one, (weight, result) in zip(linears, together, strict=True):
         [(alone, expected)] = solved([one])

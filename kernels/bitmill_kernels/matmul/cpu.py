@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitmill_kernels.compiled import compiled
+from bitmill_kernels.compiled import VECTOR_FLAGS, compiled
 from bitmill_kernels.layout import (
     GROUP_SIZE,
     PLANES,
@@ -38,13 +38,6 @@ from bitmill_kernels.reference import dequantize
 TILE_ELEMENTS = 1 << 18
 FUSED_TOKENS = 8
 TOKENS_PER_CALL = 4
-
-VECTOR_FLAGS = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
-    "AVX2": ("-mavx2", "-mfma"),
-}
-"""Compiler flags by what torch finds the processor capable of, not "native": the folder of compiled
-kernels may be shared by unlike machines, so each capability has its own build."""
 
 _LOG = logging.getLogger(__name__)
 

@@ -121,7 +121,12 @@ class Stored(Protocol):
 
 
 KINDS: Registry[type[Stored]] = Registry(
-    "kind of tensor", "bitmill.tensors", {"affine": "bitmill.quant.tensors:PackedTensor"}
+    "kind of tensor",
+    "bitmill.tensors",
+    {
+        "affine": "bitmill.quant.tensors:PackedTensor",
+        "trellis": "bitmill.quant.trellis:TrellisTensor",
+    },
 )
 
 

@@ -11,18 +11,19 @@ held-out tokens falls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
 
 import torch
 from torch import Tensor
 
 from bitmill.runtime.ranks import Group
-from bitmill.solvers.gptq.column_loop import solve_siblings
 from bitmill.solvers.gptq.curvature import Curvature
-from bitmill.solvers.gptq.settings import GptqSettings
 from bitmill.solvers.solver import Correction, Linear
+
+Quick = Callable[[Sequence[Tensor], Curvature, Sequence[tuple[int, ...]]], Sequence[Tensor]]
+"""Values ŵ f32 [M, K] that stand for a solver's own: of targets f32 [M, K] and widths of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +43,10 @@ def goals_of(
     linears: Sequence[Linear],
     curvature: Curvature,
     ridges: Sequence[float],
-    settings: GptqSettings,
+    quick: Quick,
     ranks: Group,
 ) -> list[Goal]:
-    """The linears' own weights, or what corrections that win move them to."""
+    """The linears' own weights, or what corrections that win, judged by `quick`, move them to."""
     goals = [Goal(linear.W, linear.W) for linear in linears]
     corrected = {i: linear.correction for i, linear in enumerate(linears) if linear.correction}
     if not corrected:
@@ -56,7 +57,7 @@ def goals_of(
         del curvature.solvers[ridge]
     pairs = {i: (samples[i], target) for i, (_, target) in best.items()}
     widths = {i: linears[i].widths for i in pairs}
-    won = _winners(corrected, pairs, widths, curvature, settings, ranks)
+    won = _winners(corrected, pairs, widths, curvature, quick, ranks)
     for ridge in dict.fromkeys(best[i][0] for i in won):
         alike = [i for i in won if best[i][0] == ridge]
         shifts = [corrected[i].shift for i in alike]
@@ -95,7 +96,7 @@ def _winners(
     pairs: Mapping[int, tuple[Tensor, Tensor]],
     widths: Mapping[int, tuple[int, ...]],
     curvature: Curvature,
-    settings: GptqSettings,
+    quick: Quick,
     ranks: Group,
 ) -> list[int]:
     """Linears whose sample has less held-out error when it is quantized towards its target.
@@ -104,10 +105,9 @@ def _winners(
     """
     both = [W for pair in pairs.values() for W in pair]
     each = [widths[i] for i in pairs for _ in range(2)]
-    quick = replace(settings, compensated=None)
-    solved = solve_siblings(both, curvature, each, quick) if both else []
+    solved = quick(both, curvature, each) if both else []
     owners = [corrected[i] for i in pairs for _ in range(2)]
-    judged = [(move, codes.values()) for move, codes in zip(owners, solved, strict=True)]
+    judged = list(zip(owners, solved, strict=True))
     errors = _held_out(judged, ranks)
     plain, moved = errors[::2], errors[1::2]
     return [i for i, before, after in zip(pairs, plain, moved, strict=True) if after < before]

@@ -74,10 +74,20 @@ class GptqSolver:
         Corrections, which hold second moments, are taken out of `linears` once they are judged, and
         solvers out of `curvature`: the column loop needs their memory.
         """
-        goals = goals_of(linears, curvature, self.ridges, self.settings, ranks)
+        goals = goals_of(linears, curvature, self.ridges, self.quick, ranks)
         linears[:] = [replace(linear, correction=None) for linear in linears]
         curvature.solvers.clear()
         return _reach(linears, goals, curvature, self.settings)
+
+    def quick(
+        self,
+        targets: Sequence[Tensor],
+        curvature: Curvature,
+        widths: Sequence[tuple[int, ...]],
+    ) -> list[Tensor]:
+        """Values of the column loop on clip-searched grids."""
+        plain = replace(self.settings, compensated=None)
+        return [codes.values() for codes in solve_siblings(targets, curvature, widths, plain)]
 
 
 def _reach(

@@ -213,7 +213,7 @@ def test_the_compensated_search_starts_from_the_clip_search_and_improves_it():
 
 
 def chosen_ridges(linears, curvature, ridges):
-    goals = goals_of(linears, curvature, ridges, REFINED, SINGLE)
+    goals = goals_of(linears, curvature, ridges, GptqSolver(REFINED).quick, SINGLE)
     for goal, linear in zip(goals, linears, strict=True):
         assert goal.source is linear.W
         assert (goal.target is linear.W) == (goal.ridge is None)

@@ -1,0 +1,118 @@
+"""The circles of a tile's values with the least squared error (`code.py`).
+
+Viterbi's algorithm finds the best path through all states. For a circle it runs twice: over the
+steps around the seam, free at both ends, which gives the bits across the seam; then around, from
+there to there. `encode_tiles` takes the compiled kernel, `encode_reference` is the plain version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitmill_kernels.backend import wants_reference
+from bitmill_kernels.compiled import VECTOR_FLAGS, compiled
+from bitmill_kernels.trellis.code import table, to_circles, values_per_state
+from bitmill_kernels.trellis.layout import tile_bytes
+
+SEAM = {1: 40, 2: 24, 3: 16, 4: 12, 5: 16, 6: 12, 7: 12, 8: 12}
+"""Steps on each side of the seam that are looked at to choose its bits, by rate."""
+
+_NEVER = 1e30
+_LOG = logging.getLogger(__name__)
+
+
+def encode_tiles(targets: Tensor, rate: int) -> Tensor:
+    """Circles u8 [T, 32 rate] for targets f32 [T, 256], in the sequence of the circle."""
+    if not len(targets):
+        return torch.empty(0, tile_bytes(rate), dtype=torch.uint8, device=targets.device)
+    library = None
+    if targets.device.type == "cpu" and not wants_reference("auto"):
+        library = load_library()
+    if library is None:
+        return encode_reference(targets, rate)
+    circles = torch.empty(len(targets), tile_bytes(rate), dtype=torch.uint8)
+    targets, values = targets.float().contiguous(), table(rate, targets.device)
+    library.bitmill_trellis_encode(
+        targets.data_ptr(),
+        len(targets),
+        values.data_ptr(),
+        rate,
+        SEAM[rate],
+        circles.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return circles
+
+
+def encode_reference(targets: Tensor, rate: int) -> Tensor:
+    """`encode_tiles` in plain torch."""
+    V = values_per_state(rate)
+    values = table(rate, targets.device)
+    return to_circles(best_circle(targets, values, rate * V, SEAM[rate]), rate)
+
+
+def best_circle(targets: Tensor, values: Tensor, step: int, seam: int) -> Tensor:
+    """States i64 [T, S] of the path around for targets f32 [T, S V].
+
+    values: f32 [2^L, V] by state; step: bits a step; seam: steps on each side of it.
+    """
+    x = targets.float().unflatten(1, (-1, values.shape[1]))
+    around = torch.cat([x[:, -seam:], x[:, :seam]], 1)
+    first = _best_path(around, values, step, None)[:, seam]
+    return _best_path(x, values, step, first & ((len(values) >> step) - 1))
+
+
+def _best_path(x: Tensor, values: Tensor, step: int, ends: Tensor | None) -> Tensor:
+    """States i64 [T, S] of least sum |x - v|^2 for x [T, S, V]; ends i64 [T]: the bits that the
+    first state and those behind the last one begin with, None where they are free."""
+    count = len(values) >> step
+    kept = x.new_zeros(len(x), count)
+    if ends is not None:
+        kept = torch.full_like(kept, _NEVER).scatter_(1, ends[:, None], 0.0)
+    olds = []
+    for t in range(x.shape[1]):
+        cost = (x[:, t, None] - values).square().sum(-1)
+        cost += kept.repeat(1, 1 << step)
+        kept, old = cost.view(len(x), count, 1 << step).min(-1)
+        olds.append(old)
+    j = kept.argmin(1) if ends is None else ends
+    path = []
+    for old in reversed(olds):
+        state = j << step | old.gather(1, j[:, None])[:, 0]
+        path.append(state)
+        j = state & (count - 1)
+    return torch.stack(path[::-1], 1)
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """The compiled encoder, or None where it cannot be built or BITMILL_CPU_KERNEL is "0"."""
+    if os.environ.get("BITMILL_CPU_KERNEL", "1") == "0":
+        return None
+    flags = [*VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    source = Path(__file__).with_name("viterbi_cpu.cpp")
+    options = ["-O3", *flags, "-fopenmp"]
+    try:
+        built = compiled(
+            "bitmill_trellis", [source], extra_cflags=options, extra_ldflags=["-fopenmp"]
+        )
+        library = ctypes.CDLL(str(built))
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        reason = str(error).partition("\n")[0]
+        _LOG.warning("trellis codes are searched by torch, very slowly: %s", reason)
+        return None
+    pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    library.bitmill_trellis_encode.argtypes = [
+        *(pointer, long, pointer, integer),
+        *(integer, pointer, integer),
+    ]
+    library.bitmill_trellis_encode.restype = None
+    return library

@@ -1,0 +1,157 @@
+"""The trellis code and its search: against definitions, brute force and golden bytes."""
+
+import hashlib
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from bitmill_kernels.trellis.code import (
+    DEVIATION,
+    decode_tiles,
+    in_sequence,
+    positions,
+    state_values,
+    states,
+    table,
+    tiled,
+    to_circles,
+    untiled,
+    values_per_state,
+)
+from bitmill_kernels.trellis.encode import (
+    best_circle,
+    encode_reference,
+    encode_tiles,
+    load_library,
+)
+from bitmill_kernels.trellis.layout import RATES, circle_shapes, tile_bytes
+
+CPU = torch.device("cpu")
+LIMITS = {1: 0.275, 2: 0.072, 3: 0.019, 4: 0.0052, 5: 0.00130, 6: 0.00035, 7: 9e-5, 8: 2.3e-5}
+
+
+def random_circles(rate, count=3):
+    draw = torch.Generator().manual_seed(rate)
+    return torch.randint(0, 256, (count, tile_bytes(rate)), generator=draw, dtype=torch.uint8)
+
+
+def targets(rate, count=16):
+    draw = torch.Generator().manual_seed(rate)
+    return torch.randn(count, 256, generator=draw) * DEVIATION[rate]
+
+
+def squared_error(circles, wanted, rate):
+    return (in_sequence(decode_tiles(circles, rate)).float() - wanted).square()
+
+
+def f(u):
+    return ((np.uint16(u) & np.uint16(0x8FFF)) ^ np.uint16(0x3B60)).view(np.float16)
+
+
+@pytest.mark.parametrize("rate", [2, 6])
+def test_values_are_sums_of_masked_halves(rate):
+    for state in (0, 1, 777, 40000, 65535):
+        h = state * 0x962CAE47 % 2**32
+        r = int.from_bytes(h.to_bytes(4, "little"), "big")
+        pairs = [(h, r), (h >> 16, r >> 16)] if rate <= 4 else [(h, h >> 16)]
+        expected = [f(a & 0xFFFF) + f(b & 0xFFFF) for a, b in pairs]
+        assert state_values(torch.tensor(state), rate).tolist() == [float(v) for v in expected]
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_states_are_windows_of_the_circle(rate):
+    circles = random_circles(rate)
+    V = values_per_state(rate)
+    for circle, found in zip(circles, states(circles, rate), strict=True):
+        bits = int.from_bytes(bytes(circle.tolist()), "little")
+        around = bits | bits << 8 * len(circle)
+        assert found.tolist() == [around >> rate * V * t & 0xFFFF for t in range(256 // V)]
+    assert torch.equal(to_circles(states(circles, rate), rate), circles)
+
+
+def test_positions_are_those_of_a_matrix_fragment():
+    places = positions(CPU)
+    assert sorted(places.tolist()) == list(range(256))
+    for lane, register, half in product((0, 5, 31), range(4), range(2)):
+        group, thread = lane // 4, lane % 4
+        row = group + 8 * (register % 2)
+        column = 2 * thread + 8 * (register // 2) + half
+        assert places[8 * lane + 2 * register + half] == 16 * row + column
+
+
+def test_tiles_are_put_together_again():
+    W = torch.arange(32 * 48.0).view(32, 48)
+    assert torch.equal(tiled(W)[1, 2], W[16:, 32:])
+    assert torch.equal(untiled(tiled(W)), W)
+
+
+def test_the_search_finds_the_best_circle_by_trying_all():
+    """16 states, 1 bit a step, 6 steps: 64 circles. Looking at all steps twice finds the seam."""
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(16, 1, generator=draw)
+    x = torch.randn(40, 6, generator=draw)
+    circles = torch.tensor(list(product(range(2), repeat=6)))
+    windows = torch.stack([torch.roll(circles, -t, 1)[:, :4] for t in range(6)], 1)
+    every = (windows << torch.arange(4)).sum(-1)
+    costs = (x[:, None] - values[every, 0]).square().sum(-1)
+    path = best_circle(x, values, 1, 3)
+    assert torch.equal(path[:, 1:] & 7, path[:, :-1] >> 1)
+    assert torch.equal(path[:, 0] & 7, path[:, -1] >> 1)
+    found = (x - values[path, 0]).square().sum(1)
+    seam = (every[:, 0] & 7) == (path[:, :1] & 7)
+    least = torch.where(seam, costs, torch.inf).amin(1)
+    torch.testing.assert_close(found, least)
+    assert (found - costs.amin(1)).mean() < 0.05 * costs.mean()
+
+
+@pytest.mark.parametrize("rate", [2, 5])
+def test_the_compiled_search_finds_what_the_plain_one_finds(rate):
+    if load_library() is None:
+        pytest.skip("no C++ compiler")
+    wanted = targets(rate, 3)
+    compiled, plain = encode_tiles(wanted, rate), encode_reference(wanted, rate)
+    same = squared_error(compiled, wanted, rate).sum(1) / squared_error(plain, wanted, rate).sum(1)
+    torch.testing.assert_close(same, torch.ones(3), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_distortion_is_near_the_bound(rate):
+    wanted = targets(rate, 33)
+    circles = encode_tiles(wanted, rate)
+    assert circles.shape == (33, tile_bytes(rate))
+    error = float(squared_error(circles, wanted, rate).mean()) / DEVIATION[rate] ** 2
+    assert 4.0**-rate < error < LIMITS[rate]
+
+
+def test_a_few_tiles_are_coded_as_many_are():
+    wanted = targets(3, 18)
+    assert torch.equal(encode_tiles(wanted, 3)[17:], encode_tiles(wanted[17:], 3))
+    assert encode_tiles(wanted[:0], 3).shape == (0, 96)
+
+
+def test_golden_values():
+    """Stored checkpoints depend on every bit of these."""
+    digests = {
+        rate: hashlib.sha256(table(rate, CPU).half().numpy().tobytes()).hexdigest()[:16]
+        for rate in (4, 5)
+    }
+    decoded = hashlib.sha256(decode_tiles(random_circles(3), 3).numpy().tobytes()).hexdigest()[:16]
+    assert (digests[4], digests[5], decoded) == GOLDEN
+
+
+GOLDEN = ("0c6b487e77f102a6", "359ba2d8f6391017", "38dcaca10ea3179e")
+
+
+def test_shapes_name_a_tensor_per_rate():
+    shapes = circle_shapes(40, 300, (3, 2, 3))
+    assert shapes == {
+        "codes_r2": (1, 3, 8, 64),
+        "codes_r3": (1, 3, 8, 96),
+        "codes_tail": (3, 3, 96),
+    }
+    with pytest.raises(ValueError, match="2 rates for 3 groups"):
+        circle_shapes(40, 300, (3, 2))
+    with pytest.raises(ValueError, match=r"\[9\]"):
+        circle_shapes(40, 300, (3, 9, 3))
