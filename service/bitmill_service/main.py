@@ -17,6 +17,7 @@ from bitmill_service.api.context import Context
 from bitmill_service.api.routes import health, job_outputs, jobs, keys, maps, profiles
 from bitmill_service.http import problems
 from bitmill_service.http.access import Access, KeyRing
+from bitmill_service.http.fair_use import FairUse, RateLimiter
 from bitmill_service.http.media_type import require_json
 from bitmill_service.http.metrics import new_registry
 from bitmill_service.http.middleware import BodyLimit, RequestContext
@@ -92,6 +93,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     app.state.context = context
     problems.install(app)
     app.add_middleware(BodyLimit, limit=context.settings.max_body)
+    app.add_middleware(FairUse, limiter=RateLimiter(context.settings.calls_per_minute))
     app.add_middleware(Access, ring=context.keys)
     app.add_middleware(SameOrigin, hosts=context.settings.allowed_hosts)
     app.add_middleware(RequestContext, registry=context.registry)

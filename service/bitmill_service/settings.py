@@ -17,6 +17,8 @@ class ServiceSettings(Settings):
     """What `bitmill serve` and `create_app` can be told; sizes in bytes, times in seconds.
 
     keys: whether calls need an API key. "auto": unless `host` is loopback and no key was ever made.
+    calls_per_minute: of a key that has no limit of its own; downloads are not counted.
+    tenant_queued, tenant_running, tenant_bytes: of a tenant whose key has no limit of its own.
     allowed_hosts: names that requests may be sent to; empty accepts all. The embedded service on
     loopback accepts loopback's names only, unless these are set.
     max_body: largest request body; bit-width maps of large models are the largest ones.
@@ -28,6 +30,10 @@ class ServiceSettings(Settings):
     host: str = "127.0.0.1"
     port: int = Field(default=8737, ge=0, le=65535)
     keys: Literal["auto", "required", "off"] = "auto"
+    calls_per_minute: int = Field(default=6000, ge=1)
+    tenant_queued: int = Field(default=100, ge=0)
+    tenant_running: int | None = Field(default=None, ge=0)
+    tenant_bytes: int | None = Field(default=None, ge=0)
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
     max_body: int = Field(default=16 << 20, ge=1024)
     event_poll_s: float = Field(default=0.5, gt=0)

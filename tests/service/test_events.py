@@ -102,7 +102,7 @@ def test_streams_have_a_limit_and_give_their_place_back(
 ) -> None:
     job = stack.running()
     accept = {"Accept": "text/event-stream"}
-    wait_for(lambda: stack.context.streams == 0, "the end of other streams")
+    wait_for(lambda: stack.context.streams.total() == 0, "the end of other streams")
     monkeypatch.setattr(stack.context, "max_streams", 1)
     path = f"/v1/jobs/{job.id}/events"
     with http.stream("GET", path, headers=accept) as response:
@@ -112,7 +112,7 @@ def test_streams_have_a_limit_and_give_their_place_back(
         assert (refused.status_code, refused.json()["code"]) == (429, "too_many_streams")
         assert refused.headers["retry-after"] == "5"
         assert http.get(path).json()["events"]
-    wait_for(lambda: stack.context.streams == 0, "the place of the closed stream")
+    wait_for(lambda: stack.context.streams.total() == 0, "the place of the closed stream")
     assert stack.leases.fail(job.id, job.token, NumericalError("no luck"))
     assert stream(http, job.id)[-1].event == "end"
     assert stream(http, job.id)[-1].event == "end"

@@ -5,6 +5,7 @@ BitmillError
 ├── KeyNotFound          no such API key (HTTP 404)
 ├── StateConflict        the job's state does not allow it (HTTP 409)
 ├── IdempotencyMismatch  the key was used with another request (HTTP 422)
+├── QuotaExceeded        the tenant has as much as it may (HTTP 429)
 ├── StoreUnavailable     the database cannot be reached or is of another version (HTTP 503)
 ├── WorkerLost           workers died, or gave the job back, too often while they ran it
 └── DeadlinePassed       the job was not finished within its `deadline_s`
@@ -43,6 +44,12 @@ class IdempotencyMismatch(BitmillError):
     """An idempotency key was used before with a different request."""
 
     code = "idempotency_mismatch"
+
+
+class QuotaExceeded(BitmillError):
+    """The tenant has as much as its key allows: code `quota_queued` or `quota_bytes`."""
+
+    code = "quota_queued"
 
 
 class StoreUnavailable(BitmillError):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import FileText, QuantizationConfig
-from bitmill.errors import CalibrationError, ModelError
+from bitmill.errors import CalibrationError, InputError, ModelError
 from bitmill.formats.accounting import footprint
 from bitmill.pipeline import admission as library
 from bitmill.pipeline.estimate import Estimate, Machine
@@ -31,6 +31,7 @@ from bitmill_workers.execution.inputs import (
     planning_config,
 )
 from bitmill_workers.job_spec import HubModel, JobSpec
+from bitmill_workers.store.records import Quota
 from bitmill_workers.tiers import choose_queue, largest_tier
 
 
@@ -57,6 +58,30 @@ def admit(context: Context, spec: JobSpec, caller: Principal) -> Admission:
             raise
         return Admission(_queue(context, None), None, error.message)
     return Admission(_queue(context, admitted.needs(Machine(accelerator=True))), admitted)
+
+
+def quota_of(context: Context, caller: Principal) -> Quota | None:
+    """What the caller's tenant may have; nothing bounds who needs no key."""
+    if caller.key_id is None:
+        return None
+    given, usual = caller.limits, context.settings
+    return Quota(
+        queued=usual.tenant_queued if given.queued is None else given.queued,
+        running=usual.tenant_running if given.running is None else given.running,
+        bytes=usual.tenant_bytes if given.bytes is None else given.bytes,
+    )
+
+
+def check_priority(caller: Principal, priority: int) -> None:
+    """Raise `InputError` (code `priority_refused`) for a priority that the caller may not give."""
+    low, high = caller.limits.priorities
+    if not (low <= priority <= high or "admin" in caller.scopes):
+        raise InputError(
+            f"priority {priority} is not within {low} to {high}, which the key {caller.key_id} may "
+            "give",
+            code="priority_refused",
+            param="priority",
+        )
 
 
 def refuse_when_full(context: Context) -> None:

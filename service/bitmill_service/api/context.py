@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -26,7 +27,7 @@ class Context:
 
     notify: tells the broker about a queued job (id, queue) without waiting for it; a lost message
     is harmless, because the reconciler sends again. stopping: set when the server goes down, so
-    that streams end. streams: how many event streams are open, of `max_streams`.
+    that streams end. streams: how many event streams of each tenant are open, of `max_streams`.
     """
 
     settings: ServiceSettings
@@ -38,7 +39,7 @@ class Context:
     notify: Callable[[str, str], None] = lambda job_id, queue: None
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
-    streams: int = 0
+    streams: Counter[str] = field(default_factory=Counter)
     max_streams: int = field(default_factory=lambda: connection_limit() // 2)
 
 

@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 from starlette.routing import Match
 from starlette.types import Scope
 
-from bitmill_service.api.context import ContextDep
+from bitmill_service.api.context import ContextDep, PrincipalDep
 from bitmill_service.api.views import event_view
 from bitmill_service.http.problems import ProblemError
 from bitmill_workers.errors import JobNotFound
@@ -46,22 +46,28 @@ class EventStreamRoute(APIRoute):
         return super().matches(scope)
 
 
-async def stream_slot(context: ContextDep) -> AsyncIterator[None]:
+async def stream_slot(context: ContextDep, caller: PrincipalDep) -> AsyncIterator[None]:
     """Count a stream while it is open; 429 `too_many_streams` where half of all connections are.
 
-    Streams last as long as jobs, so without a limit they could keep every other request out.
+    Streams last as long as jobs, so without a limit they could keep every other request out. A
+    tenant may have a quarter of them.
     """
-    if context.streams >= context.max_streams:
-        raise ProblemError(
-            "too_many_streams",
-            f"{context.streams} event streams are open, at most {context.max_streams} may be",
-            headers={"Retry-After": "5"},
-        )
-    context.streams += 1
+    mine, most = caller.tenant, max(1, context.max_streams // 4)
+    limits = [(context.streams.total(), context.max_streams)]
+    if caller.key_id is not None:
+        limits.append((context.streams[mine], most))
+    for count, limit in limits:
+        if count >= limit:
+            raise ProblemError(
+                "too_many_streams",
+                f"{count} event streams are open, at most {limit} may be",
+                headers={"Retry-After": "5"},
+            )
+    context.streams[mine] += 1
     try:
         yield
     finally:
-        context.streams -= 1
+        context.streams[mine] -= 1
 
 
 def first_event(after: int, last_event_id: str | None) -> int:

@@ -27,7 +27,7 @@ CHANGES = ("cross_origin",)
 JSON_BODY = (*CHANGES, "payload_too_large", "unsupported_media_type")
 """Codes of a route that takes JSON."""
 
-_KEYED = ("key_required", "key_refused", "hub_token_refused", "scope_missing")
+_KEYED = ("key_required", "key_refused", "hub_token_refused", "scope_missing", "rate_limited")
 """Codes of a route that needs a key."""
 
 _EVERYWHERE = ("malformed_request", "wrong_host", "internal", "store_unavailable")
@@ -84,7 +84,7 @@ def _require_keys(described: dict[str, Any]) -> None:
             answers = operation["responses"]
             for status, answer in refusals(*_KEYED).items():
                 known = answers.setdefault(str(status), answer)
-                if str(status) == "403" and known is not answer:
+                if str(status) in ("403", "429") and known is not answer:
                     known["description"] += f", {answer['description']}"
             operation["responses"] = dict(sorted(answers.items()))
 

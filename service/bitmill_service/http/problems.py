@@ -67,6 +67,9 @@ CODES: Mapping[str, tuple[int, str]] = {
     "map_not_found": (404, "List the maps with GET /v1/bit-width-maps."),
     "hub_unreachable": (502, "Try again later, or check the server's HF_ENDPOINT."),
     "too_many_streams": (429, "Ask for pages of events, and for a stream again later."),
+    "rate_limited": (429, "Wait as long as Retry-After says; follow a job by its event stream."),
+    "quota_queued": (429, "Wait until some of your queued jobs have started, or cancel one."),
+    "quota_bytes": (429, "Delete jobs or uploads that you no longer need."),
     "too_many_jobs": (429, "Wait until queued jobs have finished."),
     "internal": (500, "Report this with the request id; the server's log holds the cause."),
 }
@@ -80,6 +83,9 @@ _HTTP_CODES = {
     415: "unsupported_media_type",
     416: "range_not_satisfiable",
 }
+
+_QUOTA_WAIT_S = 60
+"""A quota is freed by jobs that end and files that are deleted, which takes its time."""
 
 _TITLES = {413: "Content Too Large", 416: "Range Not Satisfiable", 422: "Unprocessable Content"}
 """Of RFC 9110, where Python 3.11 has older ones."""
@@ -166,6 +172,7 @@ async def _on_bitmill_error(request: Request, error: Exception) -> JSONResponse:
     status, hint = status_and_hint(error)
     if status >= 500:
         _log.error("%s: %s", error.code, error.message)
+    waits = {"Retry-After": str(_QUOTA_WAIT_S)} if status == 429 else None
     return _respond(
         request,
         status=status,
@@ -174,6 +181,7 @@ async def _on_bitmill_error(request: Request, error: Exception) -> JSONResponse:
         hint=hint,
         param=error.param,
         kind=error.to_dict()["kind"],
+        headers=waits,
     )
 
 

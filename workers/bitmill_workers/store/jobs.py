@@ -12,7 +12,12 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bitmill_workers.errors import IdempotencyMismatch, JobNotFound, StateConflict
+from bitmill_workers.errors import (
+    IdempotencyMismatch,
+    JobNotFound,
+    QuotaExceeded,
+    StateConflict,
+)
 from bitmill_workers.job_spec import JobSpec, ModelRef
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.records import (
@@ -22,6 +27,7 @@ from bitmill_workers.store.records import (
     JobRecord,
     LogPage,
     Page,
+    Quota,
     Submission,
     job_record,
     new_id,
@@ -71,11 +77,13 @@ class JobStore:
         parent_id: str | None = None,
         webhook_url: str | None = None,
         created_by: str | None = None,
+        quota: Quota | None = None,
     ) -> Submission:
         """Store a new queued job, or return the one that the same key made within a day.
 
         `request_hash` identifies the request's body; `created_by` is an API key's id. Raises
-        `IdempotencyMismatch` where the key was used with another hash.
+        `IdempotencyMismatch` where the key was used with another hash, and `QuotaExceeded` where
+        the tenant has used up its `quota`.
         """
         values = {
             "id": new_id(),
@@ -88,12 +96,14 @@ class JobStore:
             "parent_id": parent_id,
             "webhook_url": webhook_url,
             "created_by": created_by,
+            "max_running": quota and quota.running,
             "deadline_at": None if spec.deadline_s is None else db_now() + spec.deadline_s,
         }
         if idempotency_key is None:
             with self.database.write() as conn:
+                self._check_quota(conn, tenant, quota)
                 return Submission(_insert_job(conn, values), replayed=False)
-        return self._submit_once(values, idempotency_key, request_hash)
+        return self._submit_once(values, idempotency_key, request_hash, quota)
 
     def submitted(
         self, idempotency_key: str, request_hash: str, *, tenant: str = "local"
@@ -102,13 +112,41 @@ class JobStore:
         with self.database.read() as conn:
             return self._known_key(conn, tenant, idempotency_key, request_hash)
 
-    def _submit_once(self, values: dict[str, Any], key: str, request_hash: str) -> Submission:
+    def _check_quota(self, conn: sa.Connection, tenant: str, quota: Quota | None) -> None:
+        """Raise `QuotaExceeded`; submissions of a tenant wait here for each other."""
+        if quota is None:
+            return
+        if self.database.dialect == "postgresql":
+            lock = sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"bitmill {tenant}"))
+            conn.execute(sa.select(lock))
+        if quota.queued is not None:
+            mine = (jobs.c.tenant == tenant, jobs.c.state == "queued")
+            waiting = conn.execute(sa.select(sa.func.count()).select_from(jobs).where(*mine))
+            if (count := waiting.scalar_one()) >= quota.queued:
+                raise QuotaExceeded(
+                    f"{count} jobs of {tenant} are waiting, at most {quota.queued} may"
+                )
+        if quota.bytes is not None and (held := kept_bytes(conn, tenant)) >= quota.bytes:
+            raise QuotaExceeded(
+                f"{tenant} keeps {held:,} bytes, at most {quota.bytes:,} may be kept",
+                code="quota_bytes",
+            )
+
+    def kept_bytes(self, tenant: str) -> int:
+        """Bytes of all files that are kept for a tenant."""
+        with self.database.read() as conn:
+            return kept_bytes(conn, tenant)
+
+    def _submit_once(
+        self, values: dict[str, Any], key: str, request_hash: str, quota: Quota | None
+    ) -> Submission:
         tenant = values["tenant"]
         try:
             with self.database.write() as conn:
                 known = self._known_key(conn, tenant, key, request_hash)
                 if known is not None:
                     return Submission(known, replayed=True)
+                self._check_quota(conn, tenant, quota)
                 job = _insert_job(conn, values)
                 self._take_key(conn, tenant, key, request_hash, job.id)
                 return Submission(job, replayed=False)
@@ -322,6 +360,13 @@ class JobStore:
                 .where(jobs.c.id.in_(job_ids), jobs.c.state == "queued")
                 .values(sent_at=db_now())
             )
+
+
+def kept_bytes(conn: sa.Connection, tenant: str) -> int:
+    """Bytes of all files that are kept for a tenant."""
+    size = sa.func.coalesce(sa.func.sum(artifacts.c.size), 0)
+    mine = sa.select(size).select_from(artifacts.join(jobs)).where(jobs.c.tenant == tenant)
+    return int(conn.execute(mine).scalar_one())
 
 
 def _get(conn: sa.Connection, job_id: str, tenant: str | None) -> JobRecord:

@@ -25,6 +25,7 @@ from bitmill_workers.store.transitions import add_events, edge, follow, transiti
 MAX_EVENTS = 50_000
 """Progress events are dropped past this many of a job; its row still shows the progress."""
 _BACKOFF_CAP_S = 60.0
+_CLAIM_LOCK = 0x6269746F
 _SKIP_TRIES = 50
 _SKIP_WAIT_S = 0.02
 
@@ -63,6 +64,8 @@ class LeaseStore:
             self._claims[key] = _claim_edge(_first(queues, self.database.dialect), self.lease_s)
         parameters, event = {"claimer": owner}, {"owner": owner}
         with self.database.write() as conn:
+            if self.database.dialect == "postgresql":
+                _count_alone(conn)
             return follow(conn, self._claims[key], "running", parameters=parameters, event=event)
 
     def renew(self, job_id: str, token: int) -> Renewal:
@@ -271,7 +274,24 @@ def _runnable(queues: Sequence[str]) -> tuple[sa.ColumnElement[bool], ...]:
         jobs.c.state == sa.literal_column("'queued'"),
         jobs.c.queue.in_([sa.literal(queue) for queue in queues]),
         jobs.c.not_before <= db_now(),
+        _has_room(),
     )
+
+
+def _count_alone(conn: sa.Connection) -> None:
+    """Where running jobs are limited, claims wait for each other, so that none is one too many."""
+    limited = sa.exists().where(jobs.c.state == "queued", jobs.c.max_running.is_not(None))
+    if conn.execute(sa.select(limited)).scalar_one():
+        conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_CLAIM_LOCK)))
+
+
+def _has_room() -> sa.ColumnElement[bool]:
+    """Whether the job's tenant runs fewer jobs than it may."""
+    other = jobs.alias("other")
+    running = sa.select(sa.func.count()).where(
+        other.c.tenant == jobs.c.tenant, other.c.state.in_(["running", "finalizing"])
+    )
+    return sa.or_(jobs.c.max_running.is_(None), running.scalar_subquery() < jobs.c.max_running)
 
 
 def _first(queues: Sequence[str], dialect: str) -> sa.ScalarSelect[str]:

@@ -69,6 +69,7 @@ class JobRecord:
     log_size: int
     schema_version: int
     created_by: str | None
+    max_running: int | None
 
     @property
     def shown_state(self) -> ShownState:
@@ -159,6 +160,15 @@ class Submission:
 
     job: JobRecord
     replayed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What a tenant may have: waiting jobs, running jobs, kept bytes; None is without a limit."""
+
+    queued: int | None = None
+    running: int | None = None
+    bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

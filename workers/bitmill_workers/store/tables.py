@@ -65,6 +65,7 @@ jobs = sa.Table(
     sa.Column("log_size", sa.BigInteger, nullable=False),
     sa.Column("schema_version", sa.Integer, nullable=False),
     sa.Column("created_by", sa.String(16)),
+    sa.Column("max_running", sa.Integer),
     sa.CheckConstraint("state IN ({})".format(", ".join(f"'{s}'" for s in STATES)), name="state"),
 )
 

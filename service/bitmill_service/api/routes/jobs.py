@@ -8,7 +8,13 @@ from fastapi import APIRouter, Header, Query, Response, status
 from fastapi.responses import JSONResponse
 
 from bitmill.io.atomic import sha256_json
-from bitmill_service.api.admission import admit, plan_view, refuse_when_full
+from bitmill_service.api.admission import (
+    admit,
+    check_priority,
+    plan_view,
+    quota_of,
+    refuse_when_full,
+)
 from bitmill_service.api.context import (
     ID_PATTERN,
     Context,
@@ -28,7 +34,10 @@ from bitmill_workers.store.states import ShownState
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-_SUBMISSION = ("idempotency_deleted", "too_many_jobs", "hub_unreachable", "storage_unavailable")
+_SUBMISSION = (
+    *("idempotency_deleted", "too_many_jobs", "quota_queued", "quota_bytes"),
+    *("hub_unreachable", "storage_unavailable"),
+)
 
 IdempotencyKey = Annotated[
     str | None,
@@ -76,6 +85,7 @@ def create_job(
         return replayed
     if webhook_url is not None:
         check_webhook_url(webhook_url, context.settings)
+    check_priority(caller, priority)
     refuse_when_full(context)
     submission = context.jobs.submit(
         spec,
@@ -86,6 +96,7 @@ def create_job(
         priority=priority,
         webhook_url=webhook_url,
         created_by=caller.key_id,
+        quota=quota_of(context, caller),
     )
     return _accepted(context, submission.job, replayed=submission.replayed)
 
@@ -145,6 +156,7 @@ def retry_job(
     request_hash = sha256_json({"retry": job.id})
     if replayed := _replayed(context, idempotency_key, request_hash, tenant=job.tenant):
         return replayed
+    check_priority(caller, job.priority)
     refuse_when_full(context)
     spec = parse_spec(job.spec)
     if job.webhook_url is not None:
@@ -160,6 +172,7 @@ def retry_job(
         parent_id=job.id,
         webhook_url=job.webhook_url,
         created_by=caller.key_id,
+        quota=quota_of(context, caller),
     )
     return _accepted(context, submission.job, replayed=submission.replayed)
 
