@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
-from bitmill.formats.accounting import checkpoint_tensors, order_owners
+from bitmill.formats.accounting import checkpoint_tensors
+from bitmill.formats.format import order_owners
 from bitmill.formats.packed.checkpoint import write_checkpoint
 from bitmill.plan.model_plan import Plan, make_plan
 from bitmill.quant.rewrites import Rewrites

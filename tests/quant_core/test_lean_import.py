@@ -22,7 +22,10 @@ LEAN = (
     "bitmill.allocation.allocator",
     "bitmill.io.manifest",
     "bitmill.reporting.html",
+    "bitmill.formats.accounting",
+    "bitmill.formats.format",
     "bitmill.formats.packed.config",
+    "bitmill.formats.packed.format",
     "bitmill.config.slim_llm",
     "bitmill.formats.packed.layout",
 )

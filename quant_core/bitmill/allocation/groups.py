@@ -92,7 +92,9 @@ class GroupTable:
             rows = np.array([linear.rows for linear in self.plan.matrices])[self._linear]
             pairs = list(zip(rows.tolist(), self._columns.tolist(), strict=True))
             known = {
-                pair: [group_weight(kind, *pair, width) for width in self.widths.tolist()]
+                pair: [
+                    group_weight(self.plan, kind, *pair, width) for width in self.widths.tolist()
+                ]
                 for pair in set(pairs)
             }
             self._weights[kind] = np.array([known[pair] for pair in pairs], dtype=np.int64)

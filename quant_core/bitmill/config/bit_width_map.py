@@ -33,7 +33,6 @@ __all__ = [
     "code_bits",
     "group_bytes",
     "group_columns",
-    "linear_bytes",
 ]
 
 MAP_NAME = "bit_width_map.json"
@@ -145,14 +144,6 @@ def group_bytes(width: int, rows: int, columns: int) -> int:
     """Stored bytes of one group of `columns` <= 128 columns: codes, scales and zeros."""
     codes = rows * width * (GROUP_SIZE // 8 if columns == GROUP_SIZE else -(-columns // 8))
     return codes + 2 * rows + -(-rows * zero_bits(width) // 8)
-
-
-def linear_bytes(shape: LinearShape, widths: Sequence[int]) -> int:
-    """Stored bytes of one linear's groups, without its column order and bias."""
-    return sum(
-        group_bytes(width, shape.rows, columns)
-        for width, columns in zip(widths, group_columns(shape.columns), strict=True)
-    )
 
 
 def code_bits(shapes: Iterable[LinearShape], linears: Mapping[str, Sequence[int]]) -> float:

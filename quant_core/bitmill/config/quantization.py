@@ -25,6 +25,8 @@ from bitmill.config.methods import METHODS, MethodConfig
 from bitmill.errors import SpecError
 
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
+DEFAULT_FORMAT = "packed"
+"""What a result is stored in unless a job asks for another (`bitmill.formats.format`)."""
 
 
 Part = TypeVar("Part", bound=Closed)
@@ -331,6 +333,7 @@ class QuantizationConfig(Closed):
 
     threads: CPU threads (part of the result's identity: sums depend on it).
     devices: accelerators that work on it together, of one machine (part of its identity too).
+    format: in which the result is stored (`bitmill.formats.format`), one that keeps codes.
     """
 
     budget: Budget
@@ -341,6 +344,15 @@ class QuantizationConfig(Closed):
     seed: int = Field(default=0, ge=0, lt=2**31)
     threads: int | None = Field(default=None, ge=1, le=1024)
     devices: int = Field(default=1, ge=1, le=64)
+    format: str = DEFAULT_FORMAT
+
+    @model_serializer(mode="wrap")
+    def _without_default_format(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """JSON that readers from before `format` take too, where it is theirs."""
+        found: dict[str, Any] = dump(self)
+        if self.format == DEFAULT_FORMAT:
+            found.pop("format", None)
+        return found
 
     @property
     def method(self) -> MethodConfig:

@@ -19,12 +19,17 @@ from transformers import AutoModelForCausalLM
 
 from bitmill.calibration.windows import evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.quantization import Budget, Evaluation, QuantizationConfig
+from bitmill.config.quantization import (
+    DEFAULT_FORMAT,
+    Budget,
+    Evaluation,
+    QuantizationConfig,
+)
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
 from bitmill.evaluation.origin import check_made_from
 from bitmill.evaluation.tasks import TaskSuite
 from bitmill.formats.accounting import footprint
-from bitmill.formats.packed.checkpoint import PackedCheckpoint, read_bit_width_map
+from bitmill.formats.codec import open_checkpoint
 from bitmill.inference.load import load
 from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.dtypes import compute_dtype
@@ -40,10 +45,10 @@ Candidate = tuple[BitWidthMap, StreamedLogits]
 
 def from_packed(model: StreamedModel, packed: Path) -> StreamedLogits:
     """The model with the weights of a packed folder."""
-    checkpoint = PackedCheckpoint.open(packed)
+    checkpoint = open_checkpoint(packed)
 
     def dequantized(name: str) -> Tensor:
-        return checkpoint.linear(model.plan.by_name[name].shape).unpack().dequantize()
+        return checkpoint.weight(model.plan.by_name[name].shape)
 
     return with_weights(model, dequantized)
 
@@ -168,12 +173,13 @@ def evaluate_folder(
         {"texts": texts, "sequences": sequences, "length": length, "tasks": tasks}
     )
     suite = TaskSuite(asked.tasks, task_folder) if asked.tasks else None
-    bit_widths = read_bit_width_map(folder)
+    checkpoint = open_checkpoint(folder)
+    bit_widths = checkpoint.bit_widths
     with tempfile.TemporaryDirectory() as scratch:
         if gguf is not None:
             convert_gguf(source_folder / gguf, Path(scratch, "source"))
             source_folder = Path(scratch, "source")
-        planned = plan_for_map(source_folder, bit_widths)
+        planned = plan_for_map(source_folder, bit_widths, checkpoint.format.name)
         where = torch.device(device)
         model = StreamedModel(
             source_folder, planned, device=where, dtype=compute_dtype(where, planned)
@@ -196,9 +202,11 @@ def evaluate_folder(
         )
 
 
-def plan_for_map(source_folder: Path, bit_widths: BitWidthMap) -> Plan:
-    """The plan in which exactly the map's linears are quantized."""
-    config = QuantizationConfig(budget=Budget(bits=16))
+def plan_for_map(
+    source_folder: Path, bit_widths: BitWidthMap, stored_as: str = DEFAULT_FORMAT
+) -> Plan:
+    """The plan in which exactly the map's linears are quantized; stored_as: a format's name."""
+    config = QuantizationConfig(budget=Budget(bits=16), format=stored_as)
     planned = make_plan(source_folder, config)
     changes: dict[str, Any] = {}
     if not bit_widths.linears.keys() <= planned.by_name.keys():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import FormatError, InputError
-from bitmill.formats.packed.checkpoint import PackedCheckpoint
+from bitmill.formats.codec import open_checkpoint
 from bitmill.models.reader import CheckpointSource
 from bitmill.plan.model_plan import Plan
 
@@ -28,7 +28,7 @@ def check_made_from(folder: Path, source: CheckpointSource, plan: Plan) -> None:
 
     plan: of the source, with the linears of the folder's map.
     """
-    checkpoint = PackedCheckpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     try:
         checkpoint.check_linears(plan.shapes)
     except FormatError as error:
@@ -44,7 +44,7 @@ def check_made_from(folder: Path, source: CheckpointSource, plan: Plan) -> None:
         for linear in plan.block_linears(block):
             if linear.name in moved:
                 continue
-            weight = checkpoint.linear(linear.shape).unpack().dequantize()[:ROWS]
+            weight = checkpoint.weight(linear.shape)[:ROWS]
             if _cosine(weight, source.weight(linear)[:ROWS]) < LEAST_COSINE:
                 raise _other(folder, source, f"{linear.name} has other weights")
 

@@ -6,25 +6,23 @@
 
 `code_bits` and `bits` are sums over groups. `size` is not: the header's length depends on which
 tensors exist and how many digits their shapes and offsets have, so it is measured, not summed.
+Which tensors there are the plan's format says (`formats/format.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from bitmill.config.bit_width_map import BitWidthMap, group_bytes, group_columns, linear_bytes
+from bitmill.config.bit_width_map import BitWidthMap, group_columns
 from bitmill.config.quantization import Budget
-from bitmill.formats.packed.layout import stored_tensors
-from bitmill.io.safetensors import TensorInfo, checkpoint_bytes
+from bitmill.formats.format import Contents, Order, Widths, format_of
+from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan
 
-Order = Literal["natural", "activation"]
 Kind = Literal["code_bits", "bits", "size"]
-Widths = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -36,38 +34,14 @@ class Footprint:
     size: int
 
 
-def order_owners(plan: Plan, order: Order) -> dict[str, str]:
-    """Linear -> the linear whose `.order` tensor holds its column order; empty for `natural`.
-
-    The first linear that reads an input owns the order of that input's columns. An order that is
-    folded into the rows of the linears before it is stored nowhere.
-    """
-    if order == "natural":
-        return {}
-    return {
-        name: first
-        for block in range(plan.block_count)
-        for first, *others in plan.siblings(block)
-        if first not in plan.feeders
-        for name in (first, *others)
-    }
-
-
 def checkpoint_tensors(plan: Plan, widths: Widths, order: Order) -> list[TensorInfo]:
-    """Every tensor of the packed checkpoint, in the order in which shards are filled."""
-    owners = order_owners(plan, order)
-    return stored_tensors(
-        [tensor.spec for tensor in plan.tensors],
-        plan.shapes,
-        widths,
-        {name: f"{owner}.order" for name, owner in owners.items()},
-    )
+    """Every tensor of the checkpoint in the plan's format, in the order in which it is filed."""
+    return format_of(plan).tensors(Contents(plan, widths, order))
 
 
 def order_bytes(plan: Plan, order: Order) -> int:
-    """Bytes of all stored column orders: 4 per column of every distinct input."""
-    owners = set(order_owners(plan, order).values())
-    return sum(4 * linear.columns for linear in plan.linears if linear.name in owners)
+    """Bytes that no width changes: those of all stored column orders."""
+    return format_of(plan).fixed_bytes(plan, order)
 
 
 def measure(plan: Plan, widths: Widths, order: Order, kind: Kind) -> int:
@@ -78,10 +52,11 @@ def measure(plan: Plan, widths: Widths, order: Order, kind: Kind) -> int:
             for linear in plan.shapes
             for columns in [group_columns(linear.columns)]
         )
+    chosen = format_of(plan)
     if kind == "bits":
-        groups = sum(linear_bytes(shape, widths[shape.name]) for shape in plan.shapes)
-        return groups + order_bytes(plan, order)
-    return checkpoint_bytes(checkpoint_tensors(plan, widths, order))
+        groups = (chosen.linear_bytes(shape, widths[shape.name]) for shape in plan.shapes)
+        return sum(groups) + chosen.fixed_bytes(plan, order)
+    return chosen.file_bytes(Contents(plan, widths, order))
 
 
 def limit(plan: Plan, budget: Budget) -> int:
@@ -107,11 +82,11 @@ def describe(plan: Plan, kind: Kind, measured: int) -> str:
     return f"{math.ceil(value(plan, kind, measured) * 10_000) / 10_000:.4f}"
 
 
-def group_weight(kind: Kind, rows: int, columns: int, width: int) -> int:
+def group_weight(plan: Plan, kind: Kind, rows: int, columns: int, width: int) -> int:
     """What one group adds: code bits for `code_bits`, else stored bytes."""
     if kind == "code_bits":
         return rows * columns * width
-    return group_bytes(width, rows, columns)
+    return format_of(plan).group_bytes(width, rows, columns)
 
 
 def footprint(plan: Plan, bit_width_map: BitWidthMap) -> Footprint:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.errors import FormatError
-from bitmill.formats.packed.checkpoint import PackedCheckpoint
+from bitmill.formats.codec import open_checkpoint
 from bitmill.inference.hf_quantizer import plain_shapes, quantized_linears
 from bitmill.models.dtypes import as_dtype
 
@@ -36,7 +36,7 @@ def load(
     folder = Path(folder)
     if dtype != "auto":
         dtype = as_dtype(dtype)
-    PackedCheckpoint.open(folder).check_linears(model_shapes(folder))
+    open_checkpoint(folder).check_linears(model_shapes(folder))
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,

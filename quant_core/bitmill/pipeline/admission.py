@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitmill.allocation.allocator import check_budget
-from bitmill.config.quantization import QuantizationConfig
+from bitmill.config.quantization import Allocation, QuantizationConfig
+from bitmill.errors import SpecError
+from bitmill.formats.format import Facts, check_supported, format_of, order_owners
 from bitmill.pipeline.estimate import Estimate, Machine, estimate
 from bitmill.plan.model_plan import Plan, check_lengths, check_rows, make_plan
 
@@ -33,11 +35,44 @@ def admit(folder: Path, config: QuantizationConfig, *, gguf: str | None = None) 
     """Plan a job for a model folder, or for one GGUF file in it, and check what was asked.
 
     Raises an `InputError`: `ModelError` for the model, `BudgetError` for a budget, map or size
-    that no choice of widths meets, `SpecError` for windows longer than the model runs or more
-    devices than a linear has rows.
+    that no choice of widths meets, `SpecError` for what the format cannot hold, windows longer than
+    the model runs or more devices than a linear has rows.
     """
     plan = make_plan(folder, config, gguf=gguf)
+    check_format(plan, config)
     check_budget(plan, config)
     check_lengths(plan, config.calibration.length, config.evaluation.length)
     check_rows(plan, config.devices)
     return Admission(config, plan, gguf is not None)
+
+
+def check_format(plan: Plan, config: QuantizationConfig) -> None:
+    """Raise `SpecError` naming what of the job its format has no place for."""
+    chosen, allocation = format_of(plan), config.allocation
+    if not chosen.keeps_codes:
+        raise SpecError(
+            f"format {chosen.name!r} keeps no codes, so no job can store its result in it: export "
+            "the result",
+            code="format_refuses",
+            param="format",
+        )
+    widths = allocation.legal_widths
+    given = allocation.map.linears.values() if allocation.map else ()
+    if given:
+        widths = tuple({width for groups in given for width in groups})
+    check_supported(
+        chosen,
+        Facts(
+            plan,
+            kinds=frozenset({config.method.kind}),
+            widths=frozenset(widths),
+            mixed=any(len(set(groups)) > 1 for groups in given) or _mixes(allocation),
+            rewrites=frozenset({"order"} if order_owners(plan, allocation.order) else ()),
+            config={},
+        ),
+    )
+
+
+def _mixes(allocation: Allocation) -> bool:
+    """Whether the allocation may give the groups of one linear different widths."""
+    return allocation.method in ("sba", "knapsack") and not allocation.per_linear

@@ -34,7 +34,8 @@ from bitmill.formats.accounting import (
     limit,
     measure,
 )
-from bitmill.formats.packed.checkpoint import PackedCheckpoint, read_bit_width_map, tensor_bytes
+from bitmill.formats.codec import Checkpoint, open_checkpoint
+from bitmill.formats.writing import tensor_bytes
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan
 from bitmill.quant.tensors import Stored
@@ -77,17 +78,17 @@ def verify_folder(
     """Check a packed folder against the plan, the recorded hashes and the budget.
 
     expected_code_hashes: `QuantizedWeight.codes_sha256` by linear
-    tensor_hashes: what `write_checkpoint` returned
+    tensor_hashes: what the codec's `write` returned
     solved: a linear as it was when its codes were hashed, of its name and what is stored, see
     `transforms/transform.py`
 
     Raises VerificationError for the first difference, naming the tensor or the limit.
     """
     try:
-        checkpoint = PackedCheckpoint.open(folder)
-        bit_widths = read_bit_width_map(folder)
+        checkpoint = open_checkpoint(folder)
+        bit_widths = checkpoint.bit_widths
         checkpoint.check_linears(plan.shapes)
-        _check_map(checkpoint, bit_widths, expected_code_hashes)
+        _check_map(bit_widths, expected_code_hashes)
         specs = checkpoint_tensors(plan, bit_widths.linears, bit_widths.order)
         _check_tensors(checkpoint, specs, tensor_hashes)
         spent = _check_budget(checkpoint, bit_widths, plan, budget)
@@ -130,12 +131,8 @@ def _near_one(largest: float) -> float:
     return min(LARGEST_PROBE, math.ldexp(1.0, -math.frexp(largest)[1]))
 
 
-def _check_map(
-    checkpoint: PackedCheckpoint, bit_widths: BitWidthMap, hashes: Mapping[str, str]
-) -> None:
-    if checkpoint.config.widths != dict(bit_widths.linears):
-        raise VerificationError("bit_width_map.json and config.json give different widths")
-    different = sorted(hashes.keys() ^ checkpoint.config.linears.keys())
+def _check_map(bit_widths: BitWidthMap, hashes: Mapping[str, str]) -> None:
+    different = sorted(hashes.keys() ^ bit_widths.linears.keys())
     if different:
         raise VerificationError(
             f"linear {different[0]} was computed or stored, not both", param=different[0]
@@ -143,7 +140,7 @@ def _check_map(
 
 
 def _check_tensors(
-    checkpoint: PackedCheckpoint, specs: list[TensorInfo], hashes: Mapping[str, str]
+    checkpoint: Checkpoint, specs: list[TensorInfo], hashes: Mapping[str, str]
 ) -> None:
     """Names, dtypes, shapes and bytes of every stored tensor."""
     different = sorted({spec.name for spec in specs} ^ checkpoint.headers.keys())
@@ -181,7 +178,7 @@ class _Expected:
 
 
 def _check_linears(
-    checkpoint: PackedCheckpoint,
+    checkpoint: Checkpoint,
     plan: Plan,
     expected: _Expected,
     device: torch.device,
@@ -206,7 +203,7 @@ def _check_linears(
 
 
 def _check_budget(
-    checkpoint: PackedCheckpoint,
+    checkpoint: Checkpoint,
     bit_widths: BitWidthMap,
     plan: Plan,
     budget: Budget,

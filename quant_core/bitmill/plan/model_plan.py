@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.config.closed import Closed
-from bitmill.config.quantization import QuantizationConfig
+from bitmill.config.quantization import DEFAULT_FORMAT, QuantizationConfig
 from bitmill.errors import ModelError, SpecError
 from bitmill.io.gguf import read_gguf_header
 from bitmill.io.safetensors import TensorInfo, read_headers
@@ -114,6 +114,7 @@ class Plan(Closed):
     linears: of the decoder blocks, in execution order. embeddings: input embedding and head, where
     they are quantized too. max_positions: None where the model has no limit.
     experts: routed experts of a block, 0 in a dense model. left_out: they take no budget.
+    format: in which the result is stored, by its name in `bitmill.formats.format.FORMATS`.
     """
 
     schema_version: Literal[1] = 1
@@ -128,6 +129,7 @@ class Plan(Closed):
     tensors: tuple[PlannedTensor, ...]
     embeddings: tuple[PlannedLinear, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    format: str = DEFAULT_FORMAT
 
     @cached_property
     def notes(self) -> list[str]:
@@ -398,4 +400,5 @@ def make_plan(folder: Path, asked: QuantizationConfig, *, gguf: str | None = Non
         config, found = read_config(folder)
         stored = read_headers(folder)
     keep, embeddings = asked.allocation.keep, asked.allocation.embeddings == "quantize"
-    return build_plan(config, found, stored.values(), keep, embeddings)
+    made = build_plan(config, found, stored.values(), keep, embeddings)
+    return made.model_copy(update={"format": asked.format})

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bitmill.errors import FormatError
-from bitmill.formats.packed.checkpoint import DTYPES, tensor_bytes
+from bitmill.formats.writing import DTYPES, tensor_bytes
 from bitmill.io import atomic as storage
 from bitmill.io.safetensors import TensorInfo, file_pieces
 from bitmill.plan.model_plan import Plan

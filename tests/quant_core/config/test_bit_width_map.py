@@ -11,9 +11,9 @@ from bitmill.config.bit_width_map import (
     LinearShape,
     code_bits,
     group_bytes,
-    linear_bytes,
 )
 from bitmill.errors import FormatError
+from bitmill.formats.packed.format import Packed
 from bitmill_kernels.pack import pack_codes, pack_zeros
 
 
@@ -33,7 +33,7 @@ def test_linear_bytes_equal_the_packed_tensors(case):
     zeros = torch.zeros(shape.groups, shape.rows, dtype=torch.uint8)
     tensors = [*pack_codes(codes, widths).values(), *pack_zeros(zeros, widths).values()]
     scales = 2 * shape.rows * shape.groups
-    assert linear_bytes(shape, widths) == sum(t.nbytes for t in tensors) + scales
+    assert Packed().linear_bytes(shape, widths) == sum(t.nbytes for t in tensors) + scales
 
 
 def test_group_bytes_of_one_group_by_hand():

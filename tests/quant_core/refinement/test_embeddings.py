@@ -26,7 +26,7 @@ from bitmill.errors import BudgetError, FormatError, ModelError, VerificationErr
 from bitmill.evaluation.compare import evaluate_folder
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
 from bitmill.formats.accounting import footprint
-from bitmill.formats.packed.checkpoint import read_bit_width_map
+from bitmill.formats.codec import open_checkpoint
 from bitmill.inference.embedding import TiedHead
 from bitmill.inference.hf_quantizer import quantized_linears
 from bitmill.models.streamed import StreamedModel
@@ -126,7 +126,7 @@ class Job:
 
     @property
     def map(self) -> BitWidthMap:
-        return read_bit_width_map(self.out)
+        return open_checkpoint(self.out).bit_widths
 
     @property
     def bytes(self) -> int:

@@ -15,9 +15,11 @@ from bitmill import load
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Budget, parse_config
 from bitmill.errors import VerificationError
-from bitmill.formats.accounting import checkpoint_tensors, measure, order_owners
-from bitmill.formats.packed.checkpoint import PackedCheckpoint, tensor_bytes, write_checkpoint
+from bitmill.formats.accounting import checkpoint_tensors, measure
+from bitmill.formats.format import order_owners
+from bitmill.formats.packed.checkpoint import PackedCheckpoint, write_checkpoint
 from bitmill.formats.packed.layout import stored_tensors
+from bitmill.formats.writing import tensor_bytes
 from bitmill.pipeline.verify import verify_folder
 from bitmill.plan.model_plan import Plan, make_plan
 from bitmill.quant.tensors import Quantized, Stored

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.formats.accounting import checkpoint_tensors, order_owners
-from bitmill.formats.packed.checkpoint import write_checkpoint
+from bitmill.formats.codec import Supply, codec_of
+from bitmill.formats.format import Contents, format_of
 from bitmill.io.atomic import write_json
 from bitmill.models.reader import CheckpointSource
 from bitmill.pipeline.source import Model, Source
@@ -53,18 +53,13 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     shutil.rmtree(packed, ignore_errors=True)
     packed.mkdir()
     with CheckpointSource(inputs.model.folder) as stored:
-        hashes = write_checkpoint(
-            packed,
-            source=inputs.model.folder,
-            tensors=checkpoint_tensors(plan, widths.linears, widths.order),
-            bit_widths=widths,
+        supply = Supply(
+            folder=inputs.model.folder,
             linear=FoldedOrders(inputs.refined.open(plan), plan).packed,
             other=lambda name: stored.tensor(kept[name]),
-            orders={
-                name: f"{owner}.order" for name, owner in order_owners(plan, widths.order).items()
-            },
-            on_linear=on_linear,
         )
+        contents = Contents(plan, widths.linears, widths.order)
+        hashes = codec_of(format_of(plan)).write(packed, contents, supply, on_linear)
     write_json(folder / HASHES_NAME, hashes)
 
 

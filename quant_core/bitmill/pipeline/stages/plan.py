@@ -50,6 +50,7 @@ class Inputs:
     model: Model
     allocation: Allocation
     budget: Budget
+    format: str
     calibration_length: int
     evaluation_length: int
     devices: int
@@ -69,6 +70,7 @@ class Inputs:
             model=model,
             allocation=config.allocation,
             budget=config.budget,
+            format=config.format,
             calibration_length=config.calibration.length,
             evaluation_length=config.evaluation.length,
             devices=config.devices,
@@ -95,7 +97,9 @@ STAGE = Stage("plan", work)
 
 
 def _admitted(inputs: Inputs) -> Plan:
-    asked = QuantizationConfig(allocation=inputs.allocation, budget=inputs.budget)
+    asked = QuantizationConfig(
+        allocation=inputs.allocation, budget=inputs.budget, format=inputs.format
+    )
     made = make_plan(inputs.model.folder, asked)
     check_budget(made, asked)
     check_lengths(made, inputs.calibration_length, inputs.evaluation_length)

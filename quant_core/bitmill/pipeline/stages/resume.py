@@ -9,7 +9,7 @@ from typing import Any
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.errors import FormatError
-from bitmill.formats.packed.checkpoint import PackedCheckpoint
+from bitmill.formats.codec import open_checkpoint
 from bitmill.io.atomic import write_json
 from bitmill.pipeline.learned_parameters import PARAM, LearnedParameters
 from bitmill.pipeline.stage import Run, Stage
@@ -49,7 +49,7 @@ def take_over(
     files are damaged or belong to another model.
     """
     learned.check_files()
-    checkpoint = PackedCheckpoint.open(learned.folder)
+    checkpoint = open_checkpoint(learned.folder)
     checkpoint.check_linears(plan.shapes)
     report = QualityReport.load(learned.folder / "quality.json")
     linears = {linear.name: linear for linear in report.linears}

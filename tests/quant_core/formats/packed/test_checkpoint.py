@@ -23,14 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitmill.errors import BitmillError, Cancelled, FormatError, ModelError, ResourceError
-from bitmill.formats.accounting import checkpoint_tensors, order_owners
-from bitmill.formats.packed import checkpoint as checkpoint_module
-from bitmill.formats.packed.checkpoint import (
-    PackedCheckpoint,
-    read_bit_width_map,
-    tensor_bytes,
-    write_checkpoint,
-)
+from bitmill.formats import writing as writing_module
+from bitmill.formats.accounting import checkpoint_tensors
+from bitmill.formats.format import order_owners
+from bitmill.formats.packed.checkpoint import PackedCheckpoint, write_checkpoint
+from bitmill.formats.writing import tensor_bytes
 from bitmill.io import atomic as storage
 from bitmill.io import safetensors as safetensors_module
 from bitmill.io.atomic import Flusher
@@ -72,7 +69,7 @@ def test_every_linear_reads_back_exactly(packed: PackedModel) -> None:
         found = checkpoint.linear(shape).unpack()
         assert same(found, packed.weights[shape.name])
         assert (found.order is None) == (shape.name in packed.plan.feeders)
-    assert read_bit_width_map(packed.folder) == packed.map
+    assert PackedCheckpoint.open(packed.folder).bit_widths == packed.map
 
 
 def test_other_tensors_are_taken_over_and_the_tied_head_is_stored_once(
@@ -142,7 +139,7 @@ def test_tensors_are_written_one_at_a_time_and_hashed_meanwhile(
         return count
 
     write = os.pwrite
-    monkeypatch.setattr(checkpoint_module, "hashlib", SimpleNamespace(sha256=sha256))
+    monkeypatch.setattr(writing_module, "hashlib", SimpleNamespace(sha256=sha256))
     monkeypatch.setattr(os, "pwrite", pwrite)
     packed = pack_model(source, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")

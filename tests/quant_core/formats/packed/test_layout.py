@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitmill.config.bit_width_map import LinearShape, linear_bytes
+from bitmill.config.bit_width_map import LinearShape
 from bitmill.errors import FormatError
+from bitmill.formats.packed.format import Packed
 from bitmill.formats.packed.layout import linear_tensors, stored_tensors
 from bitmill.io.safetensors import TensorInfo
 from bitmill_kernels.layout import WIDTHS, group_count
@@ -38,7 +39,7 @@ def test_names_shapes_and_bytes_are_those_of_packing(
         for name, tensor in (packed.tensors("a.b") | packed.rewrites.tensors("a.b")).items()
     }
     order_bytes = 4 * shape.columns if ordered else 0
-    assert sum(spec.nbytes for spec in specs) == linear_bytes(shape, widths) + order_bytes
+    assert sum(spec.nbytes for spec in specs) == Packed().linear_bytes(shape, widths) + order_bytes
 
 
 def test_linears_come_first_in_the_model_s_order_and_own_orders_once() -> None:

@@ -1,0 +1,218 @@
+"""Formats by name: which tensors a checkpoint has, what it takes, what it refuses. Torch-free.
+
+A format's configuration class says, before anything is written, every tensor with its bytes, and
+what it cannot hold; budgets and plans ask it. What writes and reads the files is its codec
+(`formats/codec.py`), which is found by its place. Nothing outside a format's own folder asks for
+its name: a plan says in which format its model will be stored. docs/extending.md shows how to add
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+from bitmill.config.bit_width_map import (
+    WIDTHS,
+    BitWidthMap,
+    LinearShape,
+    group_bytes,
+    group_columns,
+)
+from bitmill.config.closed import Closed
+from bitmill.errors import SpecError
+from bitmill.io.safetensors import TensorInfo, checkpoint_bytes
+from bitmill.plan.model_plan import Plan
+from bitmill.registry import Registry
+
+Order = Literal["natural", "activation"]
+Widths = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is to be stored: a planned model, a width for every group of its linears, and the column
+    order that the groups were formed in."""
+
+    plan: Plan
+    widths: Widths
+    order: Order = "natural"
+
+    @property
+    def bit_widths(self) -> BitWidthMap:
+        """Widths and order as a map."""
+        widths = {name: tuple(groups) for name, groups in self.widths.items()}
+        return BitWidthMap(order=self.order, linears=widths)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides whether a format can hold a model; known before there is a map.
+
+    kinds: of quantized tensors (`quant.tensors.KINDS`). widths: that groups may have; mixed:
+    whether those of one linear may differ. rewrites: names of those that are left to be stored.
+    config: the model's config.json, empty where it is not known yet.
+    """
+
+    plan: Plan
+    kinds: frozenset[str]
+    widths: frozenset[int]
+    mixed: bool
+    rewrites: frozenset[str]
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, contents: Contents, config: Mapping[str, Any], kinds: Iterable[str] = ("affine",)
+    ) -> Facts:
+        """Those of a model whose map is known."""
+        orders = order_owners(contents.plan, contents.order)
+        return cls(
+            contents.plan,
+            frozenset(kinds),
+            frozenset(width for widths in contents.widths.values() for width in widths),
+            any(len(set(widths)) > 1 for widths in contents.widths.values()),
+            frozenset({"order"} if orders else ()),
+            config,
+        )
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a format cannot hold a model. name: of the setting, linear or tensor at fault."""
+
+    name: str
+    reason: str
+
+
+class Format(Closed):
+    """Base of the settings of all formats, and what must be known of each without torch.
+
+    name: as users write it. codec: place of the `Codec` that is made from the settings.
+    keeps_codes: whether the quantized tensors themselves can be read back, so that a job can store
+    its result in it. kinds, widths, mixed, rewrites: what it has a place for, as in `Facts`.
+    """
+
+    name: ClassVar[str]
+    codec: ClassVar[str]
+    keeps_codes: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[str]] = frozenset({"affine"})
+    widths: ClassVar[frozenset[int]] = frozenset(WIDTHS)
+    mixed: ClassVar[bool] = True
+    rewrites: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def recognizes(cls, settings: Mapping[str, Any]) -> bool:
+        """Whether a folder with this config.json is in the format."""
+        return False
+
+    def refusals(self, facts: Facts) -> list[Refusal]:
+        """Everything of the model that the format has no place for."""
+        found = [
+            Refusal(kind, f"it has no place for tensors of kind {kind!r}")
+            for kind in sorted(facts.kinds - self.kinds)
+        ]
+        if facts.widths - self.widths:
+            found.append(
+                Refusal(
+                    "allocation.widths",
+                    f"it has no widths {sorted(facts.widths - self.widths)}: allow only some of "
+                    f"{sorted(self.widths)}",
+                )
+            )
+        if facts.mixed and not self.mixed:
+            found.append(
+                Refusal(
+                    "allocation.per_linear",
+                    "all groups of a linear have one width in it: set allocation.per_linear",
+                )
+            )
+        for name in sorted(facts.rewrites - self.rewrites):
+            found.append(_no_rewrite(name))
+        return found
+
+    def tensors(self, contents: Contents) -> list[TensorInfo]:
+        """Every stored tensor with its dtype, shape and bytes, in the order in which it is filed.
+
+        Raises `FormatError` unless there is one legal width per group of every linear.
+        """
+        raise NotImplementedError
+
+    def file_bytes(self, contents: Contents) -> int:
+        """Bytes of all files that hold tensors, headers included."""
+        return checkpoint_bytes(self.tensors(contents))
+
+    def group_bytes(self, width: int, rows: int, columns: int) -> int:
+        """Stored bytes of one group of `columns` <= 128 columns: codes, and the grid they are in.
+
+        The sum over all groups and `fixed_bytes` is what a budget in `bits` counts.
+        """
+        return group_bytes(width, rows, columns)
+
+    def linear_bytes(self, shape: LinearShape, widths: Sequence[int]) -> int:
+        """Stored bytes of one linear's groups."""
+        return sum(
+            self.group_bytes(width, shape.rows, columns)
+            for width, columns in zip(widths, group_columns(shape.columns), strict=True)
+        )
+
+    def fixed_bytes(self, plan: Plan, order: Order) -> int:
+        """Bytes beside the groups that no width changes: 4 per column of every stored order."""
+        owners = set(order_owners(plan, order).values())
+        return sum(4 * linear.columns for linear in plan.linears if linear.name in owners)
+
+
+def _no_rewrite(name: str) -> Refusal:
+    if name == "order":
+        return Refusal(
+            "allocation.order",
+            "it has no place for column orders: quantize with allocation.order 'natural'",
+        )
+    return Refusal(name, f"it has no place for what the transform {name!r} leaves to be stored")
+
+
+FORMATS: Registry[type[Format]] = Registry(
+    "format", "bitmill.formats", {"packed": "bitmill.formats.packed.format:Packed"}
+)
+
+
+def format_of(plan: Plan) -> Format:
+    """The format in which a planned model will be stored."""
+    return _with_defaults(plan.format)
+
+
+@lru_cache(maxsize=16)
+def _with_defaults(name: str) -> Format:
+    """Budgets ask for every group."""
+    return FORMATS[name]()
+
+
+def order_owners(plan: Plan, order: Order) -> dict[str, str]:
+    """Linear -> the linear whose `.order` tensor holds its column order; empty for `natural`.
+
+    The first linear that reads an input owns the order of that input's columns. An order that is
+    folded into the rows of the linears before it is stored nowhere.
+    """
+    if order == "natural":
+        return {}
+    return {
+        name: first
+        for block in range(plan.block_count)
+        for first, *others in plan.siblings(block)
+        if first not in plan.feeders
+        for name in (first, *others)
+    }
+
+
+def check_supported(chosen: Format, facts: Facts) -> None:
+    """Raise `SpecError` (format_refuses) naming all that the format has no place for."""
+    found = chosen.refusals(facts)
+    if found:
+        reasons = "; ".join(f"{one.name}: {one.reason}" for one in found)
+        raise SpecError(
+            f"format {chosen.name!r} cannot hold this model: {reasons}",
+            code="format_refuses",
+            param=found[0].name,
+        )
