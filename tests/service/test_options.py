@@ -29,8 +29,9 @@ OWN = {"--out", "--work", "--profiles", "--task-folder", "--device", "--spec", "
 CASES: list[tuple[str, dict[str, Any]]] = [
     (
         "org/name@v2 --file m.gguf --bits 3 --label a --deadline 60 --seed 3 --threads 2 "
-        "--devices 4",
+        "--devices 4 --format bitmill-1",
         {
+            "format": "bitmill-1",
             "model.source": "hub",
             "model.repo_id": "org/name",
             "model.revision": "v2",
@@ -65,7 +66,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ),
     (
         "upload:u1 --size 120MB --no-clip-search --no-compensated-grid --no-scale-refit "
-        "--no-asymmetric --refine-settings {}",
+        "--no-asymmetric --refine-settings {} --transforms []",
         {
             "model.source": "upload",
             "model.upload_id": "u1",
@@ -224,7 +225,11 @@ def test_an_option_sets_its_field(parsed: Any, line: str, expected: dict[str, An
 
 def test_every_field_is_set_by_some_option() -> None:
     tried = {path for _, expected in CASES for path in expected}
-    assert tried == set(leaves(JobSpec)) - {CONSTANT, "refinement.settings"}
+    assert tried == set(leaves(JobSpec)) - {
+        CONSTANT,
+        "refinement.settings",
+        "refinement.transforms",
+    }
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.quantization import (
+    DEFAULT_FORMAT,
     Allocation,
     BaseAllocation,
     BaseOmniQuant,
@@ -24,6 +25,7 @@ from bitmill.config.quantization import (
     Calibration,
     Evaluation,
     FileText,
+    FormatName,
     LocalOmniQuant,
     QuantizationConfig,
     Refinement,
@@ -121,6 +123,7 @@ class JobSpec(Closed):
 
     threads: CPU threads of the runner (part of the result's identity: sums depend on it).
     devices: accelerators that work on the job together, of one machine (part of its identity too).
+    format: in which the result is stored.
     """
 
     schema_version: Literal[1] = 1
@@ -133,6 +136,7 @@ class JobSpec(Closed):
     seed: int = Field(default=0, ge=0, lt=2**31)
     threads: int | None = Field(default=None, ge=1, le=1024)
     devices: int = Field(default=1, ge=1, le=64)
+    format: FormatName = DEFAULT_FORMAT
     label: str | None = Field(default=None, max_length=200)
     deadline_s: int | None = Field(default=None, ge=1)
 
@@ -182,6 +186,7 @@ class JobSpec(Closed):
             seed=self.seed,
             threads=self.threads,
             devices=self.devices,
+            format=self.format,
         )
 
     def _map(self, given: BitWidthMap | None) -> BitWidthMap | None:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from bitmill.config.closed import Closed
+from bitmill.config.transforms import TransformConfig
 from bitmill.registry import Registry
 
 Statistic = Literal["hessian", "shift"]
@@ -42,6 +43,7 @@ class MethodConfig(Closed):
     name: as users write it. solver: place of what makes the `Solver` from the settings. learner:
     place of the `Learner`, if the method has one. kind: of the tensors that it gives
     (`quant.tensors.KINDS`). max_devices: most accelerators that it works on, None for any number.
+    transformed: whether transforms other than the column order may come before it.
     """
 
     name: ClassVar[str]
@@ -49,6 +51,7 @@ class MethodConfig(Closed):
     learner: ClassVar[str | None] = None
     kind: ClassVar[str] = "affine"
     max_devices: ClassVar[int | None] = None
+    transformed: ClassVar[bool] = True
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -59,6 +62,11 @@ class MethodConfig(Closed):
     def runs_source(self) -> bool:
         """Whether the source model runs beside the quantized one."""
         return "shift" in self.needs or self.learner is not None
+
+    @property
+    def transforms(self) -> tuple[TransformConfig, ...]:
+        """Those that always come before it, after those that a job asks for."""
+        return ()
 
     @property
     def learning(self) -> LearningNeeds | None:
@@ -126,6 +134,7 @@ class OmniQuant(MethodConfig):
     solver: ClassVar[str] = "bitmill.refinement.omniquant.settings:first_solver"
     learner: ClassVar[str | None] = "bitmill.refinement.omniquant.model:ModelLearning"
     max_devices: ClassVar[int | None] = 1
+    transformed: ClassVar[bool] = False
 
     mode: Literal["clipping", "scales", "rounding"] = "rounding"
     epochs: int | None = Field(default=None, ge=0, le=1000)

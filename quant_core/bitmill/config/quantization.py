@@ -22,14 +22,22 @@ from pydantic import (
 from bitmill.config.bit_width_map import WIDTHS, BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.methods import METHODS, MethodConfig
+from bitmill.config.transforms import TRANSFORMS, ColumnOrder, TransformConfig, transform_of
 from bitmill.errors import SpecError
+from bitmill.registry import Registry
 
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
-DEFAULT_FORMAT = "packed"
+DEFAULT_FORMAT = "bitmill-1"
 """What a result is stored in unless a job asks for another (`bitmill.formats.format`)."""
+FormatName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
 
+
+OF_NO_METHOD = {"method", "omniquant", "settings", "transforms"}
+"""Parts of a refinement that are no method's settings by themselves."""
+ORDER = ColumnOrder.name
 
 Part = TypeVar("Part", bound=Closed)
+T = TypeVar("T")
 
 
 class Budget(Closed):
@@ -209,7 +217,8 @@ class BaseRefinement(Closed):
     """How codes are found: the JSON of all methods' settings (`bitmill.config.methods`).
 
     A method takes the settings here that it has, and those in `omniquant`. settings: what else a
-    method has.
+    method has. transforms: {"name": ..., settings} of each that rewrites linears before they are
+    solved, in turn (`bitmill.config.transforms`).
     """
 
     method: str = "gptq"
@@ -219,10 +228,26 @@ class BaseRefinement(Closed):
     asymmetric: bool = True
     omniquant: BaseOmniQuant = BaseOmniQuant()
     settings: dict[str, Any] = Field(default={})
+    transforms: tuple[dict[str, Any], ...] = ()
+
+    @model_validator(mode="after")
+    def _legal_transforms(self) -> Self:
+        if self.transforms and not _known(METHODS, self.method).transformed:
+            raise ValueError(f"transforms with method {self.method!r}, which takes none")
+        for i, asked in enumerate(self.transforms):
+            _known(TRANSFORMS, str(asked.get("name")))
+            try:
+                transform_of(asked)
+            except ValidationError as error:
+                where, problem = _first_problem(error)
+                raise ValueError(f"transforms.{i}.{where}: {problem}") from error
+            if asked["name"] == ORDER:
+                raise ValueError(f"transforms.{i}: allocation.order asks for column orders")
+        return self
 
     @model_validator(mode="after")
     def _legal_settings(self) -> Self:
-        kind = _known_method(self.method)
+        kind = _known(METHODS, self.method)
         resumes = self.resume_parameters is not None
         if resumes and "resume_parameters" not in kind.model_fields:
             raise ValueError(
@@ -242,10 +267,11 @@ class BaseRefinement(Closed):
 
     @model_serializer(mode="wrap")
     def _without_empty_settings(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """JSON that readers from before `settings` take too, where there are none."""
+        """JSON that readers from before `settings` and `transforms` take, where there are none."""
         found: dict[str, Any] = dump(self)
-        if not self.settings:
-            found.pop("settings", None)
+        for key in ("settings", "transforms"):
+            if not found[key]:
+                del found[key]
         return found
 
     @property
@@ -255,7 +281,7 @@ class BaseRefinement(Closed):
 
     def _of_many_methods(self) -> dict[str, Any]:
         shared = dict(self) | dict(self.omniquant)
-        return {key: shared[key] for key in shared.keys() - {"method", "omniquant", "settings"}}
+        return {key: shared[key] for key in shared.keys() - OF_NO_METHOD}
 
     def _of_method(self, kind: type[MethodConfig]) -> dict[str, Any]:
         shared = self._of_many_methods()
@@ -268,14 +294,20 @@ class Refinement(BaseRefinement):
     omniquant: LocalOmniQuant = LocalOmniQuant()
 
     @classmethod
-    def of(cls, method: MethodConfig) -> Self:
-        """The JSON of a method's settings."""
+    def of(cls, method: MethodConfig, transforms: tuple[dict[str, Any], ...] = ()) -> Self:
+        """The JSON of a method's settings, behind these transforms."""
         given = dict(method)
         own, learning = (
             {key: given.pop(key) for key in given.keys() & part.model_fields}
             for part in (cls, LocalOmniQuant)
         )
-        return cls(method=method.name, **own, omniquant=LocalOmniQuant(**learning), settings=given)
+        return cls(
+            method=method.name,
+            **own,
+            omniquant=LocalOmniQuant(**learning),
+            settings=given,
+            transforms=transforms,
+        )
 
     @property
     def typed(self) -> MethodConfig:
@@ -297,9 +329,9 @@ class Refinement(BaseRefinement):
         return f"refinement.{part}.{setting}"
 
 
-def _known_method(name: str) -> type[MethodConfig]:
+def _known(registry: Registry[T], name: str) -> T:
     try:
-        return METHODS[name]
+        return registry[name]
     except SpecError as error:
         raise ValueError(error.message) from error
 
@@ -344,20 +376,18 @@ class QuantizationConfig(Closed):
     seed: int = Field(default=0, ge=0, lt=2**31)
     threads: int | None = Field(default=None, ge=1, le=1024)
     devices: int = Field(default=1, ge=1, le=64)
-    format: str = DEFAULT_FORMAT
-
-    @model_serializer(mode="wrap")
-    def _without_default_format(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """JSON that readers from before `format` take too, where it is theirs."""
-        found: dict[str, Any] = dump(self)
-        if self.format == DEFAULT_FORMAT:
-            found.pop("format", None)
-        return found
+    format: FormatName = DEFAULT_FORMAT
 
     @property
     def method(self) -> MethodConfig:
         """How codes are found."""
         return self.refinement.typed
+
+    @property
+    def transforms(self) -> tuple[TransformConfig, ...]:
+        """What rewrites linears before they are solved, beside column orders."""
+        asked = tuple(transform_of(one) for one in self.refinement.transforms)
+        return asked + self.method.transforms
 
     @model_validator(mode="after")
     def _learns_alone(self) -> Self:

@@ -7,7 +7,8 @@ what else must be known of it without torch. `TRANSFORMS` finds them by name.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.config.closed import Closed
@@ -18,26 +19,37 @@ from bitmill.registry import Registry
 class TransformConfig(Closed):
     """Base of the settings of all transforms.
 
-    transform: place of the class of `transforms.transform.Transform` that is made from the settings
+    name: as users write it. transform: place of the class of `transforms.transform.Transform` that
+    is made from the settings
     rewrite: place of the class of `quant.rewrites.Rewrite` that it fits
     """
 
+    name: ClassVar[str]
     transform: ClassVar[str]
     rewrite: ClassVar[str]
 
     def stored(self, shape: LinearShape) -> tuple[TensorInfo, ...]:
-        """What one linear's rewrite stores, by the names behind the linear's."""
+        """What one linear's rewrite stores, by the names behind the linear's; the format that
+        stores it puts the linear's before them."""
         raise NotImplementedError
 
 
 class ColumnOrder(TransformConfig):
     """Packed column k is input column order[k]; `allocation.order` asks for it."""
 
+    name: ClassVar[str] = "order"
     transform: ClassVar[str] = "bitmill.transforms.column_order:ColumnOrders"
     rewrite: ClassVar[str] = "bitmill.quant.rewrites:ColumnOrder"
 
     def stored(self, shape: LinearShape) -> tuple[TensorInfo, ...]:
         return (TensorInfo("order", "I32", (shape.columns,)),)
+
+
+def transform_of(asked: Mapping[str, Any]) -> TransformConfig:
+    """The typed settings of {"name": ..., settings}; raises `SpecError` for an unknown name,
+    pydantic's `ValidationError` for settings that it has not."""
+    settings = dict(asked)
+    return TRANSFORMS[str(settings.pop("name", ""))].model_validate(settings)
 
 
 TRANSFORMS: Registry[type[TransformConfig]] = Registry(

@@ -10,29 +10,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from bitmill.config.bit_width_map import BitWidthMap, LinearShape
 from bitmill.formats.format import FORMATS, Contents, Format
+from bitmill.formats.writing import CONFIG_NAME
 from bitmill.io.atomic import read_json
 from bitmill.io.safetensors import TensorInfo
 from bitmill.quant.tensors import Stored
 from bitmill.registry import load_object
-
-CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True)
 class Supply:
     """Where a codec takes from what it writes; several threads ask, for each thing once.
 
-    folder: whose config.json, tokenizer and licence are taken over. linear: a quantized linear by
-    its name, as it is to be stored. other: any other tensor by its own.
+    folder: whose tokenizer and licence are taken over. settings: of config.json, of no quantized
+    model. linear: a quantized linear by its name, as it is to be stored. other: any other tensor by
+    its own.
     """
 
     folder: Path
+    settings: Mapping[str, Any]
     linear: Callable[[str], Stored]
     other: Callable[[str], Tensor]
 
@@ -51,6 +52,18 @@ class Checkpoint(Protocol):
     @property
     def bit_widths(self) -> BitWidthMap:
         """Widths of all linears. Raises FormatError for a format that keeps no codes."""
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Of the quantized tensors (`quant.tensors.KINDS`)."""
+
+    @property
+    def rewrites(self) -> frozenset[str]:
+        """Names of the rewrites that some linear stores."""
+
+    @property
+    def kept(self) -> list[TensorInfo]:
+        """The tensors that were taken over from the source as they are."""
 
     @property
     def file_bytes(self) -> int:

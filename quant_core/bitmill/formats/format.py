@@ -10,7 +10,7 @@ one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -22,9 +22,10 @@ from bitmill.config.bit_width_map import (
     group_columns,
 )
 from bitmill.config.closed import Closed
+from bitmill.config.transforms import transform_of
 from bitmill.errors import SpecError
 from bitmill.io.safetensors import TensorInfo, checkpoint_bytes
-from bitmill.plan.model_plan import Plan
+from bitmill.plan.model_plan import Plan, PlannedLinear
 from bitmill.registry import Registry
 
 Order = Literal["natural", "activation"]
@@ -68,13 +69,12 @@ class Facts:
         cls, contents: Contents, config: Mapping[str, Any], kinds: Iterable[str] = ("affine",)
     ) -> Facts:
         """Those of a model whose map is known."""
-        orders = order_owners(contents.plan, contents.order)
         return cls(
             contents.plan,
             frozenset(kinds),
             frozenset(width for widths in contents.widths.values() for width in widths),
             any(len(set(widths)) > 1 for widths in contents.widths.values()),
-            frozenset({"order"} if orders else ()),
+            stored_rewrites(contents.plan, contents.order),
             config,
         )
 
@@ -159,9 +159,12 @@ class Format(Closed):
         )
 
     def fixed_bytes(self, plan: Plan, order: Order) -> int:
-        """Bytes beside the groups that no width changes: 4 per column of every stored order."""
+        """Bytes beside the groups that no width changes: 4 per column of every stored order, and
+        what other rewrites store of each linear."""
         owners = set(order_owners(plan, order).values())
-        return sum(4 * linear.columns for linear in plan.linears if linear.name in owners)
+        orders = sum(4 * linear.columns for linear in plan.linears if linear.name in owners)
+        others = (tensor.nbytes for one in plan.linears for tensor in rewrite_tensors(plan, one))
+        return orders + sum(others)
 
 
 def _no_rewrite(name: str) -> Refusal:
@@ -174,7 +177,7 @@ def _no_rewrite(name: str) -> Refusal:
 
 
 FORMATS: Registry[type[Format]] = Registry(
-    "format", "bitmill.formats", {"packed": "bitmill.formats.packed.format:Packed"}
+    "format", "bitmill.formats", {"bitmill-1": "bitmill.formats.packed.format:Packed"}
 )
 
 
@@ -204,6 +207,23 @@ def order_owners(plan: Plan, order: Order) -> dict[str, str]:
         if first not in plan.feeders
         for name in (first, *others)
     }
+
+
+def rewrite_tensors(plan: Plan, linear: PlannedLinear) -> list[TensorInfo]:
+    """What the rewrites of a linear store beside its column order, by the names in files."""
+    return [
+        replace(tensor, name=f"{linear.name}.{tensor.name}")
+        for asked in plan.transforms
+        for tensor in transform_of(asked).stored(linear.shape)
+    ]
+
+
+def stored_rewrites(plan: Plan, order: Order) -> frozenset[str]:
+    """Names of the rewrites of which some linear stores something."""
+    found = {"order"} if order_owners(plan, order) else set()
+    asked = [transform_of(one) for one in plan.transforms]
+    found |= {one.name for one in asked if any(one.stored(shape) for shape in plan.shapes)}
+    return frozenset(found)
 
 
 def check_supported(chosen: Format, facts: Facts) -> None:

@@ -18,10 +18,11 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from bitmill.errors import FormatError
-from bitmill.io.atomic import disk_errors
+from bitmill.errors import FormatError, ModelError
+from bitmill.io.atomic import disk_errors, read_json, write_json
 from bitmill.io.companions import companions
 from bitmill.io.safetensors import MAX_SHARD_BYTES, ShardWriter, TensorInfo
+from bitmill.plan.config_json import sanitize
 
 _THREADS = 4
 """Linears that are read, hashed and written at once."""
@@ -38,6 +39,8 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+
+CONFIG_NAME = "config.json"
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -79,6 +82,27 @@ def write_tensors(
         for _ in _in_order(pool, lambda name: writer.write(name, other(name)), writer.missing()):
             pass
     return writer.digests
+
+
+def source_settings(folder: Path) -> dict[str, Any]:
+    """config.json of a source model, without keys that name code.
+
+    Raises ModelError where the source is quantized already.
+    """
+    settings: dict[str, Any] = sanitize(read_json(folder / CONFIG_NAME))
+    if settings.get("quantization_config"):
+        raise ModelError(
+            f"{CONFIG_NAME} of the source has a quantization_config already: "
+            "give the model that was quantized, not its quantized copy",
+            code="already_quantized",
+            param="quantization_config",
+        )
+    return settings
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write config.json."""
+    write_json(folder / CONFIG_NAME, dict(settings))
 
 
 def copy_companions(source: Path, folder: Path) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.errors import FormatError
 from bitmill.formats.codec import open_checkpoint
 from bitmill.inference.hf_quantizer import plain_shapes, quantized_linears
+from bitmill.io.atomic import read_json
 from bitmill.models.dtypes import as_dtype
 
 
@@ -36,7 +38,9 @@ def load(
     folder = Path(folder)
     if dtype != "auto":
         dtype = as_dtype(dtype)
-    open_checkpoint(folder).check_linears(model_shapes(folder))
+    checkpoint = open_checkpoint(folder)
+    refuse_unreadable(folder, checkpoint.format.name)
+    checkpoint.check_linears(model_shapes(folder))
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
@@ -53,6 +57,21 @@ def load(
     if device_map is None:
         model.to(device)
     return model
+
+
+def refuse_unreadable(folder: Path, name: str) -> None:
+    """Raise FormatError where transformers has no quantizer for the folder's format.
+
+    It would warn, and fill every quantized linear with random numbers.
+    """
+    method = read_json(folder / "config.json").get("quantization_config", {}).get("quant_method")
+    if method not in AUTO_QUANTIZER_MAPPING:
+        raise FormatError(
+            f"{folder.name} is in format {name!r}, which transformers has no quantizer for: import "
+            "the package that brings one, or read weights by bitmill.formats.codec",
+            code="no_loader",
+            param="quantization_config",
+        )
 
 
 def model_shapes(folder: Path) -> list[LinearShape]:

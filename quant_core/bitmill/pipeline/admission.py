@@ -13,7 +13,7 @@ from pathlib import Path
 from bitmill.allocation.allocator import check_budget
 from bitmill.config.quantization import Allocation, QuantizationConfig
 from bitmill.errors import SpecError
-from bitmill.formats.format import Facts, check_supported, format_of, order_owners
+from bitmill.formats.format import Facts, check_supported, format_of, stored_rewrites
 from bitmill.pipeline.estimate import Estimate, Machine, estimate
 from bitmill.plan.model_plan import Plan, check_lengths, check_rows, make_plan
 
@@ -67,7 +67,7 @@ def check_format(plan: Plan, config: QuantizationConfig) -> None:
             kinds=frozenset({config.method.kind}),
             widths=frozenset(widths),
             mixed=any(len(set(groups)) > 1 for groups in given) or _mixes(allocation),
-            rewrites=frozenset({"order"} if order_owners(plan, allocation.order) else ()),
+            rewrites=stored_rewrites(plan, allocation.order),
             config={},
         ),
     )

@@ -175,8 +175,7 @@ class Job:
             tokens,
             bit_widths,
             profiled,
-            self.config.method,
-            self.config.seed,
+            self.config,
             self.environment,
         )
         return Refined.of(self.space.run(refine.STAGE, inputs).folder, planned)

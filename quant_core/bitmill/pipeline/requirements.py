@@ -130,7 +130,8 @@ def _smaller(config: QuantizationConfig) -> Iterator[tuple[str, Any, Quantizatio
         part = calibration.model_copy(update={"length": length})
         yield "calibration.length", length, _with(config, calibration=part)
     for setting, value, method in config.method.lighter():
-        yield Refinement.place(setting), value, _with(config, refinement=Refinement.of(method))
+        lighter = Refinement.of(method, config.refinement.transforms)
+        yield Refinement.place(setting), value, _with(config, refinement=lighter)
     for devices in _halves(config.devices, 1):
         yield "devices", devices, _with(config, devices=devices)
     if config.evaluation.baselines:

@@ -38,6 +38,7 @@ from bitmill.formats.codec import Checkpoint, open_checkpoint
 from bitmill.formats.writing import tensor_bytes
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan
+from bitmill.quant.rewrites import NO_REWRITES
 from bitmill.quant.tensors import Stored
 from bitmill.registry import load_object
 
@@ -113,7 +114,7 @@ def forward_error(packed: Stored, x: Tensor) -> float:
     still lies below the smallest step of x's dtype counts as that step.
     """
     device = x.device
-    module = load_object(packed.module).from_packed(packed).to(device)
+    module = _module(packed, device)
     weight = packed.unpack().dequantize().to(device).double()
     x = x * _near_one(float((x.double() @ weight.t()).abs().max()))
     expected = x.double() @ weight.t()
@@ -122,6 +123,16 @@ def forward_error(packed: Stored, x: Tensor) -> float:
     unseen = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps * math.sqrt(y.numel())
     error = max(0.0, float((y - expected).norm()) - unseen)
     return error / norm if norm > 0 else error
+
+
+def _module(packed: Stored, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What computes with a linear, behind the rewrites that it does not apply itself."""
+    make = load_object(packed.module).from_packed
+    if {one.name for one in packed.rewrites} <= packed.applies:
+        module: Callable[[Tensor], Tensor] = make(packed).to(device)
+        return module
+    bare = make(packed.rewritten(NO_REWRITES)).to(device)
+    return lambda x: packed.rewrites.forward(x, bare)
 
 
 def _near_one(largest: float) -> float:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.config.closed import Closed
 from bitmill.config.quantization import DEFAULT_FORMAT, QuantizationConfig
+from bitmill.config.transforms import TransformConfig
 from bitmill.errors import ModelError, SpecError
 from bitmill.io.gguf import read_gguf_header
 from bitmill.io.safetensors import TensorInfo, read_headers
@@ -115,6 +116,7 @@ class Plan(Closed):
     they are quantized too. max_positions: None where the model has no limit.
     experts: routed experts of a block, 0 in a dense model. left_out: they take no budget.
     format: in which the result is stored, by its name in `bitmill.formats.format.FORMATS`.
+    transforms: {"name": ..., settings} of those that rewrite linears beside column orders.
     """
 
     schema_version: Literal[1] = 1
@@ -130,6 +132,12 @@ class Plan(Closed):
     embeddings: tuple[PlannedLinear, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     format: str = DEFAULT_FORMAT
+    transforms: tuple[dict[str, Any], ...] = ()
+
+    def stored_as(self, name: str, transforms: Iterable[TransformConfig]) -> Plan:
+        """The same plan with another format and other transforms."""
+        found = tuple({"name": one.name} | one.model_dump(mode="json") for one in transforms)
+        return self.model_copy(update={"format": name, "transforms": found})
 
     @cached_property
     def notes(self) -> list[str]:
@@ -401,4 +409,4 @@ def make_plan(folder: Path, asked: QuantizationConfig, *, gguf: str | None = Non
         stored = read_headers(folder)
     keep, embeddings = asked.allocation.keep, asked.allocation.embeddings == "quantize"
     made = build_plan(config, found, stored.values(), keep, embeddings)
-    return made.model_copy(update={"format": asked.format})
+    return made.stored_as(asked.format, asked.transforms)

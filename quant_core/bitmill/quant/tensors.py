@@ -85,11 +85,12 @@ class Stored(Protocol):
     """A quantized linear as files hold it.
 
     kind: its name in `KINDS`. module: place of the `torch.nn.Module` that computes with it, which
-    has `from_packed(stored)`.
+    has `from_packed(stored)`. applies: names of the rewrites that this module applies itself.
     """
 
     kind: ClassVar[str]
     module: ClassVar[str]
+    applies: ClassVar[frozenset[str]]
 
     @property
     def rewrites(self) -> Rewrites:
@@ -223,6 +224,7 @@ class PackedTensor:
     rewrites: Rewrites = NO_REWRITES
     kind: ClassVar[str] = "affine"
     module: ClassVar[str] = "bitmill.inference.linear:QuantizedLinear"
+    applies: ClassVar[frozenset[str]] = frozenset({"order"})
 
     @property
     def order(self) -> Tensor | None:

@@ -16,7 +16,7 @@ Of several ranks each carries the hidden states of its own windows; the first on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from bitmill.calibration.streams import HiddenStates
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.methods import MethodConfig
+from bitmill.config.transforms import TransformConfig
 from bitmill.io import atomic as storage
 from bitmill.models.streamed import StreamedModel, set_weight
 from bitmill.plan.block_memory import BATCH_TOKENS, refining_bytes
@@ -55,6 +56,7 @@ from bitmill.runtime.graphs import graphs_kept
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.solvers.solver import solver_of
 from bitmill.transforms.column_order import ColumnOrders
+from bitmill.transforms.transform import made_of
 
 TUNED_NAME = "tuned"
 TUNING_NAME = "tuning.json"
@@ -139,12 +141,14 @@ def refine_model(
     *,
     seed: int,
     on_unit: Callable[[int, int, str, str], None],
+    transforms: Sequence[TransformConfig] = (),
     group: Group = SINGLE,
     host_bytes: int | None = None,
 ) -> None:
     """Quantize every linear of the map; `folder` may hold blocks of an earlier, killed run.
 
-    on_unit: told blocks saved, their number, the unit and a message. group: ranks that make this
+    on_unit: told blocks saved, their number, the unit and a message. transforms: rewrite linears
+    after the column orders, before they are solved. group: ranks that make this
     call together. host_bytes: limit of the hidden states that this rank keeps in host memory
     (`calibration/streams.py`); past it they wait in files of `folder`.
     """
@@ -166,7 +170,7 @@ def refine_model(
         BlockSaver(folder, model.device, tell) as saver,
         graphs_kept(model.device),
     ):
-        run = _Run(model, quantized, inputs, method, folder, seed, group, states)
+        run = _Run(model, quantized, inputs, method, transforms, folder, seed, group, states)
         for i in range(model.block_count):
             block = model.load_block(i)
             if finished[i]:
@@ -235,12 +239,14 @@ class _Run:
         quantized: StreamedModel,
         inputs: RefineInputs,
         method: MethodConfig,
+        transforms: Sequence[TransformConfig],
         folder: Path,
         seed: int,
         group: Group,
         states: HiddenStates,
     ) -> None:
         self.model, self.inputs, self.solver = model, inputs, solver_of(method)
+        self.transforms = ColumnOrders(inputs.orders), *map(made_of, transforms)
         self.group = group
         own = group.shard(inputs.tokens.tokens)
         tokens = torch.cat([own, group.shard(inputs.tokens.held_out)])
@@ -283,7 +289,7 @@ class _Run:
             RefineSettings(
                 self.solver,
                 self.needs,
-                (ColumnOrders(self.inputs.orders),),
+                self.transforms,
                 self.batch,
                 advance_source=self.shifts,
             ),

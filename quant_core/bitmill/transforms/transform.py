@@ -11,8 +11,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from bitmill.config.transforms import TransformConfig
 from bitmill.quant.rewrites import Rewrite, Rewrites
 from bitmill.quant.tensors import Stored
+from bitmill.registry import load_object
 from bitmill.runtime.ranks import Group
 
 
@@ -28,6 +30,12 @@ class Transform(Protocol):
         columns that earlier transforms led to. H: f32 [K, K], mean x x^T of that input in the same
         columns, where the method needs "hessian". All rewrites must do the same to H.
         """
+
+
+def made_of(settings: TransformConfig) -> Transform:
+    """The transform of these settings."""
+    transform: Transform = load_object(settings.transform)(settings)
+    return transform
 
 
 class SolvedModel(Protocol):

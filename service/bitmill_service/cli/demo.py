@@ -143,7 +143,7 @@ def demo_spec(settings: DemoSettings, file: str | None) -> JobSpec:
             "model": {"source": "path", "path": ROOT, "file": file},
             "budget": {"bits": settings.bits},
             "allocation": {"method": "knapsack", "order": "activation"},
-            "refinement": {"method": "gptq", **FEW_TOKENS},
+            "refinement": dict(FEW_TOKENS),
             "calibration": {
                 "sequences": settings.calibration_sequences,
                 "held_out": settings.held_out,

@@ -71,18 +71,33 @@ class SpecOption:
         )
 
 
+def json_array(text: str) -> list[Any]:
+    """A JSON array given as text."""
+    found = _parsed(text, "--transforms")
+    if not isinstance(found, list):
+        raise InputError(
+            f'{text!r} is no JSON array: give for example \'[{{"name": "hadamard"}}]\'',
+            param="--transforms",
+        )
+    return found
+
+
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object given as text."""
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{text!r} is no JSON: {error}", param="--refine-settings") from error
+    found = _parsed(text, "--refine-settings")
     if not isinstance(found, dict):
         raise InputError(
             f"{text!r} is no JSON object: give for example '{{\"rounds\": 2}}'",
             param="--refine-settings",
         )
     return found
+
+
+def _parsed(text: str, option: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{text!r} is no JSON: {error}", param=option) from error
 
 
 BUDGET, ALLOCATION, REFINEMENT = "Budget (exactly one)", "Allocation", "Refinement"
@@ -153,6 +168,14 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
             json_object,
             "JSON",
         ),
+        SpecOption(
+            "--transforms",
+            "refinement.transforms",
+            "What rewrites linears before they are solved, as a JSON array of objects with a name "
+            "each.",
+            json_array,
+            "JSON",
+        ),
     ),
     CALIBRATION: (
         SpecOption(
@@ -205,6 +228,7 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
         SpecOption("--seed", "seed", "Seed of everything random."),
         SpecOption("--threads", "threads", "CPU threads."),
         SpecOption("--devices", "devices", "Accelerators to work on together."),
+        SpecOption("--format", "format", "What the result is stored in.", metavar="NAME"),
     ),
     LOCAL_RESULTS: (
         SpecOption(

@@ -10,25 +10,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap, LinearShape
-from bitmill.errors import FormatError, ModelError
-from bitmill.formats.codec import CONFIG_NAME, Supply
+from bitmill.errors import FormatError
+from bitmill.formats.codec import Supply
 from bitmill.formats.format import Contents, order_owners
 from bitmill.formats.packed.config import PackedConfig
 from bitmill.formats.packed.format import Packed
 from bitmill.formats.packed.layout import linear_tensors
-from bitmill.formats.writing import copy_companions, write_tensors
-from bitmill.io.atomic import disk_errors, read_json, write_bytes, write_json
-from bitmill.io.safetensors import (
-    MAX_SHARD_BYTES,
-    TensorInfo,
-    read_headers,
-    safetensors_files,
+from bitmill.formats.reading import TensorFolder
+from bitmill.formats.writing import (
+    CONFIG_NAME,
+    copy_companions,
+    source_settings,
+    write_settings,
+    write_tensors,
 )
-from bitmill.plan.config_json import sanitize
+from bitmill.io.atomic import disk_errors, read_json, write_bytes
+from bitmill.io.safetensors import MAX_SHARD_BYTES, TensorInfo, read_headers
 from bitmill.quant.rewrites import Rewrites, check_order
 from bitmill.quant.tensors import PackedTensor, Stored
 
@@ -54,6 +54,7 @@ def write_checkpoint(
     max_shard_bytes, on_linear, what is returned and raised: as of `write_tensors`
     """
     config = PackedConfig.from_map(bit_widths, orders)
+    settings = source_settings(source)
 
     def packed_tensors(name: str) -> dict[str, Tensor]:
         weight = linear(name)
@@ -74,21 +75,8 @@ def write_checkpoint(
     with disk_errors(folder):
         copy_companions(source, folder)
     write_bytes(folder / MAP_NAME, bit_widths.to_json().encode())
-    write_packed_config(source, folder, config)
+    write_settings(folder, settings | {"quantization_config": config.to_dict()})
     return digests
-
-
-def write_packed_config(source: Path, folder: Path, config: PackedConfig) -> None:
-    """Write config.json: the source's without keys that name code, and with the packed format."""
-    settings = sanitize(read_json(source / CONFIG_NAME))
-    if settings.get("quantization_config"):
-        raise ModelError(
-            f"{CONFIG_NAME} of the source has a quantization_config already: "
-            "give the model that was quantized, not its quantized copy",
-            code="already_quantized",
-            param="quantization_config",
-        )
-    write_json(folder / CONFIG_NAME, settings | {"quantization_config": config.to_dict()})
 
 
 class PackedCodec:
@@ -127,12 +115,10 @@ class PackedCodec:
 
 
 @dataclass(frozen=True)
-class PackedCheckpoint:
+class PackedCheckpoint(TensorFolder):
     """A packed folder whose config and headers were read; tensors are read on demand."""
 
-    folder: Path
     config: PackedConfig
-    headers: dict[str, TensorInfo]
 
     @classmethod
     def open(cls, folder: Path) -> PackedCheckpoint:
@@ -148,7 +134,8 @@ class PackedCheckpoint:
                 f"{folder.name} is not a packed model: {CONFIG_NAME} has no quantization_config",
                 param=CONFIG_NAME,
             )
-        return cls(folder, PackedConfig.from_dict(quantization), read_headers(folder))
+        config = PackedConfig.from_dict(quantization)
+        return cls(folder, read_headers(folder), config)
 
     @property
     def format(self) -> Packed:
@@ -164,9 +151,19 @@ class PackedCheckpoint:
         return found
 
     @property
-    def file_bytes(self) -> int:
-        """Bytes of all safetensors files."""
-        return sum(file.stat().st_size for file in safetensors_files(self.folder))
+    def kinds(self) -> frozenset[str]:
+        """Of the quantized tensors."""
+        return frozenset({PackedTensor.kind})
+
+    @property
+    def rewrites(self) -> frozenset[str]:
+        """Names of those that are stored."""
+        return frozenset({"order"} if any(self.config.orders.values()) else ())
+
+    @property
+    def kept(self) -> list[TensorInfo]:
+        """What was not quantized."""
+        return self.others(self.config.linears)
 
     def check_linears(self, shapes: Iterable[LinearShape]) -> None:
         """Compare the stored linears' headers with the model's shapes, by name.
@@ -179,18 +176,8 @@ class PackedCheckpoint:
             if name not in by_name:
                 raise FormatError(f"linear {name} is not in the model", param=name)
             expected = linear_tensors(by_name[name], packed.widths, owns_order=packed.owns_order)
-            for spec in expected:
-                _check_header(self.headers.get(spec.name), spec)
-            self._check_no_others(name, {spec.name for spec in expected})
-
-    def tensor(self, name: str) -> Tensor:
-        """A stored tensor by its name, on the CPU. Raises FormatError where it is missing."""
-        if name not in self.headers:
-            raise FormatError(f"tensor {name} is missing from the checkpoint", param=name)
-        path = self.folder / self.headers[name].file
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+            self.check_headers(expected)
+            self.check_no_others(name, {spec.name for spec in expected})
 
     def linear(self, shape: LinearShape) -> PackedTensor:
         """The packed tensors of one linear, its column order included, checked in full."""
@@ -210,20 +197,3 @@ class PackedCheckpoint:
     def weight(self, shape: LinearShape) -> Tensor:
         """A linear's dequantized weight f32 [N, K] in the source's columns."""
         return self.linear(shape).unpack().dequantize()
-
-    def _check_no_others(self, linear: str, expected: set[str]) -> None:
-        prefix = f"{linear}."
-        for name in self.headers:
-            if name.startswith(prefix) and name not in expected | {f"{linear}.bias"}:
-                raise FormatError(f"tensor {name} does not belong to the format", param=name)
-
-
-def _check_header(found: TensorInfo | None, spec: TensorInfo) -> None:
-    if found is None:
-        raise FormatError(f"tensor {spec.name} is missing from the checkpoint", param=spec.name)
-    if found.dtype != spec.dtype or found.shape != spec.shape:
-        raise FormatError(
-            f"tensor {spec.name} is {found.dtype} of shape {found.shape}: "
-            f"the format says {spec.dtype} of shape {spec.shape}",
-            param=spec.name,
-        )

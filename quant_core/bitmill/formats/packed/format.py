@@ -14,7 +14,7 @@ from bitmill.io.safetensors import TensorInfo
 class Packed(Format):
     """Bit planes of every width, in the columns' order or another that is stored."""
 
-    name: ClassVar[str] = "packed"
+    name: ClassVar[str] = "bitmill-1"
     codec: ClassVar[str] = "bitmill.formats.packed.checkpoint:PackedCodec"
     keeps_codes: ClassVar[bool] = True
     rewrites: ClassVar[frozenset[str]] = frozenset({"order"})

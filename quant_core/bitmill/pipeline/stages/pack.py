@@ -10,6 +10,7 @@ from pathlib import Path
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.formats.codec import Supply, codec_of
 from bitmill.formats.format import Contents, format_of
+from bitmill.formats.writing import source_settings
 from bitmill.io.atomic import write_json
 from bitmill.models.reader import CheckpointSource
 from bitmill.pipeline.source import Model, Source
@@ -55,6 +56,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     with CheckpointSource(inputs.model.folder) as stored:
         supply = Supply(
             folder=inputs.model.folder,
+            settings=source_settings(inputs.model.folder),
             linear=FoldedOrders(inputs.refined.open(plan), plan).packed,
             other=lambda name: stored.tensor(kept[name]),
         )

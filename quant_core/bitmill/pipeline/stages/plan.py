@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bitmill.allocation.allocator import check_budget
 from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
+from bitmill.config.transforms import TransformConfig
 from bitmill.evaluation.tasks import TaskSuite
 from bitmill.io.atomic import sha256_file, write_bytes
 from bitmill.models.reader import CheckpointSource, check_all_finite
@@ -50,6 +51,7 @@ class Inputs:
     model: Model
     allocation: Allocation
     budget: Budget
+    transforms: tuple[TransformConfig, ...]
     format: str
     calibration_length: int
     evaluation_length: int
@@ -70,6 +72,7 @@ class Inputs:
             model=model,
             allocation=config.allocation,
             budget=config.budget,
+            transforms=config.transforms,
             format=config.format,
             calibration_length=config.calibration.length,
             evaluation_length=config.evaluation.length,
@@ -97,10 +100,8 @@ STAGE = Stage("plan", work)
 
 
 def _admitted(inputs: Inputs) -> Plan:
-    asked = QuantizationConfig(
-        allocation=inputs.allocation, budget=inputs.budget, format=inputs.format
-    )
-    made = make_plan(inputs.model.folder, asked)
+    asked = QuantizationConfig(allocation=inputs.allocation, budget=inputs.budget)
+    made = make_plan(inputs.model.folder, asked).stored_as(inputs.format, inputs.transforms)
     check_budget(made, asked)
     check_lengths(made, inputs.calibration_length, inputs.evaluation_length)
     check_rows(made, inputs.devices)

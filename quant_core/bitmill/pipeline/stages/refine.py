@@ -13,6 +13,8 @@ from bitmill.allocation.profile import IndexArray, SensitivityProfile
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.methods import MethodConfig
+from bitmill.config.quantization import QuantizationConfig
+from bitmill.config.transforms import TransformConfig
 from bitmill.pipeline.source import Model, Source
 from bitmill.pipeline.stage import Environment, Run, Stage
 from bitmill.plan.model_plan import Plan
@@ -51,6 +53,7 @@ class Inputs:
     orders: Mapping[str, IndexArray]
     order_of: Mapping[str, str]
     method: MethodConfig
+    transforms: tuple[TransformConfig, ...]
     seed: int
     watched: Mapping[str, Tensor]
     environment: Environment
@@ -63,13 +66,13 @@ class Inputs:
         calibration: CalibrationSet,
         bit_widths: BitWidthMap,
         profile: SensitivityProfile | None,
-        method: MethodConfig,
-        seed: int,
+        config: QuantizationConfig,
         environment: Environment,
     ) -> Inputs:
         """What of a job decides the refined blocks."""
         ordered = profile if profile and bit_widths.order == "activation" else None
         linears = ordered.linears if ordered else ()
+        method = config.method
         learner = load_object(method.learner) if method.learner else None
         whole = learner is not None or plan.embeddings
         return cls(
@@ -80,7 +83,8 @@ class Inputs:
             orders=ordered.orders if ordered else {},
             order_of={linear.name: linear.order for linear in linears if linear.order is not None},
             method=method,
-            seed=seed,
+            transforms=config.transforms,
+            seed=config.seed,
             watched=learner.watched(source.folder, calibration) if learner else {},
             environment=environment,
         )
@@ -100,6 +104,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         folder,
         seed=inputs.seed,
         on_unit=run.on_unit,
+        transforms=inputs.transforms,
         group=run.group,
     )
 
