@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.config.quantization import parse_part
+from bitmill.formats.format import FORMATS
 from bitmill.io.atomic import read_json
 from bitmill.pipeline.progress import Progress
 from bitmill.pipeline.requests import (
     BenchRequest,
     EvaluateRequest,
+    ExportRequest,
     GenerateRequest,
     QuantizeRequest,
 )
@@ -25,7 +27,7 @@ from bitmill.runtime.child import Tell, as_child
 from bitmill.runtime.launch import as_rank, check_devices, is_rank, run_ranks
 from bitmill.runtime.process import settle_own_process
 
-_USAGE = "usage: python -m bitmill quantize|evaluate|generate|bench|verify REQUEST.json"
+_USAGE = "usage: python -m bitmill quantize|evaluate|export|generate|bench|verify REQUEST.json"
 
 
 def main(argv: list[str]) -> int:
@@ -86,6 +88,19 @@ def _evaluate(file: Path, _: Tell) -> dict[str, Any]:
     return {"rows": [row.model_dump(mode="json") for row in rows]}
 
 
+def _export(file: Path, tell: Tell) -> dict[str, Any]:
+    from bitmill.pipeline.export import Export
+
+    asked = parse_part(ExportRequest, read_json(file))
+    export = Export.of(asked.folder, parse_part(FORMATS[asked.format], asked.settings))
+    if asked.dry_run or asked.out is None:
+        return export.report().model_dump(mode="json")
+    written = export.write(
+        asked.out, lambda done, total: tell(text=f"{done} of {total} linears written")
+    )
+    return written.model_dump(mode="json")
+
+
 def _generate(file: Path, tell: Tell) -> dict[str, Any]:
     from bitmill.inference.generate import stream
 
@@ -111,6 +126,7 @@ def _verify(file: Path, _: Tell) -> dict[str, Any]:
 _COMMANDS = {
     "quantize": _quantize,
     "evaluate": _evaluate,
+    "export": _export,
     "generate": _generate,
     "bench": _bench,
     "verify": _verify,

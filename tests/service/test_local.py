@@ -304,3 +304,34 @@ def test_a_terminal_shows_bars(model: Path, tmp_path: Path) -> None:
     assert b"\x1b[" in shown
     assert "━".encode() in shown
     assert b"refine: started" not in shown
+
+
+def test_export_says_its_size_writes_it_and_lists_formats(packed: Path, tmp_path: Path) -> None:
+    asked = ("export", packed, "--format", "dequantized", "--json")
+    half = ("--settings", '{"dtype": "float16"}')
+    told = json.loads(bitmill(*asked, *half, "--dry-run").stdout)
+    done = bitmill(*asked, *half, "--out", tmp_path / "plain")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == told
+    assert told["file_bytes"] == (tmp_path / "plain" / "model.safetensors").stat().st_size
+    assert check_folder(tmp_path / "plain").files.keys() >= {"config.json", "tokenizer.json"}
+    assert "dequantized" in json.loads(bitmill("export", "--list", "--json").stdout)
+    assert re.search(r"^dequantized +exports ", bitmill("export", "--list").stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--format", "nothing"], "'nothing' is unknown"),
+        (["--format", "dequantized", "--settings", '{"dtype": "int8"}'], "dtype"),
+        (["--format", "dequantized", "--settings", "[1]"], "no JSON object"),
+        ([], "give DIR, --format and --out"),
+    ],
+)
+def test_exports_that_cannot_be_are_refused(
+    packed: Path, tmp_path: Path, arguments: list[str], problem: str
+) -> None:
+    done = bitmill("export", packed, "--out", tmp_path / "out", *arguments)
+    assert done.returncode == 2
+    assert problem in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -66,15 +66,19 @@ class Facts:
 
     @classmethod
     def of(
-        cls, contents: Contents, config: Mapping[str, Any], kinds: Iterable[str] = ("affine",)
+        cls,
+        contents: Contents,
+        config: Mapping[str, Any],
+        kinds: frozenset[str],
+        rewrites: frozenset[str],
     ) -> Facts:
         """Those of a model whose map is known."""
         return cls(
             contents.plan,
-            frozenset(kinds),
+            kinds,
             frozenset(width for widths in contents.widths.values() for width in widths),
             any(len(set(widths)) > 1 for widths in contents.widths.values()),
-            stored_rewrites(contents.plan, contents.order),
+            rewrites,
             config,
         )
 
@@ -92,16 +96,17 @@ class Format(Closed):
 
     name: as users write it. codec: place of the `Codec` that is made from the settings.
     keeps_codes: whether the quantized tensors themselves can be read back, so that a job can store
-    its result in it. kinds, widths, mixed, rewrites: what it has a place for, as in `Facts`.
+    its result in it. kinds, widths, mixed, rewrites: what it has a place for, as in `Facts`; None
+    for anything.
     """
 
     name: ClassVar[str]
     codec: ClassVar[str]
     keeps_codes: ClassVar[bool] = False
-    kinds: ClassVar[frozenset[str]] = frozenset({"affine"})
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"affine"})
     widths: ClassVar[frozenset[int]] = frozenset(WIDTHS)
     mixed: ClassVar[bool] = True
-    rewrites: ClassVar[frozenset[str]] = frozenset()
+    rewrites: ClassVar[frozenset[str] | None] = frozenset()
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:
@@ -112,7 +117,7 @@ class Format(Closed):
         """Everything of the model that the format has no place for."""
         found = [
             Refusal(kind, f"it has no place for tensors of kind {kind!r}")
-            for kind in sorted(facts.kinds - self.kinds)
+            for kind in sorted(_beyond(facts.kinds, self.kinds))
         ]
         if facts.widths - self.widths:
             found.append(
@@ -129,7 +134,7 @@ class Format(Closed):
                     "all groups of a linear have one width in it: set allocation.per_linear",
                 )
             )
-        for name in sorted(facts.rewrites - self.rewrites):
+        for name in sorted(_beyond(facts.rewrites, self.rewrites)):
             found.append(_no_rewrite(name))
         return found
 
@@ -167,6 +172,10 @@ class Format(Closed):
         return orders + sum(others)
 
 
+def _beyond(found: frozenset[str], known: frozenset[str] | None) -> frozenset[str]:
+    return frozenset() if known is None else found - known
+
+
 def _no_rewrite(name: str) -> Refusal:
     if name == "order":
         return Refusal(
@@ -177,7 +186,12 @@ def _no_rewrite(name: str) -> Refusal:
 
 
 FORMATS: Registry[type[Format]] = Registry(
-    "format", "bitmill.formats", {"bitmill-1": "bitmill.formats.packed.format:Packed"}
+    "format",
+    "bitmill.formats",
+    {
+        "bitmill-1": "bitmill.formats.packed.format:Packed",
+        "dequantized": "bitmill.formats.dequantized.format:Dequantized",
+    },
 )
 
 

@@ -100,6 +100,11 @@ def source_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def sha256_of_tensor(tensor: Tensor) -> str:
+    """Hex SHA-256 of a tensor's bytes as they are stored."""
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write config.json."""
     write_json(folder / CONFIG_NAME, dict(settings))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import Field
 
 from bitmill.config.closed import Closed
 from bitmill.config.quantization import QuantizationConfig
@@ -56,6 +58,16 @@ class GenerateRequest(Request):
     temperature: float = 0.0
     seed: int = 0
     chat: bool = False
+
+
+class ExportRequest(Request):
+    """A packed folder in another format, at `out`; dry_run: only what would be written."""
+
+    folder: Path
+    format: str
+    settings: dict[str, Any] = Field(default={})
+    out: Path | None = None
+    dry_run: bool = False
 
 
 class BenchRequest(Request):

@@ -13,7 +13,6 @@ the writer, and the size, code bits or stored bits within the budget.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from bitmill.formats.accounting import (
     measure,
 )
 from bitmill.formats.codec import Checkpoint, open_checkpoint
-from bitmill.formats.writing import tensor_bytes
+from bitmill.formats.writing import sha256_of_tensor
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan
 from bitmill.quant.rewrites import NO_REWRITES
@@ -167,7 +166,7 @@ def _check_tensors(
                 f"planned was {spec.dtype} of shape {spec.shape}",
                 param=spec.name,
             )
-        digest = hashlib.sha256(tensor_bytes(checkpoint.tensor(spec.name))).hexdigest()
+        digest = sha256_of_tensor(checkpoint.tensor(spec.name))
         if digest != hashes.get(spec.name):
             raise VerificationError(
                 f"tensor {spec.name} has other bytes on disk than were written", param=spec.name

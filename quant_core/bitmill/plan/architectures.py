@@ -45,6 +45,11 @@ _MIXTRAL = (
     (r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
     (r"\.experts\.(\d+)\.w2\.", r".experts.\1.down_proj."),
 )
+_MIXTRAL_STORED = (
+    (r"\.mlp\.experts\.(\d+)\.gate_proj\.", r".block_sparse_moe.experts.\1.w1."),
+    (r"\.mlp\.experts\.(\d+)\.up_proj\.", r".block_sparse_moe.experts.\1.w3."),
+    (r"\.mlp\.experts\.(\d+)\.down_proj\.", r".block_sparse_moe.experts.\1.w2."),
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Architecture:
     embedding: str = "model.embed_tokens.weight"
     tied: bool = False
     renames: tuple[tuple[str, str], ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
     transposed: bool = False
 
     @property
@@ -76,6 +82,12 @@ class Architecture:
         for pattern, replacement in self.renames:
             stored = re.sub(pattern, replacement, stored)
         return stored
+
+    def stored(self, name: str) -> str:
+        """The name in published checkpoints of a parameter of transformers' module tree."""
+        for pattern, replacement in self.spellings:
+            name = re.sub(pattern, replacement, name)
+        return name
 
     def parameters(self, config: Mapping[str, Any]) -> Parameters:
         """What transformers' model of this config.json consists of."""
@@ -92,7 +104,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     for a in (
         Architecture("llama", parameters.llama),
         Architecture("mistral", parameters.mistral),
-        Architecture("mixtral", parameters.mixtral, renames=_MIXTRAL),
+        Architecture("mixtral", parameters.mixtral, renames=_MIXTRAL, spellings=_MIXTRAL_STORED),
         Architecture("qwen2", parameters.qwen2),
         Architecture("qwen3", parameters.qwen3),
         Architecture("qwen3_moe", parameters.qwen3_moe),
@@ -128,6 +140,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             blocks="gpt_neox.layers",
             embedding="gpt_neox.embed_in.weight",
             renames=((r"^embed_out\.", "lm_head."),),
+            spellings=((r"^lm_head\.", "embed_out."),),
         ),
         Architecture(
             "gpt2",

@@ -82,13 +82,13 @@ def json_array(text: str) -> list[Any]:
     return found
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """A JSON object given as text."""
-    found = _parsed(text, "--refine-settings")
+def json_object(text: str, option: str = "--refine-settings") -> dict[str, Any]:
+    """A JSON object given as text of an option."""
+    found = _parsed(text, option)
     if not isinstance(found, dict):
         raise InputError(
             f"{text!r} is no JSON object: give for example '{{\"rounds\": 2}}'",
-            param="--refine-settings",
+            param=option,
         )
     return found
 

@@ -17,7 +17,7 @@ class Packed(Format):
     name: ClassVar[str] = "bitmill-1"
     codec: ClassVar[str] = "bitmill.formats.packed.checkpoint:PackedCodec"
     keeps_codes: ClassVar[bool] = True
-    rewrites: ClassVar[frozenset[str]] = frozenset({"order"})
+    rewrites: ClassVar[frozenset[str] | None] = frozenset({"order"})
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:
