@@ -82,6 +82,7 @@ def pack_model(
     *,
     order: Literal["natural", "activation"] = "natural",
     embeddings: Literal["keep", "quantize"] = "keep",
+    cycle: tuple[int, ...] = (3, 4, 2, 6, 8, 5),
     **options: Any,
 ) -> PackedModel:
     """Round the linears of a small model to mixed widths and write the packed folder.
@@ -104,8 +105,7 @@ def pack_model(
             shuffled[owner] = torch.randperm(linear.columns, generator=generator).int()
         matrix = stored[linear.source.tensor].float()
         matrix = matrix.t() if linear.source.transposed else matrix
-        cycle = (3, 4, 2, 6, 8, 5)
-        chosen = tuple(cycle[(place + group) % 6] for group in range(linear.shape.groups))
+        chosen = tuple(cycle[(place + group) % len(cycle)] for group in range(linear.shape.groups))
         widths[linear.name] = chosen
         weights[linear.name] = rounded_weight(matrix, chosen, shuffled.get(owner or ""))
     bit_widths = BitWidthMap(order=order, linears=widths)

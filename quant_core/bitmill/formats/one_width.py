@@ -1,0 +1,81 @@
+"""What formats need that have one integer width for a whole linear, and groups of one size.
+
+A group of width b fits any larger width as it is: its codes and its zero point are small integers
+there, and its scale is the same. Only width 1, whose zero points are eighths, becomes width 4, in
+steps an eighth as wide. Without zero points, code - zero takes a bit more for its sign. A size that
+divides K stands for a short last group: every part of a group repeats the group's grid. So no value
+changes; bytes do. Torch-free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from bitmill.config.bit_width_map import GROUP_SIZE
+from bitmill.errors import FormatError
+from bitmill.formats.format import Contents, Facts, Refusal
+from bitmill.plan.architectures import architecture
+
+
+def width_of(widths: Iterable[int], legal: Iterable[int], symmetric: bool) -> int | None:
+    """The smallest legal width that groups of these widths fit, None where none does.
+
+    symmetric: without zero points.
+    """
+    least = max(4 if width == 1 else width for width in widths) + symmetric
+    return min((width for width in legal if width >= least), default=None)
+
+
+def widths_of(
+    contents: Contents, legal: tuple[int, ...], *, fused: bool, symmetric: bool
+) -> dict[str, int]:
+    """Linear -> its one width; fused: linears that read one input have the widest one's.
+
+    Raises FormatError for a linear that no legal width fits.
+    """
+    plan, found = contents.plan, {}
+    for name, widths in contents.widths.items():
+        width = width_of(widths, legal, symmetric)
+        if width is None:
+            raise FormatError(
+                f"{name} has groups of {max(widths)} bits, which fit none of {list(legal)}",
+                param=name,
+            )
+        found[name] = width
+    for block in range(plan.block_count) if fused else ():
+        for names in plan.siblings(block):
+            widest = max(found[name] for name in names)
+            found.update(dict.fromkeys(names, widest))
+    return found
+
+
+def group_size(columns: int) -> int:
+    """The largest size that divides both 128 and K."""
+    return math.gcd(GROUP_SIZE, columns)
+
+
+def refusals(facts: Facts, legal: tuple[int, ...], symmetric: bool) -> list[Refusal]:
+    """What such formats have no place for: packed embeddings, weights that lie as [K, N], and
+    widths that fit none of the legal ones."""
+    found = []
+    beyond = [b for b in sorted(facts.widths) if width_of([b], legal, symmetric) is None]
+    if beyond:
+        without = " without zero points" if symmetric else ""
+        found.append(
+            Refusal(
+                "allocation.widths",
+                f"groups of {beyond} bits fit none of its widths {list(legal)}{without}: "
+                "set allocation.max_bits lower",
+            )
+        )
+    for matrix in facts.plan.embeddings:
+        found.append(
+            Refusal(
+                matrix.name,
+                "it has no packed embeddings: quantize with allocation.embeddings 'keep'",
+            )
+        )
+    if architecture(facts.plan.model_type).transposed:
+        found.append(Refusal(facts.plan.model_type, "its runtimes know no transposed linears"))
+    return found

@@ -1,0 +1,103 @@
+"""Codes of one width for a whole linear, and integers as streams of bits in 32-bit words.
+
+    value i of a row lies in bits i*b to i*b + b - 1 of the row's stream, which runs through little-
+    endian words from their lowest bit on; values may lie in two words
+
+So do compressed-tensors since 0.18 and GPTQ at 2, 3, 4 and 8 bits (along their own dimensions).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitmill.config.bit_width_map import GROUP_SIZE
+from bitmill.errors import FormatError
+from bitmill.quant.tensors import QuantizedWeight, Stored, affine
+
+_ROWS = 1024
+"""Rows whose bits are spread out in memory at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class OneWidth:
+    """codes u8 [N, K] and, per group of `size` columns, scales f16 and zeros u8 [K / size, N]:
+    w = scale * (code - zero)."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    size: int
+
+    @classmethod
+    def of(cls, name: str, stored: Stored, size: int) -> OneWidth:
+        """A linear of any widths, without rewrites; exact.
+
+        Raises FormatError where fp16 cannot hold an eighth of a scale of width 1.
+        """
+        weight = affine({name: stored.unpack()})[name]
+        if weight.rewrites:
+            raise FormatError(f"{name} has rewrites, which have no place here", param=name)
+        codes, scales = _in_integers(name, weight)
+        repeat = torch.arange(codes.shape[1] // size) * size // GROUP_SIZE
+        return cls(codes, scales[repeat], weight.zeros[repeat], size)
+
+    def signed(self, bits: int) -> Tensor:
+        """code - zero + 2^(bits-1), u8 [N, K]: codes of a grid whose zero point is always there."""
+        zeros = self.zeros.T.short().repeat_interleave(self.size, 1)
+        return (self.codes.short() - zeros + (1 << (bits - 1))).to(torch.uint8)
+
+    def dequantize(self) -> Tensor:
+        """f32 [N, K]."""
+        scales, zeros = (
+            grid.T.float().repeat_interleave(self.size, 1) for grid in (self.scales, self.zeros)
+        )
+        return scales * (self.codes.float() - zeros)
+
+
+def _in_integers(name: str, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """Codes and scales with which all zero points are whole numbers."""
+    ones = [group for group, width in enumerate(weight.widths) if width == 1]
+    codes, scales = weight.codes, weight.scales
+    if ones:
+        codes, scales = codes.clone(), scales.clone()
+    for group in ones:
+        columns = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
+        eighth = weight.scales[group].float() / 8
+        codes[:, columns] *= 8
+        scales[group] = eighth.half()
+        if not torch.equal(scales[group].float(), eighth):
+            raise FormatError(
+                f"{name} has 1-bit groups whose scales are too small for an integer zero point in "
+                "fp16: quantize with allocation.min_bits 2",
+                code="scale_too_small",
+                param=name,
+            )
+    return codes, scales
+
+
+def to_words(values: Tensor, bits: int) -> Tensor:
+    """i32 [R, ceil(C * bits / 32)] of u8 [R, C], each below 2^bits."""
+    rows, columns = values.shape
+    words = -(-columns * bits // 32)
+    found = np.zeros((rows, 4 * words), np.uint8)
+    for start in range(0, rows, _ROWS):
+        part = values[start : start + _ROWS].contiguous().numpy()
+        spread = np.unpackbits(part[..., None], axis=-1, count=bits, bitorder="little")
+        packed = np.packbits(spread.reshape(len(part), -1), axis=-1, bitorder="little")
+        found[start : start + len(part), : packed.shape[1]] = packed
+    return torch.from_numpy(found.view("<i4"))
+
+
+def from_words(words: Tensor, bits: int, columns: int) -> Tensor:
+    """What `to_words` packed: u8 [R, C]."""
+    found = np.empty((len(words), columns), np.uint8)
+    for start in range(0, len(words), _ROWS):
+        part = words[start : start + _ROWS].contiguous().numpy().view(np.uint8)
+        spread = np.unpackbits(part, axis=-1, count=columns * bits, bitorder="little")
+        spread = spread.reshape(len(part), columns, bits)
+        found[start : start + len(part)] = np.packbits(spread, axis=-1, bitorder="little")[..., 0]
+    return torch.from_numpy(found)
