@@ -47,6 +47,7 @@ class TrellisTensor:
     name: str = "weight"
     kind: ClassVar[str] = "trellis"
     module: ClassVar[str] = "bitmill.inference.trellis:TrellisLinear"
+    applies: ClassVar[frozenset[str]] = frozenset({"order"})
 
     def __post_init__(self) -> None:
         found = self.circles | {"row_scales": self.row_scales, "group_scales": self.group_scales}

@@ -13,7 +13,6 @@ from typer.exceptions import TyperException
 
 from bitmill.errors import BitmillError, InputError
 from bitmill_service.cli import jobs, keys, local, map, service
-from bitmill_service.cli.export import export
 from bitmill_service.cli.options import GroupedCommand
 from bitmill_service.cli.output import exit_code, print_error
 
@@ -27,7 +26,7 @@ app = typer.Typer(
 
 for command in (
     *(service.demo, service.serve, service.worker),
-    *(local.quantize, local.evaluate, local.generate, local.bench, local.report, export),
+    *(local.quantize, local.evaluate, local.generate, local.bench, local.report, local.export),
     *(jobs.submit, jobs.status, jobs.list_jobs, jobs.wait, jobs.logs),
     *(jobs.cancel, jobs.retry, jobs.delete, jobs.download, service.doctor),
     *(keys.login, keys.logout),
