@@ -73,6 +73,7 @@ class Stack:
         (folder / "quality.json").write_text(json.dumps(REPORT))
         (folder / "model.safetensors").write_bytes(weights)
         for name, text in (others or {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
         write_manifest(folder)
         assert self.leases.finalize(job.id, job.token)

@@ -14,7 +14,7 @@ from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from bitmill_service.api.context import Context
-from bitmill_service.api.routes import health, job_outputs, jobs, keys, maps, profiles
+from bitmill_service.api.routes import health, hub, job_outputs, jobs, keys, maps, profiles
 from bitmill_service.http import problems
 from bitmill_service.http.access import Access, KeyRing
 from bitmill_service.http.fair_use import FairUse, RateLimiter
@@ -109,4 +109,5 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
             router, dependencies=[Depends(refuse_unknown_query), Depends(require_json)]
         )
     app.include_router(health.router)
+    app.include_router(hub.router)
     return app

@@ -146,6 +146,11 @@ def read_file(
     request: Request, context: ContextDep, file: Annotated[Artifact, Depends(find_file)]
 ) -> Response:
     """A file's bytes; takes `Range`, `If-Range` and conditions. The ETag is the SHA-256."""
+    return send_file(request, context, file)
+
+
+def send_file(request: Request, context: Context, file: Artifact) -> Response:
+    """The answer to GET or HEAD of a published file, wherever it lies."""
     place = context.artifacts.local_path(file)
     if place is None:
 
