@@ -192,6 +192,7 @@ FORMATS: Registry[type[Format]] = Registry(
         "bitmill-1": "bitmill.formats.packed.format:Packed",
         "compressed-tensors": "bitmill.formats.compressed_tensors.format:CompressedTensors",
         "dequantized": "bitmill.formats.dequantized.format:Dequantized",
+        "gptq": "bitmill.formats.gptq.format:GPTQCheckpoint",
     },
 )
 

@@ -50,6 +50,11 @@ def widths_of(
     return found
 
 
+def stored_as(model_type: str, name: str) -> str:
+    """The name that published checkpoints, and so their runtimes, give a linear."""
+    return architecture(model_type).stored(f"{name}.weight").removesuffix(".weight")
+
+
 def group_size(columns: int) -> int:
     """The largest size that divides both 128 and K."""
     return math.gcd(GROUP_SIZE, columns)

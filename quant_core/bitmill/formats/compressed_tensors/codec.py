@@ -15,7 +15,7 @@ from bitmill.formats.codec import Supply
 from bitmill.formats.compressed_tensors.format import QUANT_METHOD, CompressedTensors
 from bitmill.formats.export_folder import ExportFolder
 from bitmill.formats.format import Contents
-from bitmill.formats.one_width import group_size
+from bitmill.formats.one_width import group_size, stored_as
 from bitmill.formats.one_width_codes import OneWidth, from_words, to_words
 from bitmill.formats.writing import copy_companions, write_settings, write_tensors
 from bitmill.io.atomic import disk_errors, read_json
@@ -44,6 +44,7 @@ class CompressedTensorsCodec:
             size = group_size(contents.plan.by_name[name].columns)
             found, b = OneWidth.of(name, supply.linear(name), size), bits[name]
             symmetric = self._settings.symmetric
+            name = stored_as(contents.plan.model_type, name)
             tensors = {
                 f"{name}.weight_packed": to_words(found.signed(b) if symmetric else found.codes, b),
                 f"{name}.weight_scale": found.scales.T.contiguous(),
@@ -63,8 +64,8 @@ class CompressedTensorsCodec:
 
     def open(self, folder: Path) -> CompressedTensorsFolder:
         """See `formats/codec.py`."""
-        groups = read_json(folder / "config.json")["quantization_config"]["config_groups"]
-        return CompressedTensorsFolder(folder, read_headers(folder), self._settings, groups)
+        settings = read_json(folder / "config.json")
+        return CompressedTensorsFolder(folder, read_headers(folder), self._settings, settings)
 
     def kept(self, weight: Tensor) -> Tensor:
         """Itself."""
@@ -74,9 +75,8 @@ class CompressedTensorsCodec:
         plan = contents.plan
         groups: dict[tuple[int, int], list[str]] = {}
         for linear in plan.linears:
-            groups.setdefault((bits[linear.name], group_size(linear.columns)), []).append(
-                linear.name
-            )
+            key = bits[linear.name], group_size(linear.columns)
+            groups.setdefault(key, []).append(stored_as(plan.model_type, linear.name))
         return {
             "quant_method": QUANT_METHOD,
             "format": PACKING,
@@ -96,28 +96,30 @@ class CompressedTensorsCodec:
                 for i, (width, size) in enumerate(sorted(groups))
             },
             "ignore": [
-                tensor.module.removesuffix(".weight")
+                tensor.name.removesuffix(".weight")
                 for tensor in plan.tensors
-                if len(tensor.shape) == 2 and tensor.module.endswith(".weight")
+                if len(tensor.shape) == 2 and tensor.name.endswith(".weight")
             ],
         }
 
 
 @dataclass(frozen=True)
 class CompressedTensorsFolder(ExportFolder):
-    """A pack-quantized folder; groups: its config groups by name."""
+    """A pack-quantized folder; settings: its config.json."""
 
     format: CompressedTensors
-    groups: dict[str, Any]
+    settings: dict[str, Any]
 
     def weight(self, shape: LinearShape) -> Tensor:
         """A linear's weight f32 [N, K]: scale * (code - zero)."""
-        scheme = next(g["weights"] for g in self.groups.values() if shape.name in g["targets"])
+        groups = self.settings["quantization_config"]["config_groups"].values()
+        name = stored_as(self.settings["model_type"], shape.name)
+        scheme = next(group["weights"] for group in groups if name in group["targets"])
         bits, size = scheme["num_bits"], scheme["group_size"]
-        N, K = self.tensor(f"{shape.name}.weight_shape").tolist()
-        scales = self.tensor(f"{shape.name}.weight_scale").T
+        N, K = self.tensor(f"{name}.weight_shape").tolist()
+        scales = self.tensor(f"{name}.weight_scale").T
         zeros = torch.full_like(scales, 1 << (bits - 1), dtype=torch.uint8)
         if not scheme["symmetric"]:
-            zeros = from_words(self.tensor(f"{shape.name}.weight_zero_point").T, bits, N)
-        codes = from_words(self.tensor(f"{shape.name}.weight_packed"), bits, K)
+            zeros = from_words(self.tensor(f"{name}.weight_zero_point").T, bits, N)
+        codes = from_words(self.tensor(f"{name}.weight_packed"), bits, K)
         return OneWidth(codes, scales, zeros, size).dequantize()

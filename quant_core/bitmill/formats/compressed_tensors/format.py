@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from bitmill.formats.format import Contents, Facts, Format, Refusal
-from bitmill.formats.one_width import group_size, refusals, widths_of
+from bitmill.formats.one_width import group_size, refusals, stored_as, widths_of
 from bitmill.io.safetensors import TensorInfo
 
 QUANT_METHOD = "compressed-tensors"
@@ -57,7 +57,8 @@ class CompressedTensors(Format):
         plan, bits = contents.plan, self.bits(contents)
         found = []
         for linear in plan.linears:
-            name, N, K, b = linear.name, linear.rows, linear.columns, bits[linear.name]
+            N, K, b = linear.rows, linear.columns, bits[linear.name]
+            name = stored_as(plan.model_type, linear.name)
             groups = K // group_size(K)
             found += [
                 TensorInfo(f"{name}.weight_packed", "I32", (N, -(-K * b // 32))),
