@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict
 
 from bitmill.errors import FormatError, reason
 
+QUALITY_NAME = "quality.json"
+
 
 class _Closed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

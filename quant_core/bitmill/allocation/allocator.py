@@ -167,7 +167,7 @@ class Allocator:
                 best, loss = flat, other
         return self._map(best)
 
-    def curve(self, points: int) -> list[CurvePoint]:
+    def curve(self, points: int = 32) -> list[CurvePoint]:
         """See `curve`."""
         solver = self._solver("bits")
         largest = solver.weight_of(solver.solve(int(solver.weight.max(axis=1).sum())))

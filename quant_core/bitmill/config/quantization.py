@@ -389,6 +389,11 @@ class QuantizationConfig(Closed):
         asked = tuple(transform_of(one) for one in self.refinement.transforms)
         return asked + self.method.transforms
 
+    @field_validator("refinement", mode="before")
+    @classmethod
+    def _of_a_method(cls, given: Any) -> Any:
+        return Refinement.of(given) if isinstance(given, MethodConfig) else given
+
     @model_validator(mode="after")
     def _learns_alone(self) -> Self:
         refuse_shared_learning(self.devices, self.refinement)

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from bitmill.calibration.windows import evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.quantization import (
-    DEFAULT_FORMAT,
-    Budget,
-    Evaluation,
-    QuantizationConfig,
-)
+from bitmill.config.quantization import Budget, Evaluation, QuantizationConfig
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
 from bitmill.evaluation.origin import check_made_from
 from bitmill.evaluation.tasks import TaskSuite
@@ -35,8 +29,9 @@ from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.dtypes import compute_dtype
 from bitmill.models.streamed import StreamedModel, set_weight
 from bitmill.models.tokenizer import load_tokenizer
-from bitmill.plan.model_plan import Plan, make_plan
+from bitmill.plan.model_plan import plan_for_map
 from bitmill.results import QualityRow, TextQuality
+from bitmill.runtime.process import computing
 from bitmill.runtime.ranks import SINGLE, Group
 
 Candidate = tuple[BitWidthMap, StreamedLogits]
@@ -163,11 +158,12 @@ def evaluate_folder(
     tasks: tuple[str, ...] = (),
     task_folder: Path | None = None,
     seed: int = 0,
+    on_unit: Callable[[int, int, str, str], None] = lambda *_: None,
 ) -> list[QualityRow]:
     """Measure a packed folder against its source model: rows for the source and the folder.
 
     task_folder: a folder of task files beside the harness's own. Raises InputError where the folder
-    was made from another model.
+    was made from another model. Settings of the process are the caller's again behind it.
     """
     asked = Evaluation.model_validate(
         {"texts": texts, "sequences": sequences, "length": length, "tasks": tasks}
@@ -175,11 +171,12 @@ def evaluate_folder(
     suite = TaskSuite(asked.tasks, task_folder) if asked.tasks else None
     checkpoint = open_checkpoint(folder)
     bit_widths = checkpoint.bit_widths
-    with tempfile.TemporaryDirectory() as scratch:
+    with computing(), tempfile.TemporaryDirectory() as scratch:
         if gguf is not None:
             convert_gguf(source_folder / gguf, Path(scratch, "source"))
             source_folder = Path(scratch, "source")
-        planned = plan_for_map(source_folder, bit_widths, checkpoint.format.name)
+        stored_as = QuantizationConfig(budget=Budget(bits=16), format=checkpoint.format.name)
+        _, planned = plan_for_map(source_folder, bit_widths, stored_as)
         where = torch.device(device)
         model = StreamedModel(
             source_folder, planned, device=where, dtype=compute_dtype(where, planned)
@@ -187,7 +184,7 @@ def evaluate_folder(
         check_made_from(folder, model.source, planned)
         candidates = {"packed": (bit_widths, from_packed(model, folder))}
         windows = evaluation_windows(asked, source_folder, rows=planned.vocab_size)
-        rows = measure(model, windows, candidates, _silent)
+        rows = measure(model, windows, candidates, on_unit)
         if suite is None:
             return rows
         return measure_tasks(
@@ -198,28 +195,5 @@ def evaluate_folder(
             device=where,
             dtype=model.dtype,
             seed=seed,
-            on_unit=_silent,
+            on_unit=on_unit,
         )
-
-
-def plan_for_map(
-    source_folder: Path, bit_widths: BitWidthMap, stored_as: str = DEFAULT_FORMAT
-) -> Plan:
-    """The plan in which exactly the map's linears are quantized; stored_as: a format's name."""
-    config = QuantizationConfig(budget=Budget(bits=16), format=stored_as)
-    planned = make_plan(source_folder, config)
-    changes: dict[str, Any] = {}
-    if not bit_widths.linears.keys() <= planned.by_name.keys():
-        changes["embeddings"] = "quantize"
-        planned = _replanned(source_folder, config, changes)
-    kept = tuple(name for name in planned.by_name if name not in bit_widths.linears)
-    return _replanned(source_folder, config, changes | {"keep": kept}) if kept else planned
-
-
-def _replanned(source_folder: Path, config: QuantizationConfig, changes: dict[str, Any]) -> Plan:
-    allocation = config.allocation.model_copy(update=changes)
-    return make_plan(source_folder, config.model_copy(update={"allocation": allocation}))
-
-
-def _silent(*_: object) -> None:
-    """Report nothing."""

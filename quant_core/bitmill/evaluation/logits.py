@@ -202,7 +202,7 @@ def perplexity_and_kl(
     if reference is not None:
         sources = reference.windows(tokens)
     pairs = zip(sources, candidate.windows(tokens), strict=True)
-    for i, (source, model) in enumerate(pairs):
+    for i, (source, model) in enumerate(pairs if count else ()):  # a rank may have none
         for begin in range(0, length - 1, chunk):
             end = min(begin + chunk, length - 1)
             p = source(begin, end) if source is not None else None

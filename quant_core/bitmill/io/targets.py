@@ -10,7 +10,9 @@ check is made before work begins, and that of a result again before it is replac
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from bitmill.errors import FormatError, InputError
@@ -51,6 +53,26 @@ def check_kept(target: Path, is_own: Callable[[str], bool], *, param: str) -> No
             raise _occupied(target, path.name, param)
 
 
+@contextmanager
+def work_folder(target: Path, kept: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """The folder for a job's stages: `kept`, or one near `target` that is gone behind it.
+
+    Raises what `check_result` raises. Nothing else is made: no folder above `target` either.
+    """
+    check_result(target)
+    if kept is not None:
+        yield Path(kept)
+        return
+    near = existing(target.absolute().parent)
+    with tempfile.TemporaryDirectory(prefix=".bitmill-", dir=near) as scratch:
+        yield Path(scratch, "work")
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(at for at in (path, *path.absolute().parents) if at.exists())
+
+
 def check_apart(folders: Mapping[str, Path | None]) -> None:
     """Raise InputError (code `overlapping_folders`) where two folders are one or lie in another.
 
@@ -78,9 +100,7 @@ def _check_place(target: Path, param: str, *, links: bool = False) -> None:
         raise _occupied(target, "a link of that name", param, whole=True)
     if target.exists() and not target.is_dir():
         raise _occupied(target, "a file of that name", param, whole=True)
-    above = target
-    while not above.exists():
-        above = above.parent
+    above = existing(target)
     if not above.is_dir():
         raise InputError(
             f"{target} cannot be a folder: {above} is a file", code="output_exists", param=param

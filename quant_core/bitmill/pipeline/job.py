@@ -13,31 +13,26 @@ other stages are the first rank's while the others wait (`runtime/ranks.py`).
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from bitmill.allocation.profile import (
-    PROFILE_NAME,
-    ProfileOrigin,
-    SensitivityProfile,
-    is_of_profiles,
-)
+from bitmill.allocation.profile import ProfileOrigin, SensitivityProfile, is_of_profiles
+from bitmill.allocation.profiled import ProfiledModel
 from bitmill.calibration.windows import CalibrationSet, calibration_tokens
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import QuantizationConfig
 from bitmill.errors import SpecError, raise_resource_error
-from bitmill.io.atomic import atomic_folder
-from bitmill.io.manifest import Manifest, read_manifest
 from bitmill.io.targets import check_apart, check_kept, check_result
 from bitmill.pipeline.admission import Admission, admit
 from bitmill.pipeline.learned_parameters import LearnedFor, LearnedParameters
 from bitmill.pipeline.progress import Progress
 from bitmill.pipeline.requirements import Room, check_room
+from bitmill.pipeline.result import Result
 from bitmill.pipeline.source import Source
 from bitmill.pipeline.stage import Environment
 from bitmill.pipeline.stages import allocate, evaluate, pack, profile, publish, refine, resolve
@@ -52,28 +47,21 @@ from bitmill.runtime.process import computing
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.runtime.warm_up import warm_up
 
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished job made."""
-
-    output: Path
-    manifest: Manifest
-    quality: QualityReport
-    profile_id: str | None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Job:
     """What a run is given. profiles: folder of profiles by id, shared between jobs, or None.
 
-    task_folder: harness task files beside the harness's own, or None.
+    output: where the result goes; None for a run that ends before there is one. task_folder:
+    harness task files beside the harness's own, or None.
     """
 
     config: QuantizationConfig
     model_folder: Path
     space: Workspace
-    output: Path
+    output: Path | None
     gguf: str | None
     profiles: Path | None
     task_folder: Path | None = None
@@ -98,14 +86,15 @@ class Job:
             "the folder of profiles": self.profiles,
         }
         check_apart(folders)
-        check_result(self.output)
+        if self.output is not None:
+            check_result(self.output)
         check_kept(self.space.root, is_of_a_workspace, param="work")
         if self.profiles is not None:
             check_kept(self.profiles, is_of_profiles, param="profiles")
 
     def check_machine(self) -> None:
         """Raise `ResourceError` for what this machine cannot hold, before anything is done."""
-        here = Room.here(self.space.device, self.space.root, self.output)
+        here = Room.here(self.space.device, self.space.root, self.output or self.space.root)
         room = Room.of_ranks(self.space.group.gather(here))
         check_room(self.admission.plan, self.config, room, gguf=self.admission.gguf)
 
@@ -144,16 +133,10 @@ class Job:
         )
         made = profile.load(self.space.run(profile.STAGE, inputs).folder, origin)
         if self.space.group.first and self.profiles is not None:
-            self._keep(made, self.profiles / made.key)
+            kept = self.profiles / made.key
+            if not kept.exists():
+                ProfiledModel(made, planned).save(kept)
         return made
-
-    def _keep(self, made: SensitivityProfile, folder: Path) -> None:
-        if folder.exists():
-            return
-        with atomic_folder(folder) as kept:
-            made.save(kept / PROFILE_NAME)
-            plan_file = self.space.root / planning.STAGE.name / planning.PLAN_NAME
-            shutil.copyfile(plan_file, kept / planning.PLAN_NAME)
 
     def allocate(self, planned: Plan, profiled: SensitivityProfile | None) -> BitWidthMap:
         """The bit-width map."""
@@ -230,8 +213,9 @@ class Job:
         packed: Made,
         quality: QualityReport,
         learned_for: LearnedFor,
-    ) -> Manifest:
+    ) -> Result:
         """Put the packed folder in place, with its reports and manifest."""
+        assert self.output is not None
         allocation = self.config.allocation
         inputs = publish.Inputs(
             output=str(self.output.absolute()),
@@ -244,7 +228,7 @@ class Job:
         if not self.space.group.broadcast(there):
             self.space.forget(publish.STAGE.name)
         self.space.run(publish.STAGE, inputs)
-        return read_manifest(self.output)
+        return Result.read(self.output, profiled.key if profiled else None)
 
 
 def run_job(
@@ -269,33 +253,79 @@ def run_job(
     (`runtime/launch.py`). Raises a `BitmillError`; nothing of `output_dir` exists until the last
     stage ends. Settings of the process are the caller's again then.
     """
-    if group.size != config.devices:
-        raise SpecError(
-            f"devices is {config.devices}, the job was started on {group.size}: start it by "
-            "`bitmill quantize --devices` or a worker, or give the number it runs on",
-            param="devices",
-        )
+    return _run(
+        Job(
+            config=config,
+            model_folder=model_folder,
+            space=Workspace(job_dir, on_progress, should_stop, group, torch.device(device)),
+            output=output_dir,
+            gguf=gguf,
+            profiles=profile_folder,
+            task_folder=task_folder,
+        ),
+        _whole,
+    )
+
+
+def run_profile(
+    config: QuantizationConfig,
+    model_folder: Path,
+    job_dir: Path,
+    *,
+    gguf: str | None = None,
+    profile_folder: Path | None = None,
+    device: str | torch.device = "cpu",
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> ProfiledModel:
+    """Run the stages up to `profile`, as `run_job` does.
+
+    Raises `SpecError` where the configuration needs no profile.
+    """
     job = Job(
         config=config,
         model_folder=model_folder,
-        space=Workspace(job_dir, on_progress, should_stop, group, torch.device(device)),
-        output=output_dir,
+        space=Workspace(job_dir, on_progress, lambda: False, SINGLE, torch.device(device)),
+        output=None,
         gguf=gguf,
         profiles=profile_folder,
-        task_folder=task_folder,
     )
-    threads = max(1, config.threads // group.size) if config.threads else None
+    return _run(job, _up_to_profile)
+
+
+def _run(job: Job, stages: Callable[[Job], T]) -> T:
+    devices, size = job.config.devices, job.space.group.size
+    if size != devices:
+        raise SpecError(
+            f"devices is {devices}, the job was started on {size}: start it by "
+            "`bitmill quantize --devices` or a worker, or give the number it runs on",
+            param="devices",
+        )
+    threads = max(1, job.config.threads // size) if job.config.threads else None
     try:
         with computing(threads):
-            return _run_stages(job)
+            job.check_folders()
+            job.check_machine()
+            return stages(job)
     except Exception as error:
         raise_resource_error(error)
         raise
 
 
-def _run_stages(job: Job) -> Result:
-    job.check_folders()
-    job.check_machine()
+def _up_to_profile(job: Job) -> ProfiledModel:
+    source = job.resolve()
+    planned = job.plan(source)
+    found = job.profile(source, planned, job.calibration(source, planned))
+    if found is None:
+        allocation = job.config.allocation
+        raise SpecError(
+            f"allocation method {allocation.method!r} with order {allocation.order!r} needs no "
+            "profile: ask for method 'knapsack' or 'sba'",
+            param="allocation.method",
+        )
+    return ProfiledModel(found, planned)
+
+
+def _whole(job: Job) -> Result:
     source = job.resolve()
     planned = job.plan(source)
     tokens = job.calibration(source, planned)
@@ -310,8 +340,7 @@ def _run_stages(job: Job) -> Result:
     packed = job.pack(source, planned, bit_widths, refined)
     job.verify(planned, packed, refined)
     quality = job.evaluate(source, planned, tokens, profiled, bit_widths, packed, refined)
-    manifest = job.publish(planned, profiled, bit_widths, packed, quality, learned_for)
-    return Result(job.output, manifest, quality, profiled.key if profiled else None)
+    return job.publish(planned, profiled, bit_widths, packed, quality, learned_for)
 
 
 def _learned_earlier(config: QuantizationConfig, asked: LearnedFor) -> LearnedParameters | None:

@@ -25,6 +25,7 @@ import torch
 
 from bitmill.config.quantization import QuantizationConfig, Refinement
 from bitmill.errors import ResourceError
+from bitmill.io.targets import existing
 from bitmill.pipeline.estimate import (
     OVERHEAD,
     Machine,
@@ -56,7 +57,7 @@ class Room:
     @classmethod
     def here(cls, device: torch.device, work: Path, output: Path) -> Self:
         """What is free on this machine now, for a job in the folder `work`."""
-        at, to = _existing(work), _existing(output)
+        at, to = existing(work), existing(output)
         apart = at.stat().st_dev != to.stat().st_dev
         return cls(
             accelerator=free_device_bytes(device) if device.type == "cuda" else None,
@@ -70,11 +71,6 @@ class Room:
         """The room of a job whose ranks have these: of one host, and devices of their own."""
         devices = [room.accelerator for room in rooms if room.accelerator is not None]
         return replace(rooms[0], accelerator=min(devices, default=None))
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return next(at for at in (path, *path.absolute().parents) if at.exists())
 
 
 def _held_bytes(folder: Path) -> int:

@@ -33,8 +33,9 @@ def hessian_bytes(plan: Plan, judged: bool, block: int) -> int:
     judge, and for the widest input an ordered copy, the factor and two more while it is made."""
     sets = 2 if judged else 1
     steps = [[plan.by_name[names[0]].columns for names in step] for step in plan.input_steps(block)]
-    together = max(sum(k * k for k in step) for step in steps)
-    return 4 * (sets * together + 4 * max(k * k for step in steps for k in step))
+    together = max((sum(k * k for k in step) for step in steps), default=0)
+    widest = max((k * k for step in steps for k in step), default=0)
+    return 4 * (sets * together + 4 * widest)
 
 
 def activation_bytes(plan: Plan, block: int, tokens: int, element: int) -> int:
@@ -55,7 +56,7 @@ def backward_bytes(plan: Plan, element: int, tokens: int) -> int:
     per_block = []
     for i in {0, plan.block_count - 1}:
         squares = [plan.by_name[names[0]].columns ** 2 for names in plan.siblings(i)]
-        moments = 4 * (sum(squares) + FACTOR_COPIES * max(squares))
+        moments = 4 * (sum(squares) + FACTOR_COPIES * max(squares, default=0))
         activations = 2 * activation_bytes(plan, i, tokens, element)
         per_block.append(2 * element * block_weights(plan, i) + moments + activations)
     return LOGIT_BYTES + max(per_block)

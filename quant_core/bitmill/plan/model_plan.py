@@ -16,9 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from bitmill.config.bit_width_map import LinearShape
+from bitmill.config.bit_width_map import BitWidthMap, LinearShape
 from bitmill.config.closed import Closed
-from bitmill.config.quantization import DEFAULT_FORMAT, QuantizationConfig
+from bitmill.config.quantization import (
+    DEFAULT_FORMAT,
+    Allocation,
+    Budget,
+    QuantizationConfig,
+)
 from bitmill.config.transforms import TransformConfig
 from bitmill.errors import ModelError, SpecError
 from bitmill.io.gguf import read_gguf_header
@@ -41,6 +46,7 @@ from bitmill.plan.gguf_models import read_model
 from bitmill.plan.parameters import HEAD_WEIGHT
 from bitmill.plan.source_tensors import Placed, SourceTensors, place_tensors
 
+PLAN_NAME = "plan.json"
 POSITION_TABLES = ("embed_positions.weight", "wpe.weight")
 
 
@@ -410,3 +416,30 @@ def make_plan(folder: Path, asked: QuantizationConfig, *, gguf: str | None = Non
     keep, embeddings = asked.allocation.keep, asked.allocation.embeddings == "quantize"
     made = build_plan(config, found, stored.values(), keep, embeddings)
     return made.stored_as(asked.format, asked.transforms)
+
+
+def plan_for_map(
+    folder: Path,
+    widths: BitWidthMap,
+    asked: QuantizationConfig | None = None,
+    *,
+    gguf: str | None = None,
+) -> tuple[Allocation, Plan]:
+    """The allocation and the plan in which exactly the map's linears are quantized.
+
+    asked: what else decides the plan. Raises what `make_plan` raises.
+    """
+    default = QuantizationConfig(budget=Budget(bits=16))
+
+    def planned(**changes: Any) -> tuple[Allocation, Plan]:
+        allocation = Allocation(method="map", map=widths, order=widths.order, **changes)
+        config = (asked or default).model_copy(update={"allocation": allocation})
+        return allocation, make_plan(folder, config, gguf=gguf)
+
+    found = planned()
+    embeddings: Literal["keep", "quantize"] = "keep"
+    if not widths.linears.keys() <= found[1].by_name.keys():
+        embeddings = "quantize"
+        found = planned(embeddings=embeddings)
+    kept = tuple(name for name in found[1].by_name if name not in widths.linears)
+    return planned(embeddings=embeddings, keep=kept) if kept else found

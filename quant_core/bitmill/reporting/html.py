@@ -32,7 +32,7 @@ from bitmill.reporting.charts import (
 )
 from bitmill.reporting.learning import held_out_change, text_changes
 from bitmill.reporting.summary import SUMMARY_NAME, ProfileSummary
-from bitmill.results import BlockQuality, QualityReport, QualityRow, TuningQuality
+from bitmill.results import QUALITY_NAME, BlockQuality, QualityReport, QualityRow, TuningQuality
 
 WORST_LINEARS = 20
 
@@ -92,7 +92,7 @@ class ReportData:
         return cls(
             folder.resolve().name,
             BitWidthMap.load(folder / MAP_NAME),
-            QualityReport.load(folder / "quality.json"),
+            QualityReport.load(folder / QUALITY_NAME),
             ProfileSummary.load(summary) if summary.is_file() else None,
         )
 

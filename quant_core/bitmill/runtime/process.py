@@ -6,8 +6,10 @@ Torch-free until it is called.
 from __future__ import annotations
 
 import os
+import random
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -17,6 +19,9 @@ accelerator gets no launches while blocks are loaded and saved beside."""
 
 _SAME_BYTES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """What cuBLAS needs to give the same bytes each time, where the environment does not say."""
+
+_ALONE = threading.RLock()
+"""What is set of a process is set for all of its threads."""
 
 
 def settle_own_process() -> None:
@@ -35,14 +40,18 @@ def settle_own_process() -> None:
 def computing(threads: int | None = None) -> Iterator[None]:
     """Products in full fp32 and the same bytes each time, on so many CPU threads, for a while.
 
-    Behind it, after an error too, the process is as it was: threads, precision, the interpreter's
-    switch interval and the environment. What the environment says of cuBLAS stays meanwhile.
+    What the caller chose otherwise (a default dtype or device, autocast, inference mode, ...) has
+    no say meanwhile; only what the environment says of cuBLAS stays. Behind it, after an error too,
+    the process is as it was: all of that, the interpreter's switch interval, the environment and
+    the state of random numbers. Threads that want to compute wait for each other.
     """
     import torch
 
-    with ExitStack() as back:
+    with _ALONE, ExitStack() as back:
         back.callback(torch.set_num_threads, torch.get_num_threads())
         back.enter_context(_full_precision())
+        back.enter_context(_fresh_modes())
+        back.enter_context(_random_numbers())
         back.callback(sys.setswitchinterval, sys.getswitchinterval())
         missing = {k: v for k, v in _SAME_BYTES.items() if k not in os.environ}
         back.enter_context(environment(missing))
@@ -50,6 +59,54 @@ def computing(threads: int | None = None) -> Iterator[None]:
             torch.set_num_threads(threads)
         sys.setswitchinterval(SWITCH_S)
         yield
+
+
+@contextmanager
+def _fresh_modes() -> Iterator[None]:
+    """Modes of torch as in a process that has just loaded it."""
+    import torch
+
+    dtype = torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            modes.enter_context(torch.device("cpu"))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                modes.enter_context(torch.autocast(device, enabled=False))
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+@contextmanager
+def _random_numbers() -> Iterator[None]:
+    """Whatever is drawn within, of libraries' own seeds too, the caller's numbers go on as before.
+
+    Of accelerators those that are in use already.
+    """
+    import numpy as np
+    import torch
+
+    states: list[tuple[Callable[[Any], object], Any]] = [
+        (random.setstate, random.getstate()),
+        (np.random.set_state, np.random.get_state()),
+        (torch.set_rng_state, torch.get_rng_state()),
+    ]
+    if torch.cuda.is_initialized():
+        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    try:
+        yield
+    finally:
+        for give_back, state in states:
+            give_back(state)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from bitmill.errors import BitmillError, Cancelled, InputError, ModelError
 from bitmill.formats.format import FORMATS
+from bitmill.io.targets import work_folder
 from bitmill.pipeline.requests import (
     BenchRequest,
     EvaluateRequest,
@@ -24,7 +25,7 @@ from bitmill.pipeline.requests import (
     Request,
 )
 from bitmill.reporting.learning import learning_summary
-from bitmill.results import QualityReport
+from bitmill.results import QUALITY_NAME, QualityReport
 from bitmill.runtime.child import run_child
 from bitmill_service.cli.options import COMMON, LOCAL_RESULTS, SpecFile, json_object, takes
 from bitmill_service.cli.output import JsonFlag, RunFailed, UrlOption, open_client, print_json
@@ -117,9 +118,8 @@ def quantize(
     folder, config = Path(asked.model.path), asked.config()
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}", code="model_not_found", param="model")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with (
-        tempfile.TemporaryDirectory(prefix=".bitmill-", dir=out.absolute().parent) as scratch,
+        work_folder(out, work) as stages,
         JobWatch(Console(stderr=True, highlight=False)) as watch,
     ):
         request = QuantizeRequest(
@@ -127,13 +127,13 @@ def quantize(
             file=asked.model.file,
             config=config,
             out=out,
-            work=work or Path(scratch, "work"),
+            work=stages,
             profiles=profiles,
             task_folder=task_folder,
             device=device,
         )
         run_library("quantize", request, lambda m: watch.show(m["progress"]["kind"], m["progress"]))
-    quality = QualityReport.load(out / "quality.json")
+    quality = QualityReport.load(out / QUALITY_NAME)
     if json:
         shown = quality.model_dump(mode="json", include={"rows"})
         shown |= {
@@ -353,7 +353,7 @@ def report(
 
         write_report(Path(target), html)
     if Path(target).is_dir():
-        found = QualityReport.load(Path(target) / "quality.json").model_dump(mode="json")
+        found = QualityReport.load(Path(target) / QUALITY_NAME).model_dump(mode="json")
     else:
         with open_client(url) as client:
             found = client.report(target)

@@ -10,6 +10,7 @@ import typer
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import parse_part
+from bitmill.config.references import read_map
 from bitmill.io.atomic import write_bytes
 from bitmill_service.cli.options import ALLOCATION, BUDGET, GroupedCommand, takes
 from bitmill_service.cli.output import (
@@ -20,7 +21,7 @@ from bitmill_service.cli.output import (
     print_json,
     print_table,
 )
-from bitmill_service.cli.spec import Given, put, read_map
+from bitmill_service.cli.spec import Given, put
 from bitmill_service.schemas import AllocationRequest
 
 app = typer.Typer(

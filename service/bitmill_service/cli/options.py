@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
+from bitmill.config.references import text_reference
 from bitmill.errors import InputError
 from bitmill_service.cli.output import parse_size
 from bitmill_service.cli.spec import (
@@ -27,7 +28,6 @@ from bitmill_service.cli.spec import (
     map_reference,
     parameters_folder,
     parameters_reference,
-    text_reference,
 )
 from bitmill_workers.job_spec import JobSpec
 

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
-from bitmill.config.slim_llm import read_slim_map
+from bitmill.config.references import read_map
 from bitmill.errors import SpecError
 from bitmill_workers.job_spec import JobSpec, parse_spec
 
@@ -63,24 +62,9 @@ def read_spec(file: str | None) -> dict[str, Any]:
     return loaded
 
 
-def read_map(path: Path) -> BitWidthMap:
-    """A map from a JSON file, a packed folder, or a published SliM-LLM file (.pt)."""
-    if path.suffix == ".pt":
-        return read_slim_map(path)
-    return BitWidthMap.load(path / MAP_NAME if path.is_dir() else path)
-
-
 def comma_separated(text: str) -> tuple[str, ...]:
     """The items of an option that takes several values."""
     return tuple(item.strip() for item in text.split(","))
-
-
-def text_reference(text: str) -> dict[str, Any]:
-    """A calibration text: `bundled:NAME`, `dataset:NAME`, or a file."""
-    source, found, name = text.partition(":")
-    if found and source in ("bundled", "dataset"):
-        return {"source": source, "name": name}
-    return {"source": "file", "path": text}
 
 
 def map_file(text: str) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from bitmill.allocation.profile import SensitivityProfile
 from bitmill.calibration.windows import evaluation_tokens, evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Evaluation, parse_config
-from bitmill.evaluation.compare import measure, plan_for_map
+from bitmill.evaluation.compare import measure
 from bitmill.evaluation.logits import StreamedLogits
 from bitmill.inference.load import load
 from bitmill.io.manifest import read_manifest
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.job import Result, run_job
+from bitmill.plan.model_plan import plan_for_map
 from bitmill.reporting.html import write_report
 from bitmill.reporting.summary import ProfileSummary
 from bitmill.results import QualityReport
@@ -63,7 +64,7 @@ def mean_loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
 def test_the_measured_increase_is_that_of_the_loaded_models(source: Path, job: Result) -> None:
     tokens = evaluation_tokens(WIKI, source, length=64, sequences=3)
     before = mean_loss(AutoModelForCausalLM.from_pretrained(source), tokens)
-    after = mean_loss(load(job.output), tokens)
+    after = mean_loss(load(job.folder), tokens)
     found = job.quality.row("knapsack gptq").texts[WIKI]
     assert found.loss_increase == pytest.approx(after - before, abs=2e-5)
     ratio = found.perplexity / job.quality.row("source").texts[WIKI].perplexity
@@ -75,7 +76,7 @@ def test_the_measured_increase_is_that_of_the_loaded_models(source: Path, job: R
 def test_rows_carry_the_profile_s_prediction_of_their_widths(job: Result) -> None:
     rows = {row.method: row for row in job.quality.rows}
     assert list(rows) == ["source", "knapsack gptq", "uniform 2-bit gptq", "uniform 3-bit gptq"]
-    profile = SensitivityProfile.load(job.output.parent / "work" / "profile" / "profile.npz")
+    profile = SensitivityProfile.load(job.folder.parent / "work" / "profile" / "profile.npz")
     for width in (2, 3):
         same = {linear.name: (width,) * linear.shape.groups for linear in profile.linears}
         row = rows[f"uniform {width}-bit gptq"]
@@ -86,7 +87,7 @@ def test_rows_carry_the_profile_s_prediction_of_their_widths(job: Result) -> Non
 
 
 def test_a_map_outside_the_profile_has_no_prediction(source: Path) -> None:
-    plan = plan_for_map(source, BitWidthMap(linears={"model.layers.0.mlp.up_proj": (3, 3)}))
+    _, plan = plan_for_map(source, BitWidthMap(linears={"model.layers.0.mlp.up_proj": (3, 3)}))
     model = StreamedModel(source, plan, device=torch.device("cpu"), dtype=torch.float32)
     asked = Evaluation.model_validate(EVALUATION | {"sequences": 1})
     same = BitWidthMap(linears={"model.layers.0.mlp.up_proj": (3, 3)})
@@ -97,12 +98,12 @@ def test_a_map_outside_the_profile_has_no_prediction(source: Path) -> None:
 
 
 def test_the_published_folder_reports_its_profile(job: Result, tmp_path: Path) -> None:
-    assert "profile_summary.json" in read_manifest(job.output).files
-    summary = ProfileSummary.load(job.output / "profile_summary.json")
+    assert "profile_summary.json" in read_manifest(job.folder).files
+    summary = ProfileSummary.load(job.folder / "profile_summary.json")
     total = sum(linear.predicted_loss for linear in summary.linears.values())
     assert total == pytest.approx(job.quality.predicted_loss, rel=1e-3)
-    assert QualityReport.load(job.output / "quality.json") == job.quality
-    write_report(job.output, tmp_path / "report.html")
+    assert QualityReport.load(job.folder / "quality.json") == job.quality
+    write_report(job.folder, tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
     for heading in ("Sensitivity", "Size against loss", "Predicted against measured loss"):
         assert f"<h2>{heading}</h2>" in html

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.errors import InputError
-from bitmill.evaluation.compare import plan_for_map
 from bitmill.evaluation.origin import check_made_from
 from bitmill.models.reader import CheckpointSource
+from bitmill.plan.model_plan import plan_for_map
 from tiny import tiny_llama
 from weights import PackedModel, pack_model
 
@@ -28,7 +28,7 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def check(packed: PackedModel, source: Path) -> None:
     widths = BitWidthMap.load(packed.folder / "bit_width_map.json")
     with CheckpointSource(source) as tensors:
-        check_made_from(packed.folder, tensors, plan_for_map(source, widths))
+        check_made_from(packed.folder, tensors, plan_for_map(source, widths)[1])
 
 
 def edited(source: Path, target: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:

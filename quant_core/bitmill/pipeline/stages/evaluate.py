@@ -29,9 +29,7 @@ from bitmill.pipeline.workspace import Made
 from bitmill.plan.model_plan import Plan, length_notes
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.reporting.learning import overfitting_warnings
-from bitmill.results import QualityReport, QualityRow
-
-QUALITY_NAME = "quality.json"
+from bitmill.results import QUALITY_NAME, QualityReport, QualityRow
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,14 @@ from bitmill.models.skeleton import check_skeleton
 from bitmill.pipeline.source import Model
 from bitmill.pipeline.stage import Run, Stage
 from bitmill.plan.config_json import read_config
-from bitmill.plan.model_plan import Plan, check_lengths, check_rows, length_notes, make_plan
-
-PLAN_NAME = "plan.json"
+from bitmill.plan.model_plan import (
+    PLAN_NAME,
+    Plan,
+    check_lengths,
+    check_rows,
+    length_notes,
+    make_plan,
+)
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ from bitmill.io.manifest import MANIFEST_NAME, write_manifest
 from bitmill.io.targets import check_result
 from bitmill.pipeline.learned_parameters import RECORD_NAME, LearnedFor
 from bitmill.pipeline.stage import Run, Stage
-from bitmill.pipeline.stages.evaluate import QUALITY_NAME
 from bitmill.pipeline.stages.pack import PACKED_NAME
 from bitmill.pipeline.workspace import Made
 from bitmill.plan.model_plan import Plan
 from bitmill.reporting.summary import SUMMARY_NAME, summarize
-from bitmill.results import QualityReport
+from bitmill.results import QUALITY_NAME, QualityReport
 
 _PUBLISHED_NAME = "published.json"
 

@@ -16,7 +16,7 @@ from bitmill.pipeline.stage import Run, Stage
 from bitmill.plan.model_plan import Plan, PlannedLinear
 from bitmill.refinement.model import TUNING_NAME
 from bitmill.refinement.store import EMBEDDINGS, save_block
-from bitmill.results import QualityReport
+from bitmill.results import QUALITY_NAME, QualityReport
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def take_over(
     learned.check_files()
     checkpoint = open_checkpoint(learned.folder)
     checkpoint.check_linears(plan.shapes)
-    report = QualityReport.load(learned.folder / "quality.json")
+    report = QualityReport.load(learned.folder / QUALITY_NAME)
     linears = {linear.name: linear for linear in report.linears}
     blocks = {block.index: block for block in report.blocks}
     if plan.by_name.keys() - linears.keys() or set(range(plan.block_count)) - blocks.keys():

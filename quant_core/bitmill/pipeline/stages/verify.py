@@ -16,11 +16,10 @@ from bitmill.config.quantization import Budget
 from bitmill.io.atomic import read_json, write_json
 from bitmill.pipeline.stage import Run, Stage
 from bitmill.pipeline.stages.pack import HASHES_NAME, PACKED_NAME
-from bitmill.pipeline.stages.plan import PLAN_NAME
 from bitmill.pipeline.stages.refine import Refined
 from bitmill.pipeline.verify import verify_folder
 from bitmill.pipeline.workspace import Made
-from bitmill.plan.model_plan import Plan
+from bitmill.plan.model_plan import PLAN_NAME, Plan
 from bitmill.refinement.model import RefinedModel
 from bitmill.runtime.child import run_child
 from bitmill.transforms.column_order import FoldedOrders

@@ -44,7 +44,7 @@ def list_profiles(
 def get_profile(profile_id: ProfileId, context: ContextDep, caller: PrincipalDep) -> ProfileView:
     """One profile with its widths and counts."""
     stored = _load(context, caller, profile_id)
-    return profile_view(stored.record, stored.profile)
+    return profile_view(stored.record, stored.model.profile)
 
 
 @router.post(
