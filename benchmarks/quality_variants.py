@@ -60,7 +60,7 @@ def corrected(refine: RefineSettings, ridges: tuple[float, ...] = (0.0,)) -> Ref
     return replace(refine, solver=replace(refine.solver, ridges=ridges), needs=needs)
 
 
-SHRINK = gptq(clip=ClipSettings.shrink_only())
+SHRINK = gptq(clip=ClipSettings(zero_offsets=(), least_squares=0))
 CLIP = gptq()
 COMPENSATED = gptq(compensated=True)
 POLISHED = gptq(rounds=4)

@@ -106,8 +106,8 @@ class Job:
     def plan(self, source: Source) -> Plan:
         """What there is to do."""
         warm_up(self.space.device)  # beside reading all weights
-        admitted = None if self.admission.gguf else self.admission.plan
-        inputs = planning.Inputs.of(source.every, self.config, self.task_folder, admitted)
+        plan = self.admission.plan
+        inputs = planning.Inputs.of(source.every, plan, self.config, self.task_folder)
         return planning.load(self.space.run(planning.STAGE, inputs).folder)
 
     def calibration(self, source: Source, planned: Plan) -> CalibrationSet:

@@ -61,11 +61,6 @@ class ClipSettings:
         """The plain min-max grid of GPTQ: no shrinking, no refinement."""
         return cls(shrinks=1, zero_offsets=(), least_squares=0)
 
-    @classmethod
-    def shrink_only(cls) -> ClipSettings:
-        """Both ends shrunk by one factor, nothing else."""
-        return cls(zero_offsets=(), least_squares=0)
-
 
 def max_code(width: int) -> int:
     """Largest code of a width: 2^b - 1."""

@@ -196,13 +196,6 @@ class Rewrites(tuple[Rewrite, ...]):
 NO_REWRITES = Rewrites()
 
 
-def undo_order(weight: Tensor, order: Tensor) -> Tensor:
-    """Columns of `weight` [N, K] moved from packed to source order; `order` [K]."""
-    source = torch.empty_like(weight)
-    source[:, order.long()] = weight
-    return source
-
-
 def check_order(order: Tensor, K: int, name: str) -> None:
     """Raise FormatError unless `order` is an i32 permutation of 0..K-1."""
     if order.dtype != torch.int32 or tuple(order.shape) != (K,):

@@ -147,7 +147,9 @@ def test_refinement_counts_tokens_and_says_which_expert_starved(model: Any, tmp_
 def test_an_expert_without_tokens_uses_the_layers_input_and_rounds_the_rest(model: Any) -> None:
     streamed, _ = model
     stream = Stream(streamed.embed(tokens(6)))
-    quick = GptqSettings(clip=ClipSettings.shrink_only(), compensated=None, rounds=0)
+    quick = GptqSettings(
+        clip=ClipSettings(zero_offsets=(), least_squares=0), compensated=None, rounds=0
+    )
     widths = {li.name: (3,) for li in streamed.plan.block_linears(0)}
     block = streamed.load_block(0)
     weights, _ = refine_block(

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
+from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.pipeline.job import run_job
 from bitmill.pipeline.learned_parameters import LearnedParameters
@@ -33,6 +34,8 @@ pytestmark = [
 ]
 
 TEXT = (Path(__file__).parents[1] / "calibration.txt").read_text()
+UNIFORM = {"method": "uniform", "order": "activation"}
+SMALL = {"sequences": 4, "length": 64, "held_out": 1}
 SHORT = {"texts": ["wiki_evaluation"], "sequences": 1, "length": 64}
 
 
@@ -40,13 +43,14 @@ def config(folder: Path, **changes: Any) -> QuantizationConfig:
     text = {"source": "file", "path": str(folder / "text.txt")}
     base: dict[str, Any] = {
         "budget": {"code_bits": 3},
-        "allocation": {"method": "uniform", "order": "activation"},
+        "allocation": UNIFORM,
         "refinement": {"method": "rtn"},
-        "calibration": {"text": text, "sequences": 4, "length": 64, "held_out": 1},
+        "calibration": SMALL,
         "evaluation": SHORT,
         "threads": 1,
     }
-    return parse_config(base | changes)
+    asked = base | changes
+    return parse_config(asked | {"calibration": {"text": text} | asked["calibration"]})
 
 
 def run(folder: Path, asked: QuantizationConfig, work: str = "work", out: str = "out") -> set[str]:
@@ -200,7 +204,7 @@ def test_what_decides_nothing_is_told_by_name(recorded: Recorded) -> None:
         for name, counts, _ in variants(inputs)
         if not counts
     }
-    places = {"folder", "known", "packed", "admitted"}
+    places = {"folder", "known", "packed"}
     assert {name for name in free if name.rpartition(".")[2] not in places} == {
         "profile.origin", "allocate.profile.origin", "evaluate.profile.origin",
         "publish.profiled.profile.origin",
@@ -327,13 +331,31 @@ CASES: dict[str, tuple[Callable[[Path], None], dict[str, Any], set[str]]] = {
     "budget": (
         lambda _: None,
         {"budget": {"code_bits": 3.05}},
-        {"plan", "allocate", "verify"},
+        {"allocate", "verify"},
     ),
     "unspent budget": (
         lambda _: None,
         {"budget": {"code_bits": 3.5}},
-        {"plan", "allocate", "verify", "evaluate", "publish"},
+        {"allocate", "verify", "evaluate", "publish"},
     ),
+    "seed": (lambda _: None, {"seed": 1}, TEXT_READERS),
+    "held-out windows": (
+        lambda _: None,
+        {"calibration": SMALL | {"held_out": 2}},
+        {"refine", *LATE},
+    ),
+    "method": (lambda _: None, {"refinement": {"method": "gptq"}}, {"refine", *LATE}),
+    "kept linears": (
+        lambda _: None,
+        {"allocation": UNIFORM | {"keep": ["model.layers.0.*"]}},
+        {"plan", "profile", "allocate", "refine", *LATE},
+    ),
+    "column order": (
+        lambda _: None,
+        {"allocation": UNIFORM | {"order": "natural"}},
+        {"allocate", "refine", *LATE},
+    ),
+    "threads": (lambda _: None, {"threads": 2}, {"profile", "refine", *LATE}),
 }
 
 
@@ -353,3 +375,21 @@ def test_exactly_what_depends_on_a_change_runs_again(
         run(folder, asked, "fresh work", "fresh")
         before = published(folder / "fresh")
     assert published(folder / "out") == before
+
+
+def test_another_map_runs_again_what_depends_on_it(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(finished, folder)
+    found = BitWidthMap.load(folder / "out" / "bit_width_map.json")
+    name = "model.layers.1.mlp.up_proj"
+    first = found.model_dump()
+    second = found.model_copy(update={"linears": found.linears | {name: (2, 3)}}).model_dump()
+    asked = [
+        config(folder, allocation=UNIFORM | {"method": "map", "map": m}) for m in (first, second)
+    ]
+    # The same widths under another method: only the report's row has another name.
+    expected = {"resolve", "allocate", "evaluate", "publish"}
+    assert run(folder, asked[0]) == expected
+    assert run(folder, asked[1]) == {"allocate", "refine", *LATE}
+    run(folder, asked[1], "fresh work", "fresh")
+    assert published(folder / "out") == published(folder / "fresh")

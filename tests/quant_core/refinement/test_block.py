@@ -23,7 +23,9 @@ from solving import quantize_gptq
 from streaming import streamed, token_windows
 from tiny import tiny_llama, tiny_opt
 
-QUICK_GPTQ = GptqSettings(clip=ClipSettings.shrink_only(), compensated=None, rounds=0)
+QUICK_GPTQ = GptqSettings(
+    clip=ClipSettings(zero_offsets=(), least_squares=0), compensated=None, rounds=0
+)
 QUICK = GptqSolver(QUICK_GPTQ)
 SHIFT = frozenset({"hessian", "shift"})
 PREFIX = "model.layers.0."

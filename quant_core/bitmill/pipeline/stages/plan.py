@@ -1,4 +1,4 @@
-"""Stage `plan`: linears, kept tensors and sizes; refuses what cannot end well before it begins."""
+"""Stage `plan`: the job's plan held against all weights and libraries, before work begins."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bitmill.allocation.allocator import check_budget
-from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
-from bitmill.config.transforms import TransformConfig
+from bitmill.config.quantization import QuantizationConfig
 from bitmill.evaluation.tasks import TaskSuite
 from bitmill.io.atomic import sha256_file, write_bytes
 from bitmill.models.reader import CheckpointSource, check_all_finite
@@ -19,10 +17,7 @@ from bitmill.plan.config_json import read_config
 from bitmill.plan.model_plan import (
     PLAN_NAME,
     Plan,
-    check_lengths,
-    check_rows,
     length_notes,
-    make_plan,
 )
 
 
@@ -48,69 +43,35 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Inputs:
-    """lengths: tokens of calibration and evaluation windows.
-
-    admitted: the plan that `admit` made of the same folder, None where it made none.
-    """
+    """plan: as the job was admitted with. lengths: tokens of calibration, evaluation windows."""
 
     model: Model
-    allocation: Allocation
-    budget: Budget
-    transforms: tuple[TransformConfig, ...]
-    format: str
-    calibration_length: int
-    evaluation_length: int
-    devices: int
+    plan: Plan
+    lengths: tuple[int, int]
     tasks: Tasks
-    admitted: Plan | None = field(compare=False)
 
     @classmethod
     def of(
-        cls,
-        model: Model,
-        config: QuantizationConfig,
-        task_folder: Path | None,
-        admitted: Plan | None,
+        cls, model: Model, plan: Plan, config: QuantizationConfig, task_folder: Path | None
     ) -> Inputs:
-        """What of a configuration decides what there is to do."""
-        return cls(
-            model=model,
-            allocation=config.allocation,
-            budget=config.budget,
-            transforms=config.transforms,
-            format=config.format,
-            calibration_length=config.calibration.length,
-            evaluation_length=config.evaluation.length,
-            devices=config.devices,
-            tasks=Tasks.of(config.evaluation.tasks, task_folder),
-            admitted=admitted,
-        )
+        """What of a job decides whether it can be done as planned."""
+        lengths = (config.calibration.length, config.evaluation.length)
+        return cls(model, plan, lengths, Tasks.of(config.evaluation.tasks, task_folder))
 
 
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
-    """Raises for impossible budgets, windows and tasks, for weights with NaN or infinity, and for
-    configurations of which transformers builds another model than is planned."""
-    made = inputs.admitted or _admitted(inputs)
+    """Raises for impossible tasks, for weights with NaN or infinity, and for configurations of
+    which transformers builds another model than is planned."""
     check_skeleton(read_config(inputs.model.folder)[0])
     inputs.tasks.suite()
     with CheckpointSource(inputs.model.folder) as tensors:
-        check_all_finite(tensors, made.stored)
-    lengths = length_notes(made, inputs.calibration_length, inputs.evaluation_length)
-    for note in (*made.notes, *lengths):
+        check_all_finite(tensors, inputs.plan.stored)
+    for note in (*inputs.plan.notes, *length_notes(inputs.plan, *inputs.lengths)):
         run.warn(note)
-    write_bytes(folder / PLAN_NAME, made.model_dump_json(indent=1).encode())
+    write_bytes(folder / PLAN_NAME, inputs.plan.model_dump_json(indent=1).encode())
 
 
 STAGE = Stage("plan", work)
-
-
-def _admitted(inputs: Inputs) -> Plan:
-    asked = QuantizationConfig(allocation=inputs.allocation, budget=inputs.budget)
-    made = make_plan(inputs.model.folder, asked).stored_as(inputs.format, inputs.transforms)
-    check_budget(made, asked)
-    check_lengths(made, inputs.calibration_length, inputs.evaluation_length)
-    check_rows(made, inputs.devices)
-    return made
 
 
 def load(folder: Path) -> Plan:
