@@ -20,6 +20,7 @@ from bitmill.inference.load import load as load
 from bitmill.io.manifest import Manifest as Manifest
 from bitmill.io.manifest import check_folder as check_folder
 from bitmill.library.evaluate import evaluate as evaluate
+from bitmill.library.export import export as export
 from bitmill.library.profiles import allocate as allocate
 from bitmill.library.profiles import profile as profile
 from bitmill.library.quantize import quantize as quantize

@@ -228,6 +228,19 @@ def test_a_map_says_what_is_kept(source: Path, tmp_path: Path) -> None:
     assert rows[1].texts == result.row.texts
 
 
+def test_a_result_is_written_in_other_formats(packed: bitmill.Result, tmp_path: Path) -> None:
+    report = bitmill.export(packed, "dequantized", out=tmp_path / "plain")
+    assert report.packed_bytes == packed.size
+    assert check_folder(tmp_path / "plain").total_bytes > report.file_bytes
+    for format, settings, said in (
+        ("no_format", {}, "no_format"),
+        ("dequantized", {"bitz": 3}, "bitz"),
+    ):
+        with pytest.raises(SpecError, match=said):
+            bitmill.export(packed, format, out=tmp_path / "other", **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
 def test_a_profile_that_nobody_needs_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="needs no profile"):
         bitmill.profile(source, allocation="uniform", order="natural", **QUICK)

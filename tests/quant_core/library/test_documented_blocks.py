@@ -41,7 +41,7 @@ def test_the_library_page_runs_as_written(
     assert "impossible_budget" in said
     assert {path.name for path in tmp_path.iterdir()} == {
         "models", "packed", "natural", "learned", "profile", "refined", "sweep", "report.html",
-        "watched",
+        "watched", "plain",
     }  # fmt: skip
     assert names["result"].bits <= 3
     assert [result.folder.name for result in names["results"]] == [
