@@ -16,7 +16,6 @@ from pydantic import Field, field_validator, model_validator
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.quantization import (
-    DEFAULT_FORMAT,
     Allocation,
     BaseAllocation,
     BaseOmniQuant,
@@ -25,10 +24,10 @@ from bitmill.config.quantization import (
     Calibration,
     Evaluation,
     FileText,
-    FormatName,
     LocalOmniQuant,
     QuantizationConfig,
     Refinement,
+    Stored,
     parse_part,
     refuse_shared_learning,
 )
@@ -118,7 +117,7 @@ class JobRefinement(BaseRefinement):
     omniquant: JobOmniQuant = JobOmniQuant()
 
 
-class JobSpec(Closed):
+class JobSpec(Stored):
     """Everything that determines a job's result, besides the model's own files.
 
     threads: CPU threads of the runner (part of the result's identity: sums depend on it).
@@ -136,7 +135,6 @@ class JobSpec(Closed):
     seed: int = Field(default=0, ge=0, lt=2**31)
     threads: int | None = Field(default=None, ge=1, le=1024)
     devices: int = Field(default=1, ge=1, le=64)
-    format: FormatName = DEFAULT_FORMAT
     label: str | None = Field(default=None, max_length=200)
     deadline_s: int | None = Field(default=None, ge=1)
 

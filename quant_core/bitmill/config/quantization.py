@@ -360,7 +360,21 @@ class Evaluation(Closed):
     tasks: tuple[TaskName, ...] = ()
 
 
-class QuantizationConfig(Closed):
+class Stored(Closed):
+    """What names the format of its result. JSON leaves the default out, so that specifications from
+    before formats had names stay what they were."""
+
+    format: FormatName = DEFAULT_FORMAT
+
+    @model_serializer(mode="wrap")
+    def _without_default_format(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = dump(self)
+        if self.format == DEFAULT_FORMAT:
+            del found["format"]
+        return found
+
+
+class QuantizationConfig(Stored):
     """Everything that determines a result, besides the model's own files.
 
     threads: CPU threads (part of the result's identity: sums depend on it).
@@ -376,7 +390,6 @@ class QuantizationConfig(Closed):
     seed: int = Field(default=0, ge=0, lt=2**31)
     threads: int | None = Field(default=None, ge=1, le=1024)
     devices: int = Field(default=1, ge=1, le=64)
-    format: FormatName = DEFAULT_FORMAT
 
     @property
     def method(self) -> MethodConfig:
