@@ -1,4 +1,4 @@
-"""The model behind tests/golden/packed-v1: every value from a formula, no random numbers.
+"""The model behind tests/golden/packed-v1 and packed-v2: every value from a formula.
 
 One Llama block of hidden size 136 (a full group and a tail of 8), with every width among its
 groups, a linear that is a tail alone, and column orders that siblings share.
@@ -16,7 +16,9 @@ from bitmill.formats.packed.checkpoint import write_checkpoint
 from bitmill.formats.packed.layout import stored_tensors
 from bitmill.io.safetensors import TensorInfo
 from bitmill.quant.rewrites import Rewrites
+from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.tensors import QuantizedWeight
+from bitmill.quant.trellis import TrellisTensor, trellis_shapes
 from bitmill_kernels.layout import group_columns, zero_bits
 
 BLOCK = "model.layers.0"
@@ -46,6 +48,8 @@ SHAPES = (
     LinearShape(f"{BLOCK}.mlp.down_proj", 136, 24),
 )
 WIDTHS = ((3, 2), (1, 5), (8, 1), (4,), (6, 6), (2, 3), (5,))
+RATES = ((3, 7), (1, 5), (8, 1), (4,), (6, 6), (2, 3), (7,))
+"""Widths of the same linears in trellis codes."""
 QUERY_ORDER = f"{BLOCK}.self_attn.q_proj.order"
 ORDERS = {shape.name: QUERY_ORDER for shape in SHAPES[:3]}
 KEPT = (
@@ -77,6 +81,21 @@ def golden_weight(index: int) -> QuantizedWeight:
     )
 
 
+def golden_trellis(index: int) -> TrellisTensor:
+    """The same linear in trellis codes."""
+    shape, rates = SHAPES[index], RATES[index]
+    tensors = {}
+    for key, (dtype, size) in trellis_shapes(shape.rows, shape.columns, rates).items():
+        i = torch.arange(torch.Size(size).numel()).reshape(size)
+        if dtype == torch.uint8:
+            tensors[f"x.{key}"] = ((i * i * 31 + 17 * i + index) >> 3).to(torch.uint8)
+        else:
+            tensors[f"x.{key}"] = ((1 + (i * 5 + index) % 7) / 16).half()
+    order = (37 * torch.arange(shape.columns) + 5) % shape.columns
+    rewrites = packed_rewrites("trellis", order.int() if shape.name in ORDERS else None)
+    return TrellisTensor.from_tensors("x", tensors, shape.rows, shape.columns, rates, rewrites)
+
+
 def golden_tensor(name: str) -> torch.Tensor:
     """A kept tensor by its name."""
     spec = next(spec for spec in KEPT if spec.name == name)
@@ -84,17 +103,19 @@ def golden_tensor(name: str) -> torch.Tensor:
     return ((count * 29 % 64 - 20) / 32).half().reshape(spec.shape)
 
 
-def write_golden(folder: Path, source: Path) -> None:
+def write_golden(folder: Path, source: Path, code: str = "affine") -> None:
     """Write the packed folder; `source` is a folder for the source's config."""
+    widths, weight = {"affine": (WIDTHS, golden_weight), "trellis": (RATES, golden_trellis)}[code]
     (source / "config.json").write_text(json.dumps(CONFIG, indent=2))
     names = [shape.name for shape in SHAPES]
-    bit_widths = BitWidthMap(order="activation", linears=dict(zip(names, WIDTHS, strict=True)))
+    bit_widths = BitWidthMap(order="activation", linears=dict(zip(names, widths, strict=True)))
     write_checkpoint(
         folder,
         source=source,
-        tensors=stored_tensors(KEPT, SHAPES, bit_widths.linears, ORDERS),
+        tensors=stored_tensors(KEPT, SHAPES, bit_widths.linears, ORDERS, code),
         bit_widths=bit_widths,
         orders=ORDERS,
-        linear=lambda name: golden_weight(names.index(name)).pack(),
+        code=code,
+        linear=lambda name: weight(names.index(name)).pack(),
         other=golden_tensor,
     )

@@ -27,6 +27,11 @@ VECTOR_FLAGS = {
 kernels may be shared by unlike machines, so each capability has its own build."""
 
 
+def vector_flags() -> tuple[str, ...]:
+    """Those of this processor."""
+    return VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
+
+
 def compiled(name: str, sources: Sequence[Path], **options: Any) -> Path:
     """The shared library `name` of these sources; options as `torch.utils.cpp_extension.load`.
 

@@ -27,9 +27,11 @@ from bitmill_kernels.trellis.encode import (
     load_library,
 )
 from bitmill_kernels.trellis.layout import RATES, circle_shapes, tile_bytes
+from bitmill_kernels.trellis.product import TrellisProduct, decode_rows, per_column
+from bitmill_kernels.trellis.product import load_library as product_library
 
 CPU = torch.device("cpu")
-LIMITS = {1: 0.275, 2: 0.072, 3: 0.019, 4: 0.0052, 5: 0.00130, 6: 0.00035, 7: 9e-5, 8: 2.3e-5}
+LIMITS = {1: 0.275, 2: 0.072, 3: 0.019, 4: 0.0052, 5: 0.00130, 6: 0.00035, 7: 1.0e-4, 8: 3.2e-5}
 
 
 def random_circles(rate, count=3):
@@ -155,3 +157,35 @@ def test_shapes_name_a_tensor_per_rate():
         circle_shapes(40, 300, (3, 2))
     with pytest.raises(ValueError, match=r"\[9\]"):
         circle_shapes(40, 300, (3, 9, 3))
+
+
+def random_product(N, K, rates, device=CPU):
+    draw = torch.Generator().manual_seed(N)
+    circles = {
+        key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+        for key, shape in circle_shapes(N, K, rates).items()
+    }
+    rows, groups = (torch.rand(n, generator=draw).half() for n in (N, len(rates)))
+    W = decode_rows(circles, rates, K, 0, N) * per_column(groups.float(), K) * rows.float()[:, None]
+    return TrellisProduct(circles, rows, groups, K, rates, device), W
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    ("N", "K", "rates"),
+    [(37, 300, (3, 5, 1)), (16, 128, (2,)), (1, 9, (4,)), (50, 272, (6, 7, 8))],
+    ids=str,
+)
+def test_products_are_those_of_the_decoded_weights(N, K, rates, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setenv("BITMILL_CPU_KERNEL", "0")
+    product_library.cache_clear()
+    product, W = random_product(N, K, rates)
+    torch.testing.assert_close(product.weights(0, N), W)
+    torch.testing.assert_close(product.weights(0, min(N, 20)), W[:20])
+    for tokens in (1, 2, 3, 4, 7, 20):
+        x = torch.randn(tokens, K)
+        torch.testing.assert_close(product(x), x @ W.T, atol=1e-4, rtol=1e-4)
+        dy = torch.randn(tokens, N)
+        torch.testing.assert_close(product.input_gradient(dy), dy @ W, atol=1e-4, rtol=1e-4)
+    product_library.cache_clear()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.numpy import load_file
 
@@ -16,10 +17,19 @@ import bitmill
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.formats.packed.checkpoint import PackedCheckpoint
 from bitmill.quant.tensors import QuantizedWeight
-from golden_model import CONFIG, SHAPES, golden_tensor, golden_weight, write_golden
+from golden_model import (
+    CONFIG,
+    SHAPES,
+    golden_tensor,
+    golden_trellis,
+    golden_weight,
+    write_golden,
+)
 
 TESTS = Path(__file__).resolve().parents[1]
 GOLDEN = TESTS / "golden" / "packed-v1"
+GOLDEN_2 = TESTS / "golden" / "packed-v2"
+DIGEST_2 = "fd4d058afccb724e1b3711cab2f77d74b7031196a570dafaf4bf89499a5432fc"
 DIGEST = "9d00d3f3239e73f100707caaa12851a9912a5688a4c3810072905cc17d94666b"
 
 
@@ -34,16 +44,21 @@ def formula(weight: QuantizedWeight, K: int) -> np.ndarray[Any, Any]:
     return out
 
 
-def test_the_writer_still_writes_these_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "golden", "digest"), [("affine", GOLDEN, DIGEST), ("trellis", GOLDEN_2, DIGEST_2)]
+)
+def test_the_writer_still_writes_these_bytes(
+    tmp_path: Path, code: str, golden: Path, digest: str
+) -> None:
     source, folder = tmp_path / "source", tmp_path / "packed"
     source.mkdir()
     folder.mkdir()
-    write_golden(folder, source)
-    names = sorted(file.name for file in GOLDEN.iterdir())
+    write_golden(folder, source, code)
+    names = sorted(file.name for file in golden.iterdir())
     assert sorted(file.name for file in folder.iterdir()) == names
     for name in names:
-        assert (folder / name).read_bytes() == (GOLDEN / name).read_bytes(), name
-    assert hashlib.sha256((GOLDEN / "model.safetensors").read_bytes()).hexdigest() == DIGEST
+        assert (folder / name).read_bytes() == (golden / name).read_bytes(), name
+    assert hashlib.sha256((golden / "model.safetensors").read_bytes()).hexdigest() == digest
 
 
 def test_the_reader_still_reads_them() -> None:
@@ -61,9 +76,30 @@ def test_the_reader_still_reads_them() -> None:
     assert torch.equal(checkpoint.tensor(name), golden_tensor(name))
 
 
+def test_the_reader_still_reads_trellis_codes() -> None:
+    checkpoint = PackedCheckpoint.open(GOLDEN_2)
+    checkpoint.check_linears(SHAPES)
+    assert {rate for index in range(len(SHAPES)) for rate in golden_trellis(index).widths} == {
+        *range(1, 9)
+    }
+    for index, shape in enumerate(SHAPES):
+        found, expected = checkpoint.linear(shape).unpack(), golden_trellis(index)
+        assert torch.equal(found.codes, expected.codes)
+        assert torch.equal(found.dequantize(), expected.dequantize())
+
+
 def test_every_width_is_in_the_golden_file() -> None:
     widths = {width for index in range(len(SHAPES)) for width in golden_weight(index).widths}
     assert widths == {1, 2, 3, 4, 5, 6, 8}
+
+
+def test_transformers_computes_with_trellis_codes() -> None:
+    model = bitmill.load(GOLDEN_2, dtype=torch.float32)
+    for index, shape in enumerate(SHAPES):
+        x = torch.linspace(-1, 1, shape.columns)[None]
+        expected = x.double() @ golden_trellis(index).dequantize().double().t()
+        found = model.get_submodule(shape.name)(x).double()
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_transformers_computes_with_these_weights() -> None:
@@ -78,11 +114,29 @@ def test_transformers_computes_with_these_weights() -> None:
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_the_reader_in_the_documentation_reads_the_golden_file() -> None:
+def documented_reader(version: int) -> dict[str, Any]:
     text = (TESTS.parent / "docs" / "format.md").read_text()
-    (code,) = re.findall(r"```python\n(import numpy.*?)```", text, flags=re.DOTALL)
+    found = re.findall(r"```python\n(import numpy.*?)```", text, flags=re.DOTALL)
     reader: dict[str, Any] = {}
-    exec(code, reader)  # noqa: S102
+    exec(found[version - 1], reader)  # noqa: S102
+    return reader
+
+
+def test_the_second_reader_in_the_documentation_reads_the_golden_file() -> None:
+    reader, tensors = documented_reader(2), load_file(GOLDEN_2 / "model.safetensors")
+    config = json.loads((GOLDEN_2 / "config.json").read_text())["quantization_config"]
+    text = (TESTS.parent / "docs" / "format.md").read_text()
+    (said,) = re.findall(r'"code": (\{.*?\})', text, flags=re.DOTALL)
+    assert json.loads(said) == config["code"]
+    for index, shape in enumerate(SHAPES):
+        linear = config["linears"][shape.name]
+        found = reader["read_weight"](tensors, linear, shape.name, shape.columns)
+        expected = golden_trellis(index).dequantize().numpy()
+        np.testing.assert_allclose(found, expected, atol=2e-6, err_msg=shape.name)
+
+
+def test_the_reader_in_the_documentation_reads_the_golden_file() -> None:
+    reader = documented_reader(1)
     tensors = load_file(GOLDEN / "model.safetensors")
     linears = json.loads((GOLDEN / "config.json").read_text())["quantization_config"]["linears"]
     for index, shape in enumerate(SHAPES):

@@ -162,6 +162,7 @@ def test_a_folder_that_transformers_cannot_load_is_refused(job: Job) -> None:
 PRODUCT = ("quant_core/bitmill", "workers/bitmill_workers", "service/bitmill_service")
 OWN = {
     "config/methods.py",
+    "config/codes.py",  # the format of each code
     "config/transforms.py",
     "config/quantization.py",  # the JSON of all methods' settings, and the defaults
     "bitmill_workers/job_spec.py",  # the same JSON

@@ -29,8 +29,9 @@ OWN = {"--out", "--work", "--profiles", "--task-folder", "--device", "--spec", "
 CASES: list[tuple[str, dict[str, Any]]] = [
     (
         "org/name@v2 --file m.gguf --bits 3 --label a --deadline 60 --seed 3 --threads 2 "
-        "--devices 4 --format plain",
+        "--devices 4 --code affine --format plain",
         {
+            "code": "affine",
             "format": "plain",
             "model.source": "hub",
             "model.repo_id": "org/name",

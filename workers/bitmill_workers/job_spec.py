@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.closed import Closed
+from bitmill.config.codes import check_widths
 from bitmill.config.quantization import (
     Allocation,
     BaseAllocation,
@@ -122,7 +123,7 @@ class JobSpec(Stored):
 
     threads: CPU threads of the runner (part of the result's identity: sums depend on it).
     devices: accelerators that work on the job together, of one machine (part of its identity too).
-    format: in which the result is stored.
+    format: in which the result is stored. code: of its groups.
     """
 
     schema_version: Literal[1] = 1
@@ -137,6 +138,14 @@ class JobSpec(Stored):
     devices: int = Field(default=1, ge=1, le=64)
     label: str | None = Field(default=None, max_length=200)
     deadline_s: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _has_widths(self) -> Self:
+        try:
+            check_widths(self.code_name, self.allocation.widths, "allocation.widths")
+        except SpecError as error:
+            raise ValueError(error.message) from error
+        return self
 
     @model_validator(mode="after")
     def _learns_alone(self) -> Self:
@@ -174,9 +183,11 @@ class JobSpec(Stored):
         resumed = self._parameters(parameters)
         learning = LocalOmniQuant.model_validate(dict(omniquant) | {"resume_parameters": resumed})
         return QuantizationConfig(
+            code=self.code,
             budget=self.budget,
             allocation=Allocation.model_validate(
-                dict(self.allocation) | {"map": self._map(bit_widths)}
+                {key: getattr(self.allocation, key) for key in self.allocation.model_fields_set}
+                | {"map": self._map(bit_widths)}
             ),
             refinement=Refinement.model_validate(dict(self.refinement) | {"omniquant": learning}),
             calibration=calibration,

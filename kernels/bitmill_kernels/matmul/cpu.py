@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitmill_kernels.compiled import VECTOR_FLAGS, compiled
+from bitmill_kernels.compiled import compiled, vector_flags
 from bitmill_kernels.layout import (
     GROUP_SIZE,
     PLANES,
@@ -195,8 +195,7 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _build() -> ctypes.CDLL:
-    capability = torch.backends.cpu.get_cpu_capability()
-    flags = ["-O3", *VECTOR_FLAGS.get(capability, ()), "-fopenmp"]
+    flags = ["-O3", *vector_flags(), "-fopenmp"]
     source = Path(__file__).with_name("cpu_kernel.cpp")
     built = compiled("bitmill_cpu", [source], extra_cflags=flags, extra_ldflags=["-fopenmp"])
     library = ctypes.CDLL(str(built))

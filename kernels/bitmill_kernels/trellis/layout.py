@@ -1,4 +1,4 @@
-"""Stored tensors of a linear in trellis codes: names and shapes. Torch-free.
+"""Stored tensors of a linear in trellis codes, and constants of the code. Torch-free.
 
 A linear is cut into tiles of 16 rows and 16 columns, each a circle of 32 k bytes at rate k
 (`code.py`). Groups of 128 columns have 8 columns of tiles; a shorter last group, and a last row of
@@ -14,6 +14,9 @@ from collections.abc import Sequence
 
 from bitmill_kernels.layout import GROUP_SIZE, group_columns
 
+MULTIPLIER = 0x962CAE47
+KEPT, FLIPPED = 0x8FFF, 0x3B60
+STATE_BITS = 16
 RATES = (1, 2, 3, 4, 5, 6, 7, 8)
 TILE = 16
 """Rows, and columns, of a tile."""

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from bitmill.config.bit_width_map import WIDTHS, LinearShape
+from bitmill.config.bit_width_map import LEGAL_WIDTHS, LinearShape
 from bitmill.config.closed import Closed
 from bitmill.errors import FormatError, reason
 from bitmill.io import atomic as storage
@@ -54,8 +54,8 @@ class ProfileConfig(Closed):
 
     kind: see `sensitivity/measure.py`. widths: of kind "knapsack"; base: the width that "sba"
     departs from. keep: patterns of linears that stay in the source precision; embeddings: matrices
-    that are quantized too. sequences: windows, where not all of the calibration's were taken.
-    What is None was not recorded.
+    that are quantized too. code: of groups, where it is not affine. sequences: windows, where not
+    all of the calibration's were taken. What is None was not recorded.
     """
 
     kind: Literal["knapsack", "sba", "orders"] | None = None
@@ -63,6 +63,7 @@ class ProfileConfig(Closed):
     keep: tuple[str, ...] | None = None
     embeddings: tuple[str, ...] | None = None
     widths: tuple[int, ...] | None = None
+    code: str | None = None
     base: int | None = None
     sequences: int | None = None
     dtype: str | None = None
@@ -166,9 +167,11 @@ class SensitivityProfile:
     sba: Mapping[int, Mapping[str, SbaRecord]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if tuple(sorted(set(self.widths))) != self.widths or not set(self.widths) <= set(WIDTHS):
+        if tuple(sorted(set(self.widths))) != self.widths or not set(self.widths) <= set(
+            LEGAL_WIDTHS
+        ):
             raise FormatError(
-                f"profile widths {list(self.widths)} must ascend and be among {list(WIDTHS)}"
+                f"profile widths {list(self.widths)} must ascend and be among {list(LEGAL_WIDTHS)}"
             )
         names = [linear.name for linear in self.linears]
         if len(set(names)) != len(names):

@@ -15,7 +15,8 @@ from bitmill.allocation.allocator import Allocator, CurvePoint
 from bitmill.allocation.profile import PROFILE_NAME, SensitivityProfile
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.closed import Closed
-from bitmill.config.quantization import DEFAULT_WIDTHS, Allocation, Budget, parse_part
+from bitmill.config.codes import DEFAULT_WIDTHS
+from bitmill.config.quantization import Allocation, Budget, parse_part
 from bitmill.errors import SpecError
 from bitmill.formats.accounting import footprint
 from bitmill.io.atomic import atomic_folder, read_json, write_bytes

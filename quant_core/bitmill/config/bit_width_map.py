@@ -25,6 +25,7 @@ from bitmill_kernels.layout import GROUP_SIZE, PLANES, WIDTHS, group_columns, ze
 
 __all__ = [
     "GROUP_SIZE",
+    "LEGAL_WIDTHS",
     "MAP_NAME",
     "PLANES",
     "WIDTHS",
@@ -34,6 +35,9 @@ __all__ = [
     "group_bytes",
     "group_columns",
 ]
+
+LEGAL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
+"""Widths that some code has (`bitmill.config.codes`); `WIDTHS` are those of affine codes."""
 
 MAP_NAME = "bit_width_map.json"
 """File of a packed folder's bit-width map."""
@@ -88,10 +92,10 @@ class BitWidthMap(BaseModel):
     @classmethod
     def _legal_widths(cls, linears: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         for name, widths in linears.items():
-            illegal = sorted(set(widths) - set(WIDTHS))
+            illegal = sorted(set(widths) - set(LEGAL_WIDTHS))
             if illegal or not widths:
                 raise ValueError(
-                    f"{name}: widths {illegal or 'missing'}; one per group of {list(WIDTHS)}"
+                    f"{name}: widths {illegal or 'missing'}; one per group of {list(LEGAL_WIDTHS)}"
                 )
         return linears
 

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from bitmill.config.closed import Closed
-from bitmill.config.transforms import TransformConfig
+from bitmill.config.transforms import Rotation, TransformConfig
+from bitmill.errors import SpecError
 from bitmill.registry import Registry
 
 Statistic = Literal["hessian", "shift"]
@@ -44,6 +45,7 @@ class MethodConfig(Closed):
     place of the `Learner`, if the method has one. kind: of the tensors that it gives
     (`quant.tensors.KINDS`). max_devices: most accelerators that it works on, None for any number.
     transformed: whether transforms other than the column order may come before it.
+    folds: whether rows of its tensors may change places, so that column orders can be folded.
     """
 
     name: ClassVar[str]
@@ -52,6 +54,7 @@ class MethodConfig(Closed):
     kind: ClassVar[str] = "affine"
     max_devices: ClassVar[int | None] = None
     transformed: ClassVar[bool] = True
+    folds: ClassVar[bool] = True
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -78,6 +81,17 @@ class MethodConfig(Closed):
         """Folder of the parameters that are taken over instead of learned."""
         return None
 
+    def of_code(self, code: str) -> MethodConfig:
+        """The same settings for a code of `config.codes.CODES`. Raises `SpecError` for one that the
+        method has not."""
+        if code == self.kind:
+            return self
+        raise SpecError(
+            f"method {self.name!r} finds no codes of {code!r}: give method 'gptq' or 'rtn', or "
+            f"code {self.kind!r}",
+            param="code",
+        )
+
     def lighter(self) -> Iterator[tuple[str, Any, Self]]:
         """The name of a setting, a value that needs less memory, and the settings with it."""
         yield from ()
@@ -91,6 +105,9 @@ class RTN(MethodConfig):
     solver: ClassVar[str] = "bitmill.solvers.rtn:RtnSolver.of"
 
     clip_search: bool = True
+
+    def of_code(self, code: str) -> MethodConfig:
+        return TrellisRTN(**dict(self)) if code == TrellisRTN.kind else super().of_code(code)
 
 
 class GPTQ(MethodConfig):
@@ -117,6 +134,33 @@ class GPTQ(MethodConfig):
     def lighter(self) -> Iterator[tuple[str, Any, Self]]:
         if self.asymmetric:
             yield "asymmetric", False, self.model_copy(update={"asymmetric": False})
+
+    def of_code(self, code: str) -> MethodConfig:
+        return TrellisGPTQ(**dict(self)) if code == TrellisGPTQ.kind else super().of_code(code)
+
+
+class _Trellis(MethodConfig):
+    """What all methods that give trellis codes have in common."""
+
+    kind: ClassVar[str] = "trellis"
+    max_devices: ClassVar[int | None] = 1
+    folds: ClassVar[bool] = False
+
+    @property
+    def transforms(self) -> tuple[TransformConfig, ...]:
+        return (Rotation(),)
+
+
+class TrellisRTN(_Trellis, RTN):
+    """The best trellis codes of every tile alone."""
+
+    solver: ClassVar[str] = "bitmill.solvers.trellis:TrellisSolver.of_rtn"
+
+
+class TrellisGPTQ(_Trellis, GPTQ):
+    """Trellis codes with feedback between tiles; settings of grids have no meaning there."""
+
+    solver: ClassVar[str] = "bitmill.solvers.trellis:TrellisSolver.of_gptq"
 
 
 class OmniQuant(MethodConfig):

@@ -7,6 +7,7 @@ on the Hub, maps and learned parameters of other jobs, uploads) before it hands 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -19,14 +20,14 @@ from pydantic import (
     model_validator,
 )
 
-from bitmill.config.bit_width_map import WIDTHS, BitWidthMap
+from bitmill.config.bit_width_map import LEGAL_WIDTHS, BitWidthMap
 from bitmill.config.closed import Closed
+from bitmill.config.codes import AUTO, CODES, DEFAULT_WIDTHS, CodeName, check_widths
 from bitmill.config.methods import METHODS, MethodConfig
 from bitmill.config.transforms import TRANSFORMS, ColumnOrder, TransformConfig, transform_of
 from bitmill.errors import SpecError
 from bitmill.registry import Registry
 
-DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
 DEFAULT_FORMAT = "bitmill-1"
 """What a result is stored in unless a job asks for another (`bitmill.formats.format`)."""
 FormatName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
@@ -157,9 +158,11 @@ class BaseAllocation(Closed):
     @field_validator("widths")
     @classmethod
     def _known_widths(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
-        unknown = [w for w in widths if w not in WIDTHS]
+        unknown = [w for w in widths if w not in LEGAL_WIDTHS]
         if unknown or not widths:
-            raise ValueError(f"widths {list(widths)} must be a non-empty subset of {list(WIDTHS)}")
+            raise ValueError(
+                f"widths {list(widths)} must be a non-empty subset of {list(LEGAL_WIDTHS)}"
+            )
         return tuple(sorted(set(widths)))
 
     @model_validator(mode="after")
@@ -186,7 +189,7 @@ class BaseAllocation(Closed):
     @property
     def legal_widths(self) -> tuple[int, ...]:
         """Widths within min_bits and max_bits, ascending."""
-        low, high = self.min_bits or min(WIDTHS), self.max_bits or max(WIDTHS)
+        low, high = self.min_bits or min(LEGAL_WIDTHS), self.max_bits or max(LEGAL_WIDTHS)
         return tuple(w for w in self.widths if low <= w <= high)
 
 
@@ -361,16 +364,28 @@ class Evaluation(Closed):
 
 
 class Stored(Closed):
-    """What names the format of its result. JSON leaves the default out, so that specifications from
-    before formats had names stay what they were."""
+    """What names the code and the format of its result. JSON leaves defaults out, so that
+    specifications from before these had names stay what they were."""
 
+    code: CodeName = "auto"
     format: FormatName = DEFAULT_FORMAT
+
+    @property
+    def code_name(self) -> str:
+        """The code, "auto" decided."""
+        return AUTO if self.code == "auto" else self.code
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_code(cls, data: Any) -> Any:
+        return with_code_defaults(data)
 
     @model_serializer(mode="wrap")
     def _without_default_format(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         found: dict[str, Any] = dump(self)
-        if self.format == DEFAULT_FORMAT:
-            del found["format"]
+        for key, usual in (("code", "auto"), ("format", DEFAULT_FORMAT)):
+            if found[key] == usual:
+                del found[key]
         return found
 
 
@@ -380,6 +395,8 @@ class QuantizationConfig(Stored):
     threads: CPU threads (part of the result's identity: sums depend on it).
     devices: accelerators that work on it together, of one machine (part of its identity too).
     format: in which the result is stored (`bitmill.formats.format`), one that keeps codes.
+    code: of the groups (`config/codes.py`). Of trellis codes, `allocation.widths` are all by
+    default, and the format is "bitmill-2".
     """
 
     budget: Budget
@@ -394,7 +411,26 @@ class QuantizationConfig(Stored):
     @property
     def method(self) -> MethodConfig:
         """How codes are found."""
-        return self.refinement.typed
+        return self.refinement.typed.of_code(self.code_name)
+
+    @model_validator(mode="after")
+    def _fits_code(self) -> Self:
+        code, allocation, method = self.code_name, self.allocation, self.method
+        check_widths(code, allocation.widths, "allocation.widths")
+        for widths in allocation.map.linears.values() if allocation.map else ():
+            check_widths(code, widths, "allocation.map")
+        refusals = {
+            "devices": (self.devices > (method.max_devices or self.devices), method.max_devices),
+            "allocation.embeddings": (allocation.embeddings == "quantize", "keep"),
+            "allocation.method": (allocation.method == "sba", "knapsack"),
+        }
+        for param, (refused, instead) in refusals.items():
+            if refused and code != AUTO:
+                raise SpecError(
+                    f"{param} with code {code!r}, which has none of that: give {instead!r}",
+                    param=param,
+                )
+        return self
 
     @property
     def transforms(self) -> tuple[TransformConfig, ...]:
@@ -411,6 +447,28 @@ class QuantizationConfig(Stored):
     def _learns_alone(self) -> Self:
         refuse_shared_learning(self.devices, self.refinement)
         return self
+
+
+def with_code_defaults(data: Any) -> Any:
+    """A configuration as JSON, or its parts by name, with what its code has by default where
+    nothing else is asked for. A format that only one code is stored in brings that."""
+    if not isinstance(data, Mapping):
+        return data
+    name, chosen = data.get("code", "auto"), data.get("format", DEFAULT_FORMAT)
+    if name == "auto" and chosen != DEFAULT_FORMAT:
+        name = next((code for code, known in CODES.items() if known.format == chosen), name)
+    code = CODES.get(str(name))
+    if code is None:
+        return data
+    data = {**data, "code": name}
+    filled, allocation = dict(data), data.get("allocation", {})
+    if chosen == DEFAULT_FORMAT:
+        filled["format"] = code.format
+    if isinstance(allocation, Mapping) and "widths" not in allocation:
+        filled["allocation"] = {**allocation, "widths": code.usual}
+    elif isinstance(allocation, BaseAllocation) and "widths" not in allocation.model_fields_set:
+        filled["allocation"] = allocation.model_copy(update={"widths": code.usual})
+    return filled
 
 
 def refuse_shared_learning(devices: int, refinement: BaseRefinement) -> None:

@@ -22,11 +22,13 @@ class TransformConfig(Closed):
     name: as users write it. transform: place of the class of `transforms.transform.Transform` that
     is made from the settings
     rewrite: place of the class of `quant.rewrites.Rewrite` that it fits
+    online: whether inputs change where the linear computes, even if nothing is stored
     """
 
     name: ClassVar[str]
     transform: ClassVar[str]
     rewrite: ClassVar[str]
+    online: ClassVar[bool] = False
 
     def stored(self, shape: LinearShape) -> tuple[TensorInfo, ...]:
         """What one linear's rewrite stores, by the names behind the linear's; the format that
@@ -45,6 +47,18 @@ class ColumnOrder(TransformConfig):
         return (TensorInfo("order", "I32", (shape.columns,)),)
 
 
+class Rotation(TransformConfig):
+    """Columns are rotated inside their groups (`bitmill.quant.rotation`)."""
+
+    name: ClassVar[str] = "rotation"
+    transform: ClassVar[str] = "bitmill.transforms.rotation:Rotations"
+    rewrite: ClassVar[str] = "bitmill.quant.rotation:Rotation"
+    online: ClassVar[bool] = True
+
+    def stored(self, shape: LinearShape) -> tuple[TensorInfo, ...]:
+        return ()
+
+
 def transform_of(asked: Mapping[str, Any]) -> TransformConfig:
     """The typed settings of {"name": ..., settings}; raises `SpecError` for an unknown name,
     pydantic's `ValidationError` for settings that it has not."""
@@ -53,5 +67,10 @@ def transform_of(asked: Mapping[str, Any]) -> TransformConfig:
 
 
 TRANSFORMS: Registry[type[TransformConfig]] = Registry(
-    "transform", "bitmill.transforms", {"order": "bitmill.config.transforms:ColumnOrder"}
+    "transform",
+    "bitmill.transforms",
+    {
+        "order": "bitmill.config.transforms:ColumnOrder",
+        "rotation": "bitmill.config.transforms:Rotation",
+    },
 )

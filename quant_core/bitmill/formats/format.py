@@ -190,6 +190,7 @@ FORMATS: Registry[type[Format]] = Registry(
     "bitmill.formats",
     {
         "bitmill-1": "bitmill.formats.packed.format:Packed",
+        "bitmill-2": "bitmill.formats.packed.format:PackedTrellis",
         "compressed-tensors": "bitmill.formats.compressed_tensors.format:CompressedTensors",
         "dequantized": "bitmill.formats.dequantized.format:Dequantized",
         "gptq": "bitmill.formats.gptq.format:GPTQCheckpoint",
@@ -235,10 +236,12 @@ def rewrite_tensors(plan: Plan, linear: PlannedLinear) -> list[TensorInfo]:
 
 
 def stored_rewrites(plan: Plan, order: Order) -> frozenset[str]:
-    """Names of the rewrites of which some linear stores something."""
+    """Names of the rewrites that a reader has to know of."""
     found = {"order"} if order_owners(plan, order) else set()
     asked = [transform_of(one) for one in plan.transforms]
-    found |= {one.name for one in asked if any(one.stored(shape) for shape in plan.shapes)}
+    found |= {
+        one.name for one in asked if one.online or any(one.stored(shape) for shape in plan.shapes)
+    }
     return frozenset(found)
 
 

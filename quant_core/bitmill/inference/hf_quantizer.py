@@ -33,6 +33,8 @@ from bitmill.inference.linear import QuantizedLinear, join_siblings
 from bitmill.models.dtypes import as_dtype
 from bitmill.models.experts import unfuse_experts
 from bitmill.plan.architectures import HEAD
+from bitmill.quant.tensors import KINDS
+from bitmill.registry import load_object
 
 register_adapters()
 
@@ -60,8 +62,8 @@ class BitmillQuantizer(HfQuantizer):
     ) -> None:
         if self._has_experts():
             unfuse_experts(model)
-        modules = dict(model.named_modules())
-        for linear in self.quantization_config.packed().linears.values():
+        modules, packed = dict(model.named_modules()), self.quantization_config.packed()
+        for linear in packed.linears.values():
             if _lies_in_absent_head(linear.name, model):
                 continue
             name = local_name(linear.name, model)
@@ -69,7 +71,8 @@ class BitmillQuantizer(HfQuantizer):
             if module is not None and module is model.get_input_embeddings():
                 _replace_embedding(model, name, module, linear, dtype)
             elif isinstance(module, nn.Linear | Conv1D):
-                model.set_submodule(name, _empty_twin(module, linear, dtype))
+                kind = load_object(KINDS[packed.code].module)
+                model.set_submodule(name, _empty_twin(kind, module, linear, dtype))
             else:
                 raise FormatError(
                     f"linear {linear.name} of the checkpoint is not in the model "
@@ -85,7 +88,7 @@ class BitmillQuantizer(HfQuantizer):
             if linear.order is not None and not linear.owns_order:
                 order = model.get_buffer(local_name(linear.order, model))
                 module = model.get_submodule(local_name(linear.name, model))
-                module.share_order(order.to(module.scales.device))
+                module.share_order(order.to(next(module.buffers()).device))
         join_siblings(quantized_linears(model).items())
         if self._has_experts() or isinstance(model.get_input_embeddings(), QuantizedEmbedding):
             # Saving would undo the renamings of loading, and so part packed tensors from the
@@ -207,14 +210,17 @@ def _rows_columns(module: nn.Module) -> tuple[int, int]:
 
 
 def _empty_twin(
-    module: nn.Linear | Conv1D, linear: PackedLinear, dtype: torch.dtype | None
+    kind: type[QuantizedLinear],
+    module: nn.Linear | Conv1D,
+    linear: PackedLinear,
+    dtype: torch.dtype | None,
 ) -> QuantizedLinear:
     rows, columns = _rows_columns(module)
     order = None
     if linear.order is not None:
         order = "own" if linear.owns_order else "shared"
     try:
-        return QuantizedLinear(
+        return kind(
             columns,
             rows,
             linear.widths,

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from bitmill.inference.read_only import ReadOnlyTensor
 from bitmill.plan.architectures import sibling_key
-from bitmill.quant.rewrites import Rewrites
-from bitmill.quant.tensors import PackedTensor, packed_shapes
+from bitmill.quant.rotation import packed_rewrites
+from bitmill.quant.tensors import KINDS, PackedTensor, Stored, packed_shapes
 from bitmill_kernels.matmul.linear import MixedLinear
 from bitmill_kernels.matmul.runtime import PackedWeight
 
@@ -44,8 +44,10 @@ class QuantizedLinear(nn.Module):
     modules that read the same input, set by `join_siblings`.
     """
 
-    scales: Tensor
     order: Tensor | None
+    code = "affine"
+    shapes = staticmethod(packed_shapes)
+    """Dtype and shape of every buffer but the order, of N, K and widths."""
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class QuantizedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.widths = widths
-        for key, (kind, shape) in packed_shapes(out_features, in_features, widths).items():
+        for key, (kind, shape) in self.shapes(out_features, in_features, widths).items():
             self.register_buffer(key, torch.empty(shape, dtype=kind, device=device))
         columns = torch.empty(in_features, dtype=torch.int32, device=device) if order else None
         self.register_buffer("order", columns, persistent=order == "own")
@@ -72,17 +74,17 @@ class QuantizedLinear(nn.Module):
             self.bias = nn.Parameter(empty, requires_grad=False)
         self._dtype = dtype or torch.get_default_dtype()
         self.siblings: SiblingGroup | None = None
-        self._runtime: MixedLinear | None = None
+        self._runtime: Any = None
 
     @classmethod
-    def from_packed(cls, packed: PackedTensor, *, bias: Tensor | None = None) -> Self:
+    def from_packed(cls, packed: Stored, *, bias: Tensor | None = None) -> Self:
         """A module that holds these tensors, on their device."""
         module = cls(
             packed.K,
             packed.N,
             packed.widths,
             bias=bias is not None,
-            order="own" if packed.order is not None else None,
+            order="own" if packed.rewrites.order is not None else None,
             device="meta",
         )
         module.fill(packed.tensors("") | packed.rewrites.tensors(""), bias)
@@ -101,21 +103,27 @@ class QuantizedLinear(nn.Module):
         self.order = order
         self._reset()
 
-    def packed(self, name: str = "weight") -> PackedTensor:
-        """The buffers as a `PackedTensor`, checked in full; `name` appears in the errors.
+    def stored(self, name: str = "weight") -> Stored:
+        """The buffers as a tensor of the module's code, checked in full; `name` appears in errors.
 
-        Raises FormatError as `PackedTensor.from_tensors` does.
+        Raises FormatError as `Stored.from_tensors` does.
         """
-        keys = packed_shapes(self.out_features, self.in_features, self.widths)
+        keys = self.shapes(self.out_features, self.in_features, self.widths)
         tensors = {f"{name}.{key}": getattr(self, key) for key in keys}
-        rewrites = Rewrites.of_order(self.order)
-        return PackedTensor.from_tensors(
+        rewrites = packed_rewrites(self.code, self.order)
+        return KINDS[self.code].from_tensors(
             name, tensors, self.out_features, self.in_features, self.widths, rewrites
         )
 
+    def packed(self) -> PackedTensor:
+        """The buffers as bit planes."""
+        found = self.stored()
+        assert isinstance(found, PackedTensor)
+        return found
+
     def dequantize(self) -> Tensor:
         """Weight f32 [N, K] in the source's column order."""
-        return self.packed().unpack().dequantize()
+        return self.stored().unpack().dequantize()
 
     @property
     def weight(self) -> Tensor:
@@ -134,9 +142,14 @@ class QuantizedLinear(nn.Module):
             y = self.siblings.output(self, x)
             return y if bias is None else y + bias
         if self._runtime is None or self._runtime.device != x.device:
-            self._runtime = MixedLinear([self.packed_weight()], x.device)
+            self._runtime = self._build(x.device)
             self.release()
-        return self._runtime(x, bias)
+        product: Tensor = self._runtime(x, bias)
+        return product
+
+    def _build(self, device: torch.device) -> Any:
+        """What multiplies on a device: called with x [..., K] and bias [N] or None."""
+        return MixedLinear([self.packed_weight()], device)
 
     def packed_weight(self) -> PackedWeight:
         """The buffers, checked, as the kernels take them."""

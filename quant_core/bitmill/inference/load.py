@@ -53,7 +53,7 @@ def load(
     )
     refuse_incomplete(info)
     for name, module in quantized_linears(model).items():
-        module.packed(name)
+        module.stored(name)
     if device_map is None:
         model.to(device)
     return model

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bitmill.config.bit_width_map import WIDTHS, BitWidthMap
+from bitmill.config.bit_width_map import LEGAL_WIDTHS, BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.quantization import QuantizationConfig
 from bitmill.formats.accounting import footprint
@@ -143,7 +143,7 @@ def packed_bytes(plan: Plan, config: QuantizationConfig) -> int:
     if config.budget.kind == "size":
         return min(largest, int(config.budget.value))
     return min(
-        largest, _uniform_size(plan, config, min(WIDTHS[-1], math.ceil(config.budget.value)))
+        largest, _uniform_size(plan, config, min(LEGAL_WIDTHS[-1], math.ceil(config.budget.value)))
     )
 
 

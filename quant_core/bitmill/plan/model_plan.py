@@ -123,6 +123,7 @@ class Plan(Closed):
     experts: routed experts of a block, 0 in a dense model. left_out: they take no budget.
     format: in which the result is stored, by its name in `bitmill.formats.format.FORMATS`.
     transforms: {"name": ..., settings} of those that rewrite linears beside column orders.
+    folds: whether column orders may be folded into the rows of linears before.
     """
 
     schema_version: Literal[1] = 1
@@ -139,11 +140,14 @@ class Plan(Closed):
     left_out: tuple[LeftOut, ...] = ()
     format: str = DEFAULT_FORMAT
     transforms: tuple[dict[str, Any], ...] = ()
+    folds: bool = True
 
-    def stored_as(self, name: str, transforms: Iterable[TransformConfig]) -> Plan:
+    def stored_as(
+        self, name: str, transforms: Iterable[TransformConfig], *, folds: bool = True
+    ) -> Plan:
         """The same plan with another format and other transforms."""
         found = tuple({"name": one.name} | one.model_dump(mode="json") for one in transforms)
-        return self.model_copy(update={"format": name, "transforms": found})
+        return self.model_copy(update={"format": name, "transforms": found, "folds": folds})
 
     @cached_property
     def notes(self) -> list[str]:
@@ -198,6 +202,8 @@ class Plan(Closed):
         Its column order can be folded into their rows, which is exact: all of them are quantized,
         have as many rows as it has columns, and no bias.
         """
+        if not self.folds:
+            return {}
         kept = {sibling_key(tensor.module.rpartition(".")[0]) for tensor in self.tensors}
         found: dict[tuple[int, str], list[PlannedLinear]] = {}
         for linear in self.linears:
@@ -415,7 +421,7 @@ def make_plan(folder: Path, asked: QuantizationConfig, *, gguf: str | None = Non
         stored = read_headers(folder)
     keep, embeddings = asked.allocation.keep, asked.allocation.embeddings == "quantize"
     made = build_plan(config, found, stored.values(), keep, embeddings)
-    return made.stored_as(asked.format, asked.transforms)
+    return made.stored_as(asked.format, asked.transforms, folds=asked.method.folds)
 
 
 def plan_for_map(

@@ -17,7 +17,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from bitmill.quant.rewrites import Rewrite
+from bitmill.quant.rewrites import Rewrite, Rewrites
 from bitmill_kernels.layout import GROUP_SIZE
 
 
@@ -49,6 +49,13 @@ class Rotation(Rewrite):
 
     def check(self, name: str, N: int, K: int) -> None:
         """It fits every linear."""
+
+
+def packed_rewrites(code: str, order: Tensor | None) -> Rewrites:
+    """What leads to the columns of a packed linear: its column order i32 [K], and for trellis codes
+    the rotation."""
+    ordered = Rewrites.of_order(order)
+    return Rewrites([*ordered, Rotation()]) if code == "trellis" else ordered
 
 
 def rotate(x: Tensor) -> Tensor:

@@ -93,6 +93,18 @@ class Stored(Protocol):
     applies: ClassVar[frozenset[str]]
 
     @property
+    def N(self) -> int:  # noqa: N802
+        """Output rows."""
+
+    @property
+    def K(self) -> int:  # noqa: N802
+        """Input columns."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """One per group."""
+
+    @property
     def rewrites(self) -> Rewrites:
         """As those of what was packed."""
 

@@ -21,8 +21,8 @@ from bitmill.errors import FormatError
 from bitmill.quant.rewrites import NO_REWRITES, Rewrites
 from bitmill.runtime.ranks import Group
 from bitmill_kernels.layout import GROUP_SIZE, group_columns
-from bitmill_kernels.trellis.code import decode_tiles, untiled
 from bitmill_kernels.trellis.layout import circle_shapes
+from bitmill_kernels.trellis.product import decode_rows, per_column
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class TrellisTensor:
     name: str = "weight"
     kind: ClassVar[str] = "trellis"
     module: ClassVar[str] = "bitmill.inference.trellis:TrellisLinear"
-    applies: ClassVar[frozenset[str]] = frozenset({"order"})
+    applies: ClassVar[frozenset[str]] = frozenset({"order", "rotation"})
 
     def __post_init__(self) -> None:
         found = self.circles | {"row_scales": self.row_scales, "group_scales": self.group_scales}
@@ -102,22 +102,11 @@ class TrellisTensor:
             raise FormatError(f"rows of {self.name} cannot change places in trellis codes")
         return self
 
-    def packed_values(self, rows: slice = slice(None)) -> Tensor:
-        """w' f32 [N, K] in packed columns; of some tiles' rows, which must be whole tiles."""
-        parts, seen = [], dict.fromkeys(self.circles, 0)
-        tiles = slice(
-            None if rows.start is None else rows.start // 16,
-            None if rows.stop is None else -(-rows.stop // 16),
-        )
-        scales = self.row_scales[rows].float()[:, None]
-        for g, (rate, columns) in enumerate(zip(self.widths, group_columns(self.K), strict=True)):
-            key = f"codes_r{rate}" if columns == GROUP_SIZE else "codes_tail"
-            stored = self.circles[key]
-            circles = stored[seen[key]] if columns == GROUP_SIZE else stored
-            seen[key] += 1
-            values = untiled(decode_tiles(circles[tiles], rate)).float()
-            parts.append(values[: len(scales), :columns] * self.group_scales[g].float())
-        return torch.cat(parts, 1) * scales
+    def packed_values(self) -> Tensor:
+        """w' f32 [N, K] in packed columns."""
+        values = decode_rows(self.circles, self.widths, self.K, 0, self.N)
+        values *= per_column(self.group_scales.float(), self.K)
+        return values.mul_(self.row_scales.float()[:, None])
 
     def dequantize(self) -> Tensor:
         """Weights f32 [N, K] in the source's columns."""

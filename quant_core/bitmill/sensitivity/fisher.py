@@ -59,9 +59,11 @@ from bitmill.quant.grid import (
     round_scale,
 )
 from bitmill.quant.rewrites import NO_REWRITES, Rewrites
+from bitmill.quant.rotation import packed_rewrites
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.runtime.timer import timed
 from bitmill.sensitivity.checkpoint import ProfileCheckpoint
+from bitmill.sensitivity.trellis import trellis_costs
 from bitmill.solvers.factor import activation_order
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.grid_search import unit_rows
@@ -88,13 +90,15 @@ PROFILE_CLIP: Mapping[int, ClipSettings] = {
 class SensitivitySettings:
     """What is measured, and how.
 
-    widths: candidates, ascending. rows: outputs of a linear that are quantized, see above.
+    widths: candidates, ascending. rows: outputs of a linear that are quantized, see above. code:
+    of the groups (`config/codes.py`).
     """
 
     widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     order: Literal["natural", "activation"] = "activation"
     moments: Literal["plain", "weighted"] = "plain"
     rows: int = 512
+    code: str = "affine"
     gradients: PassSettings = field(default_factory=PassSettings)
 
 
@@ -305,12 +309,17 @@ class _Measurement:
         linears = []
         for names in [[name] for name in group] if weighted else [list(group)]:
             own = moments.weighted(names[0])
-            rewrites = Rewrites.of_order(order)
+            rewrites = packed_rewrites(self._settings.code, order)
             shared = Curvature.prepare(rewrites.hessian(H if own is None else own), name=names[0])
             weights = [weight_of(modules[name]).detach() for name in names]
             row_weights = [moments.row_weight(name, predictions) for name in names]
             with timed("cost"):
-                costs = input_costs(weights, row_weights, shared, self._settings, rewrites)
+                if self._settings.code == "trellis":
+                    upper, rates = shared.factor.upper, self._settings.widths
+                    pairs = zip(weights, row_weights, strict=True)
+                    costs = [trellis_costs(W, q, upper, rates, rewrites) for W, q in pairs]
+                else:
+                    costs = input_costs(weights, row_weights, shared, self._settings, rewrites)
             for name, table in zip(names, costs, strict=True):
                 _check_costs(name, table)
                 linear = self._plan.by_name[name]

@@ -96,7 +96,9 @@ def _knapsack(
     group: Group,
 ) -> SensitivityProfile:
     settings = SensitivitySettings(
-        widths=origin.config.widths or WIDTHS, order=_order(origin.config)
+        widths=origin.config.widths or WIDTHS,
+        order=_order(origin.config),
+        code=origin.config.code or "affine",
     )
     made = profile_knapsack(
         model,

@@ -228,6 +228,7 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
         SpecOption("--seed", "seed", "Seed of everything random."),
         SpecOption("--threads", "threads", "CPU threads."),
         SpecOption("--devices", "devices", "Accelerators to work on together."),
+        SpecOption("--code", "code", "How groups are written as bits."),
         SpecOption("--format", "format", "What the result is stored in.", metavar="NAME"),
     ),
     LOCAL_RESULTS: (

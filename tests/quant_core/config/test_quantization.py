@@ -104,3 +104,37 @@ def test_a_method_says_what_it_needs(method: MethodConfig, needs: set[str], lear
     assert (method.learning is not None) == learns
     for setting, value, lighter in method.lighter():
         assert getattr(lighter, setting) == value != getattr(method, setting)
+
+
+def test_a_code_brings_its_widths_and_format():
+    plain = parse_config({"budget": {"bits": 3}})
+    assert (plain.code_name, plain.format, plain.method.kind) == ("affine", "bitmill-1", "affine")
+    assert plain.allocation.widths == (2, 3, 4, 5, 6, 8)
+    asked = parse_config({"code": "trellis", "budget": {"bits": 3}})
+    assert (asked.code_name, asked.format, asked.method.kind) == ("trellis", "bitmill-2", "trellis")
+    assert asked.allocation.widths == (1, 2, 3, 4, 5, 6, 7, 8)
+    assert [one.name for one in asked.transforms] == ["rotation"]
+    assert parse_config(asked.model_dump(mode="json")) == asked
+    some = parse_config(
+        {"code": "trellis", "budget": {"bits": 3}, "allocation": {"widths": [2, 7]}}
+    )
+    assert some.allocation.widths == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"code": "affine", "allocation": {"widths": [3, 7]}}, "code 'affine' has no width 7"),
+        ({"code": "trellis", "refinement": {"method": "omniquant"}}, "finds no codes of 'trellis'"),
+        ({"code": "trellis", "devices": 2}, "devices with code 'trellis'.*give 1"),
+        (
+            {"code": "trellis", "allocation": {"embeddings": "quantize"}},
+            "embeddings with code.*give 'keep'",
+        ),
+        ({"code": "trellis", "allocation": {"method": "sba"}}, "method with code.*give 'knapsack'"),
+        ({"code": "vector"}, "code"),
+    ],
+)
+def test_what_a_code_cannot_do_is_refused(changes, message):
+    with pytest.raises(SpecError, match=message):
+        parse_config({"budget": {"bits": 3}} | changes)

@@ -17,7 +17,7 @@ from bitmill.errors import FormatError
 from bitmill.formats.codec import Supply
 from bitmill.formats.format import Contents, order_owners
 from bitmill.formats.packed.config import PackedConfig
-from bitmill.formats.packed.format import Packed
+from bitmill.formats.packed.format import Packed, PackedTrellis
 from bitmill.formats.packed.layout import linear_tensors
 from bitmill.formats.reading import TensorFolder
 from bitmill.formats.writing import (
@@ -29,8 +29,9 @@ from bitmill.formats.writing import (
 )
 from bitmill.io.atomic import disk_errors, read_json, write_bytes
 from bitmill.io.safetensors import MAX_SHARD_BYTES, TensorInfo, read_headers
-from bitmill.quant.rewrites import Rewrites, check_order
-from bitmill.quant.tensors import PackedTensor, Stored
+from bitmill.quant.rewrites import check_order
+from bitmill.quant.rotation import packed_rewrites
+from bitmill.quant.tensors import KINDS, Stored
 
 
 def write_checkpoint(
@@ -42,6 +43,7 @@ def write_checkpoint(
     linear: Callable[[str], Stored],
     other: Callable[[str], Tensor],
     orders: Mapping[str, str | None] | None = None,
+    code: str = "affine",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_linear: Callable[[str], None] = lambda _: None,
 ) -> dict[str, str]:
@@ -50,10 +52,10 @@ def write_checkpoint(
     source: folder of the source model; its config and tokenizer are taken over
     tensors: what `stored_tensors` gives for this map, in that order
     linear, other: supply a quantized linear by its name, any other tensor by its own
-    orders: name of the tensor that holds a linear's column order
+    orders: name of the tensor that holds a linear's column order; code: of all groups
     max_shard_bytes, on_linear, what is returned and raised: as of `write_tensors`
     """
-    config = PackedConfig.from_map(bit_widths, orders)
+    config = PackedConfig.from_map(bit_widths, orders, code)
     settings = source_settings(source)
 
     def packed_tensors(name: str) -> dict[str, Tensor]:
@@ -102,6 +104,7 @@ class PackedCodec:
             linear=supply.linear,
             other=supply.other,
             orders={name: f"{owner}.order" for name, owner in owners.items()},
+            code=self._settings.code,
             on_linear=on_linear,
         )
 
@@ -140,7 +143,7 @@ class PackedCheckpoint(TensorFolder):
     @property
     def format(self) -> Packed:
         """Its format."""
-        return Packed()
+        return PackedTrellis() if self.config.code == "trellis" else Packed()
 
     @property
     def bit_widths(self) -> BitWidthMap:
@@ -153,12 +156,13 @@ class PackedCheckpoint(TensorFolder):
     @property
     def kinds(self) -> frozenset[str]:
         """Of the quantized tensors."""
-        return frozenset({PackedTensor.kind})
+        return frozenset({self.config.code})
 
     @property
     def rewrites(self) -> frozenset[str]:
         """Names of those that are stored."""
-        return frozenset({"order"} if any(self.config.orders.values()) else ())
+        stored = {"order"} if any(self.config.orders.values()) else set()
+        return frozenset(stored | ({"rotation"} if self.config.code == "trellis" else set()))
 
     @property
     def kept(self) -> list[TensorInfo]:
@@ -175,11 +179,16 @@ class PackedCheckpoint(TensorFolder):
         for name, packed in self.config.linears.items():
             if name not in by_name:
                 raise FormatError(f"linear {name} is not in the model", param=name)
-            expected = linear_tensors(by_name[name], packed.widths, owns_order=packed.owns_order)
+            expected = linear_tensors(
+                by_name[name],
+                packed.widths,
+                owns_order=packed.owns_order,
+                code=self.config.code,
+            )
             self.check_headers(expected)
             self.check_no_others(name, {spec.name for spec in expected})
 
-    def linear(self, shape: LinearShape) -> PackedTensor:
+    def linear(self, shape: LinearShape) -> Stored:
         """The packed tensors of one linear, its column order included, checked in full."""
         packed = self.config.linears.get(shape.name)
         if packed is None:
@@ -187,10 +196,10 @@ class PackedCheckpoint(TensorFolder):
         order = self.tensor(packed.order) if packed.order else None
         if order is not None:
             check_order(order, shape.columns, packed.order or "")
-        rewrites = Rewrites.of_order(order)
-        names = [spec.name for spec in linear_tensors(shape, packed.widths)]
+        rewrites, code = packed_rewrites(self.config.code, order), self.config.code
+        names = [spec.name for spec in linear_tensors(shape, packed.widths, code=code)]
         tensors = {name: self.tensor(name) for name in names if name in self.headers}
-        return PackedTensor.from_tensors(
+        return KINDS[code].from_tensors(
             shape.name, tensors, shape.rows, shape.columns, packed.widths, rewrites
         )
 

@@ -5,6 +5,9 @@
 
 One digit of `widths` per group, in packed column order. `order` names the i32 [K] tensor that
 holds the linear's column order: its own, or that of another linear with the same input.
+
+Version 2 says the code of all its groups, with its constants, under "code"; version 1 is of affine
+codes and has no such key.
 """
 
 from __future__ import annotations
@@ -13,11 +16,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitmill.config.bit_width_map import GROUP_SIZE, WIDTHS, BitWidthMap
+from bitmill.config.bit_width_map import GROUP_SIZE, BitWidthMap
+from bitmill.config.codes import CODES
 from bitmill.errors import FormatError
+from bitmill_kernels.trellis.layout import FLIPPED, KEPT, MULTIPLIER, STATE_BITS, TILE
 
 QUANT_METHOD = "bitmill"
-FORMAT_VERSION = 1
+VERSIONS = {"affine": 1, "trellis": 2}
+"""Format version by code."""
+TRELLIS = {
+    "name": "trellis",
+    "state_bits": STATE_BITS,
+    "multiplier": MULTIPLIER,
+    "kept": KEPT,
+    "flipped": FLIPPED,
+    "tile": TILE,
+}
+"""What version 2 says of its code; a reader knows no other constants."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +51,17 @@ class PackedLinear:
 
 @dataclass(frozen=True)
 class PackedConfig:
-    """The quantized linears of a checkpoint, by full name."""
+    """The quantized linears of a checkpoint, by full name, and the code of all of them."""
 
     linears: dict[str, PackedLinear]
+    code: str = "affine"
 
     @classmethod
     def from_map(
-        cls, bit_widths: BitWidthMap, orders: Mapping[str, str | None] | None = None
+        cls,
+        bit_widths: BitWidthMap,
+        orders: Mapping[str, str | None] | None = None,
+        code: str = "affine",
     ) -> PackedConfig:
         """Describe a map; `orders` gives the order tensor of the linears that have one."""
         orders = orders or {}
@@ -50,7 +69,8 @@ class PackedConfig:
             {
                 name: PackedLinear(name, tuple(widths), orders.get(name))
                 for name, widths in bit_widths.linears.items()
-            }
+            },
+            code,
         )
 
     @classmethod
@@ -58,24 +78,27 @@ class PackedConfig:
         """Read what `to_dict` made. Raises FormatError for anything else."""
         expected = {"quant_method": QUANT_METHOD, "group_size": GROUP_SIZE}
         version = data.get("format_version")
-        if version != FORMAT_VERSION:
+        code = next((name for name, known in VERSIONS.items() if version == known), None)
+        if code is None:
             raise FormatError(
-                f"format_version {version!r} is unknown: this release reads {FORMAT_VERSION}; "
-                "update bitmill",
+                f"format_version {version!r} is unknown: this release reads "
+                f"{' and '.join(map(str, VERSIONS.values()))}; update bitmill",
                 code="unknown_format_version",
                 param="quantization_config.format_version",
             )
+        if code == "trellis":
+            expected["code"] = TRELLIS
         for key, value in expected.items():
             if data.get(key) != value:
                 raise _refusal(key, f"is {data.get(key)!r}, expected {value!r}")
         for key in data.keys() - expected.keys() - {"format_version", "linears"}:
-            raise _refusal(key, "is not a key of format version 1")
+            raise _refusal(key, f"is not a key of format version {version}")
         linears = data.get("linears")
         if not isinstance(linears, Mapping) or not linears:
             raise _refusal("linears", "must name at least one quantized linear")
-        parsed = {name: _parse_linear(name, entry) for name, entry in linears.items()}
+        parsed = {name: _parse_linear(name, entry, code) for name, entry in linears.items()}
         _check_orders(parsed)
-        return cls(parsed)
+        return cls(parsed, code)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that config.json holds under `quantization_config`."""
@@ -83,10 +106,12 @@ class PackedConfig:
             name: {"widths": "".join(map(str, linear.widths)), "order": linear.order}
             for name, linear in self.linears.items()
         }
+        said: dict[str, Any] = {"code": TRELLIS} if self.code == "trellis" else {}
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": VERSIONS[self.code],
             "group_size": GROUP_SIZE,
+            **said,
             "linears": linears,
         }
 
@@ -101,13 +126,14 @@ class PackedConfig:
         return {name: linear.order for name, linear in self.linears.items()}
 
 
-def _parse_linear(name: str, entry: Any) -> PackedLinear:
+def _parse_linear(name: str, entry: Any, code: str) -> PackedLinear:
+    legal = CODES[code].widths
     where = f"linears.{name}"
     if not isinstance(entry, Mapping) or entry.keys() != {"widths", "order"}:
         raise _refusal(where, "must have exactly the keys widths and order")
     widths, order = entry["widths"], entry["order"]
-    if not isinstance(widths, str) or not widths or set(widths) - set(map(str, WIDTHS)):
-        raise _refusal(where, f"has widths {widths!r}: one digit of {list(WIDTHS)} per group")
+    if not isinstance(widths, str) or not widths or set(widths) - set(map(str, legal)):
+        raise _refusal(where, f"has widths {widths!r}: one digit of {list(legal)} per group")
     if order is not None and not (isinstance(order, str) and order.endswith(".order")):
         raise _refusal(where, f"has order {order!r}: the name of a tensor `….order`, or null")
     return PackedLinear(name, tuple(int(digit) for digit in widths), order)

@@ -1,23 +1,29 @@
-"""Bitmill's own format, version 1 (docs/format.md), as budgets and plans see it. Torch-free."""
+"""Bitmill's own format (docs/format.md), as budgets and plans see it. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from bitmill.formats.format import Contents, Format, order_owners
-from bitmill.formats.packed.config import FORMAT_VERSION, QUANT_METHOD
+from bitmill.formats.format import Contents, Facts, Format, Order, Refusal, order_owners
+from bitmill.formats.packed.config import QUANT_METHOD, VERSIONS
 from bitmill.formats.packed.layout import stored_tensors
 from bitmill.io.safetensors import TensorInfo
+from bitmill.plan.model_plan import Plan
+from bitmill_kernels.trellis.layout import RATES, tile_bytes, tile_count
 
 
 class Packed(Format):
-    """Bit planes of every width, in the columns' order or another that is stored."""
+    """Version 1: bit planes of every width, in the columns' order or another that is stored.
+
+    code: of all groups, by its name in `config.codes.CODES`.
+    """
 
     name: ClassVar[str] = "bitmill-1"
     codec: ClassVar[str] = "bitmill.formats.packed.checkpoint:PackedCodec"
     keeps_codes: ClassVar[bool] = True
     rewrites: ClassVar[frozenset[str] | None] = frozenset({"order"})
+    code: ClassVar[str] = "affine"
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:
@@ -25,7 +31,7 @@ class Packed(Format):
         found = settings.get("quantization_config")
         return isinstance(found, dict) and (
             (found.get("quant_method"), found.get("format_version"))
-            == (QUANT_METHOD, FORMAT_VERSION)
+            == (QUANT_METHOD, VERSIONS[cls.code])
         )
 
     def tensors(self, contents: Contents) -> list[TensorInfo]:
@@ -37,4 +43,30 @@ class Packed(Format):
             plan.shapes,
             contents.widths,
             {name: f"{owner}.order" for name, owner in owners.items()},
+            self.code,
         )
+
+
+class PackedTrellis(Packed):
+    """Version 2: circles of bits, rotated columns, a scale per row and one per group."""
+
+    name: ClassVar[str] = "bitmill-2"
+    kinds: ClassVar[frozenset[str]] = frozenset({"trellis"})
+    widths: ClassVar[frozenset[int]] = frozenset(RATES)
+    rewrites: ClassVar[frozenset[str] | None] = frozenset({"order", "rotation"})
+    code: ClassVar[str] = "trellis"
+
+    def refusals(self, facts: Facts) -> list[Refusal]:
+        """Besides: a model whose columns are not rotated."""
+        found = super().refusals(facts)
+        if "rotation" not in facts.rewrites:
+            found.append(Refusal("rotation", "its columns are rotated, those of the model are not"))
+        return found
+
+    def group_bytes(self, width: int, rows: int, columns: int) -> int:
+        """Circles and the group's scale."""
+        return tile_count(rows) * tile_count(columns) * tile_bytes(width) + 2
+
+    def fixed_bytes(self, plan: Plan, order: Order) -> int:
+        """Those of orders, and a scale per row."""
+        return super().fixed_bytes(plan, order) + sum(2 * linear.rows for linear in plan.linears)

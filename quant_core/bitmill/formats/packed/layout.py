@@ -16,23 +16,28 @@ from bitmill.config.bit_width_map import LinearShape
 from bitmill.errors import FormatError
 from bitmill.io.safetensors import TensorInfo
 from bitmill_kernels.layout import code_tensor_shapes, zero_tensor_shapes
+from bitmill_kernels.trellis.layout import circle_shapes
 
 
 def linear_tensors(
-    shape: LinearShape, widths: Sequence[int], *, owns_order: bool = False
+    shape: LinearShape, widths: Sequence[int], *, owns_order: bool = False, code: str = "affine"
 ) -> list[TensorInfo]:
     """Packed tensors of one linear, its bias excepted; `owns_order` adds the column order.
 
     Raises FormatError unless `widths` names one legal width per group.
     """
     prefix, N, K = shape.name, shape.rows, shape.columns
+    shapes = circle_shapes if code == "trellis" else code_tensor_shapes
     try:
-        planes = code_tensor_shapes(N, K, widths)
+        planes = shapes(N, K, widths)
     except ValueError as error:
         raise FormatError(f"{prefix}: {error}", param=prefix) from error
     specs = [TensorInfo(f"{prefix}.{key}", "U8", size) for key, size in planes.items()]
     if owns_order:
         specs.append(TensorInfo(f"{prefix}.order", "I32", (K,)))
+    if code == "trellis":
+        specs.append(TensorInfo(f"{prefix}.row_scales", "F16", (N,)))
+        return [*specs, TensorInfo(f"{prefix}.group_scales", "F16", (shape.groups,))]
     specs.append(TensorInfo(f"{prefix}.scales", "F16", (shape.groups, N)))
     zeros = zero_tensor_shapes(N, widths)
     return specs + [TensorInfo(f"{prefix}.{key}", "U8", size) for key, size in zeros.items()]
@@ -43,6 +48,7 @@ def stored_tensors(
     shapes: Sequence[LinearShape],
     linears: Mapping[str, Sequence[int]],
     orders: Mapping[str, str | None] | None = None,
+    code: str = "affine",
 ) -> list[TensorInfo]:
     """Every tensor of the packed checkpoint: the linears' in the order of `shapes`, then `kept`.
 
@@ -60,11 +66,13 @@ def stored_tensors(
     stored: list[TensorInfo] = []
     for shape in shapes:
         owned = orders.get(shape.name) == f"{shape.name}.order"
-        stored += _known(shape, tuple(linears[shape.name]), owned)
+        stored += _known(shape, tuple(linears[shape.name]), owned, code)
     return stored + list(kept)
 
 
 @lru_cache(maxsize=1 << 13)
-def _known(shape: LinearShape, widths: tuple[int, ...], owns_order: bool) -> list[TensorInfo]:
+def _known(
+    shape: LinearShape, widths: tuple[int, ...], owns_order: bool, code: str
+) -> list[TensorInfo]:
     """Neighbouring maps on a curve share most of their linears."""
-    return linear_tensors(shape, widths, owns_order=owns_order)
+    return linear_tensors(shape, widths, owns_order=owns_order, code=code)

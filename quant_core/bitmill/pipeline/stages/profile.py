@@ -16,7 +16,7 @@ from bitmill.allocation.profile import (
     ProfileOrigin,
     SensitivityProfile,
 )
-from bitmill.config.bit_width_map import WIDTHS
+from bitmill.config.codes import CODES
 from bitmill.config.quantization import QuantizationConfig
 from bitmill.models.dtypes import compute_dtype
 from bitmill.pipeline.source import Model, Source
@@ -99,7 +99,8 @@ def needed(
         order=allocation.order,
         keep=allocation.keep,
         embeddings=tuple(matrix.name for matrix in plan.embeddings) or None,
-        widths=WIDTHS if knapsack else None,
+        widths=CODES[config.code_name].widths if knapsack else None,
+        code=config.code_name if knapsack and config.code_name != "affine" else None,
         base=Allocator(plan, allocation).sba_base(config.budget) if sba else None,
         sequences=config.calibration.profile_sequences,
         dtype=str(compute_dtype(torch.device(environment.device), plan)),

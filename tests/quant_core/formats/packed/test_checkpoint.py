@@ -293,7 +293,9 @@ def _edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=2), "format_version 2 is unknown"),
+        (lambda q: q.update(format_version=3), "format_version 3 is unknown"),
+        (lambda q: q.update(format_version=2), "code is None, expected"),
+        (lambda q: q.update(code="affine"), "code is not a key of format version 1"),
         (lambda q: q.pop("format_version"), "format_version None is unknown"),
         (lambda q: q.update(group_size=64), "group_size is 64, expected 128"),
         (lambda q: q.update(surprise=1), "surprise is not a key"),

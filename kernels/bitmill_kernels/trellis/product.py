@@ -1,0 +1,193 @@
+"""Products with a linear in trellis codes (`layout.py`), without a dequantized copy of the weight.
+
+    y[t, n] = row_scale[n] * sum_k x[t, k] * group_scale[g] * value[n, k]
+
+x is in packed columns, rotated. On a CPU up to `FUSED_TOKENS` tokens multiply straight from the
+circles, in the compiled kernel (`product_cpu.cpp`). More tokens, or no compiler: a tile of rows is
+decoded into the cache, multiplied and dropped. fp32 inside.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bitmill_kernels.compiled import vector_flags
+from bitmill_kernels.layout import GROUP_SIZE, group_columns
+from bitmill_kernels.trellis.code import decode_tiles, positions, table, untiled
+from bitmill_kernels.trellis.encode import built
+from bitmill_kernels.trellis.layout import TILE, tile_count
+
+TILE_ELEMENTS = 1 << 18
+"""Weights that are decoded at once."""
+FUSED_TOKENS = 8
+TOKENS_PER_CALL = 4
+
+
+class _Group(ctypes.Structure):
+    """`Group` of product_cpu.cpp, field by field."""
+
+    _fields_ = (
+        ("circles", ctypes.c_void_p),
+        ("rate", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+    )
+
+
+class TrellisProduct:
+    """One linear on one device.
+
+    circles: as `circle_shapes` names them; row_scales f16 [N], group_scales f16 [G].
+    """
+
+    def __init__(
+        self,
+        circles: Mapping[str, Tensor],
+        row_scales: Tensor,
+        group_scales: Tensor,
+        K: int,
+        rates: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self.N, self.K, self.rates = len(row_scales), K, tuple(rates)
+        self._circles = {key: value.to(device).contiguous() for key, value in circles.items()}
+        self._rows = row_scales.to(device).float()
+        self._groups = group_scales.to(device).float()
+        self._columns = per_column(self._groups, K)
+        self._library = load_library() if device.type == "cpu" else None
+        self._described = self._describe() if self._library is not None else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y f32 [T, N] of x f32 [T, K]."""
+        y = torch.empty(len(x), self.N, device=x.device)
+        if self._library is not None and len(x) <= FUSED_TOKENS:
+            self._multiply(x, y)
+            return y
+        for first, tile in self._tiles():
+            torch.mm(x, tile.t(), out=y[:, first : first + len(tile)])
+        return y
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dy W f32 [T, K] in packed, rotated columns of dy f32 [T, N]."""
+        dx = torch.zeros(len(dy), self.K, device=dy.device)
+        for first, tile in self._tiles():
+            dx.addmm_(dy[:, first : first + len(tile)], tile)
+        return dx
+
+    def _tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """The first row of each tile of rows, and its weights f32 [rows, K]."""
+        rows = max(TILE, TILE_ELEMENTS // self.K // TILE * TILE)
+        for first in range(0, self.N, rows):
+            yield first, self.weights(first, min(self.N, first + rows))
+
+    def weights(self, first: int, end: int) -> Tensor:
+        """Weights f32 [end - first, K]; first is a multiple of 16."""
+        if self._library is not None:
+            out = torch.empty(end - first, self.K)
+            self._library.bitmill_trellis_decode(
+                self._described,
+                len(self.rates),
+                first,
+                end,
+                *self._tables(),
+                out.data_ptr(),
+                self.K,
+                torch.get_num_threads(),
+            )
+            return out
+        values = decode_rows(self._circles, self.rates, self.K, first, end)
+        return values.mul_(self._columns).mul_(self._rows[first:end, None])
+
+    def _multiply(self, x: Tensor, y: Tensor) -> None:
+        assert self._library is not None
+        tiles = functional.pad(x * self._columns, (0, -self.K % TILE)).unflatten(1, (-1, TILE))
+        laid = tiles[..., positions(x.device)[:32] % TILE].contiguous()
+        for start in range(0, len(x), TOKENS_PER_CALL):
+            self._library.bitmill_trellis_multiply(
+                self._described,
+                len(self.rates),
+                self.N,
+                min(TOKENS_PER_CALL, len(x) - start),
+                laid[start].data_ptr(),
+                laid[0].numel(),
+                *self._tables(),
+                y[start].data_ptr(),
+                torch.get_num_threads(),
+            )
+
+    def _tables(self) -> tuple[int, int, int]:
+        """Addresses of the values of states, in pairs and single, and of the rows' scales."""
+        cpu = torch.device("cpu")
+        return table(1, cpu).data_ptr(), table(8, cpu).data_ptr(), self._rows.data_ptr()
+
+    def _describe(self) -> ctypes.Array[_Group]:
+        """One `Group` for each group, pointing into the stored tensors."""
+        groups = (_Group * len(self.rates))()
+        stored = stored_groups(self._circles, self.rates, self.K)
+        scales = self._groups.tolist()
+        for group, (rate, columns, circles), scale in zip(groups, stored, scales, strict=True):
+            group.circles, group.rate, group.scale = circles.data_ptr(), rate, scale
+            group.columns = tile_count(columns)
+        return groups
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where it cannot be built or BITMILL_CPU_KERNEL is "0"."""
+    if os.environ.get("BITMILL_CPU_KERNEL", "1") == "0":
+        return None
+    library = built(
+        "product_cpu.cpp",
+        "bitmill_trellis_product",
+        extra_cflags=["-O3", *vector_flags(), "-fopenmp"],
+        extra_ldflags=["-fopenmp"],
+    )
+    if library is not None:
+        pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        library.bitmill_trellis_multiply.argtypes = [
+            *(pointer, integer, integer, integer, pointer, long),
+            *(pointer, pointer, pointer, pointer, integer),
+        ]
+        library.bitmill_trellis_multiply.restype = None
+        library.bitmill_trellis_decode.argtypes = [
+            *(pointer, integer, integer, integer),
+            *(pointer, pointer, pointer, pointer, long, integer),
+        ]
+        library.bitmill_trellis_decode.restype = None
+    return library
+
+
+def per_column(group_scales: Tensor, K: int) -> Tensor:
+    """f32 [K] of one value per group, f32 [G]."""
+    columns = torch.tensor(group_columns(K), device=group_scales.device)
+    return group_scales.repeat_interleave(columns, output_size=K)
+
+
+def stored_groups(
+    circles: Mapping[str, Tensor], rates: Sequence[int], K: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Rate, columns and circles u8 [tile rows, tile columns, 32 k] of every group in turn."""
+    seen = dict.fromkeys(circles, 0)
+    for rate, columns in zip(rates, group_columns(K), strict=True):
+        key = f"codes_r{rate}" if columns == GROUP_SIZE else "codes_tail"
+        yield rate, columns, circles[key][seen[key]] if columns == GROUP_SIZE else circles[key]
+        seen[key] += 1
+
+
+def decode_rows(
+    circles: Mapping[str, Tensor], rates: Sequence[int], K: int, first: int, end: int
+) -> Tensor:
+    """Values f32 [end - first, K] of some rows, before any scale; first is a multiple of 16."""
+    tiles = slice(first // TILE, -(-end // TILE))
+    parts = [
+        untiled(decode_tiles(stored[tiles], rate))[: end - first, :columns].float()
+        for rate, columns, stored in stored_groups(circles, rates, K)
+    ]
+    return torch.cat(parts, 1)

@@ -1,0 +1,47 @@
+"""Codes by name: how the numbers of a group are written as bits. Torch-free.
+
+    affine    scale * (code - zero), a scale and a zero point per row and group (docs/format.md, 1)
+    trellis   a function of 16 bits of a stream, a scale per row and one per group (2)
+
+`auto` takes the code that is best where packed models run; today that is affine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bitmill.config.bit_width_map import WIDTHS
+from bitmill.errors import SpecError
+from bitmill_kernels.trellis.layout import RATES
+
+CodeName = Literal["auto", "affine", "trellis"]
+DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
+AUTO = "affine"
+
+
+@dataclass(frozen=True)
+class Code:
+    """widths: that groups may have; usual: those of a job that names none; format: in which a job
+    stores it that names none (`bitmill.formats.format`)."""
+
+    widths: tuple[int, ...]
+    usual: tuple[int, ...]
+    format: str
+
+
+CODES: dict[str, Code] = {
+    "affine": Code(WIDTHS, DEFAULT_WIDTHS, "bitmill-1"),
+    "trellis": Code(RATES, RATES, "bitmill-2"),
+}
+
+
+def check_widths(code: str, widths: tuple[int, ...], param: str) -> None:
+    """Raise `SpecError` naming the widths that the code has not."""
+    illegal = sorted(set(widths) - set(CODES[code].widths))
+    if illegal:
+        raise SpecError(
+            f"{param} {list(widths)}: code {code!r} has no width {illegal[0]}, only "
+            f"{list(CODES[code].widths)}",
+            param=param,
+        )

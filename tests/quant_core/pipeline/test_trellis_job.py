@@ -1,0 +1,94 @@
+"""Whole jobs with trellis codes on tiny models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import bitmill
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.quantization import parse_config
+from bitmill.formats.accounting import footprint
+from bitmill.formats.codec import open_checkpoint
+from bitmill.io.manifest import check_folder
+from bitmill.pipeline.job import run_job
+from bitmill.plan.model_plan import plan_for_map
+from tiny import tiny_llama, tiny_opt
+
+pytestmark = pytest.mark.e2e
+
+TEXT = {"source": "file", "path": str(Path(__file__).parents[1] / "calibration.txt")}
+
+
+def spec(**changes):
+    base = {
+        "code": "trellis",
+        "budget": {"bits": 3.3},
+        "calibration": {"text": TEXT, "sequences": 4, "length": 64, "held_out": 2},
+        "evaluation": {"texts": ["wiki_evaluation"], "sequences": 2, "length": 64},
+        "threads": 1,
+    }
+    return parse_config(base | changes)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A source, its packed folder and the result."""
+    folder = tmp_path_factory.mktemp("trellis")
+    source = tiny_llama(folder / "source")
+    return source, folder / "out", run_job(spec(), source, folder / "work", folder / "out")
+
+
+def test_a_job_ends_in_a_folder_of_version_2_within_its_budget(job):
+    source, out, result = job
+    assert check_folder(out) == result.manifest
+    written = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert written["format_version"] == 2
+    row = result.quality.row("knapsack gptq")
+    assert 3.2 < row.bits <= 3.3
+    assert row.size == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert row.texts["wiki_evaluation"].kl < 0.05
+    widths = BitWidthMap.load(out / "bit_width_map.json")
+    assert len({b for groups in widths.linears.values() for b in groups}) > 1
+    asked = spec(format=open_checkpoint(out).format.name)
+    _, plan = plan_for_map(source, widths, asked)
+    assert footprint(plan, widths).size == row.size
+
+
+def test_the_model_computes_with_the_decoded_weights_and_has_gradients(job):
+    _, out, _ = job
+    model, plain = bitmill.load(out), bitmill.load(out).dequantize()
+    ids = torch.arange(2, 40)[None]
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
+    inputs = model.get_input_embeddings()(ids).detach()
+    gradients = []
+    for one in (model, plain):
+        x = inputs.clone().requires_grad_()
+        one(inputs_embeds=x).logits.square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-3, rtol=1e-3)
+
+
+def test_saving_a_loaded_model_keeps_its_bytes(job, tmp_path):
+    _, out, _ = job
+    bitmill.load(out).save_pretrained(tmp_path)
+    before, after = (load_file(folder / "model.safetensors") for folder in (out, tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    again = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert again == json.loads((out / "config.json").read_text())["quantization_config"]
+
+
+def test_a_map_without_profile_on_a_model_with_biases(tmp_path):
+    source = tiny_opt(tmp_path / "source")
+    asked = spec(
+        budget={"code_bits": 4},
+        allocation={"method": "uniform", "order": "natural"},
+        refinement={"method": "rtn"},
+    )
+    result = run_job(asked, source, tmp_path / "work", tmp_path / "out")
+    row = result.quality.row("uniform rtn")
+    assert row.code_bits == 4
+    assert row.texts["wiki_evaluation"].kl < 0.05
