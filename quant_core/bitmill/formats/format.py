@@ -10,7 +10,7 @@ one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -35,11 +35,12 @@ Widths = Mapping[str, Sequence[int]]
 @dataclass(frozen=True)
 class Contents:
     """What is to be stored: a planned model, a width for every group of its linears, and the column
-    order that the groups were formed in."""
+    order that the groups were formed in. config: the model's config.json, where it is known."""
 
     plan: Plan
     widths: Widths
     order: Order = "natural"
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bit_widths(self) -> BitWidthMap:
@@ -193,6 +194,7 @@ FORMATS: Registry[type[Format]] = Registry(
         "bitmill-2": "bitmill.formats.packed.format:PackedTrellis",
         "compressed-tensors": "bitmill.formats.compressed_tensors.format:CompressedTensors",
         "dequantized": "bitmill.formats.dequantized.format:Dequantized",
+        "gguf": "bitmill.formats.gguf.format:Gguf",
         "gptq": "bitmill.formats.gptq.format:GPTQCheckpoint",
     },
 )

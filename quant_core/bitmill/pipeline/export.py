@@ -63,7 +63,7 @@ class Export:
         settings.pop("quantization_config")
         bit_widths = checkpoint.bit_widths
         plan = plan_of(checkpoint, settings)
-        contents = Contents(plan, bit_widths.linears, bit_widths.order)
+        contents = Contents(plan, bit_widths.linears, bit_widths.order, settings)
         if chosen.name == checkpoint.format.name:
             raise SpecError(f"{folder.name} is in format {chosen.name!r} already", param="format")
         check_supported(chosen, Facts.of(contents, settings, checkpoint.kinds, checkpoint.rewrites))
