@@ -105,7 +105,7 @@ class Format(Closed):
     codec: ClassVar[str]
     keeps_codes: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str] | None] = frozenset({"affine"})
-    widths: ClassVar[frozenset[int]] = frozenset(WIDTHS)
+    widths: ClassVar[frozenset[int] | None] = frozenset(WIDTHS)
     mixed: ClassVar[bool] = True
     rewrites: ClassVar[frozenset[str] | None] = frozenset()
 
@@ -120,7 +120,7 @@ class Format(Closed):
             Refusal(kind, f"it has no place for tensors of kind {kind!r}")
             for kind in sorted(_beyond(facts.kinds, self.kinds))
         ]
-        if facts.widths - self.widths:
+        if self.widths is not None and facts.widths - self.widths:
             found.append(
                 Refusal(
                     "allocation.widths",

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import bitmill
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import parse_config
+from bitmill.errors import SpecError
 from bitmill.formats.accounting import footprint
 from bitmill.formats.codec import open_checkpoint
+from bitmill.formats.format import FORMATS
 from bitmill.io.manifest import check_folder
 from bitmill.pipeline.job import run_job
 from bitmill.plan.model_plan import plan_for_map
@@ -92,3 +95,17 @@ def test_a_map_without_profile_on_a_model_with_biases(tmp_path):
     row = result.quality.row("uniform rtn")
     assert row.code_bits == 4
     assert row.texts["wiki_evaluation"].kl < 0.05
+
+
+def test_it_is_exported_as_plain_weights_and_refused_by_name_elsewhere(job, tmp_path):
+    _, out, _ = job
+    bitmill.export(out, "dequantized", out=tmp_path / "plain", dtype="float32")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    expected = bitmill.load(out, dtype="float32").dequantize()
+    ids = torch.arange(2, 40)[None]
+    assert torch.equal(plain(ids).logits, expected(ids).logits)
+    others = set(FORMATS.names()) - {"dequantized", open_checkpoint(out).format.name}
+    for name in others:
+        with pytest.raises(SpecError, match="no place for tensors of kind 'trellis'"):
+            bitmill.export(out, name, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()

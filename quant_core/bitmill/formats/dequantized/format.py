@@ -23,6 +23,7 @@ class Dequantized(Format):
     name: ClassVar[str] = "dequantized"
     codec: ClassVar[str] = "bitmill.formats.dequantized.codec:DequantizedCodec"
     kinds: ClassVar[frozenset[str] | None] = None
+    widths: ClassVar[frozenset[int] | None] = None
     rewrites: ClassVar[frozenset[str] | None] = None
 
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
