@@ -14,7 +14,7 @@ from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from bitmill_service.api.context import Context
-from bitmill_service.api.routes import health, hub, job_outputs, jobs, keys, maps, profiles
+from bitmill_service.api.routes import health, hub, job_outputs, jobs, keys, maps, profiles, uploads
 from bitmill_service.http import problems
 from bitmill_service.http.access import Access, KeyRing
 from bitmill_service.http.fair_use import FairUse, RateLimiter
@@ -33,6 +33,7 @@ from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.migrate import require_head
+from bitmill_workers.store.uploads import UploadStore
 
 _DESCRIPTION = """Turns a language model into a mixed-precision checkpoint of exactly the size \
 asked for: submit a job, follow its events, download the bit-width map and the packed checkpoint.
@@ -68,6 +69,7 @@ def make_context(settings: ServiceSettings) -> Context:
         jobs=store,
         catalog=catalog,
         artifacts=open_artifacts(settings),
+        uploads=UploadStore(database),
         keys=KeyRing(KeyStore(database), settings),
         registry=new_registry(store, catalog, settings),
     )
@@ -103,6 +105,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         job_outputs.router,
         profiles.router,
         maps.router,
+        uploads.router,
         keys.router,
     ):
         app.include_router(

@@ -311,6 +311,49 @@ class KeyList(View):
     keys: list[KeyView]
 
 
+class UploadEntry(Closed):
+    """A file that will be sent: path within the folder, bytes, hex SHA-256."""
+
+    path: str = Field(min_length=1, max_length=512)
+    size: int = Field(ge=0, lt=2**50)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class UploadRequest(Closed):
+    """The files of a model's folder, or of one of learned parameters."""
+
+    files: tuple[UploadEntry, ...] = Field(min_length=1, max_length=2048)
+
+
+class UploadFileView(View):
+    """A file of an upload; `received` are the numbers of its parts that have come, from 0."""
+
+    path: str
+    size: int
+    sha256: str
+    parts: int
+    received: list[int]
+
+
+class UploadView(View):
+    """An upload. Every part but a file's last has `part_size` bytes."""
+
+    id: str
+    state: Literal["open", "complete"]
+    size: int
+    part_size: int
+    created_at: datetime
+    created_by: str | None = None
+    expires_at: datetime
+    files: list[UploadFileView]
+
+
+class UploadList(View):
+    """Uploads, oldest first, without their parts."""
+
+    uploads: list[UploadView]
+
+
 class Health(View):
     """Whether the process answers, and which version it is."""
 

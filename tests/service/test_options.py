@@ -100,6 +100,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     (
+        "m --bits 3 --refine omniquant --resume-parameters upload:u1",
+        {
+            "refinement.omniquant.resume_parameters.source": "upload",
+            "refinement.omniquant.resume_parameters.upload_id": "u1",
+        },
+    ),
+    (
         "m --bits 3 --calibration-text dataset:org/set --calibration-config en "
         "--calibration-split test --calibration-field body --calibration-sequences 5 "
         "--calibration-length 64 --held-out 2 --profile-sequences 4",

@@ -176,12 +176,12 @@ def test_profile_made_here_is_found_elsewhere(stored: Settings, tmp_path: Path) 
     made = tmp_path / "made"
     (made / "deep").mkdir(parents=True)
     (made / "deep" / "costs.bin").write_bytes(b"12")
-    store.share_profile("abc", made)
+    store.share_folder("profiles", "abc", made)
     elsewhere = tmp_path / "profiles" / "abc"
-    assert store.fetch_profile("abc", elsewhere)
+    assert store.fetch_folder("profiles", "abc", elsewhere)
     assert (elsewhere / "deep" / "costs.bin").read_bytes() == b"12"
     assert [p.name for p in elsewhere.parent.iterdir()] == ["abc"]
-    assert not store.fetch_profile("absent", tmp_path / "profiles" / "absent")
+    assert not store.fetch_folder("profiles", "absent", tmp_path / "profiles" / "absent")
     assert list(store.attempts()) == []
 
 
@@ -190,10 +190,12 @@ def test_profile_can_be_fetched_twice_at_once(stored: Settings, tmp_path: Path) 
     made = tmp_path / "made"
     made.mkdir()
     (made / "costs.bin").write_bytes(b"12" * 1000)
-    store.share_profile("abc", made)
+    store.share_folder("profiles", "abc", made)
     elsewhere = tmp_path / "profiles" / "abc"
     with ThreadPoolExecutor(4) as pool:
-        fetched = list(pool.map(lambda _: store.fetch_profile("abc", elsewhere), range(4)))
+        fetched = list(
+            pool.map(lambda _: store.fetch_folder("profiles", "abc", elsewhere), range(4))
+        )
     assert fetched == [True] * 4
     assert (elsewhere / "costs.bin").stat().st_size == 2000
 

@@ -2,6 +2,7 @@
 
 BitmillError
 ├── JobNotFound          no such job (HTTP 404)
+├── UploadNotFound       no such upload, or none that is complete (HTTP 404)
 ├── KeyNotFound          no such API key (HTTP 404)
 ├── StateConflict        the job's state does not allow it (HTTP 409)
 ├── IdempotencyMismatch  the key was used with another request (HTTP 422)
@@ -23,6 +24,16 @@ class JobNotFound(BitmillError):
 
     def __init__(self, job_id: str) -> None:
         super().__init__(f"there is no job {job_id!r}", param="job_id")
+
+
+class UploadNotFound(BitmillError):
+    """No upload has this id, or it is not complete."""
+
+    code = "upload_not_found"
+
+    def __init__(self, upload_id: str, problem: str | None = None) -> None:
+        told = f"upload {upload_id!r} {problem}" if problem else f"there is no upload {upload_id!r}"
+        super().__init__(told, param="upload_id")
 
 
 class KeyNotFound(BitmillError):

@@ -97,6 +97,13 @@ class JobParameters(Closed):
     job_id: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
 
 
+class UploadParameters(Closed):
+    """A published folder that was uploaded to the service beforehand."""
+
+    source: Literal["upload"] = "upload"
+    upload_id: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+
+
 class PathParameters(Closed):
     """A published folder, below an allow-listed root (any folder without a service)."""
 
@@ -108,7 +115,8 @@ class JobOmniQuant(BaseOmniQuant):
     """Block-wise learning; parameters to resume may be those of an earlier job."""
 
     resume_parameters: (
-        Annotated[JobParameters | PathParameters, Field(discriminator="source")] | None
+        Annotated[JobParameters | PathParameters | UploadParameters, Field(discriminator="source")]
+        | None
     ) = None
 
 

@@ -61,6 +61,8 @@ _LICENCE = re.compile(
     r"(un)?licen[cs]es?|copying|copyright|notices?|use[_-]policy|acceptable[_-]use([_-]policy)?"
     r"|third[_-]?party[_-]?(notices?|licen[cs]es?)"
 )
+_SENDABLE = re.compile(r"[A-Za-z0-9_][\w.-]{0,200}", re.ASCII)
+_SENT = frozenset({".safetensors", ".gguf", ".json", ".jinja", ".txt"})
 _TEXT = frozenset({"", ".txt", ".md", ".rst", ".pdf"})
 
 
@@ -75,6 +77,16 @@ def is_companion(path: str) -> bool:
     if folder == _TEMPLATE_FOLDER:
         return PurePosixPath(name).suffix == ".jinja"
     return folder.lower() in _LICENCE_FOLDERS and _is_text(name.lower())
+
+
+def may_be_sent(path: str) -> bool:
+    """Whether a file of a model, or of learned parameters, may be uploaded to a service.
+
+    Weights, JSON and text that belong to one; never what runs code when it is opened.
+    """
+    name = PurePosixPath(path)
+    plain = _SENDABLE.fullmatch(path) is not None and name.suffix in _SENT
+    return plain or path == "SHA256SUMS" or (is_companion(path) and ".." not in name.parts)
 
 
 def is_licence(name: str) -> bool:

@@ -17,12 +17,14 @@ from bitmill.errors import CalibrationError, InputError, ModelError
 from bitmill.formats.accounting import footprint
 from bitmill.pipeline import admission as library
 from bitmill.pipeline.estimate import Estimate, Machine
+from bitmill.pipeline.learned_parameters import PARAM
 from bitmill.plan.model_plan import Plan
 from bitmill_service.api.context import Context
 from bitmill_service.api.hub_headers import fetch_headers
 from bitmill_service.http.access import Principal
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import PlanView, SizeView
+from bitmill_workers.errors import UploadNotFound
 from bitmill_workers.execution.fetch import local_model
 from bitmill_workers.execution.inputs import (
     calibration_file,
@@ -30,7 +32,8 @@ from bitmill_workers.execution.inputs import (
     given_map,
     planning_config,
 )
-from bitmill_workers.job_spec import HubModel, JobSpec
+from bitmill_workers.job_spec import HubModel, JobSpec, UploadModel, UploadParameters
+from bitmill_workers.storage.uploads import fetch_upload
 from bitmill_workers.store.records import Quota
 from bitmill_workers.tiers import choose_queue, largest_tier
 
@@ -153,12 +156,28 @@ def _uniform_size(plan: Plan, config: QuantizationConfig, width: int) -> SizeVie
 
 def _config(context: Context, spec: JobSpec, caller: Principal) -> QuantizationConfig:
     """What the job is planned by, after a look at everything that the specification refers to."""
+    _check_uploads(context, spec, caller)
     _check_calibration(context, spec)
     stores, sees = (context.jobs, context.artifacts), caller.sees
     given = given_map(spec, context.jobs, context.catalog, context.artifacts, tenant=sees)
     config = planning_config(spec, given)
     check_parameters(spec, config, context.settings, *stores, tenant=sees)
     return config
+
+
+def _check_uploads(context: Context, spec: JobSpec, caller: Principal) -> None:
+    """What was uploaded must be complete, the caller's, and is brought here to be looked at."""
+    given = spec.refinement.resume_parameters
+    named = [(spec.model, "model"), (given, PARAM)]
+    for reference, member in named:
+        if not isinstance(reference, UploadModel | UploadParameters):
+            continue
+        param = f"{member}.upload_id"
+        try:
+            context.uploads.get(reference.upload_id, tenant=caller.sees, complete=True)
+        except UploadNotFound as error:
+            raise InputError(error.message, code=error.code, param=param) from error
+        fetch_upload(context.settings, context.artifacts, reference.upload_id)
 
 
 def _check_calibration(context: Context, spec: JobSpec) -> None:

@@ -19,6 +19,7 @@ from bitmill_workers.store.catalog import Catalog
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.records import JobRecord
+from bitmill_workers.store.uploads import UploadStore
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Context:
     catalog: Catalog
     artifacts: ArtifactStore
     keys: KeyRing
+    uploads: UploadStore
     notify: Callable[[str, str], None] = lambda job_id, queue: None
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from bitmill_workers.store.records import (
     ProfileRecord,
 )
 from bitmill_workers.store.tables import DELIVERY_TRIES
+from bitmill_workers.store.uploads import PART_BYTES, UploadRecord
 
 
 def moment(seconds: float | None) -> datetime | None:
@@ -166,6 +168,31 @@ def key_view(record: KeyRecord) -> schemas.KeyView:
         expires_at=moment(record.expires_at),
         last_used=moment(record.last_used),
         revoked_at=moment(record.revoked_at),
+    )
+
+
+def upload_view(
+    record: UploadRecord, received: Mapping[str, Sequence[int]] | None = None
+) -> schemas.UploadView:
+    """An upload, with the parts that have come where they were looked up."""
+    return schemas.UploadView(
+        id=record.id,
+        state=record.state,
+        size=record.size,
+        part_size=PART_BYTES,
+        created_at=_moment(record.created_at),
+        created_by=record.created_by,
+        expires_at=_moment(record.expires_at),
+        files=[
+            schemas.UploadFileView(
+                path=file.path,
+                size=file.size,
+                sha256=file.sha256,
+                parts=file.parts,
+                received=list((received or {}).get(file.path, ())),
+            )
+            for file in record.files
+        ],
     )
 
 

@@ -25,7 +25,7 @@ from bitmill_service.cli.output import (
 )
 from bitmill_service.cli.progress import JobWatch
 from bitmill_service.cli.report_table import parse_rows, print_report
-from bitmill_service.cli.spec import Given, build_spec, model_reference
+from bitmill_service.cli.spec import Given, build_spec, local_folder, model_reference
 from bitmill_service.client.client import Client
 from bitmill_service.schemas import JobView, PlanView
 
@@ -36,7 +36,8 @@ def submit(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="path:ROOT/FOLDER, upload:ID, or a Hub repository ORG/NAME[@REVISION].",
+            help="./FOLDER or ./FILE.gguf (uploaded), path:ROOT/FOLDER, upload:ID, or a Hub "
+            "repository ORG/NAME[@REVISION].",
         ),
     ] = None,
     *,
@@ -59,8 +60,8 @@ def submit(
 
     Example: bitmill submit HuggingFaceTB/SmolLM2-135M --bits 3 --wait
     """
-    built = build_spec(None if model is None else model_reference(model), spec, given)
     with open_client(url) as client:
+        built = build_spec(_model(client, model, quiet=json), spec, given)
         if validate_only:
             _show_plan(client.plan(built), as_json=json)
             return
@@ -74,6 +75,24 @@ def submit(
             shown |= {"download": _download(client, job.id, download, (), 4, quiet=json)}
         if json:
             print_json(shown)
+
+
+def _model(client: Client, text: str | None, *, quiet: bool) -> dict[str, Any] | None:
+    """The reference of a model; one on this machine is uploaded first."""
+    place = None if text is None else local_folder(text)
+    if text is None or place is None:
+        return None if text is None else model_reference(text)
+    with _transfer_bar(quiet=quiet) as bar:
+        task = bar.add_task(f"uploading {place.name or place}", total=None)
+        upload = client.upload(
+            place,
+            on_start=lambda size: bar.update(task, total=size),
+            on_bytes=lambda count: bar.update(task, advance=count),
+        )
+    if not quiet:
+        typer.echo(f"upload {upload.id}: {format_size(upload.size)} in {len(upload.files)} files")
+    named = {"file": place.name} if place.suffix == ".gguf" else {}
+    return {"source": "upload", "upload_id": upload.id} | named
 
 
 def status(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
@@ -228,7 +247,7 @@ def _download(
     client: Client, job: str, out: Path, include: tuple[str, ...], parallel: int, *, quiet: bool
 ) -> dict[str, Any]:
     """Download with a bar and a line, or quietly; what was done, for JSON."""
-    with _download_bar(quiet=quiet) as bar:
+    with _transfer_bar(quiet=quiet) as bar:
         task = bar.add_task("download", total=None)
         done = client.download(
             job,
@@ -245,7 +264,7 @@ def _download(
     return asdict(done)
 
 
-def _download_bar(*, quiet: bool) -> Progress:
+def _transfer_bar(*, quiet: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -259,8 +259,8 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
         SpecOption(
             "--resume-parameters",
             "refinement.omniquant.resume_parameters",
-            "Train nothing: take what a job with the same settings learned, or the service's "
-            "folder of one, path:ROOT/FOLDER.",
+            "Train nothing: take what a job with the same settings learned, the service's folder "
+            "of one, path:ROOT/FOLDER, or an uploaded one, upload:ID.",
             parameters_reference,
             "JOB",
         ),

@@ -85,10 +85,18 @@ def parameters_folder(text: str) -> dict[str, Any]:
 
 
 def parameters_reference(text: str) -> dict[str, Any]:
-    """Learned parameters of a job, or of a folder of the service as `path:ROOT/FOLDER`."""
+    """Learned parameters: of a job, `path:ROOT/FOLDER` of the service, or `upload:ID`."""
+    if text.startswith("upload:"):
+        return {"source": "upload", "upload_id": text.removeprefix("upload:")}
     if text.startswith("path:"):
         return parameters_folder(text.removeprefix("path:"))
     return {"source": "job", "job_id": text.removeprefix("job:")}
+
+
+def local_folder(text: str) -> Path | None:
+    """The folder or GGUF file on this machine that a model is given as: `./FOLDER`, `/FOLDER`."""
+    here = text.startswith(("./", "../", "/", "~")) or text in (".", "..")
+    return Path(text).expanduser() if here else None
 
 
 def model_reference(text: str) -> dict[str, Any]:

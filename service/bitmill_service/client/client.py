@@ -35,6 +35,7 @@ from bitmill_service.client.errors import (
     read_answer,
 )
 from bitmill_service.client.retries import RETRY_STATUS, Retries, backoff, with_retries
+from bitmill_service.client.upload import announced, send_parts
 from bitmill_service.schemas import (
     AllocationRequest,
     AllocationView,
@@ -53,6 +54,8 @@ from bitmill_service.schemas import (
     PlanView,
     ProfilePage,
     ProfileView,
+    UploadList,
+    UploadView,
     View,
 )
 from bitmill_workers.job_spec import JobSpec
@@ -60,6 +63,8 @@ from bitmill_workers.job_spec import JobSpec
 DEFAULT_URL = "http://127.0.0.1:8737"
 _POLL_SECONDS = 2.0
 _PAGE = 200
+_CHECK_S = 1800.0
+"""How long a service may read an upload to check it."""
 _ViewT = TypeVar("_ViewT", bound=View)
 
 
@@ -307,6 +312,49 @@ class Client:
             headers={"Content-Type": "application/octet-stream"},
         )
         return read_answer(MapView, response)
+
+    def upload(
+        self,
+        place: Path,
+        *,
+        on_start: Callable[[int], None] = lambda size: None,
+        on_bytes: Callable[[int], None] = lambda count: None,
+    ) -> UploadView:
+        """Send a model's folder, or one GGUF file, and have it checked.
+
+        Files that no model needs stay here. A broken call is gone on with by the next one.
+        on_start: told how many bytes there are; on_bytes: how many more have arrived.
+        """
+        folder, request = announced(place)
+        body = request.model_dump(mode="json")
+        upload = read_answer(UploadView, self._send("POST", "/v1/uploads", json=body))
+        on_start(upload.size)
+        if upload.state == "complete":
+            on_bytes(upload.size)
+            return upload
+        base, patience = f"/v1/uploads/{upload.id}", self._retries.patience
+
+        def put(path: str, number: int, data: bytes, digest: str) -> None:
+            self._send(
+                "PUT",
+                f"{base}/files/{path}",
+                patience=patience,
+                params={"part": number},
+                content=data,
+                headers={"Content-Digest": digest, "Content-Type": "application/octet-stream"},
+            )
+
+        send_parts(upload, folder, put, on_bytes)
+        done = self._send("POST", f"{base}/complete", patience=patience, timeout=_CHECK_S)
+        return read_answer(UploadView, done)
+
+    def uploads(self) -> list[UploadView]:
+        """All uploads, oldest first."""
+        return self._get(UploadList, "/v1/uploads").uploads
+
+    def delete_upload(self, upload_id: str) -> None:
+        """Remove an upload and its files."""
+        self._send("DELETE", f"/v1/uploads/{upload_id}")
 
     def create_key(self, request: KeyRequest) -> NewKeyView:
         """Make an API key, which only this answer shows; sent once, as it cannot be repeated."""

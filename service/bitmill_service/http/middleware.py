@@ -20,12 +20,16 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bitmill_workers.logs import ACCESS, AUDIT, log_fields
+from bitmill_workers.store.uploads import PART_BYTES
 
 _access, _audit = logging.getLogger(ACCESS), logging.getLogger(AUDIT)
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"})
 _DRAIN_S = 5.0
+_PARTS = "/v1/uploads/"
+_SPARE = 1 << 16
+"""A part that is a little too long is refused as that, not by its length alone."""
 _SAFE = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -96,7 +100,8 @@ class BodyLimit:
     """Refuses bodies over `limit` bytes, declared or not, before they are read whole.
 
     The framework's own limit answers in plain text; this one raises where the body is read, so
-    that the refusal is a problem document like every other.
+    that the refusal is a problem document like every other. Parts of uploads have a size of their
+    own.
     """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
@@ -106,6 +111,8 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        is_part = scope["method"] == "PUT" and scope["path"].startswith(_PARTS)
+        limit = max(self.limit, PART_BYTES + _SPARE) if is_part else self.limit
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
         size = int(declared) if declared.isdecimal() else 0
@@ -114,15 +121,15 @@ class BodyLimit:
 
         async def limited() -> Message:
             nonlocal read
-            if size > self.limit:
+            if size > limit:
                 if not waits:
                     await self._drain(receive)
-                raise self._refusal(size)
+                raise self._refusal(size, limit)
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self.limit:
+            if read > limit:
                 await self._drain(receive)
-                raise self._refusal(read)
+                raise self._refusal(read, limit)
             return message
 
         await self.app(scope, limited, send)
@@ -138,7 +145,8 @@ class BodyLimit:
                     if not message.get("more_body"):
                         return
 
-    def _refusal(self, size: int) -> HTTPException:
+    @staticmethod
+    def _refusal(size: int, limit: int) -> HTTPException:
         # What is left of the body is not read, so nothing more can come over this connection.
-        detail = f"a body of {size} bytes; at most {self.limit} are accepted"
+        detail = f"a body of {size} bytes; at most {limit} are accepted"
         return HTTPException(413, detail, headers={"Connection": "close"})

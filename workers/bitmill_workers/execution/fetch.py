@@ -34,7 +34,7 @@ from bitmill_workers.execution.hub_download import (
     passing_status,
     valid_digest,
 )
-from bitmill_workers.job_spec import HubModel, ModelRef, PathModel
+from bitmill_workers.job_spec import HubModel, ModelRef, PathModel, UploadModel
 from bitmill_workers.settings import Settings
 
 if TYPE_CHECKING:
@@ -47,6 +47,16 @@ _PICKLES = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle|msgpack|h5)$")
 
 def local_model(model: ModelRef, settings: Settings) -> Path:
     """The folder of a model that is on this machine. Raises `ModelError`."""
+    if isinstance(model, UploadModel):
+        folder = settings.uploads_folder.resolve() / model.upload_id
+        if not folder.is_dir():
+            raise ModelError(
+                f"upload {model.upload_id!r} is not here",
+                code="upload_not_found",
+                param="model.upload_id",
+            )
+        check_folder(folder, folder, model.file)
+        return folder
     if not isinstance(model, PathModel):
         raise ModelError(
             f"model source {model.source!r} is not available here", code="unsupported_source"

@@ -12,9 +12,17 @@ from bitmill.config.quantization import FileText, QuantizationConfig
 from bitmill.errors import CalibrationError, InputError, ModelError
 from bitmill.pipeline.learned_parameters import PARAM, RECORD_NAME, LearnedFor
 from bitmill_workers.execution.fetch import holds, resolve_path
-from bitmill_workers.job_spec import InlineMap, JobParameters, JobSpec, PathParameters, UploadedMap
+from bitmill_workers.job_spec import (
+    InlineMap,
+    JobParameters,
+    JobSpec,
+    PathParameters,
+    UploadedMap,
+    UploadParameters,
+)
 from bitmill_workers.settings import Settings
 from bitmill_workers.storage.artifacts import ArtifactStore
+from bitmill_workers.storage.uploads import fetch_upload
 from bitmill_workers.store.catalog import Catalog
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.records import Artifact
@@ -61,7 +69,11 @@ def planning_config(spec: JobSpec, bit_widths: BitWidthMap | None) -> Quantizati
     bit_widths: what `given_map` found. Learned parameters of a job have its id for a folder.
     """
     given = spec.refinement.resume_parameters
-    folder = Path(given.job_id) if isinstance(given, JobParameters) else None
+    folder = None
+    if isinstance(given, JobParameters):
+        folder = Path(given.job_id)
+    elif isinstance(given, UploadParameters):
+        folder = Path(given.upload_id)
     return spec.config(bit_widths=bit_widths, parameters=folder)
 
 
@@ -132,6 +144,8 @@ def fetch_parameters(
     given = spec.refinement.resume_parameters
     if given is None:
         return None
+    if isinstance(given, UploadParameters):
+        fetch_upload(settings, artifacts, given.upload_id)
     if not isinstance(given, JobParameters):
         return _parameter_folder(given, settings)
     for path, artifact in _parameter_files(given, store).items():
@@ -147,7 +161,13 @@ def _parameter_files(given: JobParameters, store: JobStore) -> dict[str, Artifac
     return files
 
 
-def _parameter_folder(given: PathParameters, settings: Settings) -> Path:
+def _parameter_folder(given: PathParameters | UploadParameters, settings: Settings) -> Path:
+    if isinstance(given, UploadParameters):
+        folder = settings.uploads_folder.resolve() / given.upload_id
+        if not (folder / RECORD_NAME).is_file():
+            what = f"there are no learned parameters in the upload {given.upload_id!r}"
+            raise _no_parameters(what, "upload_id")
+        return folder
     try:
         place, _ = resolve_path(given.path, settings.model_roots)
         found = holds((place / RECORD_NAME).is_file)

@@ -30,11 +30,12 @@ from bitmill_workers.execution.inputs import fetch_parameters, given_map, local_
 from bitmill_workers.execution.processes import Child, Ended
 from bitmill_workers.execution.progress_relay import Reporter
 from bitmill_workers.execution.stop import StopRequest
-from bitmill_workers.job_spec import HubModel, JobSpec, parse_spec
+from bitmill_workers.job_spec import HubModel, JobSpec, UploadModel, parse_spec
 from bitmill_workers.logs import log_fields
 from bitmill_workers.settings import Settings
-from bitmill_workers.storage.artifacts import ArtifactStore
+from bitmill_workers.storage.artifacts import PROFILES, ArtifactStore
 from bitmill_workers.storage.open import open_artifacts
+from bitmill_workers.storage.uploads import fetch_upload
 from bitmill_workers.store.catalog import Catalog
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
@@ -131,6 +132,8 @@ class Attempt:
     def _fetch(self) -> Path:
         """The model's local folder."""
         model = self.spec.model
+        if isinstance(model, UploadModel):
+            fetch_upload(self.settings, self.parts.artifacts, model.upload_id)
         if not isinstance(model, HubModel):
             return local_model(model, self.settings).resolve()
         settings = self.settings
@@ -305,7 +308,7 @@ class Attempt:
     def _keep_profile(self, profile_id: str) -> None:
         folder = self.settings.profiles_folder / profile_id
         if folder.is_dir():
-            self.parts.artifacts.share_profile(profile_id, folder)
+            self.parts.artifacts.share_folder(PROFILES, profile_id, folder)
         settings = {key: self.job.spec[key] for key in ("model", "calibration", "seed")}
         self.parts.catalog.add_profile(
             profile_id,

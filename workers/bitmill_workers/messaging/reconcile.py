@@ -20,9 +20,10 @@ from bitmill_workers.errors import DeadlinePassed, WorkerLost
 from bitmill_workers.messaging.app import Dispatcher
 from bitmill_workers.messaging.webhooks import WebhookSender
 from bitmill_workers.settings import Settings
-from bitmill_workers.storage.artifacts import ArtifactStore
+from bitmill_workers.storage.artifacts import UPLOADS, ArtifactStore
 from bitmill_workers.storage.garbage import collect_artifacts, collect_work, prune_broker
 from bitmill_workers.storage.open import open_artifacts
+from bitmill_workers.storage.uploads import collect_uploads
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.jobs import IDEMPOTENCY_S, JobStore
 from bitmill_workers.store.leases import requeue
@@ -30,6 +31,7 @@ from bitmill_workers.store.records import error_columns
 from bitmill_workers.store.states import ACTIVE
 from bitmill_workers.store.tables import idempotency, jobs
 from bitmill_workers.store.transitions import transition
+from bitmill_workers.store.uploads import UploadStore
 
 _log = logging.getLogger(__name__)
 _BATCH = 100
@@ -44,6 +46,7 @@ class Reconciler:
         self.database = database
         self.dispatcher = dispatcher
         self.store = JobStore(database)
+        self.uploads = UploadStore(database)
         self.artifacts: ArtifactStore = open_artifacts(settings)
         self._webhooks = WebhookSender(settings, database)
         self._stop = threading.Event()
@@ -155,6 +158,10 @@ class Reconciler:
     def collect_garbage(self) -> int:
         """Remove files that no job needs; how many folders."""
         prune_broker(self.settings)
+        for upload in self.uploads.expire():
+            _log.info("upload %s of %s has expired", upload.id, upload.tenant)
+            self.artifacts.remove_folder(UPLOADS, upload.id)
+        collect_uploads(self.settings, self.uploads)
         found = collect_artifacts(self.artifacts, self.database)
         return found + collect_work(self.settings, self.database)
 

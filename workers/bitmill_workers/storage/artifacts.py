@@ -12,6 +12,10 @@ from typing import Protocol
 
 from bitmill_workers.store.records import Artifact
 
+PROFILES = "profiles"
+UPLOADS = "uploads"
+"""Kinds of shared folders: sensitivity profiles, and what clients have sent."""
+
 
 class ArtifactStore(Protocol):
     """Storage of published files."""
@@ -48,8 +52,11 @@ class ArtifactStore(Protocol):
     def drop_local(self, job_id: str, token: int) -> None:
         """The attempt's files are visible: free what this machine need not keep of them."""
 
-    def share_profile(self, profile_id: str, folder: Path) -> None:
-        """Make a profile that this machine made reachable for every process."""
+    def share_folder(self, kind: str, name: str, folder: Path) -> None:
+        """Make a folder that came to be on this machine reachable for every process."""
 
-    def fetch_profile(self, profile_id: str, folder: Path) -> bool:
-        """Fill `folder` with a profile made elsewhere; False where there is none."""
+    def fetch_folder(self, kind: str, name: str, folder: Path) -> bool:
+        """Fill `folder` with one made elsewhere; False where there is none."""
+
+    def remove_folder(self, kind: str, name: str) -> None:
+        """Delete what other processes could reach; local folders are the caller's."""

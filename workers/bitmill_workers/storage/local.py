@@ -72,9 +72,12 @@ class LocalArtifacts:
     def drop_local(self, job_id: str, token: int) -> None:
         """Nothing: the local files are the published ones."""
 
-    def share_profile(self, profile_id: str, folder: Path) -> None:
+    def share_folder(self, kind: str, name: str, folder: Path) -> None:
         """Nothing: processes share the folder."""
 
-    def fetch_profile(self, profile_id: str, folder: Path) -> bool:
-        """True where the profile is there."""
+    def fetch_folder(self, kind: str, name: str, folder: Path) -> bool:
+        """True where the folder is there."""
         return folder.is_dir()
+
+    def remove_folder(self, kind: str, name: str) -> None:
+        """Nothing: the local folder is the only one."""

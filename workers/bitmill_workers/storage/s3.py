@@ -23,11 +23,11 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from bitmill.errors import ResourceError
 from bitmill_workers.settings import Settings
+from bitmill_workers.storage.artifacts import PROFILES, UPLOADS
 from bitmill_workers.storage.listing import listed_files
 from bitmill_workers.store.records import Artifact
 
 _PART = 16 << 20
-_PROFILES = "profiles"
 _FAILURES = (BotoCoreError, ClientError, boto3.exceptions.S3UploadFailedError)
 
 
@@ -134,7 +134,7 @@ class S3Artifacts:
         try:
             for job in self._folders(f"{self._prefix}/"):
                 job_id = job.rsplit("/", 2)[-2]
-                attempts = () if job_id == _PROFILES else self._folders(job)
+                attempts = () if job_id in (PROFILES, UPLOADS) else self._folders(job)
                 tokens = (attempt.rsplit("/", 2)[-2] for attempt in attempts)
                 found |= {(job_id, int(token)) for token in tokens if token.isdecimal()}
         except _FAILURES as error:
@@ -151,10 +151,7 @@ class S3Artifacts:
                 self._client.abort_multipart_upload(
                     Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                 )
-            for page in self._pages(Prefix=prefix):
-                objects = [{"Key": item["Key"]} for item in page.get("Contents", [])]
-                if objects:
-                    self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": objects})
+            self._delete(prefix)
         except _FAILURES as error:
             raise _unavailable(f"attempt {job_id}/{token} cannot be removed", error) from error
 
@@ -165,18 +162,18 @@ class S3Artifacts:
         if parent.is_dir() and not any(parent.iterdir()):
             shutil.rmtree(parent, ignore_errors=True)
 
-    def share_profile(self, profile_id: str, folder: Path) -> None:
-        """Upload the profile's files; the same content has the same keys."""
+    def share_folder(self, kind: str, name: str, folder: Path) -> None:
+        """Upload the folder's files; the same content has the same keys."""
         for file in sorted(p for p in folder.rglob("*") if p.is_file()):
             path = file.relative_to(folder).as_posix()
-            key = f"{_PROFILES}/{profile_id}/{path}"
+            key = f"{kind}/{name}/{path}"
             self._upload(file, key, file.stat().st_size, lambda _: None)
 
-    def fetch_profile(self, profile_id: str, folder: Path) -> bool:
-        """Download the profile unless `folder` is there already."""
+    def fetch_folder(self, kind: str, name: str, folder: Path) -> bool:
+        """Download the folder's files unless `folder` is there already."""
         if folder.is_dir():
             return True
-        prefix = self._key(f"{_PROFILES}/{profile_id}/")
+        prefix = self._key(f"{kind}/{name}/")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
             arriving = Path(scratch, folder.name)
@@ -187,12 +184,25 @@ class S3Artifacts:
                         target.parent.mkdir(parents=True, exist_ok=True)
                         self._client.download_file(self._bucket, item["Key"], str(target))
             except _FAILURES as error:
-                raise _unavailable(f"profile {profile_id} cannot be read", error) from error
+                raise _unavailable(f"{kind}/{name} cannot be read", error) from error
             if arriving.is_dir():
                 # Another thread may have brought the same content in the meantime.
                 with suppress(OSError):
                     arriving.rename(folder)
         return folder.is_dir()
+
+    def remove_folder(self, kind: str, name: str) -> None:
+        """Delete the folder's objects."""
+        try:
+            self._delete(self._key(f"{kind}/{name}/"))
+        except _FAILURES as error:
+            raise _unavailable(f"{kind}/{name} cannot be removed", error) from error
+
+    def _delete(self, prefix: str) -> None:
+        for page in self._pages(Prefix=prefix):
+            objects = [{"Key": item["Key"]} for item in page.get("Contents", [])]
+            if objects:
+                self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": objects})
 
     def _key(self, storage_key: str) -> str:
         return f"{self._prefix}/{storage_key}"

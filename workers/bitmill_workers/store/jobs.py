@@ -33,7 +33,15 @@ from bitmill_workers.store.records import (
     new_id,
 )
 from bitmill_workers.store.states import ACTIVE, TERMINAL, ShownState, State
-from bitmill_workers.store.tables import artifacts, idempotency, job_events, job_logs, jobs, outbox
+from bitmill_workers.store.tables import (
+    artifacts,
+    idempotency,
+    job_events,
+    job_logs,
+    jobs,
+    outbox,
+    uploads,
+)
 from bitmill_workers.store.transitions import add_events, transition
 
 MAX_PAGE = 200
@@ -116,9 +124,7 @@ class JobStore:
         """Raise `QuotaExceeded`; submissions of a tenant wait here for each other."""
         if quota is None:
             return
-        if self.database.dialect == "postgresql":
-            lock = sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"bitmill {tenant}"))
-            conn.execute(sa.select(lock))
+        self.wait_for_tenant(conn, tenant)
         if quota.queued is not None:
             mine = (jobs.c.tenant == tenant, jobs.c.state == "queued")
             waiting = conn.execute(sa.select(sa.func.count()).select_from(jobs).where(*mine))
@@ -131,6 +137,12 @@ class JobStore:
                 f"{tenant} keeps {held:,} bytes, at most {quota.bytes:,} may be kept",
                 code="quota_bytes",
             )
+
+    def wait_for_tenant(self, conn: sa.Connection, tenant: str) -> None:
+        """Let transactions that count what this tenant has follow one another."""
+        if self.database.dialect == "postgresql":
+            lock = sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"bitmill {tenant}"))
+            conn.execute(sa.select(lock))
 
     def kept_bytes(self, tenant: str) -> int:
         """Bytes of all files that are kept for a tenant."""
@@ -363,10 +375,12 @@ class JobStore:
 
 
 def kept_bytes(conn: sa.Connection, tenant: str) -> int:
-    """Bytes of all files that are kept for a tenant."""
+    """Bytes of all files that are kept for a tenant, uploads under way at their whole size."""
     size = sa.func.coalesce(sa.func.sum(artifacts.c.size), 0)
     mine = sa.select(size).select_from(artifacts.join(jobs)).where(jobs.c.tenant == tenant)
-    return int(conn.execute(mine).scalar_one())
+    sent = sa.func.coalesce(sa.func.sum(uploads.c.size), 0)
+    theirs = sa.select(sent).where(uploads.c.tenant == tenant)
+    return sum(int(conn.execute(query).scalar_one()) for query in (mine, theirs))
 
 
 def _get(conn: sa.Connection, job_id: str, tenant: str | None) -> JobRecord:

@@ -185,6 +185,29 @@ holdings = sa.Table(
 """Whose a profile or a map is, both of which are stored once however many have the same."""
 sa.Index("ix_holdings_kind_id", holdings.c.kind, holdings.c.id)
 
+uploads = sa.Table(
+    "uploads",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("files", sa.JSON(none_as_null=True), nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("created_by", sa.String(16)),
+    sa.Column("expires_at", sa.Double, nullable=False),
+)
+sa.Index("ix_uploads_tenant_digest", uploads.c.tenant, uploads.c.digest, unique=True)
+
+upload_parts = sa.Table(
+    "upload_parts",
+    metadata,
+    sa.Column("upload_id", sa.ForeignKey("uploads.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("path", sa.String(512), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+)
+
 DELIVERY_TRIES = 10
 """How often the message of an outbox row is sent before it is given up."""
 

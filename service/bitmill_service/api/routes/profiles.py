@@ -13,6 +13,7 @@ from bitmill_service.http.access import Principal
 from bitmill_service.http.openapi import JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import AllocationRequest, AllocationView, ProfilePage, ProfileView
+from bitmill_workers.storage.artifacts import PROFILES
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 
@@ -70,5 +71,5 @@ def _load(context: Context, caller: Principal, profile_id: str) -> StoredProfile
         )
     root = context.settings.profiles_folder
     root.mkdir(parents=True, exist_ok=True)
-    context.artifacts.fetch_profile(record.id, root / record.id)
+    context.artifacts.fetch_folder(PROFILES, record.id, root / record.id)
     return load_profile(root, record)

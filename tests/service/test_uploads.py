@@ -1,0 +1,310 @@
+"""Folders that clients send: parts, digests, resuming, what is refused, and jobs on them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import sqlalchemy as sa
+
+from bitmill_service.client.client import Client
+from bitmill_service.client.errors import ServiceError
+from bitmill_service.client.upload import announced
+from bitmill_workers.errors import QuotaExceeded, UploadNotFound
+from bitmill_workers.messaging.app import Dispatcher
+from bitmill_workers.messaging.reconcile import Reconciler
+from bitmill_workers.store.tables import uploads
+from bitmill_workers.store.uploads import PART_BYTES, UploadFile
+from finished import Stack, spec_json
+from tiny import tiny_llama
+
+
+def safetensors(size: int) -> bytes:
+    """A legal file with one tensor of `size` bytes."""
+    head = {"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    text = json.dumps(head).encode()
+    return struct.pack("<Q", len(text)) + text + os.urandom(size)
+
+
+def announce(http: httpx2.Client, files: dict[str, bytes], **changes: Any) -> httpx2.Response:
+    told = [
+        {"path": path, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} | changes
+        for path, data in files.items()
+    ]
+    return http.post("/v1/uploads", json={"files": told})
+
+
+def put(
+    http: httpx2.Client, upload: str, path: str, data: bytes, *, part: int = 0, digest: str = ""
+) -> httpx2.Response:
+    sha = base64.b64encode(hashlib.sha256(data).digest()).decode()
+    headers = {"Content-Digest": digest or f"sha-256=:{sha}:"}
+    address = f"/v1/uploads/{upload}/files/{path}"
+    return http.put(address, params={"part": part}, content=data, headers=headers)
+
+
+def code(answer: httpx2.Response) -> str:
+    found: str = answer.json()["code"]
+    return found
+
+
+@pytest.fixture
+def files() -> dict[str, bytes]:
+    """Two parts and a config."""
+    return {"model.safetensors": safetensors(PART_BYTES), "config.json": b"{}"}
+
+
+def test_a_whole_folder_is_sent_in_parts_and_checked(
+    http: httpx2.Client, stack: Stack, files: dict[str, bytes]
+) -> None:
+    made = announce(http, files)
+    assert made.status_code == 201
+    view = made.json()
+    assert (view["state"], view["part_size"]) == ("open", PART_BYTES)
+    assert [f["parts"] for f in view["files"]] == [1, 2]
+    upload, weights = view["id"], files["model.safetensors"]
+    assert put(http, upload, "config.json", b"{}").status_code == 204
+    assert put(http, upload, "model.safetensors", weights[PART_BYTES:], part=1).status_code == 204
+    early = http.post(f"/v1/uploads/{upload}/complete")
+    assert (early.status_code, code(early)) == (409, "upload_incomplete")
+    assert "1 of 2 parts of model.safetensors" in early.json()["detail"]
+    again = announce(http, files).json()
+    assert again["id"] == upload
+    assert {f["path"]: f["received"] for f in again["files"]} == {
+        "config.json": [0],
+        "model.safetensors": [1],
+    }
+    for _ in range(2):
+        assert put(http, upload, "model.safetensors", weights[:PART_BYTES]).status_code == 204
+    for _ in range(2):
+        done = http.post(f"/v1/uploads/{upload}/complete")
+        assert (done.status_code, done.json()["state"]) == (200, "complete")
+    folder = stack.context.settings.uploads_folder / upload
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == files
+    late = put(http, upload, "config.json", b"{}")
+    assert (late.status_code, code(late)) == (409, "upload_complete")
+    assert upload in [u["id"] for u in http.get("/v1/uploads").json()["uploads"]]
+    assert http.delete(f"/v1/uploads/{upload}").status_code == 204
+    assert not folder.exists()
+    assert code(http.get(f"/v1/uploads/{upload}")) == "upload_not_found"
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("../config.json", "file_refused"),
+        ("/etc/passwd.json", "file_refused"),
+        ("a/b.json", "file_refused"),
+        ("..json", "file_refused"),
+        ("additional_chat_templates/../../x.jinja", "file_refused"),
+        ("licenses/../x.txt", "file_refused"),
+        ("modeling.py", "file_refused"),
+        ("weights.zip", "file_refused"),
+        ("pytorch_model.bin", "file_refused"),
+        ("a\\b.json", "file_refused"),
+        ("a\0.json", "file_refused"),
+        ("a\n.json", "file_refused"),
+        ("ö.json", "file_refused"),
+        (".hidden.json", "file_refused"),
+        ("x" * 300 + ".json", "file_refused"),
+        ("MODEL.safetensors", "file_refused"),
+    ],
+)
+def test_files_that_no_model_needs_are_refused(http: httpx2.Client, path: str, wanted: str) -> None:
+    answer = announce(http, {"model.safetensors": b"x", path: b"x"})
+    assert (answer.status_code, code(answer)) == (422, wanted)
+
+
+def test_a_folder_of_pickles_is_refused_by_name(http: httpx2.Client) -> None:
+    answer = announce(http, {"pytorch_model.bin": b"x", "config.json": b"{}"})
+    assert (answer.status_code, code(answer)) == (422, "pickle_refused")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"size": -1}, {"size": 2**60}, {"sha256": "0"}, {"sha256": "G" * 64}, {"path": ""}],
+)
+def test_announcements_that_break_a_rule_are_refused(
+    http: httpx2.Client, changes: dict[str, Any]
+) -> None:
+    assert announce(http, {"model.safetensors": b"x"}, **changes).status_code == 422
+
+
+def test_more_than_the_disk_holds_is_refused(http: httpx2.Client) -> None:
+    answer = announce(http, {"model.safetensors": b"x"}, size=2**49)
+    assert (answer.status_code, code(answer)) == (507, "disk_full")
+
+
+def test_parts_that_are_not_what_they_say_are_refused_and_change_nothing(
+    http: httpx2.Client, files: dict[str, bytes]
+) -> None:
+    upload = announce(http, files).json()["id"]
+    right = files["model.safetensors"][:PART_BYTES]
+    wrong = bytes(PART_BYTES)
+    sha = base64.b64encode(hashlib.sha256(right).digest()).decode()
+    name = "model.safetensors"
+    assert put(http, upload, name, right).status_code == 204
+    for answer, wanted in (
+        (put(http, upload, name, wrong, digest=f"sha-256=:{sha}:"), "digest_mismatch"),
+        (put(http, upload, name, right[:-1]), "bad_part"),
+        (put(http, upload, name, right + b"x"), "bad_part"),
+        (put(http, upload, name, b"x", part=2), "bad_part"),
+        (put(http, upload, name, right, digest="md5=:x:"), "bad_part"),
+        (put(http, upload, "other.json", b"{}"), "file_refused"),
+        (put(http, upload, "../config.json", b"{}"), "not_found"),
+        (put(http, "none", name, right), "upload_not_found"),
+    ):
+        assert answer.status_code in (404, 422), answer.text
+        assert code(answer) == wanted
+    put(http, upload, name, files[name][PART_BYTES:], part=1)
+    put(http, upload, "config.json", b"{}")
+    assert http.post(f"/v1/uploads/{upload}/complete").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "wanted"),
+    [
+        ("model.safetensors", b"\xff" * 100, "bad_safetensors"),
+        ("model.safetensors", b"", "bad_safetensors"),
+        ("model.safetensors", safetensors(10)[:-1], "bad_safetensors"),
+        ("config.json", b"{", "invalid_model"),
+        ("config.json", b"[" * 100_000, "invalid_model"),
+        ("m.gguf", b"GGUF" + b"\xff" * 50, None),
+    ],
+    ids=["huge header", "empty", "cut", "cut JSON", "deep JSON", "GGUF"],
+)
+def test_damaged_files_are_refused_before_a_job_can_name_them(
+    http: httpx2.Client, name: str, data: bytes, wanted: str | None
+) -> None:
+    sent = {"model.safetensors": safetensors(4), name: data}
+    upload = announce(http, sent).json()["id"]
+    for path, content in sent.items():
+        if content:
+            assert put(http, upload, path, content).status_code == 204
+    answer = http.post(f"/v1/uploads/{upload}/complete")
+    assert answer.status_code == 422, answer.text
+    assert wanted is None or code(answer) == wanted
+    model = {"source": "upload", "upload_id": upload}
+    refused = http.post("/v1/jobs", json=spec_json(model=model))
+    assert (refused.status_code, code(refused)) == (422, "upload_not_found")
+    assert refused.json()["param"] == "model.upload_id"
+
+
+def test_the_client_sends_a_model_and_a_job_is_planned_on_it(
+    client: Client, stack: Stack, tmp_path: Path
+) -> None:
+    folder = tiny_llama(tmp_path / "tiny")
+    (folder / "README.md").write_text("stays here")
+    (folder / "modeling.py").write_text("stays here, too")
+    sizes: list[int] = []
+    got = 0
+
+    def count(more: int) -> None:
+        nonlocal got
+        got += more
+
+    upload = client.upload(folder, on_start=sizes.append, on_bytes=count)
+    assert upload.state == "complete"
+    assert sizes == [upload.size] == [got]
+    assert {f.path for f in upload.files} & {"README.md", "modeling.py"} == set()
+    job = client.submit(spec_json(model={"source": "upload", "upload_id": upload.id}))
+    assert job.state == "queued"
+    assert client.upload(folder).id == upload.id
+    with stack.context.database.write() as conn:
+        conn.execute(sa.update(uploads).values(expires_at=0.0))
+    dispatcher = Dispatcher(stack.context.settings, lambda ids: None)
+    try:
+        reconciler = Reconciler(stack.context.settings, stack.context.database, dispatcher)
+        reconciler.collect_garbage()
+        assert client.uploads()[0].id == upload.id  # an unfinished job names it
+        client.cancel(job.id)
+        reconciler.collect_garbage()
+    finally:
+        dispatcher.close()
+    assert client.uploads() == []
+    assert list(stack.context.settings.uploads_folder.iterdir()) == []
+
+
+def test_a_broken_upload_goes_on_where_it_was(
+    client: Client, tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    _, request = announced(folder)
+    seen: list[int] = []
+    lock = threading.Lock()
+
+    def interrupt(count: int) -> None:
+        with lock:
+            seen.append(count)
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        client.upload(folder, on_bytes=interrupt)
+    (begun,) = (u for u in client.uploads() if u.size == sum(map(len, files.values())))
+    assert begun.state == "open"
+    assert client.upload(folder).state == "complete"
+    assert len(request.files) == 2
+    client.delete_upload(begun.id)
+
+
+def test_what_is_sent_may_not_change_on_the_way(
+    http: httpx2.Client, stack: Stack, files: dict[str, bytes]
+) -> None:
+    """Right parts whose whole is not the announced file: the whole is compared as well."""
+    told = [
+        {"path": path, "size": len(data), "sha256": hashlib.sha256(b"other" + data).hexdigest()}
+        for path, data in files.items()
+    ]
+    upload = http.post("/v1/uploads", json={"files": told}).json()["id"]
+    put(http, upload, "config.json", b"{}")
+    for part in (0, 1):
+        data = files["model.safetensors"][part * PART_BYTES :][:PART_BYTES]
+        assert put(http, upload, "model.safetensors", data, part=part).status_code == 204
+    answer = http.post(f"/v1/uploads/{upload}/complete")
+    assert (answer.status_code, code(answer)) == (422, "digest_mismatch")
+
+
+def test_command_line_uploads_what_the_service_cannot_see(
+    command: Callable[..., tuple[int, str, str]], stack: Stack, tmp_path: Path
+) -> None:
+    tiny_llama(tmp_path / "mine", seed=3)
+    words = ("--code-bits", "3", "--method", "uniform", "--order", "natural", "--url", stack.url)
+    status, out, err = command("submit", f"{tmp_path}/mine", *words)
+    assert status == 0, err
+    upload, job = (line.split()[1] for line in out.splitlines()[:2])
+    assert stack.context.jobs.get(job).spec["model"]["upload_id"] == upload.rstrip(":")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert command("submit", str(empty), *words)[0] == 2
+    assert command("submit", f"{tmp_path}/absent", *words)[0] == 2
+
+
+def test_tenants_do_not_share_uploads_nor_exceed_their_bytes(stack: Stack) -> None:
+    store = stack.context.uploads
+    one = [UploadFile("model.safetensors", 600, "a" * 64)]
+    mine = store.announce(one, tenant="alice", keep_s=60, most_bytes=1000)
+    theirs = store.announce(one, tenant="bob", keep_s=60)
+    assert mine.id != theirs.id
+    with pytest.raises(UploadNotFound):
+        store.get(mine.id, tenant="bob")
+    two = [UploadFile("model.safetensors", 600, "b" * 64)]
+    with pytest.raises(QuotaExceeded, match="keeps 600 bytes"):
+        store.announce(two, tenant="alice", keep_s=60, most_bytes=1000)
+    assert store.announce(one, tenant="alice", keep_s=60, most_bytes=1000).id == mine.id
+    for upload in (mine, theirs):
+        store.delete(upload.id)
+    with pytest.raises(ServiceError), Client(stack.url) as client:
+        client.delete_upload(mine.id)

@@ -1,0 +1,130 @@
+"""The bytes of uploads: `<data>/uploads/<id>.open/` while parts come, `<id>/` once checked.
+
+Parts are written where they belong in the file, after their digest was compared, so nothing is
+copied when the last one has come. Other machines get a complete upload through the artifact store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from bitmill.errors import InputError, ModelError
+from bitmill.io.atomic import disk_errors, sha256_file
+from bitmill.io.gguf import read_gguf_header
+from bitmill.io.safetensors import read_header
+from bitmill_workers.settings import Settings
+from bitmill_workers.storage.artifacts import UPLOADS, ArtifactStore
+from bitmill_workers.store.uploads import PART_BYTES, UploadFile, UploadRecord, UploadStore
+
+_MAX_JSON = 64 << 20
+
+
+class UploadFolder:
+    """Where one upload's files lie on this machine."""
+
+    def __init__(self, settings: Settings, upload_id: str) -> None:
+        self.whole = settings.uploads_folder / upload_id
+        self.open = settings.uploads_folder / f"{upload_id}.open"
+
+    def scratch(self) -> Path:
+        """A new file for the bytes of a part, on the same file system."""
+        self.open.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, name = tempfile.mkstemp(prefix=".part-", dir=self.open)
+        os.close(handle)
+        return Path(name)
+
+    def place(self, file: UploadFile, number: int, part: Path) -> None:
+        """Put a part whose digest is right where it belongs."""
+        target = self.open / file.path
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            try:
+                offset = number * PART_BYTES
+                with part.open("rb") as source:
+                    while chunk := source.read(1 << 20):
+                        offset += os.pwrite(descriptor, chunk, offset)
+            finally:
+                os.close(descriptor)
+
+    def check(self, upload: UploadRecord) -> None:
+        """Compare every file with its digest, then read its header. Raises `InputError`."""
+        for file in upload.files:
+            place = self.open / file.path
+            if file.size == 0:
+                place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                place.touch(mode=0o600)
+            if place.stat().st_size != file.size or sha256_file(place) != file.sha256:
+                raise InputError(
+                    f"{file.path} is not the file that was announced: its SHA-256 differs; send "
+                    "it again as a new upload",
+                    code="digest_mismatch",
+                    param=file.path,
+                )
+        for file in upload.files:
+            _check_header(self.open / file.path)
+
+    def finish(self) -> None:
+        """Give the files their final place; repeating it changes nothing."""
+        if not self.whole.is_dir():
+            for scratch in self.open.glob(".part-*"):
+                scratch.unlink(missing_ok=True)
+            self.open.rename(self.whole)
+
+    def remove(self) -> None:
+        """Delete everything."""
+        for folder in (self.whole, self.open):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def fetch_upload(settings: Settings, artifacts: ArtifactStore, upload_id: str) -> Path:
+    """The folder of a complete upload on this machine; raises `ModelError` where it is gone."""
+    folder = settings.uploads_folder / upload_id
+    if not artifacts.fetch_folder(UPLOADS, upload_id, folder):
+        raise ModelError(
+            f"upload {upload_id!r} is gone: upload the model again",
+            code="upload_not_found",
+            param="model.upload_id",
+        )
+    return folder
+
+
+def collect_uploads(settings: Settings, store: UploadStore) -> int:
+    """Remove this machine's files of uploads that are no more; how many folders."""
+    with suppress(FileNotFoundError):
+        known = {upload.id for upload in store.list()}
+        over = [
+            folder
+            for folder in settings.uploads_folder.iterdir()
+            if folder.name.removesuffix(".open") not in known and not folder.name.startswith(".")
+        ]
+        for folder in over:
+            shutil.rmtree(folder, ignore_errors=True)
+        return len(over)
+    return 0
+
+
+def _check_header(file: Path) -> None:
+    if file.suffix == ".safetensors":
+        read_header(file)
+    elif file.suffix == ".gguf":
+        read_gguf_header(file)
+    elif file.suffix == ".json":
+        _check_json(file)
+
+
+def _check_json(file: Path) -> None:
+    size = file.stat().st_size
+    problem = f"{size:,} bytes, at most {_MAX_JSON:,} are read" if size > _MAX_JSON else None
+    if problem is None:
+        try:
+            json.loads(file.read_bytes())
+            return
+        except (ValueError, RecursionError) as error:
+            problem = str(error)
+    raise ModelError(f"{file.name} is no JSON to be read: {problem}", param=file.name)
