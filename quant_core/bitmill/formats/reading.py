@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from safetensors import safe_open
@@ -19,6 +20,14 @@ class TensorFolder:
 
     folder: Path
     headers: dict[str, TensorInfo]
+
+    @cached_property
+    def _by_module(self) -> dict[str, list[str]]:
+        """Names of the stored tensors of every module."""
+        found: dict[str, list[str]] = {}
+        for name in self.headers:
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+        return found
 
     @property
     def file_bytes(self) -> int:
@@ -51,9 +60,8 @@ class TensorFolder:
 
     def check_no_others(self, linear: str, expected: set[str]) -> None:
         """Raise FormatError for a tensor of a linear that is neither expected nor its bias."""
-        prefix = f"{linear}."
-        for name in self.headers:
-            if name.startswith(prefix) and name not in expected | {f"{linear}.bias"}:
+        for name in self._by_module.get(linear, ()):
+            if name not in expected and name != f"{linear}.bias":
                 raise FormatError(f"tensor {name} does not belong to the format", param=name)
 
     def others(self, linears: Iterable[str]) -> list[TensorInfo]:

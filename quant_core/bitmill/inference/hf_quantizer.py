@@ -4,6 +4,9 @@ transformers finds quantizers in a registry and has no entry point for packages,
 registers one when it is imported. Without the import transformers only warns and fills every
 quantized linear with random numbers; `bitmill.load` imports it and refuses such a model.
 
+transformers would leave memory as it is where a packed tensor is missing, so the headers of a
+checkpoint are held against the model first.
+
 Loading replaces each linear named in `quantization_config` by an empty `QuantizedLinear` on the
 meta device (the input embedding by a `QuantizedEmbedding`, a head tied to it by a `TiedHead`), lets
 transformers read the tensors, then hands out the shared column orders. Where peft is installed, its
@@ -12,6 +15,8 @@ LoRA knows packed linears from then on (`adapters.py`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,10 +31,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.errors import FormatError
+from bitmill.formats.packed.checkpoint import PackedCheckpoint
 from bitmill.formats.packed.config import QUANT_METHOD, PackedConfig, PackedLinear
 from bitmill.inference.adapters import register_adapters
 from bitmill.inference.embedding import QuantizedEmbedding, ScaledEmbedding, TiedHead
 from bitmill.inference.linear import QuantizedLinear, join_siblings
+from bitmill.io.safetensors import read_header
 from bitmill.models.dtypes import as_dtype
 from bitmill.models.experts import unfuse_experts
 from bitmill.plan.architectures import HEAD
@@ -58,16 +65,23 @@ class BitmillQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_: Any
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: Sequence[str] | None = None,
+        **_: Any,
     ) -> None:
         if self._has_experts():
             unfuse_experts(model)
         modules, packed = dict(model.named_modules()), self.quantization_config.packed()
+        stored = _stored(packed, checkpoint_files)
         for linear in packed.linears.values():
             if _lies_in_absent_head(linear.name, model):
                 continue
             name = local_name(linear.name, model)
             module = modules.get(name)
+            if stored is not None and isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+                stored.check_linear(LinearShape(linear.name, *_rows_columns(module)), linear)
             if module is not None and module is model.get_input_embeddings():
                 _replace_embedding(model, name, module, linear, dtype)
             elif isinstance(module, nn.Linear | Conv1D):
@@ -122,25 +136,17 @@ class BitmillQuantizer(HfQuantizer):
         return False
 
 
+def _stored(packed: PackedConfig, files: Sequence[str] | None) -> PackedCheckpoint | None:
+    """The headers of the files that are loaded; None where tensors come from elsewhere."""
+    if not files or not all(file.endswith(".safetensors") for file in files):
+        return None
+    headers = {name: info for file in files for name, info in read_header(Path(file)).items()}
+    return PackedCheckpoint(Path(files[0]).parent, headers, packed)
+
+
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
     """The packed linears of a model by their module name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-
-
-def plain_shapes(model: PreTrainedModel) -> list[LinearShape]:
-    """Shapes of all linears and the input embedding of a model that is not packed.
-
-    Experts count each apart.
-
-    Stacked experts are replaced by lists: give a model on the meta device.
-    """
-    unfuse_experts(model)
-    embedding = model.get_input_embeddings()
-    return [
-        LinearShape(name, *_rows_columns(module))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) or module is embedding
-    ]
 
 
 def local_name(name: str, model: PreTrainedModel) -> str:

@@ -1,19 +1,32 @@
-"""`load`: a packed folder as a transformers model, or an error; never a half-loaded model."""
+"""`load`: a packed folder as a transformers model, or an error; never a half-loaded model.
+
+`check_loads` is how a folder is proved to load: names and shapes first, with stand-ins that hold
+one value each, then the values, in as few loads as memory allows; one is what a user does.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from bitmill.config.bit_width_map import LinearShape
 from bitmill.errors import FormatError
-from bitmill.formats.codec import open_checkpoint
-from bitmill.inference.hf_quantizer import plain_shapes, quantized_linears
+from bitmill.formats.codec import Checkpoint, open_checkpoint
+from bitmill.formats.packed.config import QUANT_METHOD
+from bitmill.formats.writing import DTYPES
+from bitmill.inference.hf_quantizer import quantized_linears
 from bitmill.io.atomic import read_json
+from bitmill.io.safetensors import TensorInfo
 from bitmill.models.dtypes import as_dtype
 
 
@@ -38,20 +51,16 @@ def load(
     folder = Path(folder)
     if dtype != "auto":
         dtype = as_dtype(dtype)
-    checkpoint = open_checkpoint(folder)
-    refuse_unreadable(folder, checkpoint.format.name)
-    checkpoint.check_linears(model_shapes(folder))
-    model, info = AutoModelForCausalLM.from_pretrained(
+    refuse_unreadable(folder, open_checkpoint(folder).format.name)
+    model = _complete(
+        AutoModelForCausalLM,
         folder,
         dtype=dtype,
+        device_map=device_map,
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # reported in `info`, where they are refused by name
-        output_loading_info=True,
-        device_map=device_map,
     )
-    refuse_incomplete(info)
     for name, module in quantized_linears(model).items():
         module.stored(name)
     if device_map is None:
@@ -59,27 +68,113 @@ def load(
     return model
 
 
+def _complete(kind: Any, *source: Path | None, **options: Any) -> PreTrainedModel:
+    """What `kind.from_pretrained` gives, with every tensor in its place."""
+    model, info = kind.from_pretrained(
+        *source,
+        ignore_mismatched_sizes=True,  # reported in `info`, where they are refused by name
+        output_loading_info=True,
+        **options,
+    )
+    refuse_incomplete(info)
+    return cast(PreTrainedModel, model)
+
+
+def _of_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The model of a folder's config.json with these tensors for those in its files."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return _complete(kind, None, config=config, dtype="auto", state_dict=dict(tensors))
+
+
+def check_loads(folder: Path, modules: Mapping[str, str], *, room: int) -> int:
+    """Load a packed folder as a user does, and compare what the model holds with the files.
+
+    modules: names in the model of tensors that are stored under other ones
+    room: bytes of tensors that may be held at once; a single one may be larger
+
+    Returns how often values were loaded. Raises FormatError naming the tensor that is missing,
+    superfluous, misshapen or holds something else in the model. Folders of other formats are their
+    own loaders' matter: 0.
+    """
+    if quant_method(folder) != QUANT_METHOD:
+        return 0
+    checkpoint = open_checkpoint(folder)
+    stand_ins = {name: stand_in(info) for name, info in checkpoint.headers.items()}
+    _of_tensors(folder, stand_ins)
+    portions = list(_portions(checkpoint, room))
+    for portion in portions:
+        if len(portions) == 1:
+            model = load(folder)
+        else:
+            values = {name: checkpoint.tensor(name) for name in portion}
+            model = _of_tensors(folder, stand_ins | values)
+        _check_values(model, checkpoint, {name: modules.get(name, name) for name in portion})
+        del model
+    return len(portions)
+
+
+def stand_in(info: TensorInfo) -> Tensor:
+    """A tensor of this dtype and shape that takes the memory of one value."""
+    return torch.zeros((), dtype=DTYPES[info.dtype]).expand(info.shape)
+
+
+def _portions(checkpoint: Checkpoint, room: int) -> Iterator[list[str]]:
+    """Names of all stored tensors in the order of the files, in lists of at most `room` bytes."""
+    held, names = 0, list[str]()
+    for name, info in checkpoint.headers.items():
+        if names and held + info.nbytes > room:
+            yield names
+            held, names = 0, []
+        names.append(name)
+        held += info.nbytes
+    yield names
+
+
+def _check_values(model: PreTrainedModel, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    """names: in the model by the stored one. transformers stacks experts that are not packed: those
+    have no name of their own in the model, and that all of them were used was checked before.
+    """
+    held = model.state_dict()
+    for stored, name in names.items():
+        value = held.get(name)
+        if value is None and ".experts." not in name:
+            raise FormatError(f"tensor {stored} is not in the loaded model", param=stored)
+        if value is not None and not _same(value, checkpoint.tensor(stored)):
+            raise FormatError(
+                f"tensor {stored} holds other values in the loaded model than in the files",
+                param=stored,
+            )
+
+
+def _same(value: Tensor, stored: Tensor) -> bool:
+    """Whether a loaded tensor is the stored one, in the dtype that the model computes in."""
+    stored = stored.to(value.dtype)
+    return value.shape == stored.shape and torch.equal(
+        value.contiguous().view(-1).view(torch.uint8),
+        stored.contiguous().view(-1).view(torch.uint8),
+    )
+
+
+def quant_method(folder: Path) -> str | None:
+    """Which of transformers' quantizers loads the folder."""
+    settings = read_json(folder / "config.json").get("quantization_config") or {}
+    method: str | None = settings.get("quant_method")
+    return method
+
+
 def refuse_unreadable(folder: Path, name: str) -> None:
     """Raise FormatError where transformers has no quantizer for the folder's format.
 
     It would warn, and fill every quantized linear with random numbers.
     """
-    method = read_json(folder / "config.json").get("quantization_config", {}).get("quant_method")
-    if method not in AUTO_QUANTIZER_MAPPING:
+    if quant_method(folder) not in AUTO_QUANTIZER_MAPPING:
         raise FormatError(
             f"{folder.name} is in format {name!r}, which transformers has no quantizer for: import "
             "the package that brings one, or read weights by bitmill.formats.codec",
             code="no_loader",
             param="quantization_config",
         )
-
-
-def model_shapes(folder: Path) -> list[LinearShape]:
-    """Shapes of all linears of a folder's causal language model, from config.json alone."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return plain_shapes(model)
 
 
 def refuse_incomplete(info: dict[str, Any]) -> None:

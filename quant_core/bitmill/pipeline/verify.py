@@ -35,11 +35,13 @@ from bitmill.formats.accounting import (
 )
 from bitmill.formats.codec import Checkpoint, open_checkpoint
 from bitmill.formats.writing import sha256_of_tensor
+from bitmill.inference.load import check_loads
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan
 from bitmill.quant.rewrites import NO_REWRITES
 from bitmill.quant.tensors import Stored
 from bitmill.registry import load_object
+from bitmill.runtime.memory import spare_host_bytes
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3}
 LARGEST_PROBE = 2.0**12
@@ -94,6 +96,8 @@ def verify_folder(
         spent = _check_budget(checkpoint, bit_widths, plan, budget)
         expected = _Expected(expected_code_hashes, solved)
         errors = _check_linears(checkpoint, plan, expected, torch.device(device), seed)
+        modules = {tensor.name: tensor.module for tensor in plan.tensors}
+        check_loads(folder, modules, room=spare_host_bytes())
     except InputError as error:  # a stored file that cannot be read is a difference too
         raise VerificationError(error.message, param=error.param) from error
     return VerifyReport(

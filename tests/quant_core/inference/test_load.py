@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM
 
 import bitmill
 from bitmill.errors import FormatError
-from bitmill.inference.load import refuse_incomplete
+from bitmill.inference.load import check_loads, refuse_incomplete, stand_in
+from bitmill.io.safetensors import TensorInfo
 from tiny import tiny_llama
 from weights import PackedModel, dequantized_model, pack_model
 
@@ -106,3 +108,79 @@ def test_every_entry_of_the_loading_report_is_an_error(problem: str) -> None:
     with pytest.raises(FormatError, match=rf"1 {problem.replace('_', ' ')}, first a\.b"):
         refuse_incomplete({problem: {"a.b"}})
     refuse_incomplete({"missing_keys": set(), "unexpected_keys": set()})
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda t: t.pop(f"{VALUE}.scales"), f"{VALUE}.scales"),
+        (lambda t: t.pop(next(n for n in t if n.startswith(f"{VALUE}.codes"))), f"{VALUE}.codes"),
+        (lambda t: t.pop(next(n for n in t if n.startswith(f"{VALUE}.zeros"))), f"{VALUE}.zeros"),
+        (lambda t: t.pop("model.layers.0.mlp.gate_proj.order"), "mlp.gate_proj.order"),
+        (lambda t: t.update({f"{VALUE}.scales": torch.ones(1, 7).half()}), f"{VALUE}.scales"),
+        (lambda t: t.update({f"{VALUE}.scales": t[f"{VALUE}.scales"].float()}), f"{VALUE}.scales"),
+        (lambda t: [t.pop(n) for n in list(t) if n.startswith(VALUE)], VALUE),
+    ],
+    ids=["scales", "codes", "zeros", "order", "shape", "dtype", "all"],
+)
+def test_plain_transformers_refuses_what_is_missing(
+    packed: PackedModel, tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], name: str
+) -> None:
+    """It would leave the memory of missing packed tensors as it is."""
+    folder = damaged(packed, tmp_path / "damaged", change)
+    with pytest.raises(FormatError, match=name.replace(".", r"\.")):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(FormatError, match=name.replace(".", r"\.")):
+        AutoModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("room", "loads"), [(1 << 40, 1), (1 << 16, None), (1, None)])
+def test_a_sound_folder_is_proved_to_load_in_any_memory(
+    packed: PackedModel, room: int, loads: int | None
+) -> None:
+    count = check_loads(packed.folder, {}, room=room)
+    assert count == loads if loads else count > 2
+
+
+@pytest.mark.parametrize("room", [1 << 40, 1 << 16])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda t: t.pop(f"{VALUE}.scales"), f"{VALUE}.scales"),
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight"),
+        (lambda t: t.update({"model.v_head.weight": torch.zeros(1, 80)}), "model.v_head.weight"),
+        (lambda t: t.update({f"{VALUE}.bias": torch.zeros(80)}), f"{VALUE}.bias"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(7)}), "model.norm.weight"),
+        (lambda t: t.update({"lm_head.bias": torch.ones(7)}), "lm_head.bias"),
+    ],
+    ids=["scales", "norm", "head", "bias", "shape", "head's bias"],
+)
+def test_a_folder_that_does_not_load_is_told_by_name(
+    packed: PackedModel,
+    tmp_path: Path,
+    room: int,
+    change: Callable[[dict[str, Tensor]], Any],
+    name: str,
+) -> None:
+    folder = damaged(packed, tmp_path / "damaged", change)
+    with pytest.raises(FormatError, match=name.replace(".", r"\.")):
+        check_loads(folder, {}, room=room)
+
+
+def test_other_values_in_the_model_than_in_the_files_are_told(
+    packed: PackedModel, tmp_path: Path
+) -> None:
+    """As where two stored names mean one parameter, of which the loader keeps one."""
+    folder = damaged(
+        packed,
+        tmp_path / "twice",
+        lambda t: t.update({"norm.weight": t["model.norm.weight"] + 1}),
+    )
+    with pytest.raises(FormatError, match=r"norm\.weight"):
+        check_loads(folder, {}, room=1 << 40)
+
+
+def test_proving_takes_little_memory(packed: PackedModel) -> None:
+    """Stand-ins hold one value each, however large the tensor."""
+    big = TensorInfo("a", "U8", (1 << 20, 1 << 20))
+    assert stand_in(big).untyped_storage().nbytes() == 1

@@ -16,7 +16,7 @@ from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap, LinearShape
 from bitmill.errors import FormatError
 from bitmill.formats.codec import Supply
 from bitmill.formats.format import Contents, order_owners
-from bitmill.formats.packed.config import PackedConfig
+from bitmill.formats.packed.config import PackedConfig, PackedLinear
 from bitmill.formats.packed.format import Packed, PackedTrellis
 from bitmill.formats.packed.layout import linear_tensors
 from bitmill.formats.reading import TensorFolder
@@ -179,14 +179,14 @@ class PackedCheckpoint(TensorFolder):
         for name, packed in self.config.linears.items():
             if name not in by_name:
                 raise FormatError(f"linear {name} is not in the model", param=name)
-            expected = linear_tensors(
-                by_name[name],
-                packed.widths,
-                owns_order=packed.owns_order,
-                code=self.config.code,
-            )
-            self.check_headers(expected)
-            self.check_no_others(name, {spec.name for spec in expected})
+            self.check_linear(by_name[name], packed)
+
+    def check_linear(self, shape: LinearShape, packed: PackedLinear) -> None:
+        """Compare the headers of one linear with its shape; raises as `check_linears` does."""
+        code, owns_order = self.config.code, packed.owns_order
+        expected = linear_tensors(shape, packed.widths, owns_order=owns_order, code=code)
+        self.check_headers(expected)
+        self.check_no_others(shape.name, {spec.name for spec in expected})
 
     def linear(self, shape: LinearShape) -> Stored:
         """The packed tensors of one linear, its column order included, checked in full."""

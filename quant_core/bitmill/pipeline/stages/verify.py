@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from bitmill.config.quantization import Budget
 from bitmill.io.atomic import read_json, write_json
@@ -63,6 +64,8 @@ STAGE = Stage("verify", work)
 def verify_order(order: dict[str, Any]) -> None:
     """What the fresh process does; `order` is the JSON that the stage wrote."""
     torch.set_num_threads(order["threads"])
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     planned = Plan.model_validate_json(Path(order["plan"]).read_bytes())
     report = verify_folder(
         Path(order["folder"]),
