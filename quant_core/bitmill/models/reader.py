@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -110,7 +110,9 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_all_finite(source: CheckpointSource, names: Iterable[str]) -> None:
-    """Check the named tensors of the source for NaN and infinity."""
+def finite(source: CheckpointSource, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of the source, each checked for NaN and infinity."""
     for name in names:
-        check_finite(name, source.read(name))
+        tensor = source.read(name)
+        check_finite(name, tensor)
+        yield name, tensor

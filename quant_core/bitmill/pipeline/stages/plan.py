@@ -9,7 +9,8 @@ from pathlib import Path
 from bitmill.config.quantization import QuantizationConfig
 from bitmill.evaluation.tasks import TaskSuite
 from bitmill.io.atomic import sha256_file, write_bytes
-from bitmill.models.reader import CheckpointSource, check_all_finite
+from bitmill.models.reader import CheckpointSource, finite
+from bitmill.models.scale_range import ScaleRange
 from bitmill.models.skeleton import check_skeleton
 from bitmill.pipeline.source import Model
 from bitmill.pipeline.stage import Run, Stage
@@ -43,11 +44,15 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Inputs:
-    """plan: as the job was admitted with. lengths: tokens of calibration, evaluation windows."""
+    """plan: as the job was admitted with. lengths: tokens of calibration, evaluation windows.
+
+    widths: that linears may get.
+    """
 
     model: Model
     plan: Plan
     lengths: tuple[int, int]
+    widths: tuple[int, ...]
     tasks: Tasks
 
     @classmethod
@@ -56,17 +61,21 @@ class Inputs:
     ) -> Inputs:
         """What of a job decides whether it can be done as planned."""
         lengths = (config.calibration.length, config.evaluation.length)
-        return cls(model, plan, lengths, Tasks.of(config.evaluation.tasks, task_folder))
+        tasks = Tasks.of(config.evaluation.tasks, task_folder)
+        return cls(model, plan, lengths, config.allocation.legal_widths, tasks)
 
 
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
-    """Raises for impossible tasks, for weights with NaN or infinity, and for configurations of
-    which transformers builds another model than is planned."""
+    """Raises for impossible tasks, for weights with NaN or infinity or beyond what scales hold, and
+    for configurations of which transformers builds another model than is planned."""
     check_skeleton(read_config(inputs.model.folder)[0])
     inputs.tasks.suite()
+    scales = ScaleRange.of((*inputs.plan.linears, *inputs.plan.embeddings), inputs.widths)
     with CheckpointSource(inputs.model.folder) as tensors:
-        check_all_finite(tensors, inputs.plan.stored)
-    for note in (*inputs.plan.notes, *length_notes(inputs.plan, *inputs.lengths)):
+        for name, tensor in finite(tensors, inputs.plan.stored):
+            scales.look(name, tensor)
+    lengths = length_notes(inputs.plan, *inputs.lengths)
+    for note in (*inputs.plan.notes, *lengths, *scales.notes()):
         run.warn(note)
     write_bytes(folder / PLAN_NAME, inputs.plan.model_dump_json(indent=1).encode())
 
