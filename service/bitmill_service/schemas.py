@@ -180,7 +180,8 @@ class PlanView(View):
 
     weights: quantized weights in all. smallest, largest: the legal widths' range. fused: linears
     of the first block that read the same input. estimate, on_accelerator: memory, disk and time of
-    a runner without and with accelerators. notes: what of the source is left out, and why.
+    a runner without and with accelerators. notes: what of the source is left out and why, and
+    what could not be checked.
     """
 
     model_type: str

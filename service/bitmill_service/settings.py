@@ -25,6 +25,7 @@ class ServiceSettings(Settings):
     event_poll_s: how often an event stream looks for news.
     max_queued: refuse new jobs (429) while so many wait.
     hub_check_s: how long planning waits for each answer of the Hub.
+    skeleton_check_s: how long planning waits for transformers' word on a config.json; 0 never asks.
     """
 
     host: str = "127.0.0.1"
@@ -39,6 +40,7 @@ class ServiceSettings(Settings):
     event_poll_s: float = Field(default=0.5, gt=0)
     max_queued: int = Field(default=1000, ge=1)
     hub_check_s: float = Field(default=5.0, gt=0)
+    skeleton_check_s: float = Field(default=20.0, ge=0)
 
     @field_validator("allowed_hosts", mode="before")
     @classmethod

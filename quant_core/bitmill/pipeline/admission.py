@@ -9,22 +9,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bitmill.allocation.allocator import check_budget
 from bitmill.config.quantization import Allocation, QuantizationConfig
 from bitmill.errors import SpecError
 from bitmill.formats.format import Facts, check_supported, format_of, stored_rewrites
 from bitmill.pipeline.estimate import Estimate, Machine, estimate
-from bitmill.plan.model_plan import Plan, check_lengths, check_rows, make_plan
+from bitmill.plan.model_plan import Plan, check_lengths, check_rows, plan_source, read_source
 
 
 @dataclass(frozen=True)
 class Admission:
-    """A job that its model, budget and settings allow. gguf: the source must be converted first."""
+    """A job that its model, budget and settings allow.
+
+    gguf: the source must be converted first. settings: of the model's config.json, which
+    transformers itself has still to accept (`models/skeleton.py`).
+    """
 
     config: QuantizationConfig
     plan: Plan
     gguf: bool
+    settings: dict[str, Any]
 
     def needs(self, machine: Machine | None = None) -> Estimate:
         """Memory, disk and time on such a machine; a CPU by default."""
@@ -38,12 +44,13 @@ def admit(folder: Path, config: QuantizationConfig, *, gguf: str | None = None) 
     that no choice of widths meets, `SpecError` for what the format cannot hold, windows longer than
     the model runs or more devices than a linear has rows.
     """
-    plan = make_plan(folder, config, gguf=gguf)
+    source = read_source(folder, gguf=gguf)
+    plan = plan_source(source, config)
     check_format(plan, config)
     check_budget(plan, config)
     check_lengths(plan, config.calibration.length, config.evaluation.length)
     check_rows(plan, config.devices)
-    return Admission(config, plan, gguf is not None)
+    return Admission(config, plan, gguf is not None, source.settings)
 
 
 def check_format(plan: Plan, config: QuantizationConfig) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -405,23 +406,40 @@ def check_rows(plan: Plan, devices: int) -> None:
             )
 
 
-def make_plan(folder: Path, asked: QuantizationConfig, *, gguf: str | None = None) -> Plan:
-    """Plan a job for a local model folder, or for one GGUF file in it.
+@dataclass(frozen=True)
+class SourceModel:
+    """What config and headers of a model say. settings: of a sanitized config.json."""
+
+    settings: dict[str, Any]
+    architecture: Architecture
+    stored: tuple[TensorInfo, ...]
+
+
+def read_source(folder: Path, *, gguf: str | None = None) -> SourceModel:
+    """Read a local model folder, or one GGUF file in it.
 
     Raises `ModelError` for files that are missing, unsafe, damaged or unsupported.
     """
     if gguf is not None:
         model = read_model(read_gguf_header(folder / gguf))
-        config, found = model.config, check_config(model.config)
-        stored = {name: part.info for name, part in model.parts.items()}
-    else:
-        refuse_adapter(folder)
-        refuse_pickles(folder)
-        config, found = read_config(folder)
-        stored = read_headers(folder)
+        parts = tuple(part.info for part in model.parts.values())
+        return SourceModel(model.config, check_config(model.config), parts)
+    refuse_adapter(folder)
+    refuse_pickles(folder)
+    settings, found = read_config(folder)
+    return SourceModel(settings, found, tuple(read_headers(folder).values()))
+
+
+def plan_source(source: SourceModel, asked: QuantizationConfig) -> Plan:
+    """Plan a job for what was read; raises `ModelError` for tensors that do not fit."""
     keep, embeddings = asked.allocation.keep, asked.allocation.embeddings == "quantize"
-    made = build_plan(config, found, stored.values(), keep, embeddings)
+    made = build_plan(source.settings, source.architecture, source.stored, keep, embeddings)
     return made.stored_as(asked.format, asked.transforms, folds=asked.method.folds)
+
+
+def make_plan(folder: Path, asked: QuantizationConfig, *, gguf: str | None = None) -> Plan:
+    """Plan a job for a local model folder, or for one GGUF file in it; raises as both do."""
+    return plan_source(read_source(folder, gguf=gguf), asked)
 
 
 def plan_for_map(

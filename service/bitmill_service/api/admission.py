@@ -21,6 +21,7 @@ from bitmill.pipeline.learned_parameters import PARAM
 from bitmill.plan.model_plan import Plan
 from bitmill_service.api.context import Context
 from bitmill_service.api.hub_headers import fetch_headers
+from bitmill_service.api.skeleton_check import ask_transformers
 from bitmill_service.http.access import Principal
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import PlanView, SizeView
@@ -43,12 +44,14 @@ class Admission:
     """A job that may be queued.
 
     job: what the library admitted, with plan, map and needs; None where only the worker can tell,
-    because the Hub did not deliver the headers. unplanned: why not.
+    because the Hub did not deliver the headers. unplanned: why not. unchecked: why transformers was
+    not heard about the model's config.json, which the worker asks again.
     """
 
     queue: str
     job: library.Admission | None
     unplanned: str | None = None
+    unchecked: str | None = None
 
 
 def admit(context: Context, spec: JobSpec, caller: Principal) -> Admission:
@@ -60,7 +63,9 @@ def admit(context: Context, spec: JobSpec, caller: Principal) -> Admission:
         if error.code != "hub_unreachable":
             raise
         return Admission(_queue(context, None), None, error.message)
-    return Admission(_queue(context, admitted.needs(Machine(accelerator=True))), admitted)
+    unchecked = ask_transformers(admitted.settings, context.settings.skeleton_check_s)
+    queue = _queue(context, admitted.needs(Machine(accelerator=True)))
+    return Admission(queue, admitted, unchecked=unchecked)
 
 
 def quota_of(context: Context, caller: Principal) -> Quota | None:
@@ -117,7 +122,7 @@ def plan_view(admission: Admission) -> PlanView:
         smallest=_uniform_size(plan, job.config, min(widths)),
         largest=_uniform_size(plan, job.config, max(widths)),
         estimate=job.needs(),
-        notes=plan.notes,
+        notes=[*plan.notes, *([admission.unchecked] if admission.unchecked else [])],
         on_accelerator=job.needs(Machine(accelerator=True)),
     )
 

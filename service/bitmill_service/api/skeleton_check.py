@@ -1,0 +1,83 @@
+"""What only transformers knows of a config.json, asked in a process of its own with a deadline.
+
+This process loads no torch. Answers are kept, because they depend on the config alone; one process
+runs at a time, because each takes a core and several hundred megabytes for seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from bitmill.errors import ModelError
+from bitmill.io.atomic import sha256_json
+
+_KEPT = 512
+_ONE_AT_A_TIME = threading.Lock()
+_answers: OrderedDict[str, dict[str, str] | None] = OrderedDict()
+
+
+def ask_transformers(settings: Mapping[str, Any], seconds: float) -> str | None:
+    """Raise `ModelError` where transformers builds no such model, or another than is planned.
+
+    settings: a sanitized config.json. Returns None where it does, else why it could not be heard:
+    nothing came within `seconds`, or torch is not installed here. 0 seconds ask nothing.
+    """
+    if seconds == 0:
+        return None
+    if importlib.util.find_spec("torch") is None:
+        return _unheard("it is not installed beside the API")
+    key = sha256_json(settings)
+    end = time.monotonic() + seconds
+    if not _ONE_AT_A_TIME.acquire(timeout=seconds):
+        return _unheard(f"it was busy for {seconds:g} s")
+    try:
+        if key not in _answers:
+            problem = _ask(settings, max(0.1, end - time.monotonic()))
+            if isinstance(problem, str):
+                return _unheard(problem)
+            _answers[key] = problem
+        _answers.move_to_end(key)
+        while len(_answers) > _KEPT:
+            _answers.popitem(last=False)
+        refusal = _answers[key]
+    finally:
+        _ONE_AT_A_TIME.release()
+    if refusal is not None:
+        raise ModelError(refusal["message"], code=refusal["code"], param=refusal["param"])
+    return None
+
+
+def _ask(settings: Mapping[str, Any], seconds: float) -> dict[str, str] | str | None:
+    """None where the config is good, the refusal, or in words why there is no answer."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "bitmill.models.skeleton"],
+            input=json.dumps(settings),
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"it gave no answer within {seconds:.0f} s"
+    except OSError as error:
+        return f"its process could not be started ({error.strerror})"
+    if done.returncode == 0:
+        return None
+    try:
+        refusal: dict[str, str] = json.loads(done.stdout)
+    except ValueError:
+        return f"its process ended with exit code {done.returncode}"
+    return refusal
+
+
+def _unheard(why: str) -> str:
+    return f"transformers was not asked whether it builds this config.json: {why}; the job will ask"
