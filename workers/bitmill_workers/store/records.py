@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,13 @@ def new_id() -> str:
     value = value & ~(0xF << 76) | 7 << 76
     value = value & ~(0x3 << 62) | 2 << 62
     return str(uuid.UUID(int=value))
+
+
+def is_id(name: str) -> bool:
+    """Whether `new_id` may have made it, so that what bears it as its name is ours."""
+    with suppress(ValueError):
+        return str(uuid.UUID(name)) == name and uuid.UUID(name).version == 7
+    return False
 
 
 @dataclass(frozen=True, slots=True)
