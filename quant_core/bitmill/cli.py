@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.config.quantization import parse_part
+from bitmill.errors import STOPS
 from bitmill.formats.format import FORMATS
 from bitmill.io.atomic import read_json
 from bitmill.pipeline.progress import Progress
@@ -36,7 +37,15 @@ def main(argv: list[str]) -> int:
         print(_USAGE, file=sys.stderr)
         return 2
     with as_child() as tell:
-        tell(result=_COMMANDS[argv[0]](Path(argv[1]), tell))
+        try:
+            tell(result=_COMMANDS[argv[0]](Path(argv[1]), tell))
+        except STOPS:
+            raise
+        except BaseException as error:
+            from bitmill.runtime.memory import raise_refusal
+
+            raise_refusal(error)
+            raise
     return 0
 
 

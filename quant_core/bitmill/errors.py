@@ -29,15 +29,26 @@ An error goes between processes, into the job store and over HTTP as `to_dict`, 
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_NO_MEMORY = (
-    "can't allocate memory",  # torch on a CPU
-    "Cannot allocate memory",  # ENOMEM as text, from libraries that cannot be loaded
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
+_NO_MEMORY = re.compile(
+    r"can(no|')?t allocate memory|out[ _]of[ _]memory|not enough memory|bad_alloc|OutOfMemory"
+    r"|can't start new thread|ThreadPoolBuildError|ALLOC_FAILED"
+    r"|cudaErrorMemoryAllocation|CUBLAS_STATUS_NOT_INITIALIZED.*cublasCreate",
+    re.IGNORECASE,
 )
+"""What torch's allocators, CUDA, its libraries (cuBLAS, cuDNN, cuSOLVER, ...), Triton, NCCL, C++
+and ENOMEM as text say; cuBLAS calls it "not initialized" where its first handle finds no room."""
+
+_UNITS = {"bytes": 1, "B": 1} | {f"{c}iB": 1024**i for i, c in enumerate("KMGTPE", 1)}
+_ASKED = re.compile(rf"allocate (?P<number>\d[\d.,]*) ?(?P<unit>{'|'.join(_UNITS)})\b")
+"""How torch and numpy say what was asked for."""
+
+
+STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+"""What ends a process because it is to end."""
 
 
 class BitmillError(Exception):
@@ -63,6 +74,11 @@ class BitmillError(Exception):
         self.code = code or type(self).code
         self.param = param
         self.hint = hint or type(self).hint
+
+    def add(self, more: str) -> None:
+        """Say something more, behind what the message says."""
+        self.message = f"{self.message.rstrip('.')}; {more}"
+        self.args = (self.message, *self.args[1:])
 
     def to_dict(self) -> dict[str, str | None]:
         """Strings that `from_dict` makes the same error of.
@@ -134,14 +150,14 @@ class ModelError(InputError):
     """A model's files are missing, unsafe, damaged or of an unsupported kind."""
 
     code = "invalid_model"
-    hint = "Check the model reference, and that the folder holds safetensors or GGUF."
+    hint = "Correct the model's files, or the reference to them, as the message says."
 
 
 class CalibrationError(InputError):
     """Calibration data is missing, too short or makes the model produce non-finite values."""
 
     code = "invalid_calibration"
-    hint = "Give a longer calibration text, or fewer or shorter sequences."
+    hint = "Correct the calibration data or its settings as the message says."
 
 
 class FormatError(InputError):
@@ -189,6 +205,8 @@ class Cancelled(BitmillError):
 def as_bitmill_error(error: BaseException) -> BitmillError:
     """The error itself, or what stands for one that the machine or a fault of ours raised.
 
+    Whoever hands errors on takes any but `STOPS`: a panic in Rust is no Exception.
+
     A full disk and refused memory are a `ResourceError`, whoever met them; anything else is a
     fault of the program, code `internal`.
     """
@@ -196,8 +214,9 @@ def as_bitmill_error(error: BaseException) -> BitmillError:
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return disk_full(f"no space is left on the disk ({error.strerror})")
-    if _lacks_memory(error):
-        return _out_of_memory(error)
+    refused = refused_memory(error)
+    if refused is not None:
+        return out_of_memory(f"memory ran out: {said_by(refused)}")
     return ProcessFailed(f"{type(error).__name__}: {error}", code="internal")
 
 
@@ -218,25 +237,42 @@ def disk_full(message: str) -> ResourceError:
     return ResourceError(message, code="disk_full", hint="Free some disk space, then retry.")
 
 
-def _out_of_memory(error: BaseException) -> ResourceError:
-    """Memory was refused: what torch, numpy, CUDA or the system said tells where."""
-    said = next(iter(str(error).splitlines()), type(error).__name__)
+def out_of_memory(message: str) -> ResourceError:
+    """Memory of an accelerator or of the host that was refused."""
     return ResourceError(
-        f"memory ran out: {said}",
+        message,
         code="out_of_memory",
         hint="Give a shorter calibration.length or fewer devices, or use a larger machine.",
     )
 
 
-def _lacks_memory(error: BaseException) -> bool:
-    # torch is not imported here; its classes are told by name.
-    torch = type(error).__module__.partition(".")[0] == "torch"
-    if isinstance(error, MemoryError) or (torch and type(error).__name__ == "OutOfMemoryError"):
-        return True
+def refused_memory(error: BaseException) -> BaseException | None:
+    """The error by which memory was refused: this one, or one that it was raised for."""
+    if isinstance(error, BitmillError) and error.code != "out_of_memory":
+        return None
+    if isinstance(error, MemoryError):
+        return error
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    library = isinstance(error, RuntimeError | ImportError)
-    return library and any(words in str(error) for words in _NO_MEMORY)
+        return error
+    # The classes of torch, safetensors and Triton are not imported here; what they say tells them.
+    if not isinstance(error, OSError | BitmillError) and _NO_MEMORY.search(str(error)):
+        return error
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None if cause is None else refused_memory(cause)
+
+
+def said_by(error: BaseException) -> str:
+    """The first line of an error of others, or its class; no path that an OSError names."""
+    lines = reason(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def asked_bytes(refused: BaseException) -> int | None:
+    """How much memory was asked for when it was refused, where the error says so."""
+    found = _ASKED.search(str(refused))
+    if found is None:
+        return None
+    return int(float(found["number"].replace(",", "")) * _UNITS[found["unit"]])
 
 
 def reason(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from bitmill.errors import (
     ProcessFailed,
     ResourceError,
     as_bitmill_error,
+    asked_bytes,
     raise_resource_error,
 )
 
@@ -84,6 +85,80 @@ def test_refused_memory_is_out_of_memory_whoever_asks(act: Callable[[], object])
         act()
     told = as_bitmill_error(refused.value)
     assert (type(told), told.code) == (ResourceError, "out_of_memory")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+        "HIP out of memory. Tried to allocate 2.00 GiB",
+        "MPS backend out of memory (MPS allocated: 1.00 GB)",
+        "NCCL error: ncclUnhandledCudaError ... Cuda failure 2 'out of memory'",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+        "unable to mmap 4096 bytes from file <model.safetensors>: Cannot allocate memory (12)",
+        "std::bad_alloc",
+        "can't start new thread",
+        "The global thread pool has not been initialized.: ThreadPoolBuildError { kind: IOError }",
+    ],
+)
+def test_every_allocator_is_understood(said: str) -> None:
+    class OfALibrary(BaseException):  # as a panic in Rust is
+        pass
+
+    for error in (RuntimeError(said), OfALibrary(said)):
+        assert as_bitmill_error(error).code == "out_of_memory"
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["CUBLAS_STATUS_NOT_INITIALIZED in cublasGemmEx", "CUDA error: an illegal memory access"],
+)
+def test_faults_of_a_device_are_not_out_of_memory(said: str) -> None:
+    assert as_bitmill_error(RuntimeError(said)).code == "internal"
+
+
+def test_memory_is_found_behind_the_error_that_it_led_to() -> None:
+    def load() -> None:
+        try:
+            torch.empty(1 << 48)
+        except RuntimeError as error:
+            raise ValueError("the weights could not be converted") from error
+
+    def clean() -> None:
+        try:
+            bytearray(1 << 60)
+        finally:
+            raise KeyError("left over")
+
+    for act in (load, clean):
+        with pytest.raises((ValueError, KeyError)) as raised:
+            act()
+        assert as_bitmill_error(raised.value).code == "out_of_memory"
+    with pytest.raises(ModelError) as refused:
+        try:
+            bytearray(1 << 60)
+        except MemoryError as error:
+            raise ModelError("it has a reason of its own") from error
+    assert as_bitmill_error(refused.value) is refused.value
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0"), 5 << 29),
+        (torch.OutOfMemoryError("Tried to allocate 20.00 MiB (GPU 0; 1.00 GiB total"), 20 << 20),
+        (RuntimeError("you tried to allocate 1125899906842624 bytes. Error code 12"), 1 << 50),
+        (MemoryError("Unable to allocate 8.00 PiB for an array with shape (1,)"), 1 << 53),
+        (RuntimeError("CUDA error: out of memory"), None),
+        (MemoryError(), None),
+    ],
+)
+def test_what_was_asked_for_is_read_from_the_message(error: Exception, asked: int | None) -> None:
+    assert asked_bytes(error) == asked
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_what_needs_no_torch_is_refused_at_once(
     assert error["code"] == (code or "invalid_format")
     status, out, err = command("quantize", *words)
     assert (status, out) == (2, "")
-    assert err.splitlines()[0] == f"error: {error['message']}"
+    assert err.splitlines() == [f"error: {error['message'].rstrip('.')}. {error['hint']}"]
     assert not (tmp_path / "out").exists()
 
 
@@ -284,6 +284,68 @@ def test_a_child_that_dies_is_told(running: Callable[..., Running]) -> None:
     child.kill()
     assert run.ended() == (3, [])
     assert "was ended by signal 9 (SIGKILL)" in run.log.read_text()
+
+
+def refuse_memory(process: psutil.Process) -> None:
+    """From now on the process gets two megabytes more."""
+    most = process.memory_info().vms + (2 << 20)
+    process.rlimit(psutil.RLIMIT_AS, (most, psutil.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (psutil.Process.kill, "ended by signal 9"),
+        (refuse_memory, "bytes of host memory are free; what would fit by estimate: calibration."),
+    ],
+    ids=["killed", "out of memory"],
+)
+@pytest.mark.parametrize("named", [False, True], ids=["beside the output", "work"])
+def test_finished_stages_are_kept_where_the_machine_fails(
+    running: Callable[..., Running],
+    model: Path,
+    tmp_path: Path,
+    fault: Callable[[psutil.Process], None],
+    said: str,
+    named: bool,
+) -> None:
+    work = tmp_path / ("w" if named else ".out.bitmill-work")
+    option = ["--work", str(work)] if named else []
+    run = running(*option, until="profile: started")
+    fault(run.below[0])
+    assert run.ended() == (3, [])
+    last = run.log.read_text().splitlines()[-1]
+    assert said in last
+    assert f"finished stages are kept in {work}: " in last
+    assert (work / "plan" / "stage.json").is_file()
+    again = bitmill("quantize", model, "--out", tmp_path / "out", *ROUNDED, *WINDOWS, *option)
+    assert again.returncode == 0
+    assert "resolve: skipped" in again.stderr
+    assert work.exists() == named
+
+
+def test_two_runs_do_not_make_one_folder(
+    running: Callable[..., Running], model: Path, tmp_path: Path
+) -> None:
+    first = running(until="plan: finished")
+    second = bitmill("quantize", model, "--out", tmp_path / "out", *ROUNDED, *WINDOWS)
+    assert (second.returncode, second.stdout) == (2, "")
+    assert "another job is making" in second.stderr
+    assert (tmp_path / ".out.bitmill-work" / "plan" / "stage.json").is_file()
+    first.process.terminate()
+    assert first.ended() == (143, [])
+
+
+@pytest.mark.parametrize("mine", ["thesis.txt", "work/thesis.txt"])
+def test_own_files_under_the_name_of_scratch_are_not_touched(
+    model: Path, tmp_path: Path, mine: str
+) -> None:
+    file = tmp_path / ".out.bitmill-work" / mine
+    file.parent.mkdir(parents=True)
+    file.write_text("years of work")
+    refused = bitmill("quantize", model, "--out", tmp_path / "out", *ROUNDED, *WINDOWS)
+    assert refused.returncode == 2
+    assert file.read_text() == "years of work"
 
 
 def test_a_terminal_shows_bars(model: Path, tmp_path: Path) -> None:

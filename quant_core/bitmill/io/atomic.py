@@ -85,9 +85,14 @@ _LONGEST_NAME = 255
 
 
 def _temporary(target: Path) -> Path:
-    name = f".{target.name}{_PARTIAL}"
+    return beside(target, _PARTIAL)
+
+
+def beside(target: Path, ending: str) -> Path:
+    """A hidden name beside `target` that tells what it belongs to: `.NAME<ending>`."""
+    name = f".{target.name}{ending}"
     if len(os.fsencode(name)) > _LONGEST_NAME:
-        name = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()}{_PARTIAL}"
+        name = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()}{ending}"
     return target.with_name(name)
 
 

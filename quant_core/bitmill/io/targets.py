@@ -10,9 +10,7 @@ check is made before work begins, and that of a result again before it is replac
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bitmill.errors import FormatError, InputError
@@ -51,21 +49,6 @@ def check_kept(target: Path, is_own: Callable[[str], bool], *, param: str) -> No
     for path in sorted(target.iterdir()):
         if not is_own(path.name) and not is_temporary(path.name):
             raise _occupied(target, path.name, param)
-
-
-@contextmanager
-def work_folder(target: Path, kept: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """The folder for a job's stages: `kept`, or one near `target` that is gone behind it.
-
-    Raises what `check_result` raises. Nothing else is made: no folder above `target` either.
-    """
-    check_result(target)
-    if kept is not None:
-        yield Path(kept)
-        return
-    near = existing(target.absolute().parent)
-    with tempfile.TemporaryDirectory(prefix=".bitmill-", dir=near) as scratch:
-        yield Path(scratch, "work")
 
 
 def existing(path: Path) -> Path:

@@ -15,7 +15,7 @@ from bitmill.config.quantization import Budget, QuantizationConfig, parse_part
 from bitmill.config.references import read_map
 from bitmill.errors import SpecError
 from bitmill.formats.accounting import footprint
-from bitmill.io.targets import existing, work_folder
+from bitmill.io.targets import check_apart, existing
 from bitmill.library.progress import Watcher, watching
 from bitmill.library.settings import configuration, model_files
 from bitmill.pipeline.admission import admit
@@ -23,6 +23,7 @@ from bitmill.pipeline.job import run_job
 from bitmill.pipeline.progress import Progress
 from bitmill.pipeline.requests import QuantizeRequest
 from bitmill.pipeline.result import Result
+from bitmill.pipeline.work_folder import work_folder
 from bitmill.plan.model_plan import plan_for_map
 from bitmill.runtime.child import run_child
 
@@ -45,7 +46,8 @@ def quantize(
 
     model: folder of the source model, or a GGUF file. config, settings: what is asked for; keywords
     stand in place of what the configuration says (`bits=3`, `refinement=OmniQuant()`). work: folder
-    of finished stages, kept, so that a call which was broken off goes on; without it they are lost.
+    of finished stages, kept, so that a call which was broken off goes on; without it they are kept
+    only where the machine or the program fails, and the error says where.
     profiles: folder of sensitivity profiles to take and to keep. task_folder: task files of one's
     own for `tasks`. device: as torch names it. progress: see `watching`.
 
@@ -55,6 +57,7 @@ def quantize(
     folder, gguf = model_files(model)
     asked = configuration(config, settings)
     target = Path(out)
+    check_apart({"the source": folder / (gguf or ""), "the output": target})
     with work_folder(target, work) as stages, watching(progress) as watch:
         request = QuantizeRequest(
             model=folder,

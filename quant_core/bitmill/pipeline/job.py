@@ -26,12 +26,19 @@ from bitmill.allocation.profiled import ProfiledModel
 from bitmill.calibration.windows import CalibrationSet, calibration_tokens
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import QuantizationConfig
-from bitmill.errors import SpecError, raise_resource_error
+from bitmill.errors import (
+    STOPS,
+    SpecError,
+    asked_bytes,
+    out_of_memory,
+    raise_resource_error,
+    refused_memory,
+)
 from bitmill.io.targets import check_apart, check_kept, check_result
 from bitmill.pipeline.admission import Admission, admit
 from bitmill.pipeline.learned_parameters import LearnedFor, LearnedParameters
 from bitmill.pipeline.progress import Progress
-from bitmill.pipeline.requirements import Room, check_room
+from bitmill.pipeline.requirements import Room, check_room, smaller_jobs
 from bitmill.pipeline.result import Result
 from bitmill.pipeline.source import Source
 from bitmill.pipeline.stage import Environment
@@ -40,9 +47,11 @@ from bitmill.pipeline.stages import plan as planning
 from bitmill.pipeline.stages import resume as resuming
 from bitmill.pipeline.stages import verify as verifying
 from bitmill.pipeline.stages.refine import Refined
-from bitmill.pipeline.workspace import Made, Workspace, is_of_a_workspace
+from bitmill.pipeline.work_folder import is_of_a_workspace
+from bitmill.pipeline.workspace import Made, Workspace
 from bitmill.plan.model_plan import Plan
 from bitmill.results import QualityReport
+from bitmill.runtime.memory import refusal
 from bitmill.runtime.process import computing
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.runtime.warm_up import warm_up
@@ -97,6 +106,24 @@ class Job:
         here = Room.here(self.space.device, self.space.root, self.output or self.space.root)
         room = Room.of_ranks(self.space.group.gather(here))
         check_room(self.admission.plan, self.config, room, gguf=self.admission.gguf)
+
+    def raise_out_of_memory(self, error: BaseException) -> None:
+        """Raise `ResourceError` (code `out_of_memory`) where memory was refused, saying what would
+        fit; any other error is left.
+        """
+        lack = refusal(error, self.space.device)
+        if lack is None:
+            return
+        if "admission" in self.__dict__:  # else it was refused while planning
+            asked = asked_bytes(refused_memory(error) or error) or 0
+            advice = smaller_jobs(
+                self.admission.plan,
+                self.config,
+                accelerator=self.space.device.type != "cpu",
+                less=asked,
+            )
+            lack = out_of_memory(f"{lack.message}; {advice}")
+        raise lack from error
 
     def resolve(self) -> Source:
         """The source's files by digest."""
@@ -306,7 +333,10 @@ def _run(job: Job, stages: Callable[[Job], T]) -> T:
             job.check_folders()
             job.check_machine()
             return stages(job)
-    except Exception as error:
+    except STOPS:
+        raise
+    except BaseException as error:
+        job.raise_out_of_memory(error)
         raise_resource_error(error)
         raise
 

@@ -116,6 +116,25 @@ def check_room(plan: Plan, config: QuantizationConfig, room: Room, *, gguf: bool
     )
 
 
+def smaller_jobs(plan: Plan, config: QuantizationConfig, *, accelerator: bool, less: int) -> str:
+    """In words, the largest settings with which the job is estimated to need `less` bytes less."""
+    needed = _held_at_once(plan, config, accelerator)
+    fitting: dict[str, str] = {}
+    for name, value, smaller in _smaller(config):
+        spared = needed - _held_at_once(plan, smaller, accelerator)
+        if name not in fitting and spared >= max(less, 1):
+            fitting[name] = f"{name} {json.dumps(value)} ({spared:,} bytes less)"
+    if not fitting:
+        return "no smaller calibration would fit: take a smaller model or a larger machine"
+    return f"what would fit by estimate: {', or '.join(fitting.values())}"
+
+
+def _held_at_once(plan: Plan, config: QuantizationConfig, accelerator: bool) -> int:
+    """Memory of all kinds that a job is estimated to need."""
+    needed = estimate(plan, config, Machine(accelerator=accelerator))
+    return needed.host_bytes + (needed.accelerator_bytes if accelerator else 0)
+
+
 def _smaller(config: QuantizationConfig) -> Iterator[tuple[str, Any, QuantizationConfig]]:
     """(a setting, its value, the configuration with it): jobs that need less, the largest first."""
     calibration = config.calibration

@@ -24,12 +24,10 @@ import torch
 
 from bitmill.errors import Cancelled
 from bitmill.io.atomic import disk_errors, publish_folder, read_json, write_json
-from bitmill.pipeline.progress import STAGES, Progress, StageName
+from bitmill.pipeline.progress import Progress, StageName
 from bitmill.pipeline.stage import Run, Stage
+from bitmill.pipeline.work_folder import HIDDEN, STAGE_FILE
 from bitmill.runtime.ranks import SINGLE, Group
-
-STAGE_FILE = "stage.json"
-_HIDDEN = ".partial-"
 
 Inputs = TypeVar("Inputs")
 
@@ -70,7 +68,7 @@ class Workspace:
     def run(self, stage: Stage[Inputs], inputs: Inputs) -> Made:
         """The folder of this stage, made by its work unless it exists for these inputs."""
         name, digest = stage.name, stage.digest(inputs)
-        folder, hidden = self.root / name, self.root / f"{_HIDDEN}{name}"
+        folder, hidden = self.root / name, self.root / f"{HIDDEN}{name}"
         if self.group.broadcast(_is_made_from(folder, digest)):
             self._tell(Progress(kind="stage", stage=name, state="skipped"))
             return self._made(folder)
@@ -152,11 +150,6 @@ def _prepare(hidden: Path, digest: str) -> None:
         hidden.mkdir(parents=True)
         made = {"digest": digest, "id": uuid.uuid4().hex, "seconds": 0.0}
         write_json(hidden / STAGE_FILE, made)
-
-
-def is_of_a_workspace(name: str) -> bool:
-    """Whether an entry of this name is one that a workspace keeps."""
-    return name.removeprefix(_HIDDEN) in STAGES
 
 
 def _is_made_from(folder: Path, digest: str) -> bool:

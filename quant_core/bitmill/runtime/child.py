@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from bitmill.errors import BitmillError, ProcessFailed, ResourceError, as_bitmill_error
+from bitmill.errors import STOPS, BitmillError, ProcessFailed, ResourceError, as_bitmill_error
 from bitmill.runtime.lifetime import die_with_parent
 
 PARENT = "BITMILL_PARENT"
@@ -162,7 +162,9 @@ def as_child() -> Iterator[Tell]:
     os.dup2(2, 1)
     try:
         yield tell
-    except Exception as error:  # noqa: BLE001  (the boundary of the process)
+    except STOPS:
+        raise
+    except BaseException as error:  # noqa: BLE001  (the boundary of the process)
         known = as_bitmill_error(error)
         tell(error=known.to_dict())
         if known is not error:

@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bitmill.errors import BitmillError, ResourceError, as_bitmill_error, disk_full
+from bitmill.errors import STOPS, BitmillError, ResourceError, as_bitmill_error, disk_full
 from bitmill.runtime.child import PARENT, death
 from bitmill.runtime.lifetime import die_with_parent
 from bitmill.runtime.process import environment, settle_own_process
@@ -140,7 +140,9 @@ def as_rank(device: str) -> Iterator[tuple[Group, torch.device]]:
     except PeerLost:
         time.sleep(_GRACE_S)
         _end(1)
-    except Exception as error:  # noqa: BLE001  (the boundary of the process)
+    except STOPS:
+        raise
+    except BaseException as error:  # noqa: BLE001  (the boundary of the process)
         _end(_leave_reason(error))
     _end(0)
 
@@ -157,7 +159,7 @@ def is_rank() -> bool:
     return _LAUNCHER in os.environ
 
 
-def _leave_reason(error: Exception) -> int:
+def _leave_reason(error: BaseException) -> int:
     """Leave what was raised for the launcher; the exit status, which tells of a disk too full."""
     known = as_bitmill_error(error)
     left = {"message": known.message, "timestamp": int(time.time()), "error": known.to_dict()}

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import torch
 
-from bitmill.errors import ResourceError
+from bitmill.errors import (
+    BitmillError,
+    ResourceError,
+    asked_bytes,
+    out_of_memory,
+    refused_memory,
+    said_by,
+)
 
 HOST_LIMIT = "BITMILL_HOST_BYTES"
 """Environment variable: bytes of host memory that a job may take of what the machine has."""
@@ -52,6 +59,37 @@ def _limit(text: str) -> int:
 def own_host_bytes(system: Path = Path("/")) -> int:
     """What this process has taken itself, without files."""
     return _bytes_in(system / "proc/self/status").get("RssAnon", 0)
+
+
+def refusal(error: BaseException, device: torch.device) -> ResourceError | None:
+    """What stands for memory that was refused: what was asked, what is free; None for other errors.
+
+    Call it where the error is caught first, while what the failed work holds is still held.
+    """
+    refused = refused_memory(error)
+    if refused is None:
+        return None
+    asked = asked_bytes(refused)
+    said = said_by(refused) if asked is None else f"{asked:,} bytes were asked for"
+    free = f"{free_host_bytes():,} bytes of host memory are free"
+    if device.type == "cuda":
+        free = f"{_free_after_refusal(device)} of accelerator memory and {free}"
+    return out_of_memory(f"memory ran out: {said}; {free}")
+
+
+def raise_refusal(error: BaseException) -> None:
+    """Raise what `refusal` gives for the accelerator that this process uses; no `BitmillError`."""
+    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+    lack = None if isinstance(error, BitmillError) else refusal(error, device)
+    if lack is not None:
+        raise lack from error
+
+
+def _free_after_refusal(device: torch.device) -> str:
+    try:
+        return f"{free_device_bytes(device):,} bytes"
+    except RuntimeError:  # an accelerator without any room does not answer either
+        return "unknown bytes"
 
 
 def spare_host_bytes() -> int:

@@ -13,9 +13,14 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from bitmill.errors import BitmillError, Cancelled, InputError, ModelError
+from bitmill.errors import (
+    BitmillError,
+    Cancelled,
+    InputError,
+    ModelError,
+)
 from bitmill.formats.format import FORMATS
-from bitmill.io.targets import work_folder
+from bitmill.io.targets import check_apart
 from bitmill.pipeline.requests import (
     BenchRequest,
     EvaluateRequest,
@@ -24,6 +29,7 @@ from bitmill.pipeline.requests import (
     QuantizeRequest,
     Request,
 )
+from bitmill.pipeline.work_folder import work_folder
 from bitmill.reporting.learning import learning_summary
 from bitmill.results import QUALITY_NAME, QualityReport
 from bitmill.runtime.child import run_child
@@ -118,6 +124,8 @@ def quantize(
     folder, config = Path(asked.model.path), asked.config()
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}", code="model_not_found", param="model")
+    files = folder / (asked.model.file or "")
+    check_apart({"the source": files, "the output": out, "the work folder": work})
     with (
         work_folder(out, work) as stages,
         JobWatch(Console(stderr=True, highlight=False)) as watch,

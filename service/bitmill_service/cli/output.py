@@ -124,10 +124,9 @@ def exit_code(error: BitmillError) -> int:
 
 
 def print_error(error: BitmillError, *, as_json: bool) -> None:
-    """One message on standard error, with the advice of the service where it gave any."""
+    """One line on standard error: what went wrong, then what to do."""
     if as_json:
         typer.echo(json.dumps({"error": error.to_dict()}), err=True)
         return
-    typer.echo(f"error: {error.message}", err=True)
-    if error.hint:
-        typer.echo(f"  {error.hint}", err=True)
+    advice = f". {error.hint}" if error.hint else ""
+    typer.echo(f"error: {error.message.rstrip('.') if advice else error.message}{advice}", err=True)

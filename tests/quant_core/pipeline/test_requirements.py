@@ -20,7 +20,7 @@ from bitmill.pipeline.estimate import (
     stream_bytes,
 )
 from bitmill.pipeline.job import run_job
-from bitmill.pipeline.requirements import Room, check_room
+from bitmill.pipeline.requirements import Room, check_room, smaller_jobs
 from plans import llama_plan
 from tiny import tiny_llama
 
@@ -149,3 +149,17 @@ def test_a_job_that_does_not_fit_begins_no_stage(tmp_path: Path) -> None:
         run_job(asked, model, tmp_path / "work", tmp_path / "out", on_progress=events.append)
     assert events == []
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("accelerator", [True, False])
+@pytest.mark.parametrize("less", [0, GB, 4 * GB])
+def test_what_would_fit_needs_that_much_less(accelerator: bool, less: int) -> None:
+    asked = spec(calibration={"sequences": 512, "length": 4096})
+    told = smaller_jobs(PLAN, asked, accelerator=accelerator, less=less)
+    spared = [int(n.replace(",", "")) for n in re.findall(r"\(([\d,]+) bytes less\)", told)]
+    assert told.startswith("what would fit by estimate: calibration.")
+    assert all(bytes_ >= max(less, 1) for bytes_ in spared)
+
+
+def test_where_nothing_smaller_would_fit_that_is_said() -> None:
+    assert "a larger machine" in smaller_jobs(PLAN, spec(), accelerator=True, less=1 << 60)

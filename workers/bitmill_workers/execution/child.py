@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bitmill.errors import as_bitmill_error
+from bitmill.errors import STOPS, as_bitmill_error
 from bitmill_workers.execution.isolation import isolate_network
 from bitmill_workers.execution.processes import start_lifeline
 
@@ -66,7 +66,9 @@ def serve(argv: list[str], work: Work) -> int:
             isolate_network(ranks=request.get("config", {}).get("devices", 1) > 1)
         with _only_one(request.get("lock")):
             result = work(request, emit)
-    except Exception as error:  # noqa: BLE001  (the boundary of the process)
+    except STOPS:
+        raise
+    except BaseException as error:  # noqa: BLE001  (the boundary of the process)
         traceback.print_exc()
         emit({"type": "error", "error": as_bitmill_error(error).to_dict()})
         return 1
