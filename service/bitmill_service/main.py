@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from wsgiref.simple_server import WSGIServer
 
 from fastapi import Depends, FastAPI
+from prometheus_client import start_http_server
 from starlette.concurrency import run_in_threadpool
 
 from bitmill_service.api.context import Context
@@ -51,11 +53,24 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     context.notify = dispatcher.notify
     reconciler = Reconciler(context.settings, context.database, dispatcher)
     reconciler.start()
+    metrics = _serve_metrics(context)
     yield
+    if metrics is not None:
+        await run_in_threadpool(metrics.shutdown)
+        metrics.server_close()
     context.stopping.set()
     await run_in_threadpool(reconciler.stop)
     await run_in_threadpool(dispatcher.close)
     context.database.close()
+
+
+def _serve_metrics(context: Context) -> WSGIServer | None:
+    """Metrics at a port of their own, for a network that only the operator's programs reach."""
+    port = context.settings.metrics_port
+    if port is None:
+        return None
+    server, _ = start_http_server(port, context.settings.metrics_host, context.registry)
+    return server
 
 
 def make_context(settings: ServiceSettings) -> Context:

@@ -152,12 +152,17 @@ def test_compose_file_is_valid_and_publishes_only_the_proxy() -> None:
     )
     assert run.returncode == 0, run.stderr
     services = yaml.safe_load(run.stdout)["services"]
-    assert [name for name, service in services.items() if service.get("ports")] == ["nginx"]
+    usual = {name: service for name, service in services.items() if not service.get("profiles")}
+    assert [name for name, service in usual.items() if service.get("ports")] == ["nginx"]
     for name in ("api", "worker", "prepare"):
         assert services[name]["read_only"], name
         assert services[name]["user"] == "10001:10001"
         assert services[name]["cap_drop"] == ["ALL"]
     assert "HF_TOKEN" not in json.dumps(services["redis"])
+    assert services["api"]["environment"]["BITMILL_KEYS"] == "required"
+    published = [port for service in services.values() for port in service.get("ports", [])]
+    assert len(published) == 3
+    assert all("127.0.0.1" in json.dumps(port) for port in published)
 
 
 def test_images_copy_what_exists() -> None:

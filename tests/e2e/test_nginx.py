@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ class Proxy:
             ("listen 8080;", f"listen 127.0.0.1:{self.port};"),
             ("listen 9000;", f"listen 127.0.0.1:{self.storage};"),
             ("/tmp/", f"{folder}/"),
+            ("/etc/nginx/listen-", f"{folder}/listen-"),
             ("client_header_timeout 15s;", "client_header_timeout 1s;"),
         ):
             assert old in text, old
@@ -164,3 +166,36 @@ def test_half_open_connections_are_limited_and_ended(proxy: Proxy) -> None:
 def test_problem_documents_are_json(proxy: Proxy) -> None:
     text = httpx2.get(f"{proxy.url}/metrics").text
     assert json.loads(text)["status"] == 403
+
+
+def test_tls_is_added_by_files_alone(tmp_path: Path) -> None:
+    """The listeners of deploy/tls, with a certificate made here."""
+    certificates = tmp_path / "certificates"
+    certificates.mkdir()
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-days", "2"),
+            *("-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(certificates / "privkey.pem")),
+            *("-out", str(certificates / "fullchain.pem")),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    ports = {}
+    for name, listed in (("api", "8443"), ("storage", "9443")):
+        ports[name] = free_port()
+        text = (CONFIG.parent / "tls" / f"{name}.conf").read_text()
+        assert f"listen {listed} ssl;" in text
+        text = text.replace(f"listen {listed}", f"listen 127.0.0.1:{ports[name]}")
+        folder = tmp_path / f"listen-{name}"
+        folder.mkdir()
+        (folder / "tls.conf").write_text(text.replace("/etc/nginx/certificates", str(certificates)))
+    proxy = Proxy(tmp_path)
+    try:
+        trust = ssl.create_default_context(cafile=str(certificates / "fullchain.pem"))
+        for port in ports.values():
+            assert httpx2.get(f"https://127.0.0.1:{port}/", verify=trust).text == "up"
+    finally:
+        proxy.stop()

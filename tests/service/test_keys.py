@@ -28,6 +28,7 @@ from bitmill_workers.store.db import Database
 from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.migrate import upgrade
 from finished import Stack, spec_json
+from servers import free_port, listens
 from serving import serve
 
 PROBLEM = "application/problem+json"
@@ -407,3 +408,14 @@ def test_a_key_without_leave_does_not_spend_the_operators_hub_token(
         (False, "org/x"): {"Bearer hf_operator"},
         (False, "other/x"): {None},
     }
+
+
+def test_metrics_have_a_port_of_their_own_without_a_key(tmp_path: Path) -> None:
+    port = free_port()
+    settings = ServiceSettings(data=tmp_path, keys="required", metrics_port=port)
+    app = create_app(settings)
+    upgrade(app.state.context.database)
+    with serve(app) as url:
+        assert httpx2.get(f"{url}/metrics").status_code == 401
+        assert "bitmill_jobs{" in httpx2.get(f"http://127.0.0.1:{port}/metrics").text
+    assert not listens(port)
