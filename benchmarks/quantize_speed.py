@@ -291,6 +291,7 @@ def spec_of(options: argparse.Namespace) -> QuantizationConfig:
     bits = round(options.bits) if method in ("sba", "uniform") else options.bits
     return parse_config(
         {
+            "code": options.code,
             "budget": {"code_bits": bits},
             "allocation": {"method": method},
             "refinement": refinement,
@@ -475,6 +476,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a window")
     parser.add_argument("--allocation", choices=("knapsack", "sba", "uniform"), default="knapsack")
     parser.add_argument("--bits", type=float, default=3.0, help="code bits")
+    parser.add_argument("--code", choices=("auto", "affine", "trellis"), default="auto")
     parser.add_argument(
         "--without",
         nargs="*",

@@ -22,7 +22,7 @@ from bitmill.quant.rewrites import NO_REWRITES, Rewrites
 from bitmill.runtime.ranks import Group
 from bitmill_kernels.layout import GROUP_SIZE, group_columns
 from bitmill_kernels.trellis.layout import circle_shapes
-from bitmill_kernels.trellis.product import decode_rows, per_column
+from bitmill_kernels.trellis.product import TrellisProduct
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +104,9 @@ class TrellisTensor:
 
     def packed_values(self) -> Tensor:
         """w' f32 [N, K] in packed columns."""
-        values = decode_rows(self.circles, self.widths, self.K, 0, self.N)
-        values *= per_column(self.group_scales.float(), self.K)
-        return values.mul_(self.row_scales.float()[:, None])
+        scales = self.row_scales, self.group_scales
+        device = self.row_scales.device
+        return TrellisProduct(self.circles, *scales, self.K, self.widths, device).weights(0, self.N)
 
     def dequantize(self) -> Tensor:
         """Weights f32 [N, K] in the source's columns."""

@@ -24,6 +24,7 @@ from torch.nn import functional
 from bitmill.allocation.profile import FloatArray
 from bitmill.quant.codes import group_slices
 from bitmill.quant.rewrites import Rewrites
+from bitmill.solvers.trellis import tile_inverses
 from bitmill_kernels.trellis.code import DISTORTION
 from bitmill_kernels.trellis.layout import TILE
 
@@ -57,16 +58,11 @@ def carried_on(upper: Tensor) -> tuple[Tensor, Tensor]:
     """|U_bb^-1|^2 of every tile's columns b, f64 [T], and the mean over columns k of b of
     |U_cc^-1 U_ck|^2 for all tiles c before b, f64 [T, T]."""
     K = len(upper)
-    filled = functional.pad(upper, (0, -K % TILE, 0, -K % TILE))
-    filled.diagonal()[K:] = 1.0
-    rows = filled.view(-1, TILE, len(filled))
-    own = torch.arange(len(rows), device=upper.device)
-    blocks = rows.view(len(rows), TILE, -1, TILE)[own, :, own]
-    eye = torch.eye(TILE, device=upper.device).expand_as(blocks)
-    inverse = torch.linalg.solve_triangular(blocks, eye, upper=True)
+    inverse = torch.cat(tile_inverses(upper))
     loss = inverse.square().sum((1, 2)).double()
     if K % TILE:
         loss[-1] -= TILE - K % TILE
+    rows = functional.pad(upper, (0, -K % TILE, 0, -K % TILE)).view(len(inverse), TILE, -1)
     reach = (inverse @ rows).square().sum(1)
     return loss, _by_tile(reach, K).double().triu(1)
 

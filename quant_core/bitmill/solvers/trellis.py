@@ -34,6 +34,7 @@ from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import GptqSettings
 from bitmill.solvers.polish import rounded_step
 from bitmill.solvers.solver import Linear, Solved
+from bitmill_kernels.layout import GROUP_SIZE
 from bitmill_kernels.trellis.code import DEVIATION, decode_tiles, in_sequence, tiled, untiled
 from bitmill_kernels.trellis.encode import encode_tiles
 from bitmill_kernels.trellis.layout import TILE
@@ -121,6 +122,7 @@ def encode_siblings(
     filled = [functional.pad(W, (0, 0, 0, -len(W) % TILE)) for W in targets]
     rows, work = row_slices(filled), torch.cat(filled)
     scales = [_row_scales(W) for W in targets]
+    inverses = None if upper is None else tile_inverses(upper)
     steps = torch.cat([functional.pad(s.float(), (0, -len(s) % TILE)) for s in scales])
     circles: list[list[Tensor]] = [[] for _ in targets]
     of_groups: list[list[Tensor]] = [[] for _ in targets]
@@ -140,7 +142,7 @@ def encode_siblings(
         for levels, scale in zip(of_groups, level, strict=True):
             levels.append(scale)
         spread = [s.float().expand(m.stop - m.start) for s, m in zip(level, rows, strict=True)]
-        own = None if upper is None else upper[part, part]
+        own = None if upper is None or inverses is None else (upper[part, part], inverses[group])
         found, missed = _encode_group(block, steps * torch.cat(spread), own, rows, rates)
         for each, new in zip(circles, found, strict=True):
             each.append(new)
@@ -159,13 +161,14 @@ def encode_siblings(
 def _encode_group(
     block: Tensor,
     step: Tensor,
-    upper: Tensor | None,
+    factor: tuple[Tensor, Tensor] | None,
     rows: Sequence[slice],
     rates: Sequence[int],
 ) -> tuple[list[Tensor], Tensor]:
     """Circles u8 [rows / 16, tile columns, 32 k] of each linear, and E f32 [M, c] of a group.
 
-    block: f32 [M, c]. step: f32 [M], what values are multiplied by. upper: f32 [c, c] or None.
+    block: f32 [M, c]. step: f32 [M], what values are multiplied by. factor: U f32 [c, c] and the
+    inverses f32 [tile columns, 16, 16] of its tiles on the diagonal, or None for no feedback.
     """
     block, inverse = block.clone(), torch.where(step > 0, 1 / step, 0.0)[:, None]
     missed = torch.zeros_like(block)
@@ -186,13 +189,24 @@ def _encode_group(
             for i, mine in zip(alike, new.split([n // TILE for n in sizes]), strict=True):
                 found[i].append(mine)
         lost = block[:, part] - values[:, :width] * step[:, None]
-        if upper is None:
+        if factor is None:
             continue
-        own = upper[part, part]
-        lost = torch.linalg.solve_triangular(own, lost, upper=True, left=False)
+        upper, inverses = factor
+        lost = lost @ inverses[start // TILE, :width, :width]
         missed[:, part] = lost
         block[:, part.stop :] -= lost @ upper[part, part.stop :]
     return [torch.stack(columns, 1) for columns in found], missed
+
+
+def tile_inverses(upper: Tensor) -> list[Tensor]:
+    """U_bb^-1 f32 [tile columns, 16, 16] of every group; where a tile is filled up, ones."""
+    filled = functional.pad(upper, (0, -len(upper) % TILE, 0, -len(upper) % TILE))
+    filled.diagonal()[len(upper) :] = 1.0
+    own = torch.arange(len(filled) // TILE, device=upper.device)
+    blocks = filled.view(len(own), TILE, -1, TILE)[own, :, own]
+    eye = torch.eye(TILE, device=upper.device).expand_as(blocks)
+    inverse = torch.linalg.solve_triangular(blocks, eye, upper=True)
+    return list(inverse.split(GROUP_SIZE // TILE))
 
 
 def _row_scales(W: Tensor) -> Tensor:
