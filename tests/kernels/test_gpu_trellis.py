@@ -1,11 +1,15 @@
-"""The search for trellis codes on a GPU, against the one in torch."""
+"""The search for trellis codes and products with them on a GPU, against those in torch."""
 
 import pytest
 import torch
 
+from bitmill.inference.trellis import TrellisLinear
+from bitmill.quant.rotation import packed_rewrites
+from bitmill.quant.trellis import TrellisTensor
 from bitmill_kernels.trellis.code import DEVIATION, decode_tiles, in_sequence
 from bitmill_kernels.trellis.encode import encode_reference, encode_tiles, load_cuda_library
-from bitmill_kernels.trellis.layout import RATES
+from bitmill_kernels.trellis.layout import RATES, circle_shapes
+from bitmill_kernels.trellis.product import TrellisProduct
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,3 +35,57 @@ def test_searched_circles_are_as_good_as_those_of_torch(rate, count):
     )
     assert float(ratio.mean()) < 1.01
     assert float(ratio.amax()) < 1.10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("N", "K", "rates"),
+    [
+        (37, 300, (3, 5, 1)),
+        (16, 128, (2,)),
+        (1, 9, (4,)),
+        (50, 272, (6, 7, 8)),
+        (256, 2176, (1, 2, 3, 4, 5, 6, 7, 8, 2, 3, 4, 2, 3, 4, 2, 3, 4)),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_products_are_those_of_the_decoded_weights(N, K, rates, dtype):
+    draw = torch.Generator().manual_seed(N)
+    circles = {
+        key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+        for key, shape in circle_shapes(N, K, rates).items()
+    }
+    scales = [torch.rand(n, generator=draw).half() for n in (N, len(rates))]
+    order = torch.randperm(K, generator=draw).int()
+    rewrites = packed_rewrites("trellis", order)
+    weight = TrellisTensor(N, K, rates, circles, *scales, rewrites)
+    W = weight.dequantize().double()
+    module = TrellisLinear.from_packed(weight).cuda()
+    inner = weight.packed_values()
+    product = TrellisProduct(circles, *scales, K, rates, torch.device("cpu"))
+    torch.testing.assert_close(product.weights(0, N), inner)
+    for tokens in (1, 2, 7, 8, 9, 16, 31, 33, 100):
+        x = torch.randn(tokens, K, generator=draw).to(dtype)
+        expected = x.double() @ W.T
+        y = module(x.cuda())
+        assert y.dtype == dtype
+        assert torch.equal(module(x.cuda()), y)
+        error = (y.cpu().double() - expected).norm() / expected.norm()
+        assert error < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    decoded = module._runtime.product.weights(0, N)
+    torch.testing.assert_close(decoded.cpu(), inner)
+
+
+def test_inputs_beyond_half_precision_keep_their_size():
+    rates = (3, 2)
+    circles = {
+        key: torch.randint(0, 256, shape, dtype=torch.uint8)
+        for key, shape in circle_shapes(64, 256, rates).items()
+    }
+    scales = torch.full((64,), 1e-4).half(), torch.ones(2).half()
+    weight = TrellisTensor(64, 256, rates, circles, *scales, packed_rewrites("trellis", None))
+    module = TrellisLinear.from_packed(weight).cuda()
+    x = torch.randn(2, 256).bfloat16() * 1e6
+    expected = x.double() @ weight.dequantize().double().T
+    error = (module(x.cuda()).cpu().double() - expected).norm() / expected.norm()
+    assert error < 8e-3

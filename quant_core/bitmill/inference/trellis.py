@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from bitmill.inference.linear import QuantizedLinear
-from bitmill.quant.rewrites import Rewrites
 from bitmill.quant.trellis import TrellisTensor, trellis_shapes
 from bitmill_kernels.trellis.product import TrellisProduct
+from bitmill_kernels.trellis.product_cuda import CudaTrellisProduct, available
 
 
 class TrellisLinear(QuantizedLinear):
@@ -45,28 +45,44 @@ class _Runtime:
 
     def __init__(self, weight: TrellisTensor, device: torch.device) -> None:
         self.device, self.rewrites = device, weight.rewrites
-        self.product = TrellisProduct(
-            weight.circles, weight.row_scales, weight.group_scales, weight.K, weight.widths, device
-        )
+        scales = weight.row_scales, weight.group_scales
+        linear = weight.circles, *scales, weight.K, weight.widths, device
+        self.product: TrellisProduct
+        if device.type == "cuda" and available():
+            inputs = self._inputs
+            self.product = CudaTrellisProduct(*linear, order=weight.order, inputs=inputs)
+        else:
+            self.product = TrellisProduct(*linear)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = _Product.apply(x, self.product, self.rewrites)
+        y: Tensor = _Product.apply(x, self)
         return y if bias is None else y + bias
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """y [T, N] of x [T, K] in the source's columns, in the dtype of x."""
+        if isinstance(self.product, CudaTrellisProduct):
+            return self.product.of_source(x)
+        return self.product(self._inputs(x.float())).to(x.dtype)
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dx f32 [T, K] of dy [T, N]."""
+        return self.rewrites.undo(self.product.input_gradient(dy.float()))
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        for one in self.rewrites:
+            x = one.inputs(x)
+        return x
 
 
 class _Product(torch.autograd.Function):
     """x W^T and its gradient dy W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, product: TrellisProduct, rewrites: Rewrites) -> Tensor:
-        ctx.product, ctx.rewrites, ctx.dtype = product, rewrites, x.dtype
-        inner = x.reshape(-1, x.shape[-1]).float()
-        for one in rewrites:
-            inner = one.inputs(inner)
-        return product(inner).to(x.dtype).view(*x.shape[:-1], -1)
+    def forward(ctx: Any, x: Tensor, runtime: _Runtime) -> Tensor:
+        ctx.runtime, ctx.dtype = runtime, x.dtype
+        return runtime.multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        inner = ctx.product.input_gradient(dy.reshape(-1, dy.shape[-1]).float())
-        dx = ctx.rewrites.undo(inner)
-        return dx.to(ctx.dtype).view(*dy.shape[:-1], -1), None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        dx = ctx.runtime.input_gradient(dy.reshape(-1, dy.shape[-1]))
+        return dx.to(ctx.dtype).view(*dy.shape[:-1], -1), None

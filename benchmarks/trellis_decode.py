@@ -1,0 +1,92 @@
+"""Microseconds of a linear in trellis codes beside fp16 `F.linear`, in CUDA graphs.
+
+    PYTHONPATH=kernels python benchmarks/trellis_decode.py
+
+Rates 2, 3, 4, 3 in turn (3 bits), and each alone. A graph holds 20 calls; weights are rotated
+through at least 220 MB, so that no call finds its own in a cache. Both are replayed in turn; medians
+of 15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bitmill_kernels.trellis.layout import circle_shapes
+from bitmill_kernels.trellis.product_cuda import CudaTrellisProduct
+
+SHAPES = ((4096, 4096), (11008, 4096), (28672, 8192))
+TOKENS = (1, 8, 16, 32)
+CALLS, ROTATED = 20, 220e6
+
+
+def graph_of(calls: list[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph:
+    """A graph of these calls."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def microseconds(graphs: list[torch.cuda.CUDAGraph]) -> list[float]:
+    """Of one call of each graph."""
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(15):
+        for graph, own in zip(graphs, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            own.append(start.elapsed_time(end) * 1e3 / CALLS)
+    return [median(own) for own in times]
+
+
+def linear(N: int, K: int, rates: tuple[int, ...]) -> CudaTrellisProduct:
+    """Random circles; speed depends on no value."""
+    device = torch.device("cuda")
+    circles = {
+        key: torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        for key, shape in circle_shapes(N, K, rates).items()
+    }
+    scales = (torch.ones(n, dtype=torch.float16, device=device) for n in (N, len(rates)))
+    order = torch.randperm(K, device=device).int()
+    return CudaTrellisProduct(circles, *scales, K, rates, device, order=order, inputs=lambda x: x)
+
+
+def main() -> None:
+    """Measure and print."""
+    print(torch.cuda.get_device_name(), torch.__version__)
+    for N, K in SHAPES:
+        groups = K // 128
+        mixes = {"2343": (2, 3, 4, 3), "2": (2,), "3": (3,), "4": (4,)}
+        for name, mix in mixes.items():
+            rates = (mix * groups)[:groups]
+            count = max(2, int(ROTATED / (N * K * sum(mix) / len(mix) / 8)) + 1)
+            ours = [linear(N, K, rates) for _ in range(min(count, CALLS))]
+            dense = [torch.randn(N, K, dtype=torch.float16, device="cuda") for _ in range(4)]
+            for tokens in TOKENS if name == "2343" else (1,):
+                x = torch.randn(tokens, K, dtype=torch.float16, device="cuda")
+                graphs = [
+                    graph_of([partial(ours[i % len(ours)].of_source, x) for i in range(CALLS)]),
+                    graph_of([partial(functional.linear, x, dense[i % 4]) for i in range(CALLS)]),
+                ]
+                own, fp16 = microseconds(graphs)
+                print(
+                    f"{N}x{K} rates {name}, {tokens} tokens: {own:.1f} us, fp16 {fp16:.1f} us, "
+                    f"{fp16 / own:.2f} times",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Products with a linear in trellis codes on a GPU (`product_cuda.cu`), one linear a launch.
+
+    y[t, n] = sum_k x[t, k] w[n, k],   x in the source's columns
+
+Up to `FUSED_TOKENS` tokens of half precision: the order, the rotation and the scales of groups are
+applied to x in a first launch, and a second one multiplies from the circles by tensor cores,
+without ever writing a weight. More tokens, or fp32: rows are decoded into a scratch of at most
+`SCRATCH_ELEMENTS`, and the vendor's product takes them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bitmill_kernels.trellis.encode import built
+from bitmill_kernels.trellis.layout import TILE, tile_count
+from bitmill_kernels.trellis.product import TrellisProduct, stored_groups
+
+FUSED_TOKENS = 32
+SCRATCH_ELEMENTS = 1 << 26
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class CudaTrellisProduct(TrellisProduct):
+    """One linear on one CUDA device.
+
+    order: i32 [K] or None. inputs: brings x f32 [T, K] into packed, rotated columns.
+    """
+
+    def __init__(
+        self,
+        *linear: object,
+        order: Tensor | None,
+        inputs: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__(*linear)  # type: ignore[arg-type]
+        self._order = None if order is None else order.to(self._rows.device)
+        self._inputs = inputs
+        table = [
+            (circles.data_ptr(), rate, tile_count(columns))
+            for rate, columns, circles in stored_groups(self._circles, self.rates, self.K)
+        ]
+        self._table = torch.tensor(table, dtype=torch.int64).to(self._rows.device)
+
+    def of_source(self, x: Tensor) -> Tensor:
+        """y [T, N] of x [T, K] in the source's columns, in the dtype of x."""
+        if x.dtype != torch.float32 and 0 < len(x) <= FUSED_TOKENS:
+            return self._fused(x.contiguous())
+        inner = self._inputs(x.float()).to(x.dtype)
+        parts = [functional.linear(inner, W) for _, W in self._slabs(x.dtype)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def weights(self, first: int, end: int) -> Tensor:
+        """Weights f32 [end - first, K] in packed, rotated columns; first is a multiple of 16."""
+        return self._decoded(first, end, torch.float32)
+
+    def _slabs(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        rows = max(TILE, SCRATCH_ELEMENTS // self.K // TILE * TILE)
+        for first in range(0, self.N, rows):
+            yield first, self._decoded(first, min(self.N, first + rows), dtype)
+
+    def _decoded(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(end - first, self.K, dtype=dtype, device=self._rows.device)
+        _check(
+            _library().bitmill_trellis_decode_cuda(
+                self._table.data_ptr(),
+                len(self.rates),
+                first,
+                end,
+                self.K,
+                self._rows.data_ptr(),
+                self._groups.data_ptr(),
+                DTYPES[dtype],
+                out.data_ptr(),
+                torch.cuda.current_stream(out.device).cuda_stream,
+            )
+        )
+        return out
+
+    def _fused(self, x: Tensor) -> Tensor:
+        groups = len(self.rates)
+        inner = torch.empty(len(x), 128 * groups, dtype=torch.float16, device=x.device)
+        factors = torch.empty(len(x), groups, device=x.device)
+        y = torch.empty(len(x), self.N, dtype=x.dtype, device=x.device)
+        _check(
+            _library().bitmill_trellis_product_cuda(
+                x.data_ptr(),
+                DTYPES[x.dtype],
+                len(x),
+                self.K,
+                None if self._order is None else self._order.data_ptr(),
+                self._groups.data_ptr(),
+                self._table.data_ptr(),
+                groups,
+                self.N,
+                self._rows.data_ptr(),
+                inner.data_ptr(),
+                factors.data_ptr(),
+                y.data_ptr(),
+                torch.cuda.current_stream(x.device).cuda_stream,
+            )
+        )
+        return y
+
+
+def available() -> bool:
+    """Whether the kernels are there or can be compiled."""
+    return load_library() is not None
+
+
+def _check(error: int) -> None:
+    if error:
+        raise RuntimeError(f"a launch of the trellis product failed with CUDA error {error}")
+
+
+def _library() -> ctypes.CDLL:
+    library = load_library()
+    assert library is not None
+    return library
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be built."""
+    library = built(
+        "product_cuda.cu", "bitmill_trellis_product_cuda", extra_cuda_cflags=["-O3", "-std=c++17"]
+    )
+    if library is not None:
+        pointer, integer = ctypes.c_void_p, ctypes.c_int
+        library.bitmill_trellis_product_cuda.argtypes = [
+            *(pointer, integer, integer, integer, pointer, pointer, pointer),
+            *(integer, integer, pointer, pointer, pointer, pointer, pointer),
+        ]
+        library.bitmill_trellis_decode_cuda.argtypes = [
+            *(pointer, integer, integer, integer, integer, pointer),
+            *(pointer, integer, pointer, pointer),
+        ]
+    return library
