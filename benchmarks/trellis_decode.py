@@ -3,8 +3,8 @@
     PYTHONPATH=kernels python benchmarks/trellis_decode.py
 
 Rates 2, 3, 4, 3 in turn (3 bits), and each alone. A graph holds 20 calls; weights are rotated
-through at least 220 MB, so that no call finds its own in a cache. Both are replayed in turn; medians
-of 15.
+through at least 220 MB, so that no call finds its own in a cache. Both are replayed in turn;
+medians of 15.
 """
 
 from __future__ import annotations
