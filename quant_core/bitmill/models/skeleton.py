@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from bitmill.errors import InputError, ModelError, raise_resource_error
 from bitmill.models.experts import unfuse_experts
 from bitmill.plan.architectures import architecture
 from bitmill.plan.parameters import Parameters
+
+GENERATION_FILE = "generation_config.json"
 
 
 def build_skeleton(settings: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -77,6 +80,27 @@ def check_skeleton(settings: dict[str, Any]) -> None:
             code="bad_config",
             param="tie_word_embeddings",
         )
+
+
+def check_generation(folder: Path) -> None:
+    """Raise `ModelError` where transformers refuses a model's generation_config.json.
+
+    It travels to the packed folder, where `from_pretrained` reads it. One that is absent or no JSON
+    is passed over there.
+    """
+    if not (folder / GENERATION_FILE).is_file():
+        return
+    try:
+        transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        return
+    except Exception as error:
+        raise_resource_error(error)
+        raise ModelError(
+            f"transformers refuses {GENERATION_FILE}: {' '.join(str(error).split())[:500]}",
+            code="bad_config",
+            param=GENERATION_FILE,
+        ) from error
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Budget
-from bitmill.errors import InputError, VerificationError
+from bitmill.errors import BitmillError, InputError, VerificationError, raise_resource_error
 from bitmill.formats.accounting import (
     Footprint,
     checkpoint_tensors,
@@ -96,8 +96,7 @@ def verify_folder(
         spent = _check_budget(checkpoint, bit_widths, plan, budget)
         expected = _Expected(expected_code_hashes, solved)
         errors = _check_linears(checkpoint, plan, expected, torch.device(device), seed)
-        modules = {tensor.name: tensor.module for tensor in plan.tensors}
-        check_loads(folder, modules, room=spare_host_bytes())
+        _check_loads(folder, plan)
     except InputError as error:  # a stored file that cannot be read is a difference too
         raise VerificationError(error.message, param=error.param) from error
     return VerifyReport(
@@ -143,6 +142,21 @@ def _near_one(largest: float) -> float:
     if largest == 0:
         return 1.0
     return min(LARGEST_PROBE, math.ldexp(1.0, -math.frexp(largest)[1]))
+
+
+def _check_loads(folder: Path, plan: Plan) -> None:
+    """What transformers itself says against the folder is a difference, too."""
+    modules = {tensor.name: tensor.module for tensor in plan.tensors}
+    try:
+        check_loads(folder, modules, room=spare_host_bytes())
+    except BitmillError:
+        raise
+    except Exception as error:
+        raise_resource_error(error)
+        raise VerificationError(
+            f"transformers cannot load the packed folder: {' '.join(str(error).split())[:500]}",
+            param=folder.name,
+        ) from error
 
 
 def _check_map(bit_widths: BitWidthMap, hashes: Mapping[str, str]) -> None:

@@ -159,6 +159,10 @@ def _refuse_remote_code(config: dict[str, Any]) -> None:
     )
 
 
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+"""Precisions that a model may be said to be in."""
+
+
 def check_config(config: dict[str, Any]) -> Architecture:
     """Refuse unsupported, already quantized or absurdly large models; return the architecture."""
     _refuse_remote_code(config)
@@ -178,11 +182,24 @@ def check_config(config: dict[str, Any]) -> Architecture:
             code="bad_config",
             param="transformers_weights",
         )
+    _check_dtype(config)
     for key in LIMITS:
         size_of(config, key)
     for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
         _required(config, key)
     return found
+
+
+def _check_dtype(config: dict[str, Any]) -> None:
+    """Refuse a precision that transformers loads no model in, under its new and its old key."""
+    for key in ("dtype", "torch_dtype"):
+        value = config.get(key)
+        if value is not None and str(value).removeprefix("torch.") not in DTYPES:
+            raise ModelError(
+                f"config.json: {key} is {str(value)[:40]!r}, accepted are {', '.join(DTYPES)}",
+                code="bad_config",
+                param=key,
+            )
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:

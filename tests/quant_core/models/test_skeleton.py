@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bitmill.errors import ModelError
-from bitmill.models.skeleton import check_skeleton
+from bitmill.models.skeleton import check_generation, check_skeleton
 from tiny import llama_config
 
 CONFIG: dict[str, Any] = llama_config().to_dict()
@@ -47,6 +48,36 @@ def test_another_model_than_planned_is_refused() -> None:
     check_skeleton(gpt2)
     with pytest.raises(ModelError, match=r"builds transformer\.h\.0\.crossattention\.\S+ with"):
         check_skeleton(gpt2 | {"add_cross_attention": True})
+
+
+@pytest.mark.parametrize(
+    ("settings", "accepted"),
+    [
+        ({"eos_token_id": [1, 2], "temperature": 0.6, "do_sample": True}, True),
+        ({"temperature": 0.6, "do_sample": False}, True),
+        ({}, True),
+        ({"cache_implementation": "no_such_cache"}, False),
+        ({"early_stopping": "perhaps"}, False),
+        ({"max_new_tokens": -1}, False),
+    ],
+    ids=str,
+)
+def test_generation_settings_that_do_not_load_are_refused(
+    settings: dict[str, Any], accepted: bool, tmp_path: Path
+) -> None:
+    check_generation(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    if accepted:
+        check_generation(tmp_path)
+        return
+    with pytest.raises(ModelError, match=r"refuses generation_config\.json") as refused:
+        check_generation(tmp_path)
+    assert refused.value.param == "generation_config.json"
+
+
+def test_generation_settings_that_are_no_json_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ')
+    check_generation(tmp_path)
 
 
 def test_another_process_answers_in_json() -> None:

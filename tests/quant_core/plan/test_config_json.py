@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from bitmill.errors import ModelError
-from bitmill.plan.config_json import read_config, refuse_adapter, refuse_pickles, sanitize
+from bitmill.plan.config_json import (
+    check_config,
+    read_config,
+    refuse_adapter,
+    refuse_pickles,
+    sanitize,
+)
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -161,3 +167,14 @@ def test_pickle_only_checkpoint_is_refused_by_name(name: str, tmp_path: Path) ->
 def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no \*\.safetensors file"):
         refuse_pickles(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["int8", "float999", "float8_e4m3fn", "auto", 16, ["float32"]])
+def test_a_precision_that_no_model_loads_in_is_refused(key: str, value: object) -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 8}
+    for good in ("float32", "torch.bfloat16", "float16", None):
+        check_config(config | {key: good})
+    with pytest.raises(ModelError, match=f"{key} is") as refused:
+        check_config(config | {key: value})
+    assert (refused.value.code, refused.value.param) == ("bad_config", key)

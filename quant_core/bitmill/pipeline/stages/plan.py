@@ -11,7 +11,7 @@ from bitmill.evaluation.tasks import TaskSuite
 from bitmill.io.atomic import sha256_file, write_bytes
 from bitmill.models.reader import CheckpointSource, finite
 from bitmill.models.scale_range import ScaleRange
-from bitmill.models.skeleton import check_skeleton
+from bitmill.models.skeleton import check_generation, check_skeleton
 from bitmill.pipeline.source import Model
 from bitmill.pipeline.stage import Run, Stage
 from bitmill.plan.config_json import read_config
@@ -69,6 +69,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     """Raises for impossible tasks, for weights with NaN or infinity or beyond what scales hold, and
     for configurations of which transformers builds another model than is planned."""
     check_skeleton(read_config(inputs.model.folder)[0])
+    check_generation(inputs.model.folder)
     inputs.tasks.suite()
     scales = ScaleRange.of((*inputs.plan.linears, *inputs.plan.embeddings), inputs.widths)
     with CheckpointSource(inputs.model.folder) as tensors:
