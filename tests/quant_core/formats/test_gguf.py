@@ -22,7 +22,11 @@ from weights import PackedModel, dequantized_model, pack_model
 
 TOKENS = torch.arange(3, 35)[None]
 WRITTEN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
-SIZES = {"qwen3": {"head_dim": 128}, "gemma3_text": {"query_pre_attn_scalar": 16}}
+SIZES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": 128},
+    "gemma3_text": {"query_pre_attn_scalar": 16},
+}
 """What transformers' loader of GGUF files takes for granted, and llama.cpp."""
 LOADABLE = {"gemma3_text": {"sliding_window": 512, "head_dim": 256, "query_pre_attn_scalar": 256}}
 """What transformers' loader drops beyond that."""
@@ -107,6 +111,7 @@ def test_the_tokenizer_travels(tmp_path: Path) -> None:
         ("gpt2", (4,), {}, "gpt2: models of this type are not written"),
         ("llama", (4,), {"intermediate_size": 80}, "80 columns are no blocks of 32"),
         ("llama", (4,), {"hidden_act": "gelu"}, "config.json: hidden_act 'gelu' cannot be said"),
+        ("mistral", (4,), {"sliding_window": 8}, "sliding_window 8 is not applied by llama.cpp"),
         ("qwen2", (4,), {"use_sliding_window": True}, "use_sliding_window cannot be said"),
         (
             "llama",

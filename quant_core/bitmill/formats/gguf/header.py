@@ -81,7 +81,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if rope.get("rope_type") == "linear":
         found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    if kind in ("mistral", "gemma2", "gemma3_text") and config.get("sliding_window"):
+    if kind in ("gemma2", "gemma3_text") and config.get("sliding_window"):
         found["attention.sliding_window"] = config["sliding_window"]
     if kind == "gemma2":
         found["attn_logit_softcapping"] = float(config.get("attn_logit_softcapping") or 0)
@@ -143,6 +143,8 @@ def differences(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]
     activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
     if activation != _ACTIVATIONS.get(kind, "silu"):
         yield f"hidden_act {activation!r} cannot be said in a header"
+    if kind == "mistral" and config.get("sliding_window"):
+        yield f"sliding_window {config['sliding_window']} is not applied by llama.cpp"
     if config.get("use_sliding_window"):
         yield "use_sliding_window cannot be said in a header"
     name = NAMES[kind]
