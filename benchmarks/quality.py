@@ -186,7 +186,7 @@ class Bench:
             for i, block in enumerate(self.blocks):
                 state = BlockState(self.model, i, block, None, self.model.linears(block, i))
                 seen = collect(state, self.plan.siblings(i), Stream(hidden), batch=BATCH)
-                self._orders |= {name: activation_order(s.H) for name, s in seen.items()}
+                self._orders |= {name: activation_order(s.H.diagonal()) for name, s in seen.items()}
                 hidden = run_windows(self.model, i, block, hidden, batch=BATCH)
         return self._orders
 

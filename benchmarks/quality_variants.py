@@ -69,8 +69,7 @@ RESIDUAL = corrected(FULL)
 CHOSEN_RIDGE = corrected(FULL, GptqSolver.ridges)
 MORE_RIDGES = corrected(FULL, (0.05, 0.2, 0.5, 1.0, 2.0))
 
-PLAIN_COST = SensitivitySettings(widths=WIDTHS, gradients=PassSettings(batch=8))
-WEIGHTED_COST = replace(PLAIN_COST, moments="weighted")
+COST = SensitivitySettings(widths=WIDTHS, gradients=PassSettings(batch=8))
 
 BUDGETS = (4.0, 3.0, 2.5, 2.0)
 
@@ -122,7 +121,6 @@ def profile_rows() -> Iterator[Variant]:
     """Other profiles, orders and statistics, under one refinement."""
     for bits in (3.0, 2.0):
         tag = f"knapsack{bits:g}"
-        yield knapsack(f"{tag}-weightedcost", bits, FULL, profile=WEIGHTED_COST)
         yield replace(knapsack(f"{tag}-sourceinputs", bits, FULL), source_inputs=True)
         yield replace(knapsack(f"{tag}-natural", bits, FULL), order="natural")
         yield replace(knapsack(f"{tag}-residual-natural", bits, RESIDUAL), order="natural")
@@ -141,7 +139,7 @@ def knapsack(
     bits: float,
     refine: RefineSettings,
     *,
-    profile: SensitivitySettings = PLAIN_COST,
+    profile: SensitivitySettings = COST,
 ) -> Variant:
     """One knapsack row in activation order."""
     return Variant(name, "knapsack", bits, "activation", refine, profile)

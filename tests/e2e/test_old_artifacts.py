@@ -1,7 +1,8 @@
 """What commit 7c5cfe5 stored, read by the current code (tests/fixtures/made-by-7c5cfe5/README.md).
 
-What lies on a user's disk is read as it was meant, or refused by name. Bytes depend on torch, the
-processor and its instructions; where these are as they were, the bytes must be the same.
+What lies on a user's disk is read as it was meant, or refused by name. A job's bytes are those
+kept in tests/fixtures/packed; they depend on torch, the processor and its instructions, and where
+these are others, values are compared.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from servers import Postgres
 pytestmark = pytest.mark.e2e
 
 OLD = Path(__file__).parents[1] / "fixtures/made-by-7c5cfe5"
-HASHES = json.loads((OLD / "hashes.json").read_text())
+PACKED = OLD.with_name("packed")
+HASHES = json.loads((PACKED / "hashes.json").read_text())
 STAMP = 1_790_000_000
 LEAST_EQUAL = {"llama": 0.5, "moe": 0.95}
 """Share of equal stored values on another processor; with other instructions 0.61 and 0.97."""
@@ -249,7 +251,7 @@ def quantize(folder: Path, name: str, *more: str, code: int = 0) -> Path:
 
 
 def check_packed(folder: Path, name: str) -> None:
-    """The files that 7c5cfe5 packed; elsewhere than on its machine, codes that mostly agree."""
+    """The files of tests/fixtures/packed; elsewhere than where they were made, mostly its codes."""
     bitmill.check_folder(folder)
     expected = HASHES["packed"][name].items()
     other = [file for file, k in expected if sha256((folder / file).read_bytes()).hexdigest() != k]
@@ -257,7 +259,7 @@ def check_packed(folder: Path, name: str) -> None:
         assert other == []
     if not other:
         return
-    ours, old = (load_file(f / "model.safetensors") for f in (folder, OLD / "packed" / name))
+    ours, old = (load_file(f / "model.safetensors") for f in (folder, PACKED / name))
     assert {k: (t.dtype, t.shape) for k, t in ours.items()} == {
         k: (t.dtype, t.shape) for k, t in old.items()
     }

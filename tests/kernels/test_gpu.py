@@ -178,3 +178,19 @@ def test_hessian_sums_match_double_precision(dtype, K):
     reference.hessian_update(expected, x)
     # the tensor cores truncate their fp32 sums, which all have one sign here
     assert relative_error(H.triu(), expected.triu()) < (1e-5 if dtype == torch.float32 else 3e-5)
+
+
+@pytest.mark.parametrize("K", [384, 2304])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weighted_hessian_sums_are_as_near_as_bf16_inputs(dtype, K):
+    """Weights as small as squared gradients are, which fp16 could not hold."""
+    x = torch.randn(3000, K, device=GPU).to(dtype)
+    weight = 1e-12 * torch.rand(3000, device=GPU)
+    H, expected = torch.zeros(K, K, device=GPU), torch.zeros(K, K, device=GPU).double()
+    for part, weights in zip(x.split(2000), weight.split(2000), strict=True):
+        hessian_update(H, part, weights)
+    reference.hessian_update(expected, x, weight)
+    error = (H.double() - expected).triu().abs().max() / expected.diagonal().mean()
+    assert error < (1e-5 if dtype == torch.float32 else 5e-4)
+    diagonal = H.diagonal().double() / expected.diagonal()
+    assert (diagonal - 1).abs().max() < (1e-5 if dtype == torch.float32 else 5e-4)

@@ -1,7 +1,8 @@
 """Accumulation of second moments, H += x^T diag(weight) x and others, fp32 sums, never TF32.
 
 bf16 and fp16 inputs on CUDA multiply in the tensor cores with fp32 output: their products are
-exact in fp32. A per-token weight is applied in fp32 and takes the slower fp32 product. The
+exact in fp32. Where tokens of such inputs are weighted, inputs times the root of the weight are
+rounded to bf16 first, which moves H by about 1e-6 of its diagonal. The
 factor 2/T of the paper (arXiv 2210.17323, section 3) is left to the caller: scale once at the
 end, not once per batch. Large H are symmetric halves: below the diagonal only what shares a block
 of columns with it is added, which leaves out three eighths of the operations.
@@ -23,12 +24,18 @@ WHOLE_COLUMNS = 2047
 
 COLUMN_BLOCKS = 4
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def hessian_update(H: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
     """Add the inputs x [T, K] (bf16, fp16 or f32), weighted f32 [T], to H f32 [K, K] in place.
 
     Only the upper triangle is whole after it, with the diagonal: mirror it before use.
     """
+    if weight is not None and x.is_cuda and x.dtype in HALVES:
+        scaled = torch.empty_like(x, dtype=torch.bfloat16)
+        hessian_update(H, torch.mul(x, weight.sqrt()[:, None], out=scaled))
+        return
     if H.shape != (x.shape[1], x.shape[1]) or x.shape[1] <= WHOLE_COLUMNS:
         cross_update(H, x, x, weight)
         return
@@ -51,8 +58,7 @@ def cross_update(C: Tensor, left: Tensor, right: Tensor, weight: Tensor | None =
             f"the sum is {C.dtype} {tuple(C.shape)} for inputs {tuple(left.shape)} and "
             f"{tuple(right.shape)}: give float32 {list(shape)} and as many tokens on both sides"
         )
-    halves = (torch.bfloat16, torch.float16)
-    if weight is None and left.is_cuda and left.dtype == right.dtype and left.dtype in halves:
+    if weight is None and left.is_cuda and left.dtype == right.dtype and left.dtype in HALVES:
         add_product(C, left.t(), right)
         return
     with _exact_fp32():

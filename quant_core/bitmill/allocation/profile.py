@@ -55,7 +55,8 @@ class ProfileConfig(Closed):
     kind: see `sensitivity/measure.py`. widths: of kind "knapsack"; base: the width that "sba"
     departs from. keep: patterns of linears that stay in the source precision; embeddings: matrices
     that are quantized too. code: of groups, where it is not affine. sequences: windows, where not
-    all of the calibration's were taken. What is None was not recorded.
+    all of the calibration's were taken. moments: how the costs of kind "knapsack" weigh tokens;
+    None in profiles from before they did. What else is None was not recorded.
     """
 
     kind: Literal["knapsack", "sba", "orders"] | None = None
@@ -64,6 +65,7 @@ class ProfileConfig(Closed):
     embeddings: tuple[str, ...] | None = None
     widths: tuple[int, ...] | None = None
     code: str | None = None
+    moments: Literal["weighted"] | None = None
     base: int | None = None
     sequences: int | None = None
     dtype: str | None = None

@@ -28,13 +28,21 @@ NAMED_ROWS = 8
 class HessianAccumulator:
     """Weighted mean of x x^T over calibration tokens, fp32 [K, K] on one device.
 
-    `name` is the linear (or input) that messages speak of.
+    `name` is the linear (or input) that messages speak of. diagonal: only x^2 is summed, [K].
     """
 
-    def __init__(self, columns: int, device: torch.device | str, *, name: str = "input") -> None:
+    def __init__(
+        self,
+        columns: int,
+        device: torch.device | str,
+        *,
+        name: str = "input",
+        diagonal: bool = False,
+    ) -> None:
         self.name, self.columns = name, columns
         self.tokens = 0
-        self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        shape = (columns,) if diagonal else (columns, columns)
+        self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
         self._mass = torch.zeros((), dtype=torch.float64, device=device)
         self._unchecked: list[Tensor] = []
 
@@ -42,14 +50,19 @@ class HessianAccumulator:
         """Adds inputs x [T, K] (bf16, fp16 or f32), weighted by f32 [T] >= 0 where given."""
         with timed("hessian"):
             self._unchecked.append(x.sum(1, dtype=torch.float32))
-            hessian_update(self._sum, x, weight)
+            if self._sum.ndim == 2:
+                hessian_update(self._sum, x, weight)
+            else:
+                scaled = x if weight is None else x * weight.sqrt()[:, None]
+                norms = torch.linalg.vector_norm(scaled, dim=0, dtype=torch.float32)
+                self._sum += norms.square()
         self._mass += x.shape[0] if weight is None else weight.double().sum()
         self.tokens += x.shape[0]
 
     def mean(self) -> Tensor:
-        """H f32 [K, K], symmetric; zero where no token (an expert's, say) was added."""
-        mass = self._mass.clamp(min=torch.finfo(torch.float32).tiny)
-        return mirrored(self._sum / mass.float())
+        """H f32 [K, K], symmetric, or its diagonal; 0 where no token (of an expert) was added."""
+        mean = self._sum / self._mass.clamp(min=torch.finfo(torch.float32).tiny).float()
+        return mirrored(mean) if mean.ndim == 2 else mean
 
     def check_later(self) -> Callable[[], None]:
         """What raises CalibrationError, naming the token rows, where inputs were not finite.

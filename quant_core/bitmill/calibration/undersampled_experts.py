@@ -48,7 +48,7 @@ def starved_note(name: str, columns: int) -> str:
 
 
 def filled_means(inputs: Mapping[str, HessianAccumulator]) -> dict[str, Tensor]:
-    """H f32 [K, K] of the starved among some inputs, by the linear that names each."""
+    """H f32 [K, K], or its diagonal, of the starved among some inputs, by what names each."""
     filled = {}
     for names in _layers(inputs):
         starved = [
@@ -58,7 +58,7 @@ def filled_means(inputs: Mapping[str, HessianAccumulator]) -> dict[str, Tensor]:
             continue
         layer = _layer_mean([inputs[name] for name in names])
         if names[0].endswith(_OWN_INPUTS):
-            layer = torch.eye(len(layer), device=layer.device) * layer.diagonal().mean()
+            layer = _even(layer)
         for name in starved:
             share = inputs[name].tokens / len(layer)
             filled[name] = share * inputs[name].mean() + (1 - share) * layer
@@ -71,7 +71,14 @@ def _layer_mean(inputs: Sequence[HessianAccumulator]) -> Tensor:
     for one in inputs:
         if one.tokens:
             layer += one.tokens / tokens * one.mean()
-    return layer if tokens else torch.eye(len(layer), device=layer.device)
+    return layer if tokens else _even(torch.ones_like(layer))
+
+
+def _even(H: Tensor) -> Tensor:
+    """(mean of diag H) I, or its diagonal where H is one."""
+    if H.ndim == 1:
+        return H.mean().expand_as(H)
+    return torch.eye(len(H), device=H.device) * H.diagonal().mean()
 
 
 def fill_squares(

@@ -55,7 +55,7 @@ def backward_bytes(plan: Plan, element: int, tokens: int) -> int:
     """
     per_block = []
     for i in {0, plan.block_count - 1}:
-        squares = [plan.by_name[names[0]].columns ** 2 for names in plan.siblings(i)]
+        squares = [linear.columns**2 for linear in plan.block_linears(i)]
         moments = 4 * (sum(squares) + FACTOR_COPIES * max(squares, default=0))
         activations = 2 * activation_bytes(plan, i, tokens, element)
         per_block.append(2 * element * block_weights(plan, i) + moments + activations)

@@ -4,12 +4,13 @@ To second order, a change D of one linear's weights raises the mean loss of P pr
 
     1/(2P) sum_t (g_t^T D x_t)^2  ~  1/2 sum_n q_n  d_n H d_n^T        d_n: row n of D
     q_n = 1/P sum_t g_tn^2                g: gradient of the summed loss at the linear's output
-    H   = mean_t x_t x_t^T                or, with moments = "weighted", mean over tokens
-                                          weighted by a_t = sum_n g_tn^2
+    H   = sum_t a_t x_t x_t^T / sum_t a_t           a_t = sum_n g_tn^2
 
 (Fisher information with rows taken as independent, as in Kronecker-factored curvature, arXiv
-1503.05671, section 3; the weighted form keeps which tokens matter.) One backward pass gives q and H
-for every linear (`calibration/gradients.py`).
+1503.05671, section 3, but for the weights a_t: tokens that excite some inputs strongly need not be
+those with large gradients, and the plain mean of x x^T overstates such inputs, up to 25 times in
+down projections of Gemma 3 270M.) One backward pass gives q and H for every linear
+(`calibration/gradients.py`). Columns are ordered by the plain mean of x^2, which siblings share.
 
 The cost of width b for group j comes from the real quantizer: its grid search, then the GPTQ column
 loop inside the group, whose normalized errors e_k / U_kk are exactly what is left of D H D^T once
@@ -96,7 +97,6 @@ class SensitivitySettings:
 
     widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     order: Literal["natural", "activation"] = "activation"
-    moments: Literal["plain", "weighted"] = "plain"
     rows: int = 512
     code: str = "affine"
     gradients: PassSettings = field(default_factory=PassSettings)
@@ -115,56 +115,55 @@ class BlockMoments:
         groups: Sequence[Sequence[str]],
         linears: Mapping[str, tuple[int, int]],
         device: torch.device,
-        settings: SensitivitySettings,
     ) -> None:
         self._owner = {name: group[0] for group in groups for name in group}
-        self._plain = {
-            group[0]: HessianAccumulator(linears[group[0]][1], device, name=group[0])
+        self._energies = {
+            group[0]: HessianAccumulator(linears[group[0]][1], device, name=group[0], diagonal=True)
             for group in groups
         }
         self._squares = {
             name: torch.zeros(rows, dtype=torch.float64, device=device)
             for name, (rows, _) in linears.items()
         }
-        self._weighted: dict[str, HessianAccumulator] = {}
-        if settings.moments == "weighted":
-            self._weighted = {
-                name: HessianAccumulator(columns, device, name=name)
-                for name, (_, columns) in linears.items()
-            }
+        self._weighted = {
+            name: HessianAccumulator(columns, device, name=name)
+            for name, (_, columns) in linears.items()
+        }
         self._filled: dict[str, Tensor] = {}
+        self._filled_energies: dict[str, Tensor] = {}
 
     def seen(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Add one batch: x [T, K], gradient [T, N]."""
         norms = torch.linalg.vector_norm(gradient, dim=0, dtype=torch.float32)
         self._squares[name] += norms.double().square()
         if self._owner[name] == name:
-            self._plain[name].add(x)
-        if self._weighted:
-            norms = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
-            self._weighted[name].add(x, norms.square())
+            self._energies[name].add(x)
+        norms = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
+        self._weighted[name].add(x, norms.square())
 
     def all_reduce(self, group: Group) -> None:
         """Add what the other ranks have seen."""
-        check = all_reduce((*self._plain.values(), *self._weighted.values()), group)
+        check = all_reduce((*self._energies.values(), *self._weighted.values()), group)
         group.all_reduce(*self._squares.values())
         check()
 
     def fill(self) -> None:
         """Fill up what starved experts saw."""
-        self._filled = filled_means(self._plain)
-        inputs = {name: self._plain[owner] for name, owner in self._owner.items()}
-        filled = fill_squares(self._squares, inputs)
+        self._filled = filled_means(self._weighted)
+        self._filled_energies = filled_means(self._energies)
+        filled = fill_squares(self._squares, self._weighted)
         self._squares = {name: squares.cpu() for name, squares in filled.items()}
 
-    def mean(self, name: str) -> Tensor:
-        """H f32 [K, K], mean of x x^T, of a linear's input."""
+    def energy(self, name: str) -> Tensor:
+        """Mean of x^2 f32 [K] of a linear's input."""
         owner = self._owner[name]
-        return self._filled[owner] if owner in self._filled else self._plain[owner].mean()
+        if owner in self._filled_energies:
+            return self._filled_energies[owner]
+        return self._energies[owner].mean()
 
-    def weighted(self, name: str) -> Tensor | None:
-        """H f32 [K, K] weighted by the gradients at a linear's output, where it was asked for."""
-        return self._weighted[name].mean() if self._weighted else None
+    def weighted(self, name: str) -> Tensor:
+        """H f32 [K, K] of a linear's input, weighted by the gradients at its output."""
+        return self._filled[name] if name in self._filled else self._weighted[name].mean()
 
     def row_weight(self, name: str, predictions: int) -> Tensor:
         """q f64 [N] of a linear, on the CPU."""
@@ -236,7 +235,7 @@ class _Measurement:
                 return None
             shapes = {li.name: (li.rows, li.columns) for li in self._plan.block_linears(i)}
             groups = self._plan.siblings(i)
-            self._moments[i] = BlockMoments(groups, shapes, self._model.device, self._settings)
+            self._moments[i] = BlockMoments(groups, shapes, self._model.device)
             return self._moments[i]
 
         def done(i: int, gradient: Tensor) -> None:
@@ -300,31 +299,26 @@ class _Measurement:
         moments: BlockMoments,
         predictions: int,
     ) -> tuple[list[LinearProfile], IndexArray | None]:
-        """Linears that read one input share its order and, with plain moments, its factor."""
-        H = moments.mean(group[0])
+        """Linears that read one input share its order."""
         order: Tensor | None = None
         if self._settings.order == "activation":
-            order = activation_order(H)
-        weighted = self._settings.moments == "weighted"
+            order = activation_order(moments.energy(group[0]))
+        rewrites = packed_rewrites(self._settings.code, order)
         linears = []
-        for names in [[name] for name in group] if weighted else [list(group)]:
-            own = moments.weighted(names[0])
-            rewrites = packed_rewrites(self._settings.code, order)
-            shared = Curvature.prepare(rewrites.hessian(H if own is None else own), name=names[0])
-            weights = [weight_of(modules[name]).detach() for name in names]
-            row_weights = [moments.row_weight(name, predictions) for name in names]
+        for name in group:
+            curvature = Curvature.prepare(rewrites.hessian(moments.weighted(name)), name=name)
+            weight = weight_of(modules[name]).detach()
+            row_weight = moments.row_weight(name, predictions)
             with timed("cost"):
                 if self._settings.code == "trellis":
-                    upper, rates = shared.factor.upper, self._settings.widths
-                    pairs = zip(weights, row_weights, strict=True)
-                    costs = [trellis_costs(W, q, upper, rates, rewrites) for W, q in pairs]
+                    upper, rates = curvature.factor.upper, self._settings.widths
+                    table = trellis_costs(weight, row_weight, upper, rates, rewrites)
                 else:
-                    costs = input_costs(weights, row_weights, shared, self._settings, rewrites)
-            for name, table in zip(names, costs, strict=True):
-                _check_costs(name, table)
-                linear = self._plan.by_name[name]
-                owner = None if order is None else group[0]
-                linears.append(LinearProfile(name, linear.rows, linear.columns, table, owner))
+                    table = linear_costs(weight, row_weight, curvature, self._settings, rewrites)
+            _check_costs(name, table)
+            linear = self._plan.by_name[name]
+            owner = None if order is None else group[0]
+            linears.append(LinearProfile(name, linear.rows, linear.columns, table, owner))
         return linears, None if order is None else _index_array(order)
 
 
@@ -338,26 +332,24 @@ def _check_costs(name: str, costs: FloatArray) -> None:
         )
 
 
-def input_costs(
-    weights: Sequence[Tensor],
-    row_weights: Sequence[Tensor],
+def linear_costs(
+    W: Tensor,
+    row_weight: Tensor,
     curvature: Curvature,
     settings: SensitivitySettings,
     rewrites: Rewrites = NO_REWRITES,
-) -> list[FloatArray]:
-    """Costs float64 [G, B], nats per token, of every width for every group of each linear.
+) -> FloatArray:
+    """Costs float64 [G, B], nats per token, of every width for every group of a linear.
 
-    weights: [N, K] of linears that read one input, in the source's columns; row_weights: [N] each.
-    curvature: that of the input behind the rewrites, in whose columns the groups lie.
+    W: [N, K] in the source's columns; row_weight: [N]. curvature: that of the input behind the
+    rewrites, in whose columns the groups lie.
     """
-    device = weights[0].device
-    samples = [sample_rows(weight, settings.rows) for weight in row_weights]
-    rows = [W[s.chosen.to(device)].float() for W, s in zip(weights, samples, strict=True)]
-    losses = _row_losses(rewrites.weights(torch.cat(rows)), curvature, settings.widths).double()
-    share = torch.cat([s.share for s in samples]).to(device)
-    parts = (0.5 * share * losses).split([len(s.share) for s in samples], 2)
-    table = torch.stack([part.sum(2).T for part in parts]).clamp(min=0.0).cpu()
-    return [costs.numpy() for costs in table]
+    chosen, share = sample_rows(row_weight, settings.rows)
+    rows = rewrites.weights(W[chosen.to(W.device)].float())
+    losses = _row_losses(rows, curvature, settings.widths).double()
+    table = (0.5 * share.to(W.device) * losses).sum(2).T.clamp(min=0.0).cpu()
+    costs: FloatArray = table.numpy()
+    return costs
 
 
 def _row_losses(W: Tensor, curvature: Curvature, widths: Sequence[int]) -> Tensor:

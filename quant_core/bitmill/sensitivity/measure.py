@@ -174,7 +174,7 @@ def _measure_orders(
     state = BlockState(model, i, block, None, model.linears(block, i))
     seen = collect(state, groups, stream, batch=batch, advance=True)
     seen[groups[0][0]].check()
-    orders = {group[0]: activation_order(seen[group[0]].H) for group in groups}
+    orders = {group[0]: activation_order(seen[group[0]].H.diagonal()) for group in groups}
     return _block_profile(model, i, origin, orders, {})
 
 

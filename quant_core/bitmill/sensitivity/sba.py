@@ -206,7 +206,7 @@ def profile_block_sba(
         for name in group:
             del seen[name]
         if order == "activation":
-            found = orders[lead] if orders else activation_order(H)
+            found = orders[lead] if orders else activation_order(H.diagonal())
             chosen |= dict.fromkeys(group, found)
         shared = SbaInput.prepare(H, chosen.get(lead), lead)
         for name in group:

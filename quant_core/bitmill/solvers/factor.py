@@ -53,9 +53,9 @@ def mirrored(H: Tensor) -> Tensor:
     return H
 
 
-def activation_order(H: Tensor) -> Tensor:
-    """Columns by descending diag(H), i64 [K]; equal columns keep their order."""
-    return torch.argsort(H.diagonal(), descending=True, stable=True)
+def activation_order(energy: Tensor) -> Tensor:
+    """Columns by descending mean square f32 [K], i64 [K]; equal columns keep their order."""
+    return torch.argsort(energy, descending=True, stable=True)
 
 
 def damped(H: Tensor, damping: float) -> Tensor:

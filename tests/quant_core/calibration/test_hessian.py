@@ -40,6 +40,10 @@ def test_token_weights_weigh_and_their_scale_cancels():
     expected = x.double().T @ (weight.double()[:, None] * x.double()) / weight.double().sum()
     assert torch.allclose(means[0].double(), expected, rtol=1e-4, atol=1e-4)
     assert torch.allclose(means[0], means[1], rtol=1e-4, atol=1e-4)
+    squares = HessianAccumulator(40, "cpu", diagonal=True)
+    squares.add(x[:100], weight[:100])
+    squares.add(x[100:], weight[100:])
+    torch.testing.assert_close(squares.mean(), means[0].diagonal())
 
 
 def test_non_finite_tokens_are_named():

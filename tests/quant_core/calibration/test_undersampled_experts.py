@@ -96,6 +96,21 @@ def test_second_moments_are_filled_up_to_as_many_tokens_as_columns() -> None:
         torch.testing.assert_close(found[f"{LAYER}.1.{part}"], expected)
 
 
+def test_diagonals_are_filled_up_as_whole_matrices_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = [torch.randn(n, 8, generator=generator) for n in (0, 3, 20)]
+    for part in ("gate_proj", "down_proj"):
+        names = [f"{LAYER}.{e}.{part}" for e in range(3)]
+        whole = filled_means({n: accumulator(one) for n, one in zip(names, x, strict=True)})
+        sums = {n: HessianAccumulator(8, "cpu", diagonal=True) for n in names}
+        for name, one in zip(names[1:], x[1:], strict=True):
+            sums[name].add(one)
+        found = filled_means(sums)
+        assert found.keys() == whole.keys()
+        for name, diagonal in found.items():
+            torch.testing.assert_close(diagonal, whole[name].diagonal())
+
+
 def test_a_layer_without_tokens_is_rounded() -> None:
     nothing = {f"{LAYER}.{e}.gate_proj": accumulator(torch.empty(0, 8)) for e in range(2)}
     found = filled_means(nothing)

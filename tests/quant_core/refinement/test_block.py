@@ -155,7 +155,7 @@ def test_column_orders_are_stored_and_undone(llama):
     block = llama.load_block(0)
     state = BlockState(llama, 0, block, None, llama.linears(block, 0))
     seen = collect(state, llama.plan.siblings(0), stream, batch=2)
-    orders = {name: activation_order(statistics.H) for name, statistics in seen.items()}
+    orders = {name: activation_order(statistics.H.diagonal()) for name, statistics in seen.items()}
     assert torch.equal(orders[PREFIX + "self_attn.q_proj"], orders[PREFIX + "self_attn.v_proj"])
     settings = RefineSettings(QUICK, transforms=(ColumnOrders(orders),), batch=4)
     refined, weights, results = refine(llama, 0, stream, width=4, settings=settings)

@@ -101,6 +101,7 @@ def needed(
         embeddings=tuple(matrix.name for matrix in plan.embeddings) or None,
         widths=CODES[config.code_name].widths if knapsack else None,
         code=config.code_name if knapsack and config.code_name != "affine" else None,
+        moments="weighted" if knapsack else None,
         base=Allocator(plan, allocation).sba_base(config.budget) if sba else None,
         sequences=config.calibration.profile_sequences,
         dtype=str(compute_dtype(torch.device(environment.device), plan)),
