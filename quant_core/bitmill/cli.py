@@ -90,6 +90,7 @@ def _evaluate(file: Path, _: Tell) -> dict[str, Any]:
         texts=asked.texts,
         sequences=asked.sequences,
         length=asked.length,
+        framing=asked.framing,
         device=asked.device,
         tasks=asked.tasks,
         task_folder=asked.task_folder,

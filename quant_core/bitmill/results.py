@@ -143,7 +143,8 @@ class QualityReport(_Closed):
     """`quality.json` of a packed checkpoint.
 
     blocks, tuning: what learning did, where the refinement learns. resumed: both are the report of
-    the job whose parameters this one took over; it trained nothing itself.
+    the job whose parameters this one took over; it trained nothing itself. begins: the special
+    tokens that windows begin with, for "calibration" and "evaluation".
     seconds: wall time of each stage of the attempt that finished.
     """
 
@@ -154,6 +155,7 @@ class QualityReport(_Closed):
     blocks: tuple[BlockQuality, ...] = ()
     tuning: TuningQuality | None = None
     resumed: bool = False
+    begins: dict[str, str] = {}
     warnings: tuple[str, ...] = ()
     seconds: dict[str, float] = {}
 

@@ -1,8 +1,8 @@
 """Texts as token windows, for calibration and for evaluation.
 
-A text is tokenized whole, without special tokens, and cut into consecutive windows of `length`
-tokens; the remainder is dropped. Calibration takes the first `sequences` of a seeded permutation of
-the windows, held-out sequences are the next ones of it; evaluation takes windows in their order.
+A text becomes consecutive windows of `length` tokens (`framing.py`). Calibration takes the first
+`sequences` of a seeded permutation of the windows, held-out sequences are the next ones of it;
+evaluation takes windows in their order.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitmill.calibration.framing import framed
 from bitmill.calibration.texts import bundled_text, read_text
 from bitmill.config.quantization import (
     Calibration,
     Evaluation,
+    Framing,
 )
 from bitmill.errors import CalibrationError
 from bitmill.models.tokenizer import load_tokenizer
@@ -30,12 +32,13 @@ class CalibrationSet:
     """Windows of one text.
 
     tokens: int64 [S, T]; held_out: int64 [S2, T], no window of `tokens`;
-    digest: hex SHA-256 of both, part of what a profile is identified by.
+    digest: hex SHA-256 of both, part of what a profile is identified by; framing: how they begin.
     """
 
     tokens: Tensor
     held_out: Tensor
     digest: str
+    framing: Framing = "tokenizer"
 
 
 def check_token_ids(ids: Sequence[int], tokenizer: Any, rows: int | None, param: str) -> None:
@@ -56,24 +59,31 @@ def check_token_ids(ids: Sequence[int], tokenizer: Any, rows: int | None, param:
 
 
 def token_windows(
-    text: str, tokenizer: Any, length: int, *, rows: int | None = None, param: str = "text"
+    text: str,
+    tokenizer: Any,
+    length: int,
+    *,
+    framing: Framing = "tokenizer",
+    rows: int | None = None,
+    param: str = "text",
 ) -> Tensor:
-    """int64 [windows, length]: the whole text without special tokens, remainder dropped.
+    """int64 [windows, length] of the whole text.
 
     Raises `CalibrationError` where the text is shorter than one window or holds a token that the
-    model's embedding of `rows` rows does not.
+    model's embedding of `rows` rows does not, and what `framed` raises.
     """
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    check_token_ids(ids, tokenizer, rows, param)
-    windows = len(ids) // length
-    if windows == 0:
+    windows = framed(text, tokenizer, length, framing)
+    if not windows:
+        count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         raise CalibrationError(
-            f"the text has {len(ids)} tokens, one sequence needs {length}: give a longer text or "
+            f"the text has {count} tokens, one sequence needs {length}: give a longer text or "
             "a smaller calibration.length",
             code="text_too_short",
             param="calibration.length",
         )
-    return torch.tensor(ids[: windows * length], dtype=torch.int64).view(windows, length)
+    found = torch.tensor(windows, dtype=torch.int64)
+    check_token_ids([int(found.max())], tokenizer, rows, param)
+    return found
 
 
 def _digest(*parts: Tensor) -> str:
@@ -94,7 +104,12 @@ def calibration_tokens(
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     windows = token_windows(
-        read_text(calibration), tokenizer, calibration.length, rows=rows, param="calibration.text"
+        read_text(calibration),
+        tokenizer,
+        calibration.length,
+        framing=calibration.framing,
+        rows=rows,
+        param="calibration.text",
     )
     first, asked = calibration.sequences, calibration.sequences + calibration.held_out
     if len(windows) < asked:
@@ -107,7 +122,7 @@ def calibration_tokens(
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     tokens, held_out = windows[order[:first]], windows[order[first:asked]]
-    return CalibrationSet(tokens, held_out, _digest(tokens, held_out))
+    return CalibrationSet(tokens, held_out, _digest(tokens, held_out), calibration.framing)
 
 
 def evaluation_tokens(
@@ -116,6 +131,7 @@ def evaluation_tokens(
     *,
     length: int,
     sequences: int | None = None,
+    framing: Framing = "tokenizer",
     rows: int | None = None,
 ) -> Tensor:
     """int64 [windows, length] of a bundled text, in order, at most `sequences` of them.
@@ -124,7 +140,8 @@ def evaluation_tokens(
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     text = bundled_text(name)
-    return token_windows(text, tokenizer, length, rows=rows, param="evaluation")[:sequences]
+    windows = token_windows(text, tokenizer, length, framing=framing, rows=rows, param="evaluation")
+    return windows[:sequences]
 
 
 def evaluation_windows(
@@ -133,7 +150,12 @@ def evaluation_windows(
     """Windows int64 [S, T] of every text that an evaluation asks for; rows as above."""
     return {
         text: evaluation_tokens(
-            text, tokenizer_folder, length=asked.length, sequences=asked.sequences, rows=rows
+            text,
+            tokenizer_folder,
+            length=asked.length,
+            sequences=asked.sequences,
+            framing=asked.framing,
+            rows=rows,
         )
         for text in asked.texts
     }

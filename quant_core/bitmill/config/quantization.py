@@ -101,10 +101,16 @@ class DatasetText(Closed):
     field: str = "text"
 
 
+Framing = Literal["tokenizer", "none", "chat"]
+"""A window begins with what the tokenizer puts before a text, with the text itself, or is a
+conversation in the tokenizer's chat template, with the text's paragraphs as turns."""
+
+
 class Calibration(Closed):
     """Which text is measured. `sequences` windows of `length` tokens, then `held_out` more.
 
     profile_sequences: how many of them the profile is measured on, from the first; None for all.
+    framing: how windows begin, see `Framing`.
     """
 
     text: Annotated[BundledText | FileText | DatasetText, Field(discriminator="source")] = (
@@ -114,6 +120,7 @@ class Calibration(Closed):
     length: int = Field(default=2048, ge=8, le=131072)
     held_out: int = Field(default=16, ge=0, le=4096)
     profile_sequences: int | None = Field(default=None, ge=1)
+    framing: Framing = "tokenizer"
 
     @model_validator(mode="after")
     def _profile_within(self) -> Self:
@@ -349,6 +356,8 @@ class Evaluation(Closed):
     tasks: lm-evaluation-harness tasks by name, measured on the source and on the result with the
     whole model in memory; needs the extra `eval`.
 
+    framing: how windows begin; tasks are asked in the chat template too where it is "chat".
+
     baselines: also quantize and measure these: plain GPTQ in natural column order at one width,
     "uniform" at the legal width nearest to the map's mean, "uniform-3" at 3 bits.
     """
@@ -361,6 +370,7 @@ class Evaluation(Closed):
     length: int = Field(default=2048, ge=8, le=131072)
     baselines: tuple[Baseline, ...] = ()
     tasks: tuple[TaskName, ...] = ()
+    framing: Framing = "tokenizer"
 
 
 class Stored(Closed):

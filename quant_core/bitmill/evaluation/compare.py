@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from bitmill.calibration.windows import evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.quantization import Budget, Evaluation, QuantizationConfig
+from bitmill.config.quantization import Budget, Evaluation, Framing, QuantizationConfig
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
 from bitmill.evaluation.origin import check_made_from
 from bitmill.evaluation.tasks import TaskSuite
@@ -116,6 +116,7 @@ def measure_tasks(
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
+    chat: bool,
     on_unit: Callable[[int, int, str, str], None],
 ) -> list[QualityRow]:
     """The rows, those of `folders` (by method) with their tasks' scores; one model at a time.
@@ -135,6 +136,7 @@ def measure_tasks(
             load_tokenizer(folder),
             on_task=partial(_report_task, on_unit, method),
             seed=seed,
+            chat=chat,
         )
         del model
     return [row.model_copy(update={"tasks": scores.get(row.method, {})}) for row in rows]
@@ -159,6 +161,7 @@ def evaluate_folder(
     task_folder: Path | None = None,
     seed: int = 0,
     on_unit: Callable[[int, int, str, str], None] = lambda *_: None,
+    framing: Framing = "tokenizer",
 ) -> list[QualityRow]:
     """Measure a packed folder against its source model: rows for the source and the folder.
 
@@ -166,7 +169,13 @@ def evaluate_folder(
     was made from another model. Settings of the process are the caller's again behind it.
     """
     asked = Evaluation.model_validate(
-        {"texts": texts, "sequences": sequences, "length": length, "tasks": tasks}
+        {
+            "texts": texts,
+            "sequences": sequences,
+            "length": length,
+            "tasks": tasks,
+            "framing": framing,
+        }
     )
     suite = TaskSuite(asked.tasks, task_folder) if asked.tasks else None
     checkpoint = open_checkpoint(folder)
@@ -195,5 +204,6 @@ def evaluate_folder(
             device=where,
             dtype=model.dtype,
             seed=seed,
+            chat=framing == "chat",
             on_unit=on_unit,
         )

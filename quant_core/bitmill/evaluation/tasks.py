@@ -66,12 +66,19 @@ class TaskSuite:
             ) from error
 
     def measure(
-        self, model: Any, tokenizer: Any, *, on_task: Callable[[int, int, str], None], seed: int = 0
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        on_task: Callable[[int, int, str], None],
+        seed: int = 0,
+        chat: bool = False,
     ) -> dict[str, TaskQuality]:
         """Scores of a transformers causal language model, on the device it lies on.
 
         A name that stands for several tasks gives one entry for each. on_task: told the number of
-        finished names, their total and the name.
+        finished names, their total and the name. chat: questions are put into the tokenizer's chat
+        template.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -84,6 +91,7 @@ class TaskSuite:
                 tasks=[name],
                 task_manager=self._manager,
                 log_samples=False,
+                apply_chat_template=chat,
                 random_seed=seed,
                 numpy_random_seed=seed,
                 torch_random_seed=seed,

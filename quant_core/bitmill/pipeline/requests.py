@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from bitmill.config.closed import Closed
-from bitmill.config.quantization import QuantizationConfig
+from bitmill.config.quantization import Framing, QuantizationConfig
 
 
 class Request(Closed):
@@ -45,6 +45,7 @@ class EvaluateRequest(Request):
     texts: tuple[str, ...] = ("wiki_evaluation", "handbook_evaluation")
     sequences: int | None = None
     length: int = 2048
+    framing: Framing = "tokenizer"
     tasks: tuple[str, ...] = ()
     task_folder: Path | None = None
 

@@ -175,6 +175,9 @@ def _quality_table(data: ReportData) -> str:
         for text in texts
         if (found := next(row.texts[text] for row in rows if text in row.texts))
     )
+    begins = "".join(
+        f" Windows of {kind} begin with {what}." for kind, what in data.quality.begins.items()
+    )
     return "<h2>Quality</h2>" + table(
         [
             "method",
@@ -185,7 +188,7 @@ def _quality_table(data: ReportData) -> str:
         ],
         [_quality_cells(row, texts) for row in rows],
         caption="± is one standard error over windows; top-1 is how often the most likely next "
-        f"token is the source's. {measured}.",
+        f"token is the source's. {measured}.{begins}",
         over=f"<tr><td colspan=4 class=over></td>{over}</tr>",
         ours=rows.index(data.ours) if data.ours else None,
     )

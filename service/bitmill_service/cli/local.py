@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 
+from bitmill.config.quantization import Framing
 from bitmill.errors import (
     BitmillError,
     Cancelled,
@@ -171,6 +172,7 @@ def evaluate(
     ] = "wiki_evaluation,handbook_evaluation",
     sequences: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    framing: Annotated[Framing, typer.Option(help="How windows begin.")] = "tokenizer",
     tasks: Annotated[
         str | None,
         typer.Option(metavar="TASK,...", help="Tasks of lm-evaluation-harness to measure."),
@@ -190,6 +192,7 @@ def evaluate(
         texts=comma_separated(texts),
         sequences=sequences,
         length=length,
+        framing=framing,
         tasks=comma_separated(tasks) if tasks else (),
         task_folder=task_folder,
         device=device,

@@ -191,6 +191,7 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
         SpecOption("--calibration-split", "calibration.text.split", "Split of the data set."),
         SpecOption("--calibration-sequences", "calibration.sequences", "Windows."),
         SpecOption("--calibration-length", "calibration.length", "Tokens of a window."),
+        SpecOption("--calibration-framing", "calibration.framing", "How windows begin."),
         SpecOption("--held-out", "calibration.held_out", "Further windows, for decisions alone."),
         SpecOption(
             "--profile-sequences",
@@ -208,6 +209,7 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
         ),
         SpecOption("--evaluation-sequences", "evaluation.sequences", "At most so many windows."),
         SpecOption("--evaluation-length", "evaluation.length", "Tokens of a window."),
+        SpecOption("--evaluation-framing", "evaluation.framing", "How windows begin."),
         SpecOption(
             "--baselines",
             "evaluation.baselines",

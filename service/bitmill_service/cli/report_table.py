@@ -20,6 +20,10 @@ def parse_rows(rows: Sequence[dict[str, Any]]) -> list[QualityRow]:
 def print_quality(report: dict[str, Any]) -> None:
     """A whole report, as JSON values: rows, what was learned, warnings."""
     print_report(parse_rows(report["rows"]))
+    begins = report.get("begins", {})
+    for what in dict.fromkeys(begins.values()):
+        kinds = " and ".join(kind for kind, found in begins.items() if found == what)
+        typer.echo(f"windows of {kinds} begin with {what}")
     _print_learning(report)
     for warning in report.get("warnings", ()):
         typer.echo(f"warning: {warning}")

@@ -119,7 +119,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
             ),
         )
     )
-    tasks = TaskRun(Tasks(("arc",), folder, {"arc.yaml": "digest"}), {"tokenizer.json": "d"}, 0)
+    tasks = TaskRun(
+        Tasks(("arc",), folder, {"arc.yaml": "digest"}), {"tokenizer.json": "d"}, 0, False
+    )
     with_tasks = [
         (stage, replace(inputs, tasks=tasks)) for stage, inputs in found if stage.name == "evaluate"
     ]

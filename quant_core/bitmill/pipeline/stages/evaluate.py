@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.allocation.unspent import unspent_warning
+from bitmill.calibration.framing import described
 from bitmill.calibration.windows import CalibrationSet, evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.methods import BASELINE, MethodConfig
@@ -20,6 +21,7 @@ from bitmill.evaluation.compare import Candidate, from_packed, measure, measure_
 from bitmill.formats.accounting import footprint
 from bitmill.io.atomic import write_bytes
 from bitmill.models.streamed import StreamedModel
+from bitmill.models.tokenizer import load_tokenizer
 from bitmill.pipeline.source import Model, Source
 from bitmill.pipeline.stage import Environment, Run, Stage
 from bitmill.pipeline.stages.pack import PACKED_NAME
@@ -66,11 +68,13 @@ class TaskRun:
     tasks: Tasks
     tokenizer: Mapping[str, str]
     seed: int
+    chat: bool
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """method: names the row of the result. windows: int64 [S, T] of every evaluation text.
+    """method: names the row of the result. windows: int64 [S, T] of every evaluation text. begins:
+    with what windows of either kind begin.
 
     packed: where the packed folder lies; its tensors are those of `refined` and `model`.
     resumed: whether the refined blocks are another job's, and so what is reported of them. notes:
@@ -86,6 +90,7 @@ class Inputs:
     windows: Mapping[str, Tensor]
     profile: SensitivityProfile | None
     baselines: Baselines | None
+    begins: Mapping[str, str]
     tasks: TaskRun | None
     resumed: bool
     notes: tuple[str, ...]
@@ -107,6 +112,8 @@ class Inputs:
     ) -> Inputs:
         """What of a job decides the report."""
         tasks = Tasks.of(config.evaluation.tasks, task_folder)
+        chat = config.evaluation.framing == "chat"
+        tokenizer = load_tokenizer(source.folder)
         return cls(
             method=f"{config.allocation.method} {config.method.name}",
             model=source.planned(plan),
@@ -117,7 +124,11 @@ class Inputs:
             windows=evaluation_windows(config.evaluation, source.folder, rows=plan.vocab_size),
             profile=profile,
             baselines=Baselines.of(config, plan, calibration, bit_widths),
-            tasks=TaskRun(tasks, source.companions, config.seed) if tasks.names else None,
+            begins={
+                "calibration": described(tokenizer, calibration.framing),
+                "evaluation": described(tokenizer, config.evaluation.framing),
+            },
+            tasks=TaskRun(tasks, source.companions, config.seed, chat) if tasks.names else None,
             resumed=config.method.resumed is not None,
             notes=_notes(config, plan, bit_widths),
             environment=environment,
@@ -181,6 +192,7 @@ def _with_tasks(
         device=run.device,
         dtype=model.dtype,
         seed=inputs.tasks.seed,
+        chat=inputs.tasks.chat,
         on_unit=run.on_unit,
     )
 
@@ -198,6 +210,7 @@ def _write_report(inputs: Inputs, rows: list[QualityRow], run: Run, folder: Path
         blocks=blocks,
         tuning=refined.tuning(),
         resumed=inputs.resumed,
+        begins=dict(inputs.begins),
         warnings=(*inputs.notes, *overfitting),
         seconds=run.seconds(),
     )

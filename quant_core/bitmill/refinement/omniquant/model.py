@@ -49,13 +49,13 @@ class ModelLearning:
         self.model, self.tokens, self.spec, self.folder = model, tokens, spec, folder
         self.settings = LearningSettings.of_spec(spec)
         self.seed = seed
-        self.texts = WatchedTexts(model, quantized, tokens.tokens.shape[1])
+        self.texts = WatchedTexts(model, quantized, tokens)
         self._moments: list[Tensor] | None = None
 
     @staticmethod
     def watched(tokenizer_folder: Path, tokens: CalibrationSet) -> Mapping[str, Tensor]:
         """Windows int64 [S, T] of the texts that are only measured."""
-        return watched_texts(tokenizer_folder, tokens.tokens.shape[1])
+        return watched_texts(tokenizer_folder, tokens)
 
     def block(
         self,

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from bitmill.calibration.hooks import run_windows
-from bitmill.calibration.windows import evaluation_tokens
+from bitmill.calibration.windows import CalibrationSet, evaluation_tokens
 from bitmill.models.streamed import StreamedModel
 
 TEXTS = ("wiki_evaluation", "handbook_evaluation")
@@ -24,13 +24,19 @@ LENGTH = 2048
 
 
 def watched_texts(
-    tokenizer_folder: Path, length: int, rows: int | None = None
+    tokenizer_folder: Path, tokens: CalibrationSet, rows: int | None = None
 ) -> Mapping[str, Tensor]:
-    """int64 [S, T] of every text; length: tokens of a window, at most `LENGTH`; rows: of the
-    model's input embedding."""
-    length = min(length, LENGTH)
+    """int64 [S, T] of every text, which begin as the calibration windows do and are as long, at
+    most `LENGTH`; rows: of the model's input embedding."""
     return {
-        name: evaluation_tokens(name, tokenizer_folder, length=length, sequences=WINDOWS, rows=rows)
+        name: evaluation_tokens(
+            name,
+            tokenizer_folder,
+            length=min(tokens.tokens.shape[1], LENGTH),
+            sequences=WINDOWS,
+            framing=tokens.framing,
+            rows=rows,
+        )
         for name in TEXTS
     }
 
@@ -38,13 +44,14 @@ def watched_texts(
 class WatchedTexts:
     """Hidden states of every text at the input of the next block, in both models.
 
-    quantized: the model with its dequantized embeddings. length: tokens of a window, at most
-    `LENGTH`.
+    quantized: the model with its dequantized embeddings. tokens: the calibration windows.
     """
 
-    def __init__(self, model: StreamedModel, quantized: StreamedModel, length: int) -> None:
+    def __init__(
+        self, model: StreamedModel, quantized: StreamedModel, tokens: CalibrationSet
+    ) -> None:
         self._model = model
-        self.tokens = watched_texts(model.source.folder, length, model.plan.vocab_size)
+        self.tokens = watched_texts(model.source.folder, tokens, model.plan.vocab_size)
         self._hidden = {name: quantized.embed(t).cpu() for name, t in self.tokens.items()}
         self._source = {name: model.embed(t).cpu() for name, t in self.tokens.items()}
         self._targets: dict[str, Tensor] | None = None

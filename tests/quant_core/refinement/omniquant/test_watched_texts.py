@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bitmill.calibration.windows import evaluation_tokens
+from bitmill.calibration.windows import CalibrationSet, evaluation_tokens
 from bitmill.models.streamed import set_weight
 from bitmill.refinement.omniquant.watched_texts import TEXTS, WINDOWS, WatchedTexts
 from learning import starts, tiny
@@ -13,7 +13,8 @@ from learning import starts, tiny
 @torch.no_grad()
 def test_inputs_come_from_the_quantized_prefix_and_targets_from_the_float_model() -> None:
     model = tiny().model
-    texts = WatchedTexts(model, model, 24)
+    calibration = CalibrationSet(tiny().tokens[:, :24], tiny().held_out, "", framing="none")
+    texts = WatchedTexts(model, model, calibration)
     texts.pairs(0)
     block = model.load_block(0)
     for name, module in model.linears(block, 0).items():
@@ -22,7 +23,9 @@ def test_inputs_come_from_the_quantized_prefix_and_targets_from_the_float_model(
     found = texts.pairs(1)
     assert tuple(found) == TEXTS
     for name, (inputs, targets) in found.items():
-        tokens = evaluation_tokens(name, model.source.folder, length=24, sequences=WINDOWS)
+        tokens = evaluation_tokens(
+            name, model.source.folder, length=24, sequences=WINDOWS, framing="none"
+        )
         assert torch.equal(texts.tokens[name], tokens)
         assert torch.equal(inputs, model.run_block(0, block, model.embed(tokens)))
         hidden = model.embed(tokens)
@@ -33,7 +36,8 @@ def test_inputs_come_from_the_quantized_prefix_and_targets_from_the_float_model(
 
 def test_a_block_of_an_earlier_run_is_passed_without_asking_for_its_pairs() -> None:
     model = tiny().model
-    asked, silent = WatchedTexts(model, model, 24), WatchedTexts(model, model, 24)
+    calibration = CalibrationSet(tiny().tokens[:, :24], tiny().held_out, "")
+    asked, silent = (WatchedTexts(model, model, calibration) for _ in range(2))
     asked.pairs(0)
     for texts in (asked, silent):
         texts.advance(0, model.load_block(0))
