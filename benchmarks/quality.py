@@ -119,9 +119,9 @@ class Bench:
                 convert_gguf(source, folder)
         self.plan = make_plan(folder, spec_of({"budget": {"code_bits": 3}}))
         self.model = FastModel(folder, self.plan, device=device, dtype=torch.float32)
-        calibration = Calibration()
-        if smoke:
-            calibration = Calibration(sequences=2, held_out=1, length=256)
+        shape = {"sequences": 2, "held_out": 1, "length": 256} if smoke else {}
+        text = {"name": getattr(options, "text", "wiki_calibration")}
+        calibration = Calibration.model_validate({"text": text | {"source": "bundled"}} | shape)
         self.tokens = calibration_tokens(calibration, folder)
         length, count = calibration.length, 1 if smoke else None
         self.texts = {

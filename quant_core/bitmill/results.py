@@ -64,7 +64,8 @@ class QualityRow(_Closed):
     code_bits and bits are as in the budget (None for the source); size is bytes of all safetensors
     files (None where no files were written). predicted_loss: what the job's profile says of these
     widths in the profile's own column order, to be held against the texts' `loss_increase`; None
-    where there is no profile of these widths.
+    where there is no profile of these widths. gap: `loss_increase` of the last text over that of
+    the first; None where that is no gain or there is one text.
     """
 
     method: str
@@ -72,6 +73,7 @@ class QualityRow(_Closed):
     bits: float | None = None
     size: int | None = None
     predicted_loss: float | None = None
+    gap: float | None = None
     texts: dict[str, TextQuality]
     tasks: dict[str, TaskQuality] = {}
 
@@ -139,12 +141,27 @@ class TuningQuality(_Closed):
     curve: tuple[tuple[int, float], ...] = ()
 
 
+class CheckedMap(_Closed):
+    """A map that was quantized in haste and measured on held-out windows before one was taken.
+
+    bits: as in the budget. predicted_loss: by the profile; kl: measured, nats per token.
+    """
+
+    method: str
+    bits: float
+    predicted_loss: float
+    kl: float
+    kl_se: float
+    taken: bool
+
+
 class QualityReport(_Closed):
     """`quality.json` of a packed checkpoint.
 
     blocks, tuning: what learning did, where the refinement learns. resumed: both are the report of
     the job whose parameters this one took over; it trained nothing itself. begins: the special
-    tokens that windows begin with, for "calibration" and "evaluation".
+    tokens that windows begin with, for "calibration" and "evaluation". checks: the maps of which
+    the taken one lost least.
     seconds: wall time of each stage of the attempt that finished.
     """
 
@@ -156,6 +173,7 @@ class QualityReport(_Closed):
     tuning: TuningQuality | None = None
     resumed: bool = False
     begins: dict[str, str] = {}
+    checks: tuple[CheckedMap, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: dict[str, float] = {}
 

@@ -208,6 +208,13 @@ class SensitivityProfile:
         """The same measurement, said to be made from something else that gives it too."""
         return replace(self, origin=origin)
 
+    def scaled(self, factor: float) -> SensitivityProfile:
+        """The same with all costs times a factor."""
+        if factor == 1:
+            return self
+        linears = tuple(replace(linear, costs=linear.costs * factor) for linear in self.linears)
+        return replace(self, linears=linears)
+
     def linear(self, name: str) -> LinearProfile:
         """The profile of one linear; raises `FormatError` where it has none."""
         if "_index" not in self.__dict__:

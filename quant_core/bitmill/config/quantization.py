@@ -77,10 +77,11 @@ class Budget(Closed):
 
 
 class BundledText(Closed):
-    """A text that ships with the library."""
+    """A text that ships with the library: English Wikipedia, or a mixture of prose, code,
+    technical documents and dialogue in several languages."""
 
     source: Literal["bundled"] = "bundled"
-    name: Literal["wiki_calibration"] = "wiki_calibration"
+    name: Literal["wiki_calibration", "mixture_calibration"] = "wiki_calibration"
 
 
 class FileText(Closed):
@@ -146,6 +147,8 @@ class BaseAllocation(Closed):
     fuse_siblings: q/k/v and gate/up of a block share one map.
     per_linear: one width for all groups of a linear (for runtimes that need it).
     edge_min_bits: smallest width in the first and the last decoder block.
+    check: a knapsack's map and the uniform one of the budget are measured on held-out windows, and
+    the better one is taken.
     embeddings: "quantize" packs the input embedding and the output head too, each with one width
     for the whole matrix (once where they are tied); every budget then counts them.
     """
@@ -160,6 +163,7 @@ class BaseAllocation(Closed):
     min_bits: int | None = Field(default=None, ge=1, le=8)
     max_bits: int | None = Field(default=None, ge=1, le=8)
     edge_min_bits: int | None = Field(default=None, ge=1, le=8)
+    check: bool = True
     map: Any = None
 
     @field_validator("widths")

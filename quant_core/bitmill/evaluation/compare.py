@@ -8,7 +8,7 @@ model larger than the accelerator's memory works. `verify` shows that a packed f
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -95,10 +95,17 @@ def measure(
                 bits=spent.bits,
                 size=spent.size,
                 predicted_loss=predict(bit_widths),
+                gap=_gap(list(found[name].values())),
                 texts=found[name],
             )
         )
     return rows
+
+
+def _gap(texts: Sequence[TextQuality]) -> float | None:
+    if len(texts) < 2 or texts[0].loss_increase <= 0:
+        return None
+    return texts[-1].loss_increase / texts[0].loss_increase
 
 
 def _report_window(

@@ -46,6 +46,7 @@ from bitmill.pipeline.stages import allocate, evaluate, pack, profile, publish, 
 from bitmill.pipeline.stages import plan as planning
 from bitmill.pipeline.stages import resume as resuming
 from bitmill.pipeline.stages import verify as verifying
+from bitmill.pipeline.stages.allocate import Allocated
 from bitmill.pipeline.stages.refine import Refined
 from bitmill.pipeline.work_folder import is_of_a_workspace
 from bitmill.pipeline.workspace import Made, Workspace
@@ -165,9 +166,17 @@ class Job:
                 ProfiledModel(made, planned).save(kept)
         return made
 
-    def allocate(self, planned: Plan, profiled: SensitivityProfile | None) -> BitWidthMap:
-        """The bit-width map."""
-        inputs = allocate.Inputs.of(planned, self.config, profiled)
+    def allocate(
+        self,
+        source: Source,
+        planned: Plan,
+        tokens: CalibrationSet,
+        profiled: SensitivityProfile | None,
+    ) -> Allocated:
+        """The bit-width map, and what was measured of it."""
+        inputs = allocate.Inputs.of(
+            source, planned, self.config, tokens, profiled, self.environment
+        )
         return allocate.load(self.space.run(allocate.STAGE, inputs).folder)
 
     def refine(
@@ -213,7 +222,7 @@ class Job:
         planned: Plan,
         tokens: CalibrationSet,
         profiled: SensitivityProfile | None,
-        bit_widths: BitWidthMap,
+        allocated: Allocated,
         packed: Made,
         refined: Refined,
     ) -> QualityReport:
@@ -224,7 +233,7 @@ class Job:
             planned,
             tokens,
             profiled,
-            bit_widths,
+            allocated,
             packed,
             refined,
             self.environment,
@@ -362,15 +371,17 @@ def _whole(job: Job) -> Result:
     learned_for = LearnedFor.of_job(job.config, model=source.digest, calibration=tokens.digest)
     learned = _learned_earlier(job.config, learned_for)
     profiled = job.profile(source, planned, tokens)
-    bit_widths = job.allocate(planned, profiled)
+    allocated = job.allocate(source, planned, tokens, profiled)
+    bit_widths = allocated.bit_widths
     if learned is None:
         refined = job.refine(source, planned, tokens, profiled, bit_widths)
     else:
         refined = job.resume(planned, bit_widths, learned)
     packed = job.pack(source, planned, bit_widths, refined)
     job.verify(planned, packed, refined)
-    quality = job.evaluate(source, planned, tokens, profiled, bit_widths, packed, refined)
-    return job.publish(planned, profiled, bit_widths, packed, quality, learned_for)
+    quality = job.evaluate(source, planned, tokens, profiled, allocated, packed, refined)
+    told = allocated.corrected(profiled)
+    return job.publish(planned, told, bit_widths, packed, quality, learned_for)
 
 
 def _learned_earlier(config: QuantizationConfig, asked: LearnedFor) -> LearnedParameters | None:

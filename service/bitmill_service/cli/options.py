@@ -134,6 +134,11 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
             comma_separated,
             "GLOB,...",
         ),
+        SpecOption(
+            "--check",
+            "allocation.check",
+            "Measure the knapsack's map and the uniform one, and take the better.",
+        ),
         SpecOption("--embeddings", "allocation.embeddings", "Input embedding and output head."),
     ),
     REFINEMENT: (
@@ -182,7 +187,7 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
             "--calibration-text",
             "calibration.text",
             "A text or .jsonl file (of a service: below a model root), dataset:NAME of the Hub, or "
-            "bundled:wiki_calibration.",
+            "bundled:wiki_calibration or bundled:mixture_calibration.",
             text_reference,
             "TEXT",
         ),

@@ -24,6 +24,16 @@ def print_quality(report: dict[str, Any]) -> None:
     for what in dict.fromkeys(begins.values()):
         kinds = " and ".join(kind for kind, found in begins.items() if found == what)
         typer.echo(f"windows of {kinds} begin with {what}")
+    for check in report.get("checks", ()):
+        typer.echo(
+            f"{check['method']} map at {check['bits']:.3f} bits on held-out windows: predicted "
+            f"{check['predicted_loss']:.4f}, measured {check['kl']:.4f} ± {check['kl_se']:.4f}"
+            + (", taken" if check["taken"] else "")
+        )
+    for row in report["rows"]:
+        if (gap := row.get("gap")) is not None:
+            first, *_, last = row["texts"]
+            typer.echo(f"{row['method']} loses {gap:.2f} times as much on {last} as on {first}")
     _print_learning(report)
     for warning in report.get("warnings", ()):
         typer.echo(f"warning: {warning}")

@@ -137,12 +137,11 @@ def test_a_missing_tokenizer_is_the_models_fault(tmp_path: Path) -> None:
 
 
 def test_bundled_texts_are_whole_and_evaluation_keeps_their_order(tokenizer_folder: Path) -> None:
-    sizes = {
-        name: len(bundled_text(name).encode())
-        for name in ("wiki_calibration", "wiki_evaluation", "handbook_evaluation")
-    }
+    names = ("wiki_calibration", "mixture_calibration", "wiki_evaluation", "handbook_evaluation")
+    sizes = {name: len(bundled_text(name).encode()) for name in names}
     assert sizes == {
         "wiki_calibration": 2049009,
+        "mixture_calibration": 1213233,
         "wiki_evaluation": 329534,
         "handbook_evaluation": 331222,
     }

@@ -1,52 +1,173 @@
-"""Stage `allocate`: the bit-width map. Pure numbers."""
+"""Stage `allocate`: the bit-width map, the better one of those that held-out windows were asked.
+
+A knapsack's map, the uniform one of the same budget and, where width 1 is allowed, the knapsack's
+without it are quantized in haste and measured (`sensitivity/checked_maps.py`); the one of least KL
+is taken. So no map is shipped that loses more than the uniform one does. Other methods are taken at
+their word, and so is a knapsack with `check` off or without held-out windows: pure numbers then.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from bitmill.allocation.allocator import allocate
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.allocation.unspent import unspent_warning
+from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.codes import CodeName
 from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
-from bitmill.io.atomic import write_bytes
-from bitmill.pipeline.stage import Run, Stage
+from bitmill.errors import BudgetError
+from bitmill.formats.accounting import footprint
+from bitmill.io.atomic import read_json, write_bytes, write_json
+from bitmill.pipeline.source import Model, Source
+from bitmill.pipeline.stage import Environment, Run, Stage
 from bitmill.plan.model_plan import Plan
+from bitmill.results import CheckedMap
+from bitmill.sensitivity.checked_maps import measure_maps
+
+CHECKS_NAME = "checked_maps.json"
+NEAR = 1.5
+"""Predicted losses stay as they are where they are at most so many times off."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What maps are measured with."""
+
+    model: Model
+    calibration: CalibrationSet
+    environment: Environment
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """profile: where the method needs one."""
+    """profile: where the method needs one. check: where maps are measured."""
 
     plan: Plan
     code: CodeName
     allocation: Allocation
     budget: Budget
     profile: SensitivityProfile | None
+    check: Check | None
 
     @classmethod
     def of(
-        cls, plan: Plan, config: QuantizationConfig, profile: SensitivityProfile | None
+        cls,
+        source: Source,
+        plan: Plan,
+        config: QuantizationConfig,
+        calibration: CalibrationSet,
+        profile: SensitivityProfile | None,
+        environment: Environment,
     ) -> Inputs:
-        """What of a configuration decides the map."""
-        measured = profile if config.allocation.method in ("sba", "knapsack") else None
-        return cls(plan, config.code, config.allocation, config.budget, measured)
+        """What of a job decides the map."""
+        allocation = config.allocation
+        measured = profile if allocation.method in ("sba", "knapsack") else None
+        checked = allocation.method == "knapsack" and config.code_name == "affine"
+        checked = checked and allocation.check and len(calibration.held_out)
+        check = Check(source.planned(plan), calibration, environment) if checked else None
+        return cls(plan, config.code, allocation, config.budget, measured, check)
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """The map, and what was measured of it and of others."""
+
+    bit_widths: BitWidthMap
+    checks: tuple[CheckedMap, ...]
+
+    @property
+    def correction(self) -> float:
+        """What predicted losses are multiplied by in reports; 1 where they were near."""
+        taken = next((check for check in self.checks if check.taken), None)
+        if taken is None or not (taken.kl > 0 and taken.predicted_loss > 0):
+            return 1.0
+        found = taken.kl / taken.predicted_loss
+        return 1.0 if 1 / NEAR <= found <= NEAR else found
+
+    def corrected(self, profile: SensitivityProfile | None) -> SensitivityProfile | None:
+        """The profile with costs as large as they were measured to be."""
+        return profile and profile.scaled(self.correction)
 
 
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
     """Raises what `bitmill.allocation.allocator.allocate` raises."""
     asked = QuantizationConfig(code=inputs.code, allocation=inputs.allocation, budget=inputs.budget)
-    made = allocate(inputs.plan, asked, inputs.profile)
-    if unspent := unspent_warning(inputs.plan, asked, made):
+    method: str = inputs.allocation.method
+    maps = {method: allocate(inputs.plan, asked, inputs.profile)}
+    checks: list[CheckedMap] = []
+    if inputs.check is not None and inputs.profile is not None:
+        maps |= dict(_others(inputs, asked))
+        checks = _checked(inputs.plan, inputs.profile, inputs.check, maps, run)
+    taken = next((check.method for check in checks if check.taken), method)
+    if not run.group.first:
+        return
+    if taken != method:
+        run.warn(f"the {taken} map lost less on held-out windows than the knapsack's and is taken")
+    if unspent := unspent_warning(inputs.plan, asked, maps[taken]):
         run.warn(unspent)
-    write_bytes(folder / MAP_NAME, made.to_json().encode())
+    write_bytes(folder / MAP_NAME, maps[taken].to_json().encode())
+    write_json(folder / CHECKS_NAME, [check.model_dump(mode="json") for check in checks])
 
 
-STAGE = Stage("allocate", work)
+STAGE = Stage("allocate", work, shared=True)
 
 
-def load(folder: Path) -> BitWidthMap:
+def load(folder: Path) -> Allocated:
     """What the stage made."""
-    return BitWidthMap.load(folder / MAP_NAME)
+    checks = read_json(folder / CHECKS_NAME)
+    return Allocated(
+        BitWidthMap.load(folder / MAP_NAME),
+        tuple(CheckedMap.model_validate(check) for check in checks),
+    )
+
+
+def _others(inputs: Inputs, asked: QuantizationConfig) -> Iterator[tuple[str, BitWidthMap]]:
+    """Maps that may be better than the knapsack's, where the budget has them."""
+    several = tuple(width for width in inputs.allocation.widths if width > 1)
+    changes: dict[str, dict[str, Any]] = {"uniform": {"method": "uniform"}}
+    if 1 in inputs.allocation.legal_widths and len(inputs.allocation.legal_widths) > 1:
+        changes["knapsack without width 1"] = {"widths": several}
+    for name, change in changes.items():
+        allocation = inputs.allocation.model_copy(update=change)
+        other = asked.model_copy(update={"allocation": allocation})
+        with suppress(BudgetError):
+            yield name, allocate(inputs.plan, other, inputs.profile)
+
+
+def _checked(
+    plan: Plan,
+    profile: SensitivityProfile,
+    check: Check,
+    maps: dict[str, BitWidthMap],
+    run: Run,
+) -> list[CheckedMap]:
+    orders = {owner: torch.from_numpy(order).long() for owner, order in profile.orders.items()}
+    measured = measure_maps(
+        run.open_model(check.model.folder, plan),
+        check.calibration,
+        maps,
+        {li.name: orders[li.order] for li in profile.linears if li.order is not None},
+        run.on_unit,
+        run.group,
+    )
+    found = {name: one.candidate() for name, one in measured.items()}
+    taken = min(found, key=lambda name: found[name].kl)
+    return [
+        CheckedMap(
+            method=name,
+            bits=footprint(plan, maps[name]).bits,
+            predicted_loss=profile.predicted_loss(maps[name].linears),
+            kl=quality.kl,
+            kl_se=quality.kl_se,
+            taken=name == taken,
+        )
+        for name, quality in found.items()
+    ]

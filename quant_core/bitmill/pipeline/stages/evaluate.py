@@ -24,6 +24,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.models.tokenizer import load_tokenizer
 from bitmill.pipeline.source import Model, Source
 from bitmill.pipeline.stage import Environment, Run, Stage
+from bitmill.pipeline.stages.allocate import Allocated
 from bitmill.pipeline.stages.pack import PACKED_NAME
 from bitmill.pipeline.stages.plan import Tasks
 from bitmill.pipeline.stages.refine import Refined
@@ -31,7 +32,7 @@ from bitmill.pipeline.workspace import Made
 from bitmill.plan.model_plan import Plan, length_notes
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.reporting.learning import overfitting_warnings
-from bitmill.results import QUALITY_NAME, QualityReport, QualityRow
+from bitmill.results import QUALITY_NAME, CheckedMap, QualityReport, QualityRow
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Inputs:
     profile: SensitivityProfile | None
     baselines: Baselines | None
     begins: Mapping[str, str]
+    checks: tuple[CheckedMap, ...]
     tasks: TaskRun | None
     resumed: bool
     notes: tuple[str, ...]
@@ -104,7 +106,7 @@ class Inputs:
         plan: Plan,
         calibration: CalibrationSet,
         profile: SensitivityProfile | None,
-        bit_widths: BitWidthMap,
+        allocated: Allocated,
         packed: Made,
         refined: Refined,
         environment: Environment,
@@ -118,19 +120,20 @@ class Inputs:
             method=f"{config.allocation.method} {config.method.name}",
             model=source.planned(plan),
             plan=plan,
-            bit_widths=bit_widths,
+            bit_widths=allocated.bit_widths,
             packed=packed.folder / PACKED_NAME,
             refined=refined,
             windows=evaluation_windows(config.evaluation, source.folder, rows=plan.vocab_size),
-            profile=profile,
-            baselines=Baselines.of(config, plan, calibration, bit_widths),
+            profile=allocated.corrected(profile),
+            baselines=Baselines.of(config, plan, calibration, allocated.bit_widths),
+            checks=allocated.checks,
             begins={
                 "calibration": described(tokenizer, calibration.framing),
                 "evaluation": described(tokenizer, config.evaluation.framing),
             },
             tasks=TaskRun(tasks, source.companions, config.seed, chat) if tasks.names else None,
             resumed=config.method.resumed is not None,
-            notes=_notes(config, plan, bit_widths),
+            notes=_notes(config, plan, allocated),
             environment=environment,
         )
 
@@ -172,10 +175,16 @@ def predicted_loss(profile: SensitivityProfile | None, bit_widths: BitWidthMap) 
     return profile.predicted_loss(bit_widths.linears)
 
 
-def _notes(config: QuantizationConfig, plan: Plan, bit_widths: BitWidthMap) -> tuple[str, ...]:
+def _notes(config: QuantizationConfig, plan: Plan, allocated: Allocated) -> tuple[str, ...]:
     lengths = length_notes(plan, config.calibration.length, config.evaluation.length)
-    unspent = unspent_warning(plan, config, bit_widths)
-    return (*plan.notes, *lengths, *([unspent] if unspent else []))
+    unspent = unspent_warning(plan, config, allocated.bit_widths)
+    factor = allocated.correction
+    corrected = (
+        f"predicted losses are the profile's times {factor:.3g}: so much larger is the map's loss "
+        "on held-out windows"
+    )
+    found = (unspent, corrected if factor != 1 else None)
+    return (*plan.notes, *lengths, *(note for note in found if note))
 
 
 def _with_tasks(
@@ -211,6 +220,7 @@ def _write_report(inputs: Inputs, rows: list[QualityRow], run: Run, folder: Path
         tuning=refined.tuning(),
         resumed=inputs.resumed,
         begins=dict(inputs.begins),
+        checks=inputs.checks,
         warnings=(*inputs.notes, *overfitting),
         seconds=run.seconds(),
     )

@@ -1,0 +1,200 @@
+"""Maps measured before one is taken: the measure itself, the choice, and what reports say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bitmill.allocation.allocator import allocate
+from bitmill.allocation.profile import SensitivityProfile
+from bitmill.calibration.gradients import PassSettings
+from bitmill.calibration.windows import CalibrationSet
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.quantization import QuantizationConfig, parse_config
+from bitmill.models.streamed import StreamedModel
+from bitmill.pipeline.source import Model
+from bitmill.pipeline.stage import Environment, Run
+from bitmill.pipeline.stages import allocate as stage
+from bitmill.plan.model_plan import make_plan
+from bitmill.results import CheckedMap
+from bitmill.runtime.ranks import SINGLE
+from bitmill.sensitivity.checked_maps import measure_maps
+from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
+from bitmill.solvers.gptq.settings import GptqSettings
+from solving import quantize_gptq
+from streaming import token_windows
+from tiny import tiny_llama
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama") / "model", num_hidden_layers=1)
+
+
+def config(bits: float = 3.6, **allocation: object) -> QuantizationConfig:
+    return parse_config(
+        {"budget": {"bits": bits}, "allocation": {"widths": [2, 3, 4, 6]} | allocation}
+    )
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> StreamedModel:
+    return StreamedModel(folder, make_plan(folder, config()), device=CPU, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def calibration() -> CalibrationSet:
+    return CalibrationSet(token_windows(20), token_windows(3, seed=1), "")
+
+
+@pytest.fixture(scope="module")
+def profile(model: StreamedModel, calibration: CalibrationSet) -> SensitivityProfile:
+    settings = SensitivitySettings((1, 2, 3, 4, 6), rows=32, gradients=PassSettings(batch=8))
+    return profile_knapsack(model, calibration.tokens, model.plan, settings)
+
+
+def order_of(profile: SensitivityProfile, name: str) -> torch.Tensor:
+    return torch.from_numpy(profile.orders[profile.linear(name).order or ""]).long()
+
+
+def test_the_measure_is_the_divergence_of_the_whole_model(
+    folder: Path, model: StreamedModel, calibration: CalibrationSet, profile: SensitivityProfile
+) -> None:
+    """Against transformers: every linear by GPTQ on the float model's inputs."""
+    chosen = allocate(model.plan, config(), profile)
+    other = BitWidthMap.uniform(model.plan.shapes, 3, "activation")
+    orders = {name: order_of(profile, name) for name in model.plan.by_name}
+    found = measure_maps(
+        model, calibration, {"a": chosen, "b": other}, orders, on_unit=lambda *_: None
+    )
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    inputs: dict[str, torch.Tensor] = {}
+    handles = [
+        whole.get_submodule(name).register_forward_hook(
+            lambda _, args, __, name=name: inputs.__setitem__(name, args[0].flatten(0, 1))
+        )
+        for name in model.plan.by_name
+    ]
+    with torch.no_grad():
+        whole(calibration.tokens)
+        for handle in handles:
+            handle.remove()
+        source = whole(calibration.held_out).logits[:, :-1].log_softmax(-1)
+        originals = {n: whole.get_submodule(n).weight.detach().clone() for n in inputs}
+        for tag, bit_widths in (("a", chosen), ("b", other)):
+            for name, x in inputs.items():
+                weight, _ = quantize_gptq(
+                    originals[name],
+                    x.T @ x / len(x),
+                    bit_widths.linears[name],
+                    order=orders[name],
+                    settings=GptqSettings(compensated=None, rounds=0),
+                )
+                whole.get_submodule(name).weight.copy_(weight.dequantize())
+            changed = whole(calibration.held_out).logits[:, :-1].log_softmax(-1)
+            kl = (source.exp() * (source - changed)).sum(-1).mean(1)
+            np.testing.assert_allclose(found[tag].kl.numpy(), kl.numpy(), rtol=0.05)
+
+
+def run(tmp_path: Path, warnings: list[str]) -> Run:
+    return Run(tmp_path, CPU, SINGLE, lambda *_: None, warnings.append, dict)
+
+
+def inputs(
+    folder: Path,
+    model: StreamedModel,
+    calibration: CalibrationSet,
+    profile: SensitivityProfile,
+    asked: QuantizationConfig,
+) -> stage.Inputs:
+    environment = Environment.here(CPU, SINGLE)
+    check = stage.Check(Model(folder, "", {}), calibration, environment)
+    return stage.Inputs(model.plan, asked.allocation, asked.budget, profile, check)
+
+
+def turned(profile: SensitivityProfile) -> SensitivityProfile:
+    """What it says costs most costs least: a knapsack's map is a bad one."""
+    linears = tuple(
+        replace(li, costs=np.maximum(0, 1e-3 / li.costs[:, :1] * (8 - np.array(profile.widths))))
+        for li in profile.linears
+    )
+    return replace(profile, linears=linears)
+
+
+def test_a_map_that_loses_more_than_the_uniform_one_is_not_taken(
+    folder: Path,
+    model: StreamedModel,
+    calibration: CalibrationSet,
+    profile: SensitivityProfile,
+    tmp_path: Path,
+) -> None:
+    for number, (given, taken) in enumerate(((profile, "knapsack"), (turned(profile), "uniform"))):
+        warnings: list[str] = []
+        place = tmp_path / str(number)
+        place.mkdir()
+        asked = inputs(folder, model, calibration, given, config(3.45))
+        stage.work(asked, run(tmp_path, warnings), place)
+        made = stage.load(place)
+        found = {check.method: check for check in made.checks}
+        assert set(found) == {"knapsack", "uniform"}
+        assert [name for name, check in found.items() if check.taken] == [taken]
+        assert found[taken].kl == min(check.kl for check in found.values())
+        assert found[taken].predicted_loss == given.predicted_loss(made.bit_widths.linears)
+        uniform = {width for widths in made.bit_widths.linears.values() for width in widths} == {3}
+        assert uniform == (taken == "uniform")
+        assert any("uniform map lost less" in warning for warning in warnings) == uniform
+
+
+def test_width_1_is_left_out_where_that_loses_less(
+    folder: Path,
+    model: StreamedModel,
+    calibration: CalibrationSet,
+    profile: SensitivityProfile,
+    tmp_path: Path,
+) -> None:
+    cheap = tuple(
+        replace(li, costs=np.where(np.arange(5) == 0, 0.0, li.costs)) for li in profile.linears
+    )
+    believing = replace(profile, linears=cheap)
+    asked = inputs(folder, model, calibration, believing, config(2.6, widths=[1, 2, 3, 4]))
+    stage.work(asked, run(tmp_path, []), tmp_path)
+    made = stage.load(tmp_path)
+    (taken,) = [check.method for check in made.checks if check.taken]
+    assert taken == "knapsack without width 1"
+    assert all(1 not in widths for widths in made.bit_widths.linears.values())
+
+
+def test_nothing_is_measured_where_it_is_not_asked_for(
+    model: StreamedModel, profile: SensitivityProfile, tmp_path: Path
+) -> None:
+    asked = config(check=False)
+    given = stage.Inputs(model.plan, asked.allocation, asked.budget, profile, None)
+    stage.work(given, run(tmp_path, []), tmp_path)
+    made = stage.load(tmp_path)
+    assert made.checks == ()
+    assert made.bit_widths == allocate(model.plan, asked, profile)
+    assert made.corrected(profile) is profile
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(0.14, 1.0), (0.16, 1.6), (0.05, 0.5), (0.07, 1.0)])
+def test_predictions_are_corrected_where_they_are_far_off(
+    model: StreamedModel, profile: SensitivityProfile, kl: float, factor: float
+) -> None:
+    check = CheckedMap(
+        method="knapsack", bits=3.0, predicted_loss=0.1, kl=kl, kl_se=0.0, taken=True
+    )
+    bit_widths = BitWidthMap.uniform(model.plan.shapes, 3, "activation")
+    made = stage.Allocated(bit_widths, (check,))
+    told = made.corrected(profile)
+    assert told is not None
+    assert told.predicted_loss(bit_widths.linears) == pytest.approx(
+        factor * profile.predicted_loss(bit_widths.linears)
+    )
+    assert told.key == profile.key
