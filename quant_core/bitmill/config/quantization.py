@@ -147,8 +147,8 @@ class BaseAllocation(Closed):
     fuse_siblings: q/k/v and gate/up of a block share one map.
     per_linear: one width for all groups of a linear (for runtimes that need it).
     edge_min_bits: smallest width in the first and the last decoder block.
-    check: a knapsack's map and the uniform one of the budget are measured on held-out windows, and
-    the better one is taken.
+    check: "maps" measures a knapsack's map and the uniform one of the budget on held-out windows,
+    "corrected" one of corrected costs too; the best is taken. "off" measures none.
     embeddings: "quantize" packs the input embedding and the output head too, each with one width
     for the whole matrix (once where they are tied); every budget then counts them.
     """
@@ -163,7 +163,7 @@ class BaseAllocation(Closed):
     min_bits: int | None = Field(default=None, ge=1, le=8)
     max_bits: int | None = Field(default=None, ge=1, le=8)
     edge_min_bits: int | None = Field(default=None, ge=1, le=8)
-    check: bool = True
+    check: Literal["off", "maps", "corrected"] = "corrected"
     map: Any = None
 
     @field_validator("widths")

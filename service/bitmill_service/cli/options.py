@@ -137,7 +137,7 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
         SpecOption(
             "--check",
             "allocation.check",
-            "Measure the knapsack's map and the uniform one, and take the better.",
+            "Measure the knapsack's map and others before one is taken.",
         ),
         SpecOption("--embeddings", "allocation.embeddings", "Input embedding and output head."),
     ),

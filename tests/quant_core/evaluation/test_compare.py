@@ -74,13 +74,18 @@ def test_the_measured_increase_is_that_of_the_loaded_models(source: Path, job: R
 
 
 def test_rows_carry_the_profile_s_prediction_of_their_widths(job: Result) -> None:
+    """Times measured over predicted loss of the map that was taken, where these are far apart."""
     rows = {row.method: row for row in job.quality.rows}
     assert list(rows) == ["source", "knapsack gptq", "uniform 2-bit gptq", "uniform 3-bit gptq"]
     profile = SensitivityProfile.load(job.folder.parent / "work" / "profile" / "profile.npz")
+    (taken,) = [check for check in job.quality.checks if check.taken]
+    found = taken.kl / taken.predicted_loss
+    factor = 1 if 1 / 1.5 <= found <= 1.5 else found
+    assert any("predicted losses" in note for note in job.quality.warnings) == (factor != 1)
     for width in (2, 3):
         same = {linear.name: (width,) * linear.shape.groups for linear in profile.linears}
         row = rows[f"uniform {width}-bit gptq"]
-        assert row.predicted_loss == pytest.approx(profile.predicted_loss(same))
+        assert row.predicted_loss == pytest.approx(factor * profile.predicted_loss(same))
     assert rows["source"].predicted_loss is None
     assert rows["knapsack gptq"].predicted_loss == job.quality.predicted_loss
     assert 0 < rows["knapsack gptq"].predicted_loss < rows["uniform 3-bit gptq"].predicted_loss
@@ -105,5 +110,6 @@ def test_the_published_folder_reports_its_profile(job: Result, tmp_path: Path) -
     assert QualityReport.load(job.folder / "quality.json") == job.quality
     write_report(job.folder, tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
-    for heading in ("Sensitivity", "Size against loss", "Predicted against measured loss"):
+    headings = ("Sensitivity", "Size against loss", "Predicted against measured loss")
+    for heading in (*headings, "Maps on held-out windows"):
         assert f"<h2>{heading}</h2>" in html

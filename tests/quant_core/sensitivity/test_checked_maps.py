@@ -23,7 +23,13 @@ from bitmill.pipeline.stages import allocate as stage
 from bitmill.plan.model_plan import make_plan
 from bitmill.results import CheckedMap
 from bitmill.runtime.ranks import SINGLE
-from bitmill.sensitivity.checked_maps import measure_maps
+from bitmill.sensitivity.checked_maps import (
+    LARGEST_FACTOR,
+    Measured,
+    corrected,
+    measure_maps,
+    parts_of,
+)
 from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
 from bitmill.solvers.gptq.settings import GptqSettings
 from solving import quantize_gptq
@@ -71,8 +77,15 @@ def test_the_measure_is_the_divergence_of_the_whole_model(
     chosen = allocate(model.plan, config(), profile)
     other = BitWidthMap.uniform(model.plan.shapes, 3, "activation")
     orders = {name: order_of(profile, name) for name in model.plan.by_name}
-    found = measure_maps(
-        model, calibration, {"a": chosen, "b": other}, orders, on_unit=lambda *_: None
+    parts = parts_of(model.plan)
+    assert set(parts) == {"block 0", *(name.rpartition(".")[2] for name in orders)}
+    measured = measure_maps(
+        model,
+        calibration,
+        {"a": chosen, "b": other},
+        orders,
+        on_unit=lambda *_: None,
+        parts=parts,
     )
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     inputs: dict[str, torch.Tensor] = {}
@@ -88,8 +101,13 @@ def test_the_measure_is_the_divergence_of_the_whole_model(
             handle.remove()
         source = whole(calibration.held_out).logits[:, :-1].log_softmax(-1)
         originals = {n: whole.get_submodule(n).weight.detach().clone() for n in inputs}
-        for tag, bit_widths in (("a", chosen), ("b", other)):
+        whole_map = [("a", chosen, set(originals)), ("b", other, set(originals))]
+        some = [(part, chosen, parts[part]) for part in ("down_proj", "k_proj", "block 0")]
+        for tag, bit_widths, names in whole_map + some:
             for name, x in inputs.items():
+                if name not in names:
+                    whole.get_submodule(name).weight.copy_(originals[name])
+                    continue
                 weight, _ = quantize_gptq(
                     originals[name],
                     x.T @ x / len(x),
@@ -100,7 +118,10 @@ def test_the_measure_is_the_divergence_of_the_whole_model(
                 whole.get_submodule(name).weight.copy_(weight.dequantize())
             changed = whole(calibration.held_out).logits[:, :-1].log_softmax(-1)
             kl = (source.exp() * (source - changed)).sum(-1).mean(1)
-            np.testing.assert_allclose(found[tag].kl.numpy(), kl.numpy(), rtol=0.05)
+            if tag in measured.maps:
+                np.testing.assert_allclose(measured.maps[tag].kl.numpy(), kl.numpy(), rtol=0.05)
+            else:
+                assert measured.parts[tag] == pytest.approx(float(kl.mean()), rel=0.05)
 
 
 def run(tmp_path: Path, warnings: list[str]) -> Run:
@@ -135,20 +156,21 @@ def test_a_map_that_loses_more_than_the_uniform_one_is_not_taken(
     profile: SensitivityProfile,
     tmp_path: Path,
 ) -> None:
-    for number, (given, taken) in enumerate(((profile, "knapsack"), (turned(profile), "uniform"))):
+    for number, (given, uniform) in enumerate(((profile, False), (turned(profile), True))):
         warnings: list[str] = []
         place = tmp_path / str(number)
         place.mkdir()
         asked = inputs(folder, model, calibration, given, config(3.45))
+        assert asked.allocation.check == "corrected"
         stage.work(asked, run(tmp_path, warnings), place)
         made = stage.load(place)
         found = {check.method: check for check in made.checks}
-        assert set(found) == {"knapsack", "uniform"}
-        assert [name for name, check in found.items() if check.taken] == [taken]
+        assert set(found) == {"knapsack", "uniform", "knapsack, corrected"}
+        (taken,) = (name for name, check in found.items() if check.taken)
         assert found[taken].kl == min(check.kl for check in found.values())
         assert found[taken].predicted_loss == given.predicted_loss(made.bit_widths.linears)
-        uniform = {width for widths in made.bit_widths.linears.values() for width in widths} == {3}
-        assert uniform == (taken == "uniform")
+        widths = {width for linear in made.bit_widths.linears.values() for width in linear}
+        assert (widths == {3}) == (taken == "uniform") == uniform
         assert any("uniform map lost less" in warning for warning in warnings) == uniform
 
 
@@ -163,7 +185,9 @@ def test_width_1_is_left_out_where_that_loses_less(
         replace(li, costs=np.where(np.arange(5) == 0, 0.0, li.costs)) for li in profile.linears
     )
     believing = replace(profile, linears=cheap)
-    asked = inputs(folder, model, calibration, believing, config(2.6, widths=[1, 2, 3, 4]))
+    asked = inputs(
+        folder, model, calibration, believing, config(2.6, widths=[1, 2, 3, 4], check="maps")
+    )
     stage.work(asked, run(tmp_path, []), tmp_path)
     made = stage.load(tmp_path)
     (taken,) = [check.method for check in made.checks if check.taken]
@@ -174,13 +198,35 @@ def test_width_1_is_left_out_where_that_loses_less(
 def test_nothing_is_measured_where_it_is_not_asked_for(
     model: StreamedModel, profile: SensitivityProfile, tmp_path: Path
 ) -> None:
-    asked = config(check=False)
+    asked = config(check="off")
     given = stage.Inputs(model.plan, asked.allocation, asked.budget, profile, None)
     stage.work(given, run(tmp_path, []), tmp_path)
     made = stage.load(tmp_path)
     assert made.checks == ()
     assert made.bit_widths == allocate(model.plan, asked, profile)
     assert made.corrected(profile) is profile
+
+
+def test_costs_are_corrected_by_block_and_kind(
+    model: StreamedModel, profile: SensitivityProfile
+) -> None:
+    """Every kind k costs c_k times what was predicted, the map as a whole twice as much."""
+    bit_widths = BitWidthMap.uniform(model.plan.shapes, 3, "activation")
+    parts = parts_of(model.plan)
+    kinds = [part for part in parts if not part.startswith("block")]
+    times = {kind: 2.0 + i for i, kind in enumerate(kinds)} | {kinds[0]: 1e-9, "block 0": 2.0}
+
+    def predicted(names: frozenset[str]) -> float:
+        return profile.predicted_loss({name: bit_widths.linears[name] for name in names})
+
+    alone = Measured({}, {part: times[part] * predicted(names) for part, names in parts.items()})
+    every = 2 * profile.predicted_loss(bit_widths.linears)
+    found = corrected(profile, model.plan, bit_widths, every, alone)
+    for linear in profile.linears:
+        expected = max(1 / LARGEST_FACTOR, times[linear.name.rpartition(".")[2]])
+        np.testing.assert_allclose(found.linear(linear.name).costs, linear.costs * expected)
+    unmeasured = corrected(profile, model.plan, bit_widths, every, Measured({}, {}))
+    np.testing.assert_allclose(unmeasured.linears[0].costs, profile.linears[0].costs * 2)
 
 
 @pytest.mark.parametrize(("kl", "factor"), [(0.14, 1.0), (0.16, 1.6), (0.05, 0.5), (0.07, 1.0)])

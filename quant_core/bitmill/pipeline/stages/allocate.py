@@ -1,14 +1,15 @@
 """Stage `allocate`: the bit-width map, the better one of those that held-out windows were asked.
 
 A knapsack's map, the uniform one of the same budget and, where width 1 is allowed, the knapsack's
-without it are quantized in haste and measured (`sensitivity/checked_maps.py`); the one of least KL
+without it are quantized in haste and measured (`sensitivity/checked_maps.py`), and so is, by
+default, the knapsack's of costs that were corrected by parts of its first map. The one of least KL
 is taken. So no map is shipped that loses more than the uniform one does. Other methods are taken at
-their word, and so is a knapsack with `check` off or without held-out windows: pure numbers then.
+their word, and so is a knapsack with `check` "off" or without held-out windows: pure numbers then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,14 @@ from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.codes import CodeName
 from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
 from bitmill.errors import BudgetError
+from bitmill.evaluation.logits import WindowMeasures
 from bitmill.formats.accounting import footprint
 from bitmill.io.atomic import read_json, write_bytes, write_json
 from bitmill.pipeline.source import Model, Source
 from bitmill.pipeline.stage import Environment, Run, Stage
 from bitmill.plan.model_plan import Plan
 from bitmill.results import CheckedMap
-from bitmill.sensitivity.checked_maps import measure_maps
+from bitmill.sensitivity.checked_maps import Measured, corrected, measure_maps, parts_of
 
 CHECKS_NAME = "checked_maps.json"
 NEAR = 1.5
@@ -70,9 +72,10 @@ class Inputs:
         """What of a job decides the map."""
         allocation = config.allocation
         measured = profile if allocation.method in ("sba", "knapsack") else None
-        checked = allocation.method == "knapsack" and config.code_name == "affine"
-        checked = checked and allocation.check and len(calibration.held_out)
-        check = Check(source.planned(plan), calibration, environment) if checked else None
+        checked = allocation.method == "knapsack" and allocation.check != "off"
+        check = None
+        if checked and config.code_name == "affine" and len(calibration.held_out):
+            check = Check(source.planned(plan), calibration, environment)
         return cls(plan, config.code, allocation, config.budget, measured, check)
 
 
@@ -105,12 +108,21 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     checks: list[CheckedMap] = []
     if inputs.check is not None and inputs.profile is not None:
         maps |= dict(_others(inputs, asked))
-        checks = _checked(inputs.plan, inputs.profile, inputs.check, maps, run)
+        checking = _Checking(inputs.plan, inputs.profile, inputs.check, run)
+        measured = checking.measured(maps, by_parts=inputs.allocation.check == "corrected")
+        found = measured.maps
+        if measured.parts:
+            kl = float(found[method].kl.mean())
+            better = corrected(inputs.profile, inputs.plan, maps[method], kl, measured)
+            last = {"knapsack, corrected": allocate(inputs.plan, asked, better)}
+            found |= checking.measured(last, by_parts=False).maps
+            maps |= last
+        checks = checking.compared(maps, found)
     taken = next((check.method for check in checks if check.taken), method)
     if not run.group.first:
         return
-    if taken != method:
-        run.warn(f"the {taken} map lost less on held-out windows than the knapsack's and is taken")
+    if checks and taken == "uniform":
+        run.warn("the uniform map lost less on held-out windows than the knapsack's and is taken")
     if unspent := unspent_warning(inputs.plan, asked, maps[taken]):
         run.warn(unspent)
     write_bytes(folder / MAP_NAME, maps[taken].to_json().encode())
@@ -142,32 +154,43 @@ def _others(inputs: Inputs, asked: QuantizationConfig) -> Iterator[tuple[str, Bi
             yield name, allocate(inputs.plan, other, inputs.profile)
 
 
-def _checked(
-    plan: Plan,
-    profile: SensitivityProfile,
-    check: Check,
-    maps: dict[str, BitWidthMap],
-    run: Run,
-) -> list[CheckedMap]:
-    orders = {owner: torch.from_numpy(order).long() for owner, order in profile.orders.items()}
-    measured = measure_maps(
-        run.open_model(check.model.folder, plan),
-        check.calibration,
-        maps,
-        {li.name: orders[li.order] for li in profile.linears if li.order is not None},
-        run.on_unit,
-        run.group,
-    )
-    found = {name: one.candidate() for name, one in measured.items()}
-    taken = min(found, key=lambda name: found[name].kl)
-    return [
-        CheckedMap(
-            method=name,
-            bits=footprint(plan, maps[name]).bits,
-            predicted_loss=profile.predicted_loss(maps[name].linears),
-            kl=quality.kl,
-            kl_se=quality.kl_se,
-            taken=name == taken,
+@dataclass(frozen=True)
+class _Checking:
+    """Measures maps and compares them."""
+
+    plan: Plan
+    profile: SensitivityProfile
+    check: Check
+    run: Run
+
+    def measured(self, maps: Mapping[str, BitWidthMap], by_parts: bool) -> Measured:
+        """See `measure_maps`; by_parts: of the first map."""
+        profile = self.profile
+        orders = {owner: torch.from_numpy(order).long() for owner, order in profile.orders.items()}
+        return measure_maps(
+            self.run.open_model(self.check.model.folder, self.plan),
+            self.check.calibration,
+            maps,
+            {li.name: orders[li.order] for li in profile.linears if li.order is not None},
+            self.run.on_unit,
+            self.run.group,
+            parts=parts_of(self.plan) if by_parts else None,
         )
-        for name, quality in found.items()
-    ]
+
+    def compared(
+        self, maps: Mapping[str, BitWidthMap], measured: Mapping[str, WindowMeasures]
+    ) -> list[CheckedMap]:
+        """What reports say of each map; the first of least KL is taken."""
+        found = {name: one.candidate() for name, one in measured.items()}
+        taken = min(found, key=lambda name: found[name].kl)
+        return [
+            CheckedMap(
+                method=name,
+                bits=footprint(self.plan, maps[name]).bits,
+                predicted_loss=self.profile.predicted_loss(maps[name].linears),
+                kl=quality.kl,
+                kl_se=quality.kl_se,
+                taken=name == taken,
+            )
+            for name, quality in found.items()
+        ]
