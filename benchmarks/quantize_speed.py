@@ -194,6 +194,7 @@ class Watch:
 
     def __init__(self, recorder: Recorder, blocks: int) -> None:
         self._recorder, self._blocks = recorder, blocks
+        self._passes = 0
         self.units: list[Unit] = []
 
     def __call__(self, event: Progress) -> None:
@@ -202,6 +203,9 @@ class Watch:
             backward = event.stage == "profile" and event.total == 2 * self._blocks
             second = backward and done > self._blocks
             name = event.stage + (" backward" if second else " forward" if backward else "")
+            if event.stage == "allocate":
+                self._passes += done == 1
+                name += f" pass {self._passes}"
             self._add(name, done - self._blocks if second else done)
         elif event.state in ("started", "finished", "skipped"):
             self._add(event.stage, 0 if event.state == "started" else -1)
@@ -238,6 +242,7 @@ def run(options: argparse.Namespace, group: Group, device: torch.device) -> dict
         "blocks": options.blocks,
         "of_blocks": shape.blocks,
         "allocation": options.allocation,
+        "check": options.check,
         "sequences": options.sequences,
         "held_out": options.held_out,
         "profile_sequences": options.profile_sequences,
@@ -293,7 +298,7 @@ def spec_of(options: argparse.Namespace) -> QuantizationConfig:
         {
             "code": options.code,
             "budget": {"code_bits": bits},
-            "allocation": {"method": method},
+            "allocation": {"method": method, "check": options.check},
             "refinement": refinement,
             "devices": options.devices,
             "calibration": {
@@ -329,7 +334,7 @@ def run_stages(
     planned = job.plan(resolved)
     tokens = windows(shape, options.sequences, options.held_out, options.tokens)
     profiled = job.profile(resolved, planned, tokens)
-    bit_widths = job.allocate(planned, profiled)
+    bit_widths = job.allocate(resolved, planned, tokens, profiled).bit_widths
     refined = job.refine(resolved, planned, tokens, profiled, bit_widths)
     job.pack(resolved, planned, bit_widths, refined)
     return planned
@@ -475,6 +480,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--profile-sequences", type=int, help="windows of the profile, all if left")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a window")
     parser.add_argument("--allocation", choices=("knapsack", "sba", "uniform"), default="knapsack")
+    parser.add_argument(
+        "--check",
+        choices=["off", "maps", "corrected"],
+        default="corrected",
+        help="of the knapsack's map; parts of it grow with the blocks that are run",
+    )
     parser.add_argument("--bits", type=float, default=3.0, help="code bits")
     parser.add_argument("--code", choices=("auto", "affine", "trellis"), default="auto")
     parser.add_argument(
