@@ -131,8 +131,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     (
-        "m --bits 3 --calibration-text bundled:wiki_calibration",
-        {"calibration.text.source": "bundled", "calibration.text.name": "wiki_calibration"},
+        "m --bits 3 --calibration-text bundled:mixture_calibration --calibration-framing chat "
+        "--evaluation-framing none --check maps",
+        {
+            "calibration.text.source": "bundled",
+            "calibration.text.name": "mixture_calibration",
+            "calibration.framing": "chat",
+            "evaluation.framing": "none",
+            "allocation.check": "maps",
+        },
     ),
     (
         "m --bits 3 --evaluation-texts handbook_evaluation --evaluation-sequences 3 "
