@@ -137,7 +137,7 @@ def inputs(
 ) -> stage.Inputs:
     environment = Environment.here(CPU, SINGLE)
     check = stage.Check(Model(folder, "", {}), calibration, environment)
-    return stage.Inputs(model.plan, asked.allocation, asked.budget, profile, check)
+    return stage.Inputs(model.plan, asked.code, asked.allocation, asked.budget, profile, check)
 
 
 def turned(profile: SensitivityProfile) -> SensitivityProfile:
@@ -199,7 +199,7 @@ def test_nothing_is_measured_where_it_is_not_asked_for(
     model: StreamedModel, profile: SensitivityProfile, tmp_path: Path
 ) -> None:
     asked = config(check="off")
-    given = stage.Inputs(model.plan, asked.allocation, asked.budget, profile, None)
+    given = stage.Inputs(model.plan, asked.code, asked.allocation, asked.budget, profile, None)
     stage.work(given, run(tmp_path, []), tmp_path)
     made = stage.load(tmp_path)
     assert made.checks == ()
