@@ -16,7 +16,17 @@ from prometheus_client import start_http_server
 from starlette.concurrency import run_in_threadpool
 
 from bitmill_service.api.context import Context
-from bitmill_service.api.routes import health, hub, job_outputs, jobs, keys, maps, profiles, uploads
+from bitmill_service.api.routes import (
+    health,
+    hub,
+    job_outputs,
+    jobs,
+    keys,
+    maps,
+    profiles,
+    uploads,
+    workers,
+)
 from bitmill_service.http import problems
 from bitmill_service.http.access import Access, KeyRing
 from bitmill_service.http.fair_use import FairUse, RateLimiter
@@ -122,6 +132,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         maps.router,
         uploads.router,
         keys.router,
+        workers.router,
     ):
         app.include_router(
             router, dependencies=[Depends(refuse_unknown_query), Depends(require_json)]

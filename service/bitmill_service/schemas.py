@@ -86,7 +86,11 @@ class WebhookView(View):
 
 
 class JobView(View):
-    """One job. `eta` is a guess of when it finishes; null until there is ground for one."""
+    """One job. `eta` is a guess of when it finishes; null until there is ground for one.
+
+    files_until: when its files will be discarded, unless it is `pinned`; discarded_at: when they
+    were.
+    """
 
     id: str
     state: ShownState
@@ -108,6 +112,9 @@ class JobView(View):
     profile_id: str | None = None
     parent_id: str | None = None
     webhook: WebhookView | None = None
+    pinned: bool = False
+    files_until: datetime | None = None
+    discarded_at: datetime | None = None
     links: JobLinks
 
     @property
@@ -310,6 +317,33 @@ class KeyList(View):
     """All keys, oldest first, revoked ones too."""
 
     keys: list[KeyView]
+
+
+class QueueView(View):
+    """A queue of the workers: `paused` ones give out no more jobs."""
+
+    name: str
+    paused: bool
+
+
+class WorkerView(View):
+    """A live worker; one that `drains` takes no more jobs."""
+
+    name: str
+    host: str
+    queues: tuple[str, ...]
+    device: str
+    version: str
+    last_seen: datetime
+    job_id: str | None = None
+    drains: bool
+
+
+class WorkersView(View):
+    """All queues, and all workers seen lately."""
+
+    queues: list[QueueView]
+    workers: list[WorkerView]
 
 
 class UploadEntry(Closed):

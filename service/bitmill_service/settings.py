@@ -19,6 +19,7 @@ class ServiceSettings(Settings):
     keys: whether calls need an API key. "auto": unless `host` is loopback and no key was ever made.
     calls_per_minute: of a key that has no limit of its own; downloads are not counted.
     tenant_queued, tenant_running, tenant_bytes: of a tenant whose key has no limit of its own.
+    keep_days: how long files of finished jobs are kept, unless their key says otherwise.
     metrics_host, metrics_port: where metrics are served without a key as well; None: nowhere.
     allowed_hosts: names that requests may be sent to; empty accepts all. The embedded service on
     loopback accepts loopback's names only, unless these are set.
@@ -36,6 +37,7 @@ class ServiceSettings(Settings):
     tenant_queued: int = Field(default=100, ge=0)
     tenant_running: int | None = Field(default=None, ge=0)
     tenant_bytes: int | None = Field(default=None, ge=0)
+    keep_days: float | None = Field(default=None, gt=0)
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()

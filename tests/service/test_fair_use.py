@@ -38,7 +38,7 @@ def client(keyed: Stack, name: str, *, admin: bool = False, **limits: Any) -> ht
     scopes: Any = ["admin"] if admin else ["read", "submit"]
     key, _ = store.create(name, scopes=scopes, limits=Limits(**limits))
     headers = {"Authorization": f"Bearer {key}"}
-    return httpx2.Client(base_url=keyed.url, headers=headers, timeout=20)
+    return httpx2.Client(base_url=keyed.url, headers=headers, timeout=60)
 
 
 def test_calls_over_the_rate_are_429_and_say_when_to_come_back(keyed: Stack) -> None:

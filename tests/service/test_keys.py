@@ -44,7 +44,7 @@ class Guarded(Stack):
 
     def http(self, key: str | None) -> httpx2.Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx2.Client(base_url=self.url, headers=headers, timeout=20)
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_hub_token_is_refused_also_where_no_key_is_asked_for(stack: Stack) -> 
 def test_refused_body_is_not_read(guarded: Guarded) -> None:
     """A stranger's body is no work for the service; the refusal comes whatever is in it."""
     for body in (b"{", b"x" * (20 << 20)):
-        answer = httpx2.post(guarded.url + "/v1/jobs", content=body, timeout=20)
+        answer = httpx2.post(guarded.url + "/v1/jobs", content=body, timeout=60)
         assert (answer.status_code, answer.json()["code"]) == (401, "key_required")
 
 
@@ -284,7 +284,7 @@ def test_no_other_address_is_served_without_a_key(tmp_path: Path, host: str) -> 
 def test_loopback_asks_for_a_key_once_one_was_made(tmp_path: Path) -> None:
     with (
         EmbeddedService(ServiceSettings(data=tmp_path, port=0), worker=False) as service,
-        httpx2.Client(base_url=service.url, timeout=20) as http,
+        httpx2.Client(base_url=service.url, timeout=60) as http,
     ):
         assert http.get("/v1/jobs").status_code == 200
         made = http.post("/v1/keys", json={"name": "ops", "scopes": ["admin"]}).json()

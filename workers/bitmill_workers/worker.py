@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from bitmill_workers.logs import configure_logs
 from bitmill_workers.messaging.app import create_celery
 from bitmill_workers.settings import Settings
-from bitmill_workers.storage.garbage import collect_staging, collect_work
+from bitmill_workers.storage.garbage import collect_hub, collect_staging, collect_work
 from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.storage.uploads import collect_uploads
 from bitmill_workers.store.catalog import Catalog
@@ -81,6 +81,7 @@ def _beat(settings: Settings, stop: threading.Event) -> None:
         try:
             if not settings.embedded and time.monotonic() - collected > _COLLECT_S:
                 collect_work(settings, database)
+                collect_hub(settings, database)
                 collect_uploads(settings, UploadStore(database))
                 collect_staging(settings, open_artifacts(settings), database)
                 collected = time.monotonic()

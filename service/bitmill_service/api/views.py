@@ -72,8 +72,17 @@ def job_view(
         profile_id=job.profile_id,
         parent_id=job.parent_id,
         webhook=None if delivery is None else _webhook(delivery),
+        pinned=job.pinned,
+        files_until=_files_until(job),
+        discarded_at=moment(job.discarded_at),
         links=job_links(job.id),
     )
+
+
+def _files_until(job: JobRecord) -> datetime | None:
+    if job.pinned or job.keep_days is None or job.finished_at is None or job.discarded_at:
+        return None
+    return moment(job.finished_at + job.keep_days * 86400.0)
 
 
 def _webhook(delivery: Delivery) -> schemas.WebhookView:

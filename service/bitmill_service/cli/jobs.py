@@ -198,6 +198,24 @@ def retry(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) ->
         _say(client.retry(job), as_json=json)
 
 
+def pin(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
+    """Keep a job's files whatever their age.
+
+    Example: bitmill pin JOB
+    """
+    with open_client(url) as client:
+        _say(client.pin(job), as_json=json)
+
+
+def unpin(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
+    """Let a job's files go when their time is over.
+
+    Example: bitmill unpin JOB
+    """
+    with open_client(url) as client:
+        _say(client.pin(job, False), as_json=json)
+
+
 def delete(job: JobArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
     """Remove a finished job with all its files.
 

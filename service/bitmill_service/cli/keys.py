@@ -12,6 +12,7 @@ import typer
 from pydantic import ValidationError
 
 from bitmill.errors import InputError
+from bitmill_service.cli.operate import operators_database
 from bitmill_service.cli.output import (
     JsonFlag,
     UrlOption,
@@ -21,7 +22,7 @@ from bitmill_service.cli.output import (
     print_json,
     print_table,
 )
-from bitmill_service.cli.service import DataOption, make_settings
+from bitmill_service.cli.service import DataOption
 from bitmill_service.client.client import Client
 from bitmill_service.client.credentials import keep_key
 from bitmill_service.schemas import KeyRequest, KeyView
@@ -56,6 +57,9 @@ def create(
     ] = None,
     days: Annotated[
         int | None, typer.Option(min=1, help="Days until the key expires; default never.")
+    ] = None,
+    keep_days: Annotated[
+        float | None, typer.Option(help="Days that files of its jobs are kept.")
     ] = None,
     rate: Annotated[
         int | None, typer.Option(min=1, help="Calls a minute; default the service's.")
@@ -95,6 +99,7 @@ def create(
                 "queued": queued,
                 "running": running,
                 "bytes": None if size is None else parse_size(size),
+                "keep_days": keep_days,
                 "priorities": [low, high],
                 "hub_repositories": hub.split(",") if hub else [],
             },
@@ -223,19 +228,8 @@ def _state(key: KeyView) -> str:
 
 @contextmanager
 def _store(data: Any) -> Iterator[KeyStore]:
-    """The keys of the operator's own database, which is made where it is a new data folder's."""
-    from bitmill_workers.store.db import Database
+    """The keys of the operator's own database."""
     from bitmill_workers.store.keys import KeyStore
-    from bitmill_workers.store.migrate import require_head, upgrade
 
-    settings = make_settings(data=data)
-    if settings.database_url is None:
-        settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    database = Database(settings.database)
-    try:
-        if settings.database_url is None:
-            upgrade(database)
-        require_head(database)
+    with operators_database(data) as (_, database):
         yield KeyStore(database)
-    finally:
-        database.close()

@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from bitmill.errors import BitmillError, InputError
-from bitmill_service.cli import jobs, keys, local, map, service
+from bitmill_service.cli import jobs, keys, local, map, operate, service
 from bitmill_service.cli.options import GroupedCommand
 from bitmill_service.cli.output import exit_code, print_error
 
@@ -29,11 +29,13 @@ for command in (
     *(local.quantize, local.evaluate, local.generate, local.bench, local.report, local.export),
     *(jobs.submit, jobs.status, jobs.list_jobs, jobs.wait, jobs.logs),
     *(jobs.cancel, jobs.retry, jobs.delete, jobs.download, service.doctor),
-    *(keys.login, keys.logout),
+    *(jobs.pin, jobs.unpin, keys.login, keys.logout),
+    *(operate.prune, operate.backup, operate.restore),
 ):
     app.command(command.__name__.removesuffix("_jobs"), cls=GroupedCommand)(command)
 app.add_typer(map.app, name="map")
 app.add_typer(keys.keys, name="keys")
+app.add_typer(operate.workers, name="workers")
 app.add_typer(service.db, name="db")
 
 

@@ -57,6 +57,7 @@ from bitmill_service.schemas import (
     UploadList,
     UploadView,
     View,
+    WorkersView,
 )
 from bitmill_workers.job_spec import JobSpec
 
@@ -152,6 +153,25 @@ class Client:
     def retry(self, job_id: str, *, idempotency_key: str | None = None) -> JobView:
         """A new job with the same specification and `parent_id` = `job_id`."""
         return self._create(f"/v1/jobs/{job_id}/retry", None, idempotency_key)
+
+    def pin(self, job_id: str, pinned: bool = True) -> JobView:
+        """Keep a job's files whatever their age, or no longer."""
+        word = "pin" if pinned else "unpin"
+        return read_answer(JobView, self._send("POST", f"/v1/jobs/{job_id}/{word}"))
+
+    def workers(self) -> WorkersView:
+        """All queues, and the workers seen lately; needs an admin's key."""
+        return self._get(WorkersView, "/v1/workers")
+
+    def pause(self, *, queue: str | None = None, worker: str | None = None) -> WorkersView:
+        """Let a queue, or a worker, take no more jobs; what runs goes on."""
+        place = f"queues/{queue}/pause" if queue is not None else f"{worker}/drain"
+        return read_answer(WorkersView, self._send("POST", f"/v1/workers/{place}"))
+
+    def resume(self, *, queue: str | None = None, worker: str | None = None) -> WorkersView:
+        """Let a queue, or a worker, take jobs again."""
+        place = f"queues/{queue}/resume" if queue is not None else f"{worker}/resume"
+        return read_answer(WorkersView, self._send("POST", f"/v1/workers/{place}"))
 
     def delete(self, job_id: str) -> None:
         """Remove a finished job with all its files."""

@@ -34,7 +34,7 @@ from bitmill_workers.store.limits import Scope as KeyScope
 OPEN = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 """Paths that need no key."""
 
-_ADMIN = ("/v1/keys", "/metrics")
+_ADMIN = ("/v1/keys", "/v1/workers", "/metrics")
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _FRESH_S = 5.0
 _MOST = 4096

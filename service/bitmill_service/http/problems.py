@@ -66,6 +66,8 @@ CODES: Mapping[str, tuple[int, str]] = {
     "storage_unavailable": (503, "Try again soon; the object store does not answer."),
     "no_such_file": (404, "List the job's files with GET /v1/jobs/{id}/files."),
     "file_missing": (410, "The stored file is gone or damaged: retry the job."),
+    "files_discarded": (410, "Retry the job; pin jobs whose files are to stay."),
+    "profile_in_use": (409, "Wait until the jobs that work with the profile have finished."),
     "profile_not_found": (404, "List the profiles with GET /v1/profiles."),
     "map_not_found": (404, "List the maps with GET /v1/bit-width-maps."),
     "hub_unreachable": (502, "Try again later, or check the server's HF_ENDPOINT."),

@@ -21,7 +21,12 @@ from bitmill_workers.messaging.app import Dispatcher
 from bitmill_workers.messaging.webhooks import WebhookSender
 from bitmill_workers.settings import Settings
 from bitmill_workers.storage.artifacts import UPLOADS, ArtifactStore
-from bitmill_workers.storage.garbage import collect_artifacts, collect_work, prune_broker
+from bitmill_workers.storage.garbage import (
+    collect_artifacts,
+    collect_hub,
+    collect_work,
+    prune_broker,
+)
 from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.storage.uploads import collect_uploads
 from bitmill_workers.store.db import Database, db_now
@@ -158,10 +163,14 @@ class Reconciler:
     def collect_garbage(self) -> int:
         """Remove files that no job needs; how many folders."""
         prune_broker(self.settings)
+        for job in self.store.over_age():
+            self.store.discard(job.id, f"kept for {job.keep_days:g} days")
         for upload in self.uploads.expire():
             _log.info("upload %s of %s has expired", upload.id, upload.tenant)
             self.artifacts.remove_folder(UPLOADS, upload.id)
         collect_uploads(self.settings, self.uploads)
+        if self.settings.embedded:
+            collect_hub(self.settings, self.database)
         found = collect_artifacts(self.artifacts, self.database)
         return found + collect_work(self.settings, self.database)
 

@@ -5,8 +5,10 @@ The data folder is a name that somebody typed: only what bears a job's id is eve
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
+from pathlib import Path
 
 import sqlalchemy as sa
 
@@ -18,6 +20,7 @@ from bitmill_workers.store.states import ACTIVE, TERMINAL
 from bitmill_workers.store.tables import artifacts, jobs
 
 _PROCESSED_S = 3600.0
+_log = logging.getLogger(__name__)
 
 
 def collect_artifacts(store: ArtifactStore, database: Database) -> int:
@@ -48,6 +51,43 @@ def collect_staging(settings: Settings, store: ArtifactStore, database: Database
     for job_id, token in dead:
         store.drop_local(job_id, token)
     return len(dead)
+
+
+def hub_leftovers(settings: Settings, database: Database) -> list[tuple[Path, int]]:
+    """Cached Hub repositories over `hub_cache_bytes`, least used first, with their bytes.
+
+    None that an unfinished job names.
+    """
+    most = settings.hub_cache_bytes
+    if most is None or not settings.hub_cache.is_dir():
+        return []
+    unfinished = sa.select(jobs.c.model).where(jobs.c.state.not_in(sorted(TERMINAL)))
+    with database.read() as conn:
+        named = [str(model) for model in conn.execute(unfinished).scalars()]
+    found = []
+    for folder in settings.hub_cache.glob("models--*"):
+        files = [f.lstat() for f in folder.rglob("*") if f.is_file() and not f.is_symlink()]
+        used = max((max(f.st_atime, f.st_mtime) for f in files), default=0.0)
+        found.append((used, folder, sum(f.st_size for f in files)))
+    over = sum(size for _, _, size in found) - most
+    leaving = []
+    for _, folder, size in sorted(found):
+        repo = folder.name.removeprefix("models--").replace("--", "/")
+        if over <= 0:
+            break
+        if not any(model == repo or model.startswith((f"{repo}@", f"{repo}/")) for model in named):
+            leaving.append((folder, size))
+            over -= size
+    return leaving
+
+
+def collect_hub(settings: Settings, database: Database) -> int:
+    """Remove cached Hub repositories over the limit; how many."""
+    leaving = hub_leftovers(settings, database)
+    for folder, size in leaving:
+        _log.info("removing %s of the Hub cache, %d bytes", folder.name, size)
+        shutil.rmtree(folder, ignore_errors=True)
+    return len(leaving)
 
 
 def prune_broker(settings: Settings) -> None:

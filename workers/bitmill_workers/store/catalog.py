@@ -10,7 +10,14 @@ from bitmill.io.atomic import sha256_json
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.records import MapRecord, ProfileRecord, WorkerRecord
 from bitmill_workers.store.states import ACTIVE
-from bitmill_workers.store.tables import bit_width_maps, holdings, jobs, profiles, workers
+from bitmill_workers.store.tables import (
+    bit_width_maps,
+    holdings,
+    jobs,
+    pauses,
+    profiles,
+    workers,
+)
 
 LOCAL = "local"
 """The tenant of a service without keys."""
@@ -73,6 +80,40 @@ class Catalog:
         """Uploaded maps by id; `after` is the last id of a former page."""
         rows = self._page(bit_width_maps, tenant, limit, after)
         return tuple(MapRecord(**row._mapping) for row in rows)
+
+    def drop(self, kind: Literal["profile", "map"], row_id: str, *, tenant: str | None) -> bool:
+        """End a tenant's hold of a profile or a map, or everybody's; True where it is now gone."""
+        table = profiles if kind == "profile" else bit_width_maps
+        held = (holdings.c.kind == kind, holdings.c.id == row_id)
+        mine = (*held, holdings.c.tenant == tenant) if tenant is not None else held
+        with self.database.write() as conn:
+            conn.execute(sa.delete(holdings).where(*mine))
+            if conn.execute(sa.select(holdings).where(*held).limit(1)).first() is not None:
+                return False
+            return bool(conn.execute(sa.delete(table).where(table.c.id == row_id)).rowcount)
+
+    def profile_in_use(self, profile_id: str) -> bool:
+        """Whether a job that runs works with this profile."""
+        mine = (jobs.c.profile_id == profile_id, jobs.c.state.in_(sorted(ACTIVE)))
+        with self.database.read() as conn:
+            return conn.execute(sa.select(jobs.c.id).where(*mine).limit(1)).first() is not None
+
+    def pause(self, kind: Literal["queue", "worker"], name: str, *, by: str | None = None) -> None:
+        """Let a queue or a worker take no more jobs; what runs goes on."""
+        values = {"kind": kind, "name": name, "at": db_now(), "by": by}
+        with self.database.write() as conn:
+            conn.execute(self.database.insert(pauses).values(values).on_conflict_do_nothing())
+
+    def resume(self, kind: Literal["queue", "worker"], name: str) -> None:
+        """Let it take jobs again."""
+        with self.database.write() as conn:
+            conn.execute(sa.delete(pauses).where(pauses.c.kind == kind, pauses.c.name == name))
+
+    def paused(self, kind: Literal["queue", "worker"]) -> frozenset[str]:
+        """Names of the queues or workers that take no more jobs."""
+        with self.database.read() as conn:
+            query = sa.select(pauses.c.name).where(pauses.c.kind == kind)
+            return frozenset(conn.execute(query).scalars())
 
     def beat(
         self,

@@ -86,6 +86,7 @@ class JobStore:
         webhook_url: str | None = None,
         created_by: str | None = None,
         quota: Quota | None = None,
+        keep_days: float | None = None,
     ) -> Submission:
         """Store a new queued job, or return the one that the same key made within a day.
 
@@ -105,6 +106,7 @@ class JobStore:
             "webhook_url": webhook_url,
             "created_by": created_by,
             "max_running": quota and quota.running,
+            "keep_days": keep_days,
             "deadline_at": None if spec.deadline_s is None else db_now() + spec.deadline_s,
         }
         if idempotency_key is None:
@@ -282,6 +284,48 @@ class JobStore:
                     f"job {job_id} is {job.shown_state}: cancel it before deleting it",
                     code="job_not_finished",
                 )
+
+    def pin(
+        self, job_id: str, pinned: bool, *, tenant: str | None = None, by: str | None = None
+    ) -> JobRecord:
+        """Keep a job's files whatever their age, or no longer; raises `JobNotFound`."""
+        with self.database.write() as conn:
+            job = _get(conn, job_id, tenant)
+            if job.pinned != pinned:
+                told = {"by": by} if by else {}
+                kind = "pinned" if pinned else "unpinned"
+                add_events(conn, jobs.c.id == job_id, [(kind, told)], values={"pinned": pinned})
+            return _get(conn, job_id, tenant)
+
+    def over_age(self) -> tuple[JobRecord, ...]:
+        """Succeeded jobs whose files have been kept long enough and that nobody needs."""
+        age = db_now() - jobs.c.finished_at
+        due = (
+            jobs.c.state == "succeeded",
+            jobs.c.discarded_at.is_(None),
+            sa.not_(jobs.c.pinned),
+            jobs.c.keep_days.is_not(None),
+            age > jobs.c.keep_days * 86400.0,
+        )
+        unfinished = sa.select(jobs.c.spec).where(jobs.c.state.not_in(sorted(TERMINAL)))
+        with self.database.read() as conn:
+            found = [job_record(row) for row in conn.execute(sa.select(jobs).where(*due))]
+            needed = str(conn.execute(unfinished).scalars().all()) if found else ""
+        return tuple(job for job in found if job.id not in needed)
+
+    def discard(self, job_id: str, reason: str) -> int:
+        """Forget a finished job's files, which become garbage, and say why; their bytes."""
+        mine = artifacts.c.job_id == job_id
+        with self.database.write() as conn:
+            size = sa.select(sa.func.coalesce(sa.func.sum(artifacts.c.size), 0)).where(mine)
+            freed = int(conn.execute(size).scalar_one())
+            which = (jobs.c.id == job_id, jobs.c.state.in_(sorted(TERMINAL)))
+            event = ("discarded", {"reason": reason, "bytes": freed})
+            now = {"discarded_at": db_now()}
+            if not add_events(conn, sa.and_(*which), [event], values=now):
+                return 0
+            conn.execute(sa.delete(artifacts).where(mine))
+            return freed
 
     def delivery(self, job: JobRecord) -> Delivery | None:
         """How far the job's webhook is; None where it has none."""

@@ -19,7 +19,7 @@ from bitmill_workers.errors import WorkerLost
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.records import Artifact, JobRecord, Renewal, error_columns
 from bitmill_workers.store.states import ACTIVE, State
-from bitmill_workers.store.tables import artifacts, job_logs, jobs
+from bitmill_workers.store.tables import artifacts, job_logs, jobs, pauses
 from bitmill_workers.store.transitions import add_events, edge, follow, transition
 
 MAX_EVENTS = 50_000
@@ -275,6 +275,7 @@ def _runnable(queues: Sequence[str]) -> tuple[sa.ColumnElement[bool], ...]:
         jobs.c.queue.in_([sa.literal(queue) for queue in queues]),
         jobs.c.not_before <= db_now(),
         _has_room(),
+        jobs.c.queue.not_in(sa.select(pauses.c.name).where(pauses.c.kind == "queue")),
     )
 
 
@@ -297,7 +298,9 @@ def _has_room() -> sa.ColumnElement[bool]:
 def _first(queues: Sequence[str], dialect: str) -> sa.ScalarSelect[str]:
     """The job that is claimed next; claimers on PostgreSQL skip what another has locked."""
     order = (jobs.c.priority.desc(), jobs.c.fair_rank, jobs.c.created_at)
-    head = sa.select(jobs.c.id).where(*_runnable(queues)).order_by(*order)
+    stopped = (pauses.c.kind == "worker", pauses.c.name == sa.bindparam("claimer"))
+    drained = sa.exists().where(*stopped)
+    head = sa.select(jobs.c.id).where(*_runnable(queues), sa.not_(drained)).order_by(*order)
     head = head.limit(sa.literal_column("1"))
     if dialect == "postgresql":
         head = head.with_for_update(skip_locked=True)

@@ -20,7 +20,8 @@ class Limits(Closed):
     """What a key may take; None: as much as the service gives anybody.
 
     requests_per_minute: of all calls but downloads. queued, running: jobs of the key's tenant.
-    bytes: kept results and uploads of the tenant. priorities: lowest and highest of its jobs.
+    bytes: kept results and uploads of the tenant. keep_days: how long the files of its
+    jobs are kept after their end. priorities: lowest and highest of its jobs.
     hub_repositories: patterns (`org/*`) of the Hub repositories that may be fetched with the
     operator's token; all others are fetched without one.
     """
@@ -29,6 +30,7 @@ class Limits(Closed):
     queued: int | None = Field(default=None, ge=0)
     running: int | None = Field(default=None, ge=0)
     bytes: int | None = Field(default=None, ge=0)
+    keep_days: float | None = Field(default=None, gt=0)
     priorities: tuple[int, int] = (-100, 0)
     hub_repositories: tuple[str, ...] = ()
 

@@ -78,6 +78,9 @@ class JobRecord:
     schema_version: int
     created_by: str | None
     max_running: int | None
+    pinned: bool
+    keep_days: float | None
+    discarded_at: float | None
 
     @property
     def shown_state(self) -> ShownState:

@@ -66,6 +66,9 @@ jobs = sa.Table(
     sa.Column("schema_version", sa.Integer, nullable=False),
     sa.Column("created_by", sa.String(16)),
     sa.Column("max_running", sa.Integer),
+    sa.Column("pinned", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("keep_days", sa.Double),
+    sa.Column("discarded_at", sa.Double),
     sa.CheckConstraint("state IN ({})".format(", ".join(f"'{s}'" for s in STATES)), name="state"),
 )
 
@@ -207,6 +210,16 @@ upload_parts = sa.Table(
     sa.Column("path", sa.String(512), primary_key=True),
     sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
 )
+
+pauses = sa.Table(
+    "pauses",
+    metadata,
+    sa.Column("kind", sa.String(16), primary_key=True),
+    sa.Column("name", sa.String(200), primary_key=True),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("by", sa.String(16)),
+)
+"""Queues and workers that take no more jobs."""
 
 DELIVERY_TRIES = 10
 """How often the message of an outbox row is sent before it is given up."""

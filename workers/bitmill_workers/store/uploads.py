@@ -164,8 +164,11 @@ class UploadStore:
         with self.database.write() as conn:
             conn.execute(sa.delete(uploads).where(uploads.c.id == upload_id))
 
-    def expire(self) -> tuple[UploadRecord, ...]:
-        """Forget uploads whose time is over and that no unfinished job names; which."""
+    def expire(self, *, dry_run: bool = False) -> tuple[UploadRecord, ...]:
+        """Forget uploads whose time is over and that no unfinished job names; which.
+
+        dry_run: only tell.
+        """
         query = sa.select(uploads).where(uploads.c.expires_at < db_now())
         unfinished = sa.select(jobs.c.spec).where(jobs.c.state.not_in(sorted(TERMINAL)))
         with self.database.write() as conn:
@@ -174,7 +177,8 @@ class UploadStore:
                 specs = str(conn.execute(unfinished).scalars().all())
                 over = [upload for upload in over if upload.id not in specs]
                 gone = uploads.c.id.in_([upload.id for upload in over])
-                conn.execute(sa.delete(uploads).where(gone))
+                if not dry_run:
+                    conn.execute(sa.delete(uploads).where(gone))
         return tuple(over)
 
 

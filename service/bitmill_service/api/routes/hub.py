@@ -122,6 +122,8 @@ def find_repository(
         job = context.jobs.get(job_id, tenant=caller.sees)
     except JobNotFound as error:
         raise _refusal("RepoNotFound", f"there is no repository jobs/{job_id}") from error
+    if job.discarded_at is not None:
+        raise _refusal("RepoNotFound", f"the files of job {job.id} were discarded")
     if job.state != "succeeded":
         raise _refusal("RepoNotFound", f"job {job.id} is {job.shown_state} and has no files")
     found = Repository(job, context.jobs.artifacts(job.id))

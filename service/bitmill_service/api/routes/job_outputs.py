@@ -31,7 +31,7 @@ streams = APIRouter(prefix="/v1/jobs/{job_id}", route_class=EventStreamRoute)
 
 _OF_FINISHED = (
     *("job_not_found", "no_such_output", "no_such_file"),
-    *("job_not_finished", "file_missing", "storage_unavailable"),
+    *("job_not_finished", "file_missing", "files_discarded", "storage_unavailable"),
 )
 _BYTES = {
     "content": {
@@ -167,6 +167,10 @@ def send_file(request: Request, context: Context, file: Artifact) -> Response:
 
 
 def _require_success(job: JobRecord) -> None:
+    if job.discarded_at is not None:
+        raise ProblemError(
+            "files_discarded", f"the files of job {job.id} were discarded after their time"
+        )
     if job.state == "succeeded":
         return
     code = "no_such_output" if job.finished else "job_not_finished"

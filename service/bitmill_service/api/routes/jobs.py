@@ -97,6 +97,7 @@ def create_job(
         webhook_url=webhook_url,
         created_by=caller.key_id,
         quota=quota_of(context, caller),
+        keep_days=caller.limits.keep_days or context.settings.keep_days,
     )
     return _accepted(context, submission.job, replayed=submission.replayed)
 
@@ -173,8 +174,25 @@ def retry_job(
         webhook_url=job.webhook_url,
         created_by=caller.key_id,
         quota=quota_of(context, caller),
+        keep_days=caller.limits.keep_days or context.settings.keep_days,
     )
     return _accepted(context, submission.job, replayed=submission.replayed)
+
+
+@router.post("/{job_id}/pin", response_model=JobView, responses=refusals(*CHANGES, "job_not_found"))
+def pin_job(job_id: JobId, context: ContextDep, caller: PrincipalDep) -> JobView:
+    """Keep the job's files whatever their age; repeating it is fine."""
+    pinned = context.jobs.pin(job_id, True, tenant=caller.sees, by=caller.key_id)
+    return shown(context, pinned)
+
+
+@router.post(
+    "/{job_id}/unpin", response_model=JobView, responses=refusals(*CHANGES, "job_not_found")
+)
+def unpin_job(job_id: JobId, context: ContextDep, caller: PrincipalDep) -> JobView:
+    """Let the job's files go when their time is over; repeating it is fine."""
+    unpinned = context.jobs.pin(job_id, False, tenant=caller.sees, by=caller.key_id)
+    return shown(context, unpinned)
 
 
 @router.delete(

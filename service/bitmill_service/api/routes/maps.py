@@ -90,6 +90,17 @@ def get_map(map_id: str, context: ContextDep, caller: PrincipalDep) -> BitWidthM
     return BitWidthMap.model_validate(record.map)
 
 
+@router.delete(
+    "/{map_id}",
+    status_code=status.HTTP_204_NO_CONTENT,
+    responses=refusals(*CHANGES, "map_not_found"),
+)
+def delete_map(map_id: str, context: ContextDep, caller: PrincipalDep) -> None:
+    """Remove a map; others who stored the same keep theirs."""
+    get_map(map_id, context, caller)
+    context.catalog.drop("map", map_id, tenant=caller.sees)
+
+
 def parse_map(body: bytes, prefix: str) -> BitWidthMap:
     """The map that an uploaded body holds; raises `FormatError`."""
     if body.lstrip()[:1] == b"{":

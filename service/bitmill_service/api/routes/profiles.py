@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path, Query, status
 
 from bitmill_service.api.context import ID_PATTERN, Context, ContextDep, PrincipalDep
 from bitmill_service.api.reallocation import StoredProfile, load_profile, reallocate
 from bitmill_service.api.views import profile_view
 from bitmill_service.http.access import Principal
-from bitmill_service.http.openapi import JSON_BODY, refusals
+from bitmill_service.http.openapi import CHANGES, JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import AllocationRequest, AllocationView, ProfilePage, ProfileView
 from bitmill_workers.storage.artifacts import PROFILES
+from bitmill_workers.store.records import ProfileRecord
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 
@@ -63,12 +65,32 @@ def allocate_budget(
     return reallocate(_load(context, caller, profile_id), request)
 
 
-def _load(context: Context, caller: Principal, profile_id: str) -> StoredProfile:
+@router.delete(
+    "/{profile_id}",
+    status_code=status.HTTP_204_NO_CONTENT,
+    responses=refusals(*CHANGES, "profile_not_found", "profile_in_use", "storage_unavailable"),
+)
+def delete_profile(profile_id: ProfileId, context: ContextDep, caller: PrincipalDep) -> None:
+    """Remove a profile; others whose jobs made the same keep theirs."""
+    _require(context, caller, profile_id)
+    if context.catalog.profile_in_use(profile_id):
+        raise ProblemError("profile_in_use", f"a running job works with profile {profile_id}")
+    if context.catalog.drop("profile", profile_id, tenant=caller.sees):
+        context.artifacts.remove_folder(PROFILES, profile_id)
+        shutil.rmtree(context.settings.profiles_folder / profile_id, ignore_errors=True)
+
+
+def _require(context: Context, caller: Principal, profile_id: str) -> ProfileRecord:
     record = context.catalog.profile(profile_id, tenant=caller.sees)
     if record is None:
         raise ProblemError(
             "profile_not_found", f"there is no profile {profile_id!r}", param="profile_id"
         )
+    return record
+
+
+def _load(context: Context, caller: Principal, profile_id: str) -> StoredProfile:
+    record = _require(context, caller, profile_id)
     root = context.settings.profiles_folder
     root.mkdir(parents=True, exist_ok=True)
     context.artifacts.fetch_folder(PROFILES, record.id, root / record.id)

@@ -1,0 +1,266 @@
+"""Commands for those who run a service: prune, backup, restore, and who takes no more jobs."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitmill.errors import InputError
+from bitmill_service.cli.output import (
+    JsonFlag,
+    UrlOption,
+    format_size,
+    format_time,
+    open_client,
+    print_json,
+    print_table,
+)
+from bitmill_service.cli.service import DataOption, make_settings
+from bitmill_service.schemas import WorkersView
+
+if TYPE_CHECKING:
+    from bitmill_service.settings import ServiceSettings
+    from bitmill_workers.store.db import Database
+
+workers = typer.Typer(help="See workers and queues, and stop them taking jobs.")
+
+QueueOption = Annotated[str | None, typer.Option("--queue", help="A queue, such as gpu-80.")]
+WorkerArgument = Annotated[str | None, typer.Argument(metavar="WORKER", help="Name of a worker.")]
+_DATABASE = "bitmill.db"
+_FOLDERS = ("profiles", "uploads")
+
+
+@contextmanager
+def operators_database(data: Any) -> Iterator[tuple[ServiceSettings, Database]]:
+    """The operator's own database, which is made where it is a new data folder's."""
+    from bitmill_workers.store.db import Database
+    from bitmill_workers.store.migrate import require_head, upgrade
+
+    settings = make_settings(data=data)
+    if settings.database_url is None:
+        settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    database = Database(settings.database)
+    try:
+        if settings.database_url is None:
+            upgrade(database)
+        require_head(database)
+        yield settings, database
+    finally:
+        database.close()
+
+
+def prune(
+    *,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would go, and remove nothing.")
+    ] = False,
+    data: DataOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Remove files whose time is over: of jobs, of uploads, of the Hub cache.
+
+    The service does the same by itself every BITMILL_COLLECT_S. Example: bitmill prune --dry-run
+    """
+    from bitmill_workers.storage.garbage import collect_artifacts, collect_hub, hub_leftovers
+    from bitmill_workers.storage.open import open_artifacts
+    from bitmill_workers.storage.uploads import collect_uploads
+    from bitmill_workers.store.jobs import JobStore
+    from bitmill_workers.store.uploads import UploadStore
+
+    with operators_database(data) as (settings, database):
+        jobs, uploads = JobStore(database), UploadStore(database)
+        found = [
+            ("job", job.id, sum(f.size for f in jobs.artifacts(job.id)), f"{job.keep_days:g} days")
+            for job in jobs.over_age()
+        ]
+        hub = hub_leftovers(settings, database)
+        found += [("hub", folder.name, size, "least used") for folder, size in hub]
+        over = uploads.expire(dry_run=dry_run)
+        found += [("upload", upload.id, upload.size, "expired") for upload in over]
+        if not dry_run:
+            for kind, name, _, reason in found:
+                if kind == "job":
+                    jobs.discard(name, f"kept for {reason}")
+            collect_hub(settings, database)
+            collect_uploads(settings, uploads)
+            collect_artifacts(open_artifacts(settings), database)
+    if json:
+        rows = [dict(zip(("kind", "name", "bytes", "why"), row, strict=True)) for row in found]
+        print_json({"dry_run": dry_run, "found": rows, "bytes": sum(row[2] for row in found)})
+        return
+    print_table(
+        ("kind", "name", "bytes", "why"), [(k, n, format_size(s), why) for k, n, s, why in found]
+    )
+    would = "would be freed" if dry_run else "freed"
+    typer.echo(f"{format_size(sum(row[2] for row in found))} {would}")
+
+
+def backup(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the copy.")],
+    *,
+    data: DataOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Copy the jobs, their files, profiles and uploads of a data folder, also while it is served.
+
+    The database is copied as it is at one moment; published files never change, so they fit it.
+    Files on the same file system are hard links and take no space. Example: bitmill backup /b/1
+    """
+    from bitmill_workers.storage.open import open_artifacts
+    from bitmill_workers.store.db import Database
+    from bitmill_workers.store.jobs import JobStore
+
+    with operators_database(data) as (settings, database):
+        if database.dialect != "sqlite":
+            raise InputError(
+                "the database is PostgreSQL: use pg_dump, and copy the bucket after it "
+                "(docs/operations.md)",
+                code="not_embedded",
+            )
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty: name a new folder", param=str(folder))
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (
+            closing(sqlite3.connect(settings.data / _DATABASE)) as source,
+            closing(sqlite3.connect(folder / _DATABASE)) as target,
+        ):
+            source.backup(target)
+        copied = Database(f"sqlite:///{(folder / _DATABASE).resolve()}")
+        store, artifacts = JobStore(copied), open_artifacts(settings)
+        count = size = 0
+        missing = []
+        after = None
+        while True:
+            page = store.list(state="succeeded", limit=200, after=after)
+            for file in (file for job in page.jobs for file in store.artifacts(job.id)):
+                place = folder / "artifacts" / file.storage_key
+                place.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    artifacts.fetch(file, place)
+                except FileNotFoundError:
+                    missing.append(file.storage_key)  # deleted since the database was copied
+                    continue
+                count, size = count + 1, size + file.size
+            if (after := page.after) is None:
+                break
+        copied.close()
+        for name in _FOLDERS:
+            if (settings.data / name).is_dir():
+                shutil.copytree(settings.data / name, folder / name, dirs_exist_ok=True)
+    if json:
+        print_json({"folder": str(folder), "files": count, "bytes": size, "missing": missing})
+    else:
+        typer.echo(f"{count} files ({format_size(size)}) and the database are in {folder}")
+
+
+def restore(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of `bitmill backup`.")],
+    *,
+    data: DataOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Make a new data folder from a backup.
+
+    Example: bitmill restore /b/1 --data /srv/bitmill
+    """
+    from bitmill_workers.store.db import Database
+    from bitmill_workers.store.jobs import JobStore
+    from bitmill_workers.store.migrate import upgrade
+
+    settings = make_settings(data=data)
+    if settings.database_url is not None or settings.s3_bucket is not None:
+        raise InputError("only a data folder is restored: docs/operations.md", code="not_embedded")
+    if not (folder / _DATABASE).is_file():
+        raise InputError(f"{folder} is no backup: it has no {_DATABASE}", param=str(folder))
+    if (settings.data / _DATABASE).exists():
+        raise InputError(
+            f"{settings.data} holds a database already: name a new folder", param="data"
+        )
+    settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for name in ("artifacts", *_FOLDERS):
+        if (folder / name).is_dir():
+            shutil.copytree(folder / name, settings.data / name, dirs_exist_ok=True)
+    shutil.copyfile(folder / _DATABASE, settings.data / _DATABASE)
+    database = Database(settings.database)
+    try:
+        upgrade(database)
+        counts = JobStore(database).counts()
+    finally:
+        database.close()
+    if json:
+        print_json({"data": str(settings.data.resolve()), "jobs": counts})
+    else:
+        typer.echo(f"{sum(counts.values())} jobs are in {settings.data}")
+
+
+@workers.command("list")
+def list_workers(*, url: UrlOption = None, json: JsonFlag = False) -> None:
+    """List live workers and all queues; needs an admin's key.
+
+    Example: bitmill workers list
+    """
+    with open_client(url) as client:
+        _show(client.workers(), as_json=json)
+
+
+@workers.command("pause")
+def pause(
+    worker: WorkerArgument = None,
+    *,
+    queue: QueueOption = None,
+    url: UrlOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Let a worker finish its job and take no other, or a queue give out no more jobs.
+
+    A paused worker without a job can be stopped and nothing is lost. Example: bitmill workers
+    pause --queue gpu-80
+    """
+    with open_client(url) as client:
+        _show(client.pause(**_one(worker, queue)), as_json=json)
+
+
+@workers.command("resume")
+def resume(
+    worker: WorkerArgument = None,
+    *,
+    queue: QueueOption = None,
+    url: UrlOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Let a worker take jobs again, or a queue give them out.
+
+    Example: bitmill workers resume --queue gpu-80
+    """
+    with open_client(url) as client:
+        _show(client.resume(**_one(worker, queue)), as_json=json)
+
+
+def _one(worker: str | None, queue: str | None) -> dict[str, str | None]:
+    if (worker is None) == (queue is None):
+        raise InputError("give a worker or --queue", code="usage")
+    return {"worker": worker, "queue": queue}
+
+
+def _show(found: WorkersView, *, as_json: bool) -> None:
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    print_table(
+        ("worker", "queues", "job", "seen", "state"),
+        [
+            (
+                *(w.name, ",".join(w.queues), w.job_id or "-", format_time(w.last_seen)),
+                "takes no more jobs" if w.drains else "live",
+            )
+            for w in found.workers
+        ],
+    )
+    paused = [queue.name for queue in found.queues if queue.paused]
+    typer.echo(f"paused queues: {', '.join(paused) or 'none'}")
