@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitmill.inference.linear import QuantizedLinear
+from bitmill.quant.rotation import Rotation
 from bitmill.quant.trellis import TrellisTensor, trellis_shapes
 from bitmill_kernels.trellis.product import TrellisProduct
 from bitmill_kernels.trellis.product_cuda import CudaTrellisProduct, available
@@ -34,21 +35,23 @@ class TrellisLinear(QuantizedLinear):
         product: Tensor = self._runtime(x, bias)
         return product
 
-    def _build(self, device: torch.device) -> _Runtime:
+    def _build(self, device: torch.device) -> TrellisRuntime:
         found = self.stored()
         assert isinstance(found, TrellisTensor)
-        return _Runtime(found, device)
+        return TrellisRuntime(found, device)
 
 
-class _Runtime:
-    """One linear on one device."""
+class TrellisRuntime:
+    """One linear on one device; calls and gives what the module's forward does."""
 
     def __init__(self, weight: TrellisTensor, device: torch.device) -> None:
         self.device, self.rewrites = device, weight.rewrites
         scales = weight.row_scales, weight.group_scales
         linear = weight.circles, *scales, weight.K, weight.widths, device
         self.product: TrellisProduct
-        if device.type == "cuda" and available():
+        # The CUDA kernel rotates by the signs from column 0 on.
+        whole = Rotation() in weight.rewrites
+        if whole and device.type == "cuda" and available():
             inputs = self._inputs
             self.product = CudaTrellisProduct(*linear, order=weight.order, inputs=inputs)
         else:
@@ -78,7 +81,7 @@ class _Product(torch.autograd.Function):
     """x W^T and its gradient dy W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, runtime: _Runtime) -> Tensor:
+    def forward(ctx: Any, x: Tensor, runtime: TrellisRuntime) -> Tensor:
         ctx.runtime, ctx.dtype = runtime, x.dtype
         return runtime.multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 

@@ -23,22 +23,26 @@ from bitmill_kernels.layout import GROUP_SIZE
 
 @dataclass(frozen=True)
 class Rotation(Rewrite):
-    """The rotation; nothing of it is stored."""
+    """The rotation; nothing of it is stored.
 
+    first: number of the first column, a multiple of 128: not 0 for a part of a linear's groups.
+    """
+
+    first: int = 0
     name: ClassVar[str] = "rotation"
     stored: ClassVar[tuple[str, ...]] = ()
 
     def weights(self, W: Tensor) -> Tensor:
-        return rotate(W)
+        return rotate(W, self.first)
 
     def undo(self, W: Tensor) -> Tensor:
-        return _turn(W) * signs(W.shape[-1], W.device).to(W.dtype)
+        return _turn(W) * _signs_of(W, self.first)
 
     def inputs(self, x: Tensor) -> Tensor:
-        return rotate(x)
+        return rotate(x, self.first)
 
     def moments(self, sums: Tensor) -> Tensor:
-        return rotate(sums)
+        return rotate(sums, self.first)
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
@@ -51,16 +55,20 @@ class Rotation(Rewrite):
         """It fits every linear."""
 
 
-def packed_rewrites(code: str, order: Tensor | None) -> Rewrites:
+def packed_rewrites(code: str, order: Tensor | None, first: int = 0) -> Rewrites:
     """What leads to the columns of a packed linear: its column order i32 [K], and for trellis codes
-    the rotation."""
+    the rotation of columns from `first` on."""
     ordered = Rewrites.of_order(order)
-    return Rewrites([*ordered, Rotation()]) if code == "trellis" else ordered
+    return Rewrites([*ordered, Rotation(first)]) if code == "trellis" else ordered
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Rows of x [..., K], rotated, in the dtype of x."""
-    return _turn(x * signs(x.shape[-1], x.device).to(x.dtype))
+def rotate(x: Tensor, first: int = 0) -> Tensor:
+    """Rows of x [..., K], rotated, in the dtype of x; `first` as in `Rotation`."""
+    return _turn(x * _signs_of(x, first))
+
+
+def _signs_of(x: Tensor, first: int) -> Tensor:
+    return signs(first + x.shape[-1], x.device)[first:].to(x.dtype)
 
 
 @cache
