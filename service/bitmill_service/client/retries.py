@@ -1,7 +1,8 @@
 """When the client tries again: one rule for every request.
 
 Wait before try k: min(8, 0.25 * 2^k) seconds times a random factor in [0.5, 1], or what the
-server's `Retry-After` asks for, at most 30 s. Tried again: connection errors, timeouts and the
+server's `Retry-After` asks for, never less. A single call that is asked to wait for more than 30 s
+gives up instead. Tried again: connection errors, timeouts and the
 statuses 429, 502, 503 and 504; every request the client makes is safe to repeat, because
 creations carry an Idempotency-Key. A single call gives up after a number of tries; what follows a
 job or brings its files goes on until nothing has come for `patience` seconds, so that a restart of
@@ -50,6 +51,8 @@ class Waiting:
     def pause(self, fault: str, asked: float | None = None) -> bool:
         """Sleep before the next try; False where there is none."""
         pause = asked or backoff(self._attempt)
+        if pause > (_LONGEST if self._patience is None else self._patience):
+            return False
         self._attempt += 1
         self._slept += pause
         spent = max(self._slept, time.monotonic() - self._since)
@@ -67,9 +70,9 @@ class Waiting:
 
 
 def retry_after(response: httpx2.Response) -> float | None:
-    """Seconds of a numeric `Retry-After`, at most 30."""
+    """Seconds of a numeric `Retry-After`."""
     value = response.headers.get("retry-after", "")
-    return min(float(value), _LONGEST) if value.isdecimal() else None
+    return float(value) if value.isdecimal() else None
 
 
 def backoff(attempt: int) -> float:
