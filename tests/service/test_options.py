@@ -109,7 +109,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (
         "m --bits 3 --calibration-text dataset:org/set --calibration-config en "
         "--calibration-split test --calibration-field body --calibration-sequences 5 "
-        "--calibration-length 64 --held-out 2 --profile-sequences 4",
+        "--calibration-length 64 --held-out 2 --held-out-text mixture_calibration "
+        "--profile-sequences 4",
         {
             "calibration.text.source": "dataset",
             "calibration.text.name": "org/set",
@@ -119,6 +120,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
             "calibration.sequences": 5,
             "calibration.length": 64,
             "calibration.held_out": 2,
+            "calibration.held_out_text": "mixture_calibration",
             "calibration.profile_sequences": 4,
         },
     ),

@@ -111,7 +111,8 @@ def calibration_tokens(
         rows=rows,
         param="calibration.text",
     )
-    first, asked = calibration.sequences, calibration.sequences + calibration.held_out
+    others = calibration.held_out // 2 if calibration.held_out_text else 0
+    first, asked = calibration.sequences, calibration.sequences + calibration.held_out - others
     if len(windows) < asked:
         raise CalibrationError(
             f"the text has {len(windows)} sequences of {calibration.length} tokens, "
@@ -122,6 +123,17 @@ def calibration_tokens(
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     tokens, held_out = windows[order[:first]], windows[order[first:asked]]
+    if calibration.held_out_text and others:
+        second = token_windows(
+            bundled_text(calibration.held_out_text),
+            tokenizer,
+            calibration.length,
+            framing=calibration.framing,
+            rows=rows,
+            param="calibration.held_out_text",
+        )
+        order = torch.randperm(len(second), generator=torch.Generator().manual_seed(seed))
+        held_out = torch.cat([held_out, second[order[:others]]])
     return CalibrationSet(tokens, held_out, _digest(tokens, held_out), calibration.framing)
 
 

@@ -76,12 +76,15 @@ class Budget(Closed):
         return value
 
 
+CalibrationText = Literal["wiki_calibration", "mixture_calibration"]
+
+
 class BundledText(Closed):
     """A text that ships with the library: English Wikipedia, or a mixture of prose, code,
     technical documents and dialogue in several languages."""
 
     source: Literal["bundled"] = "bundled"
-    name: Literal["wiki_calibration", "mixture_calibration"] = "wiki_calibration"
+    name: CalibrationText = "wiki_calibration"
 
 
 class FileText(Closed):
@@ -111,7 +114,8 @@ class Calibration(Closed):
     """Which text is measured. `sequences` windows of `length` tokens, then `held_out` more.
 
     profile_sequences: how many of them the profile is measured on, from the first; None for all.
-    framing: how windows begin, see `Framing`.
+    framing: how windows begin, see `Framing`. held_out_text: half of the held-out windows, rounded
+    down, are of this text, so that what they choose has to hold for it too.
     """
 
     text: Annotated[BundledText | FileText | DatasetText, Field(discriminator="source")] = (
@@ -122,6 +126,7 @@ class Calibration(Closed):
     held_out: int = Field(default=16, ge=0, le=4096)
     profile_sequences: int | None = Field(default=None, ge=1)
     framing: Framing = "tokenizer"
+    held_out_text: CalibrationText | None = None
 
     @model_validator(mode="after")
     def _profile_within(self) -> Self:

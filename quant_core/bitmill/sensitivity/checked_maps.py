@@ -44,10 +44,9 @@ from bitmill.refinement.embeddings import quantize_embeddings
 from bitmill.runtime.memory import free_device_bytes
 from bitmill.runtime.ranks import SINGLE, Group
 from bitmill.runtime.timer import timed
+from bitmill.solvers.gptq.column_loop import solve_siblings
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import GptqSettings
-from bitmill.solvers.gptq.solve import GptqSolver
-from bitmill.solvers.solver import Linear
 
 CALIBRATION_TOKENS = 32768
 JUDGED_TOKENS = 16384
@@ -57,7 +56,7 @@ LARGEST_FACTOR = 8.0
 RESIDENT_SHARE = 0.25
 """Share of the accelerator's free memory that hidden states of parts may take."""
 
-HASTY = GptqSolver(GptqSettings(compensated=None, rounds=0))
+HASTY = GptqSettings(compensated=None, rounds=0)
 
 
 @dataclass(frozen=True)
@@ -274,16 +273,17 @@ def _solve(
     found = {}
     for names, rewrites, curvature in shared:
         asked = [
-            Linear(name, rewrites.weights(weights[name].float()), bit_widths.linears[name])
+            (name, rewrites.weights(weights[name].float()), bit_widths.linears[name])
             for name in names
             if name in bit_widths.linears
         ]
         if not asked:
             continue
+        mine, sources, widths = zip(*asked, strict=True)
         with timed("solve"):
-            solved = HASTY.solve_with(list(asked), curvature, SINGLE).weights
-        for linear, weight in zip(asked, solved, strict=True):
-            found[linear.name] = weight.rewritten(rewrites).dequantize()
+            solved = solve_siblings(sources, curvature, widths, HASTY)
+        for name, codes in zip(mine, solved, strict=True):
+            found[name] = codes.finish().rewritten(rewrites).dequantize()
     return found
 
 

@@ -199,6 +199,9 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
         SpecOption("--calibration-framing", "calibration.framing", "How windows begin."),
         SpecOption("--held-out", "calibration.held_out", "Further windows, for decisions alone."),
         SpecOption(
+            "--held-out-text", "calibration.held_out_text", "Bundled text that half of them are of."
+        ),
+        SpecOption(
             "--profile-sequences",
             "calibration.profile_sequences",
             "Windows that the profile is measured on, from the first; all where not given.",

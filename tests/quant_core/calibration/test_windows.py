@@ -149,3 +149,19 @@ def test_bundled_texts_are_whole_and_evaluation_keeps_their_order(tokenizer_fold
     tokenizer = load_tokenizer(tokenizer_folder)
     start = tokenizer(bundled_text("wiki_evaluation")[:400], add_special_tokens=False)["input_ids"]
     assert tokens.flatten().tolist() == start[: 3 * 64]
+
+
+def test_half_of_the_held_out_windows_may_be_of_another_text(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    path, _ = write_text(tmp_path, 129)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    plain = calibration_tokens(calibration(path, held_out=3), tokenizer_folder)
+    asked = calibration(path, held_out=5, held_out_text="mixture_calibration")
+    found = calibration_tokens(asked, tokenizer_folder)
+    assert torch.equal(found.tokens, plain.tokens)
+    assert torch.equal(found.held_out[:3], plain.held_out)
+    mixture = token_windows(bundled_text("mixture_calibration"), tokenizer, 10).tolist()
+    assert len(found.held_out) == 5
+    assert all(window in mixture for window in found.held_out[3:].tolist())
+    assert found.digest != plain.digest
