@@ -45,7 +45,7 @@ class ServiceSettings(Settings):
     event_poll_s: float = Field(default=0.5, gt=0)
     max_queued: int = Field(default=1000, ge=1)
     hub_check_s: float = Field(default=5.0, gt=0)
-    skeleton_check_s: float = Field(default=20.0, ge=0)
+    skeleton_check_s: float = Field(default=10.0, ge=0)
 
     @field_validator("allowed_hosts", mode="before")
     @classmethod

@@ -18,9 +18,10 @@ from bitmill.errors import ModelError
 from bitmill.io.gguf import read_gguf_header
 from bitmill.pipeline import admission
 from bitmill.plan.gguf_models import read_model
-from bitmill.plan.model_plan import Plan, make_plan
+from bitmill.plan.model_plan import SourceModel, make_plan, read_source
 from bitmill_service.api.hub_headers import fetch_headers
 from bitmill_service.settings import ServiceSettings
+from bitmill_workers.execution.inputs import planning_config
 from bitmill_workers.job_spec import HubModel, parse_spec
 from finished import MAP, Stack, spec_json
 from gguf_files import write_gguf
@@ -162,7 +163,7 @@ def test_plan_from_headers_equals_the_plan_of_the_folder(
 ) -> None:
     settings = ServiceSettings(hub_endpoint=hub)
     fetch_headers(HubModel(repo_id="org/good"), settings, tmp_path)
-    spec = parse_spec(spec_json())
+    spec = planning_config(parse_spec(spec_json()), None)
     assert make_plan(tmp_path, spec) == make_plan(models / "tiny", spec)
     file, source = tmp_path / "model.safetensors", models / "tiny/model.safetensors"
     assert file.stat().st_size == source.stat().st_size
@@ -177,7 +178,8 @@ def test_rotary_factors_of_a_gguf_file_come_with_its_header(hub: str, tmp_path: 
     )
     found = read_model(read_gguf_header(tmp_path / "llama3.gguf"))
     assert found.config["rope_parameters"]["rope_type"] == "llama3"
-    assert make_plan(tmp_path, parse_spec(spec_json()), gguf="llama3.gguf").block_count == 2
+    spec = planning_config(parse_spec(spec_json()), None)
+    assert make_plan(tmp_path, spec, gguf="llama3.gguf").block_count == 2
 
 
 def test_plan_of_a_hub_model_is_answered(http: httpx2.Client) -> None:
@@ -328,11 +330,11 @@ def test_local_job_is_planned_once_a_submission(
 ) -> None:
     planned: list[Path] = []
 
-    def make_and_note(folder: Path, *arguments: Any, **options: Any) -> Plan:
+    def read_and_note(folder: Path, **options: Any) -> SourceModel:
         planned.append(folder)
-        return make_plan(folder, *arguments, **options)
+        return read_source(folder, **options)
 
-    monkeypatch.setattr(admission, "make_plan", make_and_note)
+    monkeypatch.setattr(admission, "read_source", read_and_note)
     assert http.post("/v1/jobs", json=spec_json()).status_code == 202
     assert len(planned) == 1
     assert http.post("/v1/jobs?validate_only=true", json=spec_json()).status_code == 200

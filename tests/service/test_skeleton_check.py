@@ -51,14 +51,18 @@ def test_no_answer_in_time_is_a_note_and_not_kept() -> None:
     assert ask_transformers(late, 0.001) is None
 
 
-def test_it_is_asked_when_submitting_and_rehearsing(stack: Stack, http: httpx2.Client) -> None:
+def test_it_is_asked_when_submitting_and_rehearsing(
+    stack: Stack, http: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = stack.context.settings.model_copy(update={"skeleton_check_s": SECONDS})
+    monkeypatch.setattr(stack.context, "settings", patient)
     root = stack.context.settings.model_roots["models"]
     shutil.copytree(root / "tiny", root / "odd")
     config = json.loads((root / "odd" / "config.json").read_text())
     (root / "odd" / "config.json").write_text(json.dumps(config | {"hidden_act": "odd"}))
     body = {"model": {"source": "path", "path": "models/odd"}, "budget": {"bits": 4}}
     for query in ("", "?validate_only=true"):
-        answer = http.post(f"/v1/jobs{query}", json=body)
+        answer = http.post(f"/v1/jobs{query}", json=body, timeout=SECONDS)
         assert (answer.status_code, answer.json()["code"]) == (422, "bad_config")
         assert "odd" in answer.json()["detail"]
 
