@@ -249,7 +249,7 @@ class Allocator:
 
         A header is shortest with the fewest planes and the smallest offsets.
         """
-        plain = [b for b in self._legal if len(PLANES[b]) == 1]
+        plain = [b for b in self._legal if len(PLANES.get(b, ())) == 1]
         maps = [self.groups.uniform(width) for width in {self._legal[0], *plain[:1]}]
         rest = [self.groups.measure(m, "size") - self.groups.measure(m, "bits") for m in maps]
         tensors = len(self.plan.tensors) + 5 * len(self.plan.matrices)

@@ -3,12 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import bitmill
+from bitmill.allocation.allocator import allocate
+from bitmill.allocation.profile import (
+    LinearProfile,
+    ProfileConfig,
+    ProfileOrigin,
+    SensitivityProfile,
+)
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import parse_config
 from bitmill.errors import SpecError
@@ -16,6 +24,7 @@ from bitmill.formats.accounting import footprint
 from bitmill.formats.codec import open_checkpoint
 from bitmill.formats.format import FORMATS
 from bitmill.io.manifest import check_folder
+from bitmill.pipeline.admission import admit
 from bitmill.pipeline.job import run_job
 from bitmill.plan.model_plan import plan_for_map
 from tiny import tiny_llama, tiny_opt
@@ -82,6 +91,38 @@ def test_saving_a_loaded_model_keeps_its_bytes(job, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     again = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert again == json.loads((out / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize("kind", ["code_bits", "bits", "size"])
+def test_every_budget_is_spent_and_never_exceeded(job, kind):
+    source, _, _ = job
+    plan = plan_for_map(source, BitWidthMap.uniform(admit(source, spec()).plan.shapes, 1), spec())[
+        1
+    ]
+    draw = np.random.default_rng(0)
+    linears = tuple(
+        LinearProfile(
+            one.name,
+            one.rows,
+            one.columns,
+            np.exp2(-2.0 * np.arange(1, 9)) * draw.uniform(0.1, 10, (one.shape.groups, 1)),
+        )
+        for one in plan.linears
+    )
+    profile = SensitivityProfile(ProfileOrigin(ProfileConfig()), tuple(range(1, 9)), linears)
+    order = {"allocation": {"order": "natural"}}
+    least, most = (
+        getattr(footprint(plan, BitWidthMap.uniform(plan.shapes, width)), kind) for width in (1, 8)
+    )
+    used = set()
+    for share in (0.02, 0.3, 0.6, 0.97):
+        limit = least + share * (most - least)
+        budget = int(limit) if kind == "size" else limit
+        found = allocate(plan, spec(budget={kind: budget}, **order), profile)
+        spent = getattr(footprint(plan, found), kind)
+        assert 0.97 * limit - 200 * (kind == "size") < spent <= limit
+        used |= {width for groups in found.linears.values() for width in groups}
+    assert used == set(range(1, 9))
 
 
 def test_a_map_without_profile_on_a_model_with_biases(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bitmill.allocation.allocator import CurvePoint
-from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.bit_width_map import LEGAL_WIDTHS, BitWidthMap
 from bitmill.errors import FormatError
 from bitmill.reporting.charts import WIDTH_COLOURS, ink, log_colours, mean_colour, width_strip
 from bitmill.reporting.html import write_report
@@ -186,6 +186,7 @@ def test_a_folder_without_a_quality_report_is_refused(tmp_path: Path) -> None:
 def test_colours_follow_the_numbers() -> None:
     assert mean_colour(3.0) == WIDTH_COLOURS[3]
     assert mean_colour(8.0) == WIDTH_COLOURS[8]
+    assert list(WIDTH_COLOURS) == list(LEGAL_WIDTHS)
     assert mean_colour(2.5) not in WIDTH_COLOURS.values()
     assert (ink(WIDTH_COLOURS[1]), ink(WIDTH_COLOURS[8])) == ("#fff", "#000")
     colour = log_colours([1e-4, 1e-2])
