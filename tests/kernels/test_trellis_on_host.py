@@ -1,0 +1,90 @@
+"""The CUDA product of trellis codes, run on the host thread by thread (`cuda_on_host.h`)."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitmill.quant.rotation import packed_rewrites
+from bitmill.quant.trellis import TrellisTensor
+from bitmill_kernels.trellis import product_cuda
+from bitmill_kernels.trellis.layout import circle_shapes, tile_count
+from bitmill_kernels.trellis.product import stored_groups
+
+CALLS = """
+extern "C" void multiply(const void* x, int tokens, int K, const int* order, const float* groups,
+                         const void* table, int count, int N, const float* rows, void* inner,
+                         float* factors, void* y) {
+  launch({count, tokens}, kGroup, [=] {
+    prologue<__half>((const __half*)x, K, order, groups, (__half*)inner, factors);
+  });
+  launch({(N + 15) / 16}, 32 * kWarps, [=] {
+    product<__half, 2>((const Group*)table, count, N, tokens, (const __half*)inner, factors, rows,
+                       (__half*)y);
+  });
+}
+extern "C" void decode_all(const void* table, int count, int first, int end, int K,
+                           const float* rows, const float* groups, float* out) {
+  launch({(end - first + 15) / 16, count}, 32 * kWarps, [=] {
+    decode_rows<float>((const Group*)table, first, end, K, rows, groups, out);
+  });
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The kernels as a library of the host, without what launches them on a GPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    source = Path(product_cuda.__file__).with_name("product_cuda.cu").read_text()
+    kernels = source[: source.index("template <typename T>\ncudaError_t multiply_all")]
+    kernels = re.sub(r"#include <cuda.*>\n", "", kernels)
+    kernels = re.sub(r"asm volatile\(.*?;\n}", "mma(c, a, b0, b1);\n}", kernels, flags=re.DOTALL)
+    folder = tmp_path_factory.mktemp("host")
+    header = Path(__file__).with_name("cuda_on_host.h")
+    (folder / "host.cpp").write_text(f'#include "{header}"\n{kernels}}}\n{CALLS}')
+    command = ["g++", "-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-pthread", "-mf16c"]
+    subprocess.run([*command, "-o", folder / "host.so", folder / "host.cpp"], check=True)
+    return ctypes.CDLL(str(folder / "host.so"))
+
+
+def address(tensor):
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "rates"), [(37, 300, (3, 5, 1)), (16, 272, (6, 7, 8)), (20, 256, (2, 4))], ids=str
+)
+def test_products_and_weights_are_those_of_the_definition(library, N, K, rates):
+    draw = torch.Generator().manual_seed(N)
+    circles = {
+        key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+        for key, shape in circle_shapes(N, K, rates).items()
+    }
+    scales = [torch.rand(n, generator=draw).half() for n in (N, len(rates))]
+    order = torch.randperm(K, generator=draw).int()
+    weight = TrellisTensor(N, K, rates, circles, *scales, packed_rewrites("trellis", order))
+    rows, groups = (scale.float() for scale in scales)
+    stored = stored_groups(weight.circles, rates, K)
+    table = torch.tensor([(c.data_ptr(), rate, tile_count(n)) for rate, n, c in stored])
+    out = torch.full((N, K), torch.nan)
+    library.decode_all(
+        address(table), len(rates), 0, N, K, address(rows), address(groups), address(out)
+    )
+    torch.testing.assert_close(out, weight.packed_values())
+    tokens = 9
+    x = torch.randn(tokens, K, generator=draw).half()
+    inner = torch.empty(tokens, 128 * len(rates), dtype=torch.float16)
+    factors = torch.empty(tokens, len(rates))
+    y = torch.full((tokens, N), torch.nan, dtype=torch.float16)
+    library.multiply(
+        *(address(x), tokens, K, address(order), address(groups), address(table), len(rates)),
+        *(N, address(rows), address(inner), address(factors), address(y)),
+    )
+    expected = x.double() @ weight.dequantize().double().T
+    assert (y.double() - expected).norm() < 1e-3 * expected.norm()
