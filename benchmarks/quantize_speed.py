@@ -483,7 +483,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--check",
         choices=["off", "maps", "corrected"],
-        default="corrected",
+        default="maps",
         help="of the knapsack's map; parts of it grow with the blocks that are run",
     )
     parser.add_argument("--bits", type=float, default=3.0, help="code bits")

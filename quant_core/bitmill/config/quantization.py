@@ -168,7 +168,7 @@ class BaseAllocation(Closed):
     min_bits: int | None = Field(default=None, ge=1, le=8)
     max_bits: int | None = Field(default=None, ge=1, le=8)
     edge_min_bits: int | None = Field(default=None, ge=1, le=8)
-    check: Literal["off", "maps", "corrected"] = "corrected"
+    check: Literal["off", "maps", "corrected"] = "maps"
     map: Any = None
 
     @field_validator("widths")

@@ -160,8 +160,7 @@ def test_a_map_that_loses_more_than_the_uniform_one_is_not_taken(
         warnings: list[str] = []
         place = tmp_path / str(number)
         place.mkdir()
-        asked = inputs(folder, model, calibration, given, config(3.45))
-        assert asked.allocation.check == "corrected"
+        asked = inputs(folder, model, calibration, given, config(3.45, check="corrected"))
         stage.work(asked, run(tmp_path, warnings), place)
         made = stage.load(place)
         found = {check.method: check for check in made.checks}

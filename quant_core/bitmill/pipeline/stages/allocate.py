@@ -1,10 +1,10 @@
 """Stage `allocate`: the bit-width map, the better one of those that held-out windows were asked.
 
 A knapsack's map, the uniform one of the same budget and, where width 1 is allowed, the knapsack's
-without it are quantized in haste and measured (`sensitivity/checked_maps.py`), and so is, by
-default, the knapsack's of costs that were corrected by parts of its first map. The one of least KL
-is taken. So no map is shipped that loses more than the uniform one does. Other methods are taken at
-their word, and so is a knapsack with `check` "off" or without held-out windows: pure numbers then.
+without it are quantized in haste and measured (`sensitivity/checked_maps.py`), and with `check`
+"corrected" so is the knapsack's of costs that were corrected by parts of its first map. The one of
+least KL is taken. So no map is shipped that loses more than the uniform one does. Other methods are
+taken at their word, and so is a knapsack with `check` "off" or without held-out windows.
 """
 
 from __future__ import annotations
