@@ -43,6 +43,13 @@ class HubModel(Closed):
     revision: str = Field(default="main", pattern=r"^[A-Za-z0-9_./-]{1,128}$")
     file: str | None = Field(default=None, max_length=512)
 
+    @field_validator("repo_id")
+    @classmethod
+    def _names_something(cls, repo_id: str) -> str:
+        if {".", ".."} & set(repo_id.split("/")):
+            raise ValueError(f"{repo_id!r} is no repository: a name is more than dots")
+        return repo_id
+
 
 class PathModel(Closed):
     """A folder below one of the service's allow-listed roots (any folder without a service)."""
