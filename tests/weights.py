@@ -91,7 +91,7 @@ def pack_model(
     """
     spec = QuantizationConfig(
         budget=Budget(code_bits=8),
-        allocation=Allocation(embeddings=embeddings),
+        allocation=Allocation(embeddings=embeddings, kept_dtype="source"),
     )
     plan = make_plan(source, spec)
     owners = order_owners(plan, order)

@@ -31,6 +31,7 @@ from bitmill_service.client.client import Client
 from bitmill_service.embedded.server import EmbeddedService
 from bitmill_service.schemas import AllocationRequest, JobView
 from bitmill_service.settings import ServiceSettings
+from bitmill_workers.job_spec import BEFORE_EFFORT
 from servers import Postgres
 
 pytestmark = pytest.mark.e2e
@@ -181,6 +182,7 @@ def test_a_retry_keeps_the_settings_of_the_old_job(
     assert again.state == "queued"
     assert again.parent_id == before.id
     assert keeps(again.spec, before.spec)
+    assert keeps(again.spec, BEFORE_EFFORT)
     assert again.label == label
     kept = "tenant, model, priority, queue, webhook_url, deadline_at - created_at"
     engine = sa.create_engine(service.settings.database)

@@ -8,14 +8,16 @@ readers refuse others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.codes import check_widths
+from bitmill.config.effort import Effort, with_effort
 from bitmill.config.quantization import (
     Allocation,
     BaseAllocation,
@@ -31,6 +33,7 @@ from bitmill.config.quantization import (
     Stored,
     parse_part,
     refuse_shared_learning,
+    refuse_unmeasured_loss,
 )
 from bitmill.errors import SpecError
 
@@ -136,6 +139,8 @@ class JobRefinement(BaseRefinement):
 class JobSpec(Stored):
     """Everything that determines a job's result, besides the model's own files.
 
+    effort: how much is done for quality where `refinement` leaves it open
+    (`bitmill.config.effort`).
     threads: CPU threads of the runner (part of the result's identity: sums depend on it).
     devices: accelerators that work on the job together, of one machine (part of its identity too).
     format: in which the result is stored. code: of its groups.
@@ -144,6 +149,7 @@ class JobSpec(Stored):
     schema_version: Literal[1] = 1
     model: ModelRef
     budget: Budget
+    effort: Effort = "fast"
     allocation: JobAllocation = JobAllocation()
     refinement: JobRefinement = JobRefinement()
     calibration: Calibration = Calibration()
@@ -153,6 +159,8 @@ class JobSpec(Stored):
     devices: int = Field(default=1, ge=1, le=64)
     label: str | None = Field(default=None, max_length=200)
     deadline_s: int | None = Field(default=None, ge=1)
+
+    _filled_by_effort = model_validator(mode="before")(with_effort)
 
     @model_validator(mode="after")
     def _has_widths(self) -> Self:
@@ -165,6 +173,7 @@ class JobSpec(Stored):
     @model_validator(mode="after")
     def _learns_alone(self) -> Self:
         refuse_shared_learning(self.devices, self.refinement)
+        refuse_unmeasured_loss(self.budget, self.allocation, self.refinement, self.calibration)
         return self
 
     @field_validator("model")
@@ -200,6 +209,7 @@ class JobSpec(Stored):
         return QuantizationConfig(
             code=self.code,
             budget=self.budget,
+            effort=self.effort,
             allocation=Allocation.model_validate(
                 {key: getattr(self.allocation, key) for key in self.allocation.model_fields_set}
                 | {"map": self._map(bit_widths)}
@@ -236,6 +246,22 @@ class JobSpec(Stored):
                 param=Refinement.place("resume_parameters"),
             )
         return Path(named.path)
+
+
+BEFORE_EFFORT: Mapping[str, Mapping[str, Any]] = {
+    "allocation": {"kept_dtype": "source", "check": "off"},
+    "calibration": {"framing": "none"},
+    "evaluation": {"framing": "none"},
+}
+"""What jobs did before their specifications could say it; `effort` came with the last of these."""
+
+
+def parse_stored(data: Mapping[str, Any]) -> JobSpec:
+    """Build a `JobSpec` from what was stored; one from before `effort` keeps what its job did."""
+    if "effort" not in data:
+        then = {part: {**did, **data.get(part, {})} for part, did in BEFORE_EFFORT.items()}
+        data = {**data, **then}
+    return parse_spec(data)
 
 
 def parse_spec(data: object) -> JobSpec:

@@ -29,10 +29,11 @@ from bitmill.allocation.profile import SensitivityProfile
 from bitmill.allocation.sba import sba_swaps, sba_widths
 from bitmill.config.bit_width_map import PLANES, BitWidthMap
 from bitmill.config.closed import Closed
-from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
+from bitmill.config.quantization import Allocation, Budget, Kind, QuantizationConfig
 from bitmill.errors import BudgetError, SpecError
-from bitmill.formats.accounting import Kind, describe, limit, measure, order_bytes, value
+from bitmill.formats.accounting import describe, limit, measure, order_bytes, value
 from bitmill.plan.model_plan import Plan
+from bitmill.plan.serving_memory import beside_weights
 
 SIZE_GRID = 2048
 HEADER_SLACK_PER_TENSOR = 8
@@ -123,7 +124,12 @@ class Allocator:
         return self._profile
 
     def map(self, budget: Budget) -> BitWidthMap:
-        """The map of the allocation's method: `uniform`, `sba` or `knapsack`."""
+        """The map of the allocation's method: `uniform`, `sba` or `knapsack`.
+
+        Of a target of loss, the smallest whose predicted loss is within it.
+        """
+        if budget.max_loss_increase is not None:
+            return self.within_loss(budget.max_loss_increase)
         methods = {"uniform": self.uniform, "sba": self.sba, "knapsack": self.knapsack}
         return methods[self.allocation.method](budget)
 
@@ -159,13 +165,28 @@ class Allocator:
 
     def knapsack(self, budget: Budget) -> BitWidthMap:
         """The map of least predicted loss; never worse than a uniform or sba map that fits."""
-        best = self._solve_size(budget) if budget.kind == "size" else self._solve(budget)
+        best = self._solve_size(budget) if budget.in_bytes else self._solve(budget)
         loss = self.predicted(best)
         for flat in self._simple_maps():
             other = self.predicted(flat)
             if other < loss and self._fits(flat, budget):
                 best, loss = flat, other
         return self._map(best)
+
+    def within_loss(self, most: float) -> BitWidthMap:
+        """The smallest knapsack map whose predicted loss is at most `most` nats a token.
+
+        The one of least loss where none is.
+        """
+        solver = self._solver("bits")
+        least, enough = solver.minimum, int(solver.weight.max(axis=1).sum())
+        while least < enough:
+            capacity = (least + enough) // 2
+            if solver.cost_of(solver.solve(capacity)) <= most:
+                enough = capacity
+            else:
+                least = capacity + 1
+        return self._map(self._flat(solver.solve(enough)))
 
     def curve(self, points: int = 32) -> list[CurvePoint]:
         """See `curve`."""
@@ -227,7 +248,7 @@ class Allocator:
         return self._flat(solver.solve(capacity))
 
     def _solve_size(self, budget: Budget) -> GroupWidths:
-        solver, capacity = self._solver("size"), int(budget.value)
+        solver, capacity = self._solver("size"), limit(self.plan, budget)
         step = max(1, capacity // SIZE_GRID)
         payload = (capacity - self._smallest_rest) // step * step
         while payload >= solver.minimum:
@@ -285,9 +306,12 @@ class Allocator:
 
 
 def _too_small(plan: Plan, budget: Budget, smallest: int, what: str = "") -> BudgetError:
-    needed = describe(plan, budget.kind, smallest)
-    given = f"{budget.value:,} bytes" if budget.kind == "size" else f"{budget.value}"
+    beside = beside_weights(plan, budget)
+    needed = describe(plan, budget.kind, smallest + beside)
+    given = f"{budget.value:,} bytes" if budget.in_bytes else f"{budget.value}"
     reason = f"{what} {needed}" if what else f"the smallest that fits the constraints is {needed}"
+    if beside:
+        reason += f", {beside:,} of them for {budget.batch} x {budget.context} tokens and workspace"
     return BudgetError(
         f"budget {budget.kind} = {given} cannot be met: {reason}; raise the budget or allow "
         "smaller widths",

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from bitmill.allocation.knapsack import BoolArray, IntArray
 from bitmill.config.bit_width_map import group_columns
-from bitmill.config.quantization import Allocation
-from bitmill.formats.accounting import Kind, group_weight, measure, order_bytes
+from bitmill.config.quantization import FILE_KINDS, Allocation, Kind
+from bitmill.formats.accounting import group_weight, measure, order_bytes
 from bitmill.plan.model_plan import Plan
 
 GroupWidths = npt.NDArray[np.int64]
@@ -111,7 +111,7 @@ class GroupTable:
     def measure(self, flat: GroupWidths, kind: Kind) -> int:
         """`budget.measure` of these widths."""
         order = self.allocation.order
-        if kind == "size":
+        if kind in FILE_KINDS:
             return measure(self.plan, self.named(flat), order, kind)
         groups = int(self.weights(kind)[np.arange(len(flat)), self.column(flat)].sum())
         return groups + (order_bytes(self.plan, order) if kind == "bits" else 0)

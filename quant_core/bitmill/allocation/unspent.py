@@ -11,6 +11,7 @@ from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import QuantizationConfig
 from bitmill.formats.accounting import describe, footprint, limit, measure
 from bitmill.plan.model_plan import Plan
+from bitmill.plan.serving_memory import beside_weights
 
 UNSPENT_SHARE = 0.02
 """Share of a budget that may stay unspent without a word."""
@@ -19,12 +20,14 @@ UNSPENT_SHARE = 0.02
 def unspent_warning(plan: Plan, config: QuantizationConfig, chosen: BitWidthMap) -> str | None:
     """A sentence with what was asked for, what is taken and the next size, or None."""
     budget = config.budget
+    if budget.max_loss_increase is not None:
+        return None
     most = limit(plan, budget)
     taken = measure(plan, chosen.linears, chosen.order, budget.kind)
     if taken >= (1 - UNSPENT_SHARE) * most:
         return None
-    unit = " bytes" if budget.kind == "size" else ""
-    asked = f"{budget.value:,}" if budget.kind == "size" else f"{budget.value}"
+    unit = " bytes" if budget.in_bytes else ""
+    asked = f"{budget.value:,}" if budget.in_bytes else f"{budget.value}"
     spent, reason = footprint(plan, chosen), _reason(plan, config, most)
     return (
         f"budget {budget.kind} = {asked}{unit}: the map takes "
@@ -44,6 +47,7 @@ def _reason(plan: Plan, config: QuantizationConfig, most: int) -> str:
     if not above or method == "knapsack":
         return f"the largest width allowed is {max(sizes)}"
     width, size = min(above.items(), key=lambda item: item[1])
+    size += beside_weights(plan, config.budget)
     return (
         f"{method!r} takes whole widths, and {width} needs {kind} = {describe(plan, kind, size)} "
         "('knapsack' spends any budget)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     Field,
@@ -23,6 +23,7 @@ from pydantic import (
 from bitmill.config.bit_width_map import LEGAL_WIDTHS, BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.codes import AUTO, CODES, DEFAULT_WIDTHS, CodeName, check_widths
+from bitmill.config.effort import Effort, with_effort
 from bitmill.config.methods import METHODS, MethodConfig
 from bitmill.config.transforms import TRANSFORMS, ColumnOrder, TransformConfig, transform_of
 from bitmill.errors import SpecError
@@ -39,6 +40,10 @@ ORDER = ColumnOrder.name
 
 Part = TypeVar("Part", bound=Closed)
 T = TypeVar("T")
+Kind = Literal["code_bits", "bits", "size", "memory", "max_loss_increase"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+FILE_KINDS: tuple[Kind, ...] = ("size", "memory", "max_loss_increase")
+"""Those that count bytes of files."""
 
 
 class Budget(Closed):
@@ -47,26 +52,54 @@ class Budget(Closed):
     code_bits: sum(b*N*c) / sum(N*K) over the quantized linears, c = columns of a group
     bits:      8 * stored bytes of codes, tails, zeros, scales and orders / sum(N*K)
     size:      bytes of all safetensors files of the checkpoint, headers included
+    memory:    bytes where the model is run: those files, the keys and values of `batch` sequences
+               of `context` tokens in `cache_dtype`, and workspace (`plan/serving_memory.py`)
+    max_loss_increase: nats a token of KL on held-out calibration windows, upper end of the 95 %
+               interval; the smallest checkpoint within it (`pipeline/stages/search.py`)
     """
 
     code_bits: float | None = Field(default=None, gt=0, le=16)
     bits: float | None = Field(default=None, gt=0, le=32)
     size: int | None = Field(default=None, gt=0)
+    memory: int | None = Field(default=None, gt=0)
+    max_loss_increase: float | None = Field(default=None, gt=0, le=100)
+    context: int | None = Field(default=None, ge=1, le=1 << 27)
+    batch: int = Field(default=1, ge=1, le=65536)
+    cache_dtype: Literal["fp8", "fp16", "bf16", "fp32"] = "bf16"
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        given = [k for k in ("code_bits", "bits", "size") if getattr(self, k) is not None]
+        given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             what = " and ".join(given) if given else "none"
-            raise ValueError(f"give exactly one of code_bits, bits, size; got {what}")
+            raise ValueError(f"give exactly one of {', '.join(KINDS)}; got {what}")
+        if (self.memory is None) != (self.context is None):
+            raise ValueError(
+                f"memory {self.memory} with context {self.context}: give both, the bytes and the "
+                "tokens of each sequence that they must hold, or neither"
+            )
         return self
 
+    @model_serializer(mode="wrap")
+    def _only_what_counts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """JSON without what belongs to budgets of memory or loss where there is none."""
+        found: dict[str, Any] = dump(self)
+        if self.max_loss_increase is None:
+            found.pop("max_loss_increase", None)
+        if self.memory is None:
+            for name in ("memory", "context", "batch", "cache_dtype"):
+                found.pop(name, None)
+        return found
+
     @property
-    def kind(self) -> Literal["code_bits", "bits", "size"]:
+    def kind(self) -> Kind:
         """Name of the limit that was given."""
-        if self.code_bits is not None:
-            return "code_bits"
-        return "bits" if self.bits is not None else "size"
+        return next(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether bytes are limited, of files or of memory."""
+        return self.kind in ("size", "memory")
 
     @property
     def value(self) -> float | int:
@@ -156,6 +189,9 @@ class BaseAllocation(Closed):
     "corrected" one of corrected costs too; the best is taken. "off" measures none.
     embeddings: "quantize" packs the input embedding and the output head too, each with one width
     for the whole matrix (once where they are tied); every budget then counts them.
+    kept_dtype: of matrices that are not quantized (embeddings, head, linears kept whole): "auto"
+    stores those of float32 in float16, as long as that changes them by at most 2^-10 of their norm;
+    "source" stores all as they are. Vectors (norms, biases) and routers always stay as they are.
     """
 
     method: Literal["uniform", "sba", "knapsack", "map"] = "knapsack"
@@ -165,6 +201,7 @@ class BaseAllocation(Closed):
     per_linear: bool = False
     keep: tuple[str, ...] = ()
     embeddings: Literal["keep", "quantize"] = "keep"
+    kept_dtype: Literal["auto", "source"] = "auto"
     min_bits: int | None = Field(default=None, ge=1, le=8)
     max_bits: int | None = Field(default=None, ge=1, le=8)
     edge_min_bits: int | None = Field(default=None, ge=1, le=8)
@@ -411,6 +448,7 @@ class Stored(Closed):
 class QuantizationConfig(Stored):
     """Everything that determines a result, besides the model's own files.
 
+    effort: how much is done for quality where `refinement` leaves it open (`config/effort.py`).
     threads: CPU threads (part of the result's identity: sums depend on it).
     devices: accelerators that work on it together, of one machine (part of its identity too).
     format: in which the result is stored (`bitmill.formats.format`), one that keeps codes.
@@ -419,6 +457,7 @@ class QuantizationConfig(Stored):
     """
 
     budget: Budget
+    effort: Effort = "fast"
     allocation: Allocation = Allocation()
     refinement: Refinement = Refinement()
     calibration: Calibration = Calibration()
@@ -426,6 +465,8 @@ class QuantizationConfig(Stored):
     seed: int = Field(default=0, ge=0, lt=2**31)
     threads: int | None = Field(default=None, ge=1, le=1024)
     devices: int = Field(default=1, ge=1, le=64)
+
+    _filled_by_effort = model_validator(mode="before")(with_effort)
 
     @property
     def method(self) -> MethodConfig:
@@ -465,6 +506,7 @@ class QuantizationConfig(Stored):
     @model_validator(mode="after")
     def _learns_alone(self) -> Self:
         refuse_shared_learning(self.devices, self.refinement)
+        refuse_unmeasured_loss(self.budget, self.allocation, self.refinement, self.calibration)
         return self
 
 
@@ -488,6 +530,32 @@ def with_code_defaults(data: Any) -> Any:
     elif isinstance(allocation, BaseAllocation) and "widths" not in allocation.model_fields_set:
         filled["allocation"] = allocation.model_copy(update={"widths": code.usual})
     return filled
+
+
+def refuse_unmeasured_loss(
+    budget: Budget,
+    allocation: BaseAllocation,
+    refinement: BaseRefinement,
+    calibration: Calibration,
+) -> None:
+    """Raise `ValueError` where a target of loss cannot be searched for."""
+    if budget.max_loss_increase is None:
+        return
+    if allocation.method != "knapsack":
+        raise ValueError(
+            f"budget.max_loss_increase with allocation.method {allocation.method!r}: give "
+            "'knapsack', which can meet any target"
+        )
+    if calibration.held_out < 2:
+        raise ValueError(
+            f"budget.max_loss_increase with calibration.held_out {calibration.held_out}: give at "
+            "least 2 windows to measure the loss on"
+        )
+    if refinement.resume_parameters is not None:
+        raise ValueError(
+            "budget.max_loss_increase with omniquant.resume_parameters: those belong to one map; "
+            "give it with method 'map'"
+        )
 
 
 def refuse_shared_learning(devices: int, refinement: BaseRefinement) -> None:

@@ -39,23 +39,44 @@ Candidate = tuple[BitWidthMap, StreamedLogits]
 
 
 def from_packed(model: StreamedModel, packed: Path) -> StreamedLogits:
-    """The model with the weights of a packed folder."""
+    """The model with the weights of a packed folder, matrices that it keeps narrowed too."""
     checkpoint = open_checkpoint(packed)
 
     def dequantized(name: str) -> Tensor:
         return checkpoint.weight(model.plan.by_name[name].shape)
 
-    return with_weights(model, dequantized)
+    narrowed = {
+        tensor.module: checkpoint.tensor(tensor.name)
+        for tensor in model.plan.tensors
+        if checkpoint.headers[tensor.name].dtype != tensor.dtype
+    }
+    return with_weights(model, dequantized, narrowed)
 
 
-def with_weights(model: StreamedModel, dequantized: Callable[[str], Tensor]) -> StreamedLogits:
-    """The model with other weights f32 [N, K] of everything that its plan quantizes, by name."""
+def with_weights(
+    model: StreamedModel,
+    dequantized: Callable[[str], Tensor],
+    kept: Mapping[str, Tensor] | None = None,
+) -> StreamedLogits:
+    """The model with other weights f32 [N, K] of everything that its plan quantizes, by name.
+
+    kept: other values of parameters that it does not quantize, by their names in the module tree.
+    """
+    kept = kept or {}
+    blocks = f"{model.plan.block_prefix}."
 
     def replace(i: int, block: nn.Module) -> None:
         for name, module in model.linears(block, i).items():
             set_weight(module, dequantized(name))
+        for name, value in kept.items():
+            if name.startswith(f"{blocks}{i}."):
+                block.get_parameter(name.removeprefix(f"{blocks}{i}.")).copy_(value)
 
-    matrices = {matrix.name: dequantized(matrix.name) for matrix in model.plan.embeddings}
+    matrices = {matrix.name: dequantized(matrix.name) for matrix in model.plan.embeddings} | {
+        name.removesuffix(".weight"): value
+        for name, value in kept.items()
+        if not name.startswith(blocks)
+    }
     return StreamedLogits(model.with_matrices(matrices), replace=replace)
 
 

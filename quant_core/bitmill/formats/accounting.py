@@ -3,6 +3,8 @@
     code_bits   sum(b * N * c) code bits          per sum(N * K)
     bits        bytes of codes, scales, zeros and orders, times 8, per sum(N * K)
     size        bytes of all safetensors files, headers included
+    memory      the same; what a budget of memory must hold beside them is taken off its limit
+    max_loss_increase   the same, without a limit
 
 `code_bits` and `bits` are sums over groups. `size` is not: the header's length depends on which
 tensors exist and how many digits their shapes and offsets have, so it is measured, not summed.
@@ -14,15 +16,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 from bitmill.config.bit_width_map import BitWidthMap, group_columns
-from bitmill.config.quantization import Budget
+from bitmill.config.quantization import FILE_KINDS, Budget, Kind
 from bitmill.formats.format import Contents, Order, Widths, format_of
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan
+from bitmill.plan.serving_memory import beside_weights
 
-Kind = Literal["code_bits", "bits", "size"]
+UNLIMITED = 1 << 62
+"""Limit in bytes of a budget that limits none."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +63,26 @@ def measure(plan: Plan, widths: Widths, order: Order, kind: Kind) -> int:
 
 
 def limit(plan: Plan, budget: Budget) -> int:
-    """The largest `measure` whose `value` is within the budget."""
-    if budget.kind == "size":
-        return int(budget.value)
+    """The largest `measure` whose `value` is within the budget; of memory, what is left of it."""
+    if budget.in_bytes:
+        return int(budget.value) - beside_weights(plan, budget)
+    if budget.kind == "max_loss_increase":
+        return UNLIMITED
     unit = 1 if budget.kind == "code_bits" else 8
     whole = math.floor(Fraction(budget.value) * plan.weights / unit)
     return whole + (value(plan, budget.kind, whole + 1) <= budget.value)
 
 
 def value(plan: Plan, kind: Kind, measured: int) -> float | int:
-    """A measured amount in the budget's unit: bits per weight, or bytes for `size`."""
-    if kind == "size":
+    """A measured amount in the budget's unit: bits per weight, or bytes of files."""
+    if kind in FILE_KINDS:
         return measured
     return measured * (1 if kind == "code_bits" else 8) / plan.weights
 
 
 def describe(plan: Plan, kind: Kind, measured: int) -> str:
     """A measured amount for messages, bits rounded up so that asking for it works."""
-    if kind == "size":
+    if kind in FILE_KINDS:
         return f"{measured:,} bytes"
     return f"{math.ceil(value(plan, kind, measured) * 10_000) / 10_000:.4f}"
 

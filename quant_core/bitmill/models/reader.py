@@ -20,6 +20,10 @@ from bitmill.errors import ModelError
 from bitmill.io.safetensors import read_headers
 from bitmill.plan.model_plan import PlannedLinear, PlannedTensor, Source
 
+NARROWING_LIMIT = 2.0**-10
+"""Largest relative change of a kept matrix that is stored in float16; rounding alone gives less
+than 2^-11, so only values beyond float16's range go past it."""
+
 
 class CheckpointSource:
     """The tensors of a folder of safetensors files, by stored name.
@@ -84,8 +88,15 @@ class CheckpointSource:
         return weight
 
     def tensor(self, tensor: PlannedTensor) -> Tensor:
-        """A kept tensor in its stored dtype and shape, bit for bit."""
-        return self.read_source(tensor.source)
+        """A kept tensor as it is packed: bit for bit, or narrowed to float16."""
+        value = self.read_source(tensor.source)
+        return value.half() if tensor.narrowed else value
+
+    def can_narrow(self, tensor: PlannedTensor) -> bool:
+        """Whether float16 changes a tensor by at most `NARROWING_LIMIT` of its norm."""
+        value = self.read_source(tensor.source)
+        error = (value.half().to(value) - value).norm(dtype=torch.float64)
+        return bool(error <= NARROWING_LIMIT * value.norm(dtype=torch.float64))
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

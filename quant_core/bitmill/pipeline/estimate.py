@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 from bitmill.config.bit_width_map import LEGAL_WIDTHS, BitWidthMap
 from bitmill.config.closed import Closed
-from bitmill.config.quantization import QuantizationConfig
-from bitmill.formats.accounting import footprint
+from bitmill.config.quantization import FILE_KINDS, QuantizationConfig
+from bitmill.formats.accounting import footprint, limit
 from bitmill.plan.block_memory import (
     BATCH_TOKENS,
     LOGIT_BYTES,
@@ -47,6 +47,8 @@ ACCELERATOR_LIBRARIES = 5 << 29
 CPU_FLOPS_PER_THREAD = 2.5e10
 ACCELERATOR_FLOPS = {2: 4e14, 4: 4e13}
 EVALUATION_WINDOWS = 40
+SEARCH_STEPS = 4
+"""Maps that are refined and measured at most for a target of loss."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ def fixed_host_bytes(
 def packed_bytes(plan: Plan, config: QuantizationConfig) -> int:
     """Bytes of the packed checkpoint at most."""
     largest = _uniform_size(plan, config, config.allocation.legal_widths[-1])
-    if config.budget.kind == "size":
-        return min(largest, int(config.budget.value))
+    if config.budget.kind in FILE_KINDS:
+        return min(largest, limit(plan, config.budget))
     return min(
         largest, _uniform_size(plan, config, min(LEGAL_WIDTHS[-1], math.ceil(config.budget.value)))
     )
@@ -190,7 +192,10 @@ def _seconds(plan: Plan, config: QuantizationConfig, machine: Machine) -> float:
     share = windows * config.evaluation.length / tokens
     head = 2.0 * plan.vocab_size * plan.hidden_size * tokens
     evaluation = (2 + len(config.evaluation.baselines)) * share * (forward + head)
-    return (passes * forward + hessians + solving + profile + evaluation) / speed
+    refined = passes * forward + hessians + solving
+    if config.budget.max_loss_increase is not None:
+        refined *= 1 + SEARCH_STEPS
+    return (refined + profile + evaluation) / speed
 
 
 def estimate(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bitmill.config.closed import Closed
+from bitmill.config.quantization import BaseAllocation
 from bitmill.errors import SpecError, VerificationError
 from bitmill.formats.codec import Checkpoint, Codec, Supply, codec_of, open_checkpoint
 from bitmill.formats.format import Contents, Facts, Format, check_supported
@@ -146,14 +147,18 @@ def plan_of(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Plan:
     parameters = found.parameters(config).shapes
     linears = checkpoint.bit_widths.linears
     kept = checkpoint.kept
-    dtype = next((t.dtype for t in kept if t.dtype in ("BF16", "F16")), "F32")
+    vectors = (tensor.dtype for tensor in kept if len(tensor.shape) == 1)  # never narrowed
+    dtype = next((dtype for dtype in vectors if dtype in ("BF16", "F16")), "F32")
     names = [f"{name}.weight" for name in linears]
     weights = [TensorInfo(name, dtype, parameters[name]) for name in names]
     inside = f"{found.blocks}."
     embeddings = any(not name.startswith(inside) for name in linears)
     matrices = [name.removesuffix(".weight") for name, s in parameters.items() if len(s) == 2]
     keep = tuple(name for name in matrices if name not in linears)
-    plan = build_plan(config, found, [*kept, *weights], keep, embeddings)
+    allocation = BaseAllocation(
+        keep=keep, embeddings="quantize" if embeddings else "keep", kept_dtype="source"
+    )
+    plan = build_plan(config, found, [*kept, *weights], allocation)
     return plan.model_copy(update={"format": checkpoint.format.name})
 
 

@@ -42,11 +42,21 @@ from bitmill.pipeline.requirements import Room, check_room, smaller_jobs
 from bitmill.pipeline.result import Result
 from bitmill.pipeline.source import Source
 from bitmill.pipeline.stage import Environment
-from bitmill.pipeline.stages import allocate, evaluate, pack, profile, publish, refine, resolve
+from bitmill.pipeline.stages import (
+    allocate,
+    evaluate,
+    pack,
+    profile,
+    publish,
+    refine,
+    resolve,
+    search,
+)
 from bitmill.pipeline.stages import plan as planning
 from bitmill.pipeline.stages import resume as resuming
 from bitmill.pipeline.stages import verify as verifying
 from bitmill.pipeline.stages.allocate import Allocated
+from bitmill.pipeline.stages.refine import Inputs as Refining
 from bitmill.pipeline.stages.refine import Refined
 from bitmill.pipeline.work_folder import is_of_a_workspace
 from bitmill.pipeline.workspace import Made, Workspace
@@ -179,6 +189,26 @@ class Job:
         )
         return allocate.load(self.space.run(allocate.STAGE, inputs).folder)
 
+    def search(
+        self,
+        source: Source,
+        planned: Plan,
+        tokens: CalibrationSet,
+        profiled: SensitivityProfile | None,
+        target: float,
+    ) -> tuple[Allocated, str]:
+        """The smallest map within a target of loss, and how it was found."""
+        assert profiled is not None, "a target of loss is met by the knapsack, which has a profile"
+        start = BitWidthMap.uniform(planned.shapes, 2, self.config.allocation.order)
+        inputs = search.Inputs(
+            target=target,
+            allocation=self.config.allocation,
+            profile=profiled,
+            refining=self._refining(source, planned, tokens, profiled, start),
+        )
+        folder = self.space.run(search.STAGE, inputs).folder
+        return search.load(folder)
+
     def refine(
         self,
         source: Source,
@@ -188,7 +218,18 @@ class Job:
         bit_widths: BitWidthMap,
     ) -> Refined:
         """Codes, scales and zeros of every linear."""
-        inputs = refine.Inputs.of(
+        inputs = self._refining(source, planned, tokens, profiled, bit_widths)
+        return Refined.of(self.space.run(refine.STAGE, inputs).folder, planned)
+
+    def _refining(
+        self,
+        source: Source,
+        planned: Plan,
+        tokens: CalibrationSet,
+        profiled: SensitivityProfile | None,
+        bit_widths: BitWidthMap,
+    ) -> Refining:
+        return Refining.of(
             source,
             planned,
             tokens,
@@ -197,7 +238,6 @@ class Job:
             self.config,
             self.environment,
         )
-        return Refined.of(self.space.run(refine.STAGE, inputs).folder, planned)
 
     def resume(self, planned: Plan, bit_widths: BitWidthMap, learned: LearnedParameters) -> Refined:
         """Stage `refine` of a job that takes over what an earlier one learned; trains nothing."""
@@ -225,6 +265,7 @@ class Job:
         allocated: Allocated,
         packed: Made,
         refined: Refined,
+        searched: str | None,
     ) -> QualityReport:
         """The quality report."""
         inputs = evaluate.Inputs.of(
@@ -238,6 +279,7 @@ class Job:
             refined,
             self.environment,
             self.task_folder,
+            searched,
         )
         return evaluate.load(self.space.run(evaluate.STAGE, inputs).folder)
 
@@ -371,7 +413,11 @@ def _whole(job: Job) -> Result:
     learned_for = LearnedFor.of_job(job.config, model=source.digest, calibration=tokens.digest)
     learned = _learned_earlier(job.config, learned_for)
     profiled = job.profile(source, planned, tokens)
-    allocated = job.allocate(source, planned, tokens, profiled)
+    searched: str | None = None
+    if (target := job.config.budget.max_loss_increase) is not None:
+        allocated, searched = job.search(source, planned, tokens, profiled, target)
+    else:
+        allocated = job.allocate(source, planned, tokens, profiled)
     bit_widths = allocated.bit_widths
     if learned is None:
         refined = job.refine(source, planned, tokens, profiled, bit_widths)
@@ -379,7 +425,7 @@ def _whole(job: Job) -> Result:
         refined = job.resume(planned, bit_widths, learned)
     packed = job.pack(source, planned, bit_widths, refined)
     job.verify(planned, packed, refined)
-    quality = job.evaluate(source, planned, tokens, profiled, allocated, packed, refined)
+    quality = job.evaluate(source, planned, tokens, profiled, allocated, packed, refined, searched)
     told = allocated.corrected(profiled)
     return job.publish(planned, told, bit_widths, packed, quality, learned_for)
 

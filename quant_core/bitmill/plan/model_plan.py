@@ -22,6 +22,7 @@ from bitmill.config.closed import Closed
 from bitmill.config.quantization import (
     DEFAULT_FORMAT,
     Allocation,
+    BaseAllocation,
     Budget,
     QuantizationConfig,
 )
@@ -36,6 +37,7 @@ from bitmill.plan.architectures import (
     sibling_key,
     step_of,
 )
+from bitmill.plan.attention_cache import CacheLayer, cache_layers
 from bitmill.plan.config_json import (
     check_config,
     read_config,
@@ -92,7 +94,8 @@ class PlannedTensor(Closed):
     """A tensor that the packed checkpoint keeps: biases, norms, embeddings, linears kept whole.
 
     name: its name there (the source's own, with a missing base prefix put back); module: its name
-    in transformers' module tree, which differs for a few older formats.
+    in transformers' module tree, which differs for a few older formats. dtype: in the source;
+    narrowed: whether it is packed in float16 instead.
     """
 
     name: str
@@ -100,11 +103,12 @@ class PlannedTensor(Closed):
     dtype: str
     shape: tuple[int, ...]
     source: Source
+    narrowed: bool = False
 
     @cached_property
     def spec(self) -> TensorInfo:
-        """Name, dtype and shape, as `bitmill.io.safetensors` counts them."""
-        return TensorInfo(self.name, self.dtype, self.shape)
+        """Name, dtype and shape in the checkpoint, as `bitmill.io.safetensors` counts them."""
+        return TensorInfo(self.name, "F16" if self.narrowed else self.dtype, self.shape)
 
 
 class LeftOut(Closed):
@@ -125,6 +129,7 @@ class Plan(Closed):
     format: in which the result is stored, by its name in `bitmill.formats.format.FORMATS`.
     transforms: {"name": ..., settings} of those that rewrite linears beside column orders.
     folds: whether column orders may be folded into the rows of linears before.
+    cache: what each block caches of a token; empty in plans from before it was counted.
     """
 
     schema_version: Literal[1] = 1
@@ -139,6 +144,7 @@ class Plan(Closed):
     tensors: tuple[PlannedTensor, ...]
     embeddings: tuple[PlannedLinear, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    cache: tuple[CacheLayer, ...] = ()
     format: str = DEFAULT_FORMAT
     transforms: tuple[dict[str, Any], ...] = ()
     folds: bool = True
@@ -306,13 +312,16 @@ def _order(linear: PlannedLinear) -> tuple[Any, ...]:
     return linear.block, step, numbers, parent, place, linear.name
 
 
-def _kept(place: Placed) -> PlannedTensor:
+def _kept(place: Placed, allocation: BaseAllocation) -> PlannedTensor:
+    router = place.module.removesuffix(".weight").rpartition(".")[2] in ROUTERS
+    wide = place.stored.dtype in ("F32", "F64") and len(place.shape) > 1 and not router
     return PlannedTensor(
         name=place.name,
         module=place.module,
         dtype=place.stored.dtype,
         shape=place.shape,
         source=_source(place),
+        narrowed=wide and allocation.kept_dtype == "auto",
     )
 
 
@@ -336,27 +345,24 @@ def build_plan(
     config: dict[str, Any],
     found: Architecture,
     stored: Iterable[TensorInfo],
-    keep: tuple[str, ...] = (),
-    quantize_embeddings: bool = False,
+    allocation: BaseAllocation,
 ) -> Plan:
-    """The plan of a model from its sanitized config and its tensors' headers.
-
-    keep: glob patterns of full names of linears and embeddings that stay in the source's precision.
-    """
+    """The plan of a model from its sanitized config and its tensors' headers."""
+    quantize_embeddings = allocation.embeddings == "quantize"
     source = place_tensors(stored, found, found.parameters(config))
     linears: list[PlannedLinear] = []
     tensors: list[PlannedTensor] = []
     embeddings: list[PlannedLinear] = []
     for _, place in sorted(source.placed.items(), key=lambda item: _natural(item[0])):
         matrix = _matrix(place, found)
-        if matrix is None or _matches(matrix.name, keep):
-            tensors.append(_kept(place))
+        if matrix is None or _matches(matrix.name, allocation.keep):
+            tensors.append(_kept(place, allocation))
         elif matrix.block >= 0:
             linears.append(matrix)
         elif quantize_embeddings:
             embeddings.append(matrix)
         else:
-            tensors.append(_kept(place))
+            tensors.append(_kept(place, allocation))
     _check_matrices(linears + embeddings)
     if quantize_embeddings:
         _check_embeddings(source, found)
@@ -375,6 +381,7 @@ def build_plan(
             LeftOut(name=tensor.name, what=what, nbytes=tensor.nbytes)
             for tensor, what in source.left_out
         ),
+        cache=cache_layers(config, found),
     )
 
 
@@ -432,8 +439,7 @@ def read_source(folder: Path, *, gguf: str | None = None) -> SourceModel:
 
 def plan_source(source: SourceModel, asked: QuantizationConfig) -> Plan:
     """Plan a job for what was read; raises `ModelError` for tensors that do not fit."""
-    keep, embeddings = asked.allocation.keep, asked.allocation.embeddings == "quantize"
-    made = build_plan(source.settings, source.architecture, source.stored, keep, embeddings)
+    made = build_plan(source.settings, source.architecture, source.stored, asked.allocation)
     return made.stored_as(asked.format, asked.transforms, folds=asked.method.folds)
 
 

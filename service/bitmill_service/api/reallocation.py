@@ -9,7 +9,7 @@ from bitmill.allocation.allocator import Allocator
 from bitmill.allocation.profiled import ProfiledModel
 from bitmill.config.quantization import Budget
 from bitmill.errors import BudgetError
-from bitmill.formats.accounting import Kind
+from bitmill.plan.serving_memory import beside_weights
 from bitmill_service import schemas
 from bitmill_workers.store.records import ProfileRecord
 
@@ -36,28 +36,30 @@ def reallocate(stored: StoredProfile, request: schemas.AllocationRequest) -> sch
     asked = request.allocation.model_dump(exclude_unset=True) if request.allocation else {}
     allocator = stored.model.allocator(asked)
     found = stored.model.allocate(request.budget, allocator)
-    kind = request.budget.kind
     if request.curve:
-        curve = [_point(stored.model, allocator, kind, value) for value in request.curve]
+        curve = [_point(stored.model, allocator, request.budget, value) for value in request.curve]
     else:
-        curve = _whole_curve(allocator, kind)
+        curve = _whole_curve(allocator, request.budget)
     return schemas.AllocationView(profile_id=stored.record.id, curve=curve, **dict(found))
 
 
-def _whole_curve(allocator: Allocator, kind: Kind) -> list[schemas.BudgetPoint]:
+def _whole_curve(allocator: Allocator, budget: Budget) -> list[schemas.BudgetPoint]:
     """From the smallest to the largest map; empty where the profile has no costs."""
     if not allocator.profile.widths:
         return []
     points = [point.model_dump() for point in allocator.curve()]
-    return [schemas.BudgetPoint(budget=point[kind], **point) for point in points]
+    named = {"memory": "size", "max_loss_increase": "predicted_loss"}
+    kind = named.get(budget.kind, budget.kind)
+    beside = beside_weights(allocator.plan, budget)
+    return [schemas.BudgetPoint(budget=point[kind] + beside, **point) for point in points]
 
 
 def _point(
-    model: ProfiledModel, allocator: Allocator, kind: Kind, value: float
+    model: ProfiledModel, allocator: Allocator, budget: Budget, value: float
 ) -> schemas.BudgetPoint:
+    limit = {budget.kind: int(value) if budget.in_bytes else value}
     try:
-        budget = Budget.model_validate({kind: int(value) if kind == "size" else value})
-        found = model.allocate(budget, allocator)
+        found = model.allocate(Budget.model_validate(budget.model_dump() | limit), allocator)
     except (BudgetError, ValueError) as error:
         return schemas.BudgetPoint(budget=value, error=str(error))
     return schemas.BudgetPoint(budget=value, **found.model_dump(exclude={"map"}))

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from bitmill.config.quantization import Budget
 from bitmill.pipeline.estimate import Estimate
 from bitmill_service.cli.options import COMMON, JOB, SERVICE_RESULTS, SpecFile, takes
 from bitmill_service.cli.output import (
@@ -305,11 +306,13 @@ def _model_name(job: JobView) -> str:
 
 
 def _budget(job: JobView) -> str:
-    limits = job.spec.get("budget") or {}
-    given = [(kind, value) for kind, value in limits.items() if value is not None]
-    return ", ".join(
-        format_size(value) if kind == "size" else f"{value:g} {kind}" for kind, value in given
-    )
+    budget = Budget.model_validate(job.spec["budget"])
+    if not budget.in_bytes:
+        return f"{budget.value:g} {budget.kind.replace('_', ' ')}"
+    size = format_size(int(budget.value))
+    if budget.kind == "size":
+        return size
+    return f"{size} with {budget.batch} x {budget.context} tokens"
 
 
 def _show_job(job: JobView) -> None:

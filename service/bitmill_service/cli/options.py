@@ -111,6 +111,21 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
         SpecOption(
             "--size", "budget.size", "Bytes of the checkpoint, e.g. 120MB.", parse_size, "SIZE"
         ),
+        SpecOption(
+            "--memory",
+            "budget.memory",
+            "Bytes where it is run, e.g. 8GB, for weights, cache and workspace; with --context.",
+            parse_size,
+            "SIZE",
+        ),
+        SpecOption(
+            "--max-loss",
+            "budget.max_loss_increase",
+            "Nats a token that the loss may rise; the smallest checkpoint within it is searched.",
+        ),
+        SpecOption("--context", "budget.context", "Tokens of a sequence that memory must hold."),
+        SpecOption("--cache-batch", "budget.batch", "Sequences that memory must hold at once."),
+        SpecOption("--cache-dtype", "budget.cache_dtype", "Of the keys and values in memory."),
     ),
     ALLOCATION: (
         SpecOption("--method", "allocation.method", "How widths are chosen."),
@@ -140,8 +155,16 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
             "Measure the knapsack's map and others before one is taken.",
         ),
         SpecOption("--embeddings", "allocation.embeddings", "Input embedding and output head."),
+        SpecOption(
+            "--kept-dtype",
+            "allocation.kept_dtype",
+            "Matrices that are not quantized: in 16 bits where exact enough, or as they are.",
+        ),
     ),
     REFINEMENT: (
+        SpecOption(
+            "--effort", "effort", "How much is done for quality where the options below are open."
+        ),
         SpecOption("--refine", "refinement.method", "How codes are found."),
         SpecOption("--clip-search", "refinement.clip_search", "Clip ranges where that helps."),
         SpecOption(

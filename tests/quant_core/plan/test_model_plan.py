@@ -72,7 +72,9 @@ def test_plan_survives_json(tmp_path: Path) -> None:
 
 def test_kept_linears_stay_whole(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "m")
-    plan = make_plan(folder, spec(allocation={"keep": ["*.v_proj", "model.layers.0.*"]}))
+    plan = make_plan(
+        folder, spec(allocation={"keep": ["*.v_proj", "model.layers.0.*"], "kept_dtype": "source"})
+    )
     assert {li.name.split(".", 2)[2] for li in plan.linears} == {
         f"1.{x}"
         for x in (
@@ -162,7 +164,9 @@ def test_kept_expert_keeps_its_rows_of_a_fused_tensor(tmp_path: Path) -> None:
     folder = rename(
         save_tiny(tmp_path / "m", moe_config("qwen3_moe")), tmp_path / "fused", fuse_experts
     )
-    plan = make_plan(folder, spec(allocation={"keep": ["*.experts.3.up_proj"]}))
+    plan = make_plan(
+        folder, spec(allocation={"keep": ["*.experts.3.up_proj"], "kept_dtype": "source"})
+    )
     kept = [t for t in plan.tensors if ".experts." in t.name]
     assert [t.name for t in kept] == [
         f"model.layers.{i}.mlp.experts.3.up_proj.weight" for i in range(2)

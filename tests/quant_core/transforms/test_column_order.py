@@ -47,7 +47,7 @@ class Case:
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     root = tmp_path_factory.mktemp("folding")
     source = tiny_llama(root / "source")
-    plan = make_plan(source, parse_config(SPEC))
+    plan = make_plan(source, parse_config(SPEC | {"allocation": {"kept_dtype": "source"}}))
     stored = load_file(source / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     owners = {n: g[0] for b in range(plan.block_count) for g in plan.siblings(b) for n in g}

@@ -30,7 +30,7 @@ from bitmill_workers.execution.inputs import fetch_parameters, given_map, local_
 from bitmill_workers.execution.processes import Child, Ended
 from bitmill_workers.execution.progress_relay import Reporter
 from bitmill_workers.execution.stop import StopRequest
-from bitmill_workers.job_spec import HubModel, JobSpec, UploadModel, parse_spec
+from bitmill_workers.job_spec import HubModel, JobSpec, UploadModel, parse_stored
 from bitmill_workers.logs import log_fields
 from bitmill_workers.settings import Settings
 from bitmill_workers.storage.artifacts import PROFILES, ArtifactStore
@@ -84,7 +84,7 @@ class Supervisor:
         with log_fields(job_id=job.id, attempt=job.attempt, worker=self.settings.worker_name):
             _log.info("attempt starts")
             try:
-                spec = parse_spec(job.spec)
+                spec = parse_stored(job.spec)
             except SpecError as error:
                 # Stored by a version that knew other fields; no worker of this one can run it.
                 self.leases.fail(job.id, job.token, error)

@@ -111,8 +111,9 @@ class Inputs:
         refined: Refined,
         environment: Environment,
         task_folder: Path | None,
+        searched: str | None,
     ) -> Inputs:
-        """What of a job decides the report."""
+        """What of a job decides the report. searched: what a search for the map found."""
         tasks = Tasks.of(config.evaluation.tasks, task_folder)
         chat = config.evaluation.framing == "chat"
         tokenizer = load_tokenizer(source.folder)
@@ -133,7 +134,7 @@ class Inputs:
             },
             tasks=TaskRun(tasks, source.companions, config.seed, chat) if tasks.names else None,
             resumed=config.method.resumed is not None,
-            notes=_notes(config, plan, allocated),
+            notes=(*_notes(config, plan, allocated), *([searched] if searched else [])),
             environment=environment,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from bitmill.plan.config_json import read_config
 from bitmill.plan.model_plan import (
     PLAN_NAME,
     Plan,
+    PlannedTensor,
     length_notes,
 )
 
@@ -75,13 +76,27 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     with CheckpointSource(inputs.model.folder) as tensors:
         for name, tensor in finite(tensors, inputs.plan.stored):
             scales.look(name, tensor)
+        narrowed = [tensor for tensor in inputs.plan.tensors if tensor.narrowed]
+        planned = _widened(inputs.plan, [t for t in narrowed if not tensors.can_narrow(t)])
     lengths = length_notes(inputs.plan, *inputs.lengths)
     for note in (*inputs.plan.notes, *lengths, *scales.notes()):
         run.warn(note)
-    write_bytes(folder / PLAN_NAME, inputs.plan.model_dump_json(indent=1).encode())
+    write_bytes(folder / PLAN_NAME, planned.model_dump_json(indent=1).encode())
 
 
 STAGE = Stage("plan", work)
+
+
+def _widened(plan: Plan, wide: Sequence[PlannedTensor]) -> Plan:
+    """The plan with these kept tensors in the source's dtype after all."""
+    if not wide:
+        return plan
+    names = {tensor.name for tensor in wide}
+    tensors = tuple(
+        tensor.model_copy(update={"narrowed": False}) if tensor.name in names else tensor
+        for tensor in plan.tensors
+    )
+    return plan.model_copy(update={"tensors": tensors})
 
 
 def load(folder: Path) -> Plan:

@@ -27,7 +27,7 @@ from bitmill_service.api.views import job_links, job_view
 from bitmill_service.http.openapi import CHANGES, JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import JobPage, JobView, PlanView
-from bitmill_workers.job_spec import JobSpec, parse_spec
+from bitmill_workers.job_spec import JobSpec, parse_stored
 from bitmill_workers.messaging.webhooks import check_webhook_url
 from bitmill_workers.store.records import JobRecord
 from bitmill_workers.store.states import ShownState
@@ -159,7 +159,7 @@ def retry_job(
         return replayed
     check_priority(caller, job.priority)
     refuse_when_full(context)
-    spec = parse_spec(job.spec)
+    spec = parse_stored(job.spec)
     if job.webhook_url is not None:
         check_webhook_url(job.webhook_url, context.settings)
     admit(context, spec, caller)

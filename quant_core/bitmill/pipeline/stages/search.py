@@ -1,0 +1,150 @@
+"""Stage `allocate` for a target of loss: the smallest map whose measured loss is within it.
+
+The profile predicts how the loss falls with size; what it is, is measured. A step takes the
+smallest map whose predicted loss is within an aim, refines it as the job will and measures its KL
+on the held-out windows; the next aim follows from how far that was off (a secant in logarithms).
+What counts is the upper end of the 95 % interval over windows. Of the maps within the target the
+smallest is kept, after at most `SEARCH_STEPS` of them.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bitmill.allocation.allocator import Allocator
+from bitmill.allocation.profile import SensitivityProfile
+from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
+from bitmill.config.quantization import Allocation
+from bitmill.errors import BudgetError
+from bitmill.evaluation.compare import measure, with_weights
+from bitmill.formats.accounting import Footprint, footprint
+from bitmill.io.atomic import read_json, write_bytes, write_json
+from bitmill.pipeline.estimate import SEARCH_STEPS
+from bitmill.pipeline.stage import Run, Stage
+from bitmill.pipeline.stages import refine
+from bitmill.pipeline.stages.allocate import Allocated
+from bitmill.refinement.model import RefinedModel
+
+CLOSE_ENOUGH = 0.85
+"""Share of the target from which on a smaller map is not looked for."""
+MARGIN = 0.95
+"""Share of the target that a step aims at."""
+CONFIDENCE = 1.96
+NOTE_NAME = "search.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """target: nats a token. refining: how any map is refined; its own map is not used."""
+
+    target: float
+    allocation: Allocation
+    profile: SensitivityProfile
+    refining: refine.Inputs
+
+
+@dataclass(frozen=True)
+class Step:
+    """A measured map. aim: the predicted loss that was allowed; upper: end of its KL's interval."""
+
+    aim: float
+    bit_widths: BitWidthMap
+    spent: Footprint
+    kl: float
+    upper: float
+
+
+def work(inputs: Inputs, run: Run, folder: Path) -> None:
+    """Raises `BudgetError` where no step came within the target, with the nearest."""
+    plan = inputs.refining.plan
+    allocator = Allocator(plan, inputs.allocation, inputs.profile)
+    steps: list[Step] = []
+    aim = inputs.target * MARGIN
+    while len(steps) < SEARCH_STEPS:
+        found = allocator.within_loss(aim)
+        if any(step.bit_widths == found for step in steps):
+            break
+        kl, upper = _measured(inputs, found, run, folder / f"measured-{len(steps)}")
+        steps.append(Step(aim, found, footprint(plan, found), kl, upper))
+        if CLOSE_ENOUGH * inputs.target <= upper <= inputs.target:
+            break
+        aim = next_aim(steps, inputs.target)
+    within = [step for step in steps if step.upper <= inputs.target]
+    if not within:
+        raise _out_of_reach(steps, inputs.target)
+    best = min(within, key=lambda step: step.spent.size)
+    if run.group.first:
+        write_bytes(folder / MAP_NAME, best.bit_widths.to_json().encode())
+        write_json(folder / NOTE_NAME, {"note": _note(best, steps, inputs.target)})
+
+
+STAGE = Stage("allocate", work, shared=True)
+
+
+def load(folder: Path) -> tuple[Allocated, str]:
+    """The map, and what the report says of the search."""
+    note: str = read_json(folder / NOTE_NAME)["note"]
+    return Allocated(BitWidthMap.load(folder / MAP_NAME), ()), note
+
+
+def next_aim(steps: Sequence[Step], target: float) -> float:
+    """The predicted loss to allow next: where ln(upper), linear in ln(aim), meets the target."""
+    last = steps[-1]
+    slope = 1.0
+    if len(steps) > 1 and steps[-2].aim != last.aim and steps[-2].upper != last.upper:
+        before = steps[-2]
+        slope = math.log(last.upper / before.upper) / math.log(last.aim / before.aim)
+    wanted = MARGIN * target / max(last.upper, 1e-9)
+    return float(last.aim * wanted ** (1 / min(2.0, max(0.5, slope))))
+
+
+def _measured(inputs: Inputs, found: BitWidthMap, run: Run, scratch: Path) -> tuple[float, float]:
+    """Mean KL of a refined map on the held-out windows, and the upper end of its interval.
+
+    Goes on in `scratch` behind the last block that a killed run saved, and takes what was measured.
+    """
+    record = scratch / "measured.json"
+    if run.group.broadcast(record.is_file()):
+        kl, upper = read_json(record)
+        return kl, upper
+    refining = replace(inputs.refining, bit_widths=found)
+    blocks = scratch / "blocks"
+    blocks.mkdir(parents=True, exist_ok=True)  # any rank may come first
+    refine.work(refining, run, blocks)
+    plan = refining.plan
+    model = run.open_model(refining.model.folder, plan)
+    refined = RefinedModel(blocks, plan)
+    candidate = with_weights(model, lambda name: refined.linear(name).dequantize())
+    windows = {"held_out": refining.calibration.held_out}
+    rows = measure(model, windows, {"map": (found, candidate)}, run.on_unit, group=run.group)
+    quality = rows[1].texts["held_out"]
+    measured = quality.kl, quality.kl + CONFIDENCE * quality.kl_se
+    run.group.barrier()
+    if run.group.first:
+        write_json(record, measured)
+        shutil.rmtree(blocks)
+    run.group.barrier()
+    return measured
+
+
+def _note(best: Step, steps: Sequence[Step], target: float) -> str:
+    return (
+        f"max_loss_increase {target:g}: {best.spent.bits:.3f} bits, {best.spent.size:,} bytes, "
+        f"measured KL {best.kl:.4g} on held-out windows, at most {best.upper:.4g} "
+        f"(95 %), after {len(steps)} of at most {SEARCH_STEPS} maps"
+    )
+
+
+def _out_of_reach(steps: Sequence[Step], target: float) -> BudgetError:
+    nearest = min(steps, key=lambda step: step.upper)
+    spent = nearest.spent
+    return BudgetError(
+        f"budget max_loss_increase = {target:g} cannot be met: the nearest of {len(steps)} measured"
+        f" maps takes {spent.bits:.3f} bits ({spent.size:,} bytes) and has a KL of up to "
+        f"{nearest.upper:.4g}; raise the budget, or allow larger widths or more effort",
+        param="budget.max_loss_increase",
+    )

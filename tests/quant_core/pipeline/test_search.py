@@ -1,0 +1,142 @@
+"""Targets of loss: the smallest map whose measured loss is within them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.quantization import Budget, parse_config
+from bitmill.errors import BudgetError, Cancelled, SpecError
+from bitmill.formats.accounting import Footprint
+from bitmill.pipeline.admission import admit
+from bitmill.pipeline.estimate import SEARCH_STEPS
+from bitmill.pipeline.job import run_job
+from bitmill.pipeline.stages.search import Step, next_aim
+from tiny import tiny_llama
+
+TEXT = {"source": "file", "path": str(Path(__file__).parents[1] / "calibration.txt")}
+
+
+def asked(loss, **changes):
+    base = {
+        "budget": {"max_loss_increase": loss},
+        "allocation": {"order": "natural"},
+        "refinement": {"asymmetric": False, "compensated_grid": False},
+        "calibration": {"text": TEXT, "sequences": 4, "length": 64, "held_out": 4},
+        "evaluation": {"texts": ["wiki_evaluation"], "sequences": 2, "length": 64},
+        "threads": 1,
+    }
+    return parse_config(base | changes)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("search") / "m", initializer_range=0.2)
+
+
+def steps(folder):
+    return [
+        json.loads(path.read_text()) for path in sorted(folder.glob("work/allocate/measured-*/*"))
+    ]
+
+
+@pytest.mark.e2e
+def test_what_is_published_was_measured_within_the_target(source, tmp_path):
+    sizes = {}
+    for loss in (0.3, 0.03):
+        folder = tmp_path / str(loss)
+        made = run_job(asked(loss), source, folder / "work", folder / "out")
+        measured = steps(folder)
+        assert 1 <= len(measured) <= SEARCH_STEPS
+        row = made.quality.row("knapsack gptq")
+        (note,) = [text for text in made.quality.warnings if "max_loss_increase" in text]
+        upper = float(note.split("at most ")[1].split()[0])
+        assert upper <= loss
+        assert upper == pytest.approx(
+            min((u for _, u in measured if u <= loss), key=lambda u: abs(u - upper)), rel=1e-3
+        )
+        assert f"{row.size:,} bytes" in note
+        sizes[loss] = row.size
+    assert sizes[0.3] < sizes[0.03]
+
+
+@pytest.mark.e2e
+def test_a_killed_search_takes_what_was_measured(source, tmp_path):
+    events = []
+    config = asked(0.05)
+
+    def second_map():
+        return len(steps(tmp_path)) == 1 and events[-1].stage == "allocate"
+
+    with pytest.raises(Cancelled):
+        run_job(
+            config,
+            source,
+            tmp_path / "work",
+            tmp_path / "out",
+            on_progress=events.append,
+            should_stop=second_map,
+        )
+    (kept,) = (tmp_path / "work").glob("allocate*/measured-0/measured.json")
+    before = kept.stat().st_mtime_ns
+    made = run_job(config, source, tmp_path / "work", tmp_path / "out")
+    (kept,) = (tmp_path / "work").glob("allocate*/measured-0/measured.json")
+    assert kept.stat().st_mtime_ns == before
+    again = run_job(config, source, tmp_path / "again", tmp_path / "out2")
+    assert made.quality.row("knapsack gptq") == again.quality.row("knapsack gptq")
+
+
+@pytest.mark.e2e
+def test_what_no_width_reaches_is_refused_with_the_nearest(source, tmp_path):
+    config = asked(1e-7, allocation={"order": "natural", "widths": [2, 3]})
+    with pytest.raises(BudgetError, match="nearest of") as error:
+        run_job(config, source, tmp_path / "work", tmp_path / "out")
+    assert error.value.code == "impossible_budget"
+    assert error.value.param == "budget.max_loss_increase"
+    assert not (tmp_path / "out").exists()
+
+
+def _step(aim, upper):
+    return Step(aim, BitWidthMap(linears={"a": (2,)}), Footprint(2, 2, 2), upper, upper)
+
+
+@pytest.mark.parametrize("power", [0.7, 1.0, 1.6])
+def test_the_aim_finds_the_target_of_a_power_law(power):
+    tried = [_step(0.1, 3 * 0.1**power)]
+    for _ in range(3):
+        aim = next_aim(tried, 0.02)
+        tried.append(_step(aim, 3 * aim**power))
+    assert tried[-1].upper == pytest.approx(0.95 * 0.02, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"allocation": {"method": "uniform"}},
+        {"allocation": {"method": "sba"}},
+        {"calibration": {"text": TEXT, "held_out": 0}},
+        {"calibration": {"text": TEXT, "held_out": 1}},
+        {"budget": {"max_loss_increase": 0}},
+        {"budget": {"max_loss_increase": -1}},
+        {"budget": {"max_loss_increase": 0.1, "bits": 3}},
+        {"refinement": {"method": "omniquant", "omniquant": {"resume_parameters": "folder"}}},
+    ],
+)
+def test_targets_that_cannot_be_searched_for_are_refused(changes):
+    with pytest.raises(SpecError):
+        asked(0.1, **changes)
+
+
+def test_a_plan_counts_the_steps(source):
+    one, all_steps = (
+        admit(source, asked(0.1, budget=budget)).needs().seconds
+        for budget in ({"bits": 4}, {"max_loss_increase": 0.1})
+    )
+    assert one < all_steps < (1 + SEARCH_STEPS) * one
+
+
+def test_a_target_of_loss_limits_no_bytes():
+    budget = Budget(max_loss_increase=0.1)
+    assert (budget.kind, budget.value, budget.in_bytes) == ("max_loss_increase", 0.1, False)
+    assert Budget.model_validate_json(budget.model_dump_json()) == budget
