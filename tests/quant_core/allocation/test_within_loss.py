@@ -3,6 +3,7 @@
 import pytest
 
 from bitmill.allocation.allocator import Allocator
+from bitmill.config.quantization import DEFAULT_WIDTHS as WIDTHS
 from bitmill.config.quantization import Allocation, Budget
 from bitmill.formats.accounting import measure
 from plans import llama_plan, random_profile
@@ -11,7 +12,7 @@ from plans import llama_plan, random_profile
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.9])
 def test_nothing_smaller_is_within_it(share):
     plan = llama_plan()
-    profile = random_profile(plan)
+    profile = random_profile(plan, WIDTHS)
     allocator = Allocator(plan, Allocation(order="natural"), profile)
     worst = profile.predicted_loss(allocator.uniform(Budget(bits=2.5)).linears)
     found = allocator.map(Budget(max_loss_increase=share * worst))
@@ -24,7 +25,7 @@ def test_nothing_smaller_is_within_it(share):
 
 def test_what_no_map_reaches_gives_the_best():
     plan = llama_plan()
-    profile = random_profile(plan)
+    profile = random_profile(plan, WIDTHS)
     allocator = Allocator(plan, Allocation(order="natural"), profile)
     found = allocator.map(Budget(max_loss_increase=1e-30))
     assert {width for widths in found.linears.values() for width in widths} == {8}
