@@ -90,7 +90,7 @@ class Replay:
         self.tails = trace.tails(routed)
         on_cpu = model.device.type == "cpu"
         free = spare_host_bytes() // 2 if on_cpu else spare_device_bytes(model.device)
-        widest = max(plan.by_name[name].columns for name in linears)
+        widest = max((plan.by_name[name].columns for name in linears), default=0)
         self._spare = min(free, MOST_BYTES - 12 * widest**2)
 
     @contextmanager

@@ -299,7 +299,7 @@ class _Run:
         )
         if self.shifts and names:
             self._source_is_behind = i
-        if self.learning is None or self.source is None:
+        if self.learning is None or self.source is None or not names:
             return weights, results, None
         self._advance_source(i)
         learned = self.learning.block(i, block, weights, self.hidden, self.source)

@@ -173,7 +173,8 @@ def _measure_orders(
     groups = model.plan.siblings(i)
     state = BlockState(model, i, block, None, model.linears(block, i))
     seen = collect(state, groups, stream, batch=batch, advance=True)
-    seen[groups[0][0]].check()
+    for first, *_ in groups[:1]:
+        seen[first].check()
     orders = {group[0]: activation_order(seen[group[0]].H.diagonal()) for group in groups}
     return _block_profile(model, i, origin, orders, {})
 

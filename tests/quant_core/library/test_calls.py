@@ -228,6 +228,32 @@ def test_a_map_says_what_is_kept(source: Path, tmp_path: Path) -> None:
     assert rows[1].texts == result.row.texts
 
 
+@pytest.mark.parametrize("kept", ["model.layers.0.*", "model.layers.1.*"])
+@pytest.mark.parametrize(
+    ("allocation", "refinement"),
+    [
+        ("knapsack", "gptq"),
+        ("uniform", bitmill.OmniQuant(epochs=1, batch=2)),
+        ({"method": "sba", "widths": (2, 3, 4)}, "rtn"),
+    ],
+    ids=["knapsack", "learned", "sba"],
+)
+def test_a_whole_block_may_be_kept(
+    source: Path, tmp_path: Path, kept: str, allocation: Any, refinement: Any
+) -> None:
+    result = bitmill.quantize(
+        source,
+        code_bits=3,
+        out=tmp_path / "out",
+        allocation=allocation,
+        refinement=refinement,
+        keep=(kept,),
+        **QUICK,
+    )
+    assert len(result.map.linears) == 7
+    assert not [name for name in result.map.linears if name.startswith(kept[:-1])]
+
+
 def test_a_result_is_written_in_other_formats(packed: bitmill.Result, tmp_path: Path) -> None:
     report = bitmill.export(packed, "dequantized", out=tmp_path / "plain")
     assert report.packed_bytes == packed.size

@@ -54,7 +54,10 @@ def take_over(
     report = QualityReport.load(learned.folder / QUALITY_NAME)
     linears = {linear.name: linear for linear in report.linears}
     blocks = {block.index: block for block in report.blocks}
-    if plan.by_name.keys() - linears.keys() or set(range(plan.block_count)) - blocks.keys():
+    if (
+        plan.by_name.keys() - linears.keys()
+        or {linear.block for linear in plan.linears} - blocks.keys()
+    ):
         raise FormatError(
             f"quality.json of {learned.folder.name} does not report on every block and linear",
             param=PARAM,
@@ -67,7 +70,8 @@ def take_over(
     if plan.embeddings:
         take(EMBEDDINGS, plan.embeddings, None)
     for i in range(plan.block_count):
-        take(i, plan.block_linears(i), blocks[i].model_dump(mode="json"))
+        learned_of = blocks[i].model_dump(mode="json") if i in blocks else None
+        take(i, plan.block_linears(i), learned_of)
         on_unit(i + 1, plan.block_count, "block", "learned earlier")
     if report.tuning is not None:
         write_json(folder / TUNING_NAME, report.tuning.model_dump(mode="json"))
