@@ -123,7 +123,7 @@ def test_plan_is_shown_and_nothing_created(http: httpx2.Client, stack: Stack) ->
             "model.path",
         ),
         ({"model": {"source": "path", "path": "models/none"}}, "model_not_found", "model"),
-        ({"model": {"source": "upload", "upload_id": "u1"}}, "unsupported_source", None),
+        ({"model": {"source": "upload", "upload_id": "u1"}}, "upload_not_found", "model.upload_id"),
         (
             {"calibration": {"text": {"source": "file", "path": "models/no.txt"}}},
             "text_not_found",
