@@ -201,7 +201,7 @@ def test_gguf_file_must_exist(settings: Settings) -> None:
 
 
 def test_uploads_are_not_available(settings: Settings) -> None:
-    assert code_of(UploadModel(upload_id="u"), settings) == "unsupported_source"
+    assert code_of(UploadModel(upload_id="u"), settings) == "upload_not_found"
 
 
 @pytest.mark.parametrize(
