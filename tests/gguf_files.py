@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,18 @@ def write_gguf(
     folder: Path,
     header: Header | None = None,
     change: Callable[[Tensors], None] | None = None,
+    tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> Path:
-    """Write the model of a Hugging Face folder; header and change add to settings and tensors."""
+    """Write the model of a Hugging Face folder; header and change add to settings and tensors.
+
+    tokenizer: writes that in place of the usual one, SentencePiece for Gemma, else byte-level.
+    """
     config = json.loads((folder / "config.json").read_text())
     kind = config["model_type"]
     writer = gguf.GGUFWriter(path, ARCHITECTURES.get(kind, kind))
     writer.add_name("tiny")
     _KEYS.get(kind, _write_usual)(writer, config)
-    _write_tokenizer(writer, config)
+    (tokenizer or (write_pieces if kind.startswith("gemma") else write_bytes))(writer)
     tensors = _tensors(folder, config)
     if header is not None:
         header(writer)
@@ -56,15 +60,35 @@ def write_gguf(
     return path
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+def write_bytes(writer: gguf.GGUFWriter, merges: Sequence[str] = ("a b", "c d")) -> None:
     """A byte-level tokenizer with two merges in place of the last two bytes."""
     vocabulary = byte_tokenizer().get_vocab()
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*tokens[:-2], "ab", "cd"])
-    writer.add_token_merges(["a b", "c d"])
+    writer.add_token_merges([*merges])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+
+
+def write_pieces(writer: gguf.GGUFWriter, words: Sequence[str] = ("ab", "\u2581ab")) -> None:
+    """A SentencePiece tokenizer of 256 tokens: special ones, bytes that no piece covers, letters
+    and words, of which the first is merged first."""
+    letters = "\u2581abcdefghijklmnopqrstuvwxyz"
+    pieces = ["<unk>", "<s>", "</s>", "<turn>", "\n", *letters, *words]
+    count = len(pieces) - len(words)
+    pieces += [f"<0x{byte:02X}>" for byte in range(256 - len(pieces))]
+    types = [gguf.TokenType.NORMAL] * len(pieces)
+    types[:4] = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 3]
+    types[count + len(words) :] = [gguf.TokenType.BYTE] * (len(pieces) - count - len(words))
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([-float(place) for place in range(256)])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +27,8 @@ _MAX_ARRAY = 1 << 22
 _MAX_STRING = 1 << 24
 _MAX_RANK = 4
 _KEPT_ARRAY = 4096
-"""Arrays of numbers up to this length are kept; of longer ones and of strings, the length alone."""
+"""Arrays of numbers up to this length are kept; of longer ones and of strings, the length alone,
+unless somebody asks for them."""
 
 _SCALARS: Mapping[int, str] = {
     0: "<B",
@@ -100,7 +101,7 @@ class TruncatedGguf(ModelError):
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """settings: scalars, strings, lists of numbers, `Skipped` arrays."""
+    """settings: scalars, strings, lists of numbers or those asked for, `Skipped` arrays."""
 
     path: Path
     settings: dict[str, Any]
@@ -162,21 +163,23 @@ class _Cursor:
     def string(self, limit: int = MAX_NAME) -> str:
         return self.take(self.count("a string's length", limit)).decode("utf-8", "replace")
 
-    def value(self, kind: int) -> Any:
-        """A scalar, a string, or an array as a list or `Skipped`."""
+    def value(self, kind: int, *, whole: bool) -> Any:
+        """A scalar, a string, or an array as a list or, unless wanted whole, `Skipped`."""
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
             return self.string(_MAX_STRING)
         if kind == _ARRAY:
-            return self.array()
+            return self.array(whole=whole)
         raise self.refuse(f"a setting has the type {kind}")
 
-    def array(self) -> list[Any] | Skipped:
+    def array(self, *, whole: bool) -> list[Any] | Skipped:
         inner = self.scalar("<I")
         length = self.count("an array's length", _MAX_ARRAY)
-        if inner in _SCALARS and length <= _KEPT_ARRAY:
+        if inner in _SCALARS and (whole or length <= _KEPT_ARRAY):
             return [self.scalar(_SCALARS[inner]) for _ in range(length)]
+        if inner == _STRING and whole:
+            return [self.string(_MAX_STRING) for _ in range(length)]
         if inner in _SCALARS:
             self.take(length * struct.calcsize(_SCALARS[inner]))
         elif inner == _STRING:
@@ -206,9 +209,10 @@ class _Cursor:
         return GgufTensor(shape, kind, begin, math.prod(shape) // block * block_bytes)
 
 
-def read_gguf_header(path: Path) -> GgufHeader:
+def read_gguf_header(path: Path, whole: Collection[str] = ()) -> GgufHeader:
     """Settings and tensors of a GGUF file; `ModelError` (bad_gguf) names a defect.
 
+    whole: keys of arrays that are kept whatever their length.
     Reads the header alone: `GgufHeader.check_extent` looks whether its tensors are there.
     """
     if not path.is_file():
@@ -225,7 +229,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         settings: dict[str, Any] = {}
         for _ in range(setting_count):
             key = cursor.string()
-            settings[key] = cursor.value(cursor.scalar("<I"))
+            settings[key] = cursor.value(cursor.scalar("<I"), whole=key in whole)
         tensors: dict[str, GgufTensor] = {}
         for _ in range(tensor_count):
             name = cursor.string()

@@ -1,8 +1,8 @@
 """A GGUF file turned into an ordinary Hugging Face folder: float32 safetensors and a tokenizer.
 
 Configuration and names are those of `plan/gguf_models.py`; the package gguf dequantizes one tensor
-at a time, and transformers builds the tokenizer. What comes out is the source model of the job. The
-folder appears whole or not at all, so an interrupted conversion is simply run again.
+at a time, and `gguf_tokenizer.py` has the tokenizer. What comes out is the source model of the job.
+The folder appears whole or not at all, so an interrupted conversion is simply run again.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from bitmill.errors import ModelError, raise_resource_error
 from bitmill.io.atomic import atomic_folder
 from bitmill.io.gguf import TYPES, GgufHeader, read_gguf_header
 from bitmill.io.safetensors import ShardWriter
+from bitmill.models.gguf_tokenizer import save_gguf_tokenizer
 from bitmill.plan.config_json import check_config
 from bitmill.plan.gguf_models import GgufModel, GgufPart, read_model
 
-CONVERSION_VERSION = 2
+CONVERSION_VERSION = 3
 """Raised whenever the same file would become another folder."""
 
 Array = np.ndarray[Any, Any]
@@ -33,26 +34,27 @@ def convert_gguf(path: Path, target: Path) -> None:
     """Write the model of one GGUF file to the folder `target`: about 4 bytes per weight.
 
     Needs the memory of its largest tensor a few times. Raises `ModelError` for a damaged or
-    unsupported file, `ResourceError` where the disk is full.
+    unsupported file or a tokenizer that the installed transformers builds wrongly, `ResourceError`
+    where the disk is full.
     """
     header = read_gguf_header(path)
     model = read_model(header)
     check_config(model.config)
     with atomic_folder(target) as folder:
-        config, tokenizer = _load(path, model)
-        _save_weights(header, model, folder)
+        config = _config(path, model)
         config.save_pretrained(folder)
         transformers.GenerationConfig.from_model_config(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_gguf_tokenizer(path, folder)
+        _save_weights(header, model, folder)
 
 
-def _load(path: Path, model: GgufModel) -> tuple[Any, Any]:
-    """Configuration and tokenizer; whatever transformers raises over them is the file's fault."""
+def _config(path: Path, model: GgufModel) -> Any:
+    """The configuration; whatever transformers raises over it is the file's fault."""
     try:
         config = transformers.AutoConfig.for_model(**model.config)
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config["model_type"]]]
         config.dtype = "float32"
-        return config, transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return config
     except Exception as error:
         raise_resource_error(error)
         raise ModelError(
