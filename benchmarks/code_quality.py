@@ -1,7 +1,7 @@
 """Whole jobs by code and budget on a GGUF model: perplexity, KL and seconds.
 
     python benchmarks/code_quality.py MODEL.gguf --bits 2.54 3.04 4.04 --codes trellis affine \\
-        --device cuda --work /tmp/jobs --out benchmarks/results/code-quality-gemma
+        --device cuda --work WORK --out benchmarks/results/code-quality-gemma
 
 Jobs are as by default (64 calibration windows of 2048 tokens, both evaluation texts whole, GPTQ,
 knapsack) with a budget of true bits. A profile is kept in --work for all budgets. Excess is
