@@ -190,8 +190,9 @@ class BaseAllocation(Closed):
     embeddings: "quantize" packs the input embedding and the output head too, each with one width
     for the whole matrix (once where they are tied); every budget then counts them.
     kept_dtype: of matrices that are not quantized (embeddings, head, linears kept whole): "auto"
-    stores those of float32 in float16, as long as that changes them by at most 2^-10 of their norm;
-    "source" stores all as they are. Vectors (norms, biases) and routers always stay as they are.
+    stores those of float32 with 2^20 values or more in float16, as long as that changes them by at
+    most 2^-10 of their norm; "source" stores all as they are. Vectors (norms, biases) and routers
+    always stay as they are.
     """
 
     method: Literal["uniform", "sba", "knapsack", "map"] = "knapsack"

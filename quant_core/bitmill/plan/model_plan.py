@@ -11,6 +11,7 @@ described by each entry's `source` (`plan/source_tensors.py`).
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +51,8 @@ from bitmill.plan.parameters import HEAD_WEIGHT
 from bitmill.plan.source_tensors import Placed, SourceTensors, place_tensors
 
 PLAN_NAME = "plan.json"
+NARROWED_FROM = 1 << 20
+"""Values from which on a kept float32 matrix is narrowed; smaller ones weigh next to nothing."""
 POSITION_TABLES = ("embed_positions.weight", "wpe.weight")
 
 
@@ -314,7 +317,8 @@ def _order(linear: PlannedLinear) -> tuple[Any, ...]:
 
 def _kept(place: Placed, allocation: BaseAllocation) -> PlannedTensor:
     router = place.module.removesuffix(".weight").rpartition(".")[2] in ROUTERS
-    wide = place.stored.dtype in ("F32", "F64") and len(place.shape) > 1 and not router
+    matrix = len(place.shape) > 1 and math.prod(place.shape) >= NARROWED_FROM and not router
+    wide = place.stored.dtype in ("F32", "F64") and matrix
     return PlannedTensor(
         name=place.name,
         module=place.module,

@@ -11,11 +11,14 @@ from bitmill.config.quantization import parse_config
 from bitmill.evaluation.compare import evaluate_folder
 from bitmill.io.safetensors import read_headers
 from bitmill.pipeline.job import run_job
+from bitmill.plan.model_plan import make_plan
 from tiny import save_tiny, tiny_llama
 from tiny_architectures import tiny_config
 
 pytestmark = pytest.mark.e2e
 TEXT = {"source": "file", "path": str(Path(__file__).parents[1] / "calibration.txt")}
+ROWS = 6656
+"""Of an embedding with 160 columns: just above a million values."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -54,7 +57,7 @@ def job(source, folder, **allocation):
 
 
 def test_float32_embeddings_and_heads_are_halved_and_vectors_stay(tmp_path):
-    source = tiny_llama(tmp_path / "source", tie_word_embeddings=False)
+    source = tiny_llama(tmp_path / "source", tie_word_embeddings=False, vocab_size=ROWS)
     made = job(source, tmp_path)
     found = dtypes(tmp_path / "out")
     assert (found[EMBEDDING], found[HEAD]) == ("F16", "F16")
@@ -67,7 +70,7 @@ def test_float32_embeddings_and_heads_are_halved_and_vectors_stay(tmp_path):
 
 
 def test_the_report_measures_the_rounding(tmp_path):
-    source = tiny_llama(tmp_path / "source")
+    source = tiny_llama(tmp_path / "source", vocab_size=ROWS)
     made = job(source, tmp_path)
     again = measured_again(tmp_path / "out", source)
     assert again.texts == made.quality.row("uniform rtn").texts
@@ -79,21 +82,21 @@ def test_the_report_measures_the_rounding(tmp_path):
 
 
 def test_all_stay_as_they_are_where_asked(tmp_path):
-    source = tiny_llama(tmp_path / "source")
+    source = tiny_llama(tmp_path / "source", vocab_size=ROWS)
     job(source, tmp_path, kept_dtype="source")
     assert dtypes(tmp_path / "out")[EMBEDDING] == "F32"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sixteen_bits_stay_as_they_are(tmp_path, dtype):
-    source = tiny_llama(tmp_path / "source", dtype=dtype)
+    source = tiny_llama(tmp_path / "source", dtype=dtype, vocab_size=ROWS)
     job(source, tmp_path)
     assert dtypes(tmp_path / "out")[EMBEDDING] == {"float16": "F16", "bfloat16": "BF16"}[dtype]
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1e9])
 def test_values_beyond_float16_stay_as_they_are(tmp_path, factor):
-    source = tiny_llama(tmp_path / "source", tie_word_embeddings=False)
+    source = tiny_llama(tmp_path / "source", tie_word_embeddings=False, vocab_size=ROWS)
     stored = load_file(source / "model.safetensors")
     stored[EMBEDDING] *= factor
     save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
@@ -104,21 +107,23 @@ def test_values_beyond_float16_stay_as_they_are(tmp_path, factor):
     assert made.quality.row("uniform rtn").size == on_disk
 
 
-def test_linears_kept_whole_are_halved_and_routers_are_not(tmp_path):
-    source = save_tiny(tmp_path / "source", tiny_config("mixtral"))
-    job(source, tmp_path, keep=["*.v_proj"])
+def test_large_linears_kept_whole_are_halved_and_what_weighs_little_is_not(tmp_path):
+    source = tiny_llama(tmp_path / "source", intermediate_size=ROWS)
+    job(source, tmp_path, keep=["*.down_proj", "*.v_proj"])
     found = dtypes(tmp_path / "out")
-    assert found["model.layers.0.self_attn.v_proj.weight"] == "F16"
-    routers = {dtype for name, dtype in found.items() if name.endswith("gate.weight")}
-    assert routers == {"F32"}
-    bitmill.load(tmp_path / "out")
-
-
-def test_position_tables_and_transposed_linears_are_halved(tmp_path):
-    source = save_tiny(tmp_path / "source", tiny_config("gpt2"))
-    job(source, tmp_path, keep=["*.c_proj"])
-    found = dtypes(tmp_path / "out")
-    assert found["transformer.wpe.weight"] == "F16"
-    assert found["transformer.h.0.attn.c_proj.weight"] == "F16"
+    assert found["model.layers.0.mlp.down_proj.weight"] == "F16"
+    assert found["model.layers.0.self_attn.v_proj.weight"] == "F32"
+    assert found[EMBEDDING] == "F32"
     again = measured_again(tmp_path / "out", source)
     assert again.texts["wiki_evaluation"].kl > 0
+
+
+def test_transposed_linears_are_halved_and_small_ones_are_not(tmp_path):
+    config = tiny_config("gpt2")
+    config.n_embd, config.n_inner = 160, ROWS
+    source = save_tiny(tmp_path / "source", config)
+    job(source, tmp_path, keep=["*.mlp.c_proj"])
+    assert dtypes(tmp_path / "out")["transformer.h.0.mlp.c_proj.weight"] == "F16"
+    assert measured_again(tmp_path / "out", source).texts["wiki_evaluation"].kl > 0
+    experts = make_plan(save_tiny(tmp_path / "experts", tiny_config("mixtral")), asked())
+    assert not any(tensor.narrowed for tensor in experts.tensors)
