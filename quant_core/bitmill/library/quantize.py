@@ -17,7 +17,7 @@ from bitmill.errors import SpecError
 from bitmill.formats.accounting import footprint
 from bitmill.io.targets import check_apart, existing
 from bitmill.library.progress import Watcher, watching
-from bitmill.library.settings import configuration, model_files
+from bitmill.library.settings import configuration, model_files, names_budget
 from bitmill.pipeline.admission import admit
 from bitmill.pipeline.job import run_job
 from bitmill.pipeline.progress import Progress
@@ -104,7 +104,7 @@ def refine(
     base = configuration(config or QuantizationConfig(budget=Budget(bits=16)), theirs)
     allocation, planned = plan_for_map(folder, widths, base, gguf=gguf)
     asked = {"budget": Budget(size=footprint(planned, widths).size), "allocation": allocation}
-    if any(name.removeprefix("budget_") in Budget.model_fields for name in settings):
+    if names_budget(settings):
         del asked["budget"]
     return quantize(model, config, out=out, **(asked | settings))
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from bitmill.config.closed import Closed
 from bitmill.config.methods import MethodConfig
 from bitmill.config.quantization import (
+    KINDS,
     Allocation,
     Budget,
     Calibration,
@@ -46,6 +47,10 @@ def configuration(
     Raises `SpecError` naming the keyword, or the field whose value is illegal.
     """
     asked = {} if base is None else _json(base)
+    if base is not None and "effort" in settings:
+        left = {name: part for name, part in asked.items() if name != "refinement"}
+        if parse_config(left).refinement == base.refinement:
+            asked = left  # it is what the other effort stood for
     return parse_config(gathered(settings, QuantizationConfig.model_fields, asked))
 
 
@@ -60,15 +65,18 @@ def gathered(
     places = _places([name for name in known if name in PARTS])
     asked = dict(base or {})
     asked |= {name: _whole(name, value) for name, value in settings.items() if name in known}
-    if "budget" not in settings and any(
-        place[0] == "budget" for name in settings for place in places.get(name, ())
-    ):
+    if "budget" not in settings and names_budget(settings):
         asked["budget"] = {}
     for name, value in settings.items():
         if name not in known:
             part, field = _place(name, places, known)
             asked[part] = dict(asked.get(part, {})) | {field: value}
     return {name: _read(name, value) for name, value in asked.items()}
+
+
+def names_budget(settings: Mapping[str, Any]) -> bool:
+    """Whether a keyword gives a limit of its own."""
+    return any(name.removeprefix("budget_") in KINDS for name in settings)
 
 
 def model_files(model: str | os.PathLike[str]) -> tuple[Path, str | None]:
@@ -122,7 +130,7 @@ def _place(
 
 
 def _json(config: BaseModel) -> dict[str, Any]:
-    return {name: _whole(name, getattr(config, name)) for name in type(config).model_fields}
+    return {name: _whole(name, getattr(config, name)) for name in config.model_fields_set}
 
 
 def _whole(name: str, value: Any) -> Any:
@@ -130,7 +138,8 @@ def _whole(name: str, value: Any) -> Any:
     if isinstance(value, MethodConfig):
         value = Refinement.of(value)
     if isinstance(value, BaseModel):
-        return value.model_dump()
+        given = value.model_fields_set
+        return {key: inner for key, inner in value.model_dump().items() if key in given}
     if isinstance(value, str) and name in PARTS and "method" in PARTS[name].model_fields:
         return {"method": value}
     return value

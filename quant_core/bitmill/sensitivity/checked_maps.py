@@ -197,7 +197,8 @@ class _Passing:
         siblings = self.model.plan.siblings(i)
         state = BlockState(self.model, i, block, None, linears)
         seen = collect(state, siblings, stream, batch=self.batch, advance=True)
-        seen[siblings[0][0]].check()
+        for first, *_ in siblings[:1]:
+            seen[first].check()
         own = {name: weight_of(linear).detach().clone() for name, linear in linears.items()}
         shared = []
         for names in siblings:

@@ -176,7 +176,7 @@ def test_one_profile_serves_allocation_refinement_and_sweeps(
     for given in (profiled, tmp_path / "stored"):
         found = bitmill.allocate(given, bits=3.5)
         assert (found.map, found.size, found.bits) == (packed.map, packed.size, packed.bits)
-        assert found.predicted_loss == packed.predicted_loss
+        assert found.predicted_loss == profiled.profile.predicted_loss(packed.map.linears)
     assert f"{found.size:,} bytes" in repr(found)
     with pytest.raises(SpecError, match=r"allocation\.order"):
         bitmill.allocate(profiled, bits=3, order="natural")

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from bitmill import GPTQ, OmniQuant
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import (
+    KINDS,
     Allocation,
     Budget,
     Calibration,
@@ -87,7 +88,7 @@ def test_every_field_of_every_part_has_a_keyword() -> None:
     for part, kind in PARTS.items():
         value = getattr(BASE, part)
         for field in kind.model_fields:
-            if part != "budget" or getattr(value, field) is not None:
+            if field not in KINDS or getattr(value, field) is not None:
                 given = {f"{part}_{field}": getattr(value, field)}
                 assert configuration(BASE, given) == BASE, given
 
@@ -123,6 +124,16 @@ def test_what_cannot_be_set_is_refused_by_name(
     with pytest.raises(Exception, match=said) as caught:
         configuration(BASE, given)
     assert (caught.value.code, caught.value.param) == (code, param)  # type: ignore[attr-defined]
+
+
+def test_effort_decides_what_nobody_decided() -> None:
+    fast = QuantizationConfig(budget=Budget(bits=3))
+    best = QuantizationConfig(budget=Budget(bits=3), effort="best")
+    assert configuration(fast, {"effort": "best"}) == best
+    assert configuration(best, {"effort": "fast"}) == fast
+    assert configuration(BASE, {"effort": "best"}).refinement == BASE.refinement
+    assert configuration(None, {"bits": 3, "effort": "best"}) == best
+    assert configuration(best, {"seed": 1}).refinement == best.refinement
 
 
 def test_a_budget_is_needed() -> None:
