@@ -163,6 +163,7 @@ PRODUCT = ("quant_core/bitmill", "workers/bitmill_workers", "service/bitmill_ser
 OWN = {
     "config/methods.py",
     "config/codes.py",  # the format of each code
+    "config/effort.py",  # what each word stands for
     "config/transforms.py",
     "config/quantization.py",  # the JSON of all methods' settings, and the defaults
     "bitmill_workers/job_spec.py",  # the same JSON

@@ -133,6 +133,19 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     (
+        "m --memory 8GB --context 4096 --cache-batch 4 --cache-dtype fp8 --effort best "
+        "--kept-dtype source",
+        {
+            "budget.memory": 8_000_000_000,
+            "budget.context": 4096,
+            "budget.batch": 4,
+            "budget.cache_dtype": "fp8",
+            "effort": "best",
+            "allocation.kept_dtype": "source",
+        },
+    ),
+    ("m --max-loss 0.05", {"budget.max_loss_increase": 0.05}),
+    (
         "m --bits 3 --calibration-text bundled:mixture_calibration --calibration-framing chat "
         "--evaluation-framing none --check maps",
         {

@@ -11,14 +11,17 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from bitmill.config.codes import AUTO, CODES
-from bitmill.config.methods import METHODS
+from bitmill.config.methods import GPTQ, METHODS, OmniQuant
 
 Effort = Literal["fast", "balanced", "best"]
 
+LEARNED = OmniQuant.name
+"""Where the JSON of a refinement has what is learned."""
+
 EFFORTS: dict[str, Mapping[str, Any]] = {
-    "fast": {"method": "gptq"},
-    "balanced": {"method": "omniquant", "omniquant": {"epochs": 4, "tune_scales_steps": 150}},
-    "best": {"method": "omniquant", "omniquant": {"epochs": 12, "tune_scales_steps": 300}},
+    "fast": {"method": GPTQ.name},
+    "balanced": {"method": OmniQuant.name, LEARNED: {"epochs": 4, "tune_scales_steps": 150}},
+    "best": {"method": OmniQuant.name, LEARNED: {"epochs": 12, "tune_scales_steps": 300}},
 }
 """Settings of refinement by effort."""
 

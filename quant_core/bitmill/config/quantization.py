@@ -84,11 +84,9 @@ class Budget(Closed):
     def _only_what_counts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """JSON without what belongs to budgets of memory or loss where there is none."""
         found: dict[str, Any] = dump(self)
-        if self.max_loss_increase is None:
-            found.pop("max_loss_increase", None)
-        if self.memory is None:
-            for name in ("memory", "context", "batch", "cache_dtype"):
-                found.pop(name, None)
+        for name in ("memory", "context", "batch", "cache_dtype", "max_loss_increase"):
+            if self.memory is None and found[name] == type(self).model_fields[name].default:
+                del found[name]
         return found
 
     @property

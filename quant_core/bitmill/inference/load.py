@@ -22,9 +22,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from bitmill.errors import FormatError
 from bitmill.formats.codec import Checkpoint, open_checkpoint
-from bitmill.formats.packed.config import QUANT_METHOD
 from bitmill.formats.writing import DTYPES
-from bitmill.inference.hf_quantizer import quantized_linears
+from bitmill.inference.hf_quantizer import BitmillQuantizer, quantized_linears
 from bitmill.io.atomic import read_json
 from bitmill.io.safetensors import TensorInfo
 from bitmill.models.dtypes import as_dtype
@@ -97,7 +96,7 @@ def check_loads(folder: Path, modules: Mapping[str, str], *, room: int) -> int:
     superfluous, misshapen or holds something else in the model. Folders of other formats are their
     own loaders' matter: 0.
     """
-    if quant_method(folder) != QUANT_METHOD:
+    if AUTO_QUANTIZER_MAPPING.get(quant_method(folder)) is not BitmillQuantizer:
         return 0
     checkpoint = open_checkpoint(folder)
     stand_ins = {name: stand_in(info) for name, info in checkpoint.headers.items()}

@@ -221,7 +221,7 @@ def test_positions_cannot_pass_for_an_embedding(tmp_path: Path) -> None:
     linears = config["quantization_config"]["linears"]
     linears["model.decoder.embed_positions"] = {"widths": "4", "order": None}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match="embed_positions is not in the model"):
+    with pytest.raises(FormatError, match="embed_positions"):
         bitmill.load(folder)
 
 

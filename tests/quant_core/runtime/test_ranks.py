@@ -177,8 +177,8 @@ def mentioning(word: str) -> list[int]:
 
 def assert_like_one_rank(out: Path, alone: tuple[Path, RefinedModel]) -> None:
     """The same windows, map and orders, byte for byte; errors but for rounding, and the codes that
-    come before a rounded sum can have grown. Behind the first block a grown sum may also decide
-    whether a linear is corrected, which its error shows."""
+    come before a rounded sum can have grown. Behind the first step a grown sum may also decide
+    whether a linear is corrected, which its error shows; most are decided alike."""
     folder, one = alone
     for name in ("windows.json", "map.json", "orders.npz"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
@@ -189,12 +189,14 @@ def assert_like_one_rank(out: Path, alone: tuple[Path, RefinedModel]) -> None:
         for name, record in expected.sba.get(3, {}).items():
             assert (found.sba[3][name].salience == record.salience).all()
             np.testing.assert_allclose(found.sba[3][name].kl, record.kl, rtol=0.01)
+    agreed: list[bool] = []
     several = RefinedModel(out / "refine", one.plan)
     for ours, alones in zip(several.reports()[0], one.reports()[0], strict=True):
         assert (ours.name, ours.tokens) == (alones.name, alones.tokens)
-        first = one.plan.by_name[ours.name].block == 0
-        if first or ours.asymmetric == alones.asymmetric:
+        agreed.append(ours.asymmetric == alones.asymmetric)
+        if agreed[-1]:
             assert ours.relative_error == pytest.approx(alones.relative_error, rel=0.02)
+    assert 2 * sum(agreed) > len(agreed)
     for name in (linear.name for linear in one.plan.block_linears(0)[:3]):
         same = several.linear(name).codes == one.linear(name).codes
         assert same.float().mean() > 0.99, name
