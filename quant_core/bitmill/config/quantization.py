@@ -85,8 +85,8 @@ class Budget(Closed):
         """JSON without what belongs to budgets of memory or loss where there is none."""
         found: dict[str, Any] = dump(self)
         for name in ("memory", "context", "batch", "cache_dtype", "max_loss_increase"):
-            if self.memory is None and found[name] == type(self).model_fields[name].default:
-                del found[name]
+            if self.memory is None and found.get(name) == type(self).model_fields[name].default:
+                found.pop(name, None)
         return found
 
     @property

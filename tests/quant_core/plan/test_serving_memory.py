@@ -108,5 +108,7 @@ def test_a_plan_from_before_asks_to_be_made_again():
 
 def test_other_budgets_are_stored_as_before():
     assert Budget(bits=3).model_dump(mode="json") == {"code_bits": None, "bits": 3.0, "size": None}
+    assert Budget(bits=3).model_dump(mode="json", exclude_none=True) == {"bits": 3.0}
     memory = Budget(memory=10**9, context=100)
+    assert Budget.model_validate(memory.model_dump(mode="json", exclude_none=True)) == memory
     assert Budget.model_validate_json(memory.model_dump_json()) == memory
