@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import uuid
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 _LAUNCHER = "BITMILL_LAUNCHER"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _LOOPBACK = "127.0.0.1"
+_ENDING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+"""Signals on which the launcher ends all ranks."""
 _DISK_FULL = os.EX_IOERR
 """Exit status of a rank that could not even write down why it failed."""
 _GRACE_S = 30.0
@@ -81,7 +84,8 @@ def run_ranks(count: int, arguments: Sequence[str]) -> None:
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
     }
-    with environment(told), tempfile.TemporaryDirectory(prefix="bitmill-ranks-") as logs:
+    folder = tempfile.TemporaryDirectory(prefix="bitmill-ranks-")
+    with environment(told), _handlers_kept(), folder as logs:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -92,7 +96,7 @@ def run_ranks(count: int, arguments: Sequence[str]) -> None:
             local_addr=_LOOPBACK,
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
-            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+            signals_to_handle=",".join(_ENDING),
         )
         try:
             elastic_launch(config, sys.executable)(*arguments)
@@ -100,6 +104,25 @@ def run_ranks(count: int, arguments: Sequence[str]) -> None:
             raise SystemExit(128 + error.sigval) from None
         except ChildFailedError as error:
             raise _reason(error.failures, count) from error
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Put back the caller's signal handlers: torch's launcher sets its own and leaves them.
+
+    Its handlers raise `SignalException` where Python raises `KeyboardInterrupt`. Outside the main
+    thread the launcher sets none.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {name: signal.getsignal(getattr(signal, name)) for name in _ENDING}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            if handler is not None:  # None: set by a library in C, which Python cannot put back
+                signal.signal(getattr(signal, name), handler)
 
 
 def _reason(failures: dict[int, Any], count: int) -> BitmillError:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from itertools import takewhile
 from pathlib import Path
 
@@ -106,6 +107,23 @@ def test_sums_are_taken_in_the_order_of_the_ranks(tmp_path: Path) -> None:
             "totals": [0.0],
             "shared": [[1.0] * 3] * 2,
         }
+
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("ends", ["well", "in an error"])
+def test_the_caller_keeps_its_signal_handlers(tmp_path: Path, ends: str) -> None:
+    own = signal.signal(signal.SIGUSR1, lambda *_: None)
+    before = [signal.getsignal(one) for one in ENDING]
+    try:
+        with nullcontext() if ends == "well" else pytest.raises(CalibrationError):
+            run_ranks(2, ["-c", GROUP, str(tmp_path), *(["refuse"] if ends != "well" else [])])
+        assert [signal.getsignal(one) for one in ENDING] == before
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGUSR1, own)
 
 
 def test_the_launcher_raises_what_a_rank_raised(tmp_path: Path) -> None:
