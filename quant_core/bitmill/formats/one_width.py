@@ -10,12 +10,57 @@ changes; bytes do. Torch-free.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 from bitmill.config.bit_width_map import GROUP_SIZE
 from bitmill.errors import FormatError
-from bitmill.formats.format import Contents, Facts, Refusal
+from bitmill.formats.format import Contents, Facts, Format, Refusal
+from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.architectures import architecture
+from bitmill.plan.model_plan import PlannedLinear
+
+
+class OneWidthFormat(Format):
+    """Base of safetensors formats with one width per linear, in groups of `group_size`.
+
+    legal: the widths. quant_method: what config.json's quantization_config says.
+    symmetric: no zero points but the one in the middle; a bit more per code for its sign.
+    fused: linears that read one input (q/k/v, gate/up) have one width.
+    """
+
+    legal: ClassVar[tuple[int, ...]]
+    quant_method: ClassVar[str]
+
+    symmetric: bool = False
+    fused: bool = True
+
+    @classmethod
+    def recognizes(cls, settings: Mapping[str, Any]) -> bool:
+        """By the method that its quantization_config names."""
+        found = settings.get("quantization_config")
+        return isinstance(found, dict) and found.get("quant_method") == cls.quant_method
+
+    def refusals(self, facts: Facts) -> list[Refusal]:
+        """What formats of one width refuse, beside what is not listed."""
+        return super().refusals(facts) + refusals(facts, self.legal, self.symmetric)
+
+    def bits(self, contents: Contents) -> dict[str, int]:
+        """The one width of each linear."""
+        return widths_of(contents, self.legal, fused=self.fused, symmetric=self.symmetric)
+
+    def linear_tensors(self, name: str, linear: PlannedLinear, bits: int) -> list[TensorInfo]:
+        """The tensors of one linear, called `name` in files."""
+        raise NotImplementedError
+
+    def tensors(self, contents: Contents) -> list[TensorInfo]:
+        """Those of each linear, then what is kept."""
+        plan, bits = contents.plan, self.bits(contents)
+        found = []
+        for linear in plan.linears:
+            name = stored_as(plan.model_type, linear.name)
+            found += self.linear_tensors(name, linear, bits[linear.name])
+        return found + [tensor.spec for tensor in plan.tensors]
 
 
 def width_of(widths: Iterable[int], legal: Iterable[int], symmetric: bool) -> int | None:

@@ -8,7 +8,10 @@ So do compressed-tensors since 0.18 and GPTQ at 2, 3, 4 and 8 bits (along their 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +19,13 @@ from torch import Tensor
 
 from bitmill.config.bit_width_map import GROUP_SIZE
 from bitmill.errors import FormatError
+from bitmill.formats.codec import Supply
+from bitmill.formats.export_folder import ExportFolder
+from bitmill.formats.format import Contents
+from bitmill.formats.one_width import OneWidthFormat, group_size, stored_as
+from bitmill.formats.writing import CONFIG_NAME, copy_companions, write_settings, write_tensors
+from bitmill.io.atomic import disk_errors, read_json
+from bitmill.io.safetensors import read_headers
 from bitmill.quant.tensors import QuantizedWeight, Stored, affine
 
 _ROWS = 1024
@@ -56,6 +66,62 @@ class OneWidth:
             grid.T.float().repeat_interleave(self.size, 1) for grid in (self.scales, self.zeros)
         )
         return scales * (self.codes.float() - zeros)
+
+
+@dataclass(frozen=True)
+class OneWidthFolder(ExportFolder):
+    """A safetensors folder in a format of one width; settings: its config.json."""
+
+    format: OneWidthFormat
+    settings: dict[str, Any]
+
+
+class OneWidthCodec:
+    """Base of the codecs (`formats/codec.py`) of safetensors formats with one width per linear."""
+
+    folder: ClassVar[type[OneWidthFolder]]
+
+    def __init__(self, settings: OneWidthFormat) -> None:
+        self._settings = settings
+
+    def tensors(self, name: str, linear: OneWidth, bits: int) -> dict[str, Tensor]:
+        """What `OneWidthFormat.linear_tensors` said, filled."""
+        raise NotImplementedError
+
+    def config(self, contents: Contents, bits: dict[str, int]) -> dict[str, Any]:
+        """The quantization_config of config.json; bits: of each linear."""
+        raise NotImplementedError
+
+    def write(
+        self,
+        folder: Path,
+        contents: Contents,
+        supply: Supply,
+        on_linear: Callable[[str], None] = lambda _: None,
+    ) -> dict[str, str]:
+        """See `formats/codec.py`."""
+        plan, bits = contents.plan, self._settings.bits(contents)
+
+        def linear(name: str) -> dict[str, Tensor]:
+            found = OneWidth.of(name, supply.linear(name), group_size(plan.by_name[name].columns))
+            return self.tensors(stored_as(plan.model_type, name), found, bits[name])
+
+        tensors = self._settings.tensors(contents)
+        digests = write_tensors(folder, tensors, bits, linear, supply.other, on_linear=on_linear)
+        with disk_errors(folder):
+            copy_companions(supply.folder, folder)
+        own = {"quantization_config": self.config(contents, bits)}
+        write_settings(folder, dict(supply.settings) | own)
+        return digests
+
+    def open(self, folder: Path) -> OneWidthFolder:
+        """See `formats/codec.py`."""
+        settings = read_json(folder / CONFIG_NAME)
+        return self.folder(folder, read_headers(folder), self._settings, settings)
+
+    def kept(self, weight: Tensor) -> Tensor:
+        """Itself."""
+        return weight
 
 
 def _in_integers(name: str, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:

@@ -11,43 +11,34 @@ that are not quantized first, because readers disagree on which of two rules win
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from bitmill.formats.format import Contents, Facts, Format, Refusal
-from bitmill.formats.one_width import group_size, refusals, stored_as, widths_of
+from bitmill.formats.format import Facts, Refusal
+from bitmill.formats.one_width import OneWidthFormat, group_size
 from bitmill.io.safetensors import TensorInfo
+from bitmill.plan.model_plan import PlannedLinear
 
-QUANT_METHOD = "gptq"
-LEGAL = (2, 3, 4, 8)
 ALIGNED = 32
 
 
-class GPTQCheckpoint(Format):
+class GPTQCheckpoint(OneWidthFormat):
     """GPTQ safetensors (GPTQModel, vLLM), one width of 2, 3, 4 or 8 bits per linear.
 
     version: of the checkpoint; 1 cannot hold a zero point of 0, so it takes symmetric ones alone.
-    symmetric: one zero point for all, in the middle, which vLLM needs; a bit more per code.
-    fused: linears that read one input (q/k/v, gate/up) have one width.
+    symmetric: what vLLM needs.
     """
 
     name: ClassVar[str] = "gptq"
     codec: ClassVar[str] = "bitmill.formats.gptq.codec:GPTQCodec"
+    legal: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
+    quant_method: ClassVar[str] = "gptq"
 
     version: Literal[1, 2] = 2
-    symmetric: bool = False
-    fused: bool = True
-
-    @classmethod
-    def recognizes(cls, settings: Mapping[str, Any]) -> bool:
-        """By the method that its quantization_config names."""
-        found = settings.get("quantization_config")
-        return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD
 
     def refusals(self, facts: Facts) -> list[Refusal]:
         """Linears whose sides are no multiples of 32, and zero points in version 1, beside what
         all formats of one width refuse."""
-        found = super().refusals(facts) + refusals(facts, LEGAL, self.symmetric)
+        found = super().refusals(facts)
         if self.version == 1 and not self.symmetric:
             found.append(
                 Refusal("symmetric", "version 1 cannot hold a zero point of 0: set symmetric true")
@@ -64,22 +55,13 @@ class GPTQCheckpoint(Format):
                 break
         return found
 
-    def bits(self, contents: Contents) -> dict[str, int]:
-        """The one width of each linear."""
-        return widths_of(contents, LEGAL, fused=self.fused, symmetric=self.symmetric)
-
-    def tensors(self, contents: Contents) -> list[TensorInfo]:
-        """Four for each linear, then what is kept."""
-        plan, bits = contents.plan, self.bits(contents)
-        found = []
-        for linear in plan.linears:
-            N, K, b = linear.rows, linear.columns, bits[linear.name]
-            name = stored_as(plan.model_type, linear.name)
-            groups = K // group_size(K)
-            found += [
-                TensorInfo(f"{name}.qweight", "I32", (K * b // 32, N)),
-                TensorInfo(f"{name}.qzeros", "I32", (groups, N * b // 32)),
-                TensorInfo(f"{name}.scales", "F16", (groups, N)),
-                TensorInfo(f"{name}.g_idx", "I32", (K,)),
-            ]
-        return found + [tensor.spec for tensor in plan.tensors]
+    def linear_tensors(self, name: str, linear: PlannedLinear, bits: int) -> list[TensorInfo]:
+        """Four."""
+        N, K = linear.rows, linear.columns
+        groups = K // group_size(K)
+        return [
+            TensorInfo(f"{name}.qweight", "I32", (K * bits // 32, N)),
+            TensorInfo(f"{name}.qzeros", "I32", (groups, N * bits // 32)),
+            TensorInfo(f"{name}.scales", "F16", (groups, N)),
+            TensorInfo(f"{name}.g_idx", "I32", (K,)),
+        ]
