@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bitmill.allocation.profile import SensitivityProfile
+from bitmill.allocation.profiled import ProfiledModel
 from bitmill.errors import ModelError
 from bitmill.io.manifest import write_manifest
+from bitmill.plan.model_plan import Plan
 from bitmill_service.api.context import Context
 from bitmill_workers.job_spec import JobSpec, parse_spec
 from bitmill_workers.store.leases import LeaseStore
@@ -63,8 +66,20 @@ class Stack:
         """A job with a map, a report and a weight file of these bytes."""
         return self.finish(self.running(**changes), weights)
 
+    def profile(self, plan: Plan, profile: SensitivityProfile) -> str:
+        """Put a profile into the service's store; its id."""
+        ProfiledModel(profile, plan).save(self.context.settings.profiles_folder / profile.key)
+        self.context.catalog.add_profile(
+            profile.key, model="models/tiny", settings={"seed": 0}, path=profile.key
+        )
+        return profile.key
+
     def finish(
-        self, job: JobRecord, weights: bytes = b"weights", others: Mapping[str, str] | None = None
+        self,
+        job: JobRecord,
+        weights: bytes = b"weights",
+        others: Mapping[str, str] | None = None,
+        profile: str | None = None,
     ) -> JobRecord:
         """Let a running job succeed; others: text of more files, by name."""
         folder = self.context.artifacts.attempt_folder(job.id, job.token)
@@ -78,5 +93,6 @@ class Stack:
         write_manifest(folder)
         assert self.leases.finalize(job.id, job.token)
         files = self.context.artifacts.publish(job.id, job.token, lambda done, total: None)
-        assert self.leases.finish(job.id, job.token, {"code_bits": 3.0}, files)
+        result = {"code_bits": 3.0}
+        assert self.leases.finish(job.id, job.token, result, files, profile_id=profile)
         return self.context.jobs.get(job.id)

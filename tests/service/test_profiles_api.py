@@ -30,19 +30,7 @@ def profile(plan: Plan) -> SensitivityProfile:
 
 @pytest.fixture(scope="module")
 def url(stack: Stack, plan: Plan, profile: SensitivityProfile) -> str:
-    return stored(stack, plan, profile)
-
-
-def stored(stack: Stack, plan: Plan, profile: SensitivityProfile) -> str:
-    """The URL of a profile put into the service's store."""
-    folder = stack.context.settings.profiles_folder / profile.key
-    folder.mkdir(parents=True)
-    profile.save(folder / "profile.npz")
-    (folder / "plan.json").write_text(plan.model_dump_json())
-    stack.context.catalog.add_profile(
-        profile.key, model="models/tiny", settings={"seed": 0}, path=profile.key
-    )
-    return f"/v1/profiles/{profile.key}"
+    return f"/v1/profiles/{stack.profile(plan, profile)}"
 
 
 def allocate(http: httpx2.Client, url: str, **request: Any) -> httpx2.Response:
@@ -121,7 +109,8 @@ def test_quantized_embeddings_of_the_profile_are_counted_or_the_difference_refus
     tensors = tuple(t for t in plan.tensors if t.name != "model.embed_tokens.weight")
     changes = {"embeddings": (matrix,), "tensors": tensors}
     wider = Plan.model_validate(plan.model_dump() | changes)
-    url = stored(stack, wider, random_profile(wider, widths=(2, 3, 4, 5), seed=1))
+    key = stack.profile(wider, random_profile(wider, widths=(2, 3, 4, 5), seed=1))
+    url = f"/v1/profiles/{key}"
     for allocation in ({}, {"method": "uniform", "embeddings": "quantize"}):
         found = allocate(http, url, budget={"code_bits": 3}, allocation=allocation).json()
         assert "model.embed_tokens" in found["map"]["linears"]

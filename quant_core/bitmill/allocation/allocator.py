@@ -190,10 +190,14 @@ class Allocator:
 
     def curve(self, points: int = 32) -> list[CurvePoint]:
         """See `curve`."""
+        return [self.point(flat) for flat in self.maps(points)]
+
+    def maps(self, points: int) -> list[GroupWidths]:
+        """The maps of the curve: at most `points` of them, the smallest first."""
         solver = self._solver("bits")
         largest = solver.weight_of(solver.solve(int(solver.weight.max(axis=1).sum())))
         capacities = np.linspace(solver.minimum, largest, points).astype(np.int64)
-        return [self.point(self._flat(solver.solve(int(c)))) for c in np.unique(capacities)]
+        return [self._flat(solver.solve(int(c))) for c in np.unique(capacities)]
 
     def point(self, flat: GroupWidths) -> CurvePoint:
         """Size and predicted loss of the widths of all groups."""
@@ -207,10 +211,10 @@ class Allocator:
 
     def predicted(self, flat: GroupWidths) -> float:
         """Predicted loss, nats per token, of the widths of all groups."""
-        return float(self._costs[np.arange(len(flat)), self.groups.column(flat)].sum())
+        return float(self.costs[np.arange(len(flat)), self.groups.column(flat)].sum())
 
     @cached_property
-    def _costs(self) -> FloatArray:
+    def costs(self) -> FloatArray:
         """Costs of all groups at the legal widths: float64 [T, B]."""
         missing = sorted(set(self._legal) - set(self.profile.widths))
         if missing:
@@ -233,7 +237,7 @@ class Allocator:
             weight = np.zeros(shape, dtype=np.int64)
             cost, allowed = np.zeros(shape), np.ones(shape, dtype=np.bool_)
             np.add.at(weight, unit, self.groups.weights(counted))
-            np.add.at(cost, unit, self._costs)
+            np.add.at(cost, unit, self.costs)
             np.logical_and.at(allowed, unit, self.groups.allowed)
             self._solvers[counted] = Knapsack(weight, cost, allowed)
         return self._solvers[counted]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from bitmill.allocation.allocator import Allocator
 from bitmill.allocation.profiled import ProfiledModel
@@ -11,6 +10,10 @@ from bitmill.config.quantization import Budget
 from bitmill.errors import BudgetError
 from bitmill.plan.serving_memory import beside_weights
 from bitmill_service import schemas
+from bitmill_service.api.context import Context
+from bitmill_service.http.access import Principal
+from bitmill_service.http.problems import ProblemError
+from bitmill_workers.storage.artifacts import PROFILES
 from bitmill_workers.store.records import ProfileRecord
 
 
@@ -22,8 +25,25 @@ class StoredProfile:
     model: ProfiledModel
 
 
-def load_profile(root: Path, record: ProfileRecord) -> StoredProfile:
-    """Read a profile's folder; raises `FormatError` where it is damaged."""
+def find_profile(context: Context, caller: Principal, profile_id: str) -> ProfileRecord:
+    """Raises `ProblemError` `profile_not_found` where the caller can see none."""
+    record = context.catalog.profile(profile_id, tenant=caller.sees)
+    if record is None:
+        raise ProblemError(
+            "profile_not_found", f"there is no profile {profile_id!r}", param="profile_id"
+        )
+    return record
+
+
+def open_profile(context: Context, caller: Principal, profile_id: str) -> StoredProfile:
+    """Fetch a profile where it lies elsewhere, and read it.
+
+    Raises as `find_profile` does, and `FormatError` where it is damaged.
+    """
+    record = find_profile(context, caller, profile_id)
+    root = context.settings.profiles_folder
+    root.mkdir(parents=True, exist_ok=True)
+    context.artifacts.fetch_folder(PROFILES, record.id, root / record.id)
     return StoredProfile(record, ProfiledModel.load(root / record.path))
 
 

@@ -138,12 +138,20 @@ class Client:
         state: str | None = None,
         model: str | None = None,
         label: str | None = None,
+        profile: str | None = None,
         limit: int = 50,
         after: str | None = None,
     ) -> JobPage:
         """One page of jobs, newest first."""
         return self._get(
-            JobPage, "/v1/jobs", state=state, model=model, label=label, limit=limit, after=after
+            JobPage,
+            "/v1/jobs",
+            state=state,
+            model=model,
+            label=label,
+            profile=profile,
+            limit=limit,
+            after=after,
         )
 
     def cancel(self, job_id: str) -> JobView:

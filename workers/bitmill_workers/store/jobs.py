@@ -225,13 +225,19 @@ class JobStore:
         state: ShownState | None = None,
         model: str | None = None,
         label: str | None = None,
+        profile: str | None = None,
         limit: int = 50,
         after: str | None = None,
     ) -> Page:
         """Jobs, newest first, that match all given filters; `after` is a former page's."""
         limit = max(1, min(limit, MAX_PAGE))
         query = sa.select(jobs).order_by(jobs.c.id.desc()).limit(limit + 1)
-        given = {jobs.c.tenant: tenant, jobs.c.model: model, jobs.c.label: label}
+        given = {
+            jobs.c.tenant: tenant,
+            jobs.c.model: model,
+            jobs.c.label: label,
+            jobs.c.profile_id: profile,
+        }
         query = query.where(*(column == value for column, value in given.items() if value))
         if state is not None:
             query = query.where(_shown_as(state))

@@ -9,7 +9,9 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
-from bitmill_service.api.context import Context, ContextDep, JobDep
+from bitmill.reporting.summary import SUMMARY_NAME, ProfileSummary
+from bitmill.results import QUALITY_NAME, QualityReport
+from bitmill_service.api.context import Context, ContextDep, JobDep, PrincipalDep
 from bitmill_service.api.events import EventStreamRoute, first_event, job_events, stream_slot
 from bitmill_service.api.files import (
     OTHER_TYPE,
@@ -18,13 +20,13 @@ from bitmill_service.api.files import (
     elsewhere_response,
     file_response,
 )
+from bitmill_service.api.group_arrays import ARRAYS, MEDIA_TYPE, job_groups
+from bitmill_service.api.reallocation import open_profile
 from bitmill_service.api.views import event_view, file_view, log_view
 from bitmill_service.http.openapi import Responses, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import EventPage, FileList, LogPage
 from bitmill_workers.store.records import Artifact, JobRecord
-
-REPORT_FILE = "quality.json"
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["job outputs"])
 streams = APIRouter(prefix="/v1/jobs/{job_id}", route_class=EventStreamRoute)
@@ -116,10 +118,34 @@ def read_map(job: JobDep, context: ContextDep) -> Response:
     return _json_file(context, job, MAP_NAME)
 
 
+@router.get(
+    "/groups",
+    response_class=Response,
+    responses=refusals(*_OF_FINISHED) | {200: ARRAYS},
+)
+def read_groups(job: JobDep, context: ContextDep, caller: PrincipalDep) -> Response:
+    """Width, bytes, error and sensitivity of every group as typed arrays, in a safetensors file.
+
+    `names` (u8, a JSON list), `starts` (i32 [L+1]) and `widths` (u8 [T]) are always there;
+    `shapes` (i32 [L, 2]) and `bytes` (i32 [T]) where the job's profile is stored; `error`
+    (f32 [L]), `sensitivity` (f32 [T]), `predicted_loss` (f32 [L]) and `reference_width` (i32 [1])
+    where they were measured.
+    """
+    found = BitWidthMap.model_validate_json(_read(context, job, MAP_NAME))
+    report = QualityReport.model_validate_json(_read(context, job, QUALITY_NAME))
+    summary = None
+    if context.jobs.artifact(job.id, SUMMARY_NAME) is not None:
+        summary = ProfileSummary.model_validate_json(_read(context, job, SUMMARY_NAME))
+    plan = None
+    if job.profile_id and context.catalog.profile(job.profile_id, tenant=caller.sees):
+        plan = open_profile(context, caller, job.profile_id).model.plan
+    return Response(job_groups(found, report, summary, plan), media_type=MEDIA_TYPE)
+
+
 @router.get("/report", responses=refusals(*_OF_FINISHED))
 def read_report(job: JobDep, context: ContextDep) -> Response:
     """The quality report: perplexity and KL against the source, with standard errors."""
-    return _json_file(context, job, REPORT_FILE)
+    return _json_file(context, job, QUALITY_NAME)
 
 
 @router.get("/files", response_model=FileList, responses=refusals(*_OF_FINISHED))
@@ -185,9 +211,13 @@ def _published(context: Context, job: JobRecord, path: str) -> Artifact:
 
 
 def _json_file(context: Context, job: JobRecord, name: str) -> Response:
+    return Response(_read(context, job, name), media_type="application/json")
+
+
+def _read(context: Context, job: JobRecord, name: str) -> bytes:
     _require_success(job)
     file = _published(context, job, name)
     try:
-        return Response(context.artifacts.read(file), media_type="application/json")
+        return context.artifacts.read(file)
     except FileNotFoundError as error:
         raise ProblemError("file_missing", f"{name} is no longer stored") from error

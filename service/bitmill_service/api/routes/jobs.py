@@ -109,12 +109,21 @@ def list_jobs(
     state: Annotated[ShownState | None, Query()] = None,
     model: Annotated[str | None, Query(max_length=4200)] = None,
     label: Annotated[str | None, Query(max_length=200)] = None,
+    profile: Annotated[
+        str | None, Query(pattern=ID_PATTERN, description="Jobs that used this profile.")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     after: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
 ) -> JobPage:
     """Jobs, newest first; `next` of a page is `after` of the following one."""
     page = context.jobs.list(
-        tenant=caller.sees, state=state, model=model, label=label, limit=limit, after=after
+        tenant=caller.sees,
+        state=state,
+        model=model,
+        label=label,
+        profile=profile,
+        limit=limit,
+        after=after,
     )
     return JobPage(jobs=[job_view(job) for job in page.jobs], next=page.after)
 

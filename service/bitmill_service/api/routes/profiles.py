@@ -5,17 +5,16 @@ from __future__ import annotations
 import shutil
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, status
+from fastapi import APIRouter, Path, Query, Response, status
 
-from bitmill_service.api.context import ID_PATTERN, Context, ContextDep, PrincipalDep
-from bitmill_service.api.reallocation import StoredProfile, load_profile, reallocate
+from bitmill_service.api.context import ID_PATTERN, ContextDep, PrincipalDep
+from bitmill_service.api.group_arrays import ARRAYS, MEDIA_TYPE, profile_maps
+from bitmill_service.api.reallocation import find_profile, open_profile, reallocate
 from bitmill_service.api.views import profile_view
-from bitmill_service.http.access import Principal
 from bitmill_service.http.openapi import CHANGES, JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import AllocationRequest, AllocationView, ProfilePage, ProfileView
 from bitmill_workers.storage.artifacts import PROFILES
-from bitmill_workers.store.records import ProfileRecord
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 
@@ -46,7 +45,7 @@ def list_profiles(
 )
 def get_profile(profile_id: ProfileId, context: ContextDep, caller: PrincipalDep) -> ProfileView:
     """One profile with its widths and counts."""
-    stored = _load(context, caller, profile_id)
+    stored = open_profile(context, caller, profile_id)
     return profile_view(stored.record, stored.model.profile)
 
 
@@ -62,7 +61,30 @@ def allocate_budget(
     caller: PrincipalDep,
 ) -> AllocationView:
     """A bit-width map for another budget: exact size, predicted loss, and a curve if asked."""
-    return reallocate(_load(context, caller, profile_id), request)
+    return reallocate(open_profile(context, caller, profile_id), request)
+
+
+@router.get(
+    "/{profile_id}/maps",
+    response_class=Response,
+    responses=refusals("profile_not_found", "storage_unavailable") | {200: ARRAYS},
+)
+def read_maps(
+    profile_id: ProfileId,
+    context: ContextDep,
+    caller: PrincipalDep,
+    points: Annotated[int, Query(ge=2, le=64, description="Maps, evenly spaced in bytes.")] = 32,
+) -> Response:
+    """The curve of size against predicted loss with all its maps, in a safetensors file.
+
+    P maps of T groups, from the smallest to the largest: `widths` (u8 [P, T]), `size`, `bits`,
+    `code_bits` and `predicted_loss` (f64 [P]); the same for one width everywhere, with the prefix
+    `uniform_`; `costs` (f32 [T, B]) and `bytes_at` (i32 [T, B]) of every group at the widths
+    `legal` (u8 [B]); `names`, `starts` and `shapes` as in a job's groups.
+    """
+    model = open_profile(context, caller, profile_id).model
+    headers = {"cache-control": "private, max-age=3600"}
+    return Response(profile_maps(model, points), media_type=MEDIA_TYPE, headers=headers)
 
 
 @router.delete(
@@ -72,26 +94,9 @@ def allocate_budget(
 )
 def delete_profile(profile_id: ProfileId, context: ContextDep, caller: PrincipalDep) -> None:
     """Remove a profile; others whose jobs made the same keep theirs."""
-    _require(context, caller, profile_id)
+    find_profile(context, caller, profile_id)
     if context.catalog.profile_in_use(profile_id):
         raise ProblemError("profile_in_use", f"a running job works with profile {profile_id}")
     if context.catalog.drop("profile", profile_id, tenant=caller.sees):
         context.artifacts.remove_folder(PROFILES, profile_id)
         shutil.rmtree(context.settings.profiles_folder / profile_id, ignore_errors=True)
-
-
-def _require(context: Context, caller: Principal, profile_id: str) -> ProfileRecord:
-    record = context.catalog.profile(profile_id, tenant=caller.sees)
-    if record is None:
-        raise ProblemError(
-            "profile_not_found", f"there is no profile {profile_id!r}", param="profile_id"
-        )
-    return record
-
-
-def _load(context: Context, caller: Principal, profile_id: str) -> StoredProfile:
-    record = _require(context, caller, profile_id)
-    root = context.settings.profiles_folder
-    root.mkdir(parents=True, exist_ok=True)
-    context.artifacts.fetch_folder(PROFILES, record.id, root / record.id)
-    return load_profile(root, record)
