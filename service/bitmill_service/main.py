@@ -28,7 +28,7 @@ from bitmill_service.api.routes import (
     workers,
 )
 from bitmill_service.http import problems
-from bitmill_service.http.access import Access, KeyRing
+from bitmill_service.http.access import PAGES, Access, KeyRing
 from bitmill_service.http.fair_use import FairUse, RateLimiter
 from bitmill_service.http.media_type import require_json
 from bitmill_service.http.metrics import new_registry
@@ -36,6 +36,7 @@ from bitmill_service.http.middleware import BodyLimit, RequestContext
 from bitmill_service.http.openapi import describe, refusals
 from bitmill_service.http.query import refuse_unknown_query
 from bitmill_service.http.same_origin import SameOrigin
+from bitmill_service.pages.app import entry, pages_app
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.messaging.app import Dispatcher
 from bitmill_workers.messaging.reconcile import Reconciler
@@ -138,5 +139,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
             router, dependencies=[Depends(refuse_unknown_query), Depends(require_json)]
         )
     app.include_router(health.router)
+    app.include_router(entry)
+    app.mount(PAGES, pages_app(context))
     app.include_router(hub.router)
     return app

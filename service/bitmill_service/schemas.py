@@ -88,6 +88,8 @@ class WebhookView(View):
 class JobView(View):
     """One job. `eta` is a guess of when it finishes; null until there is ground for one.
 
+    queue_position: how many jobs of its queue run before a queued one; waits_for: why it waits, in
+    words.
     files_until: when its files will be discarded, unless it is `pinned`; discarded_at: when they
     were.
     """
@@ -98,6 +100,7 @@ class JobView(View):
     progress: JobProgress | None = None
     eta: datetime | None = None
     queue_position: int | None = None
+    waits_for: str | None = None
     attempt: int = 0
     label: str | None = None
     model: dict[str, Any]

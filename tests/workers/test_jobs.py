@@ -154,7 +154,7 @@ def test_tenants_take_turns_whatever_they_have_waiting(store: JobStore, leases: 
 def test_priority_comes_before_turns(store: JobStore, leases: LeaseStore) -> None:
     slow = store.submit(spec(), priority=0).job
     urgent = store.submit(spec(), priority=5).job
-    assert (store.queue_position(urgent), store.queue_position(slow)) == (0, 1)
+    assert store.queue_positions([slow, urgent]) == {urgent.id: 0, slow.id: 1}
     claimed = leases.claim_next("w", QUEUES)
     assert claimed is not None
     assert claimed.id == urgent.id

@@ -47,7 +47,11 @@ def job_links(job_id: str) -> schemas.JobLinks:
 
 
 def job_view(
-    job: JobRecord, queue_position: int | None = None, delivery: Delivery | None = None
+    job: JobRecord,
+    *,
+    queue_position: int | None = None,
+    waits_for: str | None = None,
+    delivery: Delivery | None = None,
 ) -> schemas.JobView:
     """One job as clients see it; the owner, lease, token and webhook's address stay inside."""
     error = job.error
@@ -58,6 +62,7 @@ def job_view(
         progress=None if job.finished else _progress(job.progress),
         eta=moment(job.estimated_finish),
         queue_position=queue_position,
+        waits_for=waits_for,
         attempt=job.attempt,
         label=job.label,
         model=job.spec["model"],

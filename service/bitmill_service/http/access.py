@@ -2,6 +2,10 @@
 
     Authorization: Bearer bm_...
 
+A browser that has signed in sends the same key as a cookie instead, and its changes must name the
+page that asks (`Origin`), which `SameOrigin` has compared by then. What the pages are refused they
+show themselves (`pages/app.py`).
+
 One table says which scope a call needs (`needed_scope`); the description of the API is made from
 the same. Health and the description are open. Where no key is asked for, every caller is `LOCAL`,
 who may do everything: on loopback until the first key is made, and where `keys` is "off".
@@ -21,7 +25,7 @@ from dataclasses import dataclass, field
 from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import Request, cookie_parser
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bitmill_service.http.problems import ProblemError, problem_response, store_response
@@ -31,9 +35,15 @@ from bitmill_workers.store.keys import KeyRecord, KeyStore, key_id_of
 from bitmill_workers.store.limits import Limits, may_use_hub_token
 from bitmill_workers.store.limits import Scope as KeyScope
 
-OPEN = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+PAGES = "/ui"
+"""Where the pages lie: each needs the scope of the API's path of the same name."""
+COOKIE = "bitmill_key"
+OPEN = frozenset(
+    {"/", "/healthz", "/readyz", "/docs", "/openapi.json", "/ui/sign-in", "/ui/sign-out"}
+)
 """Paths that need no key."""
 
+_STATIC = f"{PAGES}/static/"
 _ADMIN = ("/v1/keys", "/v1/workers", "/metrics")
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _FRESH_S = 5.0
@@ -43,11 +53,18 @@ _HUB_TOKEN = "hf_"
 
 def needed_scope(method: str, path: str) -> KeyScope | None:
     """The scope that a call needs; None where it needs no key."""
-    if path in OPEN:
+    if path in OPEN or path.startswith(_STATIC):
         return None
+    if is_page(path):
+        path = "/v1" + path.removeprefix(PAGES)
     if path.startswith(_ADMIN):
         return "admin"
     return "read" if method in _READING else "submit"
+
+
+def is_page(path: str) -> bool:
+    """Whether people look at this path, not programs."""
+    return path == PAGES or path.startswith(f"{PAGES}/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,20 +163,23 @@ class Access:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
         if scope["type"] == "http":
+            state = scope.setdefault("state", {})
             try:
                 caller = await self.check(scope["method"], scope["path"], Headers(scope=scope))
-                scope.setdefault("state", {})["principal"] = caller
+                state["principal"] = caller
             except ProblemError as refusal:
-                app = problem_response(Request(scope), refusal)
+                if is_page(scope["path"]):
+                    state["refusal"] = refusal
+                else:
+                    app = problem_response(Request(scope), refusal)
             except DBAPIError as error:
                 app = store_response(Request(scope), error)
         await app(scope, receive, send)
 
     async def check(self, method: str, path: str, headers: Headers) -> Principal:
         """Who calls; raises `ProblemError` (401 or 403)."""
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        key = key.strip()
         needed = needed_scope(method, path)
+        scheme, key = _credentials(headers)
         if needed is None:
             return LOCAL
         if key.startswith(_HUB_TOKEN):
@@ -172,6 +192,10 @@ class Access:
             return LOCAL
         if not key or scheme.lower() != "bearer":
             raise _unauthorized("key_required", "this call needs an API key")
+        if "authorization" not in headers and method not in _READING and "origin" not in headers:
+            raise ProblemError(
+                "cross_origin", "a signed-in browser must name the page that asks", param="Origin"
+            )
         caller = await self.ring.holder(key)
         if caller is None:
             raise _unauthorized("key_refused", "this API key is unknown, mistyped, expired or gone")
@@ -184,6 +208,14 @@ class Access:
                 headers=_told("this API key lacks the scope for this call"),
             )
         return caller
+
+
+def _credentials(headers: Headers) -> tuple[str, str]:
+    """Scheme and key of the header, else those of the cookie of a browser that has signed in."""
+    if "authorization" in headers:
+        scheme, _, key = headers["authorization"].partition(" ")
+        return scheme, key.strip()
+    return "Bearer", cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
 
 
 def _unauthorized(code: str, detail: str) -> ProblemError:

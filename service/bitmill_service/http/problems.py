@@ -12,7 +12,7 @@ stack trace never leaves the process.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -284,12 +284,19 @@ async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
     )
 
 
+HANDLERS: Mapping[type[Exception], Callable[[Request, Exception], Awaitable[JSONResponse]]] = {
+    ProblemError: _on_problem,
+    BitmillError: _on_bitmill_error,
+    DataError: _on_unstorable,
+    DBAPIError: _on_store_error,
+    HTTPException: _on_http_exception,
+    RequestValidationError: _on_validation_error,
+    Exception: _on_surprise,
+}
+"""What makes problem documents of exceptions."""
+
+
 def install(app: FastAPI) -> None:
     """Register the handlers, so that every error answer of `app` is a problem document."""
-    app.add_exception_handler(ProblemError, _on_problem)
-    app.add_exception_handler(BitmillError, _on_bitmill_error)
-    app.add_exception_handler(DataError, _on_unstorable)
-    app.add_exception_handler(DBAPIError, _on_store_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
-    app.add_exception_handler(Exception, _on_surprise)
+    for kind, handler in HANDLERS.items():
+        app.add_exception_handler(kind, handler)

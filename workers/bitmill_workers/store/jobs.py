@@ -6,7 +6,7 @@ finish) is in `leases`, profiles and maps are in `catalog`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -342,14 +342,23 @@ class JobStore:
             row = conn.execute(sa.select(*columns).where(outbox.c.job_id == job.id)).one_or_none()
         return Delivery() if row is None else Delivery(**row._mapping)
 
-    def events(self, job_id: str, *, after: int = 0, limit: int = 500) -> tuple[Event, ...]:
-        """Events with a number above `after`, ascending."""
+    def events(
+        self,
+        job_id: str,
+        *,
+        after: int = 0,
+        limit: int = 500,
+        kinds: Collection[str] | None = None,
+    ) -> tuple[Event, ...]:
+        """Events with a number above `after`, ascending; `kinds`: only those."""
         query = (
             sa.select(job_events)
             .where(job_events.c.job_id == job_id, job_events.c.seq > after)
             .order_by(job_events.c.seq)
             .limit(limit)
         )
+        if kinds is not None:
+            query = query.where(job_events.c.kind.in_(sorted(kinds)))
         with self.database.read() as conn:
             rows = conn.execute(query).all()
         return tuple(Event(r.seq, r.time, r.kind, r.data) for r in rows)
@@ -399,18 +408,23 @@ class JobStore:
         with self.database.read() as conn:
             return {state: count for state, count in conn.execute(query)}
 
-    def queue_position(self, job: JobRecord) -> int | None:
-        """How many queued jobs of the same queue run before this one; None unless queued."""
-        if job.state != "queued":
-            return None
-        mine = sa.tuple_(-jobs.c.priority, jobs.c.fair_rank, jobs.c.created_at, jobs.c.id)
-        query = sa.select(sa.func.count()).where(
-            jobs.c.state == "queued",
-            jobs.c.queue == job.queue,
-            mine < sa.tuple_(-job.priority, job.fair_rank, job.created_at, job.id),
+    def queue_positions(self, of: Sequence[JobRecord]) -> dict[str, int]:
+        """How many queued jobs of the same queue run before each of these that is queued, by id."""
+        waiting = {job.id for job in of if job.state == "queued"}
+        if not waiting:
+            return {}
+        turns = sa.func.row_number().over(
+            partition_by=jobs.c.queue,
+            order_by=(-jobs.c.priority, jobs.c.fair_rank, jobs.c.created_at, jobs.c.id),
         )
+        queued = (
+            sa.select(jobs.c.id, (turns - 1).label("before"))
+            .where(jobs.c.state == "queued", jobs.c.queue.in_({job.queue for job in of}))
+            .subquery()
+        )
+        query = sa.select(queued).where(queued.c.id.in_(waiting))
         with self.database.read() as conn:
-            return int(conn.execute(query).scalar_one())
+            return {job_id: before for job_id, before in conn.execute(query)}
 
     def mark_sent(self, job_ids: Sequence[str]) -> None:
         """Note that wake-up messages of these queued jobs have been handed to the broker."""

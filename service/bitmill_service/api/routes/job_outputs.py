@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import StringConstraints
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.reporting.summary import SUMMARY_NAME, ProfileSummary
@@ -51,6 +52,7 @@ _FILE_PART: Responses = {
     302: {"description": "The file lies in an object store, at a signed address."},
 }
 
+EventKind = Annotated[str, StringConstraints(pattern=r"^[a-z_]{1,32}$")]
 After = Annotated[int, Query(ge=0, lt=2**62, description="Number of the last event seen.")]
 
 
@@ -90,10 +92,15 @@ def page_events(
     context: ContextDep,
     after: After = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 500,
+    kind: Annotated[
+        list[EventKind] | None, Query(max_length=16, description="Only events of these kinds.")
+    ] = None,
 ) -> EventPage:
     """Events after `after`, oldest first."""
-    events = context.jobs.events(job.id, after=after, limit=limit)
+    events = context.jobs.events(job.id, after=after, limit=limit, kinds=kind)
     last = events[-1].seq if events else after
+    if len(events) < limit:
+        last = max(last, job.next_seq - 1)
     return EventPage(
         events=[event_view(event) for event in events],
         next_after=last,

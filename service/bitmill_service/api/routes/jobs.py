@@ -24,6 +24,7 @@ from bitmill_service.api.context import (
     PrincipalDep,
 )
 from bitmill_service.api.views import job_links, job_view
+from bitmill_service.api.waiting import Waiting
 from bitmill_service.http.openapi import CHANGES, JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import JobPage, JobView, PlanView
@@ -52,7 +53,9 @@ IdempotencyKey = Annotated[
 
 def shown(context: Context, job: JobRecord) -> JobView:
     """The job as clients see it, with its place in the queue and its webhook."""
-    return job_view(job, context.jobs.queue_position(job), context.jobs.delivery(job))
+    return job_view(
+        job, **Waiting(context, [job]).members(job), delivery=context.jobs.delivery(job)
+    )
 
 
 @router.post(
@@ -125,7 +128,10 @@ def list_jobs(
         limit=limit,
         after=after,
     )
-    return JobPage(jobs=[job_view(job) for job in page.jobs], next=page.after)
+    waiting = Waiting(context, page.jobs)
+    return JobPage(
+        jobs=[job_view(job, **waiting.members(job)) for job in page.jobs], next=page.after
+    )
 
 
 @router.get("/{job_id}", response_model=JobView, responses=refusals("job_not_found"))

@@ -1,0 +1,1 @@
+"""Web pages over the public API: the same functions answer, people's browsers look."""

@@ -1,0 +1,39 @@
+// What every page has: the theme button, copy buttons, and regions that follow the server.
+import { follow } from "./live.js";
+
+const root = document.documentElement;
+
+function themeButton(button) {
+  const dark = () =>
+    (root.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+  const show = () => {
+    button.textContent = dark() ? "Light" : "Dark";
+    button.title = `Change to the ${dark() ? "light" : "dark"} theme`;
+  };
+  button.addEventListener("click", () => {
+    root.dataset.theme = dark() ? "light" : "dark";
+    localStorage.setItem("theme", root.dataset.theme);
+    show();
+  });
+  button.hidden = false;
+  show();
+}
+
+async function copy(button) {
+  const text = button.previousElementSibling.textContent;
+  await navigator.clipboard.writeText(text);
+  button.textContent = "Copied";
+  setTimeout(() => (button.textContent = "Copy"), 1500);
+}
+
+function showCopyButtons() {
+  // The clipboard exists over https and on loopback only.
+  for (const button of document.querySelectorAll("[data-copy]")) button.hidden = !navigator.clipboard;
+}
+
+themeButton(document.getElementById("theme"));
+showCopyButtons();
+document.addEventListener("click", (event) => {
+  if (event.target.matches("[data-copy]")) copy(event.target);
+});
+follow(showCopyButtons);

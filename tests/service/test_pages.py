@@ -1,0 +1,252 @@
+"""Web pages as any HTTP client gets them, without a script: what they show, to whom, and how."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import httpx2
+import pytest
+
+from bitmill_service.main import create_app
+from bitmill_service.pages.static_files import FOREVER
+from bitmill_service.settings import ServiceSettings
+from bitmill_workers.store.keys import KeyStore
+from bitmill_workers.store.migrate import upgrade
+from finished import Stack
+from serving import serve
+
+PAGES = ("/ui/jobs", "/ui/sign-in", "/ui/nothing")
+
+
+@pytest.fixture
+def pages(stack: Stack) -> Iterator[httpx2.Client]:
+    """A browser of the service that asks for no key."""
+    with httpx2.Client(base_url=stack.url, timeout=20, follow_redirects=True) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A service that asks for keys."""
+    settings = ServiceSettings(data=tmp_path_factory.mktemp("locked"), keys="required")
+    app = create_app(settings)
+    upgrade(app.state.context.database)
+    with serve(app) as url:
+        yield Stack(url, app.state.context)
+
+
+@pytest.fixture
+def visitor(locked: Stack) -> Iterator[httpx2.Client]:
+    """A browser of that service, which sends its own address as the origin of forms."""
+    with httpx2.Client(
+        base_url=locked.url, timeout=20, follow_redirects=True, headers={"Origin": locked.url}
+    ) as client:
+        yield client
+
+
+def make_key(stack: Stack, name: str, *scopes: str) -> str:
+    return KeyStore(stack.context.database).create(name, scopes=scopes)[0]
+
+
+def sign_in(visitor: httpx2.Client, key: str) -> httpx2.Response:
+    return visitor.post("/ui/sign-in", data={"key": key, "back": "/ui/jobs"})
+
+
+def test_the_root_leads_to_the_jobs(pages: httpx2.Client, stack: Stack) -> None:
+    job = stack.queued(label="the first")
+    answer = pages.get("/")
+    assert answer.url.path == "/ui/jobs"
+    assert f'href="/ui/jobs/{job.id}"' in answer.text
+    assert "the first" in answer.text
+    assert "no worker that takes jobs serves the queue cpu" in answer.text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs_nothing_but_files_of_this_host(pages: httpx2.Client, page: str) -> None:
+    answer = pages.get(page)
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("default-src 'self';")
+    assert "unsafe" not in policy
+    assert answer.headers["cache-control"] == "no-store"
+    assert not re.search(r"<style|<script(?![^>]*src=)|\son\w+=|style=|https?://", answer.text)
+
+
+def test_static_files_are_kept_forever_and_known_again(pages: httpx2.Client) -> None:
+    found = re.findall(r'"(/ui/static/[^"]+)"', pages.get("/ui/jobs").text)
+    assert {address.rpartition("/")[2] for address in found} >= {"style.css", "page.js"}
+    for address in set(found):
+        first = pages.get(address)
+        assert (first.status_code, first.headers["cache-control"]) == (200, FOREVER)
+        again = pages.get(address, headers={"If-None-Match": first.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        old = re.sub(r"static/\w+", "static/0123", address)
+        assert pages.get(old).headers["cache-control"] == "no-cache"
+    assert pages.get("/ui/static/0123/absent.js").status_code == 404
+
+
+def test_what_clients_say_is_shown_and_not_obeyed(pages: httpx2.Client, stack: Stack) -> None:
+    job = stack.queued(label="<script>alert(1)</script>")
+    for page in ("/ui/jobs", f"/ui/jobs/{job.id}"):
+        text = pages.get(page).text
+        assert "<script>alert" not in text
+        assert "&lt;script&gt;alert(1)" in text
+
+
+def test_filters_narrow_the_list(pages: httpx2.Client, stack: Stack) -> None:
+    kept, other = stack.queued(label="kept"), stack.failed(label="other")
+    text = pages.get("/ui/jobs", params={"state": "queued", "label": "kept"}).text
+    assert kept.id in text
+    assert other.id not in text
+    assert "No jobs match" in pages.get("/ui/jobs?model=absent").text
+    assert pages.get("/ui/jobs?state=asleep").status_code == 422
+
+
+def test_several_jobs_are_cancelled_at_once(pages: httpx2.Client, stack: Stack) -> None:
+    jobs = [stack.queued().id, stack.queued().id, stack.failed().id, "absent"]
+    answer = pages.post("/ui/jobs/cancel", data={"job": jobs})
+    assert "2 cancelled, 2 had already finished or are gone" in answer.text
+    assert {stack.context.jobs.get(job).state for job in jobs[:2]} == {"cancelled"}
+
+
+def test_a_finished_job_lists_its_files_and_ways_to_take_them(
+    pages: httpx2.Client, stack: Stack
+) -> None:
+    job = stack.succeeded()
+    text = pages.get(f"/ui/jobs/{job.id}").text
+    for file in stack.context.jobs.artifacts(job.id):
+        assert file.sha256 in text
+        assert f'href="/v1/jobs/{job.id}/files/{file.path}"' in text
+    assert f"bitmill download {job.id} --url {stack.url} --out packed" in text
+    assert f"HF_ENDPOINT={stack.url} hf download jobs/{job.id} --local-dir packed" in text
+    assert f"curl -L -C - -O {stack.url}/v1/jobs/{job.id}/files/model.safetensors" in text
+    assert "vllm serve packed" in text
+    assert "Bearer" not in text
+
+
+def test_a_failed_job_says_why_and_can_be_retried(pages: httpx2.Client, stack: Stack) -> None:
+    job = stack.failed()
+    text = pages.get(f"/ui/jobs/{job.id}").text
+    assert "it is broken" in text
+    assert "invalid_model" in text
+    again = pages.post(f"/ui/jobs/{job.id}/retry", data={})
+    assert again.status_code == 200
+    assert stack.context.jobs.get(again.url.path.rpartition("/")[2]).parent_id == job.id
+
+
+def test_a_cancelled_job_was_cancelled(pages: httpx2.Client, stack: Stack) -> None:
+    job = stack.queued()
+    assert "cancelled" in pages.post(f"/ui/jobs/{job.id}/cancel", data={}).text
+    assert stack.context.jobs.get(job.id).state == "cancelled"
+    refused = pages.post(f"/ui/jobs/{stack.failed().id}/cancel", data={})
+    assert refused.status_code == 409
+    assert "has already failed" in refused.text
+
+
+def test_two_specifications_are_told_apart(pages: httpx2.Client, stack: Stack) -> None:
+    ours, theirs = stack.queued(seed=1).id, stack.queued(seed=7, budget={"code_bits": 4}).id
+    text = pages.get(f"/ui/jobs/{ours}", params={"against": theirs}).text
+    rows = re.findall(r"<td><code>([\w.]+)</code></td><td>(.*?)</td><td>(.*?)</td>", text)
+    assert rows == [("budget.code_bits", "3.0", "4.0"), ("seed", "1", "7")]
+    same = pages.get(f"/ui/jobs/{ours}", params={"against": ours})
+    assert "Both jobs have the same specification" in same.text
+    assert pages.get(f"/ui/jobs/{ours}?against=absent").status_code == 404
+
+
+def test_refusals_are_pages_too(pages: httpx2.Client) -> None:
+    for address, status in (("/ui/jobs/absent", 404), ("/ui/absent", 404), ("/ui/jobs/a%20b", 422)):
+        answer = pages.get(address)
+        assert answer.status_code == status
+        assert answer.headers["content-type"].startswith("text/html")
+        assert answer.headers["x-request-id"] in answer.text
+    assert pages.post("/ui/jobs/cancel", json={}).status_code == 415
+
+
+def test_who_has_no_key_is_asked_for_one(visitor: httpx2.Client) -> None:
+    for address in ("/ui/jobs", "/ui/jobs/absent"):
+        answer = visitor.get(address)
+        assert answer.status_code == 401
+        assert 'name="key"' in answer.text
+        assert f'value="{address}"' in answer.text
+    assert visitor.get("/ui/sign-in").status_code == 200
+
+
+def test_signing_in_keeps_the_key_from_scripts_and_other_sites(
+    visitor: httpx2.Client, locked: Stack
+) -> None:
+    key = make_key(locked, "ann", "read", "submit")
+    answer = visitor.post("/ui/sign-in", data={"key": key}, follow_redirects=False)
+    cookie = answer.headers["set-cookie"]
+    assert answer.status_code == 303
+    assert {"HttpOnly", "SameSite=strict", "Path=/", "Max-Age=28800"} <= set(cookie.split("; "))
+    assert "Secure" not in cookie
+    tls = {"Origin": locked.url.replace("http:", "https:")}
+    secure = visitor.post("/ui/sign-in", data={"key": key}, headers=tls, follow_redirects=False)
+    assert "Secure" in secure.headers["set-cookie"]
+
+
+def test_a_wrong_key_signs_nobody_in(visitor: httpx2.Client) -> None:
+    for key in ("", "bm_no", "bm_aaaaaaaa_" + "a" * 40):
+        answer = sign_in(visitor, key)
+        assert answer.status_code == 401
+        assert "unknown, mistyped, expired or revoked" in answer.text
+        assert "set-cookie" not in answer.headers
+
+
+def test_signing_in_leads_nowhere_else(visitor: httpx2.Client, locked: Stack) -> None:
+    key = make_key(locked, "lea", "read")
+    for back in ("https://evil.example/ui/", "//evil.example", "/ui/\\evil.example", ""):
+        answer = visitor.post(
+            "/ui/sign-in", data={"key": key, "back": back}, follow_redirects=False
+        )
+        assert answer.headers["location"] == "/ui/jobs"
+
+
+def test_a_signed_in_browser_sees_and_does_what_its_key_may(
+    visitor: httpx2.Client, locked: Stack
+) -> None:
+    own, foreign = locked.context.jobs, locked.queued(label="of the local tenant")
+    key = make_key(locked, "bob", "read", "submit")
+    assert "Sign out bob" in sign_in(visitor, key).text
+    assert foreign.id not in visitor.get("/ui/jobs").text
+    assert visitor.get(f"/ui/jobs/{foreign.id}").status_code == 404
+    assert visitor.get("/v1/jobs").status_code == 200
+    assert visitor.get("/v1/keys").status_code == 403
+    answer = visitor.post("/ui/jobs/cancel", data={"job": [foreign.id]})
+    assert "0 cancelled, 1 had already finished or are gone" in answer.text
+    assert own.get(foreign.id).state == "queued"
+    visitor.post("/ui/sign-out", data={})
+    assert visitor.get("/ui/jobs").status_code == 401
+
+
+def test_a_key_that_may_only_read_is_offered_no_change(
+    visitor: httpx2.Client, locked: Stack
+) -> None:
+    sign_in(visitor, make_key(locked, "eve", "read"))
+    assert "Cancel" not in visitor.get("/ui/jobs").text
+    answer = visitor.post("/ui/jobs/cancel", data={"job": []})
+    assert answer.status_code == 403
+    assert "You may not see this page" in answer.text
+    assert "needs the scope submit" in answer.text
+
+
+def test_a_revoked_key_is_signed_out(visitor: httpx2.Client, locked: Stack) -> None:
+    key = make_key(locked, "tim", "read")
+    sign_in(visitor, key)
+    KeyStore(locked.context.database).revoke(key.split("_")[1])
+    locked.context.keys.forget()
+    assert visitor.get("/ui/jobs").status_code == 401
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", None])
+def test_another_site_can_use_no_sign_in(
+    visitor: httpx2.Client, locked: Stack, origin: str | None
+) -> None:
+    sign_in(visitor, make_key(locked, "sue", "read", "submit", "admin"))
+    job = locked.queued()
+    del visitor.headers["Origin"]
+    headers = {} if origin is None else {"Origin": origin}
+    for address in (f"/ui/jobs/{job.id}/cancel", f"/v1/jobs/{job.id}/cancel"):
+        answer = visitor.post(address, data={}, headers=headers)
+        assert answer.status_code == 403
+    assert locked.context.jobs.get(job.id).state == "queued"
