@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,13 +30,24 @@ from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.dtypes import compute_dtype
 from bitmill.models.streamed import StreamedModel, set_weight
 from bitmill.models.tokenizer import load_tokenizer
-from bitmill.plan.model_plan import plan_for_map
+from bitmill.plan.model_plan import Plan, plan_for_map
 from bitmill.results import QualityRow, TextQuality
 from bitmill.runtime.process import computing
 from bitmill.runtime.ranks import SINGLE, Group
 
-Candidate = tuple[BitWidthMap, StreamedLogits]
-"""A map, and the model with its dequantized weights."""
+
+@dataclass(frozen=True)
+class Candidate:
+    """A map, and the model with its dequantized weights.
+
+    plan: in whose format its bytes are counted. predicted_loss: what a profile says of the map,
+    None where none covers it.
+    """
+
+    bit_widths: BitWidthMap
+    logits: StreamedLogits
+    plan: Plan
+    predicted_loss: float | None = None
 
 
 def from_packed(model: StreamedModel, packed: Path) -> StreamedLogits:
@@ -85,37 +97,35 @@ def measure(
     texts: Mapping[str, Tensor],
     candidates: Mapping[str, Candidate],
     on_unit: Callable[[int, int, str, str], None],
-    predict: Callable[[BitWidthMap], float | None] = lambda _: None,
     group: Group = SINGLE,
 ) -> list[QualityRow]:
     """Rows of the source and of every candidate on every text: windows int64 [S, T] by name.
 
-    predict: predicted increase of the loss of a map, None where no profile covers its widths.
     group: ranks that divide the windows; each gets all rows.
     """
     found: dict[str, dict[str, TextQuality]] = {name: {} for name in ("source", *candidates)}
     for text, windows in texts.items():
         reference = StreamedLogits(model, remember=True)
-        for name, (_, candidate) in candidates.items():
+        for name, candidate in candidates.items():
             message = f"{name} on {text}"
             measured = perplexity_and_kl(
                 reference,
-                candidate,
+                candidate.logits,
                 group.shard(windows),
                 on_window=partial(_report_window, on_unit, message),
             ).gathered(group, len(windows))
             found[name][text] = measured.candidate()
             found["source"][text] = measured.source()
     rows = [QualityRow(method="source", texts=found["source"])]
-    for name, (bit_widths, _) in candidates.items():
-        spent = footprint(model.plan, bit_widths)
+    for name, candidate in candidates.items():
+        spent = footprint(candidate.plan, candidate.bit_widths)
         rows.append(
             QualityRow(
                 method=name,
                 code_bits=spent.code_bits,
                 bits=spent.bits,
                 size=spent.size,
-                predicted_loss=predict(bit_widths),
+                predicted_loss=candidate.predicted_loss,
                 gap=_gap(list(found[name].values())),
                 texts=found[name],
             )
@@ -219,7 +229,7 @@ def evaluate_folder(
             source_folder, planned, device=where, dtype=compute_dtype(where, planned)
         )
         check_made_from(folder, model.source, planned)
-        candidates = {"packed": (bit_widths, from_packed(model, folder))}
+        candidates = {"packed": Candidate(bit_widths, from_packed(model, folder), planned)}
         windows = evaluation_windows(asked, source_folder, rows=planned.vocab_size)
         rows = measure(model, windows, candidates, on_unit)
         if suite is None:

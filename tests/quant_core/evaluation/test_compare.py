@@ -15,7 +15,7 @@ from bitmill.allocation.profile import SensitivityProfile
 from bitmill.calibration.windows import evaluation_tokens, evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Evaluation, parse_config
-from bitmill.evaluation.compare import measure
+from bitmill.evaluation.compare import Candidate, measure
 from bitmill.evaluation.logits import StreamedLogits
 from bitmill.inference.load import load
 from bitmill.io.manifest import read_manifest
@@ -97,7 +97,9 @@ def test_a_map_outside_the_profile_has_no_prediction(source: Path) -> None:
     asked = Evaluation.model_validate(EVALUATION | {"sequences": 1})
     same = BitWidthMap(linears={"model.layers.0.mlp.up_proj": (3, 3)})
     windows = evaluation_windows(asked, source)
-    rows = measure(model, windows, {"same": (same, StreamedLogits(model))}, lambda *_: None)
+    rows = measure(
+        model, windows, {"same": Candidate(same, StreamedLogits(model), plan)}, lambda *_: None
+    )
     assert (rows[1].predicted_loss, rows[1].code_bits) == (None, 3.0)
     assert rows[1].texts[WIKI].loss_increase == pytest.approx(0, abs=1e-9)
 

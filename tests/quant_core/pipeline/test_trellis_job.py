@@ -69,6 +69,28 @@ def test_a_job_ends_in_a_folder_of_version_2_within_its_budget(job):
     assert footprint(plan, widths).size == row.size
 
 
+def test_baselines_are_affine_in_bytes_and_widths(job, tmp_path):
+    source, _, _ = job
+    asked = spec(
+        budget={"bits": 7.2},
+        allocation={"method": "uniform", "widths": [7], "order": "natural"},
+        refinement={"method": "rtn"},
+        evaluation={
+            "texts": ["wiki_evaluation"],
+            "sequences": 1,
+            "length": 64,
+            "baselines": ["uniform"],
+        },
+    )
+    quality = run_job(asked, source, tmp_path / "work", tmp_path / "out").quality
+    (baseline,) = [row for row in quality.rows if row.method not in ("source", "uniform rtn")]
+    uniform = BitWidthMap.uniform(admit(source, asked).plan.shapes, 6)
+    affine = plan_for_map(source, uniform, parse_config({"budget": {"bits": 8}}))[1]
+    counted = footprint(affine, uniform)
+    assert baseline.method.startswith("uniform 6-bit")
+    assert (baseline.bits, baseline.size) == (counted.bits, counted.size)
+
+
 def test_the_model_computes_with_the_decoded_weights_and_has_gradients(job):
     _, out, _ = job
     model, plain = bitmill.load(out), bitmill.load(out).dequantize()

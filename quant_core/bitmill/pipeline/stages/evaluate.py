@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from bitmill.allocation.unspent import unspent_warning
 from bitmill.calibration.framing import described
 from bitmill.calibration.windows import CalibrationSet, evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.codes import CODES
 from bitmill.config.methods import BASELINE, MethodConfig
 from bitmill.config.quantization import QuantizationConfig
 from bitmill.evaluation.compare import Candidate, from_packed, measure, measure_tasks, with_weights
@@ -57,7 +57,9 @@ class Baselines:
         if not asked:
             return None
         mean = footprint(plan, bit_widths).code_bits
-        nearest = min(config.allocation.legal_widths, key=lambda b: (abs(b - mean), b))
+        known = CODES[BASELINE.kind].widths
+        legal = set(config.allocation.legal_widths) & set(known) or known
+        nearest = min(legal, key=lambda b: (abs(b - mean), b))
         widths = {nearest if name == "uniform" else int(name[-1]) for name in asked}
         return cls(tuple(sorted(widths)), BASELINE, calibration, config.seed)
 
@@ -142,15 +144,14 @@ class Inputs:
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
     """The first rank writes the report."""
     model = run.open_model(inputs.model.folder, inputs.plan)
-    candidates: dict[str, Candidate] = {
-        inputs.method: (inputs.bit_widths, from_packed(model, inputs.packed))
-    }
+    predicted = predicted_loss(inputs.profile, inputs.bit_widths)
+    packed = from_packed(model, inputs.packed)
+    candidates = {inputs.method: Candidate(inputs.bit_widths, packed, inputs.plan, predicted)}
     if inputs.baselines is not None:
         for width in inputs.baselines.widths:
-            baseline = _baseline(inputs.baselines, model, width, folder, run)
+            baseline = _baseline(inputs, model, width, folder, run)
             candidates[f"uniform {width}-bit {inputs.baselines.method.name}"] = baseline
-    predict = partial(predicted_loss, inputs.profile)
-    rows = measure(model, inputs.windows, candidates, run.on_unit, predict, group=run.group)
+    rows = measure(model, inputs.windows, candidates, run.on_unit, group=run.group)
     if not run.group.first:
         return
     _write_report(inputs, _with_tasks(inputs, rows, model, run), run, folder)
@@ -229,8 +230,10 @@ def _write_report(inputs: Inputs, rows: list[QualityRow], run: Run, folder: Path
 
 
 def _baseline(
-    asked: Baselines, model: StreamedModel, width: int, scratch: Path, run: Run
+    inputs: Inputs, model: StreamedModel, width: int, scratch: Path, run: Run
 ) -> Candidate:
+    assert inputs.baselines is not None
+    asked = inputs.baselines
     uniform = BitWidthMap.uniform(model.plan.shapes, width)
     folder = scratch / f"baseline-{width}"
     folder.mkdir(exist_ok=True)  # any rank may come first
@@ -244,4 +247,9 @@ def _baseline(
         group=run.group,
     )
     refined = RefinedModel(folder, model.plan)
-    return uniform, with_weights(model, lambda name: refined.linear(name).dequantize())
+    logits = with_weights(model, lambda name: refined.linear(name).dequantize())
+    stored = inputs.plan.stored_as(CODES[asked.method.kind].format, ())
+    same = stored.format == inputs.plan.format
+    return Candidate(
+        uniform, logits, stored, predicted_loss(inputs.profile, uniform) if same else None
+    )

@@ -20,7 +20,7 @@ from bitmill.allocation.profile import SensitivityProfile
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.quantization import Allocation
 from bitmill.errors import BudgetError
-from bitmill.evaluation.compare import measure, with_weights
+from bitmill.evaluation.compare import Candidate, measure, with_weights
 from bitmill.formats.accounting import Footprint, footprint
 from bitmill.io.atomic import read_json, write_bytes, write_json
 from bitmill.pipeline.estimate import SEARCH_STEPS
@@ -118,9 +118,10 @@ def _measured(inputs: Inputs, found: BitWidthMap, run: Run, scratch: Path) -> tu
     plan = refining.plan
     model = run.open_model(refining.model.folder, plan)
     refined = RefinedModel(blocks, plan)
-    candidate = with_weights(model, lambda name: refined.linear(name).dequantize())
+    logits = with_weights(model, lambda name: refined.linear(name).dequantize())
+    candidates = {"map": Candidate(found, logits, plan)}
     windows = {"held_out": refining.calibration.held_out}
-    rows = measure(model, windows, {"map": (found, candidate)}, run.on_unit, group=run.group)
+    rows = measure(model, windows, candidates, run.on_unit, group=run.group)
     quality = rows[1].texts["held_out"]
     measured = quality.kl, quality.kl + CONFIDENCE * quality.kl_se
     run.group.barrier()
