@@ -2,10 +2,10 @@
 import { follow } from "./live.js";
 
 const root = document.documentElement;
+const system = matchMedia("(prefers-color-scheme: dark)");
 
 function themeButton(button) {
-  const dark = () =>
-    (root.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+  const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
   const show = () => {
     button.textContent = dark() ? "Light" : "Dark";
     button.title = `Change to the ${dark() ? "light" : "dark"} theme`;
@@ -15,6 +15,7 @@ function themeButton(button) {
     localStorage.setItem("theme", root.dataset.theme);
     show();
   });
+  system.addEventListener("change", show);
   button.hidden = false;
   show();
 }

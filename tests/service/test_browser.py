@@ -1,0 +1,172 @@
+"""The pages in a real browser: what is on them, what they do while a job runs, who may enter."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bitmill_service.main import create_app
+from bitmill_service.settings import ServiceSettings
+from bitmill_workers.store.keys import KeyStore
+from bitmill_workers.store.migrate import upgrade
+from browsing import THEMES, WIDTHS, Browser, browse
+from finished import Stack
+from serving import serve
+from stores import wait_for
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the browser puts what it downloads."""
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of PNGs of every page, for people to look at."""
+    return tmp_path_factory.mktemp("pictures")
+
+
+@pytest.fixture(scope="module")
+def window(stack: Stack, downloads: Path) -> Iterator[Browser]:
+    """One browser for all tests."""
+    with browse(stack.url, downloads) as opened:
+        yield opened
+
+
+@pytest.fixture
+def browser(window: Browser, stack: Stack) -> Iterator[Browser]:
+    """The browser, on the service that asks for no key. After a test its pages must have run
+    without a warning and asked no other host for anything."""
+    window.url = stack.url
+    window.look("light", WIDTHS["wide"])
+    yield window
+    assert window.complaints() == []
+    assert window.strangers() == []
+
+
+def report(stack: Stack, job_id: str, stage: str, state: str, done: int | None = None) -> None:
+    """Let a runner say that a stage changes or, with `done`, how many of 4 blocks it has done."""
+    job = stack.context.jobs.get(job_id)
+    told: dict[str, object] = {"stage": stage, "state": state}
+    if done is not None:
+        told = {"stage": stage, "done": done, "total": 4, "unit": "block"}
+    kind = "stage" if done is None else "progress"
+    progress = None if done is None else told
+    assert stack.leases.report(job.id, job.token, [(kind, told)], stage=stage, progress=progress)
+
+
+def test_pages_are_legible_in_both_themes_and_on_a_phone(
+    browser: Browser, stack: Stack, pictures: Path
+) -> None:
+    running, done = (
+        stack.running(label="a job that runs"),
+        stack.succeeded(label="a job that is done"),
+    )
+    stack.queued(label="a job that waits")
+    report(stack, running.id, "refine", "started")
+    report(stack, running.id, "refine", "", 3)
+    pages = {
+        "jobs": "/ui/jobs",
+        "running": f"/ui/jobs/{running.id}",
+        "done": f"/ui/jobs/{done.id}?against={running.id}",
+        "failed": f"/ui/jobs/{stack.failed(label='a job that failed').id}",
+        "problem": "/ui/jobs/absent",
+        "sign-in": "/ui/sign-in",
+    }
+    for name, page in pages.items():
+        browser.open(page)
+        for theme, rules in zip(THEMES, ("", "color-contrast"), strict=True):
+            for width, pixels in WIDTHS.items():
+                browser.look(theme, pixels)
+                fits = "return document.documentElement.scrollWidth <= innerWidth"
+                assert browser.run(fits), f"{name} on a {width} screen"
+                browser.picture(pictures / f"{name}-{theme}-{width}.png")
+            assert browser.violations(rules) == [], f"{name}, {theme}"
+
+
+def test_the_theme_is_chosen_and_remembered(browser: Browser) -> None:
+    browser.open("/ui/jobs")
+    ground = browser.run("return getComputedStyle(document.body).backgroundColor")
+    browser.click("#theme")
+    dark = browser.run("return getComputedStyle(document.body).backgroundColor")
+    assert dark != ground
+    browser.open("/ui/sign-in")
+    assert browser.run("return getComputedStyle(document.body).backgroundColor") == dark
+    browser.run("localStorage.clear()")
+
+
+def test_a_job_is_followed_without_loading_the_page_again(browser: Browser, stack: Stack) -> None:
+    job = stack.running(label="followed")
+    browser.open(f"/ui/jobs/{job.id}")
+    browser.run("window.same = true")
+    report(stack, job.id, "refine", "started")
+    report(stack, job.id, "refine", "", 2)
+    browser.shows("2 of 4 blocks", "#stages")
+    report(stack, job.id, "refine", "", 4)
+    report(stack, job.id, "refine", "finished")
+    stack.finish(job)
+    browser.shows("succeeded", "#state")
+    browser.shows("model.safetensors", "#files")
+    assert browser.run("return window.same")
+
+
+def test_the_list_follows_and_keeps_what_is_ticked(browser: Browser, stack: Stack) -> None:
+    kept, other = stack.queued(label="ticked"), stack.queued(label="left alone")
+    browser.open("/ui/jobs")
+    browser.run("window.same = true")
+    browser.click(f"#pick-{kept.id}")
+    stack.context.jobs.request_cancel(other.id)
+    browser.until(
+        lambda: not browser.run(f"return document.getElementById('pick-{other.id}')"), "cancelled"
+    )
+    assert browser.find(f"#pick-{kept.id}").is_selected()
+    assert browser.run("return window.same")
+    browser.click_text("button", "Cancel the selected jobs")
+    browser.shows("1 cancelled")
+    assert stack.context.jobs.get(kept.id).state == "cancelled"
+
+
+def test_a_job_is_cancelled_and_tried_again(browser: Browser, stack: Stack) -> None:
+    job = stack.queued(label="not this time")
+    browser.open(f"/ui/jobs/{job.id}")
+    browser.click_text("button", "Cancel")
+    browser.shows("cancelled", "#state")
+    browser.click_text("button", "Retry")
+    browser.shows("queued", "#state")
+    browser.click_text("a", job.id[-12:])
+    browser.shows("cancelled", "#state")
+
+
+def test_a_downloaded_file_is_the_one_that_was_listed(
+    browser: Browser, stack: Stack, downloads: Path
+) -> None:
+    job = stack.succeeded(weights=b"packed" * 50_000)
+    browser.open(f"/ui/jobs/{job.id}")
+    browser.click("a[href$='model.safetensors']")
+    file = downloads / "model.safetensors"
+    wait_for(file.exists, "the download")
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in browser.text("#files")
+
+
+def test_a_key_lets_in_until_it_is_signed_out(browser: Browser, tmp_path: Path) -> None:
+    app = create_app(ServiceSettings(data=tmp_path, keys="required"))
+    context = app.state.context
+    upgrade(context.database)
+    key, _ = KeyStore(context.database).create("ann", scopes=("read", "submit"))
+    with serve(app) as browser.url:
+        browser.open("/ui/jobs")
+        browser.fill("key", "bm_wrong")
+        browser.click_text("button", "Sign in")
+        browser.shows("unknown, mistyped")
+        browser.fill("key", key)
+        browser.click_text("button", "Sign in")
+        browser.shows("No jobs yet")
+        assert browser.run("return document.cookie") == ""
+        browser.click_text("button", "Sign out ann")
+        browser.shows("Sign in", "h1")
+        browser.open("/ui/jobs")
+        browser.shows("this call needs an API key")
