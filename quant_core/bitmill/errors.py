@@ -13,7 +13,8 @@
     ├── ProcessFailed            a process of the job died without a reason of its own
     └── Cancelled                the caller asked the work to stop
 
-Messages name the value, the limit and what to do. `code` is part of the API: it never changes
+Messages name the value, the limit and what to do, in one line that a terminal can show whatever
+stands in the files that they tell of. `code` is part of the API: it never changes
 its meaning, while messages may be reworded. Codes of `ResourceError` that decide what a worker
 does next:
 
@@ -31,7 +32,10 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 _NO_MEMORY = re.compile(
     r"can(no|')?t allocate memory|out[ _]of[ _]memory|not enough memory|bad_alloc|OutOfMemory"
@@ -46,6 +50,9 @@ _UNITS = {"bytes": 1, "B": 1} | {f"{c}iB": 1024**i for i, c in enumerate("KMGTPE
 _ASKED = re.compile(rf"allocate (?P<number>\d[\d.,]*) ?(?P<unit>{'|'.join(_UNITS)})\b")
 """How torch and numpy say what was asked for."""
 
+
+_LONGEST = 2000
+"""Characters of a message."""
 
 STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 """What ends a process because it is to end."""
@@ -69,15 +76,15 @@ class BitmillError(Exception):
         param: str | None = None,
         hint: str | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = printable(message)
+        super().__init__(self.message)
         self.code = code or type(self).code
-        self.param = param
+        self.param = None if param is None else printable(param)
         self.hint = hint or type(self).hint
 
     def add(self, more: str) -> None:
         """Say something more, behind what the message says."""
-        self.message = f"{self.message.rstrip('.')}; {more}"
+        self.message = f"{self.message.rstrip('.')}; {printable(more)}"
         self.args = (self.message, *self.args[1:])
 
     def to_dict(self) -> dict[str, str | None]:
@@ -277,4 +284,25 @@ def asked_bytes(refused: BaseException) -> int | None:
 
 def reason(error: BaseException) -> str:
     """What went wrong, without the path that an OSError names: a client may read the message."""
+    from pydantic import ValidationError  # not where a program merely imports this package
+
+    if isinstance(error, ValidationError):
+        where, problem = first_problem(error)
+        return f"{where}: {problem}" if where else problem
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Where pydantic found the first, dotted, and what."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return ".".join(str(part) for part in first["loc"]), first["msg"]
+
+
+def printable(text: str) -> str:
+    """One line: white space as blanks, other control characters escaped, too much left out."""
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}…"
+    if text.isprintable():
+        return text
+    line = " ".join(text.split())
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
+from bitmill.config.quantization import Budget
 from bitmill.errors import (
     BitmillError,
     InputError,
@@ -19,6 +21,7 @@ from bitmill.errors import (
     as_bitmill_error,
     asked_bytes,
     raise_resource_error,
+    reason,
 )
 
 
@@ -200,3 +203,19 @@ def test_any_other_error_is_a_fault_of_the_program(error: Exception) -> None:
     assert (type(told), told.code) == (ProcessFailed, "internal")
     assert type(error).__name__ in told.message
     assert as_bitmill_error(told) is told
+
+
+def test_messages_are_one_line_whatever_stands_in_a_file() -> None:
+    error = InputError("bad name a\x1b[2Jb\n  and\u202e more", param="p\0")
+    assert error.message == str(error) == "bad name a\\x1b[2Jb and\\u202e more"
+    assert error.param == "p\\x00"
+    error.add("second\nline")
+    assert error.message.endswith("; second line")
+    assert len(InputError("x" * 10_000).message) < 2100
+    assert InputError("größer – 3 µs").message == "größer – 3 µs"
+
+
+def test_reasons_of_pydantic_are_the_first_problem_and_its_place() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Budget.model_validate({"bits": "much"})
+    assert reason(caught.value).startswith("bits: Input should be a valid number")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import struct
 from collections.abc import Iterator
@@ -112,15 +113,13 @@ def gguf_file() -> bytes:
     shapes |= {"blk.0.attn_k": (64, 128), "blk.0.attn_v": (64, 128)}
     shapes |= {"blk.0.ffn_gate": (256, 128), "blk.0.ffn_up": (256, 128)}
     shapes["blk.0.ffn_down"] = (128, 256)
-    tensors = [
-        text(f"{name}.weight")
-        + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-        + struct.pack("<IQ", 2, 0)
-        for name, shape in shapes.items()
-    ]
+    tensors, end = [], 0
+    for name, shape in shapes.items():
+        sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        tensors.append(text(f"{name}.weight") + sizes + struct.pack("<IQ", 2, end))
+        end += -(-math.prod(shape) // 32 * 18 // 32) * 32
     start = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(settings))
-    weights = bytes(words * 128 // 32 * 18 + 32)
-    return start + b"".join(settings) + b"".join(tensors) + weights
+    return start + b"".join(settings) + b"".join(tensors) + bytes(end + 32)
 
 
 @pytest.fixture(autouse=True)

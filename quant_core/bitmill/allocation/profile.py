@@ -85,10 +85,8 @@ class ProfileConfig(Closed):
         try:
             return cls.model_validate(stored)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
-            where = ".".join(map(str, first["loc"])) or "settings"
             raise FormatError(
-                f"profile setting {where}: {first['msg']}; this version of bitmill cannot use the "
+                f"profile setting {reason(error)}; this version of bitmill cannot use the "
                 "profile: make it again"
             ) from error
 

@@ -26,7 +26,7 @@ from bitmill.config.codes import AUTO, CODES, DEFAULT_WIDTHS, CodeName, check_wi
 from bitmill.config.effort import Effort, with_effort
 from bitmill.config.methods import METHODS, MethodConfig
 from bitmill.config.transforms import TRANSFORMS, ColumnOrder, TransformConfig, transform_of
-from bitmill.errors import SpecError
+from bitmill.errors import SpecError, first_problem
 from bitmill.registry import Registry
 
 DEFAULT_FORMAT = "bitmill-1"
@@ -294,7 +294,7 @@ class BaseRefinement(Closed):
             try:
                 transform_of(asked)
             except ValidationError as error:
-                where, problem = _first_problem(error)
+                where, problem = first_problem(error)
                 raise ValueError(f"transforms.{i}.{where}: {problem}") from error
             if asked["name"] == ORDER:
                 raise ValueError(f"transforms.{i}: allocation.order asks for column orders")
@@ -316,7 +316,7 @@ class BaseRefinement(Closed):
         try:
             kind.model_validate(given)
         except ValidationError as error:
-            where, problem = _first_problem(error)
+            where, problem = first_problem(error)
             raise ValueError(f"settings.{where}: {problem}") from error
         return self
 
@@ -580,11 +580,5 @@ def parse_part(kind: type[Part], data: object) -> Part:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        where, problem = _first_problem(error)
+        where, problem = first_problem(error)
         raise SpecError(f"{where or 'spec'}: {problem}", param=where or "spec") from error
-
-
-def _first_problem(error: ValidationError) -> tuple[str, str]:
-    """Where it is, dotted, and what."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    return ".".join(str(part) for part in first["loc"]), first["msg"]

@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.errors import FormatError
+from bitmill.errors import FormatError, reason
 
 MAX_BYTES = 16 << 20
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -47,8 +47,7 @@ def read_slim_map(path: Path, *, prefix: str = "model.layers.{i}.") -> BitWidthM
     try:
         return BitWidthMap(linears=linears)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]["msg"]
-        raise FormatError(f"{path.name}: {problem}", param=path.name) from error
+        raise FormatError(f"{path.name}: {reason(error)}", param=path.name) from error
 
 
 def _pickle_bytes(path: Path) -> bytes:

@@ -130,7 +130,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; raises `FormatError` naming it where it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path.name} cannot be read as JSON: {reason(error)}") from error
 
 

@@ -20,10 +20,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from bitmill.errors import ModelError
-from bitmill.io.safetensors import MAX_NAME, MAX_TENSORS
+from bitmill.io.safetensors import MAX_NAME, MAX_TENSORS, NAME
 
 _MAX_SETTINGS = 10_000
-_MAX_ARRAY = 1 << 22
+_MAX_ELEMENTS = 3 << 20
+"""Of all arrays of a header: a large vocabulary, its scores, types and merges have a million."""
 _MAX_STRING = 1 << 24
 _MAX_RANK = 4
 _KEPT_ARRAY = 4096
@@ -108,11 +109,14 @@ class GgufHeader:
     tensors: dict[str, GgufTensor]
 
     def check_extent(self) -> None:
-        """Raise `ModelError` where a tensor's bytes lie past the file's end."""
-        size = self.path.stat().st_size
-        for name, tensor in self.tensors.items():
+        """Raise `ModelError` where a tensor's bytes lie past the file's end, or in another's."""
+        size, end = self.path.stat().st_size, 0
+        for name, tensor in sorted(self.tensors.items(), key=lambda item: item[1].begin):
             if tensor.begin + tensor.nbytes > size:
                 raise _unsound(self.path, f"it is truncated: {name[:100]} lies past {size} bytes")
+            if tensor.begin < end and tensor.nbytes:
+                raise _unsound(self.path, f"{name[:100]} overlaps the tensor before it")
+            end = tensor.begin + tensor.nbytes
 
     def floats(self, name: str) -> list[float]:
         """The values of a small tensor that is stored as F32; raises `ModelError` for another."""
@@ -137,6 +141,7 @@ class _Cursor:
     def __init__(self, handle: BinaryIO, path: Path) -> None:
         self._handle, self._path = handle, path
         self.size = path.stat().st_size
+        self._elements = _MAX_ELEMENTS
 
     def refuse(self, problem: str) -> ModelError:
         return _unsound(self._path, problem)
@@ -160,8 +165,14 @@ class _Cursor:
             raise self.refuse(f"{what} is {value}, the limit is {limit}")
         return value
 
-    def string(self, limit: int = MAX_NAME) -> str:
+    def string(self, limit: int) -> str:
         return self.take(self.count("a string's length", limit)).decode("utf-8", "replace")
+
+    def name(self) -> str:
+        found = self.string(MAX_NAME)
+        if not NAME.fullmatch(found):
+            raise self.refuse(f"the name {found[:100]!r} has odd characters")
+        return found
 
     def value(self, kind: int, *, whole: bool) -> Any:
         """A scalar, a string, or an array as a list or, unless wanted whole, `Skipped`."""
@@ -175,18 +186,23 @@ class _Cursor:
 
     def array(self, *, whole: bool) -> list[Any] | Skipped:
         inner = self.scalar("<I")
-        length = self.count("an array's length", _MAX_ARRAY)
-        if inner in _SCALARS and (whole or length <= _KEPT_ARRAY):
-            return [self.scalar(_SCALARS[inner]) for _ in range(length)]
-        if inner == _STRING and whole:
-            return [self.string(_MAX_STRING) for _ in range(length)]
+        length: int = self.scalar("<Q")
+        self._elements -= length
+        if self._elements < 0:
+            raise self.refuse(f"its arrays have more than {_MAX_ELEMENTS:,} elements")
         if inner in _SCALARS:
-            self.take(length * struct.calcsize(_SCALARS[inner]))
-        elif inner == _STRING:
-            for _ in range(length):
-                self.string(_MAX_STRING)
-        else:
+            form = np.dtype(_SCALARS[inner])
+            data = self.take(length * form.itemsize)
+            if not whole and length > _KEPT_ARRAY:
+                return Skipped(length)
+            kept: list[Any] = np.frombuffer(data, form).tolist()
+            return kept
+        if inner != _STRING:
             raise self.refuse(f"an array's elements have the type {inner}")
+        if whole:
+            return [self.string(_MAX_STRING) for _ in range(length)]
+        for _ in range(length):
+            self.take(self.count("a string's length", _MAX_STRING))
         return Skipped(length)
 
     def tensor(self, name: str) -> GgufTensor:
@@ -228,13 +244,15 @@ def read_gguf_header(path: Path, whole: Collection[str] = ()) -> GgufHeader:
         setting_count = cursor.count("the number of settings", _MAX_SETTINGS)
         settings: dict[str, Any] = {}
         for _ in range(setting_count):
-            key = cursor.string()
+            key = cursor.name()
+            if key in settings:
+                raise cursor.refuse(f"the setting {key} appears twice")
             settings[key] = cursor.value(cursor.scalar("<I"), whole=key in whole)
         tensors: dict[str, GgufTensor] = {}
         for _ in range(tensor_count):
-            name = cursor.string()
+            name = cursor.name()
             if name in tensors:
-                raise cursor.refuse(f"tensor {name[:100]!r} appears twice")
+                raise cursor.refuse(f"tensor {name[:100]} appears twice")
             tensors[name] = cursor.tensor(name)
         start = _data_start(cursor, settings)
     placed = {

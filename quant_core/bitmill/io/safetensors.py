@@ -28,16 +28,20 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from bitmill.errors import InputError, ModelError
+from bitmill.io import bounded_json
 from bitmill.io.atomic import Flusher, write_json
 
 METADATA = {"format": "pt"}
 MAX_SHARD_BYTES = 2_000_000_000
 SINGLE_FILE = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-MAX_HEADER = 16 << 20
-MAX_TENSORS = 200_000
+MAX_HEADER = 8 << 20
+MAX_TENSORS = 50_000
 MAX_RANK = 8
 MAX_NAME = 512
+_MAX_MARKS = 20 * MAX_TENSORS
+_MAX_INDEX = 32 << 20
+_MAX_INDEXED = 400_000
 
 DTYPE_BYTES: Mapping[str, int] = {
     "BOOL": 1,
@@ -62,7 +66,8 @@ READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"
 """Dtypes that a file may have."""
 
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BYTES)}
-_NAME = re.compile(r"[\w.\-/]+")
+NAME = re.compile(r"[\w.\-/]+")
+"""Of a tensor."""
 _FILE_NAME = re.compile(r"[\w.\-]+\.safetensors")
 
 
@@ -98,12 +103,14 @@ def shard(
 ) -> dict[str, list[TensorInfo]]:
     """File name -> tensors: one `model.safetensors`, or numbered shards of at most `max_bytes`.
 
-    The limit counts tensor data; a single larger tensor gets a shard of its own.
+    The limit counts tensor data; a single larger tensor gets a shard of its own. None holds more
+    than the `MAX_TENSORS` that are read again.
     """
     shards: list[list[TensorInfo]] = [[]]
     filled = 0
     for tensor in tensors:
-        if shards[-1] and filled + tensor.nbytes > max_bytes:
+        full = filled + tensor.nbytes > max_bytes or len(shards[-1]) == MAX_TENSORS
+        if shards[-1] and full:
             shards.append([])
             filled = 0
         shards[-1].append(tensor)
@@ -227,15 +234,6 @@ def _write_at(file: BinaryIO, offset: int, data: memoryview) -> None:
         data, offset = data[written:], offset + written
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"name {twice[:100]!r} appears twice")
-    return result
-
-
 def _refuse(path: Path, problem: str, code: str = "bad_safetensors") -> ModelError:
     return ModelError(
         f"{path.name} is not a sound safetensors file: {problem}; fetch the file again",
@@ -258,8 +256,8 @@ def _read_header_json(path: Path) -> tuple[dict[str, Any], int]:
             raise _refuse(path, f"it is truncated: the header needs {8 + length} bytes, has {size}")
         text = handle.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = bounded_json.loads(text, _MAX_MARKS)
+    except ValueError as error:
         raise _refuse(path, f"its header cannot be read: {error}") from error
     if not isinstance(header, dict):
         raise _refuse(path, f"its header is a {type(header).__name__}, not an object")
@@ -272,7 +270,7 @@ def _is_counts(value: object) -> bool:
 
 def _parse_tensor(path: Path, name: str, entry: object) -> tuple[int, int, TensorInfo]:
     """Begin and end of one tensor's data, and the tensor."""
-    if len(name) > MAX_NAME or not _NAME.fullmatch(name):
+    if len(name) > MAX_NAME or not NAME.fullmatch(name):
         raise _refuse(path, f"tensor name {name[:100]!r} is too long or has odd characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _refuse(path, f"{name} has not exactly the keys dtype, shape and data_offsets")
@@ -297,11 +295,13 @@ def _parse_tensor(path: Path, name: str, entry: object) -> tuple[int, int, Tenso
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file, in the order of their bytes.
 
-    Raises `ModelError` naming the file for a header that is truncated, over 16 MB, over 200,000
+    Raises `ModelError` naming the file for a header that is truncated, over 8 MiB, over 50,000
     tensors, not JSON, with a name twice, an unknown dtype, or offsets that overlap or leave gaps.
     """
     header, data_bytes = _read_header_json(path)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _refuse(path, "its __metadata__ is not an object of texts")
     if len(header) > MAX_TENSORS:
         raise _refuse(path, f"it names {len(header)} tensors, the limit is {MAX_TENSORS}")
     parsed = [_parse_tensor(path, name, entry) for name, entry in header.items()]
@@ -323,14 +323,16 @@ def read_index(folder: Path) -> dict[str, str]:
     Raises `ModelError` for one that is damaged or names other than plain safetensors files.
     """
     path = folder / INDEX_NAME
-    if path.stat().st_size > 2 * MAX_HEADER:
-        raise _refuse(path, f"the index has {path.stat().st_size} bytes")
+    if path.stat().st_size > _MAX_INDEX:
+        raise _refuse(path, f"it has {path.stat().st_size} bytes, the limit is {_MAX_INDEX}")
     try:
-        index = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+        index = bounded_json.loads(path.read_bytes(), _MAX_INDEXED)
         weight_map = index["weight_map"]
         entries = dict(weight_map.items())
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _refuse(path, f"it has no readable weight_map ({error})") from error
+    if not entries:
+        raise _refuse(path, "its weight_map is empty")
     for name, file in entries.items():
         if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
             raise _refuse(path, f"it puts {name[:100]} into {str(file)[:100]!r}, not a plain name")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.quantization import QuantizationConfig, Refinement
-from bitmill.errors import FormatError, InputError
+from bitmill.errors import FormatError, InputError, reason
 from bitmill.io.atomic import sha256_file
 from bitmill.io.manifest import Manifest, read_manifest
 
@@ -50,7 +50,9 @@ class LearnedFor(BaseModel):
         try:
             return cls.model_validate_json(data)
         except ValueError as error:
-            raise FormatError(f"{RECORD_NAME} cannot be read: {error}", param=PARAM) from error
+            raise FormatError(
+                f"{RECORD_NAME} cannot be read: {reason(error)}", param=PARAM
+            ) from error
 
     def check(self, asked: LearnedFor) -> None:
         """Refuse a job with other settings, of another model or on other calibration windows."""

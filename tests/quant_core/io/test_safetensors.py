@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ HOSTILE: dict[str, tuple[object, int, str]] = {
     "missing bytes": ({"a": entry()}, 7, "take 8 bytes, the file has 7"),
     "extra key": ({"a": entry() | {"hook": 1}}, 8, "not exactly the keys"),
     "missing key": ({"a": {"dtype": "F32", "shape": [2]}}, 8, "not exactly the keys"),
+    "metadata of numbers": ({"__metadata__": {"a": 1}, "a": entry()}, 8, "not an object of texts"),
+    "metadata of another type": ({"__metadata__": True, "a": entry()}, 8, "not an object of texts"),
     "odd name": ({"a\nb": entry()}, 8, "odd characters"),
     "long name": ({"a" * 513: entry()}, 8, "too long"),
 }
@@ -131,6 +134,44 @@ def test_too_many_tensors_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     path = write(tmp_path / "model.safetensors", {f"t{i}": empty for i in range(101)}, 0)
     with pytest.raises(ModelError, match="101 tensors, the limit is 100"):
         read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [
+        ('{"a":[' + "[]," * 2_000_000 + "[]]}", "6?[,0-9]* lists, objects and commas, the limit"),
+        ('{"a":[' + "0," * 3_000_000 + "0]}", "lists, objects and commas, the limit"),
+        ("{" + ",".join(f'"t{i}":0' for i in range(400_000)) + ',"t9":1}', "'t9' appears twice"),
+    ],
+    ids=["empty lists", "numbers", "a name again after 400,000 others"],
+)
+def test_headers_that_would_take_memory_or_time_are_refused(
+    tmp_path: Path, header: str, problem: str
+) -> None:
+    path = write(tmp_path / "model.safetensors", header, 0)
+    started = time.process_time()
+    with pytest.raises(ModelError, match=problem):
+        read_header(path)
+    assert time.process_time() - started < 2
+
+
+def test_an_empty_index_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ModelError, match="weight_map is empty"):
+        read_headers(tmp_path)
+
+
+def test_an_index_of_too_many_names_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"a":[' + "[]," * 500_000 + "[]]}")
+    with pytest.raises(ModelError, match=r"index.*1,000,003 lists, objects and commas, the limit"):
+        read_headers(tmp_path)
+
+
+def test_what_is_written_can_be_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shard holds more tensors than a reader takes."""
+    monkeypatch.setattr(module, "MAX_TENSORS", 10)
+    tensors = [TensorInfo(f"t{i}", "F16", (2,)) for i in range(25)]
+    assert [len(part) for part in module.shard(tensors).values()] == [10, 10, 5]
 
 
 def test_the_library_alone_would_accept_duplicates(tmp_path: Path) -> None:

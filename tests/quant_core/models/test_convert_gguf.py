@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -435,6 +437,52 @@ def test_damaged_files_are_refused_with_the_defect(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=problem) as caught:
             make_plan(tmp_path, SPEC, gguf="tiny.gguf")
         assert caught.value.code == "bad_gguf"
+
+
+def header(tensors: list[bytes], settings: list[bytes]) -> bytes:
+    """A GGUF file without data."""
+    counts = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(settings))
+    return counts + b"".join([*settings, *tensors])
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def strings(key: bytes, count: int) -> bytes:
+    """A setting: an array of empty strings."""
+    return text(key) + struct.pack("<IIQ", 9, 8, count) + bytes(8 * count)
+
+
+def tensor(name: bytes, offset: int) -> bytes:
+    """64 numbers in float32."""
+    return text(name) + struct.pack("<IQIQ", 1, 64, 0, offset)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "problem"),
+    [
+        ([], [strings(b"a", 4 << 20)], "arrays have more than 3,145,728 elements"),
+        ([], [strings(b"a", 2 << 20), strings(b"b", 2 << 20)], "arrays have more than 3,145,728"),
+        ([], [text(b"a") + struct.pack("<IIQ", 9, 10, 2**63)], "arrays have more than"),
+        ([], [text(b"a") + struct.pack("<IB", 0, 1)] * 2, "the setting a appears twice"),
+        ([], [text(b"a\x1b[2J") + struct.pack("<IB", 0, 1)], "odd characters"),
+        ([tensor(b"a", 0)] * 2, [], "tensor a appears twice"),
+        ([tensor(b"a\nb", 0)], [], "odd characters"),
+        ([tensor(b"a", 0), tensor(b"b", 128)], [], "b overlaps the tensor before it"),
+    ],
+    ids=["strings", "strings in two", "numbers", "setting", "key", "tensor", "name", "overlap"],
+)
+def test_hostile_headers_are_refused(
+    tmp_path: Path, tensors: list[bytes], settings: list[bytes], problem: str
+) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header(tensors, settings) + bytes(1024))
+    started = time.process_time()
+    with pytest.raises(ModelError, match=problem) as caught:
+        read_gguf_header(path).check_extent()
+    assert caught.value.code == "bad_gguf"
+    assert time.process_time() - started < 2
 
 
 def test_other_architecture_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ copied when the last one has come. Other machines get a complete upload through 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bitmill.errors import InputError, ModelError
+from bitmill.io import bounded_json
 from bitmill.io.atomic import disk_errors, sha256_file
 from bitmill.io.gguf import read_gguf_header
 from bitmill.io.safetensors import read_header
@@ -22,6 +22,7 @@ from bitmill_workers.storage.artifacts import UPLOADS, ArtifactStore
 from bitmill_workers.store.uploads import PART_BYTES, UploadFile, UploadRecord, UploadStore
 
 _MAX_JSON = 64 << 20
+_MAX_JSON_MARKS = 4_000_000
 
 
 class UploadFolder:
@@ -123,8 +124,8 @@ def _check_json(file: Path) -> None:
     problem = f"{size:,} bytes, at most {_MAX_JSON:,} are read" if size > _MAX_JSON else None
     if problem is None:
         try:
-            json.loads(file.read_bytes())
+            bounded_json.loads(file.read_bytes(), _MAX_JSON_MARKS)
             return
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             problem = str(error)
     raise ModelError(f"{file.name} is no JSON to be read: {problem}", param=file.name)

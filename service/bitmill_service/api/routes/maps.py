@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.slim_llm import read_slim_map
-from bitmill.errors import FormatError
+from bitmill.errors import FormatError, first_problem
 from bitmill_service.api.context import ID_PATTERN, ContextDep, PrincipalDep
 from bitmill_service.api.views import map_view
 from bitmill_service.http.openapi import CHANGES, refusals
@@ -107,10 +107,10 @@ def parse_map(body: bytes, prefix: str) -> BitWidthMap:
         try:
             return BitWidthMap.model_validate_json(body)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "body"
+            where, problem = first_problem(error)
+            where = where or "body"
             raise FormatError(
-                f"the body is not a bit-width map: {where}: {first['msg']}", param=where
+                f"the body is not a bit-width map: {where}: {problem}", param=where
             ) from error
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "body")  # errors name it
