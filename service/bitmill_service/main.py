@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from bitmill_service.api.context import Context
 from bitmill_service.api.routes import (
+    exports,
     health,
     hub,
     job_outputs,
@@ -127,6 +128,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     app.add_middleware(RequestContext, registry=context.registry)
     for router in (
         jobs.router,
+        exports.router,
         job_outputs.streams,
         job_outputs.router,
         profiles.router,

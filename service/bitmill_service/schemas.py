@@ -15,6 +15,7 @@ from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.quantization import Allocation, Budget
 from bitmill.pipeline.estimate import Estimate
+from bitmill_workers.job_spec import JobKind
 from bitmill_workers.store.limits import KEY_NAME, Limits
 from bitmill_workers.store.limits import Scope as KeyScope
 from bitmill_workers.store.states import TERMINAL, ShownState
@@ -73,6 +74,7 @@ class JobLinks(View):
     bit_width_map: str
     report: str
     files: str
+    exports: str = ""
 
 
 class WebhookView(View):
@@ -86,15 +88,15 @@ class WebhookView(View):
 
 
 class JobView(View):
-    """One job. `eta` is a guess of when it finishes; null until there is ground for one.
+    """One job. kind: an export has `parent_id`, the job whose result it writes.
 
     queue_position: how many jobs of its queue run before a queued one; waits_for: why it waits, in
-    words.
-    files_until: when its files will be discarded, unless it is `pinned`; discarded_at: when they
-    were.
+    words. eta: a guess of when it finishes; null until there is ground for one. files_until: when
+    its files will be discarded, unless it is `pinned`; discarded_at: when they were.
     """
 
     id: str
+    kind: JobKind = "quantize"
     state: ShownState
     stage: str | None = None
     progress: JobProgress | None = None
@@ -176,6 +178,16 @@ class FileList(View):
     total_size: int
 
 
+class ExportView(View):
+    """An export: bytes of all files that hold tensors, and of those of the packed folder."""
+
+    format: str
+    linears: int
+    tensors: int
+    file_bytes: int
+    packed_bytes: int
+
+
 class SizeView(View):
     """What one width everywhere costs, in the units of the three budgets."""
 
@@ -185,13 +197,21 @@ class SizeView(View):
     size: int
 
 
+class ExportSizeView(View):
+    """Bytes of an export with the smallest legal width everywhere, and with the largest."""
+
+    format: str
+    smallest: int
+    largest: int
+
+
 class PlanView(View):
     """What a job would work on: nothing was created.
 
     weights: quantized weights in all. smallest, largest: the legal widths' range. fused: linears
     of the first block that read the same input. estimate, on_accelerator: memory, disk and time of
-    a runner without and with accelerators. notes: what of the source is left out and why, and
-    what could not be checked.
+    a runner without and with accelerators. exports: what those that were asked for take. notes:
+    what of the source is left out and why, and what could not be checked.
     """
 
     model_type: str
@@ -205,6 +225,7 @@ class PlanView(View):
     estimate: Estimate
     on_accelerator: Estimate
     notes: list[str]
+    exports: list[ExportSizeView] = []
 
 
 class ProfileView(View):

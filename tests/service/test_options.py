@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.errors import InputError
+from bitmill.formats.export_plan import ExportTarget
 from bitmill_service.cli.docs import commands
 from bitmill_service.cli.main import app
 from bitmill_service.cli.options import COMMON, GROUPS, JOB, SERVICE_RESULTS, SpecFile, takes
@@ -23,6 +24,8 @@ from bitmill_workers.job_spec import JobSpec
 from finished import MAP
 
 CONSTANT = "schema_version"
+WHOLE = (BitWidthMap, ExportTarget)
+"""What one option gives whole."""
 OWN = {"--out", "--work", "--profiles", "--task-folder", "--device", "--spec", "--json", "--help"}
 """Options of `quantize` that set no field of a specification."""
 
@@ -144,6 +147,24 @@ CASES: list[tuple[str, dict[str, Any]]] = [
             "allocation.kept_dtype": "source",
         },
     ),
+    (
+        "m --bits 3 --exports gguf,dequantized",
+        {
+            "exports": [
+                {"format": "gguf", "settings": {}},
+                {"format": "dequantized", "settings": {}},
+            ],
+            "allocation.order": "natural",
+            "allocation.widths": [2, 3, 4, 5, 6],
+        },
+    ),
+    (
+        'm --bits 3 --exports \'[{"format": "gptq", "settings": {"symmetric": true}}]\'',
+        {
+            "exports": [{"format": "gptq", "settings": {"symmetric": True}}],
+            "allocation.widths": [2, 3, 4, 5, 6],
+        },
+    ),
     ("m --max-loss 0.05", {"budget.max_loss_increase": 0.05}),
     (
         "m --bits 3 --calibration-text bundled:mixture_calibration --calibration-framing chat "
@@ -183,9 +204,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 def leaves(model: type[BaseModel], above: str = "") -> Iterator[str]:
-    """Paths of all fields that hold no further fields; a map is one value."""
+    """Paths of all fields that hold no further fields; some are one value."""
     for name, field in model.model_fields.items():
-        inner = [k for k in kinds(field.annotation) if k is not BitWidthMap and is_model(k)]
+        inner = [k for k in kinds(field.annotation) if k not in WHOLE and is_model(k)]
         if not inner:
             yield above + name
         for kind in inner:
@@ -324,6 +345,9 @@ def test_options_go_over_the_file_and_replace_references_whole(parsed: Any, tmp_
         ("m --bits 3 --widths 2,x", "allocation.widths.1"),
         ("m --bits 3 --widths 7", r"widths \[7\]"),
         ("m --bits 3 --held-out -1", "calibration.held_out"),
+        ("m --bits 3 --exports nowhere", "exports.0: .*'nowhere' is unknown"),
+        ("m --bits 3 --exports [1", "no JSON"),
+        ('m --bits 3 --exports \'[{"format": "gptq", "settings": {"x": 1}}]\'', "x: Extra"),
         ("m --bits 3 --resume-parameters j", "give method 'omniquant'"),
         ("m --bits 3 --map job:j1", "method 'knapsack' with map given"),
         ("m --bits 3 --method map --map nowhere.json", "nowhere.json"),

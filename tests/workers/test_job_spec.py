@@ -85,7 +85,7 @@ def _part_of(part: Any, whole: Any) -> bool:
 
 def test_the_configuration_holds_every_setting_but_the_service_s_own() -> None:
     found = parse_spec(json.loads(STORED.read_text()))
-    config, own = found.config(), {"schema_version", "model", "label", "deadline_s"}
+    config, own = found.config(), {"schema_version", "model", "label", "deadline_s", "exports"}
     assert QuantizationConfig.model_fields.keys() == JobSpec.model_fields.keys() - own
     expected = found.model_dump(exclude=own)
     expected["allocation"]["map"] = expected["allocation"]["map"]["map"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -36,6 +36,7 @@ from bitmill.config.quantization import (
     refuse_unmeasured_loss,
 )
 from bitmill.errors import SpecError
+from bitmill.formats.export_plan import ExportTarget, with_exports
 
 
 class HubModel(Closed):
@@ -136,6 +137,9 @@ class JobRefinement(BaseRefinement):
     omniquant: JobOmniQuant = JobOmniQuant()
 
 
+JobKind = Literal["quantize", "export"]
+
+
 class JobSpec(Stored):
     """Everything that determines a job's result, besides the model's own files.
 
@@ -144,7 +148,11 @@ class JobSpec(Stored):
     threads: CPU threads of the runner (part of the result's identity: sums depend on it).
     devices: accelerators that work on the job together, of one machine (part of its identity too).
     format: in which the result is stored. code: of its groups.
+    exports: formats of other runtimes that the result is written in by jobs of their own, once this
+    one has succeeded; what they need decides what `allocation` leaves open.
     """
+
+    kind: ClassVar[JobKind] = "quantize"
 
     schema_version: Literal[1] = 1
     model: ModelRef
@@ -159,8 +167,12 @@ class JobSpec(Stored):
     devices: int = Field(default=1, ge=1, le=64)
     label: str | None = Field(default=None, max_length=200)
     deadline_s: int | None = Field(default=None, ge=1)
+    exports: tuple[ExportTarget, ...] = Field(
+        default=(), max_length=16, exclude_if=lambda targets: not targets
+    )
 
     _filled_by_effort = model_validator(mode="before")(with_effort)
+    _filled_by_exports = model_validator(mode="before")(with_exports)
 
     @model_validator(mode="after")
     def _has_widths(self) -> Self:
@@ -248,6 +260,23 @@ class JobSpec(Stored):
         return Path(named.path)
 
 
+class ExportSpec(ExportTarget):
+    """A finished job's result in the format of another runtime.
+
+    job_id: of that job. model: what it quantized.
+    """
+
+    kind: ClassVar[JobKind] = "export"
+
+    schema_version: Literal[1] = 1
+    model: ModelRef
+    job_id: str
+    label: str | None = None
+    deadline_s: int | None = None
+
+
+AnySpec = JobSpec | ExportSpec
+
 BEFORE_EFFORT: Mapping[str, Mapping[str, Any]] = {
     "allocation": {"kept_dtype": "source", "check": "off"},
     "calibration": {"framing": "none"},
@@ -256,8 +285,13 @@ BEFORE_EFFORT: Mapping[str, Mapping[str, Any]] = {
 """What jobs did before their specifications could say it; `effort` came with the last of these."""
 
 
-def parse_stored(data: Mapping[str, Any]) -> JobSpec:
-    """Build a `JobSpec` from what was stored; one from before `effort` keeps what its job did."""
+def parse_stored(kind: JobKind, data: Mapping[str, Any]) -> AnySpec:
+    """The specification of a job of this kind, from what was stored.
+
+    One from before `effort` keeps what its job did. Raises `SpecError` as `parse_spec` does.
+    """
+    if kind == "export":
+        return parse_part(ExportSpec, data)
     if "effort" not in data:
         then = {part: {**did, **data.get(part, {})} for part, did in BEFORE_EFFORT.items()}
         data = {**data, **then}

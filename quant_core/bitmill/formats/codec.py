@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from bitmill.config.bit_width_map import BitWidthMap, LinearShape
-from bitmill.formats.format import FORMATS, Contents, Format
-from bitmill.formats.writing import CONFIG_NAME
+from bitmill.config.bit_width_map import LinearShape
+from bitmill.formats.format import Contents, Format
+from bitmill.formats.headers import Headers, kind_of
 from bitmill.io.atomic import read_json
 from bitmill.io.safetensors import TensorInfo
+from bitmill.plan.config_json import CONFIG_FILE
 from bitmill.quant.tensors import Stored
 from bitmill.registry import load_object
 
@@ -38,36 +39,12 @@ class Supply:
     other: Callable[[str], Tensor]
 
 
-class Checkpoint(Protocol):
+class Checkpoint(Headers, Protocol):
     """A folder in one format whose headers were read; tensors are read on demand."""
-
-    @property
-    def format(self) -> Format:
-        """The format that it is in."""
 
     @property
     def headers(self) -> Mapping[str, TensorInfo]:
         """Every stored tensor by its name."""
-
-    @property
-    def bit_widths(self) -> BitWidthMap:
-        """Widths of all linears. Raises FormatError for a format that keeps no codes."""
-
-    @property
-    def kinds(self) -> frozenset[str]:
-        """Of the quantized tensors (`quant.tensors.KINDS`)."""
-
-    @property
-    def rewrites(self) -> frozenset[str]:
-        """Names of the rewrites that some linear stores."""
-
-    @property
-    def kept(self) -> list[TensorInfo]:
-        """The tensors that were taken over from the source as they are."""
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of all files that hold tensors."""
 
     def check_linears(self, shapes: Iterable[LinearShape]) -> None:
         """Raise FormatError naming the first tensor of a linear that does not fit its shape."""
@@ -118,9 +95,4 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises FormatError for a folder in none of them, ModelError for files that are missing or
     damaged.
     """
-    settings = read_json(folder / CONFIG_NAME)
-    kinds = [FORMATS[name] for name in FORMATS.names()]
-    kinds = [kind for kind in kinds if kind.keeps_codes]
-    if isinstance(settings, dict):
-        kinds.sort(key=lambda kind: not kind.recognizes(settings))
-    return codec_of(kinds[0]()).open(folder)  # of none, the first one says what is wrong
+    return codec_of(kind_of(read_json(folder / CONFIG_FILE))()).open(folder)

@@ -95,14 +95,16 @@ class Refusal:
 class Format(Closed):
     """Base of the settings of all formats, and what must be known of each without torch.
 
-    name: as users write it. codec: place of the `Codec` that is made from the settings.
-    keeps_codes: whether the quantized tensors themselves can be read back, so that a job can store
-    its result in it. kinds, widths, mixed, rewrites: what it has a place for, as in `Facts`; None
-    for anything.
+    name: as users write it. codec: place of the `Codec` that is made from the settings. headers:
+    place of what reads a folder's headers without torch (`formats/headers.py`), which exports of
+    jobs are planned by. keeps_codes: whether the quantized tensors themselves can be read back, so
+    that a job can store its result in it. kinds, widths, mixed, rewrites: what it has a place for,
+    as in `Facts`; None for anything.
     """
 
     name: ClassVar[str]
     codec: ClassVar[str]
+    headers: ClassVar[str | None] = None
     keeps_codes: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str] | None] = frozenset({"affine"})
     widths: ClassVar[frozenset[int] | None] = frozenset(WIDTHS)
@@ -138,6 +140,10 @@ class Format(Closed):
         for name in sorted(_beyond(facts.rewrites, self.rewrites)):
             found.append(_no_rewrite(name))
         return found
+
+    def takes(self, width: int) -> bool:
+        """Whether groups of this width can be stored."""
+        return self.widths is None or width in self.widths
 
     def tensors(self, contents: Contents) -> list[TensorInfo]:
         """Every stored tensor with its dtype, shape and bytes, in the order in which it is filed.

@@ -45,6 +45,10 @@ class OneWidthFormat(Format):
         """What formats of one width refuse, beside what is not listed."""
         return super().refusals(facts) + refusals(facts, self.legal, self.symmetric)
 
+    def takes(self, width: int) -> bool:
+        """Whether one of its widths holds it."""
+        return width_of([width], self.legal, self.symmetric) is not None
+
     def bits(self, contents: Contents) -> dict[str, int]:
         """The one width of each linear."""
         return widths_of(contents, self.legal, fused=self.fused, symmetric=self.symmetric)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.config.quantization import parse_part
+from bitmill.formats.export_plan import ExportReport
 from bitmill.formats.format import FORMATS
 from bitmill.library.progress import Watcher, watching
-from bitmill.pipeline.export import Export, ExportReport
+from bitmill.pipeline.export import Export
 from bitmill.pipeline.progress import Progress
 from bitmill.runtime.process import computing
 

@@ -7,14 +7,17 @@ it plans is handed on, so that nothing is planned twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bitmill.allocation.allocator import check_budget
+from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Allocation, QuantizationConfig
 from bitmill.errors import SpecError
-from bitmill.formats.format import Facts, check_supported, format_of, stored_rewrites
+from bitmill.formats.export_plan import ExportTarget
+from bitmill.formats.format import Contents, Facts, check_supported, format_of, stored_rewrites
 from bitmill.pipeline.estimate import Estimate, Machine, estimate
 from bitmill.plan.model_plan import Plan, check_lengths, check_rows, plan_source, read_source
 
@@ -55,7 +58,7 @@ def admit(folder: Path, config: QuantizationConfig, *, gguf: str | None = None) 
 
 def check_format(plan: Plan, config: QuantizationConfig) -> None:
     """Raise `SpecError` naming what of the job its format has no place for."""
-    chosen, allocation = format_of(plan), config.allocation
+    chosen = format_of(plan)
     if not chosen.keeps_codes:
         raise SpecError(
             f"format {chosen.name!r} keeps no codes, so no job can store its result in it: export "
@@ -63,20 +66,37 @@ def check_format(plan: Plan, config: QuantizationConfig) -> None:
             code="format_refuses",
             param="format",
         )
+    check_supported(chosen, _facts(plan, config, {}))
+
+
+def check_exports(admitted: Admission, targets: Sequence[ExportTarget]) -> None:
+    """Raise `SpecError` naming what of the job's result a target has no place for."""
+    for target in targets:
+        facts = _facts(admitted.plan, admitted.config, admitted.settings)
+        check_supported(target.chosen, facts)
+
+
+def export_bytes(admitted: Admission, target: ExportTarget, width: int) -> int:
+    """Bytes of all files that hold tensors, where every group of the result has this width."""
+    plan, order = admitted.plan, admitted.config.allocation.order
+    widths = BitWidthMap.uniform(plan.shapes, width, order).linears
+    return target.chosen.file_bytes(Contents(plan, widths, order, admitted.settings))
+
+
+def _facts(plan: Plan, config: QuantizationConfig, settings: dict[str, Any]) -> Facts:
+    """What is known of a job's result before there is one; settings: of its config.json."""
+    allocation = config.allocation
     widths = allocation.legal_widths
     given = allocation.map.linears.values() if allocation.map else ()
     if given:
         widths = tuple({width for groups in given for width in groups})
-    check_supported(
-        chosen,
-        Facts(
-            plan,
-            kinds=frozenset({config.method.kind}),
-            widths=frozenset(widths),
-            mixed=any(len(set(groups)) > 1 for groups in given) or _mixes(allocation),
-            rewrites=stored_rewrites(plan, allocation.order),
-            config={},
-        ),
+    return Facts(
+        plan,
+        kinds=frozenset({config.method.kind}),
+        widths=frozenset(widths),
+        mixed=any(len(set(groups)) > 1 for groups in given) or _mixes(allocation),
+        rewrites=stored_rewrites(plan, allocation.order),
+        config=settings,
     )
 
 

@@ -8,6 +8,7 @@ answer is no ground for refusal; the worker will try again.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import FileText, QuantizationConfig
 from bitmill.errors import CalibrationError, InputError, ModelError
 from bitmill.formats.accounting import footprint
+from bitmill.formats.export_plan import ExportTarget
 from bitmill.pipeline import admission as library
 from bitmill.pipeline.estimate import Estimate, Machine
 from bitmill.pipeline.learned_parameters import PARAM
@@ -24,7 +26,7 @@ from bitmill_service.api.hub_headers import fetch_headers
 from bitmill_service.api.skeleton_check import ask_transformers
 from bitmill_service.http.access import Principal
 from bitmill_service.http.problems import ProblemError
-from bitmill_service.schemas import PlanView, SizeView
+from bitmill_service.schemas import ExportSizeView, PlanView, SizeView
 from bitmill_workers.errors import UploadNotFound
 from bitmill_workers.execution.fetch import local_model
 from bitmill_workers.execution.inputs import (
@@ -45,13 +47,14 @@ class Admission:
 
     job: what the library admitted, with plan, map and needs; None where only the worker can tell,
     because the Hub did not deliver the headers. unplanned: why not. unchecked: why transformers was
-    not heard about the model's config.json, which the worker asks again.
+    not heard about the model's config.json, which the worker asks again. exports: of its result.
     """
 
     queue: str
     job: library.Admission | None
     unplanned: str | None = None
     unchecked: str | None = None
+    exports: Sequence[ExportTarget] = ()
 
 
 def admit(context: Context, spec: JobSpec, caller: Principal) -> Admission:
@@ -63,9 +66,10 @@ def admit(context: Context, spec: JobSpec, caller: Principal) -> Admission:
         if error.code != "hub_unreachable":
             raise
         return Admission(_queue(context, None), None, error.message)
+    library.check_exports(admitted, spec.exports)
     unchecked = ask_transformers(admitted.settings, context.settings.skeleton_check_s)
     queue = _queue(context, admitted.needs(Machine(accelerator=True)))
-    return Admission(queue, admitted, unchecked=unchecked)
+    return Admission(queue, admitted, unchecked=unchecked, exports=spec.exports)
 
 
 def quota_of(context: Context, caller: Principal) -> Quota | None:
@@ -122,6 +126,14 @@ def plan_view(admission: Admission) -> PlanView:
         smallest=_uniform_size(plan, job.config, min(widths)),
         largest=_uniform_size(plan, job.config, max(widths)),
         estimate=job.needs(),
+        exports=[
+            ExportSizeView(
+                format=target.format,
+                smallest=library.export_bytes(job, target, min(widths)),
+                largest=library.export_bytes(job, target, max(widths)),
+            )
+            for target in admission.exports
+        ],
         notes=[*plan.notes, *([admission.unchecked] if admission.unchecked else [])],
         on_accelerator=job.needs(Machine(accelerator=True)),
     )

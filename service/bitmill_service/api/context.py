@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from bitmill_service.http.access import KeyRing, Principal
 from bitmill_service.http.connections import connection_limit
+from bitmill_service.http.problems import ProblemError
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.storage.artifacts import ArtifactStore
 from bitmill_workers.store.catalog import Catalog
@@ -73,3 +74,15 @@ def get_job(job_id: JobId, context: ContextDep, caller: PrincipalDep) -> JobReco
 
 
 JobDep = Annotated[JobRecord, Depends(get_job)]
+
+
+def require_success(job: JobRecord) -> None:
+    """Raise `ProblemError` unless the job has succeeded and its files are kept."""
+    if job.discarded_at is not None:
+        raise ProblemError(
+            "files_discarded", f"the files of job {job.id} were discarded after their time"
+        )
+    if job.state == "succeeded":
+        return
+    code = "no_such_output" if job.finished else "job_not_finished"
+    raise ProblemError(code, f"job {job.id} is {job.shown_state} and has no files")

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -101,7 +103,16 @@ def _check(name: str, response: httpx2.Response) -> None:
 
 
 def _write_header(http: httpx2.Client, name: str, target: Path) -> None:
-    data, size = _part(http, name, 0, _FIRST)
+    write_header(name, target, partial(_part, http, name))
+
+
+def write_header(name: str, target: Path, part: Callable[[int, int], tuple[bytes, int]]) -> None:
+    """A sparse file of the true size that holds a safetensors file's header alone.
+
+    part: bytes [start, end) of the file called `name`, and its size. Raises `ModelError` (code
+    `header_too_large`).
+    """
+    data, size = part(0, _FIRST)
     if len(data) >= 8:
         length = struct.unpack("<Q", data[:8])[0]
         if length > MAX_HEADER:
@@ -111,7 +122,7 @@ def _write_header(http: httpx2.Client, name: str, target: Path) -> None:
                 param=name,
             )
         if 8 + length > len(data) and len(data) < size:
-            data += _part(http, name, len(data), 8 + length)[0]
+            data += part(len(data), 8 + length)[0]
         data = data[: 8 + length]
     target.write_bytes(data)
     _extend(target, size)

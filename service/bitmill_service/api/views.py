@@ -33,13 +33,16 @@ def _moment(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
+_PARTS = ("events", "logs", "cancel", "retry", "files", "exports")
+
+
 def job_links(job_id: str) -> schemas.JobLinks:
     """Paths of a job's parts."""
     base = f"/v1/jobs/{job_id}"
     return schemas.JobLinks.model_validate(
         {
             "self": base,
-            **{name: f"{base}/{name}" for name in ("events", "logs", "cancel", "retry", "files")},
+            **{name: f"{base}/{name}" for name in _PARTS},
             "bit_width_map": f"{base}/bit-width-map",
             "report": f"{base}/report",
         }
@@ -57,6 +60,7 @@ def job_view(
     error = job.error
     return schemas.JobView(
         id=job.id,
+        kind=job.kind,
         state=job.shown_state,
         stage=job.stage,
         progress=None if job.finished else _progress(job.progress),

@@ -306,6 +306,9 @@ def _model_name(job: JobView) -> str:
 
 
 def _budget(job: JobView) -> str:
+    """What the job is to make."""
+    if job.kind != "quantize":
+        return f"{job.kind} {job.spec['format']}"
     budget = Budget.model_validate(job.spec["budget"])
     if not budget.in_bytes:
         return f"{budget.value:g} {budget.kind.replace('_', ' ')}"
@@ -350,7 +353,11 @@ def _show_plan(plan: PlanView, *, as_json: bool) -> None:
         f"{plan.weights:,} weights\n"
         f"checkpoint: {format_size(plan.smallest.size)} at {plan.smallest.width} bits to "
         f"{format_size(plan.largest.size)} at {plan.largest.width} bits\n"
-        f"needs on a CPU: {_needs(plan.estimate)}\n"
+        + "".join(
+            f"export {one.format}: {format_size(one.smallest)} to {format_size(one.largest)}\n"
+            for one in plan.exports
+        )
+        + f"needs on a CPU: {_needs(plan.estimate)}\n"
         f"needs on accelerators: {format_size(plan.on_accelerator.accelerator_bytes)} of each, "
         f"{_needs(plan.on_accelerator)}"
     )

@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from bitmill.config.quantization import Framing
+from bitmill.config.quantization import Framing, parse_part
 from bitmill.errors import (
     BitmillError,
     Cancelled,
     InputError,
     ModelError,
 )
+from bitmill.formats.export_plan import ExportTarget
 from bitmill.formats.format import FORMATS
 from bitmill.io.targets import check_apart
 from bitmill.pipeline.requests import (
@@ -283,9 +284,9 @@ def bench(
 
 
 def export(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(metavar="DIR", help="A packed folder.", exists=True, file_okay=False),
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="DIR|JOB", help="A packed folder, or a job of the service."),
     ] = None,
     *,
     format: Annotated[str | None, typer.Option(metavar="NAME", help="Format to write.")] = None,
@@ -299,22 +300,34 @@ def export(
         bool, typer.Option("--dry-run", help="Say what would be written, or why it is refused.")
     ] = False,
     list: Annotated[bool, typer.Option("--list", help="Name all formats and end.")] = False,
+    url: UrlOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Write a packed folder in the format of another runtime, verified before it appears.
+
+    Of a job the service writes it, by a job of its own; --out waits for it and downloads it.
 
     Example: bitmill export packed --format dequantized --out plain
     """
     if list:
         _print_formats(json)
         return
-    if folder is None or format is None or (out is None and not dry_run):
-        raise InputError("give DIR, --format and --out; `bitmill export --list` names the formats")
+    here = target is not None and Path(target).is_dir()
+    if target is None or format is None or (here and out is None and not dry_run):
+        raise InputError(
+            "give DIR or JOB, --format and for a folder --out; `bitmill export --list` names the "
+            "formats"
+        )
     asked = json_object(settings, "--settings") if settings else {}
-    request = ExportRequest(folder=folder, format=format, settings=asked, out=out, dry_run=dry_run)
-    console = Console(stderr=True, highlight=False)
-    with console.status(f"exporting to {format}") as status:
-        found = run_library("export", request, lambda told: status.update(told["text"]))
+    if here:
+        request = ExportRequest(
+            folder=Path(target), format=format, settings=asked, out=out, dry_run=dry_run
+        )
+        with Console(stderr=True, highlight=False).status(f"exporting to {format}") as status:
+            found = run_library("export", request, lambda told: status.update(told["text"]))
+    else:
+        wanted = parse_part(ExportTarget, {"format": format, "settings": asked})
+        found = _export_job(target, wanted, out, url, dry_run=dry_run, quiet=json)
     if json:
         print_json(found)
         return
@@ -323,6 +336,29 @@ def export(
         f"{format}: {found['linears']} linears, {found['tensors']} tensors, {what} "
         f"{found['file_bytes']:,} bytes (packed: {found['packed_bytes']:,})"
     )
+
+
+def _export_job(
+    job_id: str,
+    target: ExportTarget,
+    out: Path | None,
+    url: str | None,
+    *,
+    dry_run: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Have the service write a job's result; what it takes, and which job writes it."""
+    with open_client(url) as client:
+        told = client.plan_export(job_id, target).model_dump(mode="json")
+        if dry_run:
+            return told
+        job = client.export(job_id, target)
+        if not quiet:
+            typer.echo(f"job {job.id}")
+        if out is not None:
+            client.wait(job.id)
+            client.download(job.id, out)
+    return told | {"job_id": job.id}
 
 
 def _print_formats(as_json: bool) -> None:

@@ -71,13 +71,22 @@ class SpecOption:
         )
 
 
-def json_array(text: str) -> list[Any]:
-    """A JSON array given as text."""
-    found = _parsed(text, "--transforms")
+def export_targets(text: str) -> list[Any]:
+    """Formats by name, or with their settings as a JSON array."""
+    if text.lstrip().startswith("["):
+        return json_array(text, "--exports", '[{"format": "gguf"}]')
+    return [{"format": name} for name in comma_separated(text)]
+
+
+def json_array(
+    text: str, option: str = "--transforms", example: str = '[{"name": "hadamard"}]'
+) -> list[Any]:
+    """A JSON array given as text of an option."""
+    found = _parsed(text, option)
     if not isinstance(found, list):
         raise InputError(
-            f'{text!r} is no JSON array: give for example \'[{{"name": "hadamard"}}]\'',
-            param="--transforms",
+            f"{text!r} is no JSON array: give for example '{example}'",
+            param=option,
         )
     return found
 
@@ -300,6 +309,14 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
     ),
     JOB: (
         SpecOption("--label", "label", "A name to find the job by."),
+        SpecOption(
+            "--exports",
+            "exports",
+            "Formats to write the result in, too, by jobs of their own: names, or a JSON array of "
+            "objects with format and settings.",
+            export_targets,
+            "NAME,...",
+        ),
         SpecOption("--deadline", "deadline_s", "Fail the job after this.", metavar="SECONDS"),
     ),
 }

@@ -57,6 +57,8 @@ class AsyncClient:
     list_jobs = _in_thread(Client.list_jobs)
     cancel = _in_thread(Client.cancel)
     retry = _in_thread(Client.retry)
+    plan_export = _in_thread(Client.plan_export)
+    export = _in_thread(Client.export)
     pin = _in_thread(Client.pin)
     delete = _in_thread(Client.delete)
     event_page = _in_thread(Client.event_page)

@@ -24,6 +24,7 @@ from typing import Any, Self, TypeVar
 import httpx2
 
 from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.formats.export_plan import ExportTarget
 from bitmill_service.client.credentials import find_key
 from bitmill_service.client.download import Download, download_files, select
 from bitmill_service.client.errors import (
@@ -41,6 +42,7 @@ from bitmill_service.schemas import (
     AllocationView,
     EventPage,
     EventView,
+    ExportView,
     FileList,
     JobPage,
     JobView,
@@ -139,6 +141,8 @@ class Client:
         model: str | None = None,
         label: str | None = None,
         profile: str | None = None,
+        kind: str | None = None,
+        parent_id: str | None = None,
         limit: int = 50,
         after: str | None = None,
     ) -> JobPage:
@@ -150,6 +154,8 @@ class Client:
             model=model,
             label=label,
             profile=profile,
+            kind=kind,
+            parent_id=parent_id,
             limit=limit,
             after=after,
         )
@@ -161,6 +167,23 @@ class Client:
     def retry(self, job_id: str, *, idempotency_key: str | None = None) -> JobView:
         """A new job with the same specification and `parent_id` = `job_id`."""
         return self._create(f"/v1/jobs/{job_id}/retry", None, idempotency_key)
+
+    def plan_export(self, job_id: str, target: ExportTarget) -> ExportView:
+        """What an export of a finished job would take, without creating it."""
+        response = self._send(
+            "POST",
+            f"/v1/jobs/{job_id}/exports",
+            params={"validate_only": "true"},
+            json=target.model_dump(mode="json"),
+        )
+        return read_answer(ExportView, response)
+
+    def export(
+        self, job_id: str, target: ExportTarget, *, idempotency_key: str | None = None
+    ) -> JobView:
+        """Write a finished job's result in another format, by a job with `parent_id` = `job_id`."""
+        path = f"/v1/jobs/{job_id}/exports"
+        return self._create(path, target.model_dump(mode="json"), idempotency_key)
 
     def pin(self, job_id: str, pinned: bool = True) -> JobView:
         """Keep a job's files whatever their age, or no longer."""
@@ -413,10 +436,10 @@ class Client:
         return self._get(LogPage, f"/v1/jobs/{job_id}/logs", patience, offset=offset)
 
     def _get(
-        self, kind: type[_ViewT], path: str, patience: float | None = None, **params: Any
+        self, view: type[_ViewT], path: str, patience: float | None = None, **params: Any
     ) -> _ViewT:
         given = {key: value for key, value in params.items() if value is not None}
-        return read_answer(kind, self._send("GET", path, patience=patience, params=given))
+        return read_answer(view, self._send("GET", path, patience=patience, params=given))
 
     def _create(self, path: str, body: Any, key: str | None) -> JobView:
         headers = {"Idempotency-Key": key or uuid.uuid4().hex}

@@ -90,7 +90,9 @@ def moment(time: datetime) -> str:
 
 
 def target(spec: Mapping[str, Any]) -> str:
-    """What a job aims at, such as "3 bits" or "size 1.2 GB"."""
+    """What a job aims at, such as "3 bits", "size 1.2 GB" or "as gguf"."""
+    if "budget" not in spec:
+        return f"as {spec['format']}"
     kinds = {name: value for name, value in spec["budget"].items() if value is not None}
     for kind in ("size", "memory"):
         if kind in kinds:

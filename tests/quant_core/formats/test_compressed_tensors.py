@@ -84,7 +84,9 @@ def test_transformers_loads_what_has_no_zero_points_and_computes_the_same(
 
 def test_siblings_have_one_width_where_they_are_fused(packed: PackedModel, tmp_path: Path) -> None:
     fused, apart = (
-        CompressedTensors(fused=fused).bits(Export.of(packed.folder, CompressedTensors()).contents)
+        CompressedTensors(fused=fused).bits(
+            Export.of(packed.folder, CompressedTensors()).plan.contents
+        )
         for fused in (True, False)
     )
     names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]

@@ -73,7 +73,7 @@ def test_sizes_are_said_before_anything_is_written(
     assert export.write(tmp_path / "plain", lambda *_: None) == said
     files = list((tmp_path / "plain").glob("*.safetensors"))
     assert said.file_bytes == sum(file.stat().st_size for file in files)
-    assert {t.name for t in export.tensors} == read_headers(tmp_path / "plain").keys()
+    assert {t.name for t in export.plan.tensors} == read_headers(tmp_path / "plain").keys()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert model.dtype == getattr(torch, dtype)
 
@@ -98,7 +98,7 @@ def test_a_writer_that_gives_other_weights_is_caught(
     ordered: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export = Export.of(ordered.folder, Dequantized(dtype="float32"))
-    name, shape = "model.layers.0.mlp.down_proj", export.contents.plan.shapes
+    name, shape = "model.layers.0.mlp.down_proj", export.plan.contents.plan.shapes
     monkeypatch.setattr(
         "bitmill.formats.dequantized.codec.DequantizedFolder.weight",
         lambda self, shape: self.tensor(f"{shape.name}.weight").roll(1),

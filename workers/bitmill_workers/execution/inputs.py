@@ -5,6 +5,8 @@ The API looks for them before it accepts a job, the supervisor turns them into l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
@@ -152,6 +154,31 @@ def fetch_parameters(
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         artifacts.fetch(artifact, target / path)
     return target
+
+
+def fetch_files(
+    job_id: str,
+    target: Path,
+    store: JobStore,
+    artifacts: ArtifactStore,
+    waiting: Callable[[Callable[[], None]], None],
+) -> None:
+    """Put all files of a finished job into the new folder `target`.
+
+    waiting: calls what fetches a file, which may be large. Raises `InputError` (code
+    `no_such_output`) where the job or its files are gone.
+    """
+    files = store.artifacts(job_id)
+    if not files:
+        raise InputError(
+            f"there is no job {job_id!r} with files: it was deleted, or its files were discarded",
+            code="no_such_output",
+            param="job_id",
+        )
+    for artifact in files:
+        place = target / artifact.path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        waiting(partial(artifacts.fetch, artifact, place))
 
 
 def _parameter_files(given: JobParameters, store: JobStore) -> dict[str, Artifact]:

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 
 def run(request: dict[str, Any], emit: Emitter) -> dict[str, Any]:
-    """Run the pipeline in local folders, relay its progress and return what it found."""
+    """Run the pipeline, or an export, in local folders, relay its progress and return what it
+    found."""
     settle_own_process()
+    if "export" in request:
+        return run_export(request, emit)
     request["device"] = _device(request["device"])
     devices = request["config"]["devices"]
     if devices == 1:
@@ -70,6 +73,22 @@ def run_pipeline(
         "quality": result.quality.model_dump(mode="json"),
     }
     return {"result": summary, "profile_id": result.profile_id}
+
+
+def run_export(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Write the packed folder in another format, verified."""
+    from bitmill.formats.export_plan import ExportTarget
+    from bitmill.pipeline.export import Export
+
+    def on_linear(done: int, total: int) -> None:
+        progress = {"kind": "progress", "stage": "pack", "done": done, "total": total}
+        emit({"type": "progress", "unit": "linear", **progress})
+
+    emit({"type": "progress", "kind": "stage", "stage": "pack", "state": "started"})
+    export = Export.of(Path(request["packed"]), ExportTarget(**request["export"]).chosen)
+    report = export.write(Path(request["output_dir"]), on_linear)
+    emit({"type": "progress", "kind": "stage", "stage": "pack", "state": "finished"})
+    return {"result": report.model_dump(mode="json")}
 
 
 def _device(name: str) -> str:

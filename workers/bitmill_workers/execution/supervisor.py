@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
@@ -26,11 +26,24 @@ from bitmill_workers.errors import DeadlinePassed
 from bitmill_workers.execution.eta import Eta
 from bitmill_workers.execution.exits import Then, then
 from bitmill_workers.execution.fetch import local_model
-from bitmill_workers.execution.inputs import fetch_parameters, given_map, local_config
+from bitmill_workers.execution.inputs import (
+    fetch_files,
+    fetch_parameters,
+    given_map,
+    local_config,
+)
 from bitmill_workers.execution.processes import Child, Ended
 from bitmill_workers.execution.progress_relay import Reporter
 from bitmill_workers.execution.stop import StopRequest
-from bitmill_workers.job_spec import HubModel, JobSpec, UploadModel, parse_stored
+from bitmill_workers.job_spec import (
+    AnySpec,
+    ExportSpec,
+    HubModel,
+    JobSpec,
+    ModelRef,
+    UploadModel,
+    parse_stored,
+)
 from bitmill_workers.logs import log_fields
 from bitmill_workers.settings import Settings
 from bitmill_workers.storage.artifacts import PROFILES, ArtifactStore
@@ -42,11 +55,12 @@ from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.leases import LeaseStore
 from bitmill_workers.store.limits import may_use_hub_token
-from bitmill_workers.store.records import JobRecord
+from bitmill_workers.store.records import Artifact, JobRecord
 from bitmill_workers.store.stats import stage_seconds
 from bitmill_workers.tiers import next_tier
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _RUNNER_SEES = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
@@ -84,7 +98,7 @@ class Supervisor:
         with log_fields(job_id=job.id, attempt=job.attempt, worker=self.settings.worker_name):
             _log.info("attempt starts")
             try:
-                spec = parse_stored(job.spec)
+                spec = parse_stored(job.kind, job.spec)
             except SpecError as error:
                 # Stored by a version that knew other fields; no worker of this one can run it.
                 self.leases.fail(job.id, job.token, error)
@@ -97,7 +111,7 @@ class Attempt:
     """A claimed job, from claim to release."""
 
     def __init__(
-        self, supervisor: Supervisor, job: JobRecord, spec: JobSpec, stop: StopRequest
+        self, supervisor: Supervisor, job: JobRecord, spec: AnySpec, stop: StopRequest
     ) -> None:
         self.parts = supervisor
         self.settings = supervisor.settings
@@ -117,7 +131,7 @@ class Attempt:
         try:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._settle(self._run_pipeline(self._fetch()))
+                self._settle(self._run())
                 keep_output = self._is("succeeded")
             except Stopped as stopped:
                 self._end_stopped(stopped.reason)
@@ -129,9 +143,16 @@ class Attempt:
         finally:
             self._clean(keep_output)
 
-    def _fetch(self) -> Path:
+    def _run(self) -> Ended:
+        """The work itself, in a child."""
+        match self.spec:
+            case JobSpec() as spec:
+                return self._run_pipeline(spec, self._fetch(spec.model))
+            case ExportSpec() as spec:
+                return self._run_export(spec)
+
+    def _fetch(self, model: ModelRef) -> Path:
         """The model's local folder."""
-        model = self.spec.model
         if isinstance(model, UploadModel):
             fetch_upload(self.settings, self.parts.artifacts, model.upload_id)
         if not isinstance(model, HubModel):
@@ -163,35 +184,49 @@ class Attempt:
         live = key.revoked_at is None
         return live and may_use_hub_token(key.scopes, key.limits, repo_id)
 
-    def _run_pipeline(self, model_folder: Path) -> Ended:
-        parts, job = self.parts, self.job
-        home = self.settings.job_folder(job.id).resolve()
-        output = parts.artifacts.attempt_folder(*self.key).resolve()
-        bit_widths = given_map(self.spec, parts.store, parts.catalog, parts.artifacts)
+    def _run_pipeline(self, spec: JobSpec, model_folder: Path) -> Ended:
+        parts = self.parts
+        bit_widths = given_map(spec, parts.store, parts.catalog, parts.artifacts)
         parameters = fetch_parameters(
-            self.spec, self.folder / "parameters", self.settings, parts.store, parts.artifacts
+            spec, self.folder / "parameters", self.settings, parts.store, parts.artifacts
         )
-        config = local_config(self.spec, self.settings, bit_widths, parameters)
+        config = local_config(spec, self.settings, bit_widths, parameters)
         request = {
             "config": config.model_dump(mode="json"),
-            "label": self.spec.label,
             "model_folder": str(model_folder),
-            "gguf": self.spec.model.file,
-            "job_dir": str(home / "work"),
-            "output_dir": str(output),
+            "gguf": spec.model.file,
             "profile_folder": str(self.settings.profiles_folder.resolve()),
             "device": self.settings.device,
+        }
+        self.settings.profiles_folder.mkdir(parents=True, exist_ok=True)
+        return self._run_child(request)
+
+    def _run_export(self, spec: ExportSpec) -> Ended:
+        packed = self.folder / "packed"
+        fetch_files(spec.job_id, packed, self.parts.store, self.parts.artifacts, self._ticking)
+        target = {"format": spec.format, "settings": spec.settings}
+        return self._run_child({"packed": str(packed), "export": target})
+
+    def _run_child(self, request: dict[str, Any]) -> Ended:
+        """The runner, with what it is told whatever it does."""
+        home = self.settings.job_folder(self.job.id).resolve()
+        output = self.parts.artifacts.attempt_folder(*self.key).resolve()
+        request |= {
+            "label": self.spec.label,
+            "job_dir": str(home / "work"),
+            "output_dir": str(output),
             "lease_s": self.settings.lease_s,
             "lock": str(home / "runner.lock"),
             "file_bytes": self.settings.runner_file_bytes,
             "isolate": self.settings.runner_network == "isolate",
         }
-        for folder in (home / "work", output.parent, self.settings.profiles_folder):
+        for folder in (home / "work", output.parent):
             folder.mkdir(parents=True, exist_ok=True)
         return self._watch(self.settings.runner_module, "runner.json", request, self._environment())
 
     def _environment(self) -> dict[str, str]:
-        threads = str(self.spec.threads or self.settings.threads)
+        asked = self.spec.threads if isinstance(self.spec, JobSpec) else None
+        threads = str(asked or self.settings.threads)
         scratch = self.folder / "tmp"
         scratch.mkdir(exist_ok=True)
         seen = {
@@ -281,13 +316,30 @@ class Attempt:
         result, profile_id = self.reporter.result["result"], self.reporter.result.get("profile_id")
         if profile_id is not None:
             self._keep_profile(profile_id)
-        self._persist(lambda: leases.finish(*self.key, result, files, profile_id=profile_id))
+        exports = self._exports()
+        self._persist(
+            lambda: leases.finish(*self.key, result, files, profile_id=profile_id, exports=exports)
+        )
         _log.info("job succeeded")
 
-    def _publish(self) -> list[Any]:
-        """Store the files while the lease is kept; a stopping worker gets a moment to finish."""
+    def _exports(self) -> list[ExportSpec]:
+        """The jobs that follow this one."""
+        spec = self.spec
+        if not isinstance(spec, JobSpec):
+            return []
+        return [
+            ExportSpec(**dict(one), model=spec.model, job_id=self.job.id, label=spec.label)
+            for one in spec.exports
+        ]
+
+    def _publish(self) -> list[Artifact]:
+        """Store the files."""
+        return self._ticking(lambda: self.parts.artifacts.publish(*self.key, self._on_bytes))
+
+    def _ticking(self, work: Callable[[], T]) -> T:
+        """Do what may take long while the lease is kept; a stopping worker gets a moment for it."""
         with ThreadPoolExecutor(1) as pool:
-            upload = pool.submit(self.parts.artifacts.publish, *self.key, self._on_bytes)
+            upload = pool.submit(work)
             asked: float | None = None
             while True:
                 try:

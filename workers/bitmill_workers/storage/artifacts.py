@@ -40,6 +40,9 @@ class ArtifactStore(Protocol):
     def read(self, artifact: Artifact) -> bytes:
         """The whole content of a small file."""
 
+    def read_part(self, artifact: Artifact, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a file, fewer at its end."""
+
     def fetch(self, artifact: Artifact, target: Path) -> None:
         """Put a file, which may be large, at a local path that does not exist yet."""
 

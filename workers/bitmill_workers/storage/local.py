@@ -48,6 +48,12 @@ class LocalArtifacts:
         """The file's content."""
         return (self.root / artifact.storage_key).read_bytes()
 
+    def read_part(self, artifact: Artifact, start: int, end: int) -> bytes:
+        """A part of the file's content."""
+        with (self.root / artifact.storage_key).open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
     def fetch(self, artifact: Artifact, target: Path) -> None:
         """Link the file, or copy it to another file system."""
         place = self.root / artifact.storage_key

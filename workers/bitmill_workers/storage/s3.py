@@ -115,6 +115,15 @@ class S3Artifacts:
         except _FAILURES as error:
             raise _unavailable(f"{artifact.path} cannot be read", error) from error
 
+    def read_part(self, artifact: Artifact, start: int, end: int) -> bytes:
+        """A part of the object's content."""
+        asked = {"Bucket": self._bucket, "Key": self._key(artifact.storage_key)}
+        try:
+            answer = self._client.get_object(**asked, Range=f"bytes={start}-{end - 1}")
+            return bytes(answer["Body"].read())
+        except _FAILURES as error:
+            raise _unavailable(f"{artifact.path} cannot be read", error) from error
+
     def fetch(self, artifact: Artifact, target: Path) -> None:
         """Download the object. Raises `StorageUnavailable`."""
         try:

@@ -18,7 +18,8 @@ from bitmill_workers.errors import (
     QuotaExceeded,
     StateConflict,
 )
-from bitmill_workers.job_spec import JobSpec, ModelRef
+from bitmill_workers.job_spec import AnySpec, JobKind, ModelRef
+from bitmill_workers.settings import TIERS
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.records import (
     Artifact,
@@ -75,7 +76,7 @@ class JobStore:
 
     def submit(
         self,
-        spec: JobSpec,
+        spec: AnySpec,
         *,
         tenant: str = "local",
         idempotency_key: str | None = None,
@@ -95,11 +96,8 @@ class JobStore:
         the tenant has used up its `quota`.
         """
         values = {
-            "id": new_id(),
+            **_of_spec(spec),
             "tenant": tenant,
-            "spec": spec.model_dump(mode="json"),
-            "model": model_name(spec.model),
-            "label": spec.label,
             "priority": priority,
             "queue": queue,
             "parent_id": parent_id,
@@ -107,12 +105,11 @@ class JobStore:
             "created_by": created_by,
             "max_running": quota and quota.running,
             "keep_days": keep_days,
-            "deadline_at": None if spec.deadline_s is None else db_now() + spec.deadline_s,
         }
         if idempotency_key is None:
             with self.database.write() as conn:
                 self._check_quota(conn, tenant, quota)
-                return Submission(_insert_job(conn, values), replayed=False)
+                return Submission(insert_job(conn, values), replayed=False)
         return self._submit_once(values, idempotency_key, request_hash, quota)
 
     def submitted(
@@ -161,7 +158,7 @@ class JobStore:
                 if known is not None:
                     return Submission(known, replayed=True)
                 self._check_quota(conn, tenant, quota)
-                job = _insert_job(conn, values)
+                job = insert_job(conn, values)
                 self._take_key(conn, tenant, key, request_hash, job.id)
                 return Submission(job, replayed=False)
         except _KeyTaken:
@@ -226,6 +223,8 @@ class JobStore:
         model: str | None = None,
         label: str | None = None,
         profile: str | None = None,
+        kind: JobKind | None = None,
+        parent_id: str | None = None,
         limit: int = 50,
         after: str | None = None,
     ) -> Page:
@@ -237,6 +236,8 @@ class JobStore:
             jobs.c.model: model,
             jobs.c.label: label,
             jobs.c.profile_id: profile,
+            jobs.c.kind: kind,
+            jobs.c.parent_id: parent_id,
         }
         query = query.where(*(column == value for column, value in given.items() if value))
         if state is not None:
@@ -484,7 +485,27 @@ def _fair_rank(tenant: str) -> sa.ColumnElement[int]:
 _COUNTS = ("attempt", "lost_count", "crash_count", "oom_count", "handback_count", "token")
 
 
-def _insert_job(conn: sa.Connection, given: dict[str, Any]) -> JobRecord:
+def insert_child(conn: sa.Connection, parent: JobRecord, spec: AnySpec) -> JobRecord:
+    """Store a queued job that works on the files of `parent`, for whom that one was made."""
+    taken = ("tenant", "priority", "webhook_url", "created_by", "max_running", "keep_days")
+    inherited = {name: getattr(parent, name) for name in taken}
+    own = {"parent_id": parent.id, "queue": TIERS[0]}
+    return insert_job(conn, _of_spec(spec) | inherited | own)
+
+
+def _of_spec(spec: AnySpec) -> dict[str, Any]:
+    """The columns of a new job that its specification decides."""
+    return {
+        "id": new_id(),
+        "kind": spec.kind,
+        "spec": spec.model_dump(mode="json"),
+        "model": model_name(spec.model),
+        "label": spec.label,
+        "deadline_at": None if spec.deadline_s is None else db_now() + spec.deadline_s,
+    }
+
+
+def insert_job(conn: sa.Connection, given: dict[str, Any]) -> JobRecord:
     """Store a queued job of these columns and its first event."""
     new = sa.insert(jobs).values(
         **given,

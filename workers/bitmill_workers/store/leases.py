@@ -16,7 +16,9 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from bitmill.errors import BitmillError
 from bitmill_workers.errors import WorkerLost
+from bitmill_workers.job_spec import ExportSpec
 from bitmill_workers.store.db import Database, db_now
+from bitmill_workers.store.jobs import insert_child
 from bitmill_workers.store.records import Artifact, JobRecord, Renewal, error_columns
 from bitmill_workers.store.states import ACTIVE, State
 from bitmill_workers.store.tables import artifacts, job_logs, jobs, pauses
@@ -140,11 +142,12 @@ class LeaseStore:
         files: Sequence[Artifact],
         *,
         profile_id: str | None = None,
+        exports: Sequence[ExportSpec] = (),
     ) -> bool:
         """Make the attempt's files visible and the job succeeded, in one transaction.
 
-        False where the caller is fenced: then nothing became visible. Repeating a finish that
-        did commit answers True.
+        exports: jobs to start of those files. False where the caller is fenced: then nothing became
+        visible. Repeating a finish that did commit answers True.
         """
         values = {"result": result, "profile_id": profile_id}
         with self.database.write() as conn:
@@ -163,6 +166,9 @@ class LeaseStore:
             ]
             if rows:
                 conn.execute(sa.insert(artifacts), rows)
+            for spec in exports:
+                made = {"job_id": insert_child(conn, job, spec).id, "format": spec.format}
+                add_events(conn, jobs.c.id == job_id, [("export", made)])
             return True
 
     def fail(self, job_id: str, token: int, error: BitmillError) -> bool:

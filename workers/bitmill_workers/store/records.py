@@ -12,6 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from bitmill.errors import BitmillError
+from bitmill_workers.job_spec import JobKind
 from bitmill_workers.store.states import TERMINAL, ShownState, State, shown_state
 from bitmill_workers.store.tables import jobs
 
@@ -36,6 +37,7 @@ class JobRecord:
     """One job. `spec` is the stored specification, `result` and `progress` are the runner's."""
 
     id: str
+    kind: JobKind
     tenant: str
     state: State
     stage: str | None

@@ -24,6 +24,7 @@ jobs = sa.Table(
     "jobs",
     metadata,
     sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("kind", sa.String(16), nullable=False, server_default="quantize"),
     sa.Column("tenant", sa.String(64), nullable=False),
     sa.Column("state", sa.String(16), nullable=False),
     sa.Column("stage", sa.String(16)),
@@ -91,6 +92,7 @@ sa.Index(
 sa.Index("ix_jobs_lease", jobs.c.lease_until, sqlite_where=_ACTIVE, postgresql_where=_ACTIVE)
 sa.Index("ix_jobs_tenant_rank", jobs.c.tenant, jobs.c.fair_rank)
 sa.Index("ix_jobs_fair_rank", jobs.c.fair_rank)
+sa.Index("ix_jobs_parent", jobs.c.parent_id)
 sa.Index("ix_jobs_state", jobs.c.state, jobs.c.id)
 
 job_events = sa.Table(

@@ -24,7 +24,7 @@ from bitmill.formats.gguf.header import (
     frequencies,
     stored_name,
 )
-from bitmill.formats.one_width import refusals, widths_of
+from bitmill.formats.one_width import refusals, width_of, widths_of
 from bitmill.io.gguf import TYPES
 from bitmill.io.safetensors import TensorInfo
 
@@ -88,6 +88,10 @@ class Gguf(Format):
                 shapes[stored] = (linear.rows, linear.columns)
             found += [Refusal("config.json", why) for why in differences(facts.config, shapes)]
         return found
+
+    def takes(self, width: int) -> bool:
+        """Whether a type without zero points holds it."""
+        return width_of([width], LEGAL, symmetric=True) is not None
 
     def bits(self, contents: Contents) -> dict[str, int]:
         """The one width of each linear, a key of `TYPE_OF`."""

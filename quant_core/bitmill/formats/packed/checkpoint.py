@@ -17,18 +17,18 @@ from bitmill.errors import FormatError
 from bitmill.formats.codec import Supply
 from bitmill.formats.format import Contents, order_owners
 from bitmill.formats.packed.config import PackedConfig, PackedLinear
-from bitmill.formats.packed.format import Packed, PackedTrellis
+from bitmill.formats.packed.format import Packed
+from bitmill.formats.packed.headers import PackedHeaders
 from bitmill.formats.packed.layout import linear_tensors
 from bitmill.formats.reading import TensorFolder
 from bitmill.formats.writing import (
-    CONFIG_NAME,
     copy_companions,
     source_settings,
     write_settings,
     write_tensors,
 )
-from bitmill.io.atomic import disk_errors, read_json, write_bytes
-from bitmill.io.safetensors import MAX_SHARD_BYTES, TensorInfo, read_headers
+from bitmill.io.atomic import disk_errors, write_bytes
+from bitmill.io.safetensors import MAX_SHARD_BYTES, TensorInfo
 from bitmill.quant.rewrites import check_order
 from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.tensors import KINDS, Stored
@@ -118,56 +118,8 @@ class PackedCodec:
 
 
 @dataclass(frozen=True)
-class PackedCheckpoint(TensorFolder):
+class PackedCheckpoint(PackedHeaders, TensorFolder):
     """A packed folder whose config and headers were read; tensors are read on demand."""
-
-    config: PackedConfig
-
-    @classmethod
-    def open(cls, folder: Path) -> PackedCheckpoint:
-        """Read config.json and the safetensors headers.
-
-        Raises FormatError for a config that is not of a packed model, ModelError for safetensors
-        files that are missing or damaged.
-        """
-        settings = read_json(folder / CONFIG_NAME)
-        quantization = settings.get("quantization_config") if isinstance(settings, dict) else None
-        if not isinstance(quantization, dict):
-            raise FormatError(
-                f"{folder.name} is not a packed model: {CONFIG_NAME} has no quantization_config",
-                param=CONFIG_NAME,
-            )
-        config = PackedConfig.from_dict(quantization)
-        return cls(folder, read_headers(folder), config)
-
-    @property
-    def format(self) -> Packed:
-        """Its format."""
-        return PackedTrellis() if self.config.code == "trellis" else Packed()
-
-    @property
-    def bit_widths(self) -> BitWidthMap:
-        """The map's file. Raises FormatError unless it gives the widths of config.json."""
-        found = BitWidthMap.load(self.folder / MAP_NAME)
-        if self.config.widths != found.linears:
-            raise FormatError(f"{MAP_NAME} and {CONFIG_NAME} give different widths", param=MAP_NAME)
-        return found
-
-    @property
-    def kinds(self) -> frozenset[str]:
-        """Of the quantized tensors."""
-        return frozenset({self.config.code})
-
-    @property
-    def rewrites(self) -> frozenset[str]:
-        """Names of those that are stored."""
-        stored = {"order"} if any(self.config.orders.values()) else set()
-        return frozenset(stored | ({"rotation"} if self.config.code == "trellis" else set()))
-
-    @property
-    def kept(self) -> list[TensorInfo]:
-        """What was not quantized."""
-        return self.others(self.config.linears)
 
     def check_linears(self, shapes: Iterable[LinearShape]) -> None:
         """Compare the stored linears' headers with the model's shapes, by name.

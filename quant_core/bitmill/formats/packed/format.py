@@ -21,6 +21,7 @@ class Packed(Format):
 
     name: ClassVar[str] = "bitmill-1"
     codec: ClassVar[str] = "bitmill.formats.packed.checkpoint:PackedCodec"
+    headers: ClassVar[str | None] = "bitmill.formats.packed.headers:PackedHeaders"
     keeps_codes: ClassVar[bool] = True
     rewrites: ClassVar[frozenset[str] | None] = frozenset({"order"})
     code: ClassVar[str] = "affine"

@@ -12,7 +12,7 @@ from pydantic import StringConstraints
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.reporting.summary import SUMMARY_NAME, ProfileSummary
 from bitmill.results import QUALITY_NAME, QualityReport
-from bitmill_service.api.context import Context, ContextDep, JobDep, PrincipalDep
+from bitmill_service.api.context import Context, ContextDep, JobDep, PrincipalDep, require_success
 from bitmill_service.api.events import EventStreamRoute, first_event, job_events, stream_slot
 from bitmill_service.api.files import (
     OTHER_TYPE,
@@ -158,7 +158,7 @@ def read_report(job: JobDep, context: ContextDep) -> Response:
 @router.get("/files", response_model=FileList, responses=refusals(*_OF_FINISHED))
 def list_files(job: JobDep, context: ContextDep) -> FileList:
     """All published files with sizes and SHA-256."""
-    _require_success(job)
+    require_success(job)
     files = context.jobs.artifacts(job.id)
     return FileList(
         job_id=job.id,
@@ -169,7 +169,7 @@ def list_files(job: JobDep, context: ContextDep) -> FileList:
 
 def find_file(path: str, job: JobDep, context: ContextDep) -> Artifact:
     """The published file of this exact path: membership in the job's list, never a join."""
-    _require_success(job)
+    require_success(job)
     return _published(context, job, path)
 
 
@@ -199,17 +199,6 @@ def send_file(request: Request, context: Context, file: Artifact) -> Response:
     return file_response(stored, request.method, request.headers)
 
 
-def _require_success(job: JobRecord) -> None:
-    if job.discarded_at is not None:
-        raise ProblemError(
-            "files_discarded", f"the files of job {job.id} were discarded after their time"
-        )
-    if job.state == "succeeded":
-        return
-    code = "no_such_output" if job.finished else "job_not_finished"
-    raise ProblemError(code, f"job {job.id} is {job.shown_state} and has no files")
-
-
 def _published(context: Context, job: JobRecord, path: str) -> Artifact:
     found = context.jobs.artifact(job.id, path)
     if found is None:
@@ -222,7 +211,7 @@ def _json_file(context: Context, job: JobRecord, name: str) -> Response:
 
 
 def _read(context: Context, job: JobRecord, name: str) -> bytes:
-    _require_success(job)
+    require_success(job)
     file = _published(context, job, name)
     try:
         return context.artifacts.read(file)

@@ -23,19 +23,21 @@ from bitmill_service.api.context import (
     JobId,
     PrincipalDep,
 )
+from bitmill_service.api.exporting import plan_export
 from bitmill_service.api.views import job_links, job_view
 from bitmill_service.api.waiting import Waiting
+from bitmill_service.http.access import Principal
 from bitmill_service.http.openapi import CHANGES, JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import JobPage, JobView, PlanView
-from bitmill_workers.job_spec import JobSpec, parse_stored
+from bitmill_workers.job_spec import AnySpec, ExportSpec, JobKind, JobSpec, parse_stored
 from bitmill_workers.messaging.webhooks import check_webhook_url
 from bitmill_workers.store.records import JobRecord
 from bitmill_workers.store.states import ShownState
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-_SUBMISSION = (
+SUBMISSION = (
     *("idempotency_deleted", "too_many_jobs", "quota_queued", "quota_bytes"),
     *("hub_unreachable", "storage_unavailable"),
 )
@@ -51,6 +53,9 @@ IdempotencyKey = Annotated[
 ]
 
 
+ValidateOnly = Annotated[bool, Query(description="Answer with the plan and create nothing.")]
+
+
 def shown(context: Context, job: JobRecord) -> JobView:
     """The job as clients see it, with its place in the queue and its webhook."""
     return job_view(
@@ -62,7 +67,7 @@ def shown(context: Context, job: JobRecord) -> JobView:
     "",
     status_code=status.HTTP_202_ACCEPTED,
     response_model=JobView,
-    responses=refusals(*JSON_BODY, *_SUBMISSION)
+    responses=refusals(*JSON_BODY, *SUBMISSION)
     | {200: {"model": PlanView, "description": "The plan; `validate_only` was set."}},
 )
 def create_job(
@@ -70,9 +75,7 @@ def create_job(
     context: ContextDep,
     caller: PrincipalDep,
     idempotency_key: IdempotencyKey = None,
-    validate_only: Annotated[
-        bool, Query(description="Answer with the plan and create nothing.")
-    ] = False,
+    validate_only: ValidateOnly = False,
     priority: Annotated[int, Query(ge=-100, le=100, description="Higher runs first.")] = 0,
     webhook_url: Annotated[
         str | None, Header(description="Told by a signed POST when the job has ended.")
@@ -84,8 +87,8 @@ def create_job(
         return JSONResponse(plan.model_dump(mode="json"))
     asked = {"spec": spec.model_dump(mode="json"), "priority": priority, "webhook": webhook_url}
     request_hash = sha256_json(asked)
-    if replayed := _replayed(context, idempotency_key, request_hash, tenant=caller.tenant):
-        return replayed
+    if found := replayed(context, idempotency_key, request_hash, tenant=caller.tenant):
+        return found
     if webhook_url is not None:
         check_webhook_url(webhook_url, context.settings)
     check_priority(caller, priority)
@@ -102,7 +105,7 @@ def create_job(
         quota=quota_of(context, caller),
         keep_days=caller.limits.keep_days or context.settings.keep_days,
     )
-    return _accepted(context, submission.job, replayed=submission.replayed)
+    return accepted(context, submission.job, replayed=submission.replayed)
 
 
 @router.get("", response_model=JobPage)
@@ -115,6 +118,8 @@ def list_jobs(
     profile: Annotated[
         str | None, Query(pattern=ID_PATTERN, description="Jobs that used this profile.")
     ] = None,
+    kind: Annotated[JobKind | None, Query()] = None,
+    parent_id: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     after: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
 ) -> JobPage:
@@ -125,6 +130,8 @@ def list_jobs(
         model=model,
         label=label,
         profile=profile,
+        kind=kind,
+        parent_id=parent_id,
         limit=limit,
         after=after,
     )
@@ -155,7 +162,7 @@ def cancel_job(job_id: JobId, context: ContextDep, caller: PrincipalDep) -> JobV
     "/{job_id}/retry",
     status_code=status.HTTP_202_ACCEPTED,
     response_model=JobView,
-    responses=refusals(*CHANGES, *_SUBMISSION, "job_not_found", "job_not_finished"),
+    responses=refusals(*CHANGES, *SUBMISSION, "job_not_found", "job_not_finished"),
 )
 def retry_job(
     job: JobDep,
@@ -163,21 +170,24 @@ def retry_job(
     caller: PrincipalDep,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    """Submit a finished job's specification again, as a new job with `parent_id`."""
+    """Submit a finished job's specification again, as a new job with `parent_id`.
+
+    An export has the job that it is made from for its parent, tried again too.
+    """
     if not job.finished:
         raise ProblemError(
             "job_not_finished",
             f"job {job.id} is {job.shown_state}: only a finished job can be retried",
         )
     request_hash = sha256_json({"retry": job.id})
-    if replayed := _replayed(context, idempotency_key, request_hash, tenant=job.tenant):
-        return replayed
+    if found := replayed(context, idempotency_key, request_hash, tenant=job.tenant):
+        return found
     check_priority(caller, job.priority)
     refuse_when_full(context)
-    spec = parse_stored(job.spec)
+    spec = parse_stored(job.kind, job.spec)
     if job.webhook_url is not None:
         check_webhook_url(job.webhook_url, context.settings)
-    admit(context, spec, caller)
+    _admit_again(context, spec, caller)
     submission = context.jobs.submit(
         spec,
         tenant=job.tenant,
@@ -185,13 +195,21 @@ def retry_job(
         request_hash=request_hash,
         queue=job.queue,
         priority=job.priority,
-        parent_id=job.id,
+        parent_id=job.id if isinstance(spec, JobSpec) else job.parent_id,
         webhook_url=job.webhook_url,
         created_by=caller.key_id,
         quota=quota_of(context, caller),
         keep_days=caller.limits.keep_days or context.settings.keep_days,
     )
-    return _accepted(context, submission.job, replayed=submission.replayed)
+    return accepted(context, submission.job, replayed=submission.replayed)
+
+
+def _admit_again(context: Context, spec: AnySpec, caller: Principal) -> None:
+    match spec:
+        case JobSpec():
+            admit(context, spec, caller)
+        case ExportSpec():
+            plan_export(context, context.jobs.get(spec.job_id, tenant=caller.sees), spec)
 
 
 @router.post("/{job_id}/pin", response_model=JobView, responses=refusals(*CHANGES, "job_not_found"))
@@ -220,7 +238,7 @@ def delete_job(job_id: JobId, context: ContextDep, caller: PrincipalDep) -> None
     context.jobs.delete(job_id, tenant=caller.sees)
 
 
-def _replayed(
+def replayed(
     context: Context, key: str | None, request_hash: str, *, tenant: str
 ) -> Response | None:
     """The answer to a repeated request, None to a new one.
@@ -229,10 +247,11 @@ def _replayed(
     gone, must not make a job that exists look refused.
     """
     job = None if key is None else context.jobs.submitted(key, request_hash, tenant=tenant)
-    return None if job is None else _accepted(context, job, replayed=True)
+    return None if job is None else accepted(context, job, replayed=True)
 
 
-def _accepted(context: Context, job: JobRecord, *, replayed: bool) -> Response:
+def accepted(context: Context, job: JobRecord, *, replayed: bool) -> Response:
+    """The answer to a submission; a new job is told to the workers."""
     if not replayed:
         context.notify(job.id, job.queue)
     headers = {"Location": job_links(job.id).self}
