@@ -45,7 +45,7 @@ def earlier(out: Path) -> None:
     (out / CHECKPOINT).mkdir(parents=True)
     (out / CHECKPOINT / "config.json").write_text("{}")
     write_manifest(out / CHECKPOINT)
-    (out / "bit_width_map.json").write_text("{}")
+    (out / "bit_width_map.json").write_text('{"linears": {"a": "3"}}')
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,7 @@ def earlier(out: Path) -> None:
         "checkpoint/notes.txt",
         "checkpoint/deep/notes.txt",
         ".hidden",
+        "bit_width_map.json",
         "bit_width_map.json/mine",
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -130,6 +131,20 @@ def test_command_leaves_open_what_it_was_not_told(
     code, _, err = command(*line)
     assert code == 2
     assert "exactly one of code_bits, bits, size" in err
+
+
+def test_command_writes_its_map_over_a_map_alone(
+    stack: Stack, url: str, command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("BITMILL_URL", stack.url)
+    target = tmp_path / "map.json"
+    line = ["map", "allocate", url.rpartition("/")[2], "--code-bits", "3", "--out", str(target)]
+    assert [command(*line)[0] for _ in range(2)] == [0, 0]
+    assert json.loads(target.read_bytes())["linears"]
+    target.write_text('{"mine": 1}')
+    code, _, err = command(*line)
+    assert (code, target.read_text()) == (2, '{"mine": 1}')
+    assert "is not replaced" in err
 
 
 def test_other_method_may_be_asked_for(http: httpx2.Client, url: str) -> None:

@@ -1,9 +1,10 @@
-"""Folders that a user named for what Bitmill writes: nothing else in them is ever lost.
+"""Folders and files that a user named for what Bitmill writes: nothing else in them is ever lost.
 
     result    absent, empty, or an earlier result that holds only what its manifest lists
     kept      absent, or holding only entries that Bitmill keeps there (a work folder, profiles)
+    file      absent, or an earlier file of the same kind
 
-Neither may be the source, lie in it or hold it, nor overlap another folder of the same run. Every
+No folder may be the source, lie in it or hold it, nor overlap another folder of the same run. Every
 check is made before work begins, and that of a result again before it is replaced. Torch-free.
 """
 
@@ -49,6 +50,25 @@ def check_kept(target: Path, is_own: Callable[[str], bool], *, param: str) -> No
     for path in sorted(target.iterdir()):
         if not is_own(path.name) and not is_temporary(path.name):
             raise _occupied(target, path.name, param)
+
+
+def check_file(target: Path, is_own: Callable[[bytes], bool], *, param: str) -> None:
+    """Raise InputError (code `output_exists`) unless a file can be written to `target`.
+
+    is_own: whether what a file holds was written by Bitmill for the same purpose.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise _occupied(target, "something else of that name", param, whole=True)
+    if target.exists() and not is_own(target.read_bytes()):
+        raise _occupied(target, "a file of that name", param, whole=True)
+    folder = target.absolute().parent
+    if not folder.is_dir():
+        raise InputError(
+            f"{target} cannot be written: there is no folder {folder}; make it first",
+            code="missing_folder",
+            param=param,
+        )
+    _check_place(folder, param, links=True)
 
 
 def existing(path: Path) -> Path:
@@ -101,7 +121,7 @@ def _occupied(target: Path, what: str, param: str, *, whole: bool = False) -> In
     if whole:
         problem = f"there is {what} already"
     return InputError(
-        f"{target} is not replaced: {problem}; choose another folder, or move that away",
+        f"{target} is not replaced: {problem}; choose another name, or move that away",
         code="output_exists",
         param=param,
     )

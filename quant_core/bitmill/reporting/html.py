@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.io.atomic import write_bytes
+from bitmill.io.targets import check_file
 from bitmill.reporting.charts import (
     TEXT_COLOURS,
     WIDTH_COLOURS,
@@ -82,6 +83,8 @@ code{font-size:13px}
 @media print{.scroll{overflow:visible}}
 """
 
+_MADE_BY = '<meta name="generator" content="Bitmill">'
+
 
 @dataclass(frozen=True)
 class ReportData:
@@ -115,7 +118,11 @@ class ReportData:
 
 
 def write_report(folder: Path, target: Path) -> None:
-    """Write the page for a packed folder. Raises FormatError as `ReportData.read` does."""
+    """Write the page for a packed folder, over an earlier page alone.
+
+    Raises FormatError as `ReportData.read` does, InputError (code `output_exists`).
+    """
+    check_file(target, lambda found: _MADE_BY.encode() in found, param="html")
     write_bytes(target, render(ReportData.read(folder)).encode())
 
 
@@ -139,6 +146,7 @@ def render(data: ReportData) -> str:
     title = f"{escape(data.name)} - Bitmill report"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"{_MADE_BY}"
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<style>{STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
     )

@@ -23,9 +23,10 @@ from bitmill.config.bit_width_map import MAP_NAME
 from bitmill.errors import InputError
 from bitmill.io.atomic import atomic_folder, write_bytes
 from bitmill.io.manifest import check_folder
-from bitmill.io.targets import check_apart, check_kept, check_result
+from bitmill.io.targets import check_apart, check_file, check_kept, check_result
 from bitmill.pipeline.requests import GenerateRequest
 from bitmill_service.cli.local import ended_by_signals, run_library
+from bitmill_service.cli.map import is_map
 from bitmill_service.cli.output import console, format_size, print_json
 from bitmill_service.cli.progress import JobWatch
 from bitmill_service.cli.report_table import parse_rows, print_report
@@ -200,12 +201,8 @@ def check_place(settings: DemoSettings, model: Path) -> None:
     check_apart({"the model": model, "the output": settings.out, "the data": settings.data})
     check_kept(settings.out, lambda name: name in (CHECKPOINT, MAP_NAME), param="out")
     check_result(settings.out / CHECKPOINT)
-    if (settings.out / MAP_NAME).is_dir():
-        raise InputError(
-            f"{settings.out / MAP_NAME} is a folder: choose another --out, or move it away",
-            code="output_exists",
-            param="out",
-        )
+    if settings.out.exists():
+        check_file(settings.out / MAP_NAME, is_map, param="out")
 
 
 def _result_json(result: DemoResult, spec: JobSpec) -> dict[str, Any]:

@@ -384,7 +384,10 @@ def report(
     ],
     *,
     html: Annotated[
-        Path | None, typer.Option(help="Write one self-contained HTML page here (folders only).")
+        Path | None,
+        typer.Option(
+            help="Write one self-contained HTML page here, over an earlier one alone; of folders."
+        ),
     ] = None,
     url: UrlOption = None,
     json: JsonFlag = False,

@@ -12,6 +12,7 @@ from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import parse_part
 from bitmill.config.references import read_map
 from bitmill.io.atomic import write_bytes
+from bitmill.io.targets import check_file
 from bitmill_service.cli.options import ALLOCATION, BUDGET, GroupedCommand, takes
 from bitmill_service.cli.output import (
     JsonFlag,
@@ -31,6 +32,14 @@ app = typer.Typer(
 
 _MAP_HELP = "A map (JSON), a packed folder, a published SliM-LLM file (.pt), or a job."
 MapArgument = Annotated[str, typer.Argument(metavar="MAP", help=_MAP_HELP)]
+
+
+def is_map(found: bytes) -> bool:
+    """Whether a file holds a bit-width map."""
+    try:
+        return bool(BitWidthMap.model_validate_json(found).linears)
+    except ValueError:
+        return False
 
 
 def load_map(target: str, url: str | None) -> BitWidthMap:
@@ -92,7 +101,8 @@ def allocate(
         typer.Option(help="Budgets of the same kind for the curve, repeatable; default all."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the map here.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Write the map here, over a map alone."),
     ] = None,
     url: UrlOption = None,
     json: JsonFlag = False,
@@ -105,6 +115,8 @@ def allocate(
     """
     asked = put({"budget": {}}, given) | ({"curve": curve} if curve else {})
     request = parse_part(AllocationRequest, asked)
+    if out is not None:
+        check_file(out, is_map, param="out")
     with open_client(url) as client:
         found = client.allocate(profile, request)
     if out is not None:

@@ -11,7 +11,7 @@ import pytest
 from bitmill.errors import InputError
 from bitmill.io.atomic import atomic_folder
 from bitmill.io.manifest import write_manifest
-from bitmill.io.targets import check_apart, check_kept, check_result
+from bitmill.io.targets import check_apart, check_file, check_kept, check_result
 
 
 def result(folder: Path) -> Path:
@@ -203,3 +203,50 @@ def test_what_a_crash_leaves_is_gone_after_the_next_write(name: str, tmp_path: P
     with atomic_folder(tmp_path / name) as folder:
         (folder / "whole").write_text("y")
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def text_file(path: Path) -> str:
+    path.write_text("mine")
+    return "a file of that name"
+
+
+def a_folder(path: Path) -> str:
+    path.mkdir()
+    return "something else of that name"
+
+
+def a_link_to_an_own_file(path: Path) -> str:
+    path.with_name("other").write_bytes(b"ours")
+    path.symlink_to(path.with_name("other"))
+    return "something else of that name"
+
+
+def a_pipe(path: Path) -> str:
+    os.mkfifo(path)
+    return "something else of that name"
+
+
+def an_empty_file(path: Path) -> str:
+    path.touch()
+    return "a file of that name"
+
+
+@pytest.mark.parametrize(
+    "make", [text_file, a_folder, a_link_to_an_own_file, a_pipe, an_empty_file]
+)
+def test_a_file_in_the_way_is_kept(tmp_path: Path, make: Callable[[Path], str]) -> None:
+    target = tmp_path / "page.html"
+    problem = make(target)
+    with pytest.raises(InputError, match=problem) as caught:
+        check_file(target, lambda found: found == b"ours", param="html")
+    assert (caught.value.code, caught.value.param) == ("output_exists", "html")
+
+
+def test_a_file_of_the_same_kind_is_replaced_and_its_folder_must_be_there(tmp_path: Path) -> None:
+    target = tmp_path / "page.html"
+    check_file(target, lambda _: False, param="html")
+    target.write_bytes(b"ours")
+    check_file(target, lambda found: found == b"ours", param="html")
+    with pytest.raises(InputError, match="there is no folder") as caught:
+        check_file(tmp_path / "absent" / "page.html", lambda _: True, param="html")
+    assert caught.value.code == "missing_folder"

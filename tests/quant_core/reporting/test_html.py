@@ -11,7 +11,7 @@ import pytest
 
 from bitmill.allocation.allocator import CurvePoint
 from bitmill.config.bit_width_map import LEGAL_WIDTHS, BitWidthMap
-from bitmill.errors import FormatError
+from bitmill.errors import FormatError, InputError
 from bitmill.reporting.charts import WIDTH_COLOURS, ink, log_colours, mean_colour, width_strip
 from bitmill.reporting.html import write_report
 from bitmill.reporting.summary import LinearSensitivity, ProfileSummary
@@ -103,6 +103,17 @@ def page_of(folder: Path) -> tuple[str, Page]:
     write_report(folder, target)
     html = target.read_text()
     return html, Page(html)
+
+
+def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path)
+    html, _ = page_of(folder)
+    assert page_of(folder)[0] == html
+    for file in sorted(folder.glob("*.json")):
+        before = file.read_bytes()
+        with pytest.raises(InputError, match="is not replaced"):
+            write_report(folder, file)
+        assert file.read_bytes() == before
 
 
 def test_the_page_is_well_formed_and_loads_nothing(tmp_path: Path) -> None:
