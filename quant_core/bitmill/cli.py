@@ -72,6 +72,7 @@ def _quantize(file: Path, tell: Tell) -> dict[str, Any]:
             gguf=request.file,
             profile_folder=request.profiles,
             task_folder=request.task_folder,
+            stage_folder=request.stages,
             device=device,
             group=group,
             on_progress=on_progress,

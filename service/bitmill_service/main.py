@@ -25,6 +25,7 @@ from bitmill_service.api.routes import (
     keys,
     maps,
     profiles,
+    sweeps,
     uploads,
     workers,
 )
@@ -47,6 +48,7 @@ from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.migrate import require_head
+from bitmill_workers.store.sweeps import SweepStore
 from bitmill_workers.store.uploads import UploadStore
 
 _DESCRIPTION = """Turns a language model into a mixed-precision checkpoint of exactly the size \
@@ -97,6 +99,7 @@ def make_context(settings: ServiceSettings) -> Context:
         catalog=catalog,
         artifacts=open_artifacts(settings),
         uploads=UploadStore(database),
+        sweeps=SweepStore(database),
         keys=KeyRing(KeyStore(database), settings),
         registry=new_registry(store, catalog, settings),
     )
@@ -129,6 +132,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     for router in (
         jobs.router,
         exports.router,
+        sweeps.router,
         job_outputs.streams,
         job_outputs.router,
         profiles.router,

@@ -15,10 +15,13 @@ from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.quantization import Allocation, Budget
 from bitmill.pipeline.estimate import Estimate
+from bitmill.reporting.sweep_table import SweepRow, SweepTable
+from bitmill.results import QualityRow
 from bitmill_workers.job_spec import JobKind
 from bitmill_workers.store.limits import KEY_NAME, Limits
 from bitmill_workers.store.limits import Scope as KeyScope
 from bitmill_workers.store.states import TERMINAL, ShownState
+from bitmill_workers.sweep_spec import value_text
 
 
 class View(BaseModel):
@@ -91,8 +94,9 @@ class JobView(View):
     """One job. kind: an export has `parent_id`, the job whose result it writes.
 
     queue_position: how many jobs of its queue run before a queued one; waits_for: why it waits, in
-    words. eta: a guess of when it finishes; null until there is ground for one. files_until: when
-    its files will be discarded, unless it is `pinned`; discarded_at: when they were.
+    words. eta: a guess of when it finishes; null until there is ground for one. sweep_id, cell: of
+    which cell of a sweep it is the job, counted from 1. files_until: when its files will be
+    discarded, unless it is `pinned`; discarded_at: when they were.
     """
 
     id: str
@@ -116,6 +120,8 @@ class JobView(View):
     result: dict[str, Any] | None = None
     profile_id: str | None = None
     parent_id: str | None = None
+    sweep_id: str | None = None
+    cell: int | None = None
     webhook: WebhookView | None = None
     pinned: bool = False
     files_until: datetime | None = None
@@ -132,6 +138,79 @@ class JobPage(View):
     """Jobs, newest first; pass `next` as `after` for the following page."""
 
     jobs: list[JobView]
+    next: str | None = None
+
+
+class CellView(View):
+    """One cell of a sweep: values by the paths of its axes, and the newest job of it.
+
+    state: "deleted" where there is none any more. quality: the row of the quality report that is
+    the packed checkpoint's. seconds: from the job's start to its end. alone_s: wall time of all of
+    its stages, those too that another cell made.
+    """
+
+    cell: int
+    values: dict[str, Any]
+    state: ShownState | Literal["deleted"]
+    job_id: str | None = None
+    stage: str | None = None
+    progress: JobProgress | None = None
+    quality: QualityRow | None = None
+    seconds: float | None = None
+    alone_s: float | None = None
+    error: JobError | None = None
+
+    @property
+    def row(self) -> SweepRow:
+        """Its line of the table."""
+        return SweepRow(
+            cell=self.cell,
+            axes={path: value_text(value) for path, value in self.values.items()},
+            state=self.state,
+            job=self.job_id,
+            quality=self.quality,
+            seconds=self.seconds,
+            alone_s=self.alone_s,
+            error=None if self.error is None else self.error.message,
+        )
+
+
+class SweepLinks(View):
+    """Paths of a sweep's parts."""
+
+    self: str
+    cancel: str
+    table: str
+    plot: str
+
+
+class SweepView(View):
+    """One sweep. counts: of cells by their state; `finished` when none will change any more.
+
+    spec and cells are left out of lists.
+    """
+
+    id: str
+    label: str | None = None
+    created_at: datetime
+    created_by: str | None = None
+    finished: bool
+    counts: dict[str, int]
+    axes: list[str]
+    spec: dict[str, Any] | None = None
+    cells: list[CellView] | None = None
+    links: SweepLinks
+
+    @property
+    def table(self) -> SweepTable:
+        """What its cells found; empty where they are left out."""
+        return SweepTable([cell.row for cell in self.cells or ()])
+
+
+class SweepPage(View):
+    """Sweeps, newest first; pass `next` as `after` for the following page."""
+
+    sweeps: list[SweepView]
     next: str | None = None
 
 

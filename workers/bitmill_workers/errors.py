@@ -2,6 +2,7 @@
 
 BitmillError
 ├── JobNotFound          no such job (HTTP 404)
+├── SweepNotFound        no such sweep (HTTP 404)
 ├── UploadNotFound       no such upload, or none that is complete (HTTP 404)
 ├── KeyNotFound          no such API key (HTTP 404)
 ├── StateConflict        the job's state does not allow it (HTTP 409)
@@ -24,6 +25,15 @@ class JobNotFound(BitmillError):
 
     def __init__(self, job_id: str) -> None:
         super().__init__(f"there is no job {job_id!r}", param="job_id")
+
+
+class SweepNotFound(BitmillError):
+    """No sweep has this id."""
+
+    code = "sweep_not_found"
+
+    def __init__(self, sweep_id: str) -> None:
+        super().__init__(f"there is no sweep {sweep_id!r}", param="sweep_id")
 
 
 class UploadNotFound(BitmillError):

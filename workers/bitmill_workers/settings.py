@@ -168,6 +168,10 @@ class Settings(BaseSettings):
         """Stage cache and scratch files of a job; survives its attempts."""
         return self.data / "jobs" / job_id
 
+    def sweep_folder(self, sweep_id: str) -> Path:
+        """Stages that the jobs of a sweep share, until the last of them has ended."""
+        return self.data / "sweeps" / sweep_id
+
     @property
     def artifacts_folder(self) -> Path:
         """Published files: `<job id>/<token>/...`."""

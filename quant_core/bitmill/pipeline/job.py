@@ -58,7 +58,7 @@ from bitmill.pipeline.stages import verify as verifying
 from bitmill.pipeline.stages.allocate import Allocated
 from bitmill.pipeline.stages.refine import Inputs as Refining
 from bitmill.pipeline.stages.refine import Refined
-from bitmill.pipeline.work_folder import is_of_a_workspace
+from bitmill.pipeline.work_folder import is_of_a_workspace, is_of_shared_stages
 from bitmill.pipeline.workspace import Made, Workspace
 from bitmill.plan.model_plan import Plan
 from bitmill.results import QualityReport
@@ -104,6 +104,7 @@ class Job:
             "the output": self.output,
             "the work folder": self.space.root,
             "the folder of profiles": self.profiles,
+            "the folder of stages": self.space.shared,
         }
         check_apart(folders)
         if self.output is not None:
@@ -111,6 +112,8 @@ class Job:
         check_kept(self.space.root, is_of_a_workspace, param="work")
         if self.profiles is not None:
             check_kept(self.profiles, is_of_profiles, param="profiles")
+        if self.space.shared is not None:
+            check_kept(self.space.shared, is_of_shared_stages, param="stages")
 
     def check_machine(self) -> None:
         """Raise `ResourceError` for what this machine cannot hold, before anything is done."""
@@ -318,6 +321,7 @@ def run_job(
     gguf: str | None = None,
     profile_folder: Path | None = None,
     task_folder: Path | None = None,
+    stage_folder: Path | None = None,
     device: str | torch.device = "cpu",
     group: Group = SINGLE,
     on_progress: Callable[[Progress], None] = lambda _: None,
@@ -327,6 +331,7 @@ def run_job(
 
     model_folder: local files of the source; gguf: name of the GGUF file in it.
     task_folder: task files for `evaluation.tasks`; they may run code, so trust their author.
+    stage_folder: where equal stages of several jobs, which may run at once, are made once.
     group: the ranks that call this with the same arguments, `devices` of them
     (`runtime/launch.py`). Raises a `BitmillError`; nothing of `output_dir` exists until the last
     stage ends. Settings of the process are the caller's again then.
@@ -335,7 +340,9 @@ def run_job(
         Job(
             config=config,
             model_folder=model_folder,
-            space=Workspace(job_dir, on_progress, should_stop, group, torch.device(device)),
+            space=Workspace(
+                job_dir, on_progress, should_stop, group, torch.device(device), stage_folder
+            ),
             output=output_dir,
             gguf=gguf,
             profiles=profile_folder,

@@ -21,7 +21,8 @@ class QuantizeRequest(Request):
     """A whole job on local folders; its result is the folder `out`.
 
     file: GGUF file in the model's folder. work: finished stages, for resuming. profiles:
-    sensitivity profiles to share. task_folder: harness task files of one's own.
+    sensitivity profiles to share. stages: where equal stages of several jobs are made once.
+    task_folder: harness task files of one's own.
     """
 
     model: Path
@@ -30,6 +31,7 @@ class QuantizeRequest(Request):
     out: Path
     work: Path
     profiles: Path | None = None
+    stages: Path | None = None
     task_folder: Path | None = None
 
 

@@ -36,12 +36,11 @@ Inputs = TypeVar("Inputs")
 class Run:
     """Who works on a stage, where, and who watches.
 
-    root: the workspace. on_unit: told done, total, the unit and maybe a message; raises `Cancelled`
+    on_unit: told done, total, the unit and maybe a message; raises `Cancelled`
     where the job was asked to stop. warn: told what the user should know. seconds: wall time of the
     stages before.
     """
 
-    root: Path
     device: torch.device
     group: Group
     on_unit: Callable[..., None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +23,18 @@ from bitmill.pipeline.progress import STAGES
 STAGE_FILE = "stage.json"
 """The record of a stage in its folder, which bears its name, behind `HIDDEN` while it is made."""
 HIDDEN = ".partial-"
+LOCK = ".lock-"
 
 
 def is_of_a_workspace(name: str) -> bool:
     """Whether a folder of finished stages has entries of this name."""
     return name.removeprefix(HIDDEN) in STAGES
+
+
+def is_of_shared_stages(name: str) -> bool:
+    """Whether a folder of stages that several jobs share has entries of this name."""
+    stage, _, digest = name.removeprefix(HIDDEN).removeprefix(LOCK).partition("-")
+    return stage in STAGES and bool(re.fullmatch(r"[0-9a-f]{64}", digest))
 
 
 @contextmanager

@@ -5,20 +5,26 @@ ends, the folder is flushed and renamed to the stage's name. A killed run leaves
 the next run with the same inputs goes on in it (long stages keep one file per finished decoder
 block there), a run with other inputs starts it anew.
 
+Jobs of one sweep work in a folder that they share: a stage lies there under its name and digest, so
+that equal stages of different jobs are made once, by whichever comes first; another that comes
+meanwhile waits, and goes on behind the last finished block where the first one was killed.
+
 Where several ranks run the job, the first decides and writes; the others wait for it, and work in
 stages that are `shared`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch
 
@@ -26,10 +32,14 @@ from bitmill.errors import Cancelled
 from bitmill.io.atomic import disk_errors, publish_folder, read_json, write_json
 from bitmill.pipeline.progress import Progress, StageName
 from bitmill.pipeline.stage import Run, Stage
-from bitmill.pipeline.work_folder import HIDDEN, STAGE_FILE
+from bitmill.pipeline.work_folder import HIDDEN, LOCK, STAGE_FILE
 from bitmill.runtime.ranks import SINGLE, Group
 
 Inputs = TypeVar("Inputs")
+
+_POLL_S = 0.2
+_TELL_S = 30.0
+"""How often a job that waits for another says so: a silent one would be taken for stuck."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,8 @@ class Workspace:
     """A job directory and those who watch it.
 
     emit receives every `Progress`; should_stop is asked between units of work; both of the first
-    rank alone. device: where stages compute.
+    rank alone. device: where stages compute. shared: folder in which equal stages of several jobs
+    are made once; None for a job by itself.
     """
 
     def __init__(
@@ -57,8 +68,10 @@ class Workspace:
         should_stop: Callable[[], bool],
         group: Group = SINGLE,
         device: torch.device | None = None,
+        shared: Path | None = None,
     ) -> None:
         self.root = root
+        self.shared = shared
         self.group = group
         self.device = device or torch.device("cpu")
         self._emit = emit
@@ -68,10 +81,16 @@ class Workspace:
     def run(self, stage: Stage[Inputs], inputs: Inputs) -> Made:
         """The folder of this stage, made by its work unless it exists for these inputs."""
         name, digest = stage.name, stage.digest(inputs)
-        folder, hidden = self.root / name, self.root / f"{HIDDEN}{name}"
-        if self.group.broadcast(_is_made_from(folder, digest)):
-            self._tell(Progress(kind="stage", stage=name, state="skipped"))
-            return self._made(folder)
+        folder = self._place(name, digest)
+        with self._turn(name, folder):
+            if self.group.broadcast(_is_made_from(folder, digest)):
+                self._tell(Progress(kind="stage", stage=name, state="skipped"))
+            else:
+                self._make(stage, inputs, digest, folder)
+        return self._made(name, folder)
+
+    def _make(self, stage: Stage[Inputs], inputs: Inputs, digest: str, folder: Path) -> None:
+        name, hidden = stage.name, folder.with_name(f"{HIDDEN}{folder.name}")
         self.check_stop()
         self._tell(Progress(kind="stage", stage=name, state="started"))
         with disk_errors(folder):
@@ -89,11 +108,32 @@ class Workspace:
                 publish_folder(hidden, folder)
             self.group.barrier()
         self._tell(Progress(kind="stage", stage=name, state="finished"))
-        return self._made(folder)
+
+    def _place(self, name: StageName, digest: str) -> Path:
+        """Where a stage's folder is; what a job publishes is its own."""
+        if self.shared is None or name == "publish":
+            return self.root / name
+        return self.shared / f"{name}-{digest}"
+
+    @contextmanager
+    def _turn(self, name: StageName, folder: Path) -> Iterator[None]:
+        """Hold a shared stage against the other jobs, which the end of this process frees too."""
+        if folder.parent != self.shared or not self.group.first:
+            yield
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_name(f"{LOCK}{folder.name}").open("w") as handle:
+            told = -_TELL_S
+            while not _locked(handle):
+                if time.monotonic() - told >= _TELL_S:
+                    told = time.monotonic()
+                    self.unit(name, 0, 1, "stage", "made by another job of the sweep")
+                self.check_stop()
+                time.sleep(_POLL_S)
+            yield
 
     def _watched(self, name: StageName) -> Run:
         return Run(
-            root=self.root,
             device=self.device,
             group=self.group,
             on_unit=partial(self.unit, name),
@@ -101,9 +141,9 @@ class Workspace:
             seconds=self.seconds,
         )
 
-    def _made(self, folder: Path) -> Made:
+    def _made(self, name: StageName, folder: Path) -> Made:
         record = read_json(folder / STAGE_FILE)
-        self._seconds[folder.name] = record["seconds"]
+        self._seconds[name] = record["seconds"]
         return Made(folder, record["id"])
 
     def forget(self, stage: StageName) -> None:
@@ -155,3 +195,11 @@ def _prepare(hidden: Path, digest: str) -> None:
 def _is_made_from(folder: Path, digest: str) -> bool:
     file = folder / STAGE_FILE
     return file.is_file() and read_json(file)["digest"] == digest
+
+
+def _locked(handle: TextIO) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby
+from itertools import count, groupby
 
 WIDTH_COLOURS = {
     1: "#440154",
@@ -179,6 +179,30 @@ def line_chart(series: Sequence[Series], *, x_title: str, y_title: str, log_x: b
     )
 
 
+def svg_chart(
+    series: Sequence[Series], *, x_title: str, y_title: str, legend: Mapping[str, str]
+) -> str:
+    """`line_chart` as a file of its own, with names and their colours below it."""
+    chart = line_chart(series, x_title=x_title, y_title=y_title)
+    names = "".join(
+        f'<circle cx="100" cy="{at}" r="6" fill="{colour}"/>'
+        + _text(f'x="114" y="{at + 4}"', name[:_LONGEST_NAME])
+        for at, (name, colour) in zip(count(400, 20), legend.items(), strict=False)
+    )
+    height = 400 + 20 * len(legend)
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {height}" '
+        'font-family="sans-serif" font-size="13" fill="#222">'
+        "<style>.grid{stroke:#ddd}.title{font-weight:600}</style>"
+        f'<rect width="860" height="{height}" fill="#fff"/>'
+    )
+    return f"{head}{chart.replace('<svg ', _INNER, 1)}{names}</svg>\n"
+
+
+_INNER = '<svg width="860" height="380" '
+_LONGEST_NAME = 110
+
+
 @dataclass(frozen=True)
 class _Frame:
     """Plot area and its scales; the bounds of logarithmic axes are exponents of ten."""
@@ -223,18 +247,18 @@ class _Frame:
         steps = _log_steps if self.log_x else _round_steps
         for value in steps(self.x_low, self.x_high):
             x = f"{self.across(value):.1f}"
-            parts.append(f'<line class=grid x1="{x}" x2="{x}" y1="{self.top}" y2="{floor}"/>')
+            parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{self.top}" y2="{floor}"/>')
             parts.append(_text(f'x="{x}" y="{floor + 18}" text-anchor="middle"', f"{value:g}"))
         for value in _log_steps(self.y_low, self.y_high):
             y = self.down(value)
             ends = f'x1="{self.left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"'
-            parts.append(f"<line class=grid {ends}/>")
+            parts.append(f'<line class="grid" {ends}/>')
             spot = f'x="{self.left - 8}" y="{y + 4:.1f}" text-anchor="end"'
             parts.append(_text(spot, f"{value:g}"))
         below = f'x="{(self.left + right) / 2:.0f}" y="{self.height - 12}"'
         beside = f'transform="translate(18 {(self.top + floor) / 2:.0f}) rotate(-90)"'
-        parts.append(_text(f'class=title {below} text-anchor="middle"', x_title))
-        parts.append(_text(f'class=title {beside} text-anchor="middle"', y_title))
+        parts.append(_text(f'class="title" {below} text-anchor="middle"', x_title))
+        parts.append(_text(f'class="title" {beside} text-anchor="middle"', y_title))
         return "".join(parts)
 
 
@@ -244,7 +268,7 @@ def _text(attributes: str, content: str) -> str:
 
 def _line(one: Series, places: Sequence[tuple[float, float]]) -> str:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    return f'<polyline points="{path}" fill=none stroke="{one.colour}" stroke-width=2.5 />'
+    return f'<polyline points="{path}" fill="none" stroke="{one.colour}" stroke-width="2.5"/>'
 
 
 def _marks(
@@ -256,10 +280,10 @@ def _marks(
     texts, circles = [], []
     for (x, y), (value, loss), label in zip(places, points, labels, strict=True):
         told = f"{label or one.name}: {value:g}, {loss:.4g}"
-        texts.append(_text(f'class=label x="{x + 10:.1f}" y="{y + shift:.1f}"', label))
+        texts.append(_text(f'class="label" x="{x + 10:.1f}" y="{y + shift:.1f}"', label))
         circles.append(
-            f'<g><title>{escape(told)}</title><circle cx="{x:.1f}" cy="{y:.1f}" r=6 '
-            f'fill="{one.colour}" stroke="#fff" stroke-width=1.5 /></g>'
+            f'<g><title>{escape(told)}</title><circle cx="{x:.1f}" cy="{y:.1f}" r="6" '
+            f'fill="{one.colour}" stroke="#fff" stroke-width="1.5"/></g>'
         )
     return "".join(texts + circles)
 

@@ -8,7 +8,7 @@ answer is no ground for refusal; the worker will try again.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,13 @@ from bitmill_workers.execution.inputs import (
     given_map,
     planning_config,
 )
-from bitmill_workers.job_spec import HubModel, JobSpec, UploadModel, UploadParameters
+from bitmill_workers.job_spec import (
+    HubModel,
+    JobSpec,
+    ModelRef,
+    UploadModel,
+    UploadParameters,
+)
 from bitmill_workers.storage.uploads import fetch_upload
 from bitmill_workers.store.records import Quota
 from bitmill_workers.tiers import choose_queue, largest_tier
@@ -59,9 +65,24 @@ class Admission:
 
 def admit(context: Context, spec: JobSpec, caller: Principal) -> Admission:
     """Plan a job once and raise what is wrong with it, as far as can be known before it runs."""
+    return next(admit_each(context, [spec], caller))
+
+
+def admit_each(
+    context: Context, specs: Iterable[JobSpec], caller: Principal
+) -> Iterator[Admission]:
+    """What `admit` says of each of these jobs in turn; a model's headers are fetched once."""
+    with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as scratch:
+        headers = _Headers(context, caller, Path(scratch))
+        for spec in specs:
+            yield _admit(context, spec, caller, headers)
+
+
+def _admit(context: Context, spec: JobSpec, caller: Principal, headers: _Headers) -> Admission:
     config = _config(context, spec, caller)
     try:
-        admitted = _planned(context, spec, config, caller)
+        folder = headers.folder(spec.model)
+        admitted = library.admit(folder, config, gguf=spec.model.file)
     except ModelError as error:
         if error.code != "hub_unreachable":
             raise
@@ -96,10 +117,10 @@ def check_priority(caller: Principal, priority: int) -> None:
         )
 
 
-def refuse_when_full(context: Context) -> None:
-    """Raise the 429 where as many jobs wait as may."""
+def refuse_when_full(context: Context, more: int = 1) -> None:
+    """Raise the 429 where more jobs would wait than may."""
     waiting = context.jobs.counts().get("queued", 0)
-    if waiting >= context.settings.max_queued:
+    if waiting + more > context.settings.max_queued:
         raise ProblemError(
             "too_many_jobs",
             f"{waiting} jobs are waiting, at most {context.settings.max_queued} may",
@@ -139,21 +160,36 @@ def plan_view(admission: Admission) -> PlanView:
     )
 
 
-def _planned(
-    context: Context, spec: JobSpec, config: QuantizationConfig, caller: Principal
-) -> library.Admission:
-    """What the library says, of headers that are here or fetched from the Hub."""
-    if not isinstance(spec.model, HubModel):
-        folder = local_model(spec.model, context.settings)
-        return library.admit(folder, config, gguf=spec.model.file)
-    settings = context.settings
-    if not caller.may_use_hub_token(spec.model.repo_id):
-        settings = settings.model_copy(update={"hub_token": None})
-    with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as scratch:
-        folder = Path(scratch, spec.model.repo_id.rpartition("/")[2])  # errors name it
-        folder.mkdir()
-        fetch_headers(spec.model, settings, folder)
-        return library.admit(folder, config, gguf=spec.model.file)
+class _Headers:
+    """Folders with the headers of models, that are here or fetched from the Hub into `scratch`."""
+
+    def __init__(self, context: Context, caller: Principal, scratch: Path) -> None:
+        self._context, self._caller, self._scratch = context, caller, scratch
+        self._fetched: dict[HubModel, Path | ModelError] = {}
+
+    def folder(self, model: ModelRef) -> Path:
+        """Where a model's headers lie; raises `ModelError`."""
+        if not isinstance(model, HubModel):
+            return local_model(model, self._context.settings)
+        if model not in self._fetched:
+            self._fetched[model] = self._fetch(model)
+        found = self._fetched[model]
+        if isinstance(found, ModelError):
+            raise found
+        return found
+
+    def _fetch(self, model: HubModel) -> Path | ModelError:
+        settings = self._context.settings
+        if not self._caller.may_use_hub_token(model.repo_id):
+            settings = settings.model_copy(update={"hub_token": None})
+        name = model.repo_id.rpartition("/")[2]  # errors name it
+        folder = self._scratch / str(len(self._fetched)) / name
+        folder.mkdir(parents=True)
+        try:
+            fetch_headers(model, settings, folder)
+        except ModelError as error:
+            return error
+        return folder
 
 
 def _queue(context: Context, needed: Estimate | None) -> str:

@@ -20,6 +20,7 @@ from bitmill_workers.store.catalog import Catalog
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.records import JobRecord
+from bitmill_workers.store.sweeps import SweepStore
 from bitmill_workers.store.uploads import UploadStore
 
 
@@ -39,6 +40,7 @@ class Context:
     artifacts: ArtifactStore
     keys: KeyRing
     uploads: UploadStore
+    sweeps: SweepStore
     notify: Callable[[str, str], None] = lambda job_id, queue: None
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

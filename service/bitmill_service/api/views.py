@@ -80,6 +80,8 @@ def job_view(
         result=_result(job.result),
         profile_id=job.profile_id,
         parent_id=job.parent_id,
+        sweep_id=job.sweep_id,
+        cell=job.cell,
         webhook=None if delivery is None else _webhook(delivery),
         pinned=job.pinned,
         files_until=_files_until(job),

@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from bitmill.errors import BitmillError, InputError
-from bitmill_service.cli import jobs, keys, local, map, operate, service
+from bitmill_service.cli import jobs, keys, local, map, operate, service, sweep
 from bitmill_service.cli.options import GroupedCommand
 from bitmill_service.cli.output import exit_code, print_error
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 for command in (
     *(service.demo, service.serve, service.worker),
     *(local.quantize, local.evaluate, local.generate, local.bench, local.report, local.export),
+    sweep.sweep,
     *(jobs.submit, jobs.status, jobs.list_jobs, jobs.wait, jobs.logs),
     *(jobs.cancel, jobs.retry, jobs.delete, jobs.download, service.doctor),
     *(jobs.pin, jobs.unpin, keys.login, keys.logout),
@@ -34,6 +35,7 @@ for command in (
 ):
     app.command(command.__name__.removesuffix("_jobs"), cls=GroupedCommand)(command)
 app.add_typer(map.app, name="map")
+app.add_typer(sweep.sweeps, name="sweeps")
 app.add_typer(keys.keys, name="keys")
 app.add_typer(operate.workers, name="workers")
 app.add_typer(service.db, name="db")

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import httpx2
 
@@ -56,12 +56,15 @@ from bitmill_service.schemas import (
     PlanView,
     ProfilePage,
     ProfileView,
+    SweepPage,
+    SweepView,
     UploadList,
     UploadView,
     View,
     WorkersView,
 )
 from bitmill_workers.job_spec import JobSpec
+from bitmill_workers.sweep_spec import SweepSpec
 
 DEFAULT_URL = "http://127.0.0.1:8737"
 _POLL_SECONDS = 2.0
@@ -189,6 +192,55 @@ class Client:
         """Keep a job's files whatever their age, or no longer."""
         word = "pin" if pinned else "unpin"
         return read_answer(JobView, self._send("POST", f"/v1/jobs/{job_id}/{word}"))
+
+    def submit_sweep(
+        self, spec: SweepSpec | Mapping[str, Any], *, idempotency_key: str | None = None
+    ) -> SweepView:
+        """Create a job for every cell of a grid; the same key gives the same sweep for a day."""
+        body = spec.model_dump(mode="json") if isinstance(spec, SweepSpec) else dict(spec)
+        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        answer = self._send("POST", "/v1/sweeps", json=body, headers=headers)
+        return read_answer(SweepView, answer)
+
+    def sweep(self, sweep_id: str) -> SweepView:
+        """The sweep and its cells as they are now."""
+        return self._get(SweepView, f"/v1/sweeps/{sweep_id}")
+
+    def sweeps(self, *, limit: int = 50, after: str | None = None) -> SweepPage:
+        """One page of sweeps, newest first, without their cells."""
+        return self._get(SweepPage, "/v1/sweeps", limit=limit, after=after)
+
+    def wait_sweep(
+        self, sweep_id: str, *, on_change: Callable[[SweepView], None] | None = None
+    ) -> SweepView:
+        """Wait until every cell has ended, however it did; `on_change` is told of each look."""
+        path, patience = f"/v1/sweeps/{sweep_id}", self._retries.patience
+        while True:
+            view = self._get(SweepView, path, patience)
+            if on_change is not None:
+                on_change(view)
+            if view.finished:
+                return view
+            self._sleep(_POLL_SECONDS)
+
+    def cancel_sweep(self, sweep_id: str) -> SweepView:
+        """Ask all unfinished jobs of a sweep to stop."""
+        return read_answer(SweepView, self._send("POST", f"/v1/sweeps/{sweep_id}/cancel"))
+
+    def delete_sweep(self, sweep_id: str) -> None:
+        """Remove a sweep whose jobs have finished, with these jobs and their files."""
+        self._send("DELETE", f"/v1/sweeps/{sweep_id}")
+
+    def sweep_table(
+        self, sweep_id: str, format: Literal["json", "csv", "markdown"] = "json"
+    ) -> str:
+        """What the cells found, as text of this format."""
+        path = f"/v1/sweeps/{sweep_id}/table"
+        return self._send("GET", path, params={"format": format}).text
+
+    def sweep_plot(self, sweep_id: str) -> str:
+        """Size against perplexity as SVG; 404 `no_plot_yet` before a cell has succeeded."""
+        return self._send("GET", f"/v1/sweeps/{sweep_id}/plot").text
 
     def workers(self) -> WorkersView:
         """All queues, and the workers seen lately; needs an admin's key."""

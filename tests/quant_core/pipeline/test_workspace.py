@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import pytest
 from bitmill.errors import Cancelled
 from bitmill.pipeline.progress import Progress, StageName
 from bitmill.pipeline.stage import Run, Stage
+from bitmill.pipeline.work_folder import is_of_shared_stages
 from bitmill.pipeline.workspace import Made, Workspace
+from stores import wait_for
 
 
 class Watcher:
@@ -106,3 +110,80 @@ def test_a_stop_is_seen_before_a_stage_and_between_units(tmp_path: Path) -> None
         space.unit("refine", 1, 2, "block")
     assert (watcher.events[-1].done, watcher.events[-1].total) == (1, 2)
     assert not (tmp_path / "plan").exists()
+
+
+def jobs_of_one_sweep(folder: Path, count: int) -> tuple[list[Watcher], list[Workspace]]:
+    watchers = [Watcher() for _ in range(count)]
+    spaces = [
+        Workspace(
+            folder / f"job-{i}",
+            watcher.events.append,
+            lambda watcher=watcher: watcher.stop,  # type: ignore[misc]
+            shared=folder / "shared",
+        )
+        for i, watcher in enumerate(watchers)
+    ]
+    return watchers, spaces
+
+
+def test_jobs_of_a_sweep_make_equal_stages_once(tmp_path: Path) -> None:
+    (one, two), (first, second) = jobs_of_one_sweep(tmp_path, 2)
+    made = run(first, "profile", 1, put("one"))
+    assert run(second, "profile", 1, put("never")) == made
+    assert made.folder.name not in ("profile", "job-0")
+    assert run(second, "profile", 2, put("two")) != made
+    assert run(first, "profile", 1, put("never")) == made
+    assert one.states == ["started", "finished", "skipped"]
+    assert two.states == ["skipped", "started", "finished"]
+    assert second.seconds().keys() == {"profile"}
+    assert all(is_of_shared_stages(path.name) for path in (tmp_path / "shared").iterdir())
+
+
+def test_what_is_published_is_a_jobs_own(tmp_path: Path) -> None:
+    _, (first, second) = jobs_of_one_sweep(tmp_path, 2)
+    assert run(first, "publish", 1, put("one")) != run(second, "publish", 1, put("two"))
+
+
+def test_a_job_goes_on_where_another_of_the_sweep_was_stopped(tmp_path: Path) -> None:
+    _, (first, second) = jobs_of_one_sweep(tmp_path, 2)
+
+    def fails(folder: Path) -> None:
+        (folder / "block-0").write_text("done")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        run(first, "refine", 1, fails)
+    seen: list[bool] = []
+    run(second, "refine", 1, lambda folder: seen.append((folder / "block-0").exists()))
+    assert seen == [True]
+
+
+def test_a_job_waits_while_another_makes_the_same(tmp_path: Path) -> None:
+    (_, waiting), (first, second) = jobs_of_one_sweep(tmp_path, 2)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(folder: Path) -> None:
+        begun.set()
+        assert go_on.wait(20)
+
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.submit(run, first, "profile", 1, slowly)
+        assert begun.wait(20)
+        taken = pool.submit(run, second, "profile", 1, put("never"))
+        wait_for(lambda: waiting.events, "the second job to say that it waits")
+        assert not taken.done()
+        go_on.set()
+        assert taken.result(20) == made.result(20)
+    assert [event.message for event in waiting.events] == ["made by another job of the sweep", None]
+    assert waiting.states == ["skipped"]
+
+
+def test_a_job_that_waits_can_be_stopped(tmp_path: Path) -> None:
+    (_, waiting), (first, second) = jobs_of_one_sweep(tmp_path, 2)
+
+    def meanwhile(folder: Path) -> None:
+        waiting.stop = True
+        with pytest.raises(Cancelled):
+            run(second, "profile", 1, put("never"))
+
+    run(first, "profile", 1, meanwhile)

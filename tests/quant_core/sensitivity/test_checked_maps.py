@@ -124,8 +124,8 @@ def test_the_measure_is_the_divergence_of_the_whole_model(
                 assert measured.parts[tag] == pytest.approx(float(kl.mean()), rel=0.05)
 
 
-def run(tmp_path: Path, warnings: list[str]) -> Run:
-    return Run(tmp_path, CPU, SINGLE, lambda *_: None, warnings.append, dict)
+def run(warnings: list[str]) -> Run:
+    return Run(CPU, SINGLE, lambda *_: None, warnings.append, dict)
 
 
 def inputs(
@@ -161,7 +161,7 @@ def test_a_map_that_loses_more_than_the_uniform_one_is_not_taken(
         place = tmp_path / str(number)
         place.mkdir()
         asked = inputs(folder, model, calibration, given, config(3.45, check="corrected"))
-        stage.work(asked, run(tmp_path, warnings), place)
+        stage.work(asked, run(warnings), place)
         made = stage.load(place)
         found = {check.method: check for check in made.checks}
         assert set(found) == {"knapsack", "uniform", "knapsack, corrected"}
@@ -187,7 +187,7 @@ def test_width_1_is_left_out_where_that_loses_less(
     asked = inputs(
         folder, model, calibration, believing, config(2.6, widths=[1, 2, 3, 4], check="maps")
     )
-    stage.work(asked, run(tmp_path, []), tmp_path)
+    stage.work(asked, run([]), tmp_path)
     made = stage.load(tmp_path)
     (taken,) = [check.method for check in made.checks if check.taken]
     assert taken == "knapsack without width 1"
@@ -199,7 +199,7 @@ def test_nothing_is_measured_where_it_is_not_asked_for(
 ) -> None:
     asked = config(check="off")
     given = stage.Inputs(model.plan, asked.code, asked.allocation, asked.budget, profile, None)
-    stage.work(given, run(tmp_path, []), tmp_path)
+    stage.work(given, run([]), tmp_path)
     made = stage.load(tmp_path)
     assert made.checks == ()
     assert made.bit_widths == allocate(model.plan, asked, profile)

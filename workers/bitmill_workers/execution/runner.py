@@ -63,6 +63,7 @@ def run_pipeline(
         Path(request["output_dir"]),
         gguf=request["gguf"],
         profile_folder=Path(request["profile_folder"]),
+        stage_folder=Path(request["stage_folder"]) if request["stage_folder"] else None,
         device=device,
         group=group or SINGLE,
         on_progress=on_progress,

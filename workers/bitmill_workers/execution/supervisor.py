@@ -57,6 +57,7 @@ from bitmill_workers.store.leases import LeaseStore
 from bitmill_workers.store.limits import may_use_hub_token
 from bitmill_workers.store.records import Artifact, JobRecord
 from bitmill_workers.store.stats import stage_seconds
+from bitmill_workers.store.sweeps import SweepStore
 from bitmill_workers.tiers import next_tier
 
 _log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class Supervisor:
         self.store = JobStore(database)
         self.leases = LeaseStore(database, lease_s=settings.lease_s)
         self.catalog = Catalog(database)
+        self.sweeps = SweepStore(database)
         self.keys = KeyStore(database)
         self.artifacts: ArtifactStore = open_artifacts(settings)
 
@@ -196,6 +198,7 @@ class Attempt:
             "model_folder": str(model_folder),
             "gguf": spec.model.file,
             "profile_folder": str(self.settings.profiles_folder.resolve()),
+            "stage_folder": self._shared_stages(),
             "device": self.settings.device,
         }
         self.settings.profiles_folder.mkdir(parents=True, exist_ok=True)
@@ -223,6 +226,17 @@ class Attempt:
         for folder in (home / "work", output.parent):
             folder.mkdir(parents=True, exist_ok=True)
         return self._watch(self.settings.runner_module, "runner.json", request, self._environment())
+
+    def _shared_stages(self) -> str | None:
+        """Where a sweep's jobs make equal stages once; None for a job of none.
+
+        Profiles that another machine made for the sweep are fetched here.
+        """
+        if self.job.sweep_id is None:
+            return None
+        for made in self.parts.sweeps.profiles(self.job.sweep_id):
+            self.parts.artifacts.fetch_folder(PROFILES, made, self.settings.profiles_folder / made)
+        return str(self.settings.sweep_folder(self.job.sweep_id).resolve())
 
     def _environment(self) -> dict[str, str]:
         asked = self.spec.threads if isinstance(self.spec, JobSpec) else None

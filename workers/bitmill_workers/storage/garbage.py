@@ -17,6 +17,7 @@ from bitmill_workers.storage.artifacts import ArtifactStore
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.records import is_id
 from bitmill_workers.store.states import ACTIVE, TERMINAL
+from bitmill_workers.store.sweeps import SweepStore
 from bitmill_workers.store.tables import artifacts, jobs
 
 _PROCESSED_S = 3600.0
@@ -33,9 +34,11 @@ def collect_artifacts(store: ArtifactStore, database: Database) -> int:
 
 
 def collect_work(settings: Settings, database: Database) -> int:
-    """Remove this machine's work folders of finished and deleted jobs; how many."""
+    """Remove this machine's work folders of finished and deleted jobs and sweeps; how many."""
     folders = [f for f in (settings.data / "jobs").glob("*") if is_id(f.name)]
     over = [f for f in folders if _is_over(database, f.name)]
+    shared = [f for f in (settings.data / "sweeps").glob("*") if is_id(f.name)]
+    over += [f for f in shared if not SweepStore(database).at_work(f.name)]
     for folder in over:
         shutil.rmtree(folder, ignore_errors=True)
     return len(over)

@@ -88,27 +88,30 @@ class JobStore:
         created_by: str | None = None,
         quota: Quota | None = None,
         keep_days: float | None = None,
+        cell: tuple[str, int] | None = None,
     ) -> Submission:
         """Store a new queued job, or return the one that the same key made within a day.
 
-        `request_hash` identifies the request's body; `created_by` is an API key's id. Raises
+        `request_hash` identifies the request's body; `created_by` is an API key's id; `cell` is a
+        sweep's id and the number of the cell that the job takes the place of. Raises
         `IdempotencyMismatch` where the key was used with another hash, and `QuotaExceeded` where
         the tenant has used up its `quota`.
         """
-        values = {
-            **_of_spec(spec),
-            "tenant": tenant,
-            "priority": priority,
-            "queue": queue,
-            "parent_id": parent_id,
-            "webhook_url": webhook_url,
-            "created_by": created_by,
-            "max_running": quota and quota.running,
-            "keep_days": keep_days,
-        }
+        values = new_job(
+            spec,
+            tenant=tenant,
+            queue=queue,
+            priority=priority,
+            parent_id=parent_id,
+            webhook_url=webhook_url,
+            created_by=created_by,
+            max_running=quota and quota.running,
+            keep_days=keep_days,
+            cell=cell,
+        )
         if idempotency_key is None:
             with self.database.write() as conn:
-                self._check_quota(conn, tenant, quota)
+                self.check_quota(conn, tenant, quota)
                 return Submission(insert_job(conn, values), replayed=False)
         return self._submit_once(values, idempotency_key, request_hash, quota)
 
@@ -119,17 +122,23 @@ class JobStore:
         with self.database.read() as conn:
             return self._known_key(conn, tenant, idempotency_key, request_hash)
 
-    def _check_quota(self, conn: sa.Connection, tenant: str, quota: Quota | None) -> None:
-        """Raise `QuotaExceeded`; submissions of a tenant wait here for each other."""
+    def check_quota(
+        self, conn: sa.Connection, tenant: str, quota: Quota | None, *, more: int = 1
+    ) -> None:
+        """Raise `QuotaExceeded` where `more` jobs are too many.
+
+        Submissions of a tenant wait here for each other.
+        """
         if quota is None:
             return
         self.wait_for_tenant(conn, tenant)
         if quota.queued is not None:
             mine = (jobs.c.tenant == tenant, jobs.c.state == "queued")
             waiting = conn.execute(sa.select(sa.func.count()).select_from(jobs).where(*mine))
-            if (count := waiting.scalar_one()) >= quota.queued:
+            if (count := waiting.scalar_one()) + more > quota.queued:
+                also = f", {more} more are asked for" if more > 1 else ""
                 raise QuotaExceeded(
-                    f"{count} jobs of {tenant} are waiting, at most {quota.queued} may"
+                    f"{count} jobs of {tenant} are waiting{also}, at most {quota.queued} may"
                 )
         if quota.bytes is not None and (held := kept_bytes(conn, tenant)) >= quota.bytes:
             raise QuotaExceeded(
@@ -157,7 +166,7 @@ class JobStore:
                 known = self._known_key(conn, tenant, key, request_hash)
                 if known is not None:
                     return Submission(known, replayed=True)
-                self._check_quota(conn, tenant, quota)
+                self.check_quota(conn, tenant, quota)
                 job = insert_job(conn, values)
                 self._take_key(conn, tenant, key, request_hash, job.id)
                 return Submission(job, replayed=False)
@@ -480,6 +489,17 @@ def _fair_rank(tenant: str) -> sa.ColumnElement[int]:
     virtual = sa.func.coalesce(head.scalar_subquery(), newest.scalar_subquery())
     own = last.scalar_subquery()
     return sa.case((own > virtual, own), else_=virtual)
+
+
+def new_job(
+    spec: AnySpec, *, cell: tuple[str, int] | None = None, **columns: Any
+) -> dict[str, Any]:
+    """Columns of a new job that `insert_job` takes: those of the specification, and the given.
+
+    cell: a sweep's id and the number of the cell that the job is of.
+    """
+    sweep_id, number = cell or (None, None)
+    return columns | _of_spec(spec) | {"sweep_id": sweep_id, "cell": number}
 
 
 _COUNTS = ("attempt", "lost_count", "crash_count", "oom_count", "handback_count", "token")

@@ -83,6 +83,8 @@ class JobRecord:
     pinned: bool
     keep_days: float | None
     discarded_at: float | None
+    sweep_id: str | None
+    cell: int | None
 
     @property
     def shown_state(self) -> ShownState:
@@ -199,6 +201,18 @@ class Renewal:
     held: bool
     cancel: bool = False
     overdue: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRecord:
+    """One sweep; `spec` is its stored specification. Its cells are jobs that name it."""
+
+    id: str
+    tenant: str
+    label: str | None
+    spec: dict[str, Any]
+    created_at: float
+    created_by: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,8 @@ jobs = sa.Table(
     sa.Column("pinned", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("keep_days", sa.Double),
     sa.Column("discarded_at", sa.Double),
+    sa.Column("sweep_id", sa.String(36)),
+    sa.Column("cell", sa.Integer),
     sa.CheckConstraint("state IN ({})".format(", ".join(f"'{s}'" for s in STATES)), name="state"),
 )
 
@@ -94,6 +96,14 @@ sa.Index("ix_jobs_tenant_rank", jobs.c.tenant, jobs.c.fair_rank)
 sa.Index("ix_jobs_fair_rank", jobs.c.fair_rank)
 sa.Index("ix_jobs_parent", jobs.c.parent_id)
 sa.Index("ix_jobs_state", jobs.c.state, jobs.c.id)
+_OF_A_SWEEP = sa.text("sweep_id IS NOT NULL")
+sa.Index(
+    "ix_jobs_sweep",
+    jobs.c.sweep_id,
+    jobs.c.cell,
+    sqlite_where=_OF_A_SWEEP,
+    postgresql_where=_OF_A_SWEEP,
+)
 
 job_events = sa.Table(
     "job_events",
@@ -132,6 +142,20 @@ idempotency = sa.Table(
     sa.Column("job_id", sa.ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
 )
+
+sweeps = sa.Table(
+    "sweeps",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("label", sa.String(200)),
+    sa.Column("spec", sa.JSON(none_as_null=True), nullable=False),
+    sa.Column("idempotency_key", sa.String(255)),
+    sa.Column("request_hash", sa.String(64), nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("created_by", sa.String(16)),
+)
+sa.Index("ix_sweeps_tenant_key", sweeps.c.tenant, sweeps.c.idempotency_key)
 
 profiles = sa.Table(
     "profiles",

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from bitmill.config.quantization import Budget
-from bitmill.io.atomic import read_json, write_json
+from bitmill.io.atomic import read_json, write_bytes, write_json
 from bitmill.pipeline.stage import Run, Stage
 from bitmill.pipeline.stages.pack import HASHES_NAME, PACKED_NAME
 from bitmill.pipeline.stages.refine import Refined
@@ -41,9 +41,10 @@ class Inputs:
 
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
     """Writes the order of the fresh process, and waits for it."""
+    write_bytes(folder / PLAN_NAME, inputs.plan.model_dump_json().encode())
     order = {
         "folder": str(inputs.packed.folder / PACKED_NAME),
-        "plan": str(run.root / "plan" / PLAN_NAME),
+        "plan": str(folder / PLAN_NAME),
         "tensor_hashes": str(inputs.packed.folder / HASHES_NAME),
         "code_hashes": inputs.refined.open(inputs.plan).code_hashes(),
         "refined": str(inputs.refined.folder),

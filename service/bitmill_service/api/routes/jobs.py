@@ -196,6 +196,7 @@ def retry_job(
         queue=job.queue,
         priority=job.priority,
         parent_id=job.id if isinstance(spec, JobSpec) else job.parent_id,
+        cell=None if job.sweep_id is None or job.cell is None else (job.sweep_id, job.cell),
         webhook_url=job.webhook_url,
         created_by=caller.key_id,
         quota=quota_of(context, caller),

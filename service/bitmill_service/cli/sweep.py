@@ -1,0 +1,350 @@
+"""`bitmill sweep`: a grid of jobs, here or on a service; `bitmill sweeps`: those of a service.
+
+A sweep here has a folder: `cell-NN` with the result of each cell, `sweep.json` with what came of
+it, the table in three formats, the plot, and `stages` until all cells have ended. Run again, it
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bitmill.errors import STOPS, BitmillError, InputError, ModelError, SpecError
+from bitmill.io.atomic import read_json, sha256_json, write_bytes, write_json
+from bitmill.io.targets import check_kept
+from bitmill.pipeline.requests import QuantizeRequest
+from bitmill.pipeline.work_folder import work_folder
+from bitmill.reporting.sweep_table import SweepRow, SweepTable
+from bitmill.results import QUALITY_NAME, QualityReport
+from bitmill_service.cli.local import DeviceOption, run_library
+from bitmill_service.cli.output import (
+    JsonFlag,
+    UrlOption,
+    format_size,
+    format_time,
+    open_client,
+    print_json,
+    print_table,
+)
+from bitmill_service.cli.progress import JobWatch
+from bitmill_service.client.client import Client
+from bitmill_service.schemas import SweepView
+from bitmill_workers.sweep_spec import Cell, SweepSpec, in_turn, parse_sweep, value_text
+
+sweeps = typer.Typer(help="See, follow and cancel sweeps of a service.", rich_markup_mode=None)
+
+SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="Sweep id.")]
+TableOption = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="DIR", help="Folder to write the table and the plot to."),
+]
+_RECORD, _STAGES, _TABLE = "sweep.json", "stages", "table"
+_FAILED = 3
+
+
+def sweep(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="YAML or JSON: `job` (a specification), `grid` (path: values)."
+        ),
+    ],
+    *,
+    api: Annotated[
+        bool, typer.Option("--api", help="Have a service run it; Ctrl-C leaves it running.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="Folder for table, plot and, here, all results."
+        ),
+    ] = None,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="With --api: submit, and do not wait.")
+    ] = False,
+    key: Annotated[
+        str | None, typer.Option(help="With --api: idempotency key, to repeat the call.")
+    ] = None,
+    profiles: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Sensitivity profiles to reuse and keep.")
+    ] = None,
+    device: DeviceOption = "cpu",
+    url: UrlOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Run a job for every cell of a grid; equal stages run once, and a failed cell stops nothing.
+
+    Exit code 3 where a cell failed. A finished part of a sweep is not run again. Example: bitmill
+    sweep study.yaml --out study
+    """
+    spec = read_sweep(file)
+    if api:
+        with open_client(url) as client:
+            submitted = client.submit_sweep(spec, idempotency_key=key)
+            if not json:
+                typer.echo(f"sweep {submitted.id}: {len(submitted.cells or ())} cells")
+            if no_wait:
+                if json:
+                    print_json(submitted.model_dump(mode="json"))
+                return
+            _follow(client, submitted.id, out, as_json=json)
+        return
+    if out is None:
+        raise InputError("give --out DIR for the results, or --api", param="--out")
+    rows = _run_here(spec, out, profiles, device)
+    _end(SweepTable(rows), as_json=json)
+
+
+@sweeps.command("list")
+def list_sweeps(
+    *,
+    limit: Annotated[int, typer.Option(min=1, max=200, help="Sweeps on a page.")] = 50,
+    after: Annotated[
+        str | None, typer.Option(help="Cursor that the page before ended with.")
+    ] = None,
+    url: UrlOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """List sweeps, newest first.
+
+    Example: bitmill sweeps list
+    """
+    with open_client(url) as client:
+        page = client.sweeps(limit=limit, after=after)
+    if json:
+        print_json(page.model_dump(mode="json"))
+        return
+    rows = [
+        (one.id, one.label or "-", _counted(one), ", ".join(one.axes), format_time(one.created_at))
+        for one in page.sweeps
+    ]
+    print_table(("sweep", "label", "cells", "axes", "created"), rows)
+    if page.next:
+        typer.echo(f"more: bitmill sweeps list --after {page.next}")
+
+
+@sweeps.command("show")
+def show_sweep(
+    sweep: SweepArgument, *, out: TableOption = None, url: UrlOption = None, json: JsonFlag = False
+) -> None:
+    """Show what the cells of a sweep have found so far; with --out write table and plot too.
+
+    Example: bitmill sweeps show SWEEP --out study
+    """
+    with open_client(url) as client:
+        view = client.sweep(sweep)
+        table = view.table
+        if out is not None:
+            _write(table, out)
+    if json:
+        print_json(view.model_dump(mode="json"))
+    else:
+        _print(table)
+
+
+@sweeps.command("wait")
+def wait_sweep(
+    sweep: SweepArgument, *, out: TableOption = None, url: UrlOption = None, json: JsonFlag = False
+) -> None:
+    """Wait until every cell of a sweep has ended; exit code 3 where one failed.
+
+    Example: bitmill sweeps wait SWEEP --out study
+    """
+    with open_client(url) as client:
+        _follow(client, sweep, out, as_json=json)
+
+
+@sweeps.command("cancel")
+def cancel_sweep(sweep: SweepArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
+    """Ask all unfinished jobs of a sweep to stop.
+
+    Example: bitmill sweeps cancel SWEEP
+    """
+    with open_client(url) as client:
+        view = client.cancel_sweep(sweep)
+    if json:
+        print_json(view.model_dump(mode="json"))
+    else:
+        typer.echo(f"sweep {view.id}: {_counted(view)}")
+
+
+@sweeps.command("delete")
+def delete_sweep(sweep: SweepArgument, *, url: UrlOption = None, json: JsonFlag = False) -> None:
+    """Remove a sweep whose jobs have finished, with these jobs and their files.
+
+    Example: bitmill sweeps delete SWEEP
+    """
+    with open_client(url) as client:
+        client.delete_sweep(sweep)
+    if json:
+        print_json({"deleted": sweep})
+    else:
+        typer.echo(f"sweep {sweep} deleted")
+
+
+def read_sweep(file: Path) -> SweepSpec:
+    """The specification of a YAML or JSON file; raises `SpecError`."""
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        told = " ".join(str(error).split())
+        raise SpecError(f"{file} cannot be read as YAML: {told}", param="FILE") from error
+    return parse_sweep(loaded)
+
+
+def _run_here(spec: SweepSpec, out: Path, profiles: Path | None, device: str) -> list[SweepRow]:
+    """Run all cells that have not succeeded before; what came of each, in the grid's order."""
+    cells = spec.cells()
+    check_kept(out, _is_of_a_sweep, param="--out")
+    for cell in cells:
+        _check_model(cell)
+    out.mkdir(parents=True, exist_ok=True)
+    record = read_json(out / _RECORD) if (out / _RECORD).is_file() else {}
+    rows: dict[int, SweepRow] = {}
+    for cell in in_turn(cells):
+        rows[cell.number] = _cell_here(cell, out, record, profiles, device)
+        write_json(out / _RECORD, record)
+        _write(SweepTable([rows[number] for number in sorted(rows)]), out)
+        _tell(rows[cell.number], len(cells))
+    if all(row.state == "succeeded" for row in rows.values()):
+        shutil.rmtree(out / _STAGES, ignore_errors=True)
+    return [rows[number] for number in sorted(rows)]
+
+
+def _cell_here(
+    cell: Cell, out: Path, record: dict[str, Any], profiles: Path | None, device: str
+) -> SweepRow:
+    """Run one cell, or find that it has succeeded; `record` is changed."""
+    name, asked = f"cell-{cell.number:02d}", sha256_json(cell.spec.model_dump(mode="json"))
+    before, folder = record.get(name, {}), out / name
+    if before.get("asked") != asked or not (folder / QUALITY_NAME).is_file():
+        begin, error = time.monotonic(), None
+        typer.echo(cell.name, err=True)
+        try:
+            _quantize(cell, folder, out / _STAGES, profiles, device)
+        except STOPS:
+            raise
+        except BitmillError as raised:
+            error = raised
+        before = {
+            "asked": "" if error else asked,
+            "seconds": round(time.monotonic() - begin, 3),
+            "error": error and error.to_dict(),
+        }
+        record[name] = before
+    failed = before["error"]
+    quality = None if failed else QualityReport.load(folder / QUALITY_NAME)
+    return SweepRow(
+        cell=cell.number,
+        axes={path: value_text(value) for path, value in cell.values.items()},
+        state="failed" if failed else "succeeded",
+        job=name,
+        quality=quality.rows[1] if quality else None,
+        seconds=before["seconds"],
+        alone_s=round(sum(quality.seconds.values()), 3) if quality else None,
+        error=failed and failed["message"],
+    )
+
+
+def _quantize(cell: Cell, folder: Path, stages: Path, profiles: Path | None, device: str) -> None:
+    model = cell.spec.model
+    with (
+        work_folder(folder, None) as work,
+        JobWatch(Console(stderr=True, highlight=False)) as watch,
+    ):
+        request = QuantizeRequest(
+            model=_check_model(cell),
+            file=model.file,
+            config=cell.spec.config(),
+            out=folder,
+            work=work,
+            stages=stages,
+            profiles=profiles,
+            device=device,
+        )
+        run_library("quantize", request, lambda m: watch.show(m["progress"]["kind"], m["progress"]))
+
+
+def _check_model(cell: Cell) -> Path:
+    model = cell.spec.model
+    if model.source != "path":
+        raise InputError(f"{cell.name}: a sweep here reads local folders; give --api for others")
+    folder = Path(model.path)
+    if not folder.is_dir():
+        problem = f"{cell.name}: there is no folder {folder}"
+        raise ModelError(problem, code="model_not_found", param="model")
+    return folder
+
+
+def _is_of_a_sweep(name: str) -> bool:
+    number = name.removeprefix("cell-")
+    files = (_RECORD, _STAGES, "plot.svg", *(f"{_TABLE}.{end}" for end in ("csv", "json", "md")))
+    return name in files or (number != name and number.isdecimal())
+
+
+def _follow(client: Client, sweep_id: str, out: Path | None, *, as_json: bool) -> None:
+    """Show cells as they end, then the table."""
+    ended: set[int] = set()
+
+    def on_change(view: SweepView) -> None:
+        new = [c for c in view.cells or () if c.seconds is not None and c.cell not in ended]
+        for cell in sorted(new, key=lambda cell: cell.cell):
+            ended.add(cell.cell)
+            _tell(cell.row, len(view.cells or ()))
+        if out is not None and new:
+            _write(view.table, out)
+
+    view = client.wait_sweep(sweep_id, on_change=None if as_json and out is None else on_change)
+    table = view.table
+    if out is not None:
+        _write(table, out)
+    _end(table, as_json=as_json)
+
+
+def _tell(row: SweepRow, of: int) -> None:
+    """One line on standard error about a cell that has ended."""
+    told = f"cell {row.cell} of {of} {row.state}"
+    if row.quality is not None and row.quality.size is not None:
+        text, measured = next(iter(row.quality.texts.items()), ("", None))
+        told += f": {format_size(row.quality.size)}"
+        told += f", perplexity {measured.perplexity:.2f} on {text}" if measured else ""
+    if row.error:
+        told += f": {row.error}"
+    typer.echo(told, err=True)
+
+
+def _write(table: SweepTable, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    written = {"json": table.to_json(), "csv": table.to_csv(), "md": table.to_markdown()}
+    for end, text in written.items():
+        write_bytes(out / f"{_TABLE}.{end}", text.encode())
+    if (picture := table.to_svg()) is not None:
+        write_bytes(out / "plot.svg", picture.encode())
+
+
+def _print(table: SweepTable) -> None:
+    left_out = {"job", "error", "alone_s"}
+    kept = [i for i, name in enumerate(table.head) if name not in left_out]
+    print_table([table.head[i] for i in kept], [[row[i] for i in kept] for row in table.body])
+
+
+def _end(table: SweepTable, *, as_json: bool) -> None:
+    """Print the table; exit code 3 where a cell failed."""
+    if as_json:
+        typer.echo(table.to_json(), nl=False)
+    else:
+        _print(table)
+    if any(row.state == "failed" for row in table.rows):
+        raise typer.Exit(_FAILED)
+
+
+def _counted(view: SweepView) -> str:
+    return ", ".join(f"{count} {state}" for state, count in view.counts.items())

@@ -1,0 +1,145 @@
+"""A sweep on a tiny model: over HTTP with a worker that is killed, and here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitmill.io.manifest import check_folder
+from bitmill_service.client.client import Client
+from bitmill_service.embedded.server import EmbeddedService
+from bitmill_service.schemas import SweepView
+from bitmill_service.settings import ServiceSettings
+from stores import wait_for
+from tiny import tiny_llama
+
+pytestmark = pytest.mark.e2e
+COMMON = {
+    "allocation": {"method": "knapsack", "order": "natural", "check": "off"},
+    "refinement": {"asymmetric": False},
+    "evaluation": {"texts": ["wiki_evaluation"], "sequences": 1, "length": 32},
+    "threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a model, and one with a NaN in it."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_llama(root / "tiny")
+    tiny_llama(root / "nan")
+    weights = load_file(root / "nan" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(weights, root / "nan" / "model.safetensors", metadata={"format": "pt"})
+    return root
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[EmbeddedService]:
+    settings = ServiceSettings(
+        data=tmp_path_factory.mktemp("service") / "data",
+        port=0,
+        model_roots={"models": root},
+        threads=1,
+        lease_s=6,
+        renew_s=1,
+        poll_s=0.02,
+        resend_s=1,
+        reconcile_s=0.5,
+        event_poll_s=0.05,
+        collect_s=1,
+    )
+    with EmbeddedService(settings) as running:
+        yield running
+
+
+def grid(calibrations: int, methods: int, budgets: int) -> dict[str, Any]:
+    windows = [{"sequences": n, "length": 32, "held_out": 0} for n in (2, 3, 4)]
+    axes = {
+        "calibration": windows[:calibrations],
+        "refinement.method": ["rtn", "gptq"][:methods],
+        "budget.code_bits": [2.5, 3, 4][:budgets],
+    }
+    return {"job": {"model": {"source": "path", "path": "models/tiny"}} | COMMON, "grid": axes}
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 2), pytest.param((3, 2, 3), marks=pytest.mark.slow)], ids=str
+)
+def test_a_sweep_survives_a_killed_worker_and_makes_each_distinct_stage_once(
+    service: EmbeddedService, shape: tuple[int, int, int]
+) -> None:
+    calibrations, methods, budgets = shape
+    with Client(service.url) as client:
+        sweep = client.submit_sweep(grid(*shape))
+        wait_for(lambda: _active(client.sweep(sweep.id), "profile"), "a profile to be made", 100)
+        assert service.worker is not None
+        psutil.Process(service.worker.pid).kill()
+        done = client.wait_sweep(sweep.id)
+        assert done.counts == {"succeeded": calibrations * methods * budgets}, client.sweep_table(
+            sweep.id
+        )
+        made = Counter(
+            event.data["stage"]
+            for cell in done.cells or ()
+            for event in client.events(str(cell.job_id))
+            if event.kind == "stage" and event.data["state"] == "finished"
+        )
+    cells = calibrations * methods * budgets
+    once = {"resolve": 1, "profile": calibrations, "allocate": calibrations * budgets}
+    each = dict.fromkeys(("refine", "pack", "verify", "evaluate", "publish"), cells)
+    assert {stage: made[stage] for stage in (*once, *each)} == once | each
+    folder = service.settings.sweep_folder(sweep.id)
+    wait_for(lambda: not folder.exists(), "the shared stages to be removed")
+
+
+def _active(view: SweepView, stage: str) -> bool:
+    return any(c.state == "running" and c.stage == stage for c in view.cells or ())
+
+
+def test_a_failed_cell_here_stops_nothing_and_only_it_is_run_again(
+    root: Path, tmp_path: Path
+) -> None:
+    models = [{"source": "path", "path": str(root / name)} for name in ("nan", "tiny")]
+    spec = grid(1, 1, 1)
+    del spec["job"]["model"]
+    spec["grid"] = {"model": models, "budget.code_bits": [3]}
+    spec["job"]["allocation"] = {"method": "uniform", "order": "natural"}
+    spec["job"]["calibration"] = {"sequences": 2, "length": 32, "held_out": 0}
+    file, out = tmp_path / "study.yaml", tmp_path / "study"
+    file.write_text(json.dumps(spec))
+    command = [sys.executable, "-P", "-m", "bitmill_service.cli.main", "sweep", str(file)]
+    ended = subprocess.run(
+        [*command, "--out", str(out), "--json"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 3, ended.stderr
+    rows = json.loads(ended.stdout)
+    assert [row["state"] for row in rows] == ["failed", "succeeded"]
+    assert "model.layers.1.mlp.up_proj" in rows[0]["error"]
+    assert "cell 2 of 2 succeeded" in ended.stderr
+    check_folder(out / "cell-02")
+    with (out / "table.csv").open() as table:
+        assert [row["state"] for row in csv.DictReader(table)] == [row["state"] for row in rows]
+    assert "<svg" in (out / "plot.svg").read_text()
+    before = (out / "cell-02" / "quality.json").stat().st_mtime_ns
+    weights = load_file(root / "tiny" / "model.safetensors")
+    save_file(weights, root / "nan" / "model.safetensors", metadata={"format": "pt"})
+    again = subprocess.run(
+        [*command, "--out", str(out)], capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("succeeded") == 2
+    assert (out / "cell-02" / "quality.json").stat().st_mtime_ns == before
+    assert not (out / "stages").exists()

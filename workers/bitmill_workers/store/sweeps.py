@@ -1,0 +1,192 @@
+"""Sweeps in the job database: many jobs that are submitted, looked at and cancelled as one.
+
+A cell of a sweep is the newest job that names it, so a job that is retried takes its place.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import sqlalchemy as sa
+
+from bitmill_workers.errors import IdempotencyMismatch, JobNotFound, StateConflict, SweepNotFound
+from bitmill_workers.job_spec import JobSpec
+from bitmill_workers.store.db import Database, db_now
+from bitmill_workers.store.jobs import IDEMPOTENCY_S, JobStore, insert_job, new_job
+from bitmill_workers.store.records import JobRecord, Quota, SweepRecord, job_record, new_id
+from bitmill_workers.store.states import TERMINAL
+from bitmill_workers.store.tables import jobs, sweeps
+
+_SHOWN = [c for c in sweeps.c if c.name not in ("idempotency_key", "request_hash")]
+
+
+class SweepStore:
+    """Sweeps; every method but `request_cancel` is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.jobs = JobStore(database)
+
+    def submit(
+        self,
+        spec: dict[str, Any],
+        cells: Sequence[tuple[int, JobSpec, str]],
+        *,
+        label: str | None,
+        tenant: str,
+        idempotency_key: str | None = None,
+        request_hash: str = "",
+        priority: int = 0,
+        created_by: str | None = None,
+        quota: Quota | None = None,
+        keep_days: float | None = None,
+    ) -> tuple[SweepRecord, bool]:
+        """Store a sweep and all of its jobs, or none; whether it was there already.
+
+        spec: what is shown of it. cells: number, specification and queue of each, in the order in
+        which they run. The same key and hash give the same sweep for a day. Raises what
+        `JobStore.submit` raises.
+        """
+        values = {
+            "id": new_id(),
+            "tenant": tenant,
+            "label": label,
+            "spec": spec,
+            "idempotency_key": idempotency_key,
+            "request_hash": request_hash,
+            "created_at": db_now(),
+            "created_by": created_by,
+        }
+        with self.database.write() as conn:
+            self.jobs.wait_for_tenant(conn, tenant)
+            if known := _known(conn, tenant, idempotency_key, request_hash):
+                return known, True
+            self.jobs.check_quota(conn, tenant, quota, more=len(cells))
+            row = conn.execute(sa.insert(sweeps).values(values).returning(*_SHOWN)).one()
+            sweep = SweepRecord(**row._mapping)
+            for number, job, queue in cells:
+                columns = new_job(
+                    job,
+                    tenant=tenant,
+                    queue=queue,
+                    priority=priority,
+                    parent_id=None,
+                    webhook_url=None,
+                    created_by=created_by,
+                    max_running=quota and quota.running,
+                    keep_days=keep_days,
+                    cell=(sweep.id, number),
+                )
+                insert_job(conn, columns)
+            return sweep, False
+
+    def submitted(self, key: str, request_hash: str, *, tenant: str) -> SweepRecord | None:
+        """The sweep that this key made within a day, or None; raises `IdempotencyMismatch`."""
+        with self.database.read() as conn:
+            return _known(conn, tenant, key, request_hash)
+
+    def get(self, sweep_id: str, *, tenant: str | None = None) -> SweepRecord:
+        """One sweep; raises `SweepNotFound`, also where it belongs to another tenant."""
+        with self.database.read() as conn:
+            return _get(conn, sweep_id, tenant)
+
+    def list(
+        self, *, tenant: str | None = None, limit: int = 50, after: str | None = None
+    ) -> builtins.list[SweepRecord]:
+        """Sweeps, newest first; `after` is the last id of a former page."""
+        query = sa.select(*_SHOWN).order_by(sweeps.c.id.desc()).limit(limit)
+        if tenant is not None:
+            query = query.where(sweeps.c.tenant == tenant)
+        if after is not None:
+            query = query.where(sweeps.c.id < after)
+        with self.database.read() as conn:
+            return [SweepRecord(**row._mapping) for row in conn.execute(query)]
+
+    def cells(self, sweep_id: str) -> dict[int, JobRecord]:
+        """The newest job of every cell, by the cell's number; none of cells that were deleted."""
+        order = (jobs.c.cell, jobs.c.created_at, jobs.c.id)
+        query = sa.select(jobs).where(jobs.c.sweep_id == sweep_id).order_by(*order)
+        with self.database.read() as conn:
+            found = [job_record(row) for row in conn.execute(query)]
+        return {job.cell: job for job in found if job.cell is not None}
+
+    def request_cancel(
+        self, sweep_id: str, *, tenant: str | None = None, by: str | None = None
+    ) -> None:
+        """Cancel every job that is queued or active; repeating it changes nothing.
+
+        Those that run last are cancelled first, so that none begins meanwhile.
+        """
+        self.get(sweep_id, tenant=tenant)
+        unfinished = (jobs.c.sweep_id == sweep_id, jobs.c.state.not_in(sorted(TERMINAL)))
+        query = sa.select(jobs.c.id).where(*unfinished).order_by(jobs.c.fair_rank.desc())
+        with self.database.read() as conn:
+            found = conn.execute(query).scalars().all()
+        for job_id in found:
+            with suppress(JobNotFound, StateConflict):  # it has ended meanwhile
+                self.jobs.request_cancel(job_id, by=by)
+
+    def delete(self, sweep_id: str, *, tenant: str | None = None) -> None:
+        """Remove a sweep whose jobs have all finished, with these jobs.
+
+        Raises `SweepNotFound`, and `StateConflict` (code `sweep_not_finished`).
+        """
+        mine = jobs.c.sweep_id == sweep_id
+        with self.database.write() as conn:
+            _get(conn, sweep_id, tenant)
+            unfinished = sa.exists().where(mine, jobs.c.state.not_in(sorted(TERMINAL)))
+            if conn.execute(sa.select(unfinished)).scalar_one():
+                raise StateConflict(
+                    f"sweep {sweep_id} has unfinished jobs: cancel it before deleting it",
+                    code="sweep_not_finished",
+                )
+            conn.execute(sa.delete(jobs).where(mine))
+            conn.execute(sa.delete(sweeps).where(sweeps.c.id == sweep_id))
+
+    def profiles(self, sweep_id: str) -> builtins.list[str]:
+        """Ids of the profiles that jobs of the sweep have made or used so far."""
+        mine = (jobs.c.sweep_id == sweep_id, jobs.c.profile_id.is_not(None))
+        with self.database.read() as conn:
+            query = sa.select(jobs.c.profile_id).where(*mine).distinct()
+            return [str(found) for found in conn.execute(query).scalars()]
+
+    def at_work(self, sweep_id: str) -> bool:
+        """Whether any job of the sweep is queued or active."""
+        mine = (jobs.c.sweep_id == sweep_id, jobs.c.state.not_in(sorted(TERMINAL)))
+        with self.database.read() as conn:
+            return bool(conn.execute(sa.select(sa.exists().where(*mine))).scalar_one())
+
+
+def _get(conn: sa.Connection, sweep_id: str, tenant: str | None) -> SweepRecord:
+    query = sa.select(*_SHOWN).where(sweeps.c.id == sweep_id)
+    if tenant is not None:
+        query = query.where(sweeps.c.tenant == tenant)
+    row = conn.execute(query).one_or_none()
+    if row is None:
+        raise SweepNotFound(sweep_id)
+    return SweepRecord(**row._mapping)
+
+
+def _known(
+    conn: sa.Connection, tenant: str, key: str | None, request_hash: str
+) -> SweepRecord | None:
+    if key is None:
+        return None
+    mine = (
+        sweeps.c.tenant == tenant,
+        sweeps.c.idempotency_key == key,
+        sweeps.c.created_at > db_now() - IDEMPOTENCY_S,
+    )
+    row = conn.execute(sa.select(sweeps).where(*mine)).first()
+    if row is None:
+        return None
+    if row.request_hash != request_hash:
+        raise IdempotencyMismatch(
+            f"idempotency key {key!r} was used with a different request body: "
+            "send the same body or a new key",
+            param="Idempotency-Key",
+        )
+    return _get(conn, row.id, None)
