@@ -100,6 +100,9 @@ def _misbehave(acts: dict[str, str], request: dict[str, Any]) -> None:
             raise ValueError("a bug")
         case "segfault":
             ctypes.string_at(0)
+        case "abort":
+            os.write(2, b"terminate called after throwing an instance of 'std::bad_alloc'\n")
+            os.abort()
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "hang":

@@ -39,12 +39,13 @@ if TYPE_CHECKING:
 
 _NO_MEMORY = re.compile(
     r"can(no|')?t allocate memory|out[ _]of[ _]memory|not enough memory|bad_alloc|OutOfMemory"
-    r"|can't start new thread|ThreadPoolBuildError|ALLOC_FAILED"
+    r"|memory allocation of \d+ bytes failed|can't start new thread"
+    r"|ThreadPoolBuildError|ALLOC_FAILED"
     r"|cudaErrorMemoryAllocation|CUBLAS_STATUS_NOT_INITIALIZED.*cublasCreate",
     re.IGNORECASE,
 )
-"""What torch's allocators, CUDA, its libraries (cuBLAS, cuDNN, cuSOLVER, ...), Triton, NCCL, C++
-and ENOMEM as text say; cuBLAS calls it "not initialized" where its first handle finds no room."""
+"""What torch's allocators, CUDA, its libraries (cuBLAS, cuDNN, cuSOLVER, ...), Triton, NCCL, C++,
+Rust and ENOMEM as text say; cuBLAS calls it "not initialized" for want of room."""
 
 _UNITS = {"bytes": 1, "B": 1} | {f"{c}iB": 1024**i for i, c in enumerate("KMGTPE", 1)}
 _ASKED = re.compile(rf"allocate (?P<number>\d[\d.,]*) ?(?P<unit>{'|'.join(_UNITS)})\b")
@@ -266,6 +267,11 @@ def refused_memory(error: BaseException) -> BaseException | None:
         return error
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None if cause is None else refused_memory(cause)
+
+
+def speaks_of_memory(text: str) -> str | None:
+    """The line of a program's last words that says that memory was refused to it."""
+    return next((line.strip() for line in text.splitlines() if _NO_MEMORY.search(line)), None)
 
 
 def said_by(error: BaseException) -> str:

@@ -134,10 +134,11 @@ def test_fault_of_the_runner_is_told_as_one(
     assert job.error_hint == ProcessFailed.hint
 
 
+@pytest.mark.parametrize("how", ["memory", "abort"])
 def test_out_of_memory_goes_to_the_next_tier_once(
-    settings: Settings, database: Database, stop: StopRequest
+    settings: Settings, database: Database, stop: StopRequest, how: str
 ) -> None:
-    job = run_label(settings, database, stop, "do=memory always=1")
+    job = run_label(settings, database, stop, f"do={how} always=1")
     assert (job.state, job.queue) == ("queued", "gpu-24")
     larger = settings.model_copy(update={"queues": ("cpu", "gpu-24")})
     assert Supervisor(larger, database).run_next(stop)

@@ -5,6 +5,7 @@ is there on a full disk too: messages of its own, last `{"result": ...}` or `{"e
 latter as `BitmillError.to_dict`; what it prints goes to standard error. A child that died without a
 word is told by its return code:
 
+    ended by SIGABRT, and its last words are that memory was refused to it     out_of_memory
     ended by a signal that a fault of its own raises (SIGSEGV, SIGABRT, ...)   ProcessFailed
     ended by any other signal, such as the SIGKILL of a kernel without memory  ResourceError, killed
     ended by itself                                                            ProcessFailed
@@ -20,17 +21,29 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import IO, Any
 
-from bitmill.errors import STOPS, BitmillError, ProcessFailed, ResourceError, as_bitmill_error
+from bitmill.errors import (
+    STOPS,
+    BitmillError,
+    ProcessFailed,
+    ResourceError,
+    as_bitmill_error,
+    out_of_memory,
+    speaks_of_memory,
+)
 from bitmill.runtime.lifetime import die_with_parent
 
 PARENT = "BITMILL_PARENT"
 """Environment variable: process id of the parent that waits for this process."""
 
+_LAST_WORDS = 1 << 16
+_LAST_S = 2.0
+"""How long a dead child's output is read on: what it has started may hold it open."""
 _GRACE_S = 10.0
 """How long a child may take to end when it is told to."""
 _OWN_FAULTS = frozenset(
@@ -41,16 +54,19 @@ _OWN_FAULTS = frozenset(
 )
 
 
-def death(what: str, status: int, *, code: str | None = None) -> BitmillError:
+def death(what: str, status: int, *, code: str | None = None, said: str = "") -> BitmillError:
     """The error that stands for a process that ended without telling why.
 
     what: the process in words. status: as `subprocess` returns it, -N for signal N; launchers of
-    others give 128 + N. code: of a fault of the program, where it has one of its own.
+    others give 128 + N. code: of a fault of the program, where it has one of its own. said: the end
+    of what it printed: C++ and Rust abort where memory is refused, and say so there alone.
     """
     number = -status if status < 0 else status - 128
     if not 0 < number <= signal.NSIG:
         return ProcessFailed(f"{what} ended with exit code {status}", code=code)
     how = f"{what} was ended by signal {number} ({_name(number)})"
+    if number == signal.SIGABRT and (refused := speaks_of_memory(said)):
+        return out_of_memory(f"{how}: {refused}")
     if number in _OWN_FAULTS:
         return ProcessFailed(how, code=code)
     if number == signal.SIGKILL:
@@ -79,15 +95,18 @@ def run_child(
     last: dict[str, Any] = {}
     with _started(arguments) as child:
         assert child.stdout is not None
+        assert child.stderr is not None
+        words = _LastWords(child.stderr)
         for line in child.stdout:
             last = _parsed(line)
             if last and not {"result", "error"} & last.keys():
                 on_message(last)
         status = child.wait()
+    said = words.heard()
     if "error" in last:
         raise BitmillError.from_dict(last["error"])
     if status != 0 or "result" not in last:
-        raise death(what, status)
+        raise death(what, status, said=said)
     result: dict[str, Any] = last["result"]
     return result
 
@@ -103,6 +122,7 @@ def _started(arguments: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
             [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())},
         )
@@ -118,6 +138,28 @@ def _started(arguments: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
                     child.wait(_GRACE_S)
             finally:
                 child.kill()
+
+
+class _LastWords:
+    """Hands on to standard error what a child prints there, and keeps the end of it."""
+
+    def __init__(self, pipe: IO[str]) -> None:
+        self._fd, self._kept = os.dup(pipe.fileno()), bytearray()
+        self._thread = threading.Thread(target=self._hand_on, daemon=True, name="last words")
+        self._thread.start()
+
+    def heard(self) -> str:
+        """The end of what was printed, once the child is gone."""
+        self._thread.join(_LAST_S)
+        return self._kept.decode(errors="replace")
+
+    def _hand_on(self) -> None:
+        with open(self._fd, "rb", buffering=0) as pipe:
+            while data := pipe.read(_LAST_WORDS):
+                self._kept.extend(data)
+                del self._kept[:-_LAST_WORDS]
+                with suppress(OSError):
+                    os.write(2, data)
 
 
 def _parsed(line: str) -> dict[str, Any]:

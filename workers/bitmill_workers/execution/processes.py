@@ -24,6 +24,7 @@ from bitmill.runtime.lifetime import die_with_parent
 
 _CHUNK = 1 << 16
 _PASS = 1 << 20
+_LAST_WORDS = 1 << 16
 _DUMP_S = 1.0
 
 
@@ -48,10 +49,11 @@ def start_lifeline(lease_s: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a child ended: its return code, or why it was stopped before."""
+    """How a child ended: its return code, or why it was stopped before; the end of its log."""
 
     status: int
     stopped: str | None = None
+    said: str = ""
 
 
 class _Pipe:
@@ -118,9 +120,15 @@ class Child:
         other than None stops the child's whole group for that reason. Without a message for
         `stall_s` the child's stacks are dumped to its log and it is stopped as "stalled".
         """
-        exited = os.pidfd_open(self.pid)
+        exited, said = os.pidfd_open(self.pid), bytearray()
+
+        def keep(data: bytes) -> None:
+            said.extend(data)
+            del said[:-_LAST_WORDS]
+            on_log(data)
+
         try:
-            stopped = self._until_end(exited, on_message, on_log, tick, tick_s, stall_s, wakeup_fd)
+            stopped = self._until_end(exited, on_message, keep, tick, tick_s, stall_s, wakeup_fd)
             if stopped == "stalled":
                 self._dump_stacks()
         finally:
@@ -130,9 +138,9 @@ class Child:
         while self._relay(on_message):
             pass
         while data := self._log.read():
-            on_log(data)
+            keep(data)
         self._close()
-        return Ended(status, stopped)
+        return Ended(status, stopped, said.decode(errors="replace"))
 
     def beat(self) -> None:
         """Tell the child's watchdog that the lease was renewed."""

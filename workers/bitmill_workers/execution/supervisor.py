@@ -387,7 +387,9 @@ class Attempt:
     def _raise_unless_ok(self, ended: Ended, child: str) -> None:
         """Raise what the child told, else how it died."""
         if ended.status != 0 or not self.reporter.result:
-            raise self.reporter.error or death(child, ended.status, code="runner_crashed")
+            raise self.reporter.error or death(
+                child, ended.status, code="runner_crashed", said=ended.said
+            )
 
     def _flush_rest(self) -> None:
         self._persist(self.reporter.flush)
