@@ -11,9 +11,15 @@ it makes up; then those that leave the job as it is, with the ids of what there 
 `Accept: application/json`, because an event stream does not end before its job; streams are tested
 in `tests/service/test_events.py`. The Hub is one on loopback that knows no repository.
 
-Ends with 1 for fewer requests than `--least`, a server error, or an answer whose status, type or
-content is not declared (Schemathesis' codes ST1..). What remains are its ST2..: requests that the
-description cannot tell from others, such as a budget that a model cannot meet.
+Three services: one that asks for no key, one that does and is given an admin's, and one that is
+given a key that may only read. The last is asked by a tenth as many requests, and every answer
+below 400 must be of an operation that needs no more than that scope. That operations which need a
+key refuse a call without is a check of Schemathesis' own.
+
+Ends with 1 for fewer requests than `--least` with or without a key, a server error, an operation
+reached without its scope, or an answer whose status, type or content is not declared
+(Schemathesis' codes ST1..). What remains are its ST2..: requests that the description cannot tell
+from others, such as a budget that a model cannot meet.
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,16 +42,57 @@ import httpx2
 
 from bitmill_service.client.client import Client
 from bitmill_service.embedded.server import EmbeddedService
+from bitmill_service.http.access import needed_scope
 from bitmill_service.settings import ServiceSettings
+from bitmill_workers.store.db import Database
+from bitmill_workers.store.keys import KeyStore
+from bitmill_workers.store.migrate import upgrade
 from faulty_hub import FaultyHub, serving
 from tiny import tiny_llama
 
 READING = ("--exclude-method", "DELETE", "--exclude-path-regex", "(cancel|retry|/jobs|maps)$")
-_COUNT = re.compile(r'^bitmill_http_request_seconds_count\{.*status="(\d+)"\} (\S+)$', re.M)
+_COUNT = re.compile(r"^bitmill_http_request_seconds_count\{(.*)\} (\S+)$", re.M)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
-def finished_job(client: Client) -> dict[str, str]:
-    """The ids of a job that has succeeded, of its profile and of a stored map."""
+@dataclass(frozen=True)
+class Answers:
+    """What a service was asked: method, route and status of each answer, and what was found."""
+
+    counts: Counter[tuple[str, str, str]]
+    failures: Counter[str]
+    seconds: float
+
+    @property
+    def statuses(self) -> Counter[str]:
+        """Answers by status."""
+        found: Counter[str] = Counter()
+        for (_, _, status), count in self.counts.items():
+            found[status] += count
+        return found
+
+    @property
+    def broken(self) -> int:
+        """Server errors."""
+        return sum(count for status, count in self.statuses.items() if status >= "500")
+
+    @property
+    def undeclared(self) -> bool:
+        """Whether an answer was not in the description."""
+        return any(text.startswith("ST1") for text in self.failures)
+
+    def beyond(self, scope: str) -> list[str]:
+        """Operations that a key with this scope reached though they need another."""
+        reached = {(m, route) for (m, route, status) in self.counts if status < "400"}
+        return [
+            f"{method} {route}"
+            for method, route in sorted(reached)
+            if needed_scope(method, route) not in (None, scope)
+        ]
+
+
+def finished_job(client: Client, model: Path) -> dict[str, str]:
+    """The ids of a job that has succeeded, of its profile, a stored map and a whole upload."""
     job = client.submit(
         {
             "model": {"source": "path", "path": "models/tiny"},
@@ -57,7 +105,13 @@ def finished_job(client: Client) -> dict[str, str]:
     done = client.wait(job.id, timeout=600)
     assert done.profile_id is not None
     stored = client.upload_map(client.bit_width_map(job.id).to_json().encode())
-    return {"job_id": job.id, "profile_id": done.profile_id, "map_id": stored.id}
+    upload = client.upload(model)
+    return {
+        "job_id": job.id,
+        "profile_id": done.profile_id,
+        "map_id": stored.id,
+        "upload_id": upload.id,
+    }
 
 
 def with_ids(description: dict[str, Any], ids: dict[str, str], files: list[str]) -> dict[str, Any]:
@@ -67,16 +121,26 @@ def with_ids(description: dict[str, Any], ids: dict[str, str], files: list[str])
     for operations in changed["paths"].values():
         for operation in operations.values():
             for parameter in operation.get("parameters", ()):
-                if parameter["in"] == "path":
+                if parameter["in"] == "path" and parameter["name"] in known:
                     parameter["schema"] = {"type": "string", "enum": known[parameter["name"]]}
     return changed
 
 
-def answers(url: str) -> Counter[str]:
-    """How many answers of each status the service has given."""
-    found: Counter[str] = Counter()
-    for status, count in _COUNT.findall(httpx2.get(f"{url}/metrics").text):
-        found[status] += int(float(count))
+def without_security(description: dict[str, Any]) -> dict[str, Any]:
+    """The description, as it is where no key is asked for."""
+    changed: dict[str, Any] = json.loads(json.dumps(description))
+    for operations in changed["paths"].values():
+        for operation in operations.values():
+            operation.pop("security", None)
+    return changed
+
+
+def answers(http: httpx2.Client) -> Counter[tuple[str, str, str]]:
+    """How many answers of each method, route and status the service has given."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    for labels, count in _COUNT.findall(http.get("/metrics").text):
+        told = dict(_LABEL.findall(labels))
+        found[told["method"], told["route"], told["status"]] += int(float(count))
     return found
 
 
@@ -84,8 +148,7 @@ def run(description: Path, url: str, options: argparse.Namespace, *more: str) ->
     """One pass; Schemathesis' own report."""
     report = description.with_suffix(".report.json")
     command = [options.schemathesis, "run", str(description), "--url", url, "--checks", "all"]
-    command += ["--seed", str(options.seed), "--max-examples", str(options.examples)]
-    command += ["--continue-on-failure", *more]
+    command += ["--seed", str(options.seed), "--continue-on-failure", *more]
     command += ["--header", "Accept: application/json", "--request-timeout", "60"]
     command += ["--generation-database", "none", "--report", "json"]
     command += ["--report-json-path", str(report), "--no-color", "--warnings", "off"]
@@ -94,48 +157,87 @@ def run(description: Path, url: str, options: argparse.Namespace, *more: str) ->
     return found
 
 
+def ask(folder: Path, options: argparse.Namespace, scope: str | None) -> Answers:
+    """Both passes at a service of its own. scope: of the key that is given; None: none is asked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_llama(folder / "models" / "tiny")
+    hub = FaultyHub({})
+    settings = ServiceSettings(
+        data=folder / "data",
+        port=0,
+        model_roots={"models": folder / "models"},
+        hub_endpoint=hub.url,
+        keys="off" if scope is None else "required",
+        calls_per_minute=1_000_000,
+    )
+    database = Database(settings.database)
+    upgrade(database)
+    keys = KeyStore(database)
+    admin, _ = keys.create("admin", scopes=["admin"])
+    given = admin if scope == "admin" else keys.create("reader", scopes=["read"])[0]
+    database.close()
+    examples = options.examples if scope != "read" else max(1, options.examples // 10)
+    shown = () if scope is None else ("--header", f"Authorization: Bearer {given}")
+    shown += ("--max-examples", str(examples))
+    with (
+        serving(hub),
+        EmbeddedService(settings) as service,
+        Client(service.url, api_key=admin) as client,
+        httpx2.Client(
+            base_url=service.url, headers={"Authorization": f"Bearer {admin}"}, timeout=60
+        ) as http,
+    ):
+        ids = finished_job(client, folder / "models" / "tiny")
+        files = [file.path for file in client.files(ids["job_id"]).files]
+        assert service.worker is not None
+        service.worker.stop()
+        description = http.get("/openapi.json").json()
+        if scope is None:
+            description = without_security(description)
+        before, started = answers(http), time.monotonic()
+        failures: Counter[str] = Counter()
+        passes: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+            ("all", description, ()),
+            ("finished", with_ids(description, ids, files), READING),
+        )
+        for name, told, more in passes:
+            place = folder / f"{name}.json"
+            place.write_text(json.dumps(told))
+            failures.update(failures_of(run(place, service.url, options, *shown, *more)))
+        return Answers(answers(http) - before, failures, time.monotonic() - started)
+
+
 def main() -> int:
-    """Run both passes and print the record."""
+    """Ask all three services and print the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--schemathesis", default="schemathesis")
     parser.add_argument("--seed", type=int, default=20261128)
-    parser.add_argument("--examples", type=int, default=60, help="requests of an operation at most")
-    parser.add_argument("--least", type=int, default=3000)
-    parser.add_argument("--keep", type=Path, help="where the reports stay")
+    parser.add_argument("--examples", type=int, default=80, help="requests of an operation at most")
+    parser.add_argument("--least", type=int, default=5000)
+    parser.add_argument("--keep", type=Path, help="where data and reports stay")
     options = parser.parse_args()
+    good = True
+    checked = subprocess.run(
+        [options.schemathesis, "--version"], capture_output=True, text=True, check=True
+    ).stdout.split()[-1]
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.keep or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
-        tiny_llama(Path(scratch) / "models" / "tiny")
-        hub = FaultyHub({})
-        settings = ServiceSettings(
-            data=Path(scratch) / "data",
-            port=0,
-            model_roots={"models": Path(scratch) / "models"},
-            hub_endpoint=hub.url,
-        )
-        with serving(hub), EmbeddedService(settings) as service, Client(service.url) as client:
-            ids = finished_job(client)
-            files = [file.path for file in client.files(ids["job_id"]).files]
-            assert service.worker is not None
-            service.worker.stop()
-            description = httpx2.get(f"{service.url}/openapi.json").json()
-            before, started = answers(service.url), time.monotonic()
-            failures: Counter[str] = Counter()
-            passes: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
-                ("all", description, ()),
-                ("finished", with_ids(description, ids, files), READING),
-            )
-            for name, given, more in passes:
-                place = folder / f"{name}.json"
-                place.write_text(json.dumps(given))
-                failures.update(failures_of(run(place, service.url, options, *more)))
-            seen = answers(service.url) - before
-            seconds = time.monotonic() - started
-    print_record(seen, failures, seconds, options)
-    broken = sum(count for status, count in seen.items() if status >= "500")
-    undeclared = any(text.startswith("ST1") for text in failures)
-    return int(broken > 0 or undeclared or sum(seen.values()) < options.least)
+        told = {
+            "without a key": ask(folder / "open", options, None),
+            "with an admin's key": ask(folder / "admin", options, "admin"),
+            "with a key that reads": ask(folder / "read", options, "read"),
+        }
+    beyond = told["with a key that reads"].beyond("read")
+    print(
+        f"Schemathesis {checked}, FastAPI {version('fastapi')}, Python "
+        f"{platform.python_version()}, seed {options.seed}"
+    )
+    for name, found in told.items():
+        good &= found.broken == 0 and not found.undeclared
+        good &= name.endswith("reads") or found.counts.total() >= options.least
+        print_record(name, found)
+    print(f"\noperations reached beyond the scope read: {', '.join(beyond) or 'none'}")
+    return int(not good or bool(beyond))
 
 
 def failures_of(report: dict[str, Any]) -> dict[str, int]:
@@ -148,22 +250,14 @@ def failures_of(report: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def print_record(
-    seen: Counter[str], failures: Counter[str], seconds: float, options: argparse.Namespace
-) -> None:
+def print_record(name: str, found: Answers) -> None:
     """The table that `benchmarks/results/api_conformance.md` holds."""
-    checked = subprocess.run(
-        [options.schemathesis, "--version"], capture_output=True, text=True, check=True
-    ).stdout.split()[-1]
-    print(f"{sum(seen.values()):,} requests in {seconds:.0f} s, seed {options.seed}")
-    print(
-        f"Schemathesis {checked}, FastAPI {version('fastapi')}, Python {platform.python_version()}"
-    )
+    print(f"\n{name}: {found.counts.total():,} requests in {found.seconds:.0f} s")
     print("\n| status | answers |\n|---|---|")
-    for status, count in sorted(seen.items()):
+    for status, count in sorted(found.statuses.items()):
         print(f"| {status} | {count:,} |")
-    print(f"\n{failures.total()} unique failures")
-    for text, count in sorted(failures.items()):
+    print(f"\n{found.failures.total()} unique failures")
+    for text, count in sorted(found.failures.items()):
         print(f"- {count} x {text}")
 
 
