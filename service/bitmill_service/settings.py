@@ -20,6 +20,8 @@ class ServiceSettings(Settings):
     calls_per_minute: of a key that has no limit of its own; downloads are not counted.
     tenant_queued, tenant_running, tenant_bytes: of a tenant whose key has no limit of its own.
     keep_days: how long files of finished jobs are kept, unless their key says otherwise.
+    accel_location: an internal location of the nginx in front of this service that is the folder
+    `artifacts` below `data`: files are sent by nginx. None: by this service.
     metrics_host, metrics_port: where metrics are served without a key as well; None: nowhere.
     allowed_hosts: names that requests may be sent to; empty accepts all. The embedded service on
     loopback accepts loopback's names only, unless these are set.
@@ -38,6 +40,7 @@ class ServiceSettings(Settings):
     tenant_running: int | None = Field(default=None, ge=0)
     tenant_bytes: int | None = Field(default=None, ge=0)
     keep_days: float | None = Field(default=None, gt=0)
+    accel_location: str | None = Field(default=None, pattern="^/.*/$")
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()

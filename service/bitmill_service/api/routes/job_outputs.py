@@ -196,7 +196,10 @@ def send_file(request: Request, context: Context, file: Artifact) -> Response:
             file.path, file.size, file.sha256, request.method, request.headers, address
         )
     stored = StoredFile(place, file.path, file.size, file.sha256)
-    return file_response(stored, request.method, request.headers)
+    inside, location = context.settings.accel_location, None
+    if inside is not None:
+        location = inside + place.relative_to(context.settings.artifacts_folder).as_posix()
+    return file_response(stored, request.method, request.headers, location)
 
 
 def _published(context: Context, job: JobRecord, path: str) -> Artifact:
