@@ -13,7 +13,7 @@ from bitmill_service.settings import ServiceSettings
 from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.migrate import upgrade
 from browsing import THEMES, WIDTHS, Browser, browse
-from finished import Stack
+from finished import MAP, Stack
 from serving import serve
 from stores import wait_for
 
@@ -67,6 +67,10 @@ def test_pages_are_legible_in_both_themes_and_on_a_phone(
         stack.succeeded(label="a job that is done"),
     )
     stack.queued(label="a job that waits")
+    catalog = stack.context.catalog
+    catalog.add_profile("ab" * 16, model="models/tiny", settings={}, path="absent")
+    catalog.add_map(MAP, name="by hand")
+    catalog.beat("cpu@host-1", host="host", queues=("cpu",), device="cpu", version="1")
     report(stack, running.id, "refine", "started")
     report(stack, running.id, "refine", "", 3)
     pages = {
@@ -74,6 +78,12 @@ def test_pages_are_legible_in_both_themes_and_on_a_phone(
         "running": f"/ui/jobs/{running.id}",
         "done": f"/ui/jobs/{done.id}?against={running.id}",
         "failed": f"/ui/jobs/{stack.failed(label='a job that failed').id}",
+        "new": "/ui/jobs/new?source=path&name=models/tiny&more={}",
+        "profiles": "/ui/profiles",
+        "maps": "/ui/bit-width-maps",
+        "uploads": "/ui/uploads",
+        "workers": "/ui/workers",
+        "keys": "/ui/keys",
         "problem": "/ui/jobs/absent",
         "sign-in": "/ui/sign-in",
     }
@@ -97,6 +107,23 @@ def test_the_theme_is_chosen_and_remembered(browser: Browser) -> None:
     browser.open("/ui/sign-in")
     assert browser.run("return getComputedStyle(document.body).backgroundColor") == dark
     browser.run("localStorage.clear()")
+
+
+def test_the_plan_follows_the_form(browser: Browser, stack: Stack) -> None:
+    browser.open("/ui/jobs/new")
+    browser.shows("as soon as a model is named", "#plan")
+    browser.run("document.querySelector('[name=source]').value = 'path'")
+    browser.fill("name", "models/tiny")
+    browser.shows("2 blocks, 14 linears", "#plan")
+    browser.fill("value", "1")
+    browser.shows("cannot be met", "#plan")
+    browser.fill("value", "2.5")
+    browser.shows("2.50 bits a weight", "#plan")
+    browser.fill("label", "from the form")
+    browser.click_text("button", "Submit the job")
+    browser.shows("from the form", "h1")
+    job = stack.context.jobs.list(label="from the form").jobs[0]
+    assert job.spec["budget"] == {"code_bits": None, "bits": 2.5, "size": None}
 
 
 def test_a_job_is_followed_without_loading_the_page_again(browser: Browser, stack: Stack) -> None:

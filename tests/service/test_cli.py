@@ -16,9 +16,9 @@ from rich.console import Console
 
 from bitmill.errors import InputError, ModelError
 from bitmill_service.cli.docs import commands, help_of
-from bitmill_service.cli.output import format_size, parse_size
 from bitmill_service.cli.progress import JobWatch
 from bitmill_service.schemas import EventView
+from bitmill_service.units import format_size, parse_size
 from bitmill_workers.store.jobs import JobStore
 from finished import MAP, Stack
 from stores import claim

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import html
 import re
 from collections.abc import Iterator
 
@@ -10,10 +12,12 @@ import pytest
 
 from bitmill_service.main import create_app
 from bitmill_service.pages.static_files import FOREVER
+from bitmill_service.pages.submission import DEFAULTS, specification
 from bitmill_service.settings import ServiceSettings
+from bitmill_workers.job_spec import parse_spec
 from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.migrate import upgrade
-from finished import Stack
+from finished import MAP, Stack
 from serving import serve
 
 PAGES = ("/ui/jobs", "/ui/sign-in", "/ui/nothing")
@@ -250,3 +254,162 @@ def test_another_site_can_use_no_sign_in(
         answer = visitor.post(address, data={}, headers=headers)
         assert answer.status_code == 403
     assert locked.context.jobs.get(job.id).state == "queued"
+
+
+def filled(**fields: str) -> dict[str, str]:
+    """What the form of a new job sends for the tiny model."""
+    usual = {"source": "path", "name": "models/tiny", "kind": "code_bits", "value": "3"}
+    return usual | {"method": "uniform"} | fields
+
+
+def test_a_plan_says_what_a_job_costs_and_creates_nothing(
+    pages: httpx2.Client, stack: Stack
+) -> None:
+    before = stack.context.jobs.counts()
+    text = pages.post("/ui/jobs/new", data=filled()).text
+    assert "llama, 2 blocks, 14 linears" in text
+    assert "about <strong>" in text
+    low, high = re.findall(r"<span>([\d.]+ .?B) at (\d) bits</span>", text)
+    assert (low[1], high[1]) == ("2", "8")
+    assert stack.context.jobs.counts() == before
+
+
+def test_a_target_in_bytes_is_read_with_its_unit(pages: httpx2.Client) -> None:
+    answer = pages.post("/ui/jobs/new", data=filled(kind="size", value="0.4 MB"))
+    assert "about <strong>400.0 kB</strong>" in answer.text
+    assert "is no size" in pages.post("/ui/jobs/new", data=filled(kind="size", value="much")).text
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"name": "models/absent"}, "models/absent"),
+        ({"value": "1"}, "cannot be met"),
+        ({"value": "three"}, "is no number"),
+        ({"length": "some"}, "is no whole number"),
+        ({"more": "{"}, "are not JSON"),
+        ({"more": "[" * 100_000}, "are not JSON"),
+        ({"more": "3"}, "are no JSON object"),
+        ({"more": '{"unknown": 1}'}, "unknown"),
+        ({"source": "moon"}, "not made by this page"),
+        ({"priority": "200"}, "priority 200"),
+    ],
+)
+def test_what_is_wrong_with_a_form_is_said_and_what_was_typed_stays(
+    pages: httpx2.Client, stack: Stack, fields: dict[str, str], problem: str
+) -> None:
+    before = stack.context.jobs.counts()
+    answer = pages.post("/ui/jobs", data=filled(label="kept", **fields))
+    assert answer.status_code == 422
+    assert problem in answer.text
+    assert 'value="kept"' in answer.text
+    assert stack.context.jobs.counts() == before
+
+
+def test_a_form_sent_twice_gives_one_job(pages: httpx2.Client, stack: Stack) -> None:
+    once = re.findall(r'name="once" value="(\w+)"', pages.get("/ui/jobs/new").text)[0]
+    more = '{"evaluation": {"texts": ["wiki_evaluation"]}, "seed": 5}'
+    form = filled(once=once, label="sent twice", priority="3", more=more)
+    first, again = (pages.post("/ui/jobs", data=form).url.path for _ in range(2))
+    assert first == again
+    job = stack.context.jobs.get(first.rpartition("/")[2])
+    assert (job.label, job.priority, job.spec["seed"]) == ("sent twice", 3, 5)
+    assert job.spec["budget"]["code_bits"] == 3
+    other = pages.post("/ui/jobs", data=form | {"value": "4"}).url.path
+    assert other != first
+
+
+def test_a_clone_asks_for_the_same(pages: httpx2.Client, stack: Stack) -> None:
+    job = stack.queued(
+        label="first",
+        seed=7,
+        budget={"memory": 10**9, "context": 512, "batch": 2},
+        effort="balanced",
+        calibration={"sequences": 8, "length": 64, "text": {"source": "dataset", "name": "a/b"}},
+        refinement={"method": "gptq", "asymmetric": False},
+    )
+    page = pages.get("/ui/jobs/new", params={"like": job.id}).text
+    fields = dict(re.findall(r'<input name="(\w+)" value="([^"]*)"', page))
+    fields |= dict(re.findall(r'<select name="(\w+)">.*?value="([^"]*)" selected', page))
+    more = re.search(r'<textarea name="more"[^>]*>(.*?)</textarea>', page, re.DOTALL)
+    assert more is not None
+    fields["more"] = html.unescape(more[1])
+    assert "seed" in fields["more"]
+    assert fields["kind"] == "memory"
+    clone = parse_spec(specification({**DEFAULTS, **fields}))
+    assert clone.model_dump(mode="json") == job.spec
+
+
+def test_a_key_that_may_only_read_gets_no_form(visitor: httpx2.Client, locked: Stack) -> None:
+    sign_in(visitor, make_key(locked, "may", "read"))
+    text = visitor.get("/ui/jobs/new").text
+    assert "may read but not submit jobs" in text
+    assert 'name="value"' not in text
+    assert visitor.post("/ui/jobs", data=filled()).status_code == 403
+
+
+def test_shelves_list_and_delete_what_is_on_them(pages: httpx2.Client, stack: Stack) -> None:
+    catalog = stack.context.catalog
+    catalog.add_profile("ab" * 16, model="models/tiny", settings={}, path="absent")
+    stored = catalog.add_map(MAP, name="by hand")
+    digest = hashlib.sha256(b"{}").hexdigest()
+    upload = pages.post(
+        "/v1/uploads",
+        json={"files": [{"path": "learned_parameters.json", "size": 2, "sha256": digest}]},
+    ).json()
+    shelves = {
+        "profiles": ("ab" * 16, "models/tiny"),
+        "bit-width-maps": (stored.id, "2 bits: 1, 3 bits: 2, 4 bits: 1"),
+        "uploads": (upload["id"], "open"),
+    }
+    for shelf, (name, told) in shelves.items():
+        text = pages.get(f"/ui/{shelf}").text
+        assert name in text
+        assert told in text
+        assert name not in pages.post(f"/ui/{shelf}/{name}/delete", data={}).text
+
+
+def test_workers_are_drained_and_queues_paused(pages: httpx2.Client, stack: Stack) -> None:
+    name = "cpu@host 1"
+    stack.context.catalog.beat(name, host="host", queues=("cpu",), device="cpu", version="1")
+    job = stack.queued()
+    waits = f"/ui/jobs/{job.id}"
+    assert "idle" in pages.get("/ui/workers").text
+    pages.post("/ui/workers/queues/cpu/pause", data={})
+    assert "the queue cpu is paused" in pages.get(waits).text
+    pages.post("/ui/workers/queues/cpu/resume", data={})
+    drain = re.findall(r'action="(/ui/workers/cpu[^"]+/drain)"', pages.get("/ui/workers").text)[0]
+    assert "takes no more jobs" in pages.post(html.unescape(drain), data={}).text
+    assert "no worker that takes jobs" in pages.get(waits).text
+    pages.post(html.unescape(drain).replace("/drain", "/resume"), data={})
+    assert "no worker that takes jobs" not in pages.get(waits).text
+    stack.context.catalog.leave(name)
+
+
+def test_keys_are_made_shown_once_and_revoked(visitor: httpx2.Client, locked: Stack) -> None:
+    sign_in(visitor, make_key(locked, "root", "read", "submit", "admin"))
+    form = {"name": "new", "scope": ["read", "submit"], "days": "1.5"}
+    made = visitor.post("/ui/keys", data=form)
+    key = re.findall(r'id="made">(bm_\w+)<', made.text)[0]
+    assert made.headers["cache-control"] == "no-store"
+    assert key not in visitor.get("/ui/keys").text
+    record = locked.context.keys.store.find(key)
+    assert record is not None
+    assert (record.name, set(record.scopes)) == ("new", {"read", "submit"})
+    assert record.expires_at == pytest.approx(record.created_at + 1.5 * 86400, abs=1)
+    visitor.post(f"/ui/keys/{record.id}/revoke", data={})
+    assert locked.context.keys.store.find(key) is None
+    for wrong in ({"name": "no name!"}, {"days": "soon"}, {"days": "nan"}, {"scope": []}):
+        answer = visitor.post("/ui/keys", data=form | wrong)
+        assert (answer.status_code, "made" in answer.text) == (422, False), wrong
+
+
+def test_pages_of_the_operator_need_his_key(visitor: httpx2.Client, locked: Stack) -> None:
+    sign_in(visitor, make_key(locked, "user", "read", "submit"))
+    home = visitor.get("/ui/jobs").text
+    for page in ("/ui/workers", "/ui/keys"):
+        assert f'href="{page}"' not in home
+        answer = visitor.get(page)
+        assert answer.status_code == 403
+        assert "needs the scope admin" in answer.text
+    assert visitor.post("/ui/keys", data={"name": "own"}).status_code == 403

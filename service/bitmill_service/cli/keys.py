@@ -18,7 +18,6 @@ from bitmill_service.cli.output import (
     UrlOption,
     format_time,
     open_client,
-    parse_size,
     print_json,
     print_table,
 )
@@ -26,6 +25,7 @@ from bitmill_service.cli.service import DataOption
 from bitmill_service.client.client import Client
 from bitmill_service.client.credentials import keep_key
 from bitmill_service.schemas import KeyRequest, KeyView
+from bitmill_service.units import parse_size
 
 if TYPE_CHECKING:
     from bitmill_workers.store.keys import KeyStore

@@ -21,7 +21,6 @@ from typer.core import TyperCommand
 
 from bitmill.config.references import text_reference
 from bitmill.errors import InputError
-from bitmill_service.cli.output import parse_size
 from bitmill_service.cli.spec import (
     comma_separated,
     map_file,
@@ -29,6 +28,7 @@ from bitmill_service.cli.spec import (
     parameters_folder,
     parameters_reference,
 )
+from bitmill_service.units import parse_size
 from bitmill_workers.job_spec import JobSpec
 
 

@@ -15,7 +15,15 @@ from fastapi.responses import RedirectResponse
 from bitmill_service.api.context import Context
 from bitmill_service.http.access import PAGES
 from bitmill_service.http.problems import HANDLERS
-from bitmill_service.pages import job, jobs, session, static_files
+from bitmill_service.pages import (
+    job,
+    jobs,
+    operation,
+    session,
+    shelves,
+    static_files,
+    submission,
+)
 from bitmill_service.pages.rendering import render
 
 HOME = f"{PAGES}/jobs"
@@ -38,7 +46,13 @@ def pages_app(context: Context) -> FastAPI:
     app.include_router(session.router)
     app.include_router(static_files.router)
     app.add_api_route("/", enter, methods=["GET"])
-    for router in (jobs.router, job.router):
+    for router in (
+        submission.router,
+        jobs.router,
+        job.router,
+        shelves.router,
+        operation.router,
+    ):
         app.include_router(router, dependencies=[Depends(refuse_strangers)])
     return app
 

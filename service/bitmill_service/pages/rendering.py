@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from bitmill_service.http.access import Principal
 from bitmill_service.pages.static_files import static
 from bitmill_service.schemas import JobView
+from bitmill_service.units import format_size
 
 POLICY = (
     "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; "
@@ -26,6 +27,12 @@ POLICY = (
 
 NAVIGATION = (
     ("Jobs", "/ui/jobs"),
+    ("New job", "/ui/jobs/new"),
+    ("Profiles", "/ui/profiles"),
+    ("Maps", "/ui/bit-width-maps"),
+    ("Uploads", "/ui/uploads"),
+    ("Workers", "/ui/workers"),
+    ("Keys", "/ui/keys"),
     ("API", "/docs"),
 )
 """Name and address of what every page leads to."""
@@ -58,15 +65,6 @@ def render(
     return HTMLResponse(text, status, headers={**_HEADERS, **(headers or {})})
 
 
-def size(count: float) -> str:
-    """Bytes in decimal units, such as "1.2 GB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.4g} TB"
-
-
 def duration(seconds: float | timedelta) -> str:
     """A time span in its two largest units, such as "2 h 5 min"."""
     if isinstance(seconds, timedelta):
@@ -96,7 +94,7 @@ def target(spec: Mapping[str, Any]) -> str:
     kinds = {name: value for name, value in spec["budget"].items() if value is not None}
     for kind in ("size", "memory"):
         if kind in kinds:
-            return f"{kind} {size(kinds[kind])}"
+            return f"{kind} {format_size(kinds[kind])}"
     if "max_loss_increase" in kinds:
         return f"KL of at most {kinds['max_loss_increase']:g}"
     kind = "code_bits" if "code_bits" in kinds else "bits"
@@ -124,8 +122,10 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.tests["contains"] = lambda several, one: one in several
     environment.globals |= {"static": static, "pages": NAVIGATION}
-    for filter in (size, duration, moment, target, model, share):
+    environment.filters["size"] = format_size
+    for filter in (duration, moment, target, model, share):
         environment.filters[filter.__name__] = filter
     return environment
 

@@ -1,5 +1,6 @@
 // What every page has: the theme button, copy buttons, and regions that follow the server.
 import { follow } from "./live.js";
+import { planAsTyped } from "./plan.js";
 
 const root = document.documentElement;
 const system = matchMedia("(prefers-color-scheme: dark)");
@@ -38,3 +39,5 @@ document.addEventListener("click", (event) => {
   if (event.target.matches("[data-copy]")) copy(event.target);
 });
 follow(showCopyButtons);
+const newJob = document.getElementById("new-job");
+if (newJob) planAsTyped(newJob);
