@@ -131,7 +131,7 @@ def list_jobs(
         print_json(page.model_dump(mode="json"))
         return
     rows = [
-        (j.id, j.state, j.stage or "-", _model_name(j), _budget(j), format_time(j.created_at))
+        (j.id, j.state, j.stage or "-", model_text(j), budget_text(j), format_time(j.created_at))
         for j in page.jobs
     ]
     print_table(("job", "state", "stage", "model", "budget", "created"), rows)
@@ -301,12 +301,13 @@ def _say(job: JobView, *, as_json: bool) -> None:
         typer.echo(f"job {job.id} {job.state}")
 
 
-def _model_name(job: JobView) -> str:
+def model_text(job: JobView) -> str:
+    """The model's name, without its revision."""
     return str(job.model.get("repo_id") or job.model.get("path") or job.model.get("upload_id"))
 
 
-def _budget(job: JobView) -> str:
-    """What the job is to make."""
+def budget_text(job: JobView) -> str:
+    """What the job is to make, in words."""
     if job.kind != "quantize":
         return f"{job.kind} {job.spec['format']}"
     budget = Budget.model_validate(job.spec["budget"])
@@ -323,8 +324,8 @@ def _show_job(job: JobView) -> None:
         ("job", job.id),
         ("state", job.state),
         ("stage", job.stage or "-"),
-        ("model", _model_name(job)),
-        ("budget", _budget(job)),
+        ("model", model_text(job)),
+        ("budget", budget_text(job)),
         ("attempt", str(job.attempt)),
         ("created", format_time(job.created_at)),
         ("started", format_time(job.started_at)),

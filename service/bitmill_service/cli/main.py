@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from bitmill.errors import BitmillError, InputError
-from bitmill_service.cli import jobs, keys, local, map, operate, service, sweep
+from bitmill_service.cli import jobs, keys, local, map, operate, service, sweep, top
 from bitmill_service.cli.options import GroupedCommand
 from bitmill_service.cli.output import exit_code, print_error
 
@@ -21,13 +21,12 @@ app = typer.Typer(
     help="Turn language models into mixed-precision checkpoints of exactly the size asked for.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 for command in (
     *(service.demo, service.serve, service.worker),
     *(local.quantize, local.evaluate, local.generate, local.bench, local.report, local.export),
-    sweep.sweep,
+    *(sweep.sweep, top.top),
     *(jobs.submit, jobs.status, jobs.list_jobs, jobs.wait, jobs.logs),
     *(jobs.cancel, jobs.retry, jobs.delete, jobs.download, service.doctor),
     *(jobs.pin, jobs.unpin, keys.login, keys.logout),

@@ -163,7 +163,8 @@ def db_upgrade(*, data: DataOption = None, json: JsonFlag = False) -> None:
 
 
 def doctor(*, data: DataOption = None, url: UrlOption = None, json: JsonFlag = False) -> None:
-    """Check this installation: versions, accelerator, disk, database, Hub, service.
+    """Check this installation and say what to do: versions, compilers, accelerator, memory, disk,
+    database, port, broker, Hub, service. Exit code 1 where something does not work.
 
     Example: bitmill doctor
     """
@@ -173,7 +174,8 @@ def doctor(*, data: DataOption = None, url: UrlOption = None, json: JsonFlag = F
     if json:
         print_json([vars(check) for check in checks])
     else:
-        print_table(("", "check", "found"), [(c.state, c.name, c.text) for c in checks])
+        rows = [(c.state, c.name, c.text, c.fix or "") for c in checks]
+        print_table(("", "check", "found", "what to do"), rows)
     if any(check.state == "error" for check in checks):
         raise typer.Exit(1)
 

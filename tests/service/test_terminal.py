@@ -1,0 +1,173 @@
+"""What commands show on a terminal, into a pipe, and to a shell that completes words."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bitmill_service.cli.progress import JobWatch, duration
+from finished import Stack
+from stores import wait_for
+
+MAIN = [sys.executable, "-P", "-m", "bitmill_service.cli.main"]
+_CODES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
+
+
+class Terminal:
+    """A program on a terminal of its own, whose size can change."""
+
+    def __init__(self, command: list[str], columns: int, env: dict[str, str] | None = None) -> None:
+        self.main, below = pty.openpty()
+        self._output = b""
+        self.resize(columns)
+        self.process = subprocess.Popen(
+            command,
+            stdin=below,
+            stdout=below,
+            stderr=below,
+            start_new_session=True,
+            env=os.environ | {"TERM": "xterm"} | (env or {}),
+            preexec_fn=_own_terminal,
+        )
+        os.close(below)
+
+    def resize(self, columns: int) -> None:
+        fcntl.ioctl(self.main, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+
+    def read(self) -> str:
+        """All output so far."""
+        while select.select([self.main], [], [], 0)[0]:
+            try:
+                piece = os.read(self.main, 1 << 16)
+            except OSError:  # it has ended
+                break
+            if not piece:
+                break
+            self._output += piece
+        return self._output.decode("utf-8", "replace")
+
+
+def _own_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@contextmanager
+def on_terminal(command: list[str], columns: int) -> Iterator[Terminal]:
+    terminal = Terminal(command, columns)
+    try:
+        yield terminal
+    finally:
+        terminal.process.kill()
+        terminal.process.wait(10)
+        os.close(terminal.main)
+
+
+def lines(text: str) -> list[str]:
+    return [_CODES.sub("", line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("bitmill swee", "sweep"),
+        ("bitmill workers pa", "pause"),
+        ("bitmill submit --max-lo", "--max-loss"),
+    ],
+)
+def test_bash_completes_commands_and_options(words: str, found: str) -> None:
+    env = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run(
+        MAIN,
+        env=os.environ | env | {"_BITMILL_COMPLETE": "complete_bash"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found in done.stdout.split()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_script_is_shown_for_every_shell(shell: str) -> None:
+    env = {"_BITMILL_COMPLETE": f"source_{shell}"}
+    done = subprocess.run(MAIN, env=os.environ | env, capture_output=True, text=True, check=True)
+    assert "_BITMILL_COMPLETE" in done.stdout
+
+
+def test_plain_lines_tell_rate_and_time_left() -> None:
+    out, times = io.StringIO(), iter(range(0, 1000, 10))
+    watch = JobWatch(Console(file=out, width=100), clock=lambda: float(next(times)))
+    with watch:
+        for done in range(5):
+            data = {"stage": "refine", "done": done, "total": 30, "unit": "block"}
+            watch.show("progress", data)
+    shown = out.getvalue().splitlines()
+    assert shown[:2] == ["refine: 0/30 block", "refine: 1/30 block"]
+    assert shown[4] == "refine: 4/30 block, 20.0 s each, 9 min left"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(7.4, "7 s"), (119, "119 s"), (600, "10 min"), (9000, "2 h 30 min")]
+)
+def test_times_are_said_in_words(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_bars_fit_a_terminal_that_becomes_narrow() -> None:
+    code = (
+        "import sys, time\n"
+        "from rich.console import Console\n"
+        "from bitmill_service.cli.progress import JobWatch\n"
+        "with JobWatch(Console(stderr=True)) as watch:\n"
+        "    for done in range(600):\n"
+        "        watch.show('progress', dict(stage='refine', done=done, total=600, unit='block'))\n"
+        "        time.sleep(0.02)\n"
+    )
+    with on_terminal([sys.executable, "-c", code], columns=120) as terminal:
+        wait_for(lambda: "left" in terminal.read(), "a time left")
+        wide = len(terminal.read())
+        terminal.resize(50)
+        wait_for(lambda: len(terminal.read()) > wide + 4000, "bars after the change")
+        after = lines(terminal.read()[wide + 2000 :])
+        assert terminal.process.poll() is None
+    assert max(len(line) for line in after[1:-1]) <= 50
+
+
+def test_top_shows_jobs_and_workers_once_into_a_pipe(stack: Stack, command: Any) -> None:
+    running, waiting = stack.running(), stack.queued()
+    stack.context.catalog.beat("w-1", host="h", queues=("cpu",), device="cpu", version="1")
+    code, out, _ = command("top", "--url", stack.url)
+    assert code == 0
+    for told in (running.id, waiting.id, "w-1", "1 live", "models/tiny", "3 code bits"):
+        assert told in out
+    code, out, _ = command("top", "--url", stack.url, "--json")
+    found = json.loads(out)
+    assert [job["id"] for job in found["live"]] == [running.id]
+    assert found["workers"]["workers"][0]["name"] == "w-1"
+
+
+def test_top_renews_itself_on_a_terminal_until_it_is_interrupted(stack: Stack) -> None:
+    words = ["top", "--interval", "0.5", "--url", stack.url]
+    with on_terminal([*MAIN, *words], columns=140) as terminal:
+        wait_for(lambda: "queued" in terminal.read(), "the first look")
+        job = stack.queued().id
+        terminal.resize(90)
+        wait_for(lambda: job in terminal.read(), "a job that came later")
+        os.killpg(terminal.process.pid, signal.SIGINT)
+        assert terminal.process.wait(20) == 130
+        assert "\x1b[?1049l" in terminal.read(), "the screen was given back"
