@@ -14,7 +14,7 @@ from bitmill_service.main import create_app
 from bitmill_service.pages.static_files import FOREVER
 from bitmill_service.pages.submission import DEFAULTS, specification
 from bitmill_service.settings import ServiceSettings
-from bitmill_workers.job_spec import parse_spec
+from bitmill_workers.job_spec import ExportSpec, PathModel, parse_spec
 from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.migrate import upgrade
 from finished import MAP, Stack
@@ -338,6 +338,20 @@ def test_a_clone_asks_for_the_same(pages: httpx2.Client, stack: Stack) -> None:
     assert fields["kind"] == "memory"
     clone = parse_spec(specification({**DEFAULTS, **fields}))
     assert clone.model_dump(mode="json") == job.spec
+
+
+def test_an_export_has_a_page_and_no_clone(pages: httpx2.Client, stack: Stack) -> None:
+    made = stack.succeeded()
+    spec = ExportSpec(
+        model=PathModel(path="models/tiny"), job_id=made.id, format="dequantized", label="exported"
+    )
+    job = stack.context.jobs.submit(spec, parent_id=made.id).job
+    text = pages.get(f"/ui/jobs/{job.id}").text
+    assert "as dequantized" in text
+    assert "Export of" in text
+    assert "Clone" not in text
+    assert "as dequantized" in pages.get("/ui/jobs").text
+    assert pages.get("/ui/jobs/new", params={"like": job.id}).status_code == 409
 
 
 def test_a_key_that_may_only_read_gets_no_form(visitor: httpx2.Client, locked: Stack) -> None:

@@ -77,7 +77,11 @@ def show_form(
     """The form; `like`: filled in as this job was. Fields may be given by their names, too."""
     fields = dict(DEFAULTS)
     if like is not None:
-        fields |= fields_of(parse_stored(context.jobs.get(like, tenant=caller.sees).spec))
+        job = context.jobs.get(like, tenant=caller.sees)
+        spec = parse_stored(job.kind, job.spec)
+        if not isinstance(spec, JobSpec):
+            raise ProblemError("state_conflict", f"job {job.id} is an {job.kind}, not a new result")
+        fields |= fields_of(spec)
     fields |= {name: value for name, value in request.query_params.items() if name in fields}
     return _form(request, fields)
 
