@@ -119,8 +119,15 @@ def test_a_failed_cell_here_stops_nothing_and_only_it_is_run_again(
     spec["job"]["allocation"] = {"method": "uniform", "order": "natural"}
     spec["job"]["calibration"] = {"sequences": 2, "length": 32, "held_out": 0}
     file, out = tmp_path / "study.yaml", tmp_path / "study"
-    file.write_text(json.dumps(spec))
+    file.write_text(json.dumps(spec | {"grid": spec["grid"] | {"budget.code_bits": [3, 0.5]}}))
     command = [sys.executable, "-P", "-m", "bitmill_service.cli.main", "sweep", str(file)]
+    refused = subprocess.run(
+        [*command, "--out", str(out)], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert "asked for by cell 2 (" in refused.stderr
+    assert not out.exists()
+    file.write_text(json.dumps(spec))
     ended = subprocess.run(
         [*command, "--out", str(out), "--json"], capture_output=True, text=True, check=False
     )

@@ -17,6 +17,7 @@ from bitmill.config.quantization import FileText, QuantizationConfig
 from bitmill.errors import CalibrationError, InputError, ModelError
 from bitmill.formats.accounting import footprint
 from bitmill.formats.export_plan import ExportTarget
+from bitmill.io.atomic import sha256_json
 from bitmill.pipeline import admission as library
 from bitmill.pipeline.estimate import Estimate, Machine
 from bitmill.pipeline.learned_parameters import PARAM
@@ -71,24 +72,24 @@ def admit(context: Context, spec: JobSpec, caller: Principal) -> Admission:
 def admit_each(
     context: Context, specs: Iterable[JobSpec], caller: Principal
 ) -> Iterator[Admission]:
-    """What `admit` says of each of these jobs in turn; a model's headers are fetched once."""
+    """What `admit` says of each of these jobs in turn; each model is looked at once."""
     with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as scratch:
-        headers = _Headers(context, caller, Path(scratch))
+        models = _Models(context, caller, Path(scratch))
         for spec in specs:
-            yield _admit(context, spec, caller, headers)
+            yield _admit(context, spec, caller, models)
 
 
-def _admit(context: Context, spec: JobSpec, caller: Principal, headers: _Headers) -> Admission:
+def _admit(context: Context, spec: JobSpec, caller: Principal, models: _Models) -> Admission:
     config = _config(context, spec, caller)
     try:
-        folder = headers.folder(spec.model)
+        folder = models.folder(spec.model)
         admitted = library.admit(folder, config, gguf=spec.model.file)
     except ModelError as error:
         if error.code != "hub_unreachable":
             raise
         return Admission(_queue(context, None), None, error.message)
     library.check_exports(admitted, spec.exports)
-    unchecked = ask_transformers(admitted.settings, context.settings.skeleton_check_s)
+    unchecked = models.unheard(admitted)
     queue = _queue(context, admitted.needs(Machine(accelerator=True)))
     return Admission(queue, admitted, unchecked=unchecked, exports=spec.exports)
 
@@ -160,12 +161,22 @@ def plan_view(admission: Admission) -> PlanView:
     )
 
 
-class _Headers:
-    """Folders with the headers of models, that are here or fetched from the Hub into `scratch`."""
+class _Models:
+    """The models of one call: where their headers lie, which are here or fetched from the Hub into
+    `scratch`, and what transformers says of them."""
 
     def __init__(self, context: Context, caller: Principal, scratch: Path) -> None:
         self._context, self._caller, self._scratch = context, caller, scratch
         self._fetched: dict[HubModel, Path | ModelError] = {}
+        self._heard: dict[str, str | None] = {}
+
+    def unheard(self, admitted: library.Admission) -> str | None:
+        """What `ask_transformers` says; where it was not heard, it is not asked again."""
+        key = sha256_json(admitted.settings)
+        if key not in self._heard:
+            seconds = self._context.settings.skeleton_check_s
+            self._heard[key] = ask_transformers(admitted.settings, seconds)
+        return self._heard[key]
 
     def folder(self, model: ModelRef) -> Path:
         """Where a model's headers lie; raises `ModelError`."""

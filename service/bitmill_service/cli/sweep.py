@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from bitmill.errors import STOPS, BitmillError, InputError, ModelError, SpecError
 from bitmill.io.atomic import read_json, sha256_json, write_bytes, write_json
 from bitmill.io.targets import check_kept
+from bitmill.pipeline.admission import admit
 from bitmill.pipeline.requests import QuantizeRequest
 from bitmill.pipeline.work_folder import work_folder
 from bitmill.reporting.sweep_table import SweepRow, SweepTable
@@ -204,8 +206,7 @@ def _run_here(spec: SweepSpec, out: Path, profiles: Path | None, device: str) ->
     """Run all cells that have not succeeded before; what came of each, in the grid's order."""
     cells = spec.cells()
     check_kept(out, _is_of_a_sweep, param="--out")
-    for cell in cells:
-        _check_model(cell)
+    _check(cells)
     out.mkdir(parents=True, exist_ok=True)
     record = read_json(out / _RECORD) if (out / _RECORD).is_file() else {}
     rows: dict[int, SweepRow] = {}
@@ -261,7 +262,7 @@ def _quantize(cell: Cell, folder: Path, stages: Path, profiles: Path | None, dev
         JobWatch(Console(stderr=True, highlight=False)) as watch,
     ):
         request = QuantizeRequest(
-            model=_check_model(cell),
+            model=_model_of(cell),
             file=model.file,
             config=cell.spec.config(),
             out=folder,
@@ -273,15 +274,29 @@ def _quantize(cell: Cell, folder: Path, stages: Path, profiles: Path | None, dev
         run_library("quantize", request, lambda m: watch.show(m["progress"]["kind"], m["progress"]))
 
 
-def _check_model(cell: Cell) -> Path:
-    model = cell.spec.model
-    if model.source != "path":
+def _model_of(cell: Cell) -> Path:
+    """The model's folder; raises `InputError` for a cell that cannot be run here."""
+    spec = cell.spec
+    if spec.model.source != "path":
         raise InputError(f"{cell.name}: a sweep here reads local folders; give --api for others")
-    folder = Path(model.path)
+    if spec.exports:
+        raise InputError(f"{cell.name}: exports are jobs of a service; give --api", param="exports")
+    folder = Path(spec.model.path)
     if not folder.is_dir():
         problem = f"{cell.name}: there is no folder {folder}"
         raise ModelError(problem, code="model_not_found", param="model")
     return folder
+
+
+def _check(cells: Sequence[Cell]) -> None:
+    """Raise what is wrong with the first cell that cannot be run, as far as headers tell."""
+    for cell in cells:
+        folder = _model_of(cell)
+        try:
+            admit(folder, cell.spec.config(), gguf=cell.spec.model.file)
+        except InputError as error:
+            error.add(f"asked for by {cell.name}")
+            raise
 
 
 def _is_of_a_sweep(name: str) -> bool:

@@ -70,7 +70,7 @@ DEFAULT_URL = "http://127.0.0.1:8737"
 _POLL_SECONDS = 2.0
 _PAGE = 200
 _CHECK_S = 1800.0
-"""How long a service may read an upload to check it."""
+"""How long a service may take to check an upload, or every cell of a sweep."""
 _ViewT = TypeVar("_ViewT", bound=View)
 
 
@@ -199,7 +199,7 @@ class Client:
         """Create a job for every cell of a grid; the same key gives the same sweep for a day."""
         body = spec.model_dump(mode="json") if isinstance(spec, SweepSpec) else dict(spec)
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
-        answer = self._send("POST", "/v1/sweeps", json=body, headers=headers)
+        answer = self._send("POST", "/v1/sweeps", json=body, headers=headers, timeout=_CHECK_S)
         return read_answer(SweepView, answer)
 
     def sweep(self, sweep_id: str) -> SweepView:
