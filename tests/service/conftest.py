@@ -14,6 +14,7 @@ from bitmill_service.client.client import Client
 from bitmill_service.main import create_app
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.store.migrate import upgrade
+from browsing import WIDTHS, Browser, browse
 from finished import Stack
 from serving import serve
 from tiny import tiny_llama
@@ -60,6 +61,36 @@ def http(stack: Stack) -> Iterator[httpx2.Client]:
 def client(stack: Stack) -> Iterator[Client]:
     with Client(stack.url, sleep=lambda _: None) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the browser puts what it downloads."""
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of PNGs of every page, for people to look at."""
+    return tmp_path_factory.mktemp("pictures")
+
+
+@pytest.fixture(scope="module")
+def window(stack: Stack, downloads: Path) -> Iterator[Browser]:
+    """One browser for all tests."""
+    with browse(stack.url, downloads) as opened:
+        yield opened
+
+
+@pytest.fixture
+def browser(window: Browser, stack: Stack) -> Iterator[Browser]:
+    """The browser, on the service that asks for no key. After a test its pages must have run
+    without a warning and asked no other host for anything."""
+    window.url = stack.url
+    window.look("light", WIDTHS["wide"])
+    yield window
+    assert window.complaints() == []
+    assert window.strangers() == []
 
 
 @pytest.fixture

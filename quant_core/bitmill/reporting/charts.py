@@ -7,6 +7,7 @@ beside its number.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -25,6 +26,7 @@ WIDTH_COLOURS = {
 _SCALE = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")
 TEXT_COLOURS = ("#d95f02", "#7570b3", "#1b9e77")
 """Colours of evaluation texts, in order, told apart by colour-blind eyes."""
+_EXPERT = re.compile(r"\.\d+\.")
 _LIGHT_FROM = 0.4
 """Luminance above which black text reads better than white."""
 
@@ -86,13 +88,29 @@ def split_name(name: str) -> tuple[str, str]:
     return "", name
 
 
+def block_places(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """(block, module) -> names of its linears; the experts of a layer share a module's place."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        block, module = split_name(name)
+        found.setdefault((block, _EXPERT.sub(".*.", module)), []).append(name)
+    return found
+
+
+def short_name(module: str) -> str:
+    """A module's name without what every model has in common."""
+    for prefix in ("self_attn.", "mlp."):
+        module = module.replace(prefix, "")
+    return module
+
+
 def block_table(cells: Mapping[str, Cell], caption: str) -> str:
     """HTML table with a row per block and a column per module; `cells` by full name."""
     places = {name: split_name(name) for name in cells}
     blocks = list(dict.fromkeys(block for block, _ in places.values()))
     modules = list(dict.fromkeys(module for _, module in places.values()))
     by_place = {place: cells[name] for name, place in places.items()}
-    head = "".join(f"<th scope=col>{escape(_short(module))}</th>" for module in modules)
+    head = "".join(f"<th scope=col>{escape(short_name(module))}</th>" for module in modules)
     rows = []
     for block in blocks:
         label = block.rpartition(".")[2] or "-"
@@ -149,7 +167,7 @@ def ink(colour: str) -> str:
 class Series:
     """Points (x, y) of one kind; a line where `line`, else marks with a label each.
 
-    below: labels stand below their marks, not above.
+    below: labels stand below their marks, not above. errors: of y, one per point, drawn both ways.
     """
 
     name: str
@@ -158,6 +176,7 @@ class Series:
     line: bool = False
     labels: tuple[str, ...] = ()
     below: bool = False
+    errors: tuple[float, ...] = ()
 
 
 def line_chart(series: Sequence[Series], *, x_title: str, y_title: str, log_x: bool = False) -> str:
@@ -172,6 +191,8 @@ def line_chart(series: Sequence[Series], *, x_title: str, y_title: str, log_x: b
     parts = [frame.axes(x_title, y_title)]
     for one, points in kept:
         places = [frame.place(x, y) for x, y in points]
+        if one.errors:
+            parts.append(_bars(one, frame))
         parts.append(_line(one, places) if one.line else _marks(one, places, points))
     return (
         f'<svg viewBox="0 0 {frame.width} {frame.height}" role="img" '
@@ -288,6 +309,19 @@ def _marks(
     return "".join(texts + circles)
 
 
+def _bars(one: Series, frame: _Frame) -> str:
+    """A vertical bar of one error each way; what reaches below the axis ends there."""
+    bars = []
+    for (x, y), error in zip(one.points, one.errors, strict=True):
+        if y <= 0:
+            continue
+        across, top = frame.across(x), frame.down(y + error)
+        floor = frame.height - frame.bottom
+        low = min(frame.down(y - error), floor) if error < y else floor
+        bars.append(f"M{across:.1f} {top:.1f}V{low:.1f}m-4 0h8M{across - 4:.1f} {top:.1f}h8")
+    return f'<path d="{"".join(bars)}" fill=none stroke="{one.colour}" stroke-width=1.5 />'
+
+
 def _round_steps(low: float, high: float) -> list[float]:
     """About six round values from low to high."""
     raw = (high - low) / 6
@@ -313,13 +347,6 @@ def _cell(cell: Cell | None) -> str:
         f'<td title="{escape(cell.title)}" style="background:{cell.background};'
         f'color:{ink(cell.background)}">{escape(cell.text)}{strip}</td>'
     )
-
-
-def _short(module: str) -> str:
-    """A module's name without what every model has in common."""
-    for prefix in ("self_attn.", "mlp."):
-        module = module.replace(prefix, "")
-    return module
 
 
 def _channels(colour: str) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -62,8 +63,9 @@ def job_groups(
         found.check_shapes(plan.shapes)
         shapes = {shape.name: shape for shape in plan.shapes}
         arrays["shapes"] = _shapes([shapes[name] for name in names])
+        weigh = cache(partial(group_weight, plan, "bits"))
         stored = (
-            group_weight(plan, "bits", shapes[name].rows, columns, width)
+            weigh(shapes[name].rows, columns, width)
             for name, widths in found.linears.items()
             for width, columns in zip(widths, group_columns(shapes[name].columns), strict=True)
         )

@@ -13,6 +13,7 @@ from bitmill.config.quantization import parse_part
 from bitmill.config.references import read_map
 from bitmill.io.atomic import write_bytes
 from bitmill.io.targets import check_file
+from bitmill.reporting.picture import map_svg
 from bitmill_service.cli.options import ALLOCATION, BUDGET, GroupedCommand, takes
 from bitmill_service.cli.output import (
     JsonFlag,
@@ -69,6 +70,23 @@ def show(target: MapArgument, *, url: UrlOption = None, json: JsonFlag = False) 
     counts = Counter(width for widths in found.linears.values() for width in widths)
     spread = ", ".join(f"{counts[width]} of {width} bits" for width in sorted(counts))
     typer.echo(f"{sum(counts.values())} groups in {len(rows)} linears: {spread}")
+
+
+@app.command()
+def picture(
+    target: MapArgument,
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="SVG file to write.")],
+    url: UrlOption = None,
+) -> None:
+    """Draw a map: blocks by modules, a band of colour for every group.
+
+    Example: bitmill map picture packed --out map.svg
+    """
+    drawing = map_svg(load_map(target, url)).encode()
+    check_file(out, lambda data: data.lstrip().startswith(b"<svg "), param="out")
+    write_bytes(out, drawing)
+    typer.echo(f"wrote {out}")
 
 
 @app.command()

@@ -16,6 +16,9 @@ from bitmill_service.api.context import Context
 from bitmill_service.http.access import PAGES
 from bitmill_service.http.problems import HANDLERS
 from bitmill_service.pages import (
+    budget,
+    compare,
+    explorer,
     job,
     jobs,
     operation,
@@ -50,6 +53,9 @@ def pages_app(context: Context) -> FastAPI:
         submission.router,
         jobs.router,
         job.router,
+        explorer.router,
+        budget.router,
+        compare.router,
         shelves.router,
         operation.router,
     ):

@@ -28,6 +28,7 @@ POLICY = (
 NAVIGATION = (
     ("Jobs", "/ui/jobs"),
     ("New job", "/ui/jobs/new"),
+    ("Compare", "/ui/compare"),
     ("Profiles", "/ui/profiles"),
     ("Maps", "/ui/bit-width-maps"),
     ("Uploads", "/ui/uploads"),
