@@ -1,4 +1,4 @@
-"""Text from a packed folder, token by token.
+"""Text from a model, token by token.
 
     next token ~ softmax(logits / temperature), or the most likely one at temperature 0
 
@@ -8,6 +8,7 @@ spread over several tokens waits for the last of them.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from bitmill.calibration.windows import check_token_ids
 from bitmill.errors import InputError
-from bitmill.inference.load import load
+from bitmill.inference.load import is_packed, load, load_plain
+from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.tokenizer import load_tokenizer
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -27,6 +29,7 @@ def stream(
     folder: str | Path,
     prompt: str,
     *,
+    gguf: str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
@@ -36,16 +39,24 @@ def stream(
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` in pieces, without the prompt.
 
-    chat: put the prompt into the tokenizer's chat template as the user's message.
+    folder: a packed model, a model's own, or an export. gguf: name of the GGUF file in it that
+    holds the model. chat: put the prompt into the tokenizer's chat template as the user's message.
 
-    Raises InputError for an empty prompt, a negative temperature or a chat template that the
-    tokenizer has not; FormatError where the folder cannot be loaded.
+    Raises ModelError for a file that cannot be read, InputError for an empty prompt, a negative
+    temperature or a chat template that the tokenizer has not; FormatError where the folder cannot
+    be loaded.
     """
     if temperature < 0:
         raise InputError(f"temperature {temperature} is negative: give 0 or more")
-    tokenizer = load_tokenizer(folder)
-    tokens = _encode(tokenizer, prompt, chat)
-    model = load(folder, device=device, dtype=dtype)
+    with tempfile.TemporaryDirectory(prefix="bitmill-generate-") as scratch:
+        folder = Path(folder)
+        if gguf is not None:
+            convert_gguf(folder / gguf, Path(scratch, "model"))
+            folder = Path(scratch, "model")
+        tokenizer = load_tokenizer(folder)
+        tokens = _encode(tokenizer, prompt, chat)
+        ready = load if is_packed(folder) else load_plain
+        model = ready(folder, device=device, dtype=dtype)
     rows = model.config.get_text_config().vocab_size
     check_token_ids(tokens[0].tolist(), tokenizer, rows, "prompt")
     generator = torch.Generator().manual_seed(seed)

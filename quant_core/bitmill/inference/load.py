@@ -22,6 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from bitmill.errors import FormatError
 from bitmill.formats.codec import Checkpoint, open_checkpoint
+from bitmill.formats.headers import kind_of
 from bitmill.formats.writing import DTYPES
 from bitmill.inference.hf_quantizer import BitmillQuantizer, quantized_linears
 from bitmill.io.atomic import read_json
@@ -65,6 +66,27 @@ def load(
     if device_map is None:
         model.to(device)
     return model
+
+
+def load_plain(
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = "auto"
+) -> PreTrainedModel:
+    """Load a folder that is not quantized by Bitmill, ready to run: a source, or an export.
+
+    dtype: as in `load`. Tensors that the architecture has no place for are ignored, as transformers
+    does. Raises FormatError naming the first one that is missing or misshapen.
+    """
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=as_dtype(dtype) if dtype != "auto" else dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # reported in `info`, where they are refused by name
+        output_loading_info=True,
+    )
+    refuse_incomplete(info | {"unexpected_keys": ()})
+    return cast(PreTrainedModel, model.to(device))
 
 
 def _complete(kind: Any, *source: Path | None, **options: Any) -> PreTrainedModel:
@@ -160,6 +182,12 @@ def quant_method(folder: Path) -> str | None:
     settings = read_json(folder / "config.json").get("quantization_config") or {}
     method: str | None = settings.get("quant_method")
     return method
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the folder is in a format that keeps codes, which `load` takes."""
+    settings = read_json(folder / "config.json")
+    return isinstance(settings, dict) and kind_of(settings).recognizes(settings)
 
 
 def refuse_unreadable(folder: Path, name: str) -> None:

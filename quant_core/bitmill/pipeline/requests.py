@@ -53,10 +53,11 @@ class EvaluateRequest(Request):
 
 
 class GenerateRequest(Request):
-    """A prompt to continue; every piece of text is told as it comes."""
+    """A prompt to continue; every piece of text is told as it comes. gguf: file of the folder."""
 
     folder: Path
     prompt: str
+    gguf: str | None = None
     max_new_tokens: int = 64
     temperature: float = 0.0
     seed: int = 0

@@ -206,9 +206,15 @@ def evaluate(
 
 
 def generate(
-    folder: FolderArgument,
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Folder of a model.", exists=True, file_okay=False),
+    ],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
     *,
+    file: Annotated[
+        str | None, typer.Option(metavar="NAME", help="GGUF file in the folder.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Annotated[
         float, typer.Option(help="0 takes the most likely token each time.")
@@ -220,13 +226,14 @@ def generate(
     device: DeviceOption = "cpu",
     json: JsonFlag = False,
 ) -> None:
-    """Continue a prompt with a packed model.
+    """Continue a prompt with a packed model, or with one in transformers' own form.
 
     Example: bitmill generate packed "A water mill is"
     """
     request = GenerateRequest(
         folder=folder,
         prompt=prompt,
+        gguf=file,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

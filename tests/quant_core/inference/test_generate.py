@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import bitmill
 from bitmill.errors import InputError, ModelError
 from bitmill.inference.generate import _pieces, stream
+from bitmill.models.convert_gguf import convert_gguf
+from gguf_files import write_gguf
 from tiny import tiny_llama
 from weights import PackedModel, pack_model
 
@@ -28,6 +31,31 @@ def test_greedy_text_is_that_of_transformers(packed: PackedModel) -> None:
     expected = tokenizer.decode(ids, skip_special_tokens=True)
     assert "".join(stream(packed.folder, "The mill", max_new_tokens=16)) == expected
     assert len(expected) > 3
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf", "export"])
+def test_models_that_are_not_packed_go_on_as_they_do(
+    packed: PackedModel, tmp_path: Path, form: str
+) -> None:
+    options = {"max_new_tokens": 8}
+    source = packed.folder.parent / "source"
+    if form == "export":
+        bitmill.export(packed.folder, "dequantized", out=tmp_path / "out", dtype="float32")
+        found = stream(tmp_path / "out", "The mill", **options)
+        expected = stream(packed.folder, "The mill", **options)
+    elif form == "gguf":
+        file = write_gguf(tmp_path / "model.gguf", source)
+        convert_gguf(file, tmp_path / "converted")
+        found = stream(tmp_path, "The mill", gguf=file.name, **options)
+        expected = stream(tmp_path / "converted", "The mill", **options)
+    else:
+        found = stream(source, "The mill", **options)
+        model = AutoModelForCausalLM.from_pretrained(source)
+        tokenizer = bitmill.load_tokenizer(source)
+        prompt = tokenizer("The mill", return_tensors="pt").input_ids
+        ids = model.generate(prompt, **options, do_sample=False, pad_token_id=1)
+        expected = tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
+    assert "".join(found) == "".join(expected)
 
 
 def test_sampling_depends_on_the_seed_alone(packed: PackedModel) -> None:
