@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -32,10 +33,7 @@ def hub_app(root: Path) -> FastAPI:
                 "private": False,
                 "gated": False,
                 "tags": [],
-                "siblings": [
-                    {"rfilename": file.name, "size": file.stat().st_size}
-                    for file in sorted(folder.iterdir())
-                ],
+                "siblings": [_sibling(file) for file in sorted(folder.iterdir())],
             }
         )
 
@@ -60,6 +58,16 @@ def hub_app(root: Path) -> FastAPI:
         return answer
 
     return app
+
+
+def _sibling(file: Path) -> dict[str, Any]:
+    data = file.read_bytes()
+    blob = hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest()
+    told = {"rfilename": file.name, "size": len(data), "blobId": blob}
+    if file.suffix != ".safetensors":
+        return told
+    digest = hashlib.sha256(data).hexdigest()
+    return told | {"lfs": {"sha256": digest, "size": len(data), "pointerSize": 134}}
 
 
 def _missing(code: str) -> Response:

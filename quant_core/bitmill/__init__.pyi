@@ -23,6 +23,7 @@ from bitmill.library.evaluate import evaluate as evaluate
 from bitmill.library.export import export as export
 from bitmill.library.profiles import allocate as allocate
 from bitmill.library.profiles import profile as profile
+from bitmill.library.push import push as push
 from bitmill.library.quantize import quantize as quantize
 from bitmill.library.quantize import refine as refine
 from bitmill.library.quantize import sweep as sweep

@@ -25,6 +25,7 @@ from bitmill_service.api.routes import (
     keys,
     maps,
     profiles,
+    pushes,
     sweeps,
     uploads,
     workers,
@@ -132,6 +133,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     for router in (
         jobs.router,
         exports.router,
+        pushes.router,
         sweeps.router,
         job_outputs.streams,
         job_outputs.router,

@@ -78,6 +78,7 @@ class JobLinks(View):
     report: str
     files: str
     exports: str = ""
+    push: str = ""
 
 
 class WebhookView(View):
@@ -91,7 +92,7 @@ class WebhookView(View):
 
 
 class JobView(View):
-    """One job. kind: an export has `parent_id`, the job whose result it writes.
+    """One job. kind: an export or a push has `parent_id`, the job whose files it works on.
 
     queue_position: how many jobs of its queue run before a queued one; waits_for: why it waits, in
     words. eta: a guess of when it finishes; null until there is ground for one. sweep_id, cell: of

@@ -38,12 +38,16 @@ from bitmill.config.quantization import (
 from bitmill.errors import SpecError
 from bitmill.formats.export_plan import ExportTarget, with_exports
 
+RepoId = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?$", max_length=193)
+]
+
 
 class HubModel(Closed):
     """A model repository on the Hugging Face Hub (or the host named by HF_ENDPOINT)."""
 
     source: Literal["hub"] = "hub"
-    repo_id: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?$", max_length=193)
+    repo_id: RepoId
     revision: str = Field(default="main", pattern=r"^[A-Za-z0-9_./-]{1,128}$")
     file: str | None = Field(default=None, max_length=512)
 
@@ -137,7 +141,7 @@ class JobRefinement(BaseRefinement):
     omniquant: JobOmniQuant = JobOmniQuant()
 
 
-JobKind = Literal["quantize", "export"]
+JobKind = Literal["quantize", "export", "push"]
 
 
 class JobSpec(Stored):
@@ -275,7 +279,38 @@ class ExportSpec(ExportTarget):
     deadline_s: int | None = None
 
 
-AnySpec = JobSpec | ExportSpec
+class PushTarget(Closed):
+    """A repository of the Hub to send a finished job's files to.
+
+    private: of a repository that is made. base_model: Hub repository of the source, where the job
+    does not name one; license: its identifier on the Hub, looked up where not given.
+    """
+
+    repo_id: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,96}/[A-Za-z0-9_.-]{1,96}$", max_length=193)
+    private: bool = True
+    base_model: RepoId | None = None
+    license: str | None = Field(default=None, pattern=r"^[A-Za-z0-9.+-]{1,64}$")
+
+
+class PushSpec(PushTarget):
+    """A finished job's files sent to a repository; its token is stored elsewhere, encrypted.
+
+    job_id: of that job. model: what was quantized. calibration: what on. packed_job: whose quality
+    report the card shows.
+    """
+
+    kind: ClassVar[JobKind] = "push"
+
+    schema_version: Literal[1] = 1
+    model: ModelRef
+    job_id: str
+    packed_job: str
+    calibration: Calibration | None = None
+    label: str | None = None
+    deadline_s: int | None = None
+
+
+AnySpec = JobSpec | ExportSpec | PushSpec
 
 BEFORE_EFFORT: Mapping[str, Mapping[str, Any]] = {
     "allocation": {"kept_dtype": "source", "check": "off"},
@@ -292,6 +327,8 @@ def parse_stored(kind: JobKind, data: Mapping[str, Any]) -> AnySpec:
     """
     if kind == "export":
         return parse_part(ExportSpec, data)
+    if kind == "push":
+        return parse_part(PushSpec, data)
     if "effort" not in data:
         then = {part: {**did, **data.get(part, {})} for part, did in BEFORE_EFFORT.items()}
         data = {**data, **then}

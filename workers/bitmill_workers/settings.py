@@ -6,6 +6,7 @@ broker's files, work and artifacts lie. Production sets the database, the broker
 
 from __future__ import annotations
 
+import base64
 import os
 import socket
 from pathlib import Path
@@ -17,6 +18,11 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 TIERS = ("cpu", "gpu-24", "gpu-48", "gpu-80", "gpu-180")
 """Queues by accelerator memory in GB, ascending; a worker serves its own and smaller ones."""
+SECRET_SETTINGS = (
+    *("HUB_TOKEN", "PUSH_KEY", "WEBHOOK_SECRET", "S3_ACCESS_KEY", "S3_SECRET_KEY"),
+    *("DATABASE_URL", "BROKER_URL"),
+)
+"""Settings that open something."""
 _DEFAULT_SECRETS = frozenset(
     {
         "",
@@ -55,6 +61,8 @@ class Settings(BaseSettings):
     upload_open_s: an upload that got no part for so long is dropped.
     upload_keep_s: a complete upload is kept for so long, and while an unfinished job names it.
     presign_s: how long a download address of the object store is good for starting a download.
+    push_key: 32 bytes in base64 that tokens of pushes are encrypted under until these have ended;
+    without it no push is taken.
     webhook_private: allow webhooks to private addresses and without TLS; for tests.
     """
 
@@ -104,6 +112,7 @@ class Settings(BaseSettings):
     upload_keep_s: float = Field(default=604800.0, gt=0)
     presign_s: int = Field(default=900, ge=1, le=604800)
     webhook_secret: SecretStr | None = None
+    push_key: SecretStr | None = None
     webhook_private: bool = False
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
@@ -120,7 +129,7 @@ class Settings(BaseSettings):
             raise ValueError(f"queues {list(queues)} must be a non-empty subset of {list(TIERS)}")
         return queues
 
-    @field_validator("hub_token", "s3_public_endpoint", mode="before")
+    @field_validator("hub_token", "push_key", "s3_public_endpoint", mode="before")
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         """Compose files pass what is not set as an empty string."""
@@ -132,6 +141,18 @@ class Settings(BaseSettings):
         if secret is not None and _is_default(secret.get_secret_value()):
             raise ValueError("is a default or empty secret: set one of your own")
         return secret
+
+    @field_validator("push_key")
+    @classmethod
+    def _whole_key(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None:
+            try:
+                size = len(base64.b64decode(key.get_secret_value(), validate=True))
+            except ValueError:
+                size = 0
+            if size != 32:
+                raise ValueError("is not 32 bytes in base64: use `openssl rand -base64 32`")
+        return key
 
     @field_validator("database_url", "broker_url")
     @classmethod

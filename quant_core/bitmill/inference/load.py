@@ -6,6 +6,7 @@ one value each, then the values, in as few loads as memory allows; one is what a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -29,17 +30,23 @@ from bitmill.io.atomic import read_json
 from bitmill.io.safetensors import TensorInfo
 from bitmill.models.dtypes import as_dtype
 
+_REPOSITORY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,95}")
+_FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICEN?E*", "NOTICE*"]
+"""Nothing that runs code."""
+
 
 def load(
     folder: str | Path,
     *,
+    revision: str = "main",
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = "auto",
     device_map: str | dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a packed causal language model, ready to run.
 
-    dtype: compute dtype of everything that is not packed, also by name; "auto" is the source
+    folder: or a repository of the Hub, `ORG/NAME`, whose `revision` is fetched into the Hub's
+    cache. dtype: compute dtype of everything that is not packed, also by name; "auto" is the source
     model's own.
     device_map: as in `from_pretrained`, in place of `device`; it needs the package accelerate.
     Packed linears lay themselves out on their input's device at their first use.
@@ -48,7 +55,7 @@ def load(
     the folder is not a packed model of a known format version, where a tensor is missing,
     superfluous or of the wrong shape or dtype, and where stored values are illegal.
     """
-    folder = Path(folder)
+    folder = _local(folder, revision)
     if dtype != "auto":
         dtype = as_dtype(dtype)
     refuse_unreadable(folder, open_checkpoint(folder).format.name)
@@ -87,6 +94,16 @@ def load_plain(
     )
     refuse_incomplete(info | {"unexpected_keys": ()})
     return cast(PreTrainedModel, model.to(device))
+
+
+def _local(folder: str | Path, revision: str) -> Path:
+    """The folder itself, or a repository of this name with what a packed folder may hold."""
+    place = Path(folder)
+    if isinstance(folder, Path) or place.exists() or not _REPOSITORY.fullmatch(folder):
+        return place
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(folder, revision=revision, allow_patterns=_FETCHED))
 
 
 def _complete(kind: Any, *source: Path | None, **options: Any) -> PreTrainedModel:

@@ -33,7 +33,7 @@ def _moment(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-_PARTS = ("events", "logs", "cancel", "retry", "files", "exports")
+_PARTS = ("events", "logs", "cancel", "retry", "files", "exports", "push")
 
 
 def job_links(job_id: str) -> schemas.JobLinks:

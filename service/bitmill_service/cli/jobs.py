@@ -309,7 +309,7 @@ def model_text(job: JobView) -> str:
 def budget_text(job: JobView) -> str:
     """What the job is to make, in words."""
     if job.kind != "quantize":
-        return f"{job.kind} {job.spec['format']}"
+        return f"{job.kind} {job.spec.get('format') or job.spec.get('repo_id')}"
     budget = Budget.model_validate(job.spec["budget"])
     if not budget.in_bytes:
         return f"{budget.value:g} {budget.kind.replace('_', ' ')}"

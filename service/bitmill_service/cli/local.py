@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn
@@ -23,6 +25,7 @@ from bitmill.errors import (
 from bitmill.formats.export_plan import ExportTarget
 from bitmill.formats.format import FORMATS
 from bitmill.io.targets import check_apart
+from bitmill.library.push import push as push_folder
 from bitmill.pipeline.requests import (
     BenchRequest,
     EvaluateRequest,
@@ -40,6 +43,7 @@ from bitmill_service.cli.output import JsonFlag, RunFailed, UrlOption, open_clie
 from bitmill_service.cli.progress import JobWatch
 from bitmill_service.cli.report_table import parse_rows, print_quality, print_report
 from bitmill_service.cli.spec import Given, build_spec, comma_separated
+from bitmill_workers.job_spec import PushTarget
 
 FolderArgument = Annotated[
     Path, typer.Argument(metavar="DIR", help="A packed folder.", exists=True, file_okay=False)
@@ -345,6 +349,15 @@ def export(
     )
 
 
+def _hub_token() -> str | None:
+    """The caller's token of the Hub; the client alone, without its library, knows HF_TOKEN."""
+    if find_spec("huggingface_hub") is None:
+        return os.environ.get("HF_TOKEN") or None
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
 def _export_job(
     job_id: str,
     target: ExportTarget,
@@ -366,6 +379,50 @@ def _export_job(
             client.wait(job.id)
             client.download(job.id, out)
     return told | {"job_id": job.id}
+
+
+def push(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="DIR|JOB", help="A packed folder or export, or a finished job."),
+    ],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub.")],
+    *,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Repository of the source model.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(metavar="ID", help="Licence, by its identifier on the Hub.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for a job's push to end.")] = False,
+    url: UrlOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Send files to the Hub, with a model card made from the quality report.
+
+    The token is HF_TOKEN or that of `hf auth login`. Of a job the service sends them, which keeps
+    the token encrypted until then. A broken push is gone on with by the next one.
+
+    Example: bitmill push packed me/model-3bit --base-model org/model --license apache-2.0
+    """
+    token = _hub_token()
+    if token is None:
+        raise InputError("there is no token of the Hub: set HF_TOKEN, or use `hf auth login`")
+    asked = {"repo_id": repo, "private": not public, "base_model": base_model, "license": license}
+    wanted = parse_part(PushTarget, asked)
+    if Path(target).is_dir():
+        found = push_folder(Path(target), token=token, **dict(wanted)).model_dump(mode="json")
+        told = f"{found['files']} files, {found['bytes']:,} bytes: {found['url']}"
+    else:
+        with open_client(url) as client:
+            job = client.push(target, wanted, token)
+            job = client.wait(job.id) if wait else job
+        found, told = job.model_dump(mode="json"), f"job {job.id} {job.state}"
+    if json:
+        print_json(found)
+    else:
+        typer.echo(told)
 
 
 def _print_formats(as_json: bool) -> None:

@@ -26,7 +26,7 @@ app = typer.Typer(
 for command in (
     *(service.demo, service.serve, service.worker),
     *(local.quantize, local.evaluate, local.generate, local.bench, local.report, local.export),
-    *(sweep.sweep, top.top),
+    *(local.push, sweep.sweep, top.top),
     *(jobs.submit, jobs.status, jobs.list_jobs, jobs.wait, jobs.logs),
     *(jobs.cancel, jobs.retry, jobs.delete, jobs.download, service.doctor),
     *(jobs.pin, jobs.unpin, keys.login, keys.logout),

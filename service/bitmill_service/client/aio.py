@@ -59,6 +59,7 @@ class AsyncClient:
     retry = _in_thread(Client.retry)
     plan_export = _in_thread(Client.plan_export)
     export = _in_thread(Client.export)
+    push = _in_thread(Client.push)
     pin = _in_thread(Client.pin)
     delete = _in_thread(Client.delete)
     submit_sweep = _in_thread(Client.submit_sweep)

@@ -63,7 +63,7 @@ from bitmill_service.schemas import (
     View,
     WorkersView,
 )
-from bitmill_workers.job_spec import JobSpec
+from bitmill_workers.job_spec import JobSpec, PushTarget
 from bitmill_workers.sweep_spec import SweepSpec
 
 DEFAULT_URL = "http://127.0.0.1:8737"
@@ -187,6 +187,21 @@ class Client:
         """Write a finished job's result in another format, by a job with `parent_id` = `job_id`."""
         path = f"/v1/jobs/{job_id}/exports"
         return self._create(path, target.model_dump(mode="json"), idempotency_key)
+
+    def push(
+        self,
+        job_id: str,
+        target: PushTarget,
+        token: str,
+        *,
+        idempotency_key: str | None = None,
+    ) -> JobView:
+        """Send a finished job's files to the Hub, by a job with `parent_id` = `job_id`.
+
+        token: of the Hub, with the right to write there.
+        """
+        body = target.model_dump(mode="json") | {"token": token}
+        return self._create(f"/v1/jobs/{job_id}/push", body, idempotency_key)
 
     def pin(self, job_id: str, pinned: bool = True) -> JobView:
         """Keep a job's files whatever their age, or no longer."""

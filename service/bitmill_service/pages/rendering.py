@@ -89,9 +89,9 @@ def moment(time: datetime) -> str:
 
 
 def target(spec: Mapping[str, Any]) -> str:
-    """What a job aims at, such as "3 bits", "size 1.2 GB" or "as gguf"."""
+    """What a job aims at, such as "3 bits", "size 1.2 GB", "as gguf" or "to ORG/NAME"."""
     if "budget" not in spec:
-        return f"as {spec['format']}"
+        return f"as {spec['format']}" if "format" in spec else f"to {spec['repo_id']}"
     kinds = {name: value for name, value in spec["budget"].items() if value is not None}
     for kind in ("size", "memory"):
         if kind in kinds:

@@ -5,7 +5,7 @@
 | refused input, numerical error, verification failed | the job fails at once |
 | disk full, machine too small | the job fails at once |
 | out of memory, of an accelerator or of the host | once more on the next memory tier |
-| a process killed, crashed or ended without a word, object store away | once more, then it fails |
+| a process killed, crashed or silent, object store or Hub away | once more, then it fails |
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _BY_CODE = {
     "out_of_memory": Then.LARGER,
     "killed": Then.AGAIN,
     "storage_unavailable": Then.AGAIN,
+    "hub_unavailable": Then.AGAIN,
 }
 
 

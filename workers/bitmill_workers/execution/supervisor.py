@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from bitmill.errors import BitmillError, ProcessFailed, SpecError, as_bitmill_error
+from bitmill.results import QUALITY_NAME
 from bitmill.runtime.child import death
 from bitmill_workers.errors import DeadlinePassed
 from bitmill_workers.execution.eta import Eta
@@ -34,6 +35,7 @@ from bitmill_workers.execution.inputs import (
 )
 from bitmill_workers.execution.processes import Child, Ended
 from bitmill_workers.execution.progress_relay import Reporter
+from bitmill_workers.execution.pushing import TOKEN as PUSH_TOKEN
 from bitmill_workers.execution.stop import StopRequest
 from bitmill_workers.job_spec import (
     AnySpec,
@@ -41,11 +43,12 @@ from bitmill_workers.job_spec import (
     HubModel,
     JobSpec,
     ModelRef,
+    PushSpec,
     UploadModel,
     parse_stored,
 )
 from bitmill_workers.logs import log_fields
-from bitmill_workers.settings import Settings
+from bitmill_workers.settings import SECRET_SETTINGS, Settings
 from bitmill_workers.storage.artifacts import PROFILES, ArtifactStore
 from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.storage.uploads import fetch_upload
@@ -58,6 +61,7 @@ from bitmill_workers.store.limits import may_use_hub_token
 from bitmill_workers.store.records import Artifact, JobRecord
 from bitmill_workers.store.stats import stage_seconds
 from bitmill_workers.store.sweeps import SweepStore
+from bitmill_workers.store.tokens import open_token
 from bitmill_workers.tiers import next_tier
 
 _log = logging.getLogger(__name__)
@@ -70,6 +74,10 @@ _RUNNER_SEES = (
     *("BITMILL_BACKEND", "BITMILL_CPU_KERNEL", "BITMILL_CUDA_LIBRARY", "TRITON_INTERPRET"),
 )
 """Environment variables that the runner inherits: none of `Settings`, so no secret is there."""
+
+
+_SECRETS = frozenset(f"BITMILL_{name}" for name in SECRET_SETTINGS)
+"""What children with a network do not inherit."""
 
 
 class Stopped(Exception):
@@ -152,6 +160,8 @@ class Attempt:
                 return self._run_pipeline(spec, self._fetch(spec.model))
             case ExportSpec() as spec:
                 return self._run_export(spec)
+            case PushSpec() as spec:
+                return self._run_push(spec)
 
     def _fetch(self, model: ModelRef) -> Path:
         """The model's local folder."""
@@ -167,7 +177,7 @@ class Attempt:
             "hub_patience_s": settings.hub_patience_s,
             "lease_s": settings.lease_s,
         }
-        env = {name: value for name, value in os.environ.items() if name != "BITMILL_HUB_TOKEN"}
+        env = {name: value for name, value in os.environ.items() if name not in _SECRETS}
         if settings.hub_token is not None and self._may_use_hub_token(model.repo_id):
             env["BITMILL_HUB_TOKEN"] = settings.hub_token.get_secret_value()
         message = f"downloading {model.repo_id}"
@@ -209,6 +219,26 @@ class Attempt:
         fetch_files(spec.job_id, packed, self.parts.store, self.parts.artifacts, self._ticking)
         target = {"format": spec.format, "settings": spec.settings}
         return self._run_child({"packed": str(packed), "export": target})
+
+    def _run_push(self, spec: PushSpec) -> Ended:
+        parts, folder, report = self.parts, self.folder / "files", self.folder / QUALITY_NAME
+        fetch_files(spec.job_id, folder, parts.store, parts.artifacts, self._ticking)
+        told = parts.store.artifact(spec.packed_job, QUALITY_NAME)
+        if told is not None:
+            parts.artifacts.fetch(told, report)
+        key, database = self.settings.push_key, parts.store.database
+        token = open_token(database, key, self.job.id).get_secret_value()
+        request = {
+            "folder": str(folder),
+            "report": None if told is None else str(report),
+            "hub_endpoint": self.settings.hub_endpoint,
+            "hub_patience_s": self.settings.hub_patience_s,
+            "lease_s": self.settings.lease_s,
+            **spec.model_dump(mode="json"),
+        }
+        env = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+        env |= {PUSH_TOKEN: token}
+        return self._watch("bitmill_workers.execution.pushing", "push.json", request, env)
 
     def _run_child(self, request: dict[str, Any]) -> Ended:
         """The runner, with what it is told whatever it does."""
@@ -326,7 +356,7 @@ class Attempt:
         leases = self.parts.leases
         self._flush_rest()
         self._persist(lambda: leases.finalize(*self.key))
-        files = self._publish()
+        files = [] if isinstance(self.spec, PushSpec) else self._publish()
         result, profile_id = self.reporter.result["result"], self.reporter.result.get("profile_id")
         if profile_id is not None:
             self._keep_profile(profile_id)

@@ -6,7 +6,7 @@ finish) is in `leases`, profiles and maps are in `catalog`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ from bitmill_workers.store.tables import (
     job_logs,
     jobs,
     outbox,
+    push_tokens,
     uploads,
 )
 from bitmill_workers.store.transitions import add_events, transition
@@ -89,11 +90,13 @@ class JobStore:
         quota: Quota | None = None,
         keep_days: float | None = None,
         cell: tuple[str, int] | None = None,
+        sealed: Callable[[str], bytes] | None = None,
     ) -> Submission:
         """Store a new queued job, or return the one that the same key made within a day.
 
         `request_hash` identifies the request's body; `created_by` is an API key's id; `cell` is a
-        sweep's id and the number of the cell that the job takes the place of. Raises
+        sweep's id and the number of the cell that the job takes the place of; `sealed` gives the
+        encrypted token of a push with this id. Raises
         `IdempotencyMismatch` where the key was used with another hash, and `QuotaExceeded` where
         the tenant has used up its `quota`.
         """
@@ -112,8 +115,8 @@ class JobStore:
         if idempotency_key is None:
             with self.database.write() as conn:
                 self.check_quota(conn, tenant, quota)
-                return Submission(insert_job(conn, values), replayed=False)
-        return self._submit_once(values, idempotency_key, request_hash, quota)
+                return Submission(_insert_sealed(conn, values, sealed), replayed=False)
+        return self._submit_once(values, idempotency_key, request_hash, quota, sealed)
 
     def submitted(
         self, idempotency_key: str, request_hash: str, *, tenant: str = "local"
@@ -158,7 +161,12 @@ class JobStore:
             return kept_bytes(conn, tenant)
 
     def _submit_once(
-        self, values: dict[str, Any], key: str, request_hash: str, quota: Quota | None
+        self,
+        values: dict[str, Any],
+        key: str,
+        request_hash: str,
+        quota: Quota | None,
+        sealed: Callable[[str], bytes] | None,
     ) -> Submission:
         tenant = values["tenant"]
         try:
@@ -167,7 +175,7 @@ class JobStore:
                 if known is not None:
                     return Submission(known, replayed=True)
                 self.check_quota(conn, tenant, quota)
-                job = insert_job(conn, values)
+                job = _insert_sealed(conn, values, sealed)
                 self._take_key(conn, tenant, key, request_hash, job.id)
                 return Submission(job, replayed=False)
         except _KeyTaken:
@@ -503,6 +511,15 @@ def new_job(
 
 
 _COUNTS = ("attempt", "lost_count", "crash_count", "oom_count", "handback_count", "token")
+
+
+def _insert_sealed(
+    conn: sa.Connection, values: dict[str, Any], sealed: Callable[[str], bytes] | None
+) -> JobRecord:
+    job = insert_job(conn, values)
+    if sealed is not None:
+        conn.execute(sa.insert(push_tokens).values(job_id=job.id, sealed=sealed(job.id)))
+    return job
 
 
 def insert_child(conn: sa.Connection, parent: JobRecord, spec: AnySpec) -> JobRecord:

@@ -247,6 +247,14 @@ pauses = sa.Table(
 )
 """Queues and workers that take no more jobs."""
 
+push_tokens = sa.Table(
+    "push_tokens",
+    metadata,
+    sa.Column("job_id", sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("sealed", sa.LargeBinary, nullable=False),
+)
+"""Encrypted tokens of pushes that have not ended (`store/tokens.py`)."""
+
 DELIVERY_TRIES = 10
 """How often the message of an outbox row is sent before it is given up."""
 

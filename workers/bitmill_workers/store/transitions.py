@@ -15,7 +15,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from bitmill_workers.store.db import db_now
 from bitmill_workers.store.records import JobRecord, job_record
 from bitmill_workers.store.states import ACTIVE, TERMINAL, State, sources_of
-from bitmill_workers.store.tables import job_events, jobs, outbox
+from bitmill_workers.store.tables import job_events, jobs, outbox, push_tokens
 
 _NO_OWNER = {"owner": None, "lease_until": None}
 _INSERT_EVENT = sa.insert(job_events).values(
@@ -85,6 +85,8 @@ def follow(
         return None
     record = job_record(row)
     _insert_event(conn, record.id, record.next_seq - 1, "state", {"state": target} | (event or {}))
+    if target in TERMINAL and record.kind == "push":
+        conn.execute(sa.delete(push_tokens).where(push_tokens.c.job_id == record.id))
     if target in TERMINAL and record.webhook_url:
         _queue_webhook(conn, record)
     return record

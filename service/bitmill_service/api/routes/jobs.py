@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response, status
 from fastapi.responses import JSONResponse
 
+from bitmill.errors import InputError
 from bitmill.io.atomic import sha256_json
 from bitmill_service.api.admission import (
     admit,
@@ -30,7 +31,7 @@ from bitmill_service.http.access import Principal
 from bitmill_service.http.openapi import CHANGES, JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import JobPage, JobView, PlanView
-from bitmill_workers.job_spec import AnySpec, ExportSpec, JobKind, JobSpec, parse_stored
+from bitmill_workers.job_spec import AnySpec, ExportSpec, JobKind, JobSpec, PushSpec, parse_stored
 from bitmill_workers.messaging.webhooks import check_webhook_url
 from bitmill_workers.store.records import JobRecord
 from bitmill_workers.store.states import ShownState
@@ -211,6 +212,12 @@ def _admit_again(context: Context, spec: AnySpec, caller: Principal) -> None:
             admit(context, spec, caller)
         case ExportSpec():
             plan_export(context, context.jobs.get(spec.job_id, tenant=caller.sees), spec)
+        case PushSpec():
+            raise InputError(
+                "the token of a push is erased when it ends: push again with a token",
+                code="push_token_lost",
+                hint=f"POST /v1/jobs/{spec.job_id}/push",
+            )
 
 
 @router.post("/{job_id}/pin", response_model=JobView, responses=refusals(*CHANGES, "job_not_found"))

@@ -1,0 +1,211 @@
+"""`README.md` of a published checkpoint: what it is, how good, how to load it. Torch-free.
+
+The front matter is what the Hub reads: the model that it was made from, licence and tags. The
+figures are those of `quality.json`; a folder without one gets a card without a table.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
+from bitmill.config.quantization import Calibration
+from bitmill.io.atomic import read_json
+from bitmill.plan.config_json import CONFIG_FILE
+from bitmill.reporting.charts import WIDTH_COLOURS
+from bitmill.results import QUALITY_NAME, QualityReport, QualityRow
+
+PICTURE_NAME = "bit_width_map.png"
+_CELL = 8
+"""Pixels of a group's side in the picture."""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the folder itself does not say.
+
+    base_model: Hub repository that was quantized. license: its identifier on the Hub. calibration:
+    what the widths and codes were chosen on. report: where the folder has none, as an export.
+    """
+
+    base_model: str | None = None
+    license: str | None = None
+    calibration: Calibration | None = None
+    report: QualityReport | None = None
+
+
+def model_card(folder: Path, repo_id: str, facts: CardFacts) -> dict[str, bytes]:
+    """`README.md` and the picture that it shows, by path in the repository."""
+    report = facts.report
+    if (folder / QUALITY_NAME).is_file():
+        report = QualityReport.load(folder / QUALITY_NAME)
+    row = _own_row(report) if report else None
+    files, parts = {}, [_front_matter(folder, facts, row), _opening(repo_id, facts, row)]
+    if report and report.rows:
+        parts.append(_quality(report))
+    if (folder / MAP_NAME).is_file():
+        bit_widths = BitWidthMap.load(folder / MAP_NAME)
+        files[PICTURE_NAME] = map_picture(bit_widths)
+        parts.append(_map(bit_widths))
+    if facts.calibration is not None:
+        parts.append(_calibration(facts.calibration))
+    parts.append(_loading(folder, repo_id))
+    return {"README.md": "\n".join(parts).encode()} | files
+
+
+def map_picture(bit_widths: BitWidthMap) -> bytes:
+    """A PNG: a row per linear, a square per group, coloured by width."""
+    linears = list(bit_widths.linears.values())
+    columns = max(len(widths) for widths in linears)
+    palette = [(255, 255, 255)] + [
+        (int(c[1:3], 16), int(c[3:5], 16), int(c[5:7], 16)) for c in WIDTH_COLOURS.values()
+    ]
+    places = {width: place for place, width in enumerate(WIDTH_COLOURS, 1)}
+    rows = []
+    for widths in linears:
+        line = [places[width] for width in widths] + [0] * (columns - len(widths))
+        row = bytes(place for place in line for _ in range(_CELL))
+        rows += [b"\0" + row] * _CELL
+    size = struct.pack(">IIBBBBB", columns * _CELL, len(linears) * _CELL, 8, 3, 0, 0, 0)
+    chunks = {
+        b"IHDR": size,
+        b"PLTE": bytes(value for colour in palette for value in colour),
+        b"IDAT": zlib.compress(b"".join(rows), 9),
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks.items())
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    body = kind + data
+    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def _own_row(report: QualityReport) -> QualityRow | None:
+    """The job's result; the source has no bits."""
+    return next((row for row in report.rows if row.bits is not None), None)
+
+
+def _front_matter(folder: Path, facts: CardFacts, row: QualityRow | None) -> str:
+    tags = ["bitmill", "quantized", "mixed-precision", *_kinds(folder)]
+    if row is not None and row.code_bits is not None:
+        tags.append(f"{round(row.code_bits)}-bit")
+    told: dict[str, Any] = {
+        "pipeline_tag": "text-generation",
+        "library_name": "gguf" if "gguf" in tags else "transformers",
+        "tags": tags,
+    }
+    if facts.base_model:
+        told |= {"base_model": facts.base_model, "base_model_relation": "quantized"}
+    if facts.license:
+        told["license"] = facts.license
+    lines = [f"{key}: {json.dumps(value)}" for key, value in told.items()]  # JSON is YAML
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _kinds(folder: Path) -> list[str]:
+    """The format, in words of the Hub."""
+    if any(folder.glob("*.gguf")):
+        return ["gguf"]
+    settings = read_json(folder / CONFIG_FILE).get("quantization_config") or {}
+    method = settings.get("quant_method")
+    return ["safetensors"] + ([method] if method and method != "bitmill" else [])
+
+
+def _opening(repo_id: str, facts: CardFacts, row: QualityRow | None) -> str:
+    source = facts.base_model and f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
+    what = f"{source or 'A language model'} quantized by Bitmill: every group of 128 input columns "
+    what += "of every linear has a bit width of its own."
+    if row is not None and row.bits is not None:
+        what += f" {row.bits:.3f} bits per quantized weight, scales included"
+        what += f", {row.size:,} bytes of weights." if row.size else "."
+    return f"# {repo_id.rpartition('/')[2]}\n{what}\n"
+
+
+def _quality(report: QualityReport) -> str:
+    texts = list(report.rows[0].texts)
+    head = ["model", "bits", "bytes"]
+    head += [f"{text} {figure}" for text in texts for figure in ("perplexity", "KL")]
+    lines = [head, ["---"] * len(head)]
+    for row in report.rows:
+        cells = [row.method, "" if row.bits is None else f"{row.bits:.3f}"]
+        cells.append("" if row.size is None else f"{row.size:,}")
+        for text in texts:
+            found = row.texts.get(text)
+            cells.append((found and f"{found.perplexity:.3f} ± {found.perplexity_se:.3f}") or "")
+            cells.append((found and f"{found.kl:.4f} ± {found.kl_se:.4f}") or "")
+        lines.append(cells)
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    tokens = ", ".join(f"{one.tokens:,} of {text}" for text, one in report.rows[0].texts.items())
+    return (
+        "## Quality\n"
+        f"{table}\n\nKL is that of next-token distributions to the source's, mean nats per token; "
+        f"± is one standard error over windows. Tokens: {tokens}.\n"
+    )
+
+
+def _map(bit_widths: BitWidthMap) -> str:
+    colours = ", ".join(f"{width} bits {colour}" for width, colour in WIDTH_COLOURS.items())
+    return (
+        f"## Bit widths\n![Width of every group]({PICTURE_NAME})\n\nA row per linear "
+        f"({len(bit_widths.linears)}), a square per group of 128 input columns: {colours}. "
+        f"The widths themselves are in `{MAP_NAME}`.\n"
+    )
+
+
+def _calibration(used: Calibration) -> str:
+    text = used.text.model_dump()
+    name = text.get("name") or text.get("path")
+    return f"## Calibration\n{used.sequences} windows of {used.length} tokens of `{name}`.\n"
+
+
+def _loading(folder: Path, repo_id: str) -> str:
+    method = _kinds(folder)
+    if "gguf" in method:
+        return f"## Loading\n```sh\nllama-cli -hf {repo_id}\n```\n"
+    if (folder / MAP_NAME).is_file():
+        return _PACKED.replace("REPO", repo_id)
+    return _PLAIN.replace("REPO", repo_id)
+
+
+_PLAIN = """## Loading
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("REPO")
+```
+```sh
+vllm serve REPO
+```
+"""
+
+_PACKED = """## Loading
+Bitmill, which checks every tensor:
+```python
+import bitmill
+
+model = bitmill.load("REPO")
+```
+transformers:
+```python
+import bitmill.hf
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("REPO")
+```
+vLLM, with the plug-in `bitmill-vllm`:
+```sh
+vllm serve REPO --dtype float32
+```
+Others, llama.cpp among them, by an export:
+```sh
+hf download REPO --local-dir packed
+bitmill export --list
+bitmill export packed --format dequantized --out plain
+```
+"""
