@@ -5,7 +5,8 @@
 A service on loopback holds one job each of two models made of shapes alone, with random costs and
 errors. First paint is counted from the start of the navigation, HTML, scripts and numbers included,
 with an empty cache, until the frame after the map was drawn; recolouring from the choice until the
-frame after it. Medians of several pages.
+frame after it, and a step of the budget slider likewise. The slider stands once the service has
+found the 32 maps of the curve.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,17 @@ const painted = () => done([drawn - begin, performance.now() - begin]);
 requestAnimationFrame(() => requestAnimationFrame(painted));
 """
 
+SLIDING = "return document.querySelector('input[type=range]').checkVisibility()"
+SLIDE = """
+const [share, done] = arguments;
+const slider = document.querySelector("input[type=range]");
+const begin = performance.now();
+slider.value = Math.round(share * slider.max);
+slider.dispatchEvent(new Event("input"));
+const painted = () => done(performance.now() - begin);
+requestAnimationFrame(() => requestAnimationFrame(painted));
+"""
+
 
 def browser() -> webdriver.Chrome:
     options = webdriver.ChromeOptions()
@@ -81,6 +94,17 @@ def measure(driver: webdriver.Chrome, url: str, pages: int) -> dict[str, Any]:
     }
 
 
+def slide(driver: webdriver.Chrome, url: str, steps: int) -> dict[str, Any]:
+    """Milliseconds until a profile's slider stands, and of every step of it."""
+    begin = time.perf_counter()
+    driver.get(url)
+    WebDriverWait(driver, 120, 0.05).until(lambda found: found.execute_script(SLIDING))
+    ready = 1000 * (time.perf_counter() - begin)
+    shares = [(7 * step % steps) / steps for step in range(steps)]
+    moved = [driver.execute_async_script(SLIDE, share) for share in shares]
+    return {"slider_ready_ms": [ready], "slide_frame_ms": moved}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pages", type=int, default=5)
@@ -101,8 +125,9 @@ def main() -> None:
                 found["browser"] = driver.capabilities["browserVersion"]
                 for name, shape in MODELS.items():
                     plan = llama_plan(**shape)
-                    job = finish_model(Stack(url, app.state.context), plan).id
-                    times = measure(driver, f"{url}/ui/jobs/{job}/map", args.pages)
+                    job = finish_model(Stack(url, app.state.context), plan)
+                    times = measure(driver, f"{url}/ui/jobs/{job.id}/map", args.pages)
+                    times |= slide(driver, f"{url}/ui/profiles/{job.profile_id}", steps=20)
                     groups = sum(linear.groups for linear in plan.shapes)
                     found["models"][name] = {"groups": groups, **times}
                     cells = [name, str(shape["blocks"]), f"{groups:,}"]
@@ -111,16 +136,15 @@ def main() -> None:
                     rows.append(f"| {' | '.join(cells)} |")
             finally:
                 driver.quit()
-    head = (
-        "| shape | blocks | groups | first paint, ms | recolour, script, ms | until the frame, ms |"
-    )
+    names = ("shape", "blocks", "groups", "first paint", "recolour, script", "until the frame")
+    head = f"| {' | '.join((*names, 'slider stands', 'slide, until the frame'))} |"
     title = (
         f"# The map explorer in headless Chromium {found['browser']}\n"
-        f"`benchmarks/map_explorer.py`, {args.pages} pages each: median (largest). "
+        f"`benchmarks/map_explorer.py`, {args.pages} pages each: median (largest) of milliseconds. "
         f"{os.cpu_count()} cores that browser and service share, load average "
         f"{found['load']:.1f} at the start.\n"
     )
-    table = "\n".join([title, head, "|---|---|---|---|---|---|", *rows])
+    table = "\n".join([title, head, "|---|---|---|---|---|---|---|---|", *rows])
     write_json(args.out.with_suffix(".json"), found)
     write_bytes(args.out.with_suffix(".md"), f"{table}\n".encode())
     print(table)
