@@ -133,6 +133,9 @@ def test_download_log_and_map(bitmill: Any, stack: Stack, tmp_path: Path) -> Non
     again = json.loads(bitmill("download", job.id, "-o", str(tmp_path / "out"), "--json")[1])
     assert (again["fetched"], again["bytes_fetched"], len(again["skipped"])) == ([], 0, 5)
     assert json.loads(bitmill("map", "show", job.id, "--json")[1]) == MAP
+    drawing = tmp_path / "map.svg"
+    bitmill("map", "picture", job.id, "--out", str(drawing))
+    assert drawing.read_text().startswith("<svg ")
     shown = bitmill("map", "show", str(tmp_path / "out"))[1]
     assert "1 of 2 bits, 2 of 3 bits, 1 of 4 bits" in shown
     other = tmp_path / "other.json"

@@ -15,11 +15,16 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.plan.model_plan import Plan
+from bitmill_service.main import create_app
+from bitmill_service.settings import ServiceSettings
+from bitmill_workers.store.keys import KeyStore
+from bitmill_workers.store.migrate import upgrade
 from bitmill_workers.store.records import JobRecord
 from browsing import THEMES, WIDTHS, Browser
 from finished import Stack
 from finished_models import finish_model
 from plans import llama_plan
+from serving import serve
 from stores import wait_for
 
 
@@ -93,6 +98,24 @@ def test_jobs_of_a_profile_tell_how_far_to_trust_it(http: httpx2.Client, stack: 
     jobs = [finish_model(stack, llama_plan(blocks=1), 3, measured=m) for m in (0.8, 1, 1.1, 1.2)]
     html = page(http, f"/ui/profiles/{jobs[0].profile_id}?kind=bits&value=3")
     assert "measured 0.80 to 1.20 times theirs" in html
+
+
+def test_a_key_that_only_reads_moves_the_slider_and_submits_nothing(
+    http: httpx2.Client, tmp_path: Path, plan: Plan
+) -> None:
+    app = create_app(ServiceSettings(data=tmp_path, keys="required"))
+    upgrade(app.state.context.database)
+    key, _ = KeyStore(app.state.context.database).create("ann", tenant="local", scopes=("read",))
+    with serve(app) as url, httpx2.Client(base_url=url) as reader:
+        job = finish_model(Stack(url, app.state.context), plan)
+        reader.headers["Authorization"] = f"Bearer {key}"
+        html = page(reader, f"/ui/profiles/{job.profile_id}")
+        assert "data-maps" in html
+        assert "data-allocate" not in html
+        assert "Submit a job" not in html
+        form = {"kind": "bits", "value": "3"}
+        refused = reader.post(f"/ui/profiles/{job.profile_id}/jobs", data=form)
+        assert refused.status_code == 403
 
 
 def test_comparison_shows_numbers_errors_and_the_pareto_line(

@@ -78,6 +78,7 @@ def picture(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="SVG file to write.")],
     url: UrlOption = None,
+    json: JsonFlag = False,
 ) -> None:
     """Draw a map: blocks by modules, a band of colour for every group.
 
@@ -86,7 +87,10 @@ def picture(
     drawing = map_svg(load_map(target, url)).encode()
     check_file(out, lambda data: data.lstrip().startswith(b"<svg "), param="out")
     write_bytes(out, drawing)
-    typer.echo(f"wrote {out}")
+    if json:
+        print_json({"file": str(out)})
+    else:
+        typer.echo(f"wrote {out}")
 
 
 @app.command()

@@ -119,8 +119,9 @@ class Slider {
     this.show(widths, found);
   }
 
-  /** The service's answer, or null where it refuses; `curve`: budgets of points, else all. */
+  /** The service's answer; null where it refuses, or the key may only read. `curve`: budgets of points. */
   async allocate(budget, curve = []) {
+    if (!this.root.dataset.allocate) return null;
     const answer = await fetch(this.root.dataset.allocate, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
