@@ -12,6 +12,7 @@ import httpx2
 import pytest
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.select import Select
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.plan.model_plan import Plan
@@ -195,6 +196,22 @@ def test_colours_and_the_table_show_what_is_chosen(browser: Browser, job: JobRec
     assert len(seen) == 4
     browser.shows("stored bytes", "#map-table caption")
     browser.shows("kB", "#map-table tbody td")
+
+
+def test_experts_share_a_cell_and_are_chosen_one_by_one(browser: Browser, stack: Stack) -> None:
+    widths = {f"model.layers.0.mlp.experts.{e}.up_proj": digits for e, digits in enumerate("2468")}
+    found = BitWidthMap.model_validate({"linears": {"model.embed_tokens": "8"} | widths})
+    job = stack.finish(stack.running(), others={"bit_width_map.json": found.to_json()})
+    canvas = open_drawn(browser, f"/ui/jobs/{job.id}/map")
+    assert not browser.find("[name=colour][value=bytes]").is_enabled()
+    canvas.send_keys(Keys.ARROW_RIGHT)
+    browser.shows("model.embed_tokens: width 8.00", "[data-reading]")  # alone in its row
+    canvas.send_keys(Keys.ARROW_DOWN)
+    browser.shows("experts.*.up_proj (4 linears): width 5.00", "[data-reading]")
+    canvas.send_keys(Keys.ENTER)
+    browser.shows("model.layers.0.mlp.experts.0.up_proj", "#groups h2")
+    Select(browser.find("#groups select")).select_by_visible_text(list(widths)[3])
+    browser.shows("1 of 8 bits", "#groups dl")
 
 
 def test_saved_files_hold_the_numbers_of_every_group(

@@ -209,24 +209,35 @@ export class Heatmap {
   }
 
   key(event) {
-    const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+    const last = this.model.blocks.length - 1;
+    const { row, column } = this.at;
     if (event.key === "Enter" || event.key === " ") this.onOpen(this.at);
-    else if (event.key === "Home") this.move(-this.at.row, 0);
-    else if (event.key === "End") this.move(this.model.blocks.length - 1 - this.at.row, 0);
-    else if (steps[event.key]) this.move(...steps[event.key]);
+    else if (event.key === "ArrowUp" && row > 0) this.toRow(row - 1);
+    else if (event.key === "ArrowDown" && row < last) this.toRow(row + 1);
+    else if (event.key === "Home") this.toRow(0);
+    else if (event.key === "End") this.toRow(last);
+    else if (event.key === "ArrowLeft") this.toColumn(column, -1);
+    else if (event.key === "ArrowRight") this.toColumn(column, 1);
     else return;
     event.preventDefault();
   }
 
-  /** To the next cell in a direction that has a linear; stays where there is none. */
-  move(down, right) {
-    let { row, column } = this.at;
-    do {
-      row += down;
-      column += right;
-      if (!(row in this.model.blocks) || !(column in this.model.modules)) return;
-    } while (!this.model.cells[row][column] && Math.abs(down) + Math.abs(right) === 1);
-    if (!this.model.cells[row][column]) return;
+  /** To the cell of a row that is nearest to where we are; every row has one. */
+  toRow(row) {
+    const columns = Object.keys(this.model.cells[row]).map(Number);
+    const away = (column) => Math.abs(column - this.at.column);
+    this.to(row, columns.reduce((best, column) => (away(column) < away(best) ? column : best)));
+  }
+
+  /** To the next cell of the row in a direction; stays where there is none. */
+  toColumn(column, step) {
+    const cells = this.model.cells[this.at.row];
+    do column += step;
+    while (column in this.model.modules && !cells[column]);
+    if (cells[column]) this.to(this.at.row, column);
+  }
+
+  to(row, column) {
     this.at = { row, column };
     this.point(this.at);
   }
