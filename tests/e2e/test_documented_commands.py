@@ -25,8 +25,8 @@ DEFAULT = "http://127.0.0.1:8737"
 
 
 @contextmanager
-def embedded(folder: Path) -> Iterator[str]:
-    """`bitmill serve`, around a runner that acts on command."""
+def embedded(folder: Path, env: dict[str, str] | None = None) -> Iterator[str]:
+    """`bitmill serve`, around a runner that acts on command unless `env` is given."""
     words = ["-P", "-m", "bitmill_service.cli.main", "serve", "--port", "0", "--json"]
     process = subprocess.Popen(
         [
@@ -37,7 +37,7 @@ def embedded(folder: Path) -> Iterator[str]:
             "--models",
             f"models={folder / 'models'}",
         ],
-        env=os.environ | runner(),
+        env=os.environ | (runner() if env is None else env),
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -73,7 +73,7 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             yield found["url"]
 
 
-def shell(script: str, folder: Path, url: str) -> str:
+def shell(script: str, folder: Path, url: str, timeout: float = 100) -> str:
     """What a script prints; the documented address replaced, nothing else."""
     folder.mkdir(exist_ok=True)
     done = subprocess.run(
@@ -82,7 +82,7 @@ def shell(script: str, folder: Path, url: str) -> str:
         env=os.environ | {"BITMILL_URL": url},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -132,3 +132,27 @@ def test_the_readme_runs_as_written(url: str, tmp_path: Path) -> None:
 
 def bitmill() -> str:
     return f"{sys.executable} -P -m bitmill_service.cli.main"
+
+
+@pytest.mark.timeout(900)
+def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
+    """With a real runner, on a tiny model in the place of the one that is downloaded."""
+    page = (ROOT / "docs/tutorial.md").read_text()
+    blocks = [
+        block.replace("bitmill ", f"{bitmill()} ")
+        for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+        if "bitmill serve" not in block
+    ]
+    assert "serve --data data --models models=models &" in page
+    assert len(blocks) == 6
+    tiny_llama(
+        tmp_path / "models" / "SmolLM2-135M",
+        hidden_size=256,
+        head_dim=64,
+        intermediate_size=256,
+    )
+    with embedded(tmp_path, env={"BITMILL_POLL_S": "0.1"}) as url:
+        out = shell("\n".join(blocks), tmp_path, url, timeout=800)
+    assert "all verified: packed" in out
+    for made in ("packed/model.safetensors", "report.html", "map.json", "plain/config.json"):
+        assert (tmp_path / made).is_file(), made

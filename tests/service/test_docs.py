@@ -50,3 +50,17 @@ def test_operations_page_names_every_setting_and_its_default() -> None:
 def test_api_page_names_every_code_with_its_status() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (.*) \|$", (DOCS / "api.md").read_text(), re.M)
     assert {code: (int(status), hint) for code, status, hint in rows} == dict(CODES)
+
+
+def test_links_between_pages_and_files_lead_somewhere() -> None:
+    """Of every page; anchors of the site's pages are checked where it is built (`scripts/site`)."""
+    root = DOCS.parent
+    pages = [*root.glob("*.md"), *DOCS.glob("*.md"), *root.glob("*/README.md")]
+    links = [
+        (page, link)
+        for page in pages
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+        if not re.match(r"[a-z]+:", link)
+    ]
+    assert len(links) > 50
+    assert [f"{p.name}: {to}" for p, to in links if not (p.parent / to).exists()] == []
