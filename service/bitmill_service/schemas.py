@@ -142,6 +142,9 @@ class JobPage(View):
     next: str | None = None
 
 
+CellState = ShownState | Literal["deleted"]
+
+
 class CellView(View):
     """One cell of a sweep: values by the paths of its axes, and the newest job of it.
 
@@ -152,7 +155,7 @@ class CellView(View):
 
     cell: int
     values: dict[str, Any]
-    state: ShownState | Literal["deleted"]
+    state: CellState
     job_id: str | None = None
     stage: str | None = None
     progress: JobProgress | None = None

@@ -147,11 +147,12 @@ def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
     assert len(blocks) == 6
     tiny_llama(
         tmp_path / "models" / "SmolLM2-135M",
+        num_hidden_layers=1,
         hidden_size=256,
         head_dim=64,
         intermediate_size=256,
     )
-    with embedded(tmp_path, env={"BITMILL_POLL_S": "0.1"}) as url:
+    with embedded(tmp_path, env={"BITMILL_POLL_S": "0.1", "BITMILL_THREADS": "1"}) as url:
         out = shell("\n".join(blocks), tmp_path, url, timeout=800)
     assert "all verified: packed" in out
     for made in ("packed/model.safetensors", "report.html", "map.json", "plain/config.json"):

@@ -54,7 +54,8 @@ def test_a_sweep_is_its_jobs_and_shows_them_as_they_come(stack: Stack, client: C
     done = found.cells[2]
     assert done.quality is not None
     assert (done.state, done.quality.bits, done.alone_s) == ("succeeded", 3.1, 3.5)
-    assert client.sweeps(limit=1).sweeps[0].counts == {"queued": 3, "succeeded": 1}
+    (listed,) = client.sweeps(limit=1).sweeps
+    assert (listed.counts, listed.cells) == ({"queued": 3, "succeeded": 1}, None)
     rows = client.sweep_table(view.id, "csv").splitlines()
     assert len(rows) == 5
     assert rows[3].startswith("3,4,0,succeeded,3.1,")

@@ -70,6 +70,11 @@ class SweepSpec(Closed):
             raise ValueError(f"the grid has {count:,} cells, at most {MAX_CELLS} may be")
         return grid
 
+    @property
+    def size(self) -> int:
+        """How many cells there are."""
+        return math.prod(map(len, self.grid.values()))
+
     def cells(self) -> tuple[Cell, ...]:
         """Every job of the sweep, the last axis varying fastest; raises `SpecError` naming one."""
         found = []

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 
-from bitmill.results import QualityReport
+from bitmill.results import QualityRow
 from bitmill_service import schemas
 from bitmill_service.api.views import job_view, moment
 from bitmill_workers.store.records import JobRecord, SweepRecord
-from bitmill_workers.store.states import TERMINAL
+from bitmill_workers.store.states import TERMINAL, ShownState
 from bitmill_workers.sweep_spec import SweepSpec
 
 
-def sweep_view(
-    sweep: SweepRecord, jobs: Mapping[int, JobRecord], *, whole: bool = True
-) -> schemas.SweepView:
-    """One sweep; jobs: the newest of each cell by its number; whole: with cells."""
+def sweep_line(sweep: SweepRecord, states: Mapping[int, ShownState]) -> schemas.SweepView:
+    """One sweep without its cells; states: of the newest job of each by its number."""
+    spec = SweepSpec.model_validate(sweep.spec)
+    numbers = range(1, spec.size + 1)
+    return _view(sweep, spec, [states.get(number, "deleted") for number in numbers])
+
+
+def sweep_view(sweep: SweepRecord, jobs: Mapping[int, JobRecord]) -> schemas.SweepView:
+    """One sweep with its cells; jobs: the newest of each by its number."""
     spec = SweepSpec.model_validate(sweep.spec)
     cells = _cells(spec, jobs)
+    view = _view(sweep, spec, [cell.state for cell in cells])
+    return view.model_copy(update={"spec": sweep.spec, "cells": cells})
+
+
+def _view(
+    sweep: SweepRecord, spec: SweepSpec, states: Sequence[schemas.CellState]
+) -> schemas.SweepView:
     base, created = f"/v1/sweeps/{sweep.id}", moment(sweep.created_at)
     assert created is not None
     return schemas.SweepView(
@@ -27,11 +39,9 @@ def sweep_view(
         label=sweep.label,
         created_at=created,
         created_by=sweep.created_by,
-        finished=all(cell.state in (*TERMINAL, "deleted") for cell in cells),
-        counts=dict(sorted(Counter(cell.state for cell in cells).items())),
+        finished=all(state in (*TERMINAL, "deleted") for state in states),
+        counts=dict(sorted(Counter(states).items())),
         axes=list(spec.grid),
-        spec=sweep.spec if whole else None,
-        cells=cells if whole else None,
         links=schemas.SweepLinks.model_validate(
             {"self": base} | {name: f"{base}/{name}" for name in ("cancel", "table", "plot")}
         ),
@@ -49,9 +59,10 @@ def _cell(number: int, values: dict[str, object], job: JobRecord | None) -> sche
     if job is None:
         return schemas.CellView(cell=number, values=values, state="deleted")
     shown = job_view(job)
-    found = (job.result or {}).get("quality")
-    quality = None if not found else QualityReport.model_validate(found)
-    spent = (job.started_at, job.finished_at)
+    # Not the whole report, which has a part for every linear.
+    found = (job.result or {}).get("quality") or {}
+    rows = found.get("rows", [])[1:2]
+    ends = (job.started_at, job.finished_at)
     return schemas.CellView(
         cell=number,
         values=values,
@@ -59,8 +70,8 @@ def _cell(number: int, values: dict[str, object], job: JobRecord | None) -> sche
         job_id=job.id,
         stage=shown.stage,
         progress=shown.progress,
-        quality=quality.rows[1] if quality and len(quality.rows) > 1 else None,
-        seconds=None if None in spent else round(spent[1] - spent[0], 3),  # type: ignore[operator]
-        alone_s=round(sum(quality.seconds.values()), 3) if quality else None,
+        quality=QualityRow.model_validate(rows[0]) if rows else None,
+        seconds=None if None in ends else round(ends[1] - ends[0], 3),  # type: ignore[operator]
+        alone_s=round(sum(found["seconds"].values()), 3) if rows else None,
         error=shown.error,
     )

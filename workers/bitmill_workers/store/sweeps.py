@@ -17,7 +17,7 @@ from bitmill_workers.job_spec import JobSpec
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.jobs import IDEMPOTENCY_S, JobStore, insert_job, new_job
 from bitmill_workers.store.records import JobRecord, Quota, SweepRecord, job_record, new_id
-from bitmill_workers.store.states import TERMINAL
+from bitmill_workers.store.states import TERMINAL, ShownState, shown_state
 from bitmill_workers.store.tables import jobs, sweeps
 
 _SHOWN = [c for c in sweeps.c if c.name not in ("idempotency_key", "request_hash")]
@@ -112,6 +112,17 @@ class SweepStore:
         with self.database.read() as conn:
             found = [job_record(row) for row in conn.execute(query)]
         return {job.cell: job for job in found if job.cell is not None}
+
+    def states(self, sweep_ids: Sequence[str]) -> dict[str, dict[int, ShownState]]:
+        """The state of the newest job of every cell, by sweep and number; reads no results."""
+        columns = (jobs.c.sweep_id, jobs.c.cell, jobs.c.state, jobs.c.cancel_requested_at)
+        query = sa.select(*columns).where(jobs.c.sweep_id.in_(sweep_ids))
+        found: dict[str, dict[int, ShownState]] = {name: {} for name in sweep_ids}
+        with self.database.read() as conn:
+            for row in conn.execute(query.order_by(jobs.c.created_at, jobs.c.id)):
+                state = shown_state(row.state, row.cancel_requested_at is not None)
+                found[row.sweep_id][row.cell] = state
+        return found
 
     def request_cancel(
         self, sweep_id: str, *, tenant: str | None = None, by: str | None = None

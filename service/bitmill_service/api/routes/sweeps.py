@@ -19,7 +19,7 @@ from bitmill_service.api.admission import (
 )
 from bitmill_service.api.context import ID_PATTERN, Context, ContextDep, PrincipalDep
 from bitmill_service.api.routes.jobs import SUBMISSION, IdempotencyKey
-from bitmill_service.api.sweep_views import sweep_view
+from bitmill_service.api.sweep_views import sweep_line, sweep_view
 from bitmill_service.http.access import Principal
 from bitmill_service.http.openapi import CHANGES, JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
@@ -97,8 +97,9 @@ def list_sweeps(
 ) -> SweepPage:
     """Sweeps, newest first, without their cells."""
     found = context.sweeps.list(tenant=caller.sees, limit=limit, after=after)
+    states = context.sweeps.states([one.id for one in found])
     return SweepPage(
-        sweeps=[sweep_view(one, context.sweeps.cells(one.id), whole=False) for one in found],
+        sweeps=[sweep_line(one, states[one.id]) for one in found],
         next=found[-1].id if len(found) == limit else None,
     )
 
