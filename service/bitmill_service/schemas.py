@@ -372,7 +372,10 @@ class AllocationView(View):
 
 
 class MapView(View):
-    """A stored bit-width map; `id` is its content hash, `histogram` counts groups per width."""
+    """A stored bit-width map; `id` is its content hash, `histogram` counts groups per width.
+
+    shape, weights: fingerprint of the model that it is of, where that is known.
+    """
 
     id: str
     created_at: datetime
@@ -380,6 +383,8 @@ class MapView(View):
     groups: int
     histogram: dict[str, int]
     name: str | None = None
+    shape: str | None = None
+    weights: str | None = None
 
 
 class MapPage(View):

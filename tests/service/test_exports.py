@@ -16,6 +16,7 @@ from bitmill.errors import SpecError
 from bitmill.formats.export_plan import ExportTarget
 from bitmill.io.manifest import write_manifest
 from bitmill.pipeline.export import Export
+from bitmill.plan.fingerprint import Fingerprint
 from bitmill_service.client.client import Client
 from bitmill_workers.execution.stop import StopRequest
 from bitmill_workers.execution.supervisor import Supervisor
@@ -203,7 +204,7 @@ def test_a_plan_with_exports_has_their_sizes(client: Client) -> None:
 
 
 def test_a_job_starts_the_exports_that_it_names(
-    client: Client, work: Callable[[], None], tmp_path: Path
+    client: Client, work: Callable[[], None], models: Path
 ) -> None:
     exports = [{"format": "compressed-tensors", "settings": {"symmetric": True}}]
     job = client.submit(spec_json(**QUICK, exports=exports, label="both"))
@@ -219,4 +220,8 @@ def test_a_job_starts_the_exports_that_it_names(
     assert done.result is not None
     sizes = plan.exports[0]
     assert sizes.smallest <= made.result["file_bytes"] <= sizes.largest
+    own = Fingerprint.of_folder(models / "tiny", weights=True)
+    for half in (own.shape, own.weights):
+        (kept,) = client.maps(model=half)
+        assert client.stored_map(kept.id) == client.bit_width_map(job.id)
     assert {"config.json", "model.safetensors"} <= {f.path for f in client.files(made.id).files}

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
 import pytest
 
-from finished import MAP, spec_json
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.quantization import Budget, QuantizationConfig
+from bitmill.plan.fingerprint import Fingerprint
+from bitmill.plan.model_plan import plan_source, read_source
+from bitmill_service.client.client import Client
+from finished import MAP, Stack, spec_json
+
+Command = Callable[..., tuple[int, str, str]]
 
 
 def upload(http: httpx2.Client, content: bytes, **query: str) -> httpx2.Response:
@@ -94,3 +103,40 @@ def test_job_may_name_a_stored_map_and_must_name_one_that_fits(http: httpx2.Clie
     missing = http.post("/v1/jobs", json=spec_json(allocation=allocation))
     assert (missing.status_code, missing.json()["code"]) == (422, "map_not_found")
     assert missing.json()["param"] == "allocation.map.map_id"
+
+
+def test_maps_are_found_by_the_model_that_they_are_of(http: httpx2.Client) -> None:
+    shape, weights, other = ("a" * 64, "b" * 64, "c" * 64)
+    mine = {**MAP, "linears": {"model.layers.0.mlp.up_proj": "55"}}
+    stored = http.post(
+        "/v1/bit-width-maps", json=mine, params={"shape": shape, "weights": weights}
+    ).json()
+    assert (stored["shape"], stored["weights"]) == (shape, weights)
+    for model, found in ((shape, [stored["id"]]), (weights, [stored["id"]]), (other, [])):
+        maps = http.get("/v1/bit-width-maps", params={"model": model}).json()["maps"]
+        assert [one["id"] for one in maps] == found
+    assert stored["id"] in [one["id"] for one in http.get("/v1/bit-width-maps").json()["maps"]]
+    half = http.post("/v1/bit-width-maps", json=mine, params={"weights": weights})
+    assert (half.status_code, half.json()["param"]) == (422, "shape")
+    odd = http.get("/v1/bit-width-maps", params={"model": "A"})
+    assert (odd.status_code, odd.json()["code"]) == (422, "invalid_request")
+
+
+def test_the_command_finds_maps_of_the_service_and_of_a_folder(
+    stack: Stack, client: Client, models: Path, tmp_path: Path, command: Command
+) -> None:
+    plan = plan_source(read_source(models / "tiny"), QuantizationConfig(budget=Budget(bits=8)))
+    content = BitWidthMap.uniform(plan.shapes, 3).to_json()
+    own = Fingerprint.of_folder(models / "tiny", weights=True)
+    stored = client.upload_map(content.encode(), model=own)
+    asked = ("map", "find", models / "tiny", "--url", stack.url, "--json")
+    for more, match in (((), "shape"), (("--weights",), "weights")):
+        code, out, err = command(*asked, *more)
+        assert code == 0, err
+        (found,) = json.loads(out)["maps"]
+        assert (found["file"], found["match"], found["bits"]) == (f"upload:{stored.id}", match, 3)
+    (tmp_path / "a.json").write_text(content)
+    code, out, err = command("map", "find", models / "tiny", "--from", tmp_path)
+    assert code == 0, err
+    assert "fits" in out
+    assert "a.json" in out

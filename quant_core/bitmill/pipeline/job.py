@@ -14,7 +14,7 @@ other stages are the first rank's while the others wait (`runtime/ranks.py`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -434,7 +434,8 @@ def _whole(job: Job) -> Result:
     job.verify(planned, packed, refined)
     quality = job.evaluate(source, planned, tokens, profiled, allocated, packed, refined, searched)
     told = allocated.corrected(profiled)
-    return job.publish(planned, told, bit_widths, packed, quality, learned_for)
+    result = job.publish(planned, told, bit_widths, packed, quality, learned_for)
+    return replace(result, fingerprint=source.fingerprint)
 
 
 def _learned_earlier(config: QuantizationConfig, asked: LearnedFor) -> LearnedParameters | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.io.manifest import Manifest, read_manifest
+from bitmill.plan.fingerprint import Fingerprint
 from bitmill.reporting.html import write_report
 from bitmill.results import QUALITY_NAME, QualityReport, QualityRow
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 class Result:
     """A packed folder; takes the place of its path wherever one is asked for.
 
-    profile_id: of the sensitivity profile, None where none was needed or is known.
+    profile_id: of the sensitivity profile, None where none was needed or is known. fingerprint: of
+    the source, None where it is not known.
     """
 
     folder: Path
@@ -28,6 +30,7 @@ class Result:
     manifest: Manifest
     quality: QualityReport
     profile_id: str | None = None
+    fingerprint: Fingerprint | None = None
 
     @classmethod
     def read(cls, place: str | os.PathLike[str], profile_id: str | None = None) -> Result:

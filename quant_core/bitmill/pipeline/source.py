@@ -8,8 +8,10 @@ from pathlib import Path
 
 from bitmill.io.atomic import read_json, write_json
 from bitmill.io.companions import is_companion
+from bitmill.io.safetensors import read_headers
 from bitmill.plan.architectures import ARCHITECTURES
 from bitmill.plan.config_json import CONFIG_FILE
+from bitmill.plan.fingerprint import Fingerprint
 from bitmill.plan.model_plan import Plan
 from bitmill.plan.parameters import HEAD_WEIGHT
 
@@ -47,6 +49,11 @@ class Source:
     def load(cls, folder: Path, place: Path) -> Source:
         """What `save` wrote, of the source that lies at `place`."""
         return cls(place, **read_json(folder / SOURCE_NAME))
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What model it is, wherever it came from."""
+        return Fingerprint.of(read_headers(self.folder), self.tensors)
 
     @property
     def every(self) -> Model:

@@ -227,6 +227,8 @@ def map_view(record: MapRecord) -> schemas.MapView:
         groups=sum(histogram.values()),
         histogram={str(width): histogram[width] for width in sorted(histogram)},
         name=record.name,
+        shape=record.shape,
+        weights=record.weights,
     )
 
 

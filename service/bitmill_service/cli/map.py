@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.quantization import parse_part
+from bitmill.config.quantization import Budget, QuantizationConfig, parse_part
 from bitmill.config.references import read_map
 from bitmill.io.atomic import write_bytes
 from bitmill.io.targets import check_file
+from bitmill.plan.fingerprint import Fingerprint
+from bitmill.plan.model_plan import Plan, plan_source, read_source
+from bitmill.plan.zoo import Entry, check_fits, find_maps, match_of
 from bitmill.reporting.picture import map_svg
 from bitmill_service.cli.options import ALLOCATION, BUDGET, GroupedCommand, takes
 from bitmill_service.cli.output import (
@@ -23,8 +30,10 @@ from bitmill_service.cli.output import (
     print_json,
     print_table,
 )
-from bitmill_service.cli.spec import Given, put
+from bitmill_service.cli.spec import Given, model_reference, put
+from bitmill_service.client.client import Client
 from bitmill_service.schemas import AllocationRequest
+from bitmill_workers.job_spec import HubModel
 
 app = typer.Typer(
     help="Look at bit-width maps, compare them, make them from a stored profile.",
@@ -110,6 +119,93 @@ def diff(
         ("linear", "first", "second"), [(n, _digits(a.get(n)), _digits(b.get(n))) for n in names]
     )
     typer.echo(f"{len(names)} of {len({**a, **b})} linears differ")
+
+
+@app.command()
+def find(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model's folder, or ORG/NAME on the Hub.")
+    ],
+    *,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from",
+            metavar="DIR|ORG/NAME",
+            help="A folder, or a Hub repository, of maps; repeatable. Else the service's.",
+        ),
+    ] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Read all weights, to know maps of the very same.")
+    ] = False,
+    url: UrlOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Find bit-width maps that fit a model: of its weights, of its shape, or of its linears.
+
+    Example: bitmill map find models/SmolLM2-135M --from maps
+    """
+    with model_folder(model) as folder:
+        config = QuantizationConfig(budget=Budget(bits=8))
+        plan = plan_source(read_source(folder), config)
+        fingerprint = Fingerprint.of_folder(folder, weights=weights and folder == Path(model))
+    if source:
+        found = [
+            {"from": place} | asdict(one)
+            for place in source
+            for one in find_maps(zoo_folder(place), fingerprint, plan)
+        ]
+    else:
+        with open_client(url) as client:
+            found = _of_service(client, fingerprint, plan)
+    if json:
+        print_json({"model": fingerprint.model_dump(), "maps": found})
+        return
+    rows = [(one["match"], one["from"], one["file"], f"{one['bits']:.3f}") for one in found]
+    print_table(("match", "from", "map", "mean bits"), rows)
+
+
+def _of_service(client: Client, fingerprint: Fingerprint, plan: Plan) -> list[dict[str, Any]]:
+    """Maps of the same weights or shape, which `--map upload:ID` names."""
+    rows = []
+    for one in client.maps(model=fingerprint.shape):
+        check_fits(client.stored_map(one.id), plan)
+        entry = Entry(shape=one.shape, weights=one.weights)
+        total = sum(int(width) * count for width, count in one.histogram.items())
+        rows.append(
+            {
+                "from": "service",
+                "file": f"upload:{one.id}",
+                "match": match_of(fingerprint, entry),
+                "bits": total / one.groups,
+                "model": one.name,
+            }
+        )
+    return sorted(rows, key=lambda row: row["match"] != "weights")
+
+
+@contextmanager
+def model_folder(model: str) -> Iterator[Path]:
+    """The folder of a model; of one on the Hub, config and headers alone."""
+    if Path(model).is_dir():
+        yield Path(model)
+        return
+    from bitmill_service.api.hub_headers import fetch_headers
+    from bitmill_service.settings import ServiceSettings
+
+    named = parse_part(HubModel, model_reference(model))
+    with tempfile.TemporaryDirectory(prefix="bitmill-map-") as scratch:
+        fetch_headers(named, ServiceSettings(), Path(scratch))
+        yield Path(scratch)
+
+
+def zoo_folder(place: str) -> Path:
+    """A folder of maps; one on the Hub is fetched into the Hub's cache, maps alone."""
+    if Path(place).is_dir():
+        return Path(place)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(place, allow_patterns=["*.json", "*.pt"]))
 
 
 @app.command(cls=GroupedCommand)

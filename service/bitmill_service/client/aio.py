@@ -84,5 +84,6 @@ class AsyncClient:
     profile = _in_thread(Client.profile)
     allocate = _in_thread(Client.allocate)
     maps = _in_thread(Client.maps)
+    stored_map = _in_thread(Client.stored_map)
     upload_map = _in_thread(Client.upload_map)
     ready = _in_thread(Client.ready)

@@ -25,6 +25,7 @@ import httpx2
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.formats.export_plan import ExportTarget
+from bitmill.plan.fingerprint import Fingerprint
 from bitmill_service.client.credentials import find_key
 from bitmill_service.client.download import Download, download_files, select
 from bitmill_service.client.errors import (
@@ -411,21 +412,29 @@ class Client:
         )
         return read_answer(AllocationView, response)
 
-    def maps(self) -> list[MapView]:
-        """All stored bit-width maps, by id."""
+    def maps(self, *, model: str | None = None) -> list[MapView]:
+        """All stored bit-width maps, by id; model: of one with this shape or these weights."""
         found: list[MapView] = []
         after: str | None = None
         while True:
-            page = self._get(MapPage, "/v1/bit-width-maps", limit=_PAGE, after=after)
+            page = self._get(MapPage, "/v1/bit-width-maps", model=model, limit=_PAGE, after=after)
             found += page.maps
             if (after := page.next) is None:
                 return found
 
-    def upload_map(self, content: bytes) -> MapView:
-        """Store a bit-width map: this project's JSON, or a file published with SliM-LLM."""
+    def stored_map(self, map_id: str) -> BitWidthMap:
+        """One stored bit-width map."""
+        return read_answer(BitWidthMap, self._send("GET", f"/v1/bit-width-maps/{map_id}"))
+
+    def upload_map(self, content: bytes, *, model: Fingerprint | None = None) -> MapView:
+        """Store a bit-width map: this project's JSON, or a file published with SliM-LLM.
+
+        model: the fingerprint of the model that it is of.
+        """
         response = self._send(
             "POST",
             "/v1/bit-width-maps",
+            params={} if model is None else model.model_dump(exclude_none=True),
             content=content,
             headers={"Content-Type": "application/octet-stream"},
         )

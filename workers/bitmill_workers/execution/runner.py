@@ -73,7 +73,8 @@ def run_pipeline(
         "bytes": result.manifest.total_bytes,
         "quality": result.quality.model_dump(mode="json"),
     }
-    return {"result": summary, "profile_id": result.profile_id}
+    model = result.fingerprint and result.fingerprint.model_dump()
+    return {"result": summary, "profile_id": result.profile_id, "model": model}
 
 
 def run_export(request: dict[str, Any], emit: Emit) -> dict[str, Any]:

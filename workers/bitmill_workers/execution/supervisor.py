@@ -20,7 +20,9 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.errors import BitmillError, ProcessFailed, SpecError, as_bitmill_error
+from bitmill.plan.fingerprint import Fingerprint
 from bitmill.results import QUALITY_NAME
 from bitmill.runtime.child import death
 from bitmill_workers.errors import DeadlinePassed
@@ -360,6 +362,8 @@ class Attempt:
         result, profile_id = self.reporter.result["result"], self.reporter.result.get("profile_id")
         if profile_id is not None:
             self._keep_profile(profile_id)
+        if (model := self.reporter.result.get("model")) is not None:
+            self._keep_map(Fingerprint.model_validate(model))
         exports = self._exports()
         self._persist(
             lambda: leases.finish(*self.key, result, files, profile_id=profile_id, exports=exports)
@@ -413,6 +417,13 @@ class Attempt:
             path=profile_id,
             tenant=self.job.tenant,
         )
+
+    def _keep_map(self, model: Fingerprint) -> None:
+        """Let the map be found by the model that it is of."""
+        place = self.parts.artifacts.attempt_folder(*self.key) / MAP_NAME
+        content = BitWidthMap.load(place).model_dump(mode="json")
+        name = self.spec.label or self.job.model[:200]
+        self.parts.catalog.add_map(content, name=name, tenant=self.job.tenant, model=model)
 
     def _raise_unless_ok(self, ended: Ended, child: str) -> None:
         """Raise what the child told, else how it died."""

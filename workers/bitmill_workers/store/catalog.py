@@ -7,6 +7,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from bitmill.io.atomic import sha256_json
+from bitmill.plan.fingerprint import Fingerprint
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.records import MapRecord, ProfileRecord, WorkerRecord
 from bitmill_workers.store.states import ACTIVE
@@ -60,25 +61,53 @@ class Catalog:
         return tuple(ProfileRecord(**row._mapping) for row in rows)
 
     def add_map(
-        self, content: dict[str, Any], *, name: str | None = None, tenant: str = LOCAL
+        self,
+        content: dict[str, Any],
+        *,
+        name: str | None = None,
+        tenant: str = LOCAL,
+        model: Fingerprint | None = None,
     ) -> MapRecord:
-        """Store an uploaded bit-width map under the hash of its content."""
+        """Store a bit-width map under the hash of its content; model: that it is of."""
         map_id = sha256_json(content)[:32]
         self._insert_once(bit_width_maps, {"id": map_id, "name": name, "map": content}, tenant)
-        record = self.map(map_id)
+        if model is not None:
+            mine = (holdings.c.kind == "map", holdings.c.id == map_id, holdings.c.tenant == tenant)
+            with self.database.write() as conn:
+                told = {key: value for key, value in dict(model).items() if value is not None}
+                conn.execute(sa.update(holdings).where(*mine).values(told))
+        record = self.map(map_id, tenant=tenant)
         assert record is not None
         return record
 
     def map(self, map_id: str, *, tenant: str | None = None) -> MapRecord | None:
-        """One uploaded map, or None, also where it is another tenant's."""
-        row = self._one(bit_width_maps, map_id, tenant)
+        """One stored map, or None, also where it is another tenant's."""
+        query = _maps(tenant).where(bit_width_maps.c.id == map_id)
+        with self.database.read() as conn:
+            row = conn.execute(query).one_or_none()
         return None if row is None else MapRecord(**row._mapping)
 
     def maps(
-        self, *, tenant: str | None = None, limit: int = 50, after: str | None = None
+        self,
+        *,
+        tenant: str | None = None,
+        model: str | None = None,
+        limit: int = 50,
+        after: str | None = None,
     ) -> tuple[MapRecord, ...]:
-        """Uploaded maps by id; `after` is the last id of a former page."""
-        rows = self._page(bit_width_maps, tenant, limit, after)
+        """Stored maps by id; `after` is the last id of a former page. model: one half of the
+        fingerprint of the model that they are to be of."""
+        query = _maps(tenant).order_by(bit_width_maps.c.id).limit(max(1, min(limit, 200)))
+        if after is not None:
+            query = query.where(bit_width_maps.c.id > after)
+        if model is not None:
+            query = query.having(
+                sa.or_(
+                    sa.func.max(holdings.c.shape) == model, sa.func.max(holdings.c.weights) == model
+                )
+            )
+        with self.database.read() as conn:
+            rows = conn.execute(query).all()
         return tuple(MapRecord(**row._mapping) for row in rows)
 
     def drop(self, kind: Literal["profile", "map"], row_id: str, *, tenant: str | None) -> bool:
@@ -179,6 +208,19 @@ class Catalog:
             query = query.where(table.c.id > after)
         with self.database.read() as conn:
             return list(conn.execute(_held_by(query, table, tenant)).all())
+
+
+def _maps(tenant: str | None) -> sa.Select[Any]:
+    """Maps that this tenant holds, or any, with what is known of their models."""
+    held = sa.and_(holdings.c.kind == "map", holdings.c.id == bit_width_maps.c.id)
+    if tenant is not None:
+        held = sa.and_(held, holdings.c.tenant == tenant)
+    known = (sa.func.max(holdings.c[name]).label(name) for name in ("shape", "weights"))
+    return (
+        sa.select(bit_width_maps, *known)
+        .select_from(bit_width_maps.join(holdings, held))
+        .group_by(bit_width_maps.c.id)
+    )
 
 
 def _held_by(query: sa.Select[Any], table: sa.Table, tenant: str | None) -> sa.Select[Any]:

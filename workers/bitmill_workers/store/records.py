@@ -228,12 +228,15 @@ class ProfileRecord:
 
 @dataclass(frozen=True, slots=True)
 class MapRecord:
-    """An uploaded bit-width map; `id` is the hash of its content."""
+    """A stored bit-width map; `id` is the hash of its content. shape, weights: of the model that it
+    is of (`bitmill.plan.fingerprint`), where that is known."""
 
     id: str
     name: str | None
     map: dict[str, Any]
     created_at: float
+    shape: str | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

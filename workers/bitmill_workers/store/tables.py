@@ -210,8 +210,13 @@ holdings = sa.Table(
     sa.Column("tenant", sa.String(64), primary_key=True),
     sa.Column("kind", sa.String(16), primary_key=True),
     sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("shape", sa.String(64)),
+    sa.Column("weights", sa.String(64)),
 )
-"""Whose a profile or a map is, both of which are stored once however many have the same."""
+"""Whose a profile or a map is, both of which are stored once however many have the same; of a map,
+the fingerprint of the model that its holder has it from."""
+sa.Index("ix_holdings_shape", holdings.c.shape)
+sa.Index("ix_holdings_weights", holdings.c.weights)
 sa.Index("ix_holdings_kind_id", holdings.c.kind, holdings.c.id)
 
 uploads = sa.Table(

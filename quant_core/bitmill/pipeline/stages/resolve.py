@@ -6,24 +6,21 @@ later stages go by that.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from bitmill.io.atomic import sha256_file, sha256_json, write_json
 from bitmill.io.companions import companions
-from bitmill.io.safetensors import TensorInfo, read_header, safetensors_files
+from bitmill.io.safetensors import safetensors_files
 from bitmill.models.convert_gguf import CONVERSION_VERSION, convert_gguf
 from bitmill.pipeline.source import Source
 from bitmill.pipeline.stage import Run, Stage
 from bitmill.plan.config_json import refuse_pickles
+from bitmill.plan.fingerprint import hash_weights
 
 FILES_NAME = "files.json"
 _CONVERTED = "source"
-_CHUNK = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -102,28 +99,3 @@ def load(folder: Path, inputs: Inputs) -> Source:
 
 def _files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.is_file()}
-
-
-def hash_weights(path: Path) -> tuple[str, dict[str, str]]:
-    """Hex SHA-256 of a safetensors file, and of every tensor in it with its dtype and shape.
-
-    The file is read once; a second thread hashes the tensors beside it.
-    """
-    tensors = read_header(path)
-    whole, digests = hashlib.sha256(), {}
-    with path.open("rb") as file, ThreadPoolExecutor(1) as beside:
-        length = file.read(8)
-        whole.update(length + file.read(int.from_bytes(length, "little")))
-        for tensor in tensors.values():
-            one = hashlib.sha256(f"{tensor.dtype} {tensor.shape} ".encode())
-            for chunk in _chunks(file, tensor):
-                hashing = beside.submit(one.update, chunk)
-                whole.update(chunk)
-                hashing.result()
-            digests[tensor.name] = one.hexdigest()
-    return whole.hexdigest(), digests
-
-
-def _chunks(file: BinaryIO, tensor: TensorInfo) -> Iterator[bytes]:
-    for start in range(0, tensor.nbytes, _CHUNK):
-        yield file.read(min(_CHUNK, tensor.nbytes - start))

@@ -12,7 +12,8 @@ from starlette.concurrency import run_in_threadpool
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.slim_llm import read_slim_map
-from bitmill.errors import FormatError, first_problem
+from bitmill.errors import FormatError, InputError, first_problem
+from bitmill.plan.fingerprint import Fingerprint
 from bitmill_service.api.context import ID_PATTERN, ContextDep, PrincipalDep
 from bitmill_service.api.views import map_view
 from bitmill_service.http.openapi import CHANGES, refusals
@@ -22,6 +23,7 @@ from bitmill_service.schemas import MapPage, MapView
 router = APIRouter(prefix="/v1/bit-width-maps", tags=["bit-width maps"])
 
 _MapId = Annotated[str | None, Query(pattern=ID_PATTERN)]
+_Hash = Annotated[str | None, Query(pattern=r"^[0-9a-f]{64}$")]
 _ANY_BODY = {
     "requestBody": {
         "required": True,
@@ -52,16 +54,22 @@ async def upload_map(
             description="For SliM-LLM files: what stands before a linear's name, {i} the layer.",
         ),
     ] = "model.layers.{i}.",
+    shape: _Hash = None,
+    weights: _Hash = None,
 ) -> MapView:
     """Store a map under the hash of its content; the same content gives the same id.
 
-    A SliM-LLM file (`torch.save` of a dict) is read without executing anything in it.
+    A SliM-LLM file (`torch.save` of a dict) is read without executing anything in it. shape and
+    weights are the fingerprint of the model that it is of.
     """
     body = await request.body()
     found = await run_in_threadpool(parse_map, body, prefix)
     content = found.model_dump(mode="json")
+    if weights is not None and shape is None:
+        raise InputError("weights without shape: give both, or shape alone", param="shape")
+    model = None if shape is None else Fingerprint(shape=shape, weights=weights)
     record = await run_in_threadpool(
-        context.catalog.add_map, content, name=name, tenant=caller.tenant
+        context.catalog.add_map, content, name=name, tenant=caller.tenant, model=model
     )
     return map_view(record)
 
@@ -70,11 +78,12 @@ async def upload_map(
 def list_maps(
     context: ContextDep,
     caller: PrincipalDep,
+    model: _Hash = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     after: _MapId = None,
 ) -> MapPage:
-    """Stored maps by id."""
-    found = context.catalog.maps(tenant=caller.sees, limit=limit, after=after)
+    """Stored maps by id; `model` is the shape or the weights of a model's fingerprint."""
+    found = context.catalog.maps(tenant=caller.sees, model=model, limit=limit, after=after)
     return MapPage(
         maps=[map_view(record) for record in found],
         next=found[-1].id if len(found) == limit else None,
