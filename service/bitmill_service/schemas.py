@@ -95,7 +95,8 @@ class JobView(View):
     """One job. kind: an export or a push has `parent_id`, the job whose files it works on.
 
     queue_position: how many jobs of its queue run before a queued one; waits_for: why it waits, in
-    words. eta: a guess of when it finishes; null until there is ground for one. sweep_id, cell: of
+    words. eta: a guess of when it finishes, eta_range: from when to when that may be; null until
+    there is ground for one. sweep_id, cell: of
     which cell of a sweep it is the job, counted from 1. files_until: when its files will be
     discarded, unless it is `pinned`; discarded_at: when they were.
     """
@@ -106,6 +107,7 @@ class JobView(View):
     stage: str | None = None
     progress: JobProgress | None = None
     eta: datetime | None = None
+    eta_range: tuple[datetime, datetime] | None = None
     queue_position: int | None = None
     waits_for: str | None = None
     attempt: int = 0

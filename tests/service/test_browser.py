@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from urllib.parse import urlencode
 
+import pytest
+
+from bitmill_service.embedded.server import EmbeddedService
 from bitmill_service.main import create_app
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.store.keys import KeyStore
@@ -144,6 +149,46 @@ def test_a_downloaded_file_is_the_one_that_was_listed(
     file = downloads / "model.safetensors"
     wait_for(file.exists, "the download")
     assert hashlib.sha256(file.read_bytes()).hexdigest() in browser.text("#files")
+
+
+@pytest.mark.e2e
+def test_a_job_of_the_form_is_watched_to_its_end(
+    browser: Browser, models: Path, tmp_path: Path, downloads: Path
+) -> None:
+    """A real worker and runner, on the tiny model, from the form to a file's digest."""
+    settings = ServiceSettings(data=tmp_path, port=0, model_roots={"models": models})
+    quick = {
+        "allocation": {"order": "natural"},
+        "refinement": {"method": "rtn"},
+        "calibration": {"held_out": 0},
+        "evaluation": {"texts": ["wiki_evaluation"], "sequences": 1, "length": 32},
+        "threads": 1,
+    }
+    asked = {
+        "source": "path",
+        "name": "models/tiny",
+        "method": "uniform",
+        "label": "watched",
+        "sequences": "1",
+        "length": "32",
+        "more": json.dumps(quick),
+    }
+    with EmbeddedService(settings) as service:
+        browser.url = service.url
+        browser.open(f"/ui/jobs/new?{urlencode(asked)}")
+        browser.shows("2 blocks, 14 linears", "#plan")
+        browser.click_text("button", "Submit the job")
+        browser.shows("watched", "h1")
+        browser.run("window.same = true")
+        browser.shows("succeeded", "#state", timeout=240)
+        browser.shows("publish", "#stages")
+        assert browser.run("return document.querySelectorAll('#stages .finished').length") >= 6
+        assert "finished" in browser.text("#log")
+        browser.click("a[href$='bit_width_map.json']")
+        file = downloads / "bit_width_map.json"
+        wait_for(file.exists, "the download")
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in browser.text("#files")
+        assert browser.run("return window.same")
 
 
 def test_a_key_lets_in_until_it_is_signed_out(browser: Browser, tmp_path: Path) -> None:

@@ -128,6 +128,18 @@ def test_a_finished_job_lists_its_files_and_ways_to_take_them(
     assert "Bearer" not in text
 
 
+def test_the_time_left_is_a_range(pages: httpx2.Client, stack: Stack) -> None:
+    job = stack.running()
+    page = f"/ui/jobs/{job.id}"
+    assert "not known yet" in pages.get(page).text
+    told = {"stage": "refine", "done": 2, "total": 4, "unit": "block", "margin_s": [-3600, 7200]}
+    assert stack.leases.report(job.id, job.token, [], progress=told, remaining_s=7290.0)
+    left = re.findall(r"<dt>Time left</dt><dd>(1 h \d min) to (4 h \d min)", pages.get(page).text)
+    assert left == [("1 h 1 min", "4 h 1 min")]
+    assert stack.leases.report(job.id, job.token, [], remaining_s=-7300.0)
+    assert "longer than expected" in pages.get(page).text
+
+
 def test_a_failed_job_says_why_and_can_be_retried(pages: httpx2.Client, stack: Stack) -> None:
     job = stack.failed()
     text = pages.get(f"/ui/jobs/{job.id}").text

@@ -2,8 +2,9 @@
 
 Each event's `id:` is its number, its data the same JSON as in the page; a client that comes back
 with `Last-Event-ID` (or `?after=`) misses nothing. The last event of a finished job is followed by
-`event: end`. The database is the truth and is asked every `event_poll_s`, so any replica can serve
-any stream. FastAPI sends a comment every 15 s to keep proxies from closing a silent stream.
+`event: end`. The database is the truth, so any replica can serve any stream: it is asked every
+`event_poll_s`, and less often while nothing comes. FastAPI sends a comment every 15 s to keep
+proxies from closing a silent stream.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.records import Event
 
 _PAGE = 500
+_LONGEST = 4
+"""How much longer a stream may wait than at first where nothing comes."""
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
 
@@ -81,6 +84,7 @@ async def job_events(
     store: JobStore, job_id: str, after: int, poll_s: float, stopping: asyncio.Event
 ) -> AsyncIterator[ServerSentEvent]:
     """Events after `after` until the job has finished, is deleted, or the server stops."""
+    pause = poll_s
     while not stopping.is_set():
         try:
             events, finished = await run_in_threadpool(_read, store, job_id, after)
@@ -93,14 +97,17 @@ async def job_events(
         if finished and not events:
             yield ServerSentEvent(raw_data="{}", event="end")
             return
-        if not events:
-            await _pause(stopping, poll_s)
+        if events:
+            pause = poll_s
+        else:
+            await _pause(stopping, pause)
+            pause = min(1.25 * pause, _LONGEST * poll_s)
 
 
 def _read(store: JobStore, job_id: str, after: int) -> tuple[tuple[Event, ...], bool]:
     """Events, and whether none will follow: the state is read first, so none can slip between."""
-    finished = store.get(job_id).finished
-    return store.events(job_id, after=after, limit=_PAGE), finished
+    last, finished = store.last_event(job_id)
+    return (store.events(job_id, after=after, limit=_PAGE) if last > after else ()), finished
 
 
 async def _pause(stopping: asyncio.Event, seconds: float) -> None:

@@ -65,6 +65,7 @@ def job_view(
         stage=job.stage,
         progress=None if job.finished else _progress(job.progress),
         eta=moment(job.estimated_finish),
+        eta_range=_eta_range(job),
         queue_position=queue_position,
         waits_for=waits_for,
         attempt=job.attempt,
@@ -88,6 +89,15 @@ def job_view(
         discarded_at=moment(job.discarded_at),
         links=job_links(job.id),
     )
+
+
+def _eta_range(job: JobRecord) -> tuple[datetime, datetime] | None:
+    """From when to when the job may finish, by what its runner told with its progress."""
+    margin = (job.progress or {}).get("margin_s")
+    if job.estimated_finish is None or margin is None:
+        return None
+    first, last = (_moment(job.estimated_finish + seconds) for seconds in margin)
+    return first, last
 
 
 def _files_until(job: JobRecord) -> datetime | None:

@@ -57,7 +57,9 @@ class Reporter:
             self._shown["progress"] = data
             left = self._eta.remaining(str(stage), data.get("done") or 0, data.get("total") or 0)
             if left is not None:
-                self._shown["remaining_s"] = left
+                self._shown["remaining_s"] = left.seconds
+                margin = [left.least - left.seconds, left.most - left.seconds]
+                self._shown["progress"] = {**data, "margin_s": margin}
             last = self._events[-1] if self._events else None
             if last and last[0] == "progress" and last[1].get("stage") == stage:
                 self._events.pop()

@@ -381,6 +381,15 @@ class JobStore:
             rows = conn.execute(query).all()
         return tuple(Event(r.seq, r.time, r.kind, r.data) for r in rows)
 
+    def last_event(self, job_id: str) -> tuple[int, bool]:
+        """Number of the job's last event, and whether none will follow; raises `JobNotFound`."""
+        query = sa.select(jobs.c.next_seq, jobs.c.state).where(jobs.c.id == job_id)
+        with self.database.read() as conn:
+            row = conn.execute(query).one_or_none()
+        if row is None:
+            raise JobNotFound(job_id)
+        return row.next_seq - 1, row.state in TERMINAL
+
     def read_log(self, job_id: str, *, offset: int = 0, limit: int = 1 << 20) -> LogPage:
         """At most `limit` bytes of the job's log from byte `offset`; raises `JobNotFound`."""
         chunks = (
