@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from fnmatch import fnmatchcase
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ Scope = Literal["read", "submit", "admin"]
 SCOPES: Final[tuple[Scope, ...]] = ("read", "submit", "admin")
 KEY_NAME = r"^[A-Za-z0-9_.@-]{1,64}$"
 """The form of names of keys and of tenants."""
+
+_Priority = Annotated[int, Field(strict=True, ge=-100, le=100)]
 
 
 class Limits(Closed):
@@ -31,14 +33,14 @@ class Limits(Closed):
     running: int | None = Field(default=None, ge=0)
     bytes: int | None = Field(default=None, ge=0)
     keep_days: float | None = Field(default=None, gt=0)
-    priorities: tuple[int, int] = (-100, 0)
+    priorities: tuple[_Priority, _Priority] = (-100, 0)
     hub_repositories: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _ordered(self) -> Limits:
         low, high = self.priorities
-        if not -100 <= low <= high <= 100:
-            raise ValueError(f"priorities {low} to {high} must ascend within -100 to 100")
+        if low > high:
+            raise ValueError(f"priorities {low} to {high} must ascend")
         return self
 
 
