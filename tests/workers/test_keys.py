@@ -118,7 +118,7 @@ def test_limits_survive_and_say_who_may_spend_the_token(keys: KeyStore) -> None:
         assert may_use_hub_token(record.scopes, limits, repo_id) is may
     assert may_use_hub_token(["admin"], Limits(), "any/thing")
     for wrong in ((5, -5), (-101, 0), (0, 101), (0, False)):
-        with pytest.raises(ValidationError, match="must ascend|equal to -?100|valid integer"):
+        with pytest.raises(ValidationError, match=r"must ascend|equal to -?100|valid integer"):
             Limits(priorities=wrong)
 
 

@@ -48,7 +48,8 @@ class Context:
     max_streams: int = field(default_factory=lambda: connection_limit() // 2)
 
 
-def get_context(request: Request) -> Context:
+# Coroutines, because FastAPI gives a thread to every dependency that is none.
+async def get_context(request: Request) -> Context:
     """The context of the app that answers this request."""
     context = request.app.state.context
     assert isinstance(context, Context)
@@ -58,7 +59,7 @@ def get_context(request: Request) -> Context:
 ContextDep = Annotated[Context, Depends(get_context)]
 
 
-def get_principal(request: Request) -> Principal:
+async def get_principal(request: Request) -> Principal:
     """Who calls, as `Access` found out."""
     caller = request.state.principal
     assert isinstance(caller, Principal)

@@ -100,7 +100,7 @@ def create(
                 "running": running,
                 "bytes": None if size is None else parse_size(size),
                 "keep_days": keep_days,
-                "priorities": [low, high],
+                "priorities": [_whole(low), _whole(high)],
                 "hub_repositories": hub.split(",") if hub else [],
             },
         }
@@ -209,6 +209,14 @@ def logout(*, url: UrlOption = None, json: JsonFlag = False) -> None:
         print_json({"url": client.url})
     else:
         typer.echo(f"no key is kept for {client.url}")
+
+
+def _whole(number: str) -> int | str:
+    """The number, or what stands in its place, which the request refuses."""
+    try:
+        return int(number)
+    except ValueError:
+        return number
 
 
 def _request(given: dict[str, Any]) -> KeyRequest:

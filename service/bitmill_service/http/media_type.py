@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from bitmill_service.http.problems import ProblemError
 
 
-def require_json(request: Request) -> None:
+async def require_json(request: Request) -> None:
     """A dependency of every route below /v1; raises `ProblemError` `unsupported_media_type`."""
     route = request.scope["route"]
     assert isinstance(route, APIRoute)

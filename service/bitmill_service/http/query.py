@@ -15,10 +15,12 @@ from fastapi.routing import APIRoute
 from bitmill.errors import InputError
 
 
-def refuse_unknown_query(request: Request) -> None:
+async def refuse_unknown_query(request: Request) -> None:
     """A dependency of every route below /v1; raises `InputError` (code `invalid_request`)."""
     route = request.scope["route"]
     assert isinstance(route, APIRoute)
+    if not request.query_params:
+        return
     known = set(_names(route.dependant))
     for name in request.query_params:
         if name not in known:

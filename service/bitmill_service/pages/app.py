@@ -63,7 +63,7 @@ def pages_app(context: Context) -> FastAPI:
     return app
 
 
-def refuse_strangers(request: Request) -> None:
+async def refuse_strangers(request: Request) -> None:
     """Raise what the caller was refused for: no key, or one without the scope."""
     refusal = getattr(request.state, "refusal", None)
     if refusal is not None:
