@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings(  # peft 0.21.2 asks transformers 5.23 i
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
 TOKENS = torch.arange(2, 26)[None]
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @pytest.fixture(scope="module", params=["natural", "activation"])
@@ -65,23 +66,43 @@ def with_adapter(model: Any, targets: list[str]) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=4))
 
 
-def test_an_adapter_trains_is_saved_and_comes_back(packed: PackedModel, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = with_adapter(loaded(packed), ["q_proj", "down_proj"])
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=1e-2)
+def trained(model: Any, tokens: Tensor) -> list[float]:
+    """The losses of ten steps of an adapter's training."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
     losses = []
     for _ in range(10):
-        loss = model(TOKENS, labels=TOKENS).loss
+        loss = model(tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+    return losses
+
+
+def test_an_adapter_trains_is_saved_and_comes_back(packed: PackedModel, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = with_adapter(loaded(packed), ["q_proj", "down_proj"])
+    losses = trained(model, TOKENS)
     assert losses[-1] < 0.9 * losses[0]
     model.save_pretrained(tmp_path)
     with torch.inference_mode():
         again = peft.PeftModel.from_pretrained(loaded(packed), tmp_path)
         assert torch.equal(again(TOKENS).logits, model.eval()(TOKENS).logits)
+
+
+def test_an_adapter_trains_beside_trellis_codes_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = GOLDEN / "packed-v2"
+    model = with_adapter(bitmill.load(folder, dtype="float32").eval(), ["q_proj", "down_proj"])
+    tokens = TOKENS % model.config.vocab_size
+    losses = trained(model, tokens)
+    assert losses[-1] < 0.9 * losses[0]
+    model.save_pretrained(tmp_path)
+    plain = bitmill.load(folder, dtype="float32").eval().dequantize()
+    copy = peft.PeftModel.from_pretrained(plain, tmp_path).merge_and_unload()
+    with torch.inference_mode():
+        assert torch.allclose(copy(tokens).logits, model.eval()(tokens).logits, atol=1e-4)
 
 
 def test_prompt_tuning_gets_a_gradient(packed: PackedModel) -> None:

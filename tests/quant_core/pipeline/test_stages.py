@@ -23,8 +23,8 @@ from bitmill.pipeline.stage import Stage, content
 from bitmill.pipeline.stages import resume
 from bitmill.pipeline.stages.evaluate import TaskRun
 from bitmill.pipeline.stages.plan import Tasks
-from bitmill.pipeline.stages.resolve import hash_weights
 from bitmill.pipeline.workspace import Made, Workspace
+from bitmill.plan.fingerprint import hash_weights
 from tiny import byte_tokenizer, tiny_llama
 
 pytestmark = [
