@@ -52,7 +52,7 @@ def test_client_and_job_commands_need_nothing_of_the_server(stack: Stack, tmp_pa
 def test_the_extra_names_neither_torch_nor_the_server() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     brought = {word.split(">")[0] for word in extras["optional-dependencies"]["client"]}
-    assert brought == {"httpx2", "typer", "rich"}
+    assert brought == {"httpx2", "typer", "rich", "pyyaml"}
 
 
 def test_asyncio_client_does_what_the_other_does(stack: Stack, tmp_path: Path) -> None:
