@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import httpx2
 import pytest
 
+from bitmill.errors import ModelError
 from bitmill_service.main import create_app
 from bitmill_service.pages.static_files import FOREVER
 from bitmill_service.pages.submission import DEFAULTS, specification
@@ -439,3 +440,30 @@ def test_pages_of_the_operator_need_his_key(visitor: httpx2.Client, locked: Stac
         assert answer.status_code == 403
         assert "needs the scope admin" in answer.text
     assert visitor.post("/ui/keys", data={"name": "own"}).status_code == 403
+
+
+def test_the_timeline_says_what_each_stage_came_to(pages: httpx2.Client, stack: Stack) -> None:
+    job = stack.running()
+    told = [
+        ("resolve", "skipped"),
+        ("plan", "started"),
+        ("plan", "finished"),
+        ("refine", "started"),
+    ]
+    events = [("stage", {"stage": stage, "state": state}) for stage, state in told]
+    assert stack.leases.report(job.id, job.token, events, stage="refine")
+
+    def states() -> dict[str, str]:
+        text = pages.get(f"/ui/jobs/{job.id}").text
+        return dict(
+            (stage, state)
+            for state, stage in re.findall(
+                r'<li class="(\w+)"><span class="stage">(\w+)</span>', text
+            )
+        )
+
+    now = {"resolve": "skipped", "plan": "finished", "refine": "started", "pack": "waiting"}
+    assert {stage: states()[stage] for stage in now} == now
+    assert stack.leases.fail(job.id, job.token, ModelError("it is broken"))
+    then = now | {"refine": "stopped", "pack": "unused"}
+    assert {stage: states()[stage] for stage in then} == then

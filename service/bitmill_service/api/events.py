@@ -28,7 +28,7 @@ from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.records import Event
 
 _PAGE = 500
-_LONGEST = 4
+_LONGEST = 8
 """How much longer a stream may wait than at first where nothing comes."""
 _NUMBER = re.compile(r"[0-9]{1,18}")
 

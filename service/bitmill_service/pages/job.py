@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -25,7 +25,8 @@ router = APIRouter()
 
 @dataclass(frozen=True)
 class Step:
-    """One stage on the way. state: "waiting", "started", "skipped", "finished" or "stopped"."""
+    """One stage on the way. state: "waiting", "started", "skipped", "finished", and of a job
+    that has ended, "stopped" or "unused"."""
 
     name: str
     state: str = "waiting"
@@ -91,11 +92,11 @@ def timeline(job: JobView, events: Sequence[EventView]) -> list[Step]:
         spent = (event.at - began[name]).total_seconds() if name in began else None
         done = state == "finished"
         steps[name] = Step(name, str(state), spent if done else None)
+    if job.kind != "quantize":  # which take few of the stages
+        steps = {name: step for name, step in steps.items() if step.state != "waiting"}
     if job.terminal:
-        steps = {
-            name: Step(name, "stopped") if step.state == "started" else step
-            for name, step in steps.items()
-        }
+        ends = {"started": "stopped", "waiting": "unused"}
+        return [replace(step, state=ends.get(step.state, step.state)) for step in steps.values()]
     return list(steps.values())
 
 
