@@ -155,6 +155,8 @@ def test_what_cannot_be_exported_is_said(
     stack.context.jobs.request_cancel(waiting.id)
     unknown = http.post(f"/v1/jobs/{job.id}/exports", json={"format": "nothing"})
     assert (unknown.status_code, unknown.json()["code"]) == (422, "invalid_spec")
+    many = http.post("/v1/jobs", json=spec_json(exports=[{"format": "gguf"}] * 17))
+    assert (many.status_code, many.json()["param"]) == (422, "exports")
     made = http.post(f"/v1/jobs/{job.id}/exports", json=body).json()["id"]
     stack.context.jobs.request_cancel(made)
     twice = http.post(f"/v1/jobs/{made}/exports", json=body)
@@ -181,6 +183,7 @@ def test_an_export_of_files_that_are_gone_fails_by_name(
         ({"allocation": {"widths": [2, 3, 8]}}, "allocation.widths"),
         ({"allocation": {"embeddings": "quantize"}}, "embed_tokens"),
         ({"code": "trellis"}, "'trellis'"),
+        ({"exports": [{"format": "bitmill-1"}]}, "'bitmill-1' itself"),
     ],
 )
 def test_what_a_target_has_no_place_for_is_refused_at_submission(

@@ -36,7 +36,7 @@ from bitmill.config.quantization import (
     refuse_unmeasured_loss,
 )
 from bitmill.errors import SpecError
-from bitmill.formats.export_plan import ExportTarget, with_exports
+from bitmill.formats.export_plan import MOST_EXPORTS, ExportTarget, with_exports
 
 RepoId = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?$", max_length=193)
@@ -172,7 +172,7 @@ class JobSpec(Stored):
     label: str | None = Field(default=None, max_length=200)
     deadline_s: int | None = Field(default=None, ge=1)
     exports: tuple[ExportTarget, ...] = Field(
-        default=(), max_length=16, exclude_if=lambda targets: not targets
+        default=(), max_length=MOST_EXPORTS, exclude_if=lambda targets: not targets
     )
 
     _filled_by_effort = model_validator(mode="before")(with_effort)

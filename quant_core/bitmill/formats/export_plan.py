@@ -25,6 +25,9 @@ from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.config_json import CONFIG_FILE, check_config, sanitize
 from bitmill.plan.model_plan import Plan, build_plan
 
+MOST_EXPORTS = 16
+"""That a job may name."""
+
 
 class ExportTarget(Closed):
     """A format to write a packed folder in, and the format's settings."""
@@ -131,12 +134,13 @@ def with_exports(data: Any) -> Any:
 
     Anything that is not such a mapping is returned as it is, for the parser to refuse.
     """
-    if not isinstance(data, Mapping) or not data.get("exports"):
+    exports = data.get("exports") if isinstance(data, Mapping) else None
+    if not isinstance(exports, list | tuple) or not 0 < len(exports) <= MOST_EXPORTS:
         return data
     given = data.get("allocation", {})
     try:
-        formats = [ExportTarget.model_validate(one).chosen for one in data["exports"]]
-    except (ValidationError, TypeError):
+        formats = [ExportTarget.model_validate(one).chosen for one in exports]
+    except ValidationError:
         return data
     if not isinstance(given, Mapping):  # an object that was made before, in full
         return data

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from bitmill.errors import FormatError
+from bitmill.errors import FormatError, ModelError
 from bitmill.formats.codec import Checkpoint, open_checkpoint
 from bitmill.formats.headers import kind_of
 from bitmill.formats.writing import DTYPES
@@ -53,7 +53,8 @@ def load(
 
     Raises InputError for an unknown dtype, and FormatError naming the tensor or key at fault: where
     the folder is not a packed model of a known format version, where a tensor is missing,
-    superfluous or of the wrong shape or dtype, and where stored values are illegal.
+    superfluous or of the wrong shape or dtype, and where stored values are illegal. ModelError
+    (model_not_found) for a name that is neither.
     """
     folder = _local(folder, revision)
     if dtype != "auto":
@@ -102,8 +103,16 @@ def _local(folder: str | Path, revision: str) -> Path:
     if isinstance(folder, Path) or place.exists() or not _REPOSITORY.fullmatch(folder):
         return place
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    return Path(snapshot_download(folder, revision=revision, allow_patterns=_FETCHED))
+    try:
+        return Path(snapshot_download(folder, revision=revision, allow_patterns=_FETCHED))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ModelError(
+            f"{folder} is neither a folder here nor to be had from the Hub "
+            f"({type(error).__name__}): name another, or log in with `hf auth login`",
+            code="model_not_found",
+        ) from error
 
 
 def _complete(kind: Any, *source: Path | None, **options: Any) -> PreTrainedModel:

@@ -72,6 +72,10 @@ def check_format(plan: Plan, config: QuantizationConfig) -> None:
 def check_exports(admitted: Admission, targets: Sequence[ExportTarget]) -> None:
     """Raise `SpecError` naming what of the job's result a target has no place for."""
     for target in targets:
+        if target.format == format_of(admitted.plan).name:
+            raise SpecError(
+                f"exports: the result is in format {target.format!r} itself", param="exports"
+            )
         facts = _facts(admitted.plan, admitted.config, admitted.settings)
         check_supported(target.chosen, facts)
 
