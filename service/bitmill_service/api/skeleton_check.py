@@ -1,7 +1,8 @@
 """What only transformers knows of a config.json, asked in a process of its own with a deadline.
 
 This process loads no torch. Answers are kept, because they depend on the config alone; one process
-runs at a time, because each takes a core and several hundred megabytes for seconds.
+runs at a time, because each takes a core and several hundred megabytes for seconds. On a machine
+that is too busy for an answer the same config is not asked about again for a minute.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from bitmill.errors import ModelError
 from bitmill.io.atomic import sha256_json
 
 _KEPT = 512
+_PAUSE_S = 60.0
 _ONE_AT_A_TIME = threading.Lock()
 _answers: OrderedDict[str, dict[str, str] | None] = OrderedDict()
+_late: OrderedDict[str, tuple[float, float]] = OrderedDict()
+"""Configs without an answer: how long it was waited for, and until when that is enough."""
 
 
 def ask_transformers(settings: Mapping[str, Any], seconds: float) -> str | None:
@@ -40,8 +44,14 @@ def ask_transformers(settings: Mapping[str, Any], seconds: float) -> str | None:
         return _unheard(f"it was busy for {seconds:g} s")
     try:
         if key not in _answers:
+            waited, until = _late.get(key, (0.0, 0.0))
+            if seconds <= waited and time.monotonic() < until:
+                return _unheard(f"it gave no answer within {waited:.0f} s a moment ago")
             problem = _ask(settings, max(0.1, end - time.monotonic()))
             if isinstance(problem, str):
+                _late[key] = seconds, time.monotonic() + _PAUSE_S
+                while len(_late) > _KEPT:
+                    _late.popitem(last=False)
                 return _unheard(problem)
             _answers[key] = problem
         _answers.move_to_end(key)
