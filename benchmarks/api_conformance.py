@@ -51,6 +51,8 @@ from faulty_hub import FaultyHub, serving
 from tiny import tiny_llama
 
 READING = ("--exclude-method", "DELETE", "--exclude-path-regex", "(cancel|retry|/jobs|maps)$")
+_SLOW = "ST112"
+"""An answer that took long, which says more of the machine."""
 _COUNT = re.compile(r"^bitmill_http_request_seconds_count\{(.*)\} (\S+)$", re.M)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
@@ -79,7 +81,7 @@ class Answers:
     @property
     def undeclared(self) -> bool:
         """Whether an answer was not in the description."""
-        return any(text.startswith("ST1") for text in self.failures)
+        return any(text.startswith("ST1") and text[:5] != _SLOW for text in self.failures)
 
     def beyond(self, scope: str) -> list[str]:
         """Operations that a key with this scope reached though they need another."""

@@ -28,11 +28,11 @@ class Limits(Closed):
     operator's token; all others are fetched without one.
     """
 
-    requests_per_minute: int | None = Field(default=None, ge=1)
-    queued: int | None = Field(default=None, ge=0)
-    running: int | None = Field(default=None, ge=0)
-    bytes: int | None = Field(default=None, ge=0)
-    keep_days: float | None = Field(default=None, gt=0)
+    requests_per_minute: int | None = Field(default=None, strict=True, ge=1)
+    queued: int | None = Field(default=None, strict=True, ge=0)
+    running: int | None = Field(default=None, strict=True, ge=0)
+    bytes: int | None = Field(default=None, strict=True, ge=0)
+    keep_days: float | None = Field(default=None, strict=True, gt=0)
     priorities: tuple[_Priority, _Priority] = (-100, 0)
     hub_repositories: tuple[str, ...] = ()
 
