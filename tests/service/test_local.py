@@ -387,7 +387,7 @@ def test_export_says_its_size_writes_it_and_lists_formats(packed: Path, tmp_path
         (["--format", "nothing"], "'nothing' is unknown"),
         (["--format", "dequantized", "--settings", '{"dtype": "int8"}'], "dtype"),
         (["--format", "dequantized", "--settings", "[1]"], "no JSON object"),
-        ([], "give DIR, --format and --out"),
+        ([], "give DIR or JOB, --format and for a folder --out"),
     ],
 )
 def test_exports_that_cannot_be_are_refused(
