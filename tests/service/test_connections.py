@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 
 import httpx2
 import psutil
@@ -30,10 +32,17 @@ class Quick(GuardedProtocol):
     """The same with deadlines that a test can wait for, and room for eight connections."""
 
     head_s, idle_s, body_s, write_s = 0.4, 0.4, 1.0, 0.5
+    at_once: ClassVar[list[bool]] = []
+    """Whether each connection sends without waiting."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self._limit = 8
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        link = transport.get_extra_info("socket")
+        self.at_once.append(bool(link.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +138,13 @@ def test_work_is_not_ended_by_a_deadline(url: str) -> None:
     assert httpx2.get(f"{url}/slow").json() == "slow"
     body = b"x" * 300_000
     assert httpx2.post(f"{url}/read", content=body).json() == len(body)
+
+
+def test_an_answer_does_not_wait_for_the_clients_acknowledgement(url: str) -> None:
+    """Head and body are two writes; the second would wait for the client's word on the first."""
+    before = len(Quick.at_once)
+    assert httpx2.get(f"{url}/").status_code == 200
+    assert Quick.at_once[before:] == [True]
 
 
 def test_those_that_wait_make_room_for_new_ones(url: str) -> None:

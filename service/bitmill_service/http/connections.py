@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+import socket
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -68,6 +69,11 @@ class GuardedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # asyncio does so only for sockets that were made with a protocol number. An answer is a
+        # head and a body, and the body would wait 40 ms for the client's word on the head.
+        link = transport.get_extra_info("socket")
+        if link.family in (socket.AF_INET, socket.AF_INET6):
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._follow()
         if len(self.connections) > self._limit:
             oldest = next(iter(self._peers), self)
