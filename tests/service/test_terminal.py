@@ -140,12 +140,17 @@ def test_bars_fit_a_terminal_that_becomes_narrow() -> None:
     )
     with on_terminal([sys.executable, "-c", code], columns=120) as terminal:
         wait_for(lambda: "left" in terminal.read(), "a time left")
-        wide = len(terminal.read())
+        assert widest(terminal) > 50
         terminal.resize(50)
-        wait_for(lambda: len(terminal.read()) > wide + 4000, "bars after the change")
-        after = lines(terminal.read()[wide + 2000 :])
+        wait_for(lambda: widest(terminal) <= 50, "bars that fit")
         assert terminal.process.poll() is None
-    assert max(len(line) for line in after[1:-1]) <= 50
+
+
+def widest(terminal: Terminal) -> int:
+    """Characters of the longest among the newest whole lines."""
+    newest = lines(terminal.read()[-3000:])[1:-1]
+    assert newest
+    return max(map(len, newest))
 
 
 def test_top_shows_jobs_and_workers_once_into_a_pipe(stack: Stack, command: Any) -> None:

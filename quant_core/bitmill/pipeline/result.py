@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ class Result:
     """A packed folder; takes the place of its path wherever one is asked for.
 
     profile_id: of the sensitivity profile, None where none was needed or is known. fingerprint: of
-    the source, None where it is not known.
+    the source; the folder does not hold it, so only the job that made the folder knows it.
     """
 
     folder: Path
@@ -30,7 +30,7 @@ class Result:
     manifest: Manifest
     quality: QualityReport
     profile_id: str | None = None
-    fingerprint: Fingerprint | None = None
+    fingerprint: Fingerprint | None = field(default=None, compare=False)
 
     @classmethod
     def read(cls, place: str | os.PathLike[str], profile_id: str | None = None) -> Result:

@@ -287,6 +287,7 @@ def test_a_damaged_matrix_fails_verification(job: Job, tmp_path: Path) -> None:
     next(v for k, v in stored.items() if k.startswith(f"{name}.codes_"))[0, 3, 5] ^= 1
     save_file(stored, copied / "model.safetensors", metadata={"format": "pt"})
     order |= {"folder": str(copied), "report": str(tmp_path / "report.json")}
+    order["plan"] = str(job.work("verify*") / "plan.json")
     with pytest.raises(VerificationError, match=re.escape(name)):
         verify_order(order)
 
