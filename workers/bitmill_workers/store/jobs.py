@@ -199,12 +199,7 @@ class JobStore:
         row = conn.execute(sa.select(idempotency).where(*mine)).one_or_none()
         if row is None:
             return None
-        if row.request_hash != request_hash:
-            raise IdempotencyMismatch(
-                f"idempotency key {key!r} was used with a different request body: "
-                "send the same body or a new key",
-                param="Idempotency-Key",
-            )
+        check_same_request(key, row.request_hash, request_hash)
         return job_record(conn.execute(sa.select(jobs).where(jobs.c.id == row.job_id)).one())
 
     def _take_key(
@@ -520,6 +515,16 @@ def new_job(
 
 
 _COUNTS = ("attempt", "lost_count", "crash_count", "oom_count", "handback_count", "token")
+
+
+def check_same_request(key: str, stored: str, request_hash: str) -> None:
+    """Raise `IdempotencyMismatch` unless the key was used with a request of this hash."""
+    if stored != request_hash:
+        raise IdempotencyMismatch(
+            f"idempotency key {key!r} was used with a different request body: "
+            "send the same body or a new key",
+            param="Idempotency-Key",
+        )
 
 
 def _insert_sealed(

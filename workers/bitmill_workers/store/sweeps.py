@@ -12,10 +12,16 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bitmill_workers.errors import IdempotencyMismatch, JobNotFound, StateConflict, SweepNotFound
+from bitmill_workers.errors import JobNotFound, StateConflict, SweepNotFound
 from bitmill_workers.job_spec import JobSpec
 from bitmill_workers.store.db import Database, db_now
-from bitmill_workers.store.jobs import IDEMPOTENCY_S, JobStore, insert_job, new_job
+from bitmill_workers.store.jobs import (
+    IDEMPOTENCY_S,
+    JobStore,
+    check_same_request,
+    insert_job,
+    new_job,
+)
 from bitmill_workers.store.records import JobRecord, Quota, SweepRecord, job_record, new_id
 from bitmill_workers.store.states import TERMINAL, ShownState, shown_state
 from bitmill_workers.store.tables import jobs, sweeps
@@ -194,10 +200,5 @@ def _known(
     row = conn.execute(sa.select(sweeps).where(*mine)).first()
     if row is None:
         return None
-    if row.request_hash != request_hash:
-        raise IdempotencyMismatch(
-            f"idempotency key {key!r} was used with a different request body: "
-            "send the same body or a new key",
-            param="Idempotency-Key",
-        )
+    check_same_request(key, row.request_hash, request_hash)
     return _get(conn, row.id, None)
