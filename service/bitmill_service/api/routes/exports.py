@@ -7,21 +7,19 @@ from fastapi.responses import JSONResponse
 
 from bitmill.formats.export_plan import ExportTarget
 from bitmill.io.atomic import sha256_json
-from bitmill_service.api.admission import quota_of, refuse_when_full
 from bitmill_service.api.context import ContextDep, JobDep, PrincipalDep
 from bitmill_service.api.exporting import plan_export
 from bitmill_service.api.routes.jobs import (
     SUBMISSION,
     IdempotencyKey,
     ValidateOnly,
-    accepted,
+    follow,
     replayed,
 )
 from bitmill_service.http.openapi import JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import ExportView, JobView
 from bitmill_workers.job_spec import ExportSpec, parse_stored
-from bitmill_workers.settings import TIERS
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["jobs"])
 
@@ -64,17 +62,12 @@ def create_export(
         if report is None:
             raise ProblemError("no_such_output", f"the format of job {job.id} tells no sizes")
         return JSONResponse(ExportView(**dict(report)).model_dump(mode="json"))
-    refuse_when_full(context)
-    submission = context.jobs.submit(
+    return follow(
+        context,
+        caller,
+        job,
         spec,
-        tenant=job.tenant,
         idempotency_key=idempotency_key,
         request_hash=request_hash,
-        queue=TIERS[0],
-        priority=job.priority,
-        parent_id=job.id,
-        created_by=caller.key_id,
-        quota=quota_of(context, caller),
         keep_days=caller.limits.keep_days or context.settings.keep_days,
     )
-    return accepted(context, submission.job, replayed=submission.replayed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response, status
@@ -33,6 +34,7 @@ from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import JobPage, JobView, PlanView
 from bitmill_workers.job_spec import AnySpec, ExportSpec, JobKind, JobSpec, PushSpec, parse_stored
 from bitmill_workers.messaging.webhooks import check_webhook_url
+from bitmill_workers.settings import TIERS
 from bitmill_workers.store.records import JobRecord
 from bitmill_workers.store.states import ShownState
 
@@ -256,6 +258,35 @@ def replayed(
     """
     job = None if key is None else context.jobs.submitted(key, request_hash, tenant=tenant)
     return None if job is None else accepted(context, job, replayed=True)
+
+
+def follow(
+    context: Context,
+    caller: Principal,
+    job: JobRecord,
+    spec: ExportSpec | PushSpec,
+    *,
+    idempotency_key: str | None,
+    request_hash: str,
+    keep_days: float | None = None,
+    sealed: Callable[[str], bytes] | None = None,
+) -> Response:
+    """The answer to a new job that works on the files of `job`; sealed: as of `JobStore.submit`."""
+    refuse_when_full(context)
+    submission = context.jobs.submit(
+        spec,
+        tenant=job.tenant,
+        idempotency_key=idempotency_key,
+        request_hash=request_hash,
+        queue=TIERS[0],
+        priority=job.priority,
+        parent_id=job.id,
+        created_by=caller.key_id,
+        quota=quota_of(context, caller),
+        keep_days=keep_days,
+        sealed=sealed,
+    )
+    return accepted(context, submission.job, replayed=submission.replayed)
 
 
 def accepted(context: Context, job: JobRecord, *, replayed: bool) -> Response:

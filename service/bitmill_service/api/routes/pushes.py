@@ -14,9 +14,8 @@ from pydantic import Field, SecretStr
 
 from bitmill.errors import InputError
 from bitmill.io.atomic import sha256_json
-from bitmill_service.api.admission import quota_of, refuse_when_full
 from bitmill_service.api.context import Context, ContextDep, JobDep, PrincipalDep, require_success
-from bitmill_service.api.routes.jobs import SUBMISSION, IdempotencyKey, accepted, replayed
+from bitmill_service.api.routes.jobs import SUBMISSION, IdempotencyKey, follow, replayed
 from bitmill_service.http.openapi import JSON_BODY, refusals
 from bitmill_service.schemas import JobView
 from bitmill_workers.job_spec import (
@@ -27,7 +26,6 @@ from bitmill_workers.job_spec import (
     PushTarget,
     parse_stored,
 )
-from bitmill_workers.settings import TIERS
 from bitmill_workers.store.records import JobRecord
 from bitmill_workers.store.tokens import seal
 
@@ -73,20 +71,15 @@ def create_push(
     request_hash = sha256_json({"push": spec.model_dump(mode="json")})
     if found := replayed(context, idempotency_key, request_hash, tenant=job.tenant):
         return found
-    refuse_when_full(context)
-    submission = context.jobs.submit(
+    return follow(
+        context,
+        caller,
+        job,
         spec,
-        tenant=job.tenant,
         idempotency_key=idempotency_key,
         request_hash=request_hash,
-        queue=TIERS[0],
-        priority=job.priority,
-        parent_id=job.id,
-        created_by=caller.key_id,
-        quota=quota_of(context, caller),
         sealed=lambda job_id: seal(key, job_id, token),
     )
-    return accepted(context, submission.job, replayed=submission.replayed)
 
 
 def _spec_of(context: Context, job: JobRecord, target: PushTarget, tenant: str | None) -> PushSpec:
