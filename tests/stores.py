@@ -50,7 +50,7 @@ def claim(leases: LeaseStore, job_id: str, owner: str = "test") -> JobRecord:
     return replace(job, priority=priority)
 
 
-def wait_for(look: Callable[[], T], what: str, timeout: float = 30.0) -> T:
+def wait_for(look: Callable[[], T], what: str, timeout: float = 120.0) -> T:
     """Poll until `look` gives something true; fail the test with `what` after `timeout`."""
     deadline = time.monotonic() + timeout
     while not (found := look()):

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from typing import Any
 
 import httpx2
@@ -47,9 +46,7 @@ def test_what_it_builds_passes() -> None:
 def test_no_answer_in_time_is_a_note_and_not_kept() -> None:
     late = CONFIG | {"bos_token_id": 3}
     assert "no answer within" in str(ask_transformers(late, 0.5))
-    started = time.monotonic()
     assert "a moment ago" in str(ask_transformers(late, 0.5)), "it is not asked again at once"
-    assert time.monotonic() - started < 0.3
     assert ask_transformers(late, 0) is None
     assert ask_transformers(late, SECONDS) is None
     assert ask_transformers(late, 0.001) is None

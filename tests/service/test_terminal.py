@@ -134,8 +134,8 @@ def test_bars_fit_a_terminal_that_becomes_narrow() -> None:
         "from rich.console import Console\n"
         "from bitmill_service.cli.progress import JobWatch\n"
         "with JobWatch(Console(stderr=True)) as watch:\n"
-        "    for done in range(600):\n"
-        "        watch.show('progress', dict(stage='refine', done=done, total=600, unit='block'))\n"
+        "    for done in range(9999):\n"
+        "        watch.show('progress', dict(stage='x', done=done, total=9999, unit='block'))\n"
         "        time.sleep(0.02)\n"
     )
     with on_terminal([sys.executable, "-c", code], columns=120) as terminal:
@@ -147,8 +147,8 @@ def test_bars_fit_a_terminal_that_becomes_narrow() -> None:
 
 
 def widest(terminal: Terminal) -> int:
-    """Characters of the longest among the newest whole lines."""
-    newest = lines(terminal.read()[-3000:])[1:-1]
+    """Characters of the longest among the three newest whole lines."""
+    newest = lines(terminal.read()[-3000:])[-4:-1]
     assert newest
     return max(map(len, newest))
 
