@@ -8,7 +8,8 @@ answer is no ground for refusal; the worker will try again.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,20 +67,19 @@ class Admission:
 
 def admit(context: Context, spec: JobSpec, caller: Principal) -> Admission:
     """Plan a job once and raise what is wrong with it, as far as can be known before it runs."""
-    return next(admit_each(context, [spec], caller))
+    with looked_at(context, caller) as models:
+        return admit_with(models, context, spec, caller)
 
 
-def admit_each(
-    context: Context, specs: Iterable[JobSpec], caller: Principal
-) -> Iterator[Admission]:
-    """What `admit` says of each of these jobs in turn; each model is looked at once."""
+@contextmanager
+def looked_at(context: Context, caller: Principal) -> Iterator[Models]:
+    """For `admit_with` of several jobs: each of their models is looked at once."""
     with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as scratch:
-        models = _Models(context, caller, Path(scratch))
-        for spec in specs:
-            yield _admit(context, spec, caller, models)
+        yield Models(context, caller, Path(scratch))
 
 
-def _admit(context: Context, spec: JobSpec, caller: Principal, models: _Models) -> Admission:
+def admit_with(models: Models, context: Context, spec: JobSpec, caller: Principal) -> Admission:
+    """What `admit` says of a job, with models from `looked_at`."""
     config = _config(context, spec, caller)
     try:
         folder = models.folder(spec.model)
@@ -161,7 +161,7 @@ def plan_view(admission: Admission) -> PlanView:
     )
 
 
-class _Models:
+class Models:
     """The models of one call: where their headers lie, which are here or fetched from the Hub into
     `scratch`, and what transformers says of them."""
 

@@ -12,8 +12,9 @@ from bitmill.errors import InputError
 from bitmill.io.atomic import sha256_json
 from bitmill.reporting.sweep_table import SweepTable
 from bitmill_service.api.admission import (
-    admit_each,
+    admit_with,
     check_priority,
+    looked_at,
     quota_of,
     refuse_when_full,
 )
@@ -166,13 +167,14 @@ def _admitted(
 ) -> list[tuple[int, JobSpec, str]]:
     """Number, specification and queue of every cell; raises what is wrong with the first one."""
     found = []
-    admissions = admit_each(context, [cell.spec for cell in cells], caller)
-    for cell in cells:
-        try:
-            found.append((cell.number, cell.spec, next(admissions).queue))
-        except InputError as error:
-            error.add(f"asked for by {cell.name}")
-            raise
+    with looked_at(context, caller) as models:
+        for cell in cells:
+            try:
+                admission = admit_with(models, context, cell.spec, caller)
+            except InputError as error:
+                error.add(f"asked for by {cell.name}")
+                raise
+            found.append((cell.number, cell.spec, admission.queue))
     return found
 
 
