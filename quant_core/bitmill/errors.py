@@ -81,7 +81,7 @@ class BitmillError(Exception):
         super().__init__(self.message)
         self.code = code or type(self).code
         self.param = None if param is None else printable(param)
-        self.hint = hint or type(self).hint
+        self.hint = printable(hint) if hint else type(self).hint
 
     def add(self, more: str) -> None:
         """Say something more, behind what the message says."""

@@ -114,13 +114,13 @@ class JobRecord:
 def error_columns(error: BitmillError) -> dict[str, str | None]:
     """The columns that say why a job failed; what none can hold must not keep it from ending.
 
-    PostgreSQL's texts take no NUL character, which the name of a stranger's tensor may bring.
+    An error's texts are printable, so none holds the NUL character that PostgreSQL refuses.
     """
     columns = {}
     for name, text in error.to_dict().items():
         column = jobs.c[f"error_{name}"]
         most = getattr(column.type, "length", None)
-        columns[column.name] = text and text.replace("\0", "\N{REPLACEMENT CHARACTER}")[:most]
+        columns[column.name] = text and text[:most]
     return columns
 
 
