@@ -2,11 +2,13 @@
 
 A sweep here has a folder: `cell-NN` with the result of each cell, `sweep.json` with what came of
 it, the table in three formats, the plot, and `stages` until all cells have ended. Run again, it
-goes on where it was.
+goes on where it was. The folder of a service's sweep has its `sweep.json` too, which names it, the
+table and the plot.
 """
 
 from __future__ import annotations
 
+import json as jsonlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,10 +20,10 @@ from rich.console import Console
 
 from bitmill.errors import STOPS, BitmillError, InputError, ModelError, SpecError
 from bitmill.io.atomic import read_json, sha256_json, write_bytes, write_json
-from bitmill.io.targets import check_kept
+from bitmill.io.targets import check_file, check_kept
 from bitmill.pipeline.admission import admit
 from bitmill.pipeline.requests import QuantizeRequest
-from bitmill.pipeline.work_folder import work_folder
+from bitmill.pipeline.work_folder import is_of_shared_stages, work_folder
 from bitmill.reporting.sweep_table import SweepRow, SweepTable
 from bitmill.results import QUALITY_NAME, QualityReport
 from bitmill_service.cli.local import DeviceOption, run_library
@@ -87,6 +89,7 @@ def sweep(
     """
     spec = read_sweep(file)
     if api:
+        _check_folder(out, here=False)
         with open_client(url) as client:
             submitted = client.submit_sweep(spec, idempotency_key=key)
             if not json:
@@ -140,9 +143,11 @@ def show_sweep(
     Example: bitmill sweeps show SWEEP --out study
     """
     with open_client(url) as client:
+        _check_folder(out, here=False)
         view = client.sweep(sweep)
         table = view.table
         if out is not None:
+            _claim(out, sweep)
             _write(table, out)
     if json:
         print_json(view.model_dump(mode="json"))
@@ -158,6 +163,7 @@ def wait_sweep(
 
     Example: bitmill sweeps wait SWEEP --out study
     """
+    _check_folder(out, here=False)
     with open_client(url) as client:
         _follow(client, sweep, out, as_json=json)
 
@@ -205,10 +211,11 @@ def read_sweep(file: Path) -> SweepSpec:
 def _run_here(spec: SweepSpec, out: Path, profiles: Path | None, device: str) -> list[SweepRow]:
     """Run all cells that have not succeeded before; what came of each, in the grid's order."""
     cells = spec.cells()
-    check_kept(out, _is_of_a_sweep, param="--out")
+    _check_folder(out, here=True)
     _check(cells)
-    out.mkdir(parents=True, exist_ok=True)
     record = read_json(out / _RECORD) if (out / _RECORD).is_file() else {}
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / _RECORD, record)
     rows: dict[int, SweepRow] = {}
     for cell in in_turn(cells):
         rows[cell.number] = _cell_here(cell, out, record, profiles, device)
@@ -299,15 +306,54 @@ def _check(cells: Sequence[Cell]) -> None:
             raise
 
 
-def _is_of_a_sweep(name: str) -> bool:
+def _check_folder(out: Path | None, *, here: bool) -> None:
+    """Raise `InputError` unless the folder is absent, empty or an earlier sweep's of this kind.
+
+    Another's table or `cell-01` has no such `sweep.json` beside it.
+    """
+    if out is None:
+        return
+    has_record = (out / _RECORD).exists()
+    check_kept(
+        out, lambda name: name == _RECORD or (has_record and _is_of_a_sweep(name)), param="--out"
+    )
+    if has_record:
+        check_file(out / _RECORD, lambda data: _is_record(data, here=here), param="--out")
+    check_kept(out / _STAGES, is_of_shared_stages, param="--out")
+
+
+def _is_record(data: bytes, *, here: bool) -> bool:
+    """Whether this is the `sweep.json` of a sweep that ran here, or of a service's."""
+    try:
+        record = jsonlib.loads(data)
+    except ValueError:
+        return False
+    if not isinstance(record, dict):
+        return False
+    return all(map(_is_cell, record)) if here else [*record] == ["sweep"]
+
+
+def _claim(out: Path, sweep_id: str) -> None:
+    """Make the folder one of a service's sweep."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / _RECORD, {"sweep": sweep_id})
+
+
+def _is_cell(name: str) -> bool:
     number = name.removeprefix("cell-")
+    return number != name and number.isdecimal()
+
+
+def _is_of_a_sweep(name: str) -> bool:
     files = (_RECORD, _STAGES, "plot.svg", *(f"{_TABLE}.{end}" for end in ("csv", "json", "md")))
-    return name in files or (number != name and number.isdecimal())
+    return name in files or _is_cell(name)
 
 
 def _follow(client: Client, sweep_id: str, out: Path | None, *, as_json: bool) -> None:
     """Show cells as they end, then the table."""
     ended: set[int] = set()
+    if out is not None:
+        _claim(out, sweep_id)
 
     def on_change(view: SweepView) -> None:
         new = [c for c in view.cells or () if c.seconds is not None and c.cell not in ended]
@@ -337,7 +383,6 @@ def _tell(row: SweepRow, of: int) -> None:
 
 
 def _write(table: SweepTable, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     written = {"json": table.to_json(), "csv": table.to_csv(), "md": table.to_markdown()}
     for end, text in written.items():
         write_bytes(out / f"{_TABLE}.{end}", text.encode())
