@@ -3,7 +3,7 @@
 A package adds a thing by an entry point in the registry's group, whose name is the thing's:
 
     [project.entry-points."bitmill.methods"]
-    hqq = "my_package.config:HQQ"
+    mine = "my_package.config:Mine"
 
 so every process of a job finds it: the API, workers, ranks, the child that verifies. Nothing is
 imported before it is asked for by name. Torch-free.

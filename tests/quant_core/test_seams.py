@@ -19,6 +19,7 @@ import bitmill
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.config.methods import METHODS
 from bitmill.config.quantization import DEFAULT_FORMAT, parse_config
+from bitmill.config.transforms import TRANSFORMS
 from bitmill.errors import FormatError, SpecError
 from bitmill.formats.accounting import checkpoint_tensors, footprint
 from bitmill.formats.codec import open_checkpoint
@@ -188,7 +189,11 @@ def test_no_other_file_names_a_method_or_a_format() -> None:
     names = {*METHODS.names(), *FORMATS.names()} - {"gguf"}  # sources are such files too
     kinds = [registry[name] for registry in (METHODS, FORMATS) for name in registry.names()]
     classes = {kind.__name__ for kind in kinds}
-    folders = {kind.__module__.rpartition(".")[0] for kind in kinds if issubclass(kind, Format)}
+    folders = {
+        kind.__module__.rpartition(".")[0]
+        for kind in kinds
+        if issubclass(kind, Format) or kind.__module__.endswith(".settings")
+    }
     own = OWN | {folder.replace(".", "/") + "/" for folder in folders}
     found = []
     for path, tree in sources():
@@ -207,6 +212,40 @@ def test_no_other_file_names_a_method_or_a_format() -> None:
             if named:
                 found.append(f"{path}:{node.lineno}")
     assert not found
+
+
+def plugged_in() -> dict[str, Any]:
+    """Methods and transforms that have a folder of their own, by name."""
+    found = {
+        name: registry[name] for registry in (METHODS, TRANSFORMS) for name in registry.names()
+    }
+    return {
+        name: kind
+        for name, kind in found.items()
+        if kind.__module__ == f"bitmill.{kind.__module__.split('.')[1]}.{name}.settings"
+    }
+
+
+@pytest.mark.parametrize("name", plugged_in())
+def test_a_method_is_its_folder_its_test_a_registry_line_and_a_line_of_docs(name: str) -> None:
+    kind = plugged_in()[name]
+    own = kind.__module__.replace(".", "/").removesuffix("settings")
+    names = re.compile(rf"\b({name}|{kind.__name__}|{kind.__module__})\b", re.IGNORECASE)
+    elsewhere = [
+        f"{path}: {line.strip()}"
+        for folder in PRODUCT
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if own not in path.as_posix()
+        for line in path.read_text().splitlines()
+        if names.search(line)
+    ]
+    place = f'"{name}": "{kind.__module__}:{kind.__name__}",'
+    assert [line.partition(": ")[2] for line in elsewhere] == [place]
+    tests = list((ROOT / "tests").rglob(f"test_{name}.py"))
+    assert len(tests) == 1
+    documented = (ROOT / "docs" / "methods.md").read_text().splitlines()
+    lines = [line for line in documented if line.startswith(f"| {kind.__name__} |")]
+    assert len(lines) == 1
 
 
 @pytest.mark.parametrize(

@@ -223,5 +223,11 @@ BASELINE = GPTQ(compensated_grid=False, scale_refit=False, asymmetric=False)
 METHODS: Registry[type[MethodConfig]] = Registry(
     "refinement method",
     "bitmill.methods",
-    {kind.name: f"{kind.__module__}:{kind.__name__}" for kind in (RTN, GPTQ, OmniQuant)},
+    {
+        "rtn": "bitmill.config.methods:RTN",
+        "gptq": "bitmill.config.methods:GPTQ",
+        "hqq": "bitmill.solvers.hqq.settings:HQQ",
+        "normtweaking": "bitmill.refinement.normtweaking.settings:NormTweaking",
+        "omniquant": "bitmill.config.methods:OmniQuant",
+    },
 )

@@ -314,10 +314,16 @@ class BaseRefinement(Closed):
         given = self._of_method(kind)
         given.pop("resume_parameters", None)  # what a service has not fetched yet is no path
         try:
-            kind.model_validate(given)
+            method = kind.model_validate(given)
         except ValidationError as error:
             where, problem = first_problem(error)
             raise ValueError(f"settings.{where}: {problem}") from error
+        for asked in self.transforms:
+            if not transform_of(asked).needs <= method.needs:
+                raise ValueError(
+                    f"transform {asked['name']!r} with method {self.method!r}, which looks at no "
+                    "inputs: give 'rtn' or 'gptq'"
+                )
         return self
 
     @model_serializer(mode="wrap")

@@ -23,12 +23,17 @@ class TransformConfig(Closed):
     is made from the settings
     rewrite: place of the class of `quant.rewrites.Rewrite` that it fits
     online: whether inputs change where the linear computes, even if nothing is stored
+    folded: whether `transform` names a `transforms.transform.ChannelScaling` instead, whose scales
+    go into the norm or linear before and leave nothing behind; `rewrite` has no meaning then
+    needs: the statistics that it looks at; methods that collect less refuse it
     """
 
     name: ClassVar[str]
     transform: ClassVar[str]
     rewrite: ClassVar[str]
     online: ClassVar[bool] = False
+    folded: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def stored(self, shape: LinearShape) -> tuple[TensorInfo, ...]:
         """What one linear's rewrite stores, by the names behind the linear's; the format that
@@ -70,6 +75,7 @@ TRANSFORMS: Registry[type[TransformConfig]] = Registry(
     "transform",
     "bitmill.transforms",
     {
+        "awq": "bitmill.transforms.awq.settings:AWQ",
         "order": "bitmill.config.transforms:ColumnOrder",
         "rotation": "bitmill.config.transforms:Rotation",
     },

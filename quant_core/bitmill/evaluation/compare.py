@@ -30,7 +30,7 @@ from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.dtypes import compute_dtype
 from bitmill.models.streamed import StreamedModel, set_weight
 from bitmill.models.tokenizer import load_tokenizer
-from bitmill.plan.model_plan import Plan, plan_for_map
+from bitmill.plan.model_plan import Plan, PlannedTensor, plan_for_map
 from bitmill.results import QualityRow, TextQuality
 from bitmill.runtime.process import computing
 from bitmill.runtime.ranks import SINGLE, Group
@@ -51,18 +51,24 @@ class Candidate:
 
 
 def from_packed(model: StreamedModel, packed: Path) -> StreamedLogits:
-    """The model with the weights of a packed folder, matrices that it keeps narrowed too."""
+    """The model with the weights of a packed folder: with what it narrowed, and with norms and
+    biases of blocks, into which transforms may have been folded."""
     checkpoint = open_checkpoint(packed)
 
     def dequantized(name: str) -> Tensor:
         return checkpoint.weight(model.plan.by_name[name].shape)
 
-    narrowed = {
+    kept = {
         tensor.module: checkpoint.tensor(tensor.name)
         for tensor in model.plan.tensors
-        if checkpoint.headers[tensor.name].dtype != tensor.dtype
+        if checkpoint.headers[tensor.name].dtype != tensor.dtype or _foldable(model.plan, tensor)
     }
-    return with_weights(model, dequantized, narrowed)
+    return with_weights(model, dequantized, kept)
+
+
+def _foldable(plan: Plan, tensor: PlannedTensor) -> bool:
+    inside = tensor.module.startswith(f"{plan.block_prefix}.")
+    return inside and len(tensor.shape) == 1 and tensor.module.endswith((".weight", ".bias"))
 
 
 def with_weights(

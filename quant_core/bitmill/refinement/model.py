@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from bitmill.quant.rewrites import Rewrites
 from bitmill.quant.tensors import Quantized, Stored
 from bitmill.refinement.block import RefineSettings, refine_block
 from bitmill.refinement.embeddings import quantize_embeddings
+from bitmill.refinement.folding import fold_scales
 from bitmill.refinement.learner import Learner
 from bitmill.refinement.store import (
     EMBEDDINGS,
@@ -50,6 +52,7 @@ from bitmill.refinement.store import (
     report_path,
     save_block,
 )
+from bitmill.refinement.vectors import changed_vectors, restore_vectors, vectors
 from bitmill.registry import load_object
 from bitmill.results import BlockQuality, LinearResult, TuningQuality
 from bitmill.runtime.graphs import graphs_kept
@@ -95,6 +98,15 @@ class RefinedModel:
     def linear(self, name: str) -> Quantized:
         """One refined linear or embedding."""
         return self.packed(name).unpack()
+
+    @cached_property
+    def changed(self) -> dict[str, Tensor]:
+        """Parameters beside linears that are no longer the source's, by their names in the module
+        tree."""
+        found: dict[str, Tensor] = {}
+        for i in range(self.plan.block_count):
+            found |= SavedBlock(self.folder, self.plan, i).changed
+        return found
 
     def rewrites(self, name: str) -> Rewrites:
         """The rewrites of one refined linear."""
@@ -178,6 +190,7 @@ def refine_model(
                 for name, module in model.linears(block, i).items():
                     if name in weights:
                         set_weight(module, weights[name].dequantize())
+                restore_vectors(model, i, block, SavedBlock(folder, model.plan, i).changed)
             else:
                 refined = run.refine(i, block, saver.look)
                 if group.first:
@@ -210,7 +223,8 @@ def _tune(learning: Learner, plan: Plan, folder: Path) -> None:
             data = storage.read_json(report_path(folder, i))
             linears = [LinearResult.model_validate(entry) for entry in data["linears"]]
             block = {linear.name: weights[linear.name] for linear in plan.block_linears(i)}
-            save_block(target, i, block, linears, data["learning"])
+            changed = SavedBlock(folder, plan, i).changed
+            save_block(target, i, block, linears, data["learning"], changed)
         if embeddings:
             data = storage.read_json(report_path(folder, EMBEDDINGS))
             linears = [LinearResult.model_validate(entry) for entry in data["linears"]]
@@ -230,6 +244,12 @@ def _load_embeddings(folder: Path, plan: Plan) -> dict[str, Quantized]:
     return load_block(folder, plan, EMBEDDINGS) if plan.embeddings else {}
 
 
+_Refined = tuple[
+    Mapping[str, Quantized], list[LinearResult], dict[str, Any] | None, dict[str, Tensor]
+]
+"""Weights, results, what was learned and what else of the block has changed."""
+
+
 class _Run:
     """The streams of hidden states that one refinement carries from block to block."""
 
@@ -246,7 +266,9 @@ class _Run:
         states: HiddenStates,
     ) -> None:
         self.model, self.inputs, self.solver = model, inputs, solver_of(method)
-        self.transforms = ColumnOrders(inputs.orders), *map(made_of, transforms)
+        kept = [made_of(one) for one in transforms if not one.folded]
+        self.transforms = ColumnOrders(inputs.orders), *kept
+        self.scalings = [made_of(one) for one in transforms if one.folded]
         self.group = group
         own = group.shard(inputs.tokens.tokens)
         tokens = torch.cat([own, group.shard(inputs.tokens.held_out)])
@@ -276,16 +298,20 @@ class _Run:
         """Whether the solver sees the source's streams, and so moves them on."""
         return "shift" in self.needs
 
-    def refine(
-        self, i: int, block: nn.Module, on_step: Callable[[], None]
-    ) -> tuple[Mapping[str, Quantized], list[LinearResult], dict[str, Any] | None]:
+    def refine(self, i: int, block: nn.Module, on_step: Callable[[], None]) -> _Refined:
         names = [linear.name for linear in self.model.plan.block_linears(i)]
+        widths = {name: self.inputs.bit_widths.linears[name] for name in names}
+        before = vectors(self.model, i, block)
+        for scaling in self.scalings:
+            stream, orders = self._streams[0], self.inputs.orders
+            fold_scales(self.model, i, block, stream, widths, orders, scaling, batch=self.batch)
+        weights: Mapping[str, Quantized]
         weights, results = refine_block(
             self.model,
             i,
             block,
             self._streams[0],
-            {name: self.inputs.bit_widths.linears[name] for name in names},
+            widths,
             RefineSettings(
                 self.solver,
                 self.needs,
@@ -299,11 +325,12 @@ class _Run:
         )
         if self.shifts and names:
             self._source_is_behind = i
-        if self.learning is None or self.source is None or not names:
-            return weights, results, None
-        self._advance_source(i)
-        learned = self.learning.block(i, block, weights, self.hidden, self.source)
-        return learned.weights, results, learned.report.model_dump(mode="json")
+        report = None
+        if self.learning is not None and self.source is not None and names:
+            self._advance_source(i)
+            learned = self.learning.block(i, block, weights, self.hidden, self.source)
+            weights, report = learned.weights, learned.report.model_dump(mode="json")
+        return weights, results, report, changed_vectors(before, vectors(self.model, i, block))
 
     def _stream(self, part: slice) -> Stream:
         source = self.source[part] if self.source is not None and self.shifts else None

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -60,9 +61,12 @@ def save_block(
     weights: Mapping[str, Quantized],
     linears: list[LinearResult],
     learning: dict[str, Any] | None,
+    changed: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write a finished block: tensors first, then the report that marks it as finished.
 
+    changed: other parameters of the block that are no longer the source's, by their names in the
+    module tree.
     Hashes are made in threads while the file is written. On CUDA all work is the current stream's.
     """
     codes = {name: _to_host(weight.codes) for name, weight in weights.items()}
@@ -73,6 +77,7 @@ def save_block(
         kinds[name] = packed.kind
         own = packed.tensors(name) | packed.rewrites.tensors(name)
         tensors |= {key: _to_host(value) for key, value in own.items()}
+    tensors |= {name: _to_host(value) for name, value in changed.items()}
     for device in {weight.codes.device for weight in weights.values()}:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
@@ -88,6 +93,7 @@ def save_block(
         "kinds": kinds,
         "rewrites": {name: [r.name for r in weight.rewrites] for name, weight in weights.items()},
         "code_hashes": {name: digest.result() for name, digest in hashes.items()},
+        "changed": list(changed),
         "tensors_sha256": whole.result(),
     }
     storage.write_json(report_path(folder, i), report)
@@ -141,12 +147,13 @@ class BlockSaver:
         weights: Mapping[str, Quantized],
         linears: list[LinearResult],
         learning: dict[str, Any] | None,
+        changed: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Begin to save block i (see `save_block`), once the block before is saved."""
         self.wait()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        work = partial(save_block, self._folder, i, weights, linears, learning)
+        work = partial(save_block, self._folder, i, weights, linears, learning, changed)
         self._saving = i, self._thread.submit(self._aside, work)
 
     def wait(self) -> None:
@@ -176,16 +183,22 @@ class SavedBlock:
         self._widths: dict[str, str] = report["widths"]
         self._kinds: dict[str, str] = report.get("kinds", {})
         self._rewrites: dict[str, list[str]] = report.get("rewrites", {})
+        self._changed: list[str] = report.get("changed", [])
         self._file = safe_open(tensors_path(folder, i), framework="pt")
         self._keys: dict[str, list[str]] = {}
         keys = self._file.keys()
-        for key in keys:
+        for key in sorted(set(keys) - set(self._changed)):
             self._keys.setdefault(key.rpartition(".")[0], []).append(key)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Its linears."""
         return tuple(self._widths)
+
+    @property
+    def changed(self) -> dict[str, Tensor]:
+        """Its other parameters that are not the source's, by their names in the module tree."""
+        return {name: self._file.get_tensor(name) for name in self._changed}
 
     def packed(self, name: str) -> Stored:
         """One linear as it is stored. Raises `FormatError` where it is missing or damaged."""

@@ -7,7 +7,7 @@ are easier to quantize. It stays with the quantized weight.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -32,10 +32,26 @@ class Transform(Protocol):
         """
 
 
-def made_of(settings: TransformConfig) -> Transform:
-    """The transform of these settings."""
-    transform: Transform = load_object(settings.transform)(settings)
-    return transform
+class ChannelScaling(Protocol):
+    """What finds scales of input channels, which are folded away (`refinement/folding.py`)."""
+
+    def scales(
+        self,
+        weights: Mapping[str, Tensor],
+        widths: Mapping[str, tuple[int, ...]],
+        H: Tensor,
+        ranks: Group,
+    ) -> Tensor:
+        """f32 [K] > 0: what columns are multiplied by, and their input is divided by.
+
+        weights: full name -> f32 [N, K] of linears that read one input, in packed columns; widths:
+        of their groups; H: f32 [K, K], mean x x^T of that input. The same on all ranks.
+        """
+
+
+def made_of(settings: TransformConfig) -> Any:
+    """The `Transform`, or where it is folded the `ChannelScaling`, of these settings."""
+    return load_object(settings.transform)(settings)
 
 
 class SolvedModel(Protocol):

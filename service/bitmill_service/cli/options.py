@@ -201,7 +201,7 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
         SpecOption(
             "--refine-settings",
             "refinement.settings",
-            "Settings of a method that was added from outside, as a JSON object.",
+            "Other settings of the method, as a JSON object.",
             json_object,
             "JSON",
         ),

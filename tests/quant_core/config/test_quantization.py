@@ -76,7 +76,7 @@ def test_json_and_typed_settings_of_a_method_are_one() -> None:
 @pytest.mark.parametrize(
     ("refinement", "problem"),
     [
-        ({"method": "hqq"}, "refinement method 'hqq' is unknown: known are rtn, gptq, omniquant"),
+        ({"method": "quip"}, "refinement method 'quip' is unknown: known are rtn, gptq, hqq"),
         ({"settings": {"steps": 3}}, "settings.steps: Extra inputs are not permitted"),
         ({"settings": {"asymmetric": True}}, "settings.asymmetric: give it outside"),
         ({"settings": {"epochs": 3}}, "settings.epochs: give it outside"),

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.formats.codec import Supply, codec_of
 from bitmill.formats.format import Contents, format_of
@@ -43,12 +45,18 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     """Folds column orders where that is exact."""
     plan, widths = inputs.plan, inputs.bit_widths
     kept = {tensor.name: tensor for tensor in plan.tensors}
+    refined = inputs.refined.open(plan)
+    changed = refined.changed
     done = 0
 
     def on_linear(_: str) -> None:
         nonlocal done
         done += 1
         run.on_unit(done, len(plan.shapes), "linear")
+
+    def other(name: str) -> Tensor:
+        found = changed.get(kept[name].module)
+        return stored.tensor(kept[name]) if found is None else found
 
     packed = folder / PACKED_NAME
     shutil.rmtree(packed, ignore_errors=True)
@@ -57,8 +65,8 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         supply = Supply(
             folder=inputs.model.folder,
             settings=source_settings(inputs.model.folder),
-            linear=FoldedOrders(inputs.refined.open(plan), plan).packed,
-            other=lambda name: stored.tensor(kept[name]),
+            linear=FoldedOrders(refined, plan).packed,
+            other=other,
         )
         contents = Contents(plan, widths.linears, widths.order)
         hashes = codec_of(format_of(plan)).write(packed, contents, supply, on_linear)

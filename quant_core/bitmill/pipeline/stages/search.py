@@ -118,7 +118,7 @@ def _measured(inputs: Inputs, found: BitWidthMap, run: Run, scratch: Path) -> tu
     plan = refining.plan
     model = run.open_model(refining.model.folder, plan)
     refined = RefinedModel(blocks, plan)
-    logits = with_weights(model, lambda name: refined.linear(name).dequantize())
+    logits = with_weights(model, lambda name: refined.linear(name).dequantize(), refined.changed)
     candidates = {"map": Candidate(found, logits, plan)}
     windows = {"held_out": refining.calibration.held_out}
     rows = measure(model, windows, candidates, run.on_unit, group=run.group)

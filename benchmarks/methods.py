@@ -1,0 +1,274 @@
+"""Every method on one bench: perplexity, true bytes, seconds and memory at 2, 3 and 4 bits.
+
+    python benchmarks/methods.py NAME=SOURCE --work WORK --out benchmarks/results/methods
+
+SOURCE is a Hugging Face folder. Every linear of the decoder blocks is quantized at one width in
+natural column order, in groups of 128; embeddings and head are kept. Windows begin as the tokenizer
+begins a text, of the bundled calibration text (seed 0) and, all of them or --evaluation, of both
+evaluation texts. A row runs in a process of its own, whose largest resident memory is recorded, and
+refined blocks stay in WORK, so that a run that was cut short is continued by the same command.
+
+--folder ROW=FOLDER,BITS measures float weights of the same model that another package wrote
+(`methods_peers.py`) on the same windows. --rows takes names or patterns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from bitmill.calibration.windows import calibration_tokens, evaluation_tokens
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.quantization import QuantizationConfig, parse_config
+from bitmill.evaluation.compare import Candidate, measure, with_weights
+from bitmill.formats.accounting import footprint
+from bitmill.models.streamed import StreamedModel
+from bitmill.plan.model_plan import Plan, make_plan
+from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
+
+TEXTS = ("wiki_evaluation", "handbook_evaluation")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row's `refinement`, at each of some widths."""
+
+    name: str
+    refinement: dict[str, Any] = field(default_factory=dict)
+    widths: tuple[int, ...] = (2, 3, 4)
+
+
+AWQ = [{"name": "awq"}]
+METHODS = (
+    Method("rtn-minmax", {"method": "rtn", "clip_search": False}),
+    Method("rtn", {"method": "rtn"}),
+    Method("hqq", {"method": "hqq"}),
+    Method("awq-minmax", {"method": "rtn", "clip_search": False, "transforms": AWQ}),
+    Method("awq", {"method": "rtn", "transforms": AWQ}),
+    Method("gptq", {"method": "gptq"}),
+    Method("gptq-awq", {"method": "gptq", "transforms": AWQ}),
+)
+
+
+def row_names() -> list[str]:
+    """All rows of Bitmill's own methods."""
+    return [f"{method.name}-{width}" for method in METHODS for width in method.widths]
+
+
+def configuration(options: argparse.Namespace, name: str) -> tuple[QuantizationConfig, int]:
+    """What row `name` asks for, and its width."""
+    title, _, width = name.rpartition("-")
+    method = next(one for one in METHODS if one.name == title)
+    sequences, length = options.calibration
+    asked = {
+        "budget": {"code_bits": int(width)},
+        "allocation": {"method": "uniform", "order": "natural"},
+        "refinement": method.refinement,
+        "calibration": {"sequences": sequences, "length": length, "held_out": options.held_out},
+    }
+    return parse_config(asked), int(width)
+
+
+def refine(source: Path, folder: Path, options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Refine a row into `folder`; seconds and bytes of memory that it took."""
+    torch.set_num_threads(options.threads)
+    config, width = configuration(options, name)
+    plan = make_plan(source, config)
+    model = opened(source, plan)
+    started = time.perf_counter()
+    refine_model(
+        model,
+        RefineInputs(
+            calibration_tokens(config.calibration, source, seed=config.seed),
+            BitWidthMap.uniform(plan.shapes, width),
+            {},
+        ),
+        config.method,
+        folder,
+        seed=config.seed,
+        on_unit=lambda *_: None,
+        transforms=config.transforms,
+    )
+    taken = time.perf_counter() - started
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": round(taken, 1), "memory": memory, "load": os.getloadavg()[0]}
+
+
+def opened(source: Path, plan: Plan) -> StreamedModel:
+    """The float model."""
+    return StreamedModel(source, plan, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def refined_candidate(
+    model: StreamedModel, plan: Plan, folder: Path, width: int
+) -> tuple[Candidate, dict[str, Any]]:
+    """A refined row, and what it takes."""
+    refined, chosen = RefinedModel(folder, plan), BitWidthMap.uniform(plan.shapes, width)
+    spent = footprint(plan, chosen)
+    logits = with_weights(model, lambda name: refined.linear(name).dequantize(), refined.changed)
+    return Candidate(chosen, logits, plan), {"bits": spent.bits, "bytes": spent.size}
+
+
+def given_candidate(model: StreamedModel, plan: Plan, folder: Path) -> Candidate:
+    """The float weights of a folder."""
+    weights = safe_open(folder / "model.safetensors", framework="pt")
+    vectors = {
+        tensor.module: weights.get_tensor(tensor.name)
+        for tensor in plan.tensors
+        if len(tensor.shape) == 1 and tensor.module.startswith(plan.block_prefix)
+    }
+    logits = with_weights(model, lambda name: weights.get_tensor(f"{name}.weight").float(), vectors)
+    return Candidate(BitWidthMap.uniform(plan.shapes, 8), logits, plan)
+
+
+def measured(
+    candidate: Candidate, model: StreamedModel, windows: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Perplexity and KL on each text."""
+    source, found = measure(model, windows, {"row": candidate}, lambda *_: None)
+    texts = {}
+    for name in TEXTS:
+        own, whole = found.texts[name], source.texts[name]
+        texts[name] = {
+            "perplexity": own.perplexity,
+            "perplexity_se": own.perplexity_se,
+            "source_perplexity": whole.perplexity,
+            "kl": own.kl,
+            "kl_se": own.kl_se,
+        }
+    return texts
+
+
+def work(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Model, name and figures of every row that is asked for."""
+    known = row_names()
+    wanted = [n for p in options.rows for n in known if fnmatch(n, p)]
+    for model_name, source in options.sources:
+        plan = make_plan(source, configuration(options, known[0])[0])
+        model, (count, length) = opened(source, plan), options.evaluation
+        windows = {
+            name: evaluation_tokens(name, source, length=length, sequences=count or None)
+            for name in TEXTS
+        }
+        for name in dict.fromkeys(wanted):
+            folder = options.work / model_name / name
+            folder.mkdir(parents=True, exist_ok=True)
+            fresh = get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=fresh) as child:
+                entry = child.submit(refine, source, folder, options, name).result()
+            width = configuration(options, name)[1]
+            candidate, taken = refined_candidate(model, plan, folder, width)
+            yield model_name, name, entry | taken | {"texts": measured(candidate, model, windows)}
+        for name, folder, bits in options.folders:
+            candidate = given_candidate(model, plan, folder)
+            yield model_name, name, {"bits": bits, "texts": measured(candidate, model, windows)}
+
+
+def markdown(state: dict[str, Any]) -> str:
+    """The table of a results file."""
+    lines = [
+        "# Methods side by side",
+        f"{state['windows']} Command: `{state['command']}`.",
+        "",
+        f"Machine: {state['machine']}, commit {state['commit']}. Seconds and memory are those of "
+        "refinement; other work ran on the machine (load average in the JSON).",
+    ]
+    for model, rows in state["models"].items():
+        first = next(iter(rows.values()))["texts"]
+        lines += [
+            "",
+            f"## {model}: "
+            + ", ".join(f"{text} {first[text]['source_perplexity']:.2f}" for text in TEXTS),
+            "| row | true bits | bytes | wiki perplexity | KL | handbook perplexity | KL "
+            "| s | GB |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for name, entry in sorted(rows.items(), key=lambda row: (row[0].split("-")[-1], row[0])):
+            own = [
+                f"{entry['texts'][t]['perplexity']:.2f} | {entry['texts'][t]['kl']:.3f}"
+                for t in TEXTS
+            ]
+            size = f"{entry['bytes']:,}" if "bytes" in entry else ""
+            seconds = f"{entry['seconds']:.0f}" if "seconds" in entry else ""
+            memory = f"{entry['memory'] / 1e9:.1f}" if "memory" in entry else ""
+            lines.append(
+                f"| {name} | {entry['bits']:.3f} | {size} | {' | '.join(own)} | {seconds} "
+                f"| {memory} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def named(text: str) -> tuple[str, Path]:
+    """NAME=PATH"""
+    name, _, path = text.partition("=")
+    return name, Path(path)
+
+
+def given(text: str) -> tuple[str, Path, float]:
+    """ROW=FOLDER,BITS"""
+    name, _, rest = text.partition("=")
+    path, _, bits = rest.rpartition(",")
+    return name, Path(path), float(bits)
+
+
+def arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("sources", type=named, nargs="+", metavar="NAME=SOURCE")
+    parser.add_argument("--work", type=Path, default=Path("build/methods"))
+    parser.add_argument("--out", type=Path, default=Path("build/methods/rows"))
+    parser.add_argument("--rows", nargs="*", default=["*"], help="names or patterns")
+    parser.add_argument("--folder", dest="folders", type=given, action="append", default=[])
+    parser.add_argument("--calibration", type=int, nargs=2, default=(64, 2048))
+    parser.add_argument("--held-out", type=int, default=16)
+    parser.add_argument("--evaluation", type=int, nargs=2, default=(0, 2048), help="0: all windows")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--commit", default="", help="of the code, for the record")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    store = options.out.with_suffix(".json")
+    state = json.loads(store.read_text()) if store.exists() else {"models": {}}
+    done = [name for rows in state["models"].values() for name in rows]
+    print(f"recorded already: {done}", flush=True)
+    sequences, length = options.calibration
+    windows, tokens = options.evaluation
+    state |= {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": options.commit,
+        "windows": f"Calibration {sequences} windows of {length} tokens, evaluation "
+        f"{windows or 'all'} windows of {tokens} of each text.",
+        "machine": f"2 CPU cores ({platform.machine()}), {options.threads} thread, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, Python "
+        f"{platform.python_version()}",
+    }
+    for model, name, entry in work(options):
+        state["models"].setdefault(model, {})[name] = entry
+        store.write_text(json.dumps(state, indent=1))
+        options.out.with_suffix(".md").write_text(markdown(state))
+        figures = {text: round(entry["texts"][text]["perplexity"], 3) for text in TEXTS}
+        print(model, name, round(entry["bits"], 3), figures, entry.get("seconds"), flush=True)
+
+
+if __name__ == "__main__":
+    main()

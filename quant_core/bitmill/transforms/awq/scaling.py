@@ -1,0 +1,99 @@
+"""AWQ: scales of input channels that make rounding hurt the outputs less.
+
+    s = a^r / m^(1-r),   r the one of a grid of least  sum over linears of tr(R H R^T)
+    R = W - Q(W diag(s)) diag(s)^-1
+
+a [K] is the size of each input channel, m [K] that of its weights: the mean over rows of |w| over
+the largest |w| of its row and group. (Lin et al., "AWQ", arXiv 2306.00978, sections 3.2 and 4; the
+division by m as its code has it.) Here a is the root mean square, which H has on its diagonal, and
+the error is that of all linears that read the input. Q rounds to min-max grids of the widths that
+groups will have. No scales at all are tried too, so the error never grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from bitmill.quant.codes import group_slices, row_errors
+from bitmill.quant.grid import ClipSettings, clip_search, nearest_codes, values
+from bitmill.runtime.ranks import Group
+from bitmill.transforms.awq.settings import AWQ
+
+SMALLEST = 1e-4
+"""Of sizes, as a share of the largest, so that a dead channel takes no endless scale."""
+
+
+class AwqScaling:
+    """AWQ as a `ChannelScaling` (`transforms/transform.py`)."""
+
+    def __init__(self, settings: AWQ) -> None:
+        self.settings = settings
+
+    def scales(
+        self,
+        weights: Mapping[str, Tensor],
+        widths: Mapping[str, tuple[int, ...]],
+        H: Tensor,
+        ranks: Group,
+    ) -> Tensor:
+        """See `ChannelScaling`."""
+        best = torch.ones(len(H), device=H.device)
+        least = rounding_error(weights, widths, H, best)
+        for scales in self._candidates(weights, H):
+            error = rounding_error(weights, widths, H, scales)
+            best = torch.where(error < least, scales, best)
+            least = torch.minimum(error, least)
+        ranks.share(best, 0)
+        return best
+
+    def _candidates(self, weights: Mapping[str, Tensor], H: Tensor) -> Iterator[Tensor]:
+        inputs = _relative(H.diagonal().sqrt())
+        sizes = _relative(channel_sizes(list(weights.values())))
+        for i in range(self.settings.steps + 1):
+            r = i / self.settings.steps
+            scales = inputs**r / sizes ** (1 - r)
+            yield scales / (scales.amax() * scales.amin()).sqrt()
+
+
+def _relative(sizes: Tensor) -> Tensor:
+    largest = sizes.amax()
+    relative = torch.where(largest > 0, sizes / largest, torch.ones_like(sizes))
+    return relative.clamp(min=SMALLEST)
+
+
+def channel_sizes(matrices: list[Tensor]) -> Tensor:
+    """m f32 [K] of matrices f32 [N_i, K]."""
+    total = torch.zeros_like(matrices[0][0])
+    for W in matrices:
+        for _, part in group_slices(W.shape[1]):
+            block = W[:, part].abs()
+            largest = block.amax(1, keepdim=True)
+            total[part] += torch.where(largest > 0, block / largest, 0.0).sum(0)
+    return total / sum(map(len, matrices))
+
+
+def rounding_error(
+    weights: Mapping[str, Tensor],
+    widths: Mapping[str, tuple[int, ...]],
+    H: Tensor,
+    scales: Tensor,
+) -> Tensor:
+    """sum of tr(R H R^T) of weights f32 [N, K] rounded after scaling, f64 []."""
+    total = torch.zeros((), dtype=torch.float64, device=H.device)
+    for name, W in weights.items():
+        residual = W - rounded(W * scales, widths[name]) / scales
+        total += row_errors(residual, H).sum()
+    return total
+
+
+def rounded(W: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """W f32 [N, K] on the min-max grids of its groups."""
+    parts = []
+    for group, columns in group_slices(W.shape[1]):
+        block = W[:, columns].contiguous()
+        grid = clip_search(block, widths[group], settings=ClipSettings.min_max())
+        parts.append(values(nearest_codes(block, grid, widths[group]), grid))
+    return torch.cat(parts, 1)
