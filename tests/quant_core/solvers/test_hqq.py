@@ -10,9 +10,9 @@ import torch
 from bitmill.config.quantization import parse_config
 from bitmill.errors import SpecError
 from bitmill.quant.codes import LinearCodes, per_column
-from bitmill.quant.grid import ClipSettings, max_code
+from bitmill.quant.grid import ClipSettings, Grid, max_code, nearest_codes
 from bitmill.runtime.ranks import SINGLE
-from bitmill.solvers.hqq.solver import HqqSolver
+from bitmill.solvers.hqq.solver import HqqSolver, starting_grids
 from bitmill.solvers.rtn import round_to_nearest
 from bitmill.solvers.solver import Linear
 
@@ -48,6 +48,20 @@ def test_for_norm_2_scales_are_those_of_least_squares() -> None:
         w, v = W[:, part].double(), steps[:, part].double()
         best = (w * v).sum(1) / (v * v).sum(1)
         assert torch.allclose(found.scales[group].double(), best, rtol=2**-10)
+
+
+@pytest.mark.parametrize("norm", [1.2, 3.0])
+def test_the_iterations_end_where_no_other_scale_has_a_smaller_norm(norm: float) -> None:
+    W = layer()[:, :128]
+    start = starting_grids(W, 4)
+    one = Grid(start.scale[:, :1], start.zero[:, :1])
+    found = HqqSolver(norm, 60).fit(W, one, 4)
+    steps = nearest_codes(W, found, 4) - found.zero[:, None]
+
+    def norms(factor: float) -> torch.Tensor:
+        return (W - factor * found.scale[:, None] * steps).abs().pow(norm).sum(1)
+
+    assert norms(1.0).sum() < min(norms(0.997).sum(), norms(1.003).sum())
 
 
 @pytest.mark.parametrize("norm", [0.7, 3.0])
