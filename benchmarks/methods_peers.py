@@ -70,6 +70,8 @@ def awq(model: nn.Module, options: argparse.Namespace) -> float:
         group_size=options.group,
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    if not torch.cuda.is_available():  # it pins host memory even where there is no accelerator
+        torch.Tensor.pin_memory = lambda tensor, *_: tensor
     quantization = QuantizationModifier(config_groups={"all": scheme}, ignore=["lm_head"])
     oneshot(
         model=model,
