@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
@@ -41,6 +42,14 @@ def save_tiny(folder: Path, config: Any, *, seed: int = 0, dtype: str = "float32
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def put_nan(folder: Path) -> None:
+    """Damage one weight of a `tiny_llama`."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def llama_config(**changes: Any) -> LlamaConfig:

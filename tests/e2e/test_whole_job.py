@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,16 +14,13 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from bitmill.io.manifest import check_folder
 from bitmill_service.client.client import Client
 from bitmill_service.client.errors import JobFailed
 from bitmill_service.embedded.server import EmbeddedService
-from bitmill_service.settings import ServiceSettings
 from stores import wait_for
-from tiny import tiny_llama
+from tiny import put_nan, tiny_llama
 
 pytestmark = pytest.mark.e2e
 BLOCKS = 4
@@ -39,33 +37,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head_dim=64,
         intermediate_size=256,
     )
-    broken = root / "nan"
-    broken.mkdir()
-    for file in folder.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    weights = load_file(broken / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    put_nan(Path(shutil.copytree(folder, root / "nan")))
     (root / "short.txt").write_text("word " * 30)
     return root
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[EmbeddedService]:
-    settings = ServiceSettings(
-        data=tmp_path_factory.mktemp("service") / "data",
-        port=0,
-        model_roots={"models": root},
-        threads=1,
-        lease_s=6,
-        renew_s=1,
-        poll_s=0.02,
-        resend_s=1,
-        reconcile_s=0.5,
-        event_poll_s=0.05,
-    )
-    with EmbeddedService(settings) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
