@@ -290,12 +290,20 @@ class ExportSizeView(View):
     largest: int
 
 
+class EmbeddingsView(View):
+    """Bytes of input embedding and output head: as they are kept, and packed at 8 and at 4 bits."""
+
+    kept: int
+    packed: dict[int, int]
+
+
 class PlanView(View):
     """What a job would work on: nothing was created.
 
     weights: quantized weights in all. smallest, largest: the legal widths' range. fused: linears
     of the first block that read the same input. estimate, on_accelerator: memory, disk and time of
-    a runner without and with accelerators. exports: what those that were asked for take. notes:
+    a runner without and with accelerators. exports: what those that were asked for take.
+    embeddings: what packing them too would save; None where it is done or cannot be. notes:
     what of the source is left out and why, and what could not be checked.
     """
 
@@ -311,6 +319,7 @@ class PlanView(View):
     on_accelerator: Estimate
     notes: list[str]
     exports: list[ExportSizeView] = []
+    embeddings: EmbeddingsView | None = None
 
 
 class ProfileView(View):

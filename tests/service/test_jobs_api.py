@@ -97,6 +97,10 @@ def test_plan_is_shown_and_nothing_created(http: httpx2.Client, stack: Stack) ->
     assert plan["smallest"]["width"] == 2
     assert plan["estimate"]["largest_size"] == plan["largest"]["size"]
     assert plan["estimate"]["host_bytes"] > 0
+    kept, packed = plan["embeddings"]["kept"], plan["embeddings"]["packed"]
+    assert kept == 258 * 160 * 4  # tied, below the size from which matrices are narrowed
+    assert 258 * 160 < packed["8"] < 258 * 160 * 1.1
+    assert packed["4"] < 0.6 * packed["8"]
     assert plan["on_accelerator"]["seconds"] < plan["estimate"]["seconds"]
     assert plan["fused"][0][0] == [
         f"model.layers.0.self_attn.{name}_proj" for name in ("q", "k", "v")

@@ -398,7 +398,7 @@ def _known(registry: Registry[T], name: str) -> T:
 
 
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]{1,128}$")]
-Baseline = Literal["uniform", "uniform-2", "uniform-3", "uniform-4"]
+Baseline = Literal["uniform", "uniform-2", "uniform-3", "uniform-4", "embeddings"]
 
 
 class Evaluation(Closed):
@@ -410,7 +410,8 @@ class Evaluation(Closed):
     framing: how windows begin; tasks are asked in the chat template too where it is "chat".
 
     baselines: also quantize and measure these: plain GPTQ in natural column order at one width,
-    "uniform" at the legal width nearest to the map's mean, "uniform-3" at 3 bits.
+    "uniform" at the legal width nearest to the map's mean, "uniform-3" at 3 bits; "embeddings" is
+    the result itself with its input embedding and output head packed too, at 8 bits.
     """
 
     texts: tuple[Literal["wiki_evaluation", "handbook_evaluation"], ...] = (
@@ -484,10 +485,16 @@ class QuantizationConfig(Stored):
         check_widths(code, allocation.widths, "allocation.widths")
         for widths in allocation.map.linears.values() if allocation.map else ():
             check_widths(code, widths, "allocation.map")
+        if "embeddings" in self.evaluation.baselines and allocation.embeddings == "quantize":
+            raise SpecError(
+                "evaluation.baselines has 'embeddings', which this job packs already: leave it out",
+                param="evaluation.baselines",
+            )
         refusals = {
             "devices": (self.devices > (method.max_devices or self.devices), method.max_devices),
             "allocation.embeddings": (allocation.embeddings == "quantize", "keep"),
             "allocation.method": (allocation.method == "sba", "knapsack"),
+            "evaluation.baselines": ("embeddings" in self.evaluation.baselines, "uniform"),
         }
         for param, (refused, instead) in refusals.items():
             if refused and code != AUTO:
@@ -496,6 +503,12 @@ class QuantizationConfig(Stored):
                     param=param,
                 )
         return self
+
+    @property
+    def packs_embeddings(self) -> Self:
+        """The same with `allocation.embeddings` at "quantize", for planning."""
+        allocation = self.allocation.model_copy(update={"embeddings": "quantize"})
+        return self.model_copy(update={"allocation": allocation})
 
     @property
     def transforms(self) -> tuple[TransformConfig, ...]:

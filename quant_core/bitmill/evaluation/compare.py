@@ -50,9 +50,14 @@ class Candidate:
     predicted_loss: float | None = None
 
 
-def from_packed(model: StreamedModel, packed: Path) -> StreamedLogits:
+def from_packed(
+    model: StreamedModel, packed: Path, matrices: Mapping[str, Tensor] | None = None
+) -> StreamedLogits:
     """The model with the weights of a packed folder: with what it narrowed, and with norms and
-    biases of blocks, into which transforms may have been folded."""
+    biases of blocks, into which transforms may have been folded.
+
+    matrices: f32 [V, D] instead of embeddings and heads that it keeps, by name.
+    """
     checkpoint = open_checkpoint(packed)
 
     def dequantized(name: str) -> Tensor:
@@ -63,7 +68,8 @@ def from_packed(model: StreamedModel, packed: Path) -> StreamedLogits:
         for tensor in model.plan.tensors
         if checkpoint.headers[tensor.name].dtype != tensor.dtype or _foldable(model.plan, tensor)
     }
-    return with_weights(model, dequantized, kept)
+    other = {f"{name}.weight": value for name, value in (matrices or {}).items()}
+    return with_weights(model, dequantized, kept | other)
 
 
 def _foldable(plan: Plan, tensor: PlannedTensor) -> bool:

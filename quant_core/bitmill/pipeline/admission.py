@@ -14,26 +14,39 @@ from typing import Any
 
 from bitmill.allocation.allocator import check_budget
 from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.codes import AUTO
 from bitmill.config.quantization import Allocation, QuantizationConfig
-from bitmill.errors import SpecError
+from bitmill.errors import ModelError, SpecError
 from bitmill.formats.export_plan import ExportTarget
 from bitmill.formats.format import Contents, Facts, check_supported, format_of, stored_rewrites
 from bitmill.pipeline.estimate import Estimate, Machine, estimate
-from bitmill.plan.model_plan import Plan, check_lengths, check_rows, plan_source, read_source
+from bitmill.plan.model_plan import (
+    Plan,
+    SourceModel,
+    check_lengths,
+    check_rows,
+    plan_source,
+    read_source,
+)
 
 
 @dataclass(frozen=True)
 class Admission:
     """A job that its model, budget and settings allow.
 
-    gguf: the source must be converted first. settings: of the model's config.json, which
-    transformers itself has still to accept (`models/skeleton.py`).
+    gguf: the source must be converted first. source: what the plan was made from.
     """
 
     config: QuantizationConfig
     plan: Plan
     gguf: bool
-    settings: dict[str, Any]
+    source: SourceModel
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the model's config.json, which transformers itself has still to accept
+        (`models/skeleton.py`)."""
+        return self.source.settings
 
     def needs(self, machine: Machine | None = None) -> Estimate:
         """Memory, disk and time on such a machine; a CPU by default."""
@@ -49,11 +62,37 @@ def admit(folder: Path, config: QuantizationConfig, *, gguf: str | None = None) 
     """
     source = read_source(folder, gguf=gguf)
     plan = plan_source(source, config)
+    if "embeddings" in config.evaluation.baselines:
+        plan_source(source, config.packs_embeddings)
     check_format(plan, config)
     check_budget(plan, config)
     check_lengths(plan, config.calibration.length, config.evaluation.length)
     check_rows(plan, config.devices)
-    return Admission(config, plan, gguf is not None, source.settings)
+    return Admission(config, plan, gguf is not None, source)
+
+
+def embedding_bytes(
+    admitted: Admission, widths: Sequence[int]
+) -> tuple[int, dict[int, int]] | None:
+    """Bytes of input embedding and output head as the result keeps them, and packed, by width.
+
+    None where the result packs them itself, its code has no place for them or the source no input
+    embedding of its own.
+    """
+    if admitted.config.allocation.embeddings == "quantize" or admitted.config.code_name != AUTO:
+        return None
+    try:
+        other = plan_source(admitted.source, admitted.config.packs_embeddings)
+    except ModelError:
+        return None
+    chosen, shapes = format_of(other), [matrix.shape for matrix in other.embeddings]
+    names = {f"{shape.name}.weight" for shape in shapes}
+    kept = sum(tensor.spec.nbytes for tensor in admitted.plan.tensors if tensor.name in names)
+    packed = {
+        width: sum(chosen.linear_bytes(shape, (width,) * shape.groups) for shape in shapes)
+        for width in widths
+    }
+    return kept, packed
 
 
 def check_format(plan: Plan, config: QuantizationConfig) -> None:

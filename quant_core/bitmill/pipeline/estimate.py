@@ -156,6 +156,7 @@ def _disk_bytes(plan: Plan, config: QuantizationConfig, gguf: bool) -> int:
     baselines = sum(
         packed if name == "uniform" else _uniform_size(plan, config, int(name[-1]))
         for name in config.evaluation.baselines
+        if name != "embeddings"
     )
     converted = 4 * (plan.weights + _outside_weights(plan)) if gguf else 0
     return converted + copies * packed + baselines

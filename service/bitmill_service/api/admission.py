@@ -28,7 +28,7 @@ from bitmill_service.api.hub_headers import fetch_headers
 from bitmill_service.api.skeleton_check import ask_transformers
 from bitmill_service.http.access import Principal
 from bitmill_service.http.problems import ProblemError
-from bitmill_service.schemas import ExportSizeView, PlanView, SizeView
+from bitmill_service.schemas import EmbeddingsView, ExportSizeView, PlanView, SizeView
 from bitmill_workers.errors import UploadNotFound
 from bitmill_workers.execution.fetch import local_model
 from bitmill_workers.execution.inputs import (
@@ -156,9 +156,15 @@ def plan_view(admission: Admission) -> PlanView:
             )
             for target in admission.exports
         ],
+        embeddings=_embeddings(job),
         notes=[*plan.notes, *([admission.unchecked] if admission.unchecked else [])],
         on_accelerator=job.needs(Machine(accelerator=True)),
     )
+
+
+def _embeddings(job: library.Admission) -> EmbeddingsView | None:
+    found = library.embedding_bytes(job, (8, 4))
+    return None if found is None else EmbeddingsView(kept=found[0], packed=found[1])
 
 
 class Models:

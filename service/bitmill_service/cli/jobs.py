@@ -28,7 +28,7 @@ from bitmill_service.cli.progress import JobWatch
 from bitmill_service.cli.report_table import parse_rows, print_report
 from bitmill_service.cli.spec import Given, build_spec, local_folder, model_reference
 from bitmill_service.client.client import Client
-from bitmill_service.schemas import JobView, PlanView
+from bitmill_service.schemas import EmbeddingsView, JobView, PlanView
 
 
 @takes(*COMMON, SERVICE_RESULTS, JOB)
@@ -358,10 +358,19 @@ def _show_plan(plan: PlanView, *, as_json: bool) -> None:
             f"export {one.format}: {format_size(one.smallest)} to {format_size(one.largest)}\n"
             for one in plan.exports
         )
+        + _embeddings(plan.embeddings)
         + f"needs on a CPU: {_needs(plan.estimate)}\n"
         f"needs on accelerators: {format_size(plan.on_accelerator.accelerator_bytes)} of each, "
         f"{_needs(plan.on_accelerator)}"
     )
+
+
+def _embeddings(found: EmbeddingsView | None) -> str:
+    """What packing them too would save."""
+    if found is None:
+        return ""
+    packed = ", ".join(f"{format_size(size)} at {width}" for width, size in found.packed.items())
+    return f"embeddings: {format_size(found.kept)} kept, {packed} bits (--embeddings quantize)\n"
 
 
 def _needs(estimate: Estimate) -> str:

@@ -253,7 +253,8 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
         SpecOption(
             "--baselines",
             "evaluation.baselines",
-            "Measure plain GPTQ too: uniform (the map's mean width), uniform-2, -3, -4.",
+            "Measure plain GPTQ too: uniform (the map's mean width), uniform-2, -3, -4; "
+            "embeddings: the result with packed ones.",
             comma_separated,
             "NAME,...",
         ),

@@ -35,6 +35,19 @@ def test_defaults_round_trip_through_json():
         ({"allocation": {"min_bits": 5, "max_bits": 3}}, "allocation", "5"),
         ({"allocation": {"widths": [2, 3], "min_bits": 4}}, "allocation", "no width"),
         ({"allocation": {"widths": [2, 3], "edge_min_bits": 4}}, "allocation", "edge_min_bits 4"),
+        (
+            {
+                "allocation": {"embeddings": "quantize"},
+                "evaluation": {"baselines": ["embeddings"]},
+            },
+            "evaluation.baselines",
+            "packs already",
+        ),
+        (
+            {"code": "trellis", "evaluation": {"baselines": ["embeddings"]}},
+            "evaluation.baselines",
+            "trellis",
+        ),
         ({"calibration": {"sequences": 0}}, "calibration.sequences", "1"),
         ({"calibration": {"sequences": 4, "profile_sequences": 5}}, "calibration", "at most as"),
     ],

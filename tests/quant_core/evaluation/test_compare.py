@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import bitmill
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.calibration.windows import evaluation_tokens, evaluation_windows
-from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.quantization import Evaluation, parse_config
 from bitmill.evaluation.compare import Candidate, measure
 from bitmill.evaluation.logits import StreamedLogits
@@ -49,7 +50,8 @@ def job(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
             "allocation": {"widths": [2, 3, 4]},
             "refinement": {"compensated_grid": False, "asymmetric": False},
             "calibration": {"text": text, "sequences": 4, "length": 64, "held_out": 2},
-            "evaluation": EVALUATION | {"baselines": ["uniform", "uniform-2", "uniform-3"]},
+            "evaluation": EVALUATION
+            | {"baselines": ["uniform", "uniform-2", "uniform-3", "embeddings"]},
             "threads": 1,
         }
     )
@@ -76,7 +78,13 @@ def test_the_measured_increase_is_that_of_the_loaded_models(source: Path, job: R
 def test_rows_carry_the_profile_s_prediction_of_their_widths(job: Result) -> None:
     """Times measured over predicted loss of the map that was taken, where these are far apart."""
     rows = {row.method: row for row in job.quality.rows}
-    assert list(rows) == ["source", "knapsack gptq", "uniform 2-bit gptq", "uniform 3-bit gptq"]
+    assert list(rows) == [
+        "source",
+        "knapsack gptq",
+        "knapsack gptq, 8-bit embeddings",
+        "uniform 2-bit gptq",
+        "uniform 3-bit gptq",
+    ]
     profile = SensitivityProfile.load(job.folder.parent / "work" / "profile" / "profile.npz")
     (taken,) = [check for check in job.quality.checks if check.taken]
     found = taken.kl / taken.predicted_loss
@@ -89,6 +97,37 @@ def test_rows_carry_the_profile_s_prediction_of_their_widths(job: Result) -> Non
     assert rows["source"].predicted_loss is None
     assert rows["knapsack gptq"].predicted_loss == job.quality.predicted_loss
     assert 0 < rows["knapsack gptq"].predicted_loss < rows["uniform 3-bit gptq"].predicted_loss
+
+
+def test_the_row_with_packed_embeddings_is_what_a_job_would_make(
+    source: Path, job: Result, tmp_path: Path
+) -> None:
+    """The same map, with the embedding at 8 bits in it."""
+    row = job.quality.row("knapsack gptq, 8-bit embeddings")
+    widths = BitWidthMap.load(job.folder / MAP_NAME)
+    linears = widths.linears | {"model.embed_tokens": (8, 8)}
+    given = widths.model_copy(update={"linears": linears}).to_json()
+    spec = parse_config(
+        {
+            "budget": {"bits": 16},
+            "allocation": {
+                "method": "map",
+                "map": json.loads(given),
+                "order": widths.order,
+                "embeddings": "quantize",
+            },
+            "calibration": {"sequences": 1, "length": 64, "held_out": 0},
+            "evaluation": EVALUATION,
+            "refinement": {"method": "rtn"},
+            "threads": 1,
+        }
+    )
+    made = run_job(spec, source, tmp_path / "work", tmp_path / "out")
+    assert row.size == made.quality.rows[1].size
+    plain = job.quality.row("knapsack gptq")
+    assert row.texts[WIKI].kl != plain.texts[WIKI].kl
+    assert row.texts[WIKI].kl == pytest.approx(plain.texts[WIKI].kl, rel=0.2)
+    assert row.size < plain.size
 
 
 def test_a_map_outside_the_profile_has_no_prediction(source: Path) -> None:

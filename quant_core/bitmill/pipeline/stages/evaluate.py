@@ -29,10 +29,13 @@ from bitmill.pipeline.stages.pack import PACKED_NAME
 from bitmill.pipeline.stages.plan import Tasks
 from bitmill.pipeline.stages.refine import Refined
 from bitmill.pipeline.workspace import Made
-from bitmill.plan.model_plan import Plan, length_notes
+from bitmill.plan.model_plan import Plan, length_notes, make_plan
+from bitmill.refinement.embeddings import head_squares, round_embedding
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.reporting.learning import overfitting_warnings
 from bitmill.results import QUALITY_NAME, CheckedMap, QualityReport, QualityRow
+
+EMBEDDING_WIDTH = 8
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Baselines:
         bit_widths: BitWidthMap,
     ) -> Baselines | None:
         """The baselines asked for, each once, ascending."""
-        asked = config.evaluation.baselines
+        asked = [name for name in config.evaluation.baselines if name != "embeddings"]
         if not asked:
             return None
         mean = footprint(plan, bit_widths).code_bits
@@ -62,6 +65,14 @@ class Baselines:
         nearest = min(legal, key=lambda b: (abs(b - mean), b))
         widths = {nearest if name == "uniform" else int(name[-1]) for name in asked}
         return cls(tuple(sorted(widths)), BASELINE, calibration, config.seed)
+
+
+@dataclass(frozen=True)
+class PackedEmbeddings:
+    """The result with embeddings and heads packed too. plan: in which they are."""
+
+    plan: Plan
+    calibration: CalibrationSet
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,7 @@ class Inputs:
     windows: Mapping[str, Tensor]
     profile: SensitivityProfile | None
     baselines: Baselines | None
+    embeddings: PackedEmbeddings | None
     begins: Mapping[str, str]
     checks: tuple[CheckedMap, ...]
     tasks: TaskRun | None
@@ -129,6 +141,11 @@ class Inputs:
             windows=evaluation_windows(config.evaluation, source.folder, rows=plan.vocab_size),
             profile=allocated.corrected(profile),
             baselines=Baselines.of(config, plan, calibration, allocated.bit_widths),
+            embeddings=(
+                PackedEmbeddings(make_plan(source.folder, config.packs_embeddings), calibration)
+                if "embeddings" in config.evaluation.baselines
+                else None
+            ),
             checks=allocated.checks,
             begins={
                 "calibration": described(tokenizer, calibration.framing),
@@ -147,6 +164,9 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     predicted = predicted_loss(inputs.profile, inputs.bit_widths)
     packed = from_packed(model, inputs.packed)
     candidates = {inputs.method: Candidate(inputs.bit_widths, packed, inputs.plan, predicted)}
+    if inputs.embeddings is not None:
+        name = f"{inputs.method}, {EMBEDDING_WIDTH}-bit embeddings"
+        candidates[name] = _with_packed_embeddings(inputs, inputs.embeddings, model)
     if inputs.baselines is not None:
         for width in inputs.baselines.widths:
             baseline = _baseline(inputs, model, width, folder, run)
@@ -227,6 +247,22 @@ def _write_report(inputs: Inputs, rows: list[QualityRow], run: Run, folder: Path
         seconds=run.seconds(),
     )
     write_bytes(folder / QUALITY_NAME, report.to_json().encode())
+
+
+def _with_packed_embeddings(
+    inputs: Inputs, asked: PackedEmbeddings, model: StreamedModel
+) -> Candidate:
+    """The result, its kept embeddings and heads rounded as a job would that packs them."""
+    squares = head_squares(model, asked.calibration.tokens)
+    widths = {m.name: (EMBEDDING_WIDTH,) * m.shape.groups for m in asked.plan.embeddings}
+    rounded = {
+        matrix.name: round_embedding(model, matrix, widths[matrix.name], squares)[0].dequantize()
+        for matrix in asked.plan.embeddings
+    }
+    bit_widths = inputs.bit_widths.model_copy(
+        update={"linears": {**inputs.bit_widths.linears, **widths}}
+    )
+    return Candidate(bit_widths, from_packed(model, inputs.packed, rounded), asked.plan)
 
 
 def _baseline(
