@@ -22,7 +22,6 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
 from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -80,12 +79,12 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: str = ""
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         """Size of the data."""
         return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
 
-    @cached_property
+    @property
     def entry_bytes(self) -> int:
         """Length of its entry in a header, its comma included, the digits of offsets not."""
         shape = ",".join(map(str, self.shape))
@@ -109,12 +108,13 @@ def shard(
     shards: list[list[TensorInfo]] = [[]]
     filled = 0
     for tensor in tensors:
-        full = filled + tensor.nbytes > max_bytes or len(shards[-1]) == MAX_TENSORS
+        size = tensor.nbytes
+        full = filled + size > max_bytes or len(shards[-1]) == MAX_TENSORS
         if shards[-1] and full:
             shards.append([])
             filled = 0
         shards[-1].append(tensor)
-        filled += tensor.nbytes
+        filled += size
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     count = len(shards)
@@ -142,8 +142,9 @@ def header_bytes(tensors: Iterable[TensorInfo]) -> int:
     length = len(_compact({"__metadata__": METADATA}))
     offset = 0
     for tensor in sorted(tensors, key=_place):
-        length += tensor.entry_bytes + len(str(offset)) + len(str(offset + tensor.nbytes))
-        offset += tensor.nbytes
+        end = offset + tensor.nbytes
+        length += tensor.entry_bytes + len(str(offset)) + len(str(end))
+        offset = end
     return 8 + length + -length % 8
 
 

@@ -242,6 +242,11 @@ class Plan(Closed):
                 param=param,
             )
 
+    @cached_property
+    def _siblings(self) -> list[list[list[str]]]:
+        steps = map(self.input_steps, range(self.block_count))
+        return [[siblings for step in block for siblings in step] for block in steps]
+
     def block_linears(self, block: int) -> list[PlannedLinear]:
         """Linears of one block, in execution order."""
         return self._by_block[block]
@@ -261,7 +266,7 @@ class Plan(Closed):
 
     def siblings(self, block: int) -> list[list[str]]:
         """Full names that read the same input, in execution order: [[q, k, v], [o], ...]."""
-        return [siblings for step in self.input_steps(block) for siblings in step]
+        return self._siblings[block]
 
 
 def _source(place: Placed, transposed: bool = False) -> Source:
