@@ -2,13 +2,14 @@
 
     python benchmarks/sweep.py SOURCE --out benchmarks/results/sweep
 
-SOURCE is a model's folder or a GGUF file. The grid is 2 calibration texts x 2 refinements x 3
-budgets (--smoke: 1 x 2 x 2, windows of 256 tokens). `bitmill sweep` runs it; then every cell runs
-alone, with `bitmill quantize` and no profiles kept. All times are wall times of whole commands,
-their start included, on this machine and with nothing else on it.
+SOURCE is a model's folder or a GGUF file. The grid is 2 calibration texts x 2 methods of allocation
+x 3 budgets, refined by --refine after --sequences windows of --length tokens. `bitmill sweep` runs
+it; then every cell runs alone, with `bitmill quantize` and no profiles kept. Maps are not measured
+before they are taken (`check` is off). All times are those of whole commands, their start included,
+by the clock and, where other programs use the machine too, better in seconds of CPU.
 
-Recorded: `ratio` = seconds of the sweep / sum of the seconds of its cells alone, and whether both
-made the same weights.
+Recorded: `ratio` = time of the sweep / sum of the times of its cells alone, whether both made the
+same weights, and in `cells` what the sweep's table says of each.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,37 +33,46 @@ from bitmill_workers.sweep_spec import parse_sweep
 BITMILL = [sys.executable, "-P", "-m", "bitmill_service.cli.main"]
 
 
-def spec(source: Path, smoke: bool) -> dict[str, Any]:
+def spec(source: Path, refine: str, sequences: int, length: int) -> dict[str, Any]:
     """The sweep as JSON."""
     gguf = {"file": source.name} if source.suffix == ".gguf" else {}
     folder = source.parent if gguf else source
-    length = 256 if smoke else 1024
-    texts = ["wiki_calibration", "mixture_calibration"][: 1 if smoke else 2]
+    texts = ("wiki_calibration", "mixture_calibration")
     return {
         "job": {
             "model": {"source": "path", "path": str(folder.resolve())} | gguf,
-            "calibration": {"sequences": 4 if smoke else 16, "length": length, "held_out": 2},
-            "evaluation": {"texts": ["wiki_evaluation"], "sequences": 2, "length": length},
+            "calibration": {"sequences": sequences, "length": length, "held_out": 2},
+            "allocation": {"check": "off"},
+            "refinement": {"method": refine},
+            "evaluation": {
+                "texts": ["wiki_evaluation", "handbook_evaluation"],
+                "sequences": 2,
+                "length": length,
+            },
         },
         "grid": {
             "calibration.text": [{"source": "bundled", "name": name} for name in texts],
-            "refinement.method": ["rtn", "gptq"],
-            "budget.code_bits": [2.5, 3] if smoke else [2.5, 3, 4],
+            "allocation.method": ["uniform", "knapsack"],
+            "budget.code_bits": [2, 3, 4],
         },
     }
 
 
-def timed(*arguments: str) -> float:
-    """Seconds of a command, which must succeed."""
-    begin = time.monotonic()
+def timed(*arguments: str) -> dict[str, float]:
+    """Wall and CPU seconds of a command, which must succeed."""
+    begin, used = time.monotonic(), _cpu()
     subprocess.run([*BITMILL, *arguments], check=True, stdout=subprocess.DEVNULL)
-    return round(time.monotonic() - begin, 1)
+    return {"wall_s": round(time.monotonic() - begin, 1), "cpu_s": round(_cpu() - used, 1)}
 
 
-def run(source: Path, smoke: bool, device: str) -> dict[str, Any]:
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run(source: Path, asked: dict[str, Any], device: str) -> dict[str, Any]:
     """Both ways, and what they took."""
-    asked = spec(source, smoke)
-    alone: dict[str, float] = {}
+    alone: dict[str, dict[str, float]] = {}
     same = True
     with tempfile.TemporaryDirectory(prefix="bitmill-sweep-") as scratch:
         place = Path(scratch)
@@ -77,17 +89,22 @@ def run(source: Path, smoke: bool, device: str) -> dict[str, Any]:
             names = [name for name in shared if name.endswith(".safetensors")]
             theirs = read_manifest(out).files
             same &= all(shared[name] == theirs[name] for name in names)
+        cells = json.loads((place / "sweep" / "table.json").read_text())
     return {
-        "model": source.name,
-        "smoke": smoke,
+        "job": asked["job"] | {"model": source.name},
         "device": device,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
-        "sweep_s": swept,
-        "alone_s": alone,
-        "sum_alone_s": round(sum(alone.values()), 1),
-        "ratio": round(swept / sum(alone.values()), 3),
+        "torch": version("torch"),
+        "load_average": [round(load, 1) for load in os.getloadavg()],
+        "sweep": swept,
+        "alone": alone,
+        "ratio": {
+            kind: round(taken / sum(one[kind] for one in alone.values()), 3)
+            for kind, taken in swept.items()
+        },
         "same_weights": same,
+        "cells": cells,
     }
 
 
@@ -97,9 +114,12 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--refine", default="gptq", choices=["rtn", "gptq", "omniquant"])
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
     options = parser.parse_args()
-    found = run(options.source, options.smoke, options.device)
+    asked = spec(options.source, options.refine, options.sequences, options.length)
+    found = run(options.source, asked, options.device)
     text = json.dumps(found, indent=1)
     print(text)
     if options.out is not None:
