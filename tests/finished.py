@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import httpx2
+
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.allocation.profiled import ProfiledModel
 from bitmill.errors import ModelError
@@ -51,6 +53,12 @@ class Stack:
         """A queued job that no request made."""
         spec: JobSpec = parse_spec(spec_json(**changes))
         return self.context.jobs.submit(spec).job
+
+    def sweep(self, **grid: list[Any]) -> str:
+        """Submit a sweep over these axes; its id."""
+        body = {"job": spec_json(), "grid": grid}
+        answer = httpx2.post(f"{self.url}/v1/sweeps", json=body, timeout=20).raise_for_status()
+        return str(answer.json()["id"])
 
     def running(self, **changes: Any) -> JobRecord:
         """A job that a worker has claimed."""

@@ -186,6 +186,7 @@ class SweepLinks(View):
 
     self: str
     cancel: str
+    events: str
     table: str
     plot: str
 
@@ -227,6 +228,13 @@ class EventView(View):
     at: datetime
     kind: str
     data: dict[str, Any]
+
+
+class SweepEventView(EventView):
+    """One event of a job of a sweep."""
+
+    cell: int
+    job_id: str
 
 
 class EventPage(View):
@@ -443,14 +451,16 @@ class KeyList(View):
 
 
 class QueueView(View):
-    """A queue of the workers: `paused` ones give out no more jobs."""
+    """A queue of the workers: `paused` ones give out no more jobs; how many wait and run."""
 
     name: str
     paused: bool
+    queued: int = 0
+    running: int = 0
 
 
 class WorkerView(View):
-    """A live worker; one that `drains` takes no more jobs."""
+    """A live worker; one that `drains` takes no more jobs. stage, progress: of its job."""
 
     name: str
     host: str
@@ -459,6 +469,8 @@ class WorkerView(View):
     version: str
     last_seen: datetime
     job_id: str | None = None
+    stage: str | None = None
+    progress: JobProgress | None = None
     drains: bool
 
 

@@ -17,7 +17,7 @@ from bitmill_workers.store.migrate import upgrade
 from browsing import THEMES, WIDTHS, Browser
 from finished import MAP, Stack
 from serving import serve
-from stores import wait_for
+from stores import claim, wait_for
 
 
 def report(stack: Stack, job_id: str, stage: str, state: str, done: int | None = None) -> None:
@@ -49,6 +49,8 @@ def test_pages_are_legible_in_both_themes_and_on_a_phone(
         "jobs": "/ui/jobs",
         "running": f"/ui/jobs/{running.id}",
         "done": f"/ui/jobs/{done.id}?against={running.id}",
+        "sweeps": "/ui/sweeps",
+        "sweep": f"/ui/sweeps/{stack.sweep(**{'budget.code_bits': [3, 4], 'seed': [0, 1]})}",
         "failed": f"/ui/jobs/{stack.failed(label='a job that failed').id}",
         "new": "/ui/jobs/new?source=path&name=models/tiny&more={}",
         "profiles": "/ui/profiles",
@@ -119,14 +121,33 @@ def test_the_list_follows_and_keeps_what_is_ticked(browser: Browser, stack: Stac
     browser.run("window.same = true")
     browser.click(f"#pick-{kept.id}")
     stack.context.jobs.request_cancel(other.id)
-    browser.until(
-        lambda: not browser.run(f"return document.getElementById('pick-{other.id}')"), "cancelled"
-    )
+    browser.shows("cancelled", f"tr:has(#pick-{other.id})")
     assert browser.find(f"#pick-{kept.id}").is_selected()
     assert browser.run("return window.same")
     browser.click_text("button", "Cancel the selected jobs")
     browser.shows("1 cancelled")
     assert stack.context.jobs.get(kept.id).state == "cancelled"
+    browser.click(f"#pick-{kept.id}")
+    browser.click_text("button", "Delete them")
+    browser.shows("1 deleted")
+    assert not browser.run(f"return document.getElementById('pick-{kept.id}')")
+
+
+def test_a_sweep_is_followed_without_loading_the_page_again(browser: Browser, stack: Stack) -> None:
+    sweep = stack.sweep(**{"budget.code_bits": [3, 4]})
+    browser.open(f"/ui/sweeps/{sweep}")
+    browser.run("window.same = true")
+    browser.shows("2 queued", "#state")
+    first, second = (job.id for job in stack.context.sweeps.cells(sweep).values())
+    stack.context.jobs.request_cancel(second)
+    browser.shows("1 cancelled, 1 queued", "#state")
+    report(stack, claim(stack.leases, first).id, "refine", "", 3)
+    browser.shows("refine 3 of 4", "#cells")
+    stack.finish(stack.context.jobs.get(first))
+    browser.shows("1 cancelled, 1 succeeded", "#state")
+    assert browser.run("return window.same")
+    browser.click_text("button", "Delete with all of its jobs")
+    browser.until(lambda: browser.driver.current_url.endswith("/ui/sweeps"), "the list")
 
 
 def test_a_job_is_cancelled_and_tried_again(browser: Browser, stack: Stack) -> None:

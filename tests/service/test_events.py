@@ -129,3 +129,59 @@ def test_last_event_id_wins_where_it_is_a_number() -> None:
     assert first_event(3, "x") == 3
     assert first_event(3, None) == 3
     assert first_event(3, "9" * 5000) == 3
+
+
+def sweep_stream(http: httpx2.Client, sweep: str, **headers: str) -> list[httpx2.ServerSentEvent]:
+    with http.stream("GET", f"/v1/sweeps/{sweep}/events", headers=headers) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return list(httpx2.EventSource(response))
+
+
+def test_a_sweeps_stream_is_that_of_all_of_its_jobs(http: httpx2.Client, stack: Stack) -> None:
+    sweep = stack.sweep(seed=[0, 1, 2])
+    jobs = [job.id for job in stack.context.sweeps.cells(sweep).values()]
+    heard = threading.Event()
+
+    def finish() -> None:
+        assert heard.wait(10)
+        for job_id in jobs:
+            stack.context.jobs.request_cancel(job_id)
+
+    thread = threading.Thread(target=finish)
+    thread.start()
+    events = []
+    with http.stream("GET", f"/v1/sweeps/{sweep}/events") as response:
+        for event in httpx2.EventSource(response):
+            events.append(event)
+            if len(events) == 3:
+                heard.set()
+    thread.join()
+    *events, end = events
+    assert end.event == "end"
+    for number, job_id in enumerate(jobs, 1):
+        mine = [event.json() for event in events if event.json()["job_id"] == job_id]
+        told = {"cell": number, "job_id": job_id}
+        assert mine == [page | told for page in pages(http, job_id)]
+    # From any event on, exactly the rest comes again, whatever job it is of.
+    for place in range(len(events)):
+        rest = sweep_stream(http, sweep, **{"Last-Event-ID": events[place].id})
+        told = [event.data for event in rest[:-1]]
+        assert sorted(told) == sorted(event.data for event in events[place + 1 :])
+
+
+def test_a_retried_cell_goes_on_in_its_sweeps_stream(http: httpx2.Client, stack: Stack) -> None:
+    sweep = stack.sweep(seed=[0, 1])
+    first, second = (job.id for job in stack.context.sweeps.cells(sweep).values())
+    for job_id in (first, second):
+        stack.context.jobs.request_cancel(job_id)
+    last = sweep_stream(http, sweep)[-2].id
+    again = http.post(f"/v1/jobs/{first}/retry").json()["id"]
+    stack.context.jobs.request_cancel(again)
+    rest = sweep_stream(http, sweep, **{"Last-Event-ID": last})[:-1]
+    assert {(event.json()["cell"], event.json()["job_id"]) for event in rest} == {(1, again)}
+    http.delete(f"/v1/jobs/{second}")
+    assert len(sweep_stream(http, sweep, **{"Last-Event-ID": last})) == len(rest) + 1
+    answer = http.get(f"/v1/sweeps/{sweep}/events", params={"after": "nonsense"})
+    assert answer.status_code == 422
+    missing = http.get("/v1/sweeps/absent/events")
+    assert (missing.status_code, missing.json()["code"]) == (404, "sweep_not_found")

@@ -20,6 +20,7 @@ from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.migrate import upgrade
 from finished import MAP, Stack
 from serving import serve
+from stores import claim
 
 PAGES = ("/ui/jobs", "/ui/sign-in", "/ui/nothing")
 
@@ -103,6 +104,9 @@ def test_filters_narrow_the_list(pages: httpx2.Client, stack: Stack) -> None:
     text = pages.get("/ui/jobs", params={"state": "queued", "label": "kept"}).text
     assert kept.id in text
     assert other.id not in text
+    assert kept.id in pages.get("/ui/jobs", params={"label": "KEP", "model": "s/ti"}).text
+    for nothing in ("k_pt", "%"):  # no wildcards
+        assert "No jobs match" in pages.get("/ui/jobs", params={"label": nothing}).text
     assert "No jobs match" in pages.get("/ui/jobs?model=absent").text
     assert pages.get("/ui/jobs?state=asleep").status_code == 422
 
@@ -110,8 +114,54 @@ def test_filters_narrow_the_list(pages: httpx2.Client, stack: Stack) -> None:
 def test_several_jobs_are_cancelled_at_once(pages: httpx2.Client, stack: Stack) -> None:
     jobs = [stack.queued().id, stack.queued().id, stack.failed().id, "absent"]
     answer = pages.post("/ui/jobs/cancel", data={"job": jobs})
-    assert "2 cancelled, 2 had already finished or are gone" in answer.text
+    assert "2 cancelled, 2 refused: <code>job_finished</code>, <code>job_not_found</code>" in (
+        answer.text
+    )
     assert {stack.context.jobs.get(job).state for job in jobs[:2]} == {"cancelled"}
+
+
+def test_several_jobs_are_retried_and_deleted_at_once(pages: httpx2.Client, stack: Stack) -> None:
+    done, waiting = stack.failed(label="once more"), stack.queued()
+    answer = pages.post("/ui/jobs/retry", data={"job": [done.id, waiting.id]})
+    assert "1 retried, 1 refused: <code>job_not_finished</code>" in answer.text
+    (again,) = stack.context.jobs.list(parent_id=done.id).jobs
+    assert again.spec == done.spec
+    answer = pages.post("/ui/jobs/delete", data={"job": [done.id, waiting.id]})
+    assert "1 deleted, 1 refused: <code>job_not_finished</code>" in answer.text
+    assert not stack.context.jobs.list(label="once more", state="failed").jobs
+    assert stack.context.jobs.get(waiting.id).state == "queued"
+    assert pages.post("/ui/jobs/burn", data={"job": [waiting.id]}).status_code == 422
+
+
+def test_acts_on_several_need_the_scope_and_the_own_page(
+    visitor: httpx2.Client, locked: Stack
+) -> None:
+    job = locked.failed()
+    for act in ("retry", "delete"):
+        assert visitor.post(f"/ui/jobs/{act}", data={"job": job.id}).status_code == 401
+    sign_in(visitor, make_key(locked, "looks", "read"))
+    for act in ("retry", "delete"):
+        assert visitor.post(f"/ui/jobs/{act}", data={"job": job.id}).status_code == 403
+    sign_in(visitor, make_key(locked, "changes", "submit", "admin"))
+    foreign = {"Origin": "http://elsewhere.example"}
+    for act in ("retry", "delete"):
+        sent = visitor.post(f"/ui/jobs/{act}", data={"job": job.id}, headers=foreign)
+        assert sent.status_code == 403
+    assert locked.context.jobs.get(job.id).state == "failed"
+    assert "1 deleted" in visitor.post("/ui/jobs/delete", data={"job": job.id}).text
+
+
+def test_a_sweep_shows_its_cells_and_links(pages: httpx2.Client, stack: Stack) -> None:
+    sweep = stack.sweep(**{"budget.code_bits": [3, 4]})
+    assert "2 queued" in pages.get("/ui/sweeps").text
+    text = pages.get(f"/ui/sweeps/{sweep}").text
+    first = stack.context.sweeps.cells(sweep)[1]
+    assert f'href="/ui/jobs/{first.id}"' in text
+    assert "budget.code_bits" in text
+    assert f'href="/ui/sweeps/{sweep}"' in pages.get(f"/ui/jobs/{first.id}").text
+    assert "2 cancelled" in pages.post(f"/ui/sweeps/{sweep}/cancel").text
+    assert sweep not in pages.post(f"/ui/sweeps/{sweep}/delete").text
+    assert pages.get(f"/ui/sweeps/{sweep}").status_code == 404
 
 
 def test_a_finished_job_lists_its_files_and_ways_to_take_them(
@@ -230,7 +280,7 @@ def test_a_signed_in_browser_sees_and_does_what_its_key_may(
     assert visitor.get("/v1/jobs").status_code == 200
     assert visitor.get("/v1/keys").status_code == 403
     answer = visitor.post("/ui/jobs/cancel", data={"job": [foreign.id]})
-    assert "0 cancelled, 1 had already finished or are gone" in answer.text
+    assert "0 cancelled, 1 refused" in answer.text
     assert own.get(foreign.id).state == "queued"
     visitor.post("/ui/sign-out", data={})
     assert visitor.get("/ui/jobs").status_code == 401
@@ -401,6 +451,8 @@ def test_workers_are_drained_and_queues_paused(pages: httpx2.Client, stack: Stac
     stack.context.catalog.beat(name, host="host", queues=("cpu",), device="cpu", version="1")
     job = stack.queued()
     waits = f"/ui/jobs/{job.id}"
+    queued = stack.context.jobs.counts()["queued"]
+    assert f'<td>open</td><td class="number">{queued}</td>' in pages.get("/ui/workers").text
     assert "idle" in pages.get("/ui/workers").text
     pages.post("/ui/workers/queues/cpu/pause", data={})
     assert "the queue cpu is paused" in pages.get(waits).text
@@ -467,3 +519,20 @@ def test_the_timeline_says_what_each_stage_came_to(pages: httpx2.Client, stack: 
     assert stack.leases.fail(job.id, job.token, ModelError("it is broken"))
     then = now | {"refine": "stopped", "pack": "unused"}
     assert {stage: states()[stage] for stage in then} == then
+
+
+def test_workers_show_how_far_they_are(pages: httpx2.Client, stack: Stack) -> None:
+    name = "cpu@busy"
+    stack.context.catalog.beat(name, host="host", queues=("cpu",), device="cpu", version="1")
+    before = stack.context.jobs.load().get("cpu", {}).get("running", 0)
+    job = claim(stack.leases, stack.queued().id, owner=name)
+    told = {"stage": "refine", "done": 3, "total": 4, "unit": "block"}
+    assert stack.leases.report(
+        job.id, job.token, [("progress", told)], stage="refine", progress=told
+    )
+    text = pages.get("/ui/workers").text
+    assert re.search(rf"{job.id[-12:]}</a> refine 3 of 4 <progress max=\"100\" value=\"75\"", text)
+    shown = httpx2.get(f"{stack.url}/v1/workers").json()
+    (cpu,) = [queue for queue in shown["queues"] if queue["name"] == "cpu"]
+    assert cpu["running"] == before + 1
+    stack.context.catalog.leave(name)

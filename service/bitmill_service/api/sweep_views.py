@@ -43,7 +43,8 @@ def _view(
         counts=dict(sorted(Counter(states).items())),
         axes=list(spec.grid),
         links=schemas.SweepLinks.model_validate(
-            {"self": base} | {name: f"{base}/{name}" for name in ("cancel", "table", "plot")}
+            {"self": base}
+            | {name: f"{base}/{name}" for name in ("cancel", "events", "table", "plot")}
         ),
     )
 

@@ -63,7 +63,7 @@ def job_view(
         kind=job.kind,
         state=job.shown_state,
         stage=job.stage,
-        progress=None if job.finished else _progress(job.progress),
+        progress=None if job.finished else progress_view(job.progress),
         eta=moment(job.estimated_finish),
         eta_range=_eta_range(job),
         queue_position=queue_position,
@@ -131,7 +131,7 @@ def _result(result: dict[str, Any] | None) -> dict[str, Any] | None:
     return rest | {"rows": result["quality"].get("rows", [])}
 
 
-def _progress(progress: dict[str, Any] | None) -> schemas.JobProgress | None:
+def progress_view(progress: dict[str, Any] | None) -> schemas.JobProgress | None:
     """None where the last event counted nothing."""
     if not progress or progress.get("done") is None or progress.get("total") is None:
         return None

@@ -26,6 +26,7 @@ from bitmill_service.pages import (
     shelves,
     static_files,
     submission,
+    sweeps,
 )
 from bitmill_service.pages.rendering import render
 
@@ -56,6 +57,7 @@ def pages_app(context: Context) -> FastAPI:
         explorer.router,
         budget.router,
         compare.router,
+        sweeps.router,
         shelves.router,
         operation.router,
     ):

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bitmill_service.http.access import Principal
 from bitmill_service.pages.static_files import static
-from bitmill_service.schemas import JobView
+from bitmill_service.schemas import CellView, JobView, WorkerView
 from bitmill_service.units import format_size
 
 POLICY = (
@@ -28,6 +28,7 @@ POLICY = (
 NAVIGATION = (
     ("Jobs", "/ui/jobs"),
     ("New job", "/ui/jobs/new"),
+    ("Sweeps", "/ui/sweeps"),
     ("Compare", "/ui/compare"),
     ("Profiles", "/ui/profiles"),
     ("Maps", "/ui/bit-width-maps"),
@@ -108,7 +109,7 @@ def model(reference: Mapping[str, Any]) -> str:
     return f"{name}, {reference['file']}" if reference.get("file") else str(name)
 
 
-def share(job: JobView) -> int | None:
+def share(job: JobView | WorkerView | CellView) -> int | None:
     """Percent of the current stage that is done."""
     if job.progress is None or job.progress.total <= 0:
         return None

@@ -176,13 +176,21 @@ class Catalog:
             conn.execute(sa.delete(workers).where(workers.c.name == name))
 
     def workers(self, *, live: bool = True) -> tuple[WorkerRecord, ...]:
-        """Workers by name with the job each works on; `live`: only those seen within a minute."""
+        """Workers by name with the job each works on, and how far that is.
+
+        live: only those seen within a minute.
+        """
         job = (
             sa.select(sa.func.min(jobs.c.id))
             .where(jobs.c.owner == workers.c.name, jobs.c.state.in_(sorted(ACTIVE)))
+            .correlate(workers)
             .scalar_subquery()
         )
-        query = sa.select(workers, job.label("job_id")).order_by(workers.c.name)
+        query = (
+            sa.select(workers, jobs.c.id.label("job_id"), jobs.c.stage, jobs.c.progress)
+            .join_from(workers, jobs, jobs.c.id == job, isouter=True)
+            .order_by(workers.c.name)
+        )
         if live:
             query = query.where(workers.c.last_seen > db_now() - WORKER_GONE_S)
         with self.database.read() as conn:

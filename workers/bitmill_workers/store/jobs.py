@@ -240,18 +240,23 @@ class JobStore:
         limit: int = 50,
         after: str | None = None,
     ) -> Page:
-        """Jobs, newest first, that match all given filters; `after` is a former page's."""
+        """Jobs, newest first, that match all given filters; `after` is a former page's.
+
+        model, label: any part of it, in upper or lower case; the others as they are.
+        """
         limit = max(1, min(limit, MAX_PAGE))
         query = sa.select(jobs).order_by(jobs.c.id.desc()).limit(limit + 1)
         given = {
             jobs.c.tenant: tenant,
-            jobs.c.model: model,
-            jobs.c.label: label,
             jobs.c.profile_id: profile,
             jobs.c.kind: kind,
             jobs.c.parent_id: parent_id,
         }
         query = query.where(*(column == value for column, value in given.items() if value))
+        parts = {jobs.c.model: model, jobs.c.label: label}
+        query = query.where(
+            *(column.icontains(part, autoescape=True) for column, part in parts.items() if part)
+        )
         if state is not None:
             query = query.where(_shown_as(state))
         if after is not None:
@@ -429,6 +434,20 @@ class JobStore:
             query = query.where(jobs.c.tenant == tenant)
         with self.database.read() as conn:
             return {state: count for state, count in conn.execute(query)}
+
+    def load(self) -> dict[str, dict[str, int]]:
+        """By queue that has any: how many jobs are `queued`, and how many are `running` now."""
+        at_work = sa.case((jobs.c.state == "queued", "queued"), else_="running").label("what")
+        query = (
+            sa.select(jobs.c.queue, at_work, sa.func.count())
+            .where(jobs.c.state.in_(["queued", *sorted(ACTIVE)]))
+            .group_by(jobs.c.queue, at_work)
+        )
+        found: dict[str, dict[str, int]] = {}
+        with self.database.read() as conn:
+            for queue, what, count in conn.execute(query):
+                found.setdefault(queue, {})[what] = count
+        return found
 
     def queue_positions(self, of: Sequence[JobRecord]) -> dict[str, int]:
         """How many queued jobs of the same queue run before each of these that is queued, by id."""

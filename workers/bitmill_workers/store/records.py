@@ -216,6 +216,16 @@ class SweepRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class CellEnd:
+    """How far a job of a sweep has come: number of its last event, and whether none follows."""
+
+    job_id: str
+    cell: int
+    last: int
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ProfileRecord:
     """A kept sensitivity profile; `id` is the hash of what it was made from, `path` its folder."""
 
@@ -251,3 +261,5 @@ class WorkerRecord:
     started_at: float
     last_seen: float
     job_id: str | None
+    stage: str | None
+    progress: dict[str, Any] | None

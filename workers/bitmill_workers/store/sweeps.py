@@ -22,7 +22,14 @@ from bitmill_workers.store.jobs import (
     insert_job,
     new_job,
 )
-from bitmill_workers.store.records import JobRecord, Quota, SweepRecord, job_record, new_id
+from bitmill_workers.store.records import (
+    CellEnd,
+    JobRecord,
+    Quota,
+    SweepRecord,
+    job_record,
+    new_id,
+)
 from bitmill_workers.store.states import TERMINAL, ShownState, shown_state
 from bitmill_workers.store.tables import jobs, sweeps
 
@@ -129,6 +136,16 @@ class SweepStore:
                 state = shown_state(row.state, row.cancel_requested_at is not None)
                 found[row.sweep_id][row.cell] = state
         return found
+
+    def ends(self, sweep_id: str) -> builtins.list[CellEnd]:
+        """Where the events of every job of the sweep end now, those of superseded jobs too."""
+        columns = (jobs.c.id, jobs.c.cell, jobs.c.next_seq, jobs.c.state)
+        query = sa.select(*columns).where(jobs.c.sweep_id == sweep_id).order_by(jobs.c.id)
+        with self.database.read() as conn:
+            return [
+                CellEnd(row.id, row.cell, row.next_seq - 1, row.state in TERMINAL)
+                for row in conn.execute(query)
+            ]
 
     def request_cancel(
         self, sweep_id: str, *, tenant: str | None = None, by: str | None = None

@@ -116,8 +116,12 @@ def list_jobs(
     context: ContextDep,
     caller: PrincipalDep,
     state: Annotated[ShownState | None, Query()] = None,
-    model: Annotated[str | None, Query(max_length=4200)] = None,
-    label: Annotated[str | None, Query(max_length=200)] = None,
+    model: Annotated[
+        str | None, Query(max_length=4200, description="Part of the model's name, any case.")
+    ] = None,
+    label: Annotated[
+        str | None, Query(max_length=200, description="Part of the label, any case.")
+    ] = None,
     profile: Annotated[
         str | None, Query(pattern=ID_PATTERN, description="Jobs that used this profile.")
     ] = None,

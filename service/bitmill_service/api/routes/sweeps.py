@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Path, Query, Response, status
+from fastapi import APIRouter, Depends, Header, Path, Query, Response, status
 from fastapi.responses import JSONResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from bitmill.errors import InputError
 from bitmill.io.atomic import sha256_json
@@ -19,6 +20,7 @@ from bitmill_service.api.admission import (
     refuse_when_full,
 )
 from bitmill_service.api.context import ID_PATTERN, Context, ContextDep, PrincipalDep
+from bitmill_service.api.events import Position, stream_slot, sweep_events
 from bitmill_service.api.routes.jobs import SUBMISSION, IdempotencyKey
 from bitmill_service.api.sweep_views import sweep_line, sweep_view
 from bitmill_service.http.access import Principal
@@ -44,6 +46,10 @@ _TABLE = {
         "text/csv": {"schema": {"type": "string"}},
         "text/markdown": {"schema": {"type": "string"}},
     },
+}
+_EVENTS = {
+    "description": "The stream; it ends with `event: end`.",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
 _PLOT = {
     "description": "The picture.",
@@ -109,6 +115,31 @@ def list_sweeps(
 def get_sweep(sweep_id: SweepId, context: ContextDep, caller: PrincipalDep) -> SweepView:
     """One sweep and all of its cells, those that are not finished too."""
     return _view(context, sweep_id, caller)
+
+
+def _sweep(sweep_id: SweepId, context: ContextDep, caller: PrincipalDep) -> SweepRecord:
+    return context.sweeps.get(sweep_id, tenant=caller.sees)
+
+
+@router.get(
+    "/{sweep_id}/events",
+    response_class=EventSourceResponse,
+    responses=refusals("sweep_not_found", "too_many_streams") | {200: _EVENTS},
+    dependencies=[Depends(stream_slot)],
+)
+async def stream_events(
+    sweep: Annotated[SweepRecord, Depends(_sweep)],
+    context: ContextDep,
+    after: Annotated[
+        str, Query(max_length=16_000, pattern=Position.PATTERN, description="`id:` last seen.")
+    ] = "",
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """Events of all jobs of a sweep as they come, each with its `cell` and `job_id`."""
+    seen = Position(after if last_event_id is None else last_event_id)
+    poll_s = context.settings.event_poll_s
+    async for event in sweep_events(context.sweeps, sweep.id, seen, poll_s, context.stopping):
+        yield event
 
 
 @router.get(

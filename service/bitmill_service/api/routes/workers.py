@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path
 
 from bitmill_service.api.context import Context, ContextDep, PrincipalDep
+from bitmill_service.api.views import progress_view
 from bitmill_service.http.openapi import CHANGES, refusals
 from bitmill_service.schemas import QueueView, WorkersView, WorkerView
 from bitmill_workers.settings import TIERS
@@ -21,9 +22,12 @@ QueueName = Annotated[
 
 
 def _shown(context: Context) -> WorkersView:
+    load = context.jobs.load()
     queues, drained = context.catalog.paused("queue"), context.catalog.paused("worker")
     return WorkersView(
-        queues=[QueueView(name=name, paused=name in queues) for name in TIERS],
+        queues=[
+            QueueView(name=name, paused=name in queues, **load.get(name, {})) for name in TIERS
+        ],
         workers=[
             WorkerView(
                 name=worker.name,
@@ -33,6 +37,8 @@ def _shown(context: Context) -> WorkersView:
                 version=worker.version,
                 last_seen=datetime.fromtimestamp(worker.last_seen, UTC),
                 job_id=worker.job_id,
+                stage=worker.stage,
+                progress=progress_view(worker.progress),
                 drains=worker.name in drained,
             )
             for worker in context.catalog.workers()

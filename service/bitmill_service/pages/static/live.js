@@ -1,7 +1,7 @@
 // Keeps the regions marked data-live as the server would render them now.
 //
-// A region is replaced where its HTML has changed; ticked boxes and the focus stay. A job's page
-// looks again when its event stream says so, a list in intervals that grow while nothing changes.
+// A region is replaced where its HTML has changed; ticked boxes and the focus stay. The page of a
+// job or a sweep looks again when its event stream says so, a list in intervals that grow while nothing changes.
 // A page that nobody looks at asks nothing.
 const SHORTEST_S = 2;
 const LONGEST_S = 20;
@@ -45,15 +45,15 @@ function replace(region, now) {
 }
 
 async function followList(changed) {
-  for (let wait = SHORTEST_S; ; ) {
+  for (let wait = 2 * SHORTEST_S; ; ) {
     await pause(wait);
     await visible();
     const any = await refresh(changed).catch(() => false);
-    wait = any ? SHORTEST_S : Math.min(wait * 1.5, LONGEST_S);
+    wait = any ? SHORTEST_S : Math.min(2 * wait, LONGEST_S);
   }
 }
 
-function followJob(address, changed) {
+function followEvents(address, changed) {
   const stream = new EventSource(address);
   let due = null;
   const soon = () => {
@@ -73,7 +73,7 @@ function followJob(address, changed) {
 }
 
 export function follow(changed) {
-  const job = document.querySelector("[data-events]");
-  if (job?.dataset.events) followJob(job.dataset.events, changed);
+  const source = document.querySelector("[data-events]");
+  if (source?.dataset.events) followEvents(source.dataset.events, changed);
   else if (document.querySelector("[data-live=list]")) followList(changed);
 }
