@@ -202,6 +202,7 @@ FORMATS: Registry[type[Format]] = Registry(
         "dequantized": "bitmill.formats.dequantized.format:Dequantized",
         "gguf": "bitmill.formats.gguf.format:Gguf",
         "gptq": "bitmill.formats.gptq.format:GPTQCheckpoint",
+        "mlx": "bitmill.formats.mlx.format:Mlx",
     },
 )
 

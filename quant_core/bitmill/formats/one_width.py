@@ -24,12 +24,14 @@ from bitmill.plan.model_plan import PlannedLinear
 class OneWidthFormat(Format):
     """Base of safetensors formats with one width per linear, in groups of `group_size`.
 
-    legal: the widths. quant_method: what config.json's quantization_config says.
+    legal: the widths. config_key: of config.json, what says how linears are stored. quant_method:
+    the method that it names.
     symmetric: no zero points but the one in the middle; a bit more per code for its sign.
     fused: linears that read one input (q/k/v, gate/up) have one width.
     """
 
     legal: ClassVar[tuple[int, ...]]
+    config_key: ClassVar[str] = "quantization_config"
     quant_method: ClassVar[str]
 
     symmetric: bool = False
@@ -37,8 +39,8 @@ class OneWidthFormat(Format):
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:
-        """By the method that its quantization_config names."""
-        found = settings.get("quantization_config")
+        """By the method that its `config_key` names."""
+        found = settings.get(cls.config_key)
         return isinstance(found, dict) and found.get("quant_method") == cls.quant_method
 
     def refusals(self, facts: Facts) -> list[Refusal]:

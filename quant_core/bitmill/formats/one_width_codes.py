@@ -89,8 +89,13 @@ class OneWidthCodec:
         raise NotImplementedError
 
     def config(self, contents: Contents, bits: dict[str, int]) -> dict[str, Any]:
-        """The quantization_config of config.json; bits: of each linear."""
+        """What config.json says of linears, under the format's `config_key`; bits: of each."""
         raise NotImplementedError
+
+    def settings(self, contents: Contents) -> dict[str, Any]:
+        """The keys that config.json gets beside those of the model."""
+        bits = self._settings.bits(contents)
+        return {self._settings.config_key: self.config(contents, bits)}
 
     def write(
         self,
@@ -110,8 +115,7 @@ class OneWidthCodec:
         digests = write_tensors(folder, tensors, bits, linear, supply.other, on_linear=on_linear)
         with disk_errors(folder):
             copy_companions(supply.folder, folder)
-        own = {"quantization_config": self.config(contents, bits)}
-        write_settings(folder, dict(supply.settings) | own)
+        write_settings(folder, dict(supply.settings) | self.settings(contents))
         return digests
 
     def open(self, folder: Path) -> OneWidthFolder:

@@ -33,6 +33,7 @@ DTYPES = {
     "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "I64": torch.int64,
     "F16": torch.float16,
     "BF16": torch.bfloat16,

@@ -61,7 +61,7 @@ DTYPE_BYTES: Mapping[str, int] = {
 }
 """Bytes of an element, in the library's `Dtype` order: a later one is written first."""
 
-READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "U32", "I16", "I8", "U8", "BOOL")
 """Dtypes that a file may have."""
 
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BYTES)}
