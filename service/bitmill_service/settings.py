@@ -22,6 +22,8 @@ class ServiceSettings(Settings):
     keep_days: how long files of finished jobs are kept, unless their key says otherwise.
     accel_location: an internal location of the nginx in front of this service that is the folder
     `artifacts` below `data`: files are sent by nginx. None: by this service.
+    s3_redirect: downloads go straight to the object store, by presigned addresses. False: this
+    service sends the files, for clients that cannot reach the store.
     metrics_host, metrics_port: where metrics are served without a key as well; None: nowhere.
     allowed_hosts: names that requests may be sent to; empty accepts all. The embedded service on
     loopback accepts loopback's names only, unless these are set.
@@ -41,6 +43,7 @@ class ServiceSettings(Settings):
     tenant_bytes: int | None = Field(default=None, ge=0)
     keep_days: float | None = Field(default=None, gt=0)
     accel_location: str | None = Field(default=None, pattern="^/.*/$")
+    s3_redirect: bool = True
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()

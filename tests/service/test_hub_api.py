@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 )
 from moto.server import ThreadedMotoServer
 
+from bitmill_service.api.files import CHUNK
 from bitmill_service.main import create_app
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.store.migrate import upgrade
@@ -31,7 +32,7 @@ from finished import Stack
 from serving import serve
 from tiny import tiny_llama
 
-WEIGHTS = os.urandom(3_000_000)
+WEIGHTS = os.urandom(CHUNK + 1_000_000)
 TEMPLATES = "additional_chat_templates/tool.jinja"
 
 
@@ -51,11 +52,11 @@ class Hub(Stack):
         return HfApi(endpoint=self.url, token=self.key)
 
 
-@pytest.fixture(scope="module", params=["disk", "s3"])
+@pytest.fixture(scope="module", params=["disk", "s3", "relayed"])
 def hub(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     given = {}
     server = None
-    if request.param == "s3":
+    if request.param != "disk":
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         server.start()
         host, port = server.get_host_and_port()
@@ -64,6 +65,7 @@ def hub(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             "s3_endpoint": f"http://{host}:{port}",
             "s3_access_key": "k",
             "s3_secret_key": "not-a-default",
+            "s3_redirect": request.param == "s3",
         }
         boto3.client(
             "s3",
@@ -185,6 +187,31 @@ def test_headers_are_those_that_clients_need_and_no_others(hub: Hub) -> None:
         assert (part.status_code, part.content) == (206, WEIGHTS[10:20])
         for seen in (answer, absent, part, http.get("/api/agent-harnesses")):
             assert not [name for name in seen.headers if "xet" in name]
+
+
+def test_parts_and_conditions_of_a_file_wherever_it_lies(hub: Hub) -> None:
+    redirected = hub.context.settings.s3_bucket is not None and hub.context.settings.s3_redirect
+    url = f"{hub.url}/v1/jobs/{hub.job.id}/files/model.safetensors"
+    headers = {"Authorization": f"Bearer {hub.key}"}
+    with httpx2.Client(follow_redirects=True, headers=headers) as http:
+        first, last = len(WEIGHTS) - 10, len(WEIGHTS) - 1
+        part = http.get(url, headers={"Range": f"bytes={first}-"})
+        assert (part.status_code, part.content) == (206, WEIGHTS[first:])
+        assert part.headers["content-range"] == f"bytes {first}-{last}/{len(WEIGHTS)}"
+        assert len(part.history) == redirected
+        head = http.head(url)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == str(len(WEIGHTS))
+        etag = head.headers["etag"]
+        assert http.get(url, headers={"If-None-Match": etag}).status_code == 304
+        assert http.get(url, headers={"If-Match": '"other"'}).status_code == 412
+        whole = http.get(url)
+        assert (whole.content == WEIGHTS, len(whole.history)) == (True, redirected)
+        if not redirected:
+            resumed = {"Range": "bytes=5-6", "If-Range": '"other"'}
+            assert http.get(url, headers=resumed).content == WEIGHTS
+            beyond = http.get(url, headers={"Range": f"bytes={len(WEIGHTS)}-"})
+            assert (beyond.status_code, beyond.json()["code"]) == (416, "range_not_satisfiable")
 
 
 def test_a_process_of_its_own_downloads_with_the_environment_alone(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from dataclasses import dataclass
 from email.utils import formatdate, parsedate_to_datetime
@@ -37,6 +37,10 @@ TYPES = {
     ".txt": "text/plain; charset=utf-8",
     ".md": "text/plain; charset=utf-8",
 }
+
+
+ReadPart = Callable[[int, int], bytes]
+"""Bytes [start, end) of a file, fewer at its end."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,18 @@ async def _chunks(path: Path, start: int, end: int) -> AsyncGenerator[bytes]:
         handle.close()
 
 
+async def _parts(first: bytes, read: ReadPart, start: int, end: int) -> AsyncGenerator[bytes]:
+    """Bytes [start, end) of a file that lies elsewhere; the first have been read."""
+    chunk = first
+    while chunk:
+        start += len(chunk)
+        yield chunk
+        if start >= end:
+            return
+        chunk = await to_thread.run_sync(read, start, min(start + CHUNK, end))
+    raise OSError("a stored file is shorter than its manifest says")
+
+
 class _FileStream(StreamingResponse):
     """Closes the file at once when the client goes away, not when the generator is collected."""
 
@@ -190,18 +206,49 @@ def file_response(
         )
     modified = formatdate(stat.st_mtime, usegmt=True)
     headers = _entity_headers(file.name, file.sha256) | {"last-modified": modified}
-    etag = headers["etag"]
     if check_conditions(request, file.sha256, stat.st_mtime):
         return _FileStream(_chunks(file.path, 0, 0), 304, headers)
-    fresh = request.get("if-range", etag) in (etag, modified)
-    wanted = request.get("range") if method == "GET" and fresh else None
-    span = parse_range(wanted, file.size)
+    span = _span(file.size, method, request, validators=(headers["etag"], modified))
     headers["content-type"] = _media_type(file.name)
     if location is not None and method == "GET" and not _HELD.intersection(request):
         return Response(headers=headers | {"x-accel-redirect": quote(location)})
-    start, end = span or (0, file.size)
-    if span:
-        headers["content-range"] = f"bytes {start}-{end - 1}/{file.size}"
-    headers["content-length"] = str(end - start)
+    start, end = _describe(headers, span, file.size)
     body = _chunks(file.path, start, end if method == "GET" else start)
     return _FileStream(body, 206 if span else 200, headers)
+
+
+def relayed_response(
+    name: str, size: int, sha256: str, method: str, request: Headers, read: ReadPart
+) -> Response:
+    """The answer for a file that is stored elsewhere and is sent by this service all the same.
+
+    The first bytes are read before the answer begins, so that a store that does not give them is
+    an error of its own. Raises as `file_response` and as `read` do.
+    """
+    headers = _entity_headers(name, sha256)
+    if check_conditions(request, sha256, None):
+        return Response(status_code=304, headers=headers)
+    span = _span(size, method, request, validators=(headers["etag"],))
+    headers["content-type"] = _media_type(name)
+    start, end = _describe(headers, span, size)
+    if method != "GET" or start >= end:
+        return Response(status_code=206 if span else 200, headers=headers)
+    first = read(start, min(start + CHUNK, end))
+    return _FileStream(_parts(first, read, start, end), 206 if span else 200, headers)
+
+
+def _span(
+    size: int, method: str, request: Headers, *, validators: Collection[str]
+) -> tuple[int, int] | None:
+    """The range that is asked for, where it is asked of the file as it is."""
+    fresh = "if-range" not in request or request["if-range"] in validators
+    return parse_range(request.get("range") if method == "GET" and fresh else None, size)
+
+
+def _describe(headers: dict[str, str], span: tuple[int, int] | None, size: int) -> tuple[int, int]:
+    """Say in the headers which bytes follow; which they are."""
+    start, end = span or (0, size)
+    if span:
+        headers["content-range"] = f"bytes {start}-{end - 1}/{size}"
+    headers["content-length"] = str(end - start)
+    return start, end

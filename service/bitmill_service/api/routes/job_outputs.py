@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -20,6 +21,7 @@ from bitmill_service.api.files import (
     StoredFile,
     elsewhere_response,
     file_response,
+    relayed_response,
 )
 from bitmill_service.api.group_arrays import ARRAYS, MEDIA_TYPE, job_groups
 from bitmill_service.api.reallocation import open_profile
@@ -186,15 +188,16 @@ def send_file(request: Request, context: Context, file: Artifact) -> Response:
     """The answer to GET or HEAD of a published file, wherever it lies."""
     place = context.artifacts.local_path(file)
     if place is None:
+        asked = (file.path, file.size, file.sha256, request.method, request.headers)
+        if not context.settings.s3_redirect:
+            return relayed_response(*asked, partial(context.artifacts.read_part, file))
 
         def address() -> str:
             found = context.artifacts.url(file)
             assert found is not None
             return found
 
-        return elsewhere_response(
-            file.path, file.size, file.sha256, request.method, request.headers, address
-        )
+        return elsewhere_response(*asked, address)
     stored = StoredFile(place, file.path, file.size, file.sha256)
     inside, location = context.settings.accel_location, None
     if inside is not None:
