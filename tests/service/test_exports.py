@@ -21,6 +21,7 @@ from bitmill_service.client.client import Client
 from bitmill_workers.execution.stop import StopRequest
 from bitmill_workers.execution.supervisor import Supervisor
 from bitmill_workers.store.records import JobRecord
+from bitmill_workers.store.retention import leaving
 from finished import Stack, spec_json
 from tiny import tiny_llama
 from weights import PackedModel, dequantized_model, pack_model
@@ -168,7 +169,7 @@ def test_an_export_of_files_that_are_gone_fails_by_name(
 ) -> None:
     job = finished(stack, packed.folder)
     made = client.export(job.id, ExportTarget(format="dequantized"))
-    assert stack.context.jobs.over_age() == ()
+    assert leaving(stack.context.database, None) == ()
     client.delete(job.id)
     work()
     failed = client.get(made.id)

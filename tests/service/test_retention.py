@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,9 +17,12 @@ from bitmill_workers.messaging.app import Dispatcher
 from bitmill_workers.messaging.reconcile import Reconciler
 from bitmill_workers.storage.garbage import collect_hub
 from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.leases import LeaseStore
+from bitmill_workers.store.limits import Limits
 from bitmill_workers.store.migrate import upgrade
 from bitmill_workers.store.records import JobRecord
+from bitmill_workers.store.retention import leaving
 from finished import Stack, spec_json
 from serving import serve
 from stores import QUEUES, set_columns, spec
@@ -71,6 +75,51 @@ def test_files_go_after_their_time_and_events_say_why(kept: Stack) -> None:
     assert (hub.status_code, hub.headers["x-error-code"]) == (404, "RepoNotFound")
     artifacts = kept.context.settings.artifacts_folder
     assert {p.name for p in artifacts.iterdir()} == {young.id, pinned.id}
+
+
+def result(kept: Stack, days: float, tenant: str = "local") -> str:
+    """A job that ended so long ago with some 100 kB of files, kept for good; its id."""
+    job = kept.succeeded(os.urandom(100_000))
+    ended = kept.context.database.now() - days * 86400
+    columns = {"finished_at": ended, "keep_days": None, "tenant": tenant}
+    set_columns(kept.context.database, job.id, **columns)
+    return job.id
+
+
+def test_over_the_kept_bytes_the_oldest_results_go_and_say_why(
+    kept: Stack, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    latest, second, needed, pinned, first = (result(kept, days) for days in range(1, 6))
+    others = [result(kept, days, tenant="others") for days in (8, 9)]
+    kept.context.jobs.pin(pinned, True)
+    given = {"source": "job", "job_id": needed}
+    kept.queued(allocation={"method": "map", "order": "natural", "map": given})
+    assert leaving(kept.context.database, None) == ()
+    assert leaving(kept.context.database, 10_000_000) == ()
+    assert [one.job.id for one in leaving(kept.context.database, 450_000)] == [first]
+    keys = KeyStore(kept.context.database)
+    keys.create("small", scopes=["read"], tenant="local", limits=Limits(keep_bytes=50_000))
+    large, _ = keys.create("l", scopes=["read"], tenant="local", limits=Limits(keep_bytes=350_000))
+    data = ("--data", kept.context.settings.data)
+    shown = json.loads(command("prune", "--dry-run", "--json", *data)[1])
+    assert {row["name"] for row in shown["found"]} == {first, second}
+    assert kept.context.jobs.get(first).discarded_at is None
+    collect(kept)
+    gone = {job for job in (latest, second, needed, pinned, first, *others) if discarded(kept, job)}
+    assert gone == {first, second}
+    event = kept.context.jobs.events(first)[-1]
+    assert event.kind == "discarded"
+    assert event.data["bytes"] > 100_000
+    assert "of local took" in event.data["reason"]
+    assert "350,000 are kept" in event.data["reason"]
+    keys.revoke(large.split("_")[1])
+    collect(kept)
+    assert not discarded(kept, latest), "the latest result stays, however little may be kept"
+    assert [one.job.id for one in leaving(kept.context.database, 1)] == [others[1]]
+
+
+def discarded(kept: Stack, job: str) -> bool:
+    return kept.context.jobs.get(job).discarded_at is not None
 
 
 def test_what_an_unfinished_job_needs_stays(kept: Stack) -> None:

@@ -58,6 +58,7 @@ class Settings(BaseSettings):
     host_bytes: host memory that a job may take; hidden states past it wait in files.
     runner_network: "isolate" cuts the runner off from the network, or refuses to run it.
     hub_cache_bytes: the cache of Hub repositories is kept below this.
+    keep_bytes: what results of a tenant may take before the oldest go, where its keys do not say.
     upload_open_s: an upload that got no part for so long is dropped.
     upload_keep_s: a complete upload is kept for so long, and while an unfinished job names it.
     presign_s: how long a download address of the object store is good for starting a download.
@@ -108,6 +109,7 @@ class Settings(BaseSettings):
     s3_access_key: str | None = None
     s3_secret_key: SecretStr | None = None
     hub_cache_bytes: int | None = Field(default=None, ge=0)
+    keep_bytes: int | None = Field(default=None, ge=1)
     upload_open_s: float = Field(default=86400.0, gt=0)
     upload_keep_s: float = Field(default=604800.0, gt=0)
     presign_s: int = Field(default=900, ge=1, le=604800)

@@ -61,6 +61,10 @@ def create(
     keep_days: Annotated[
         float | None, typer.Option(help="Days that files of its jobs are kept.")
     ] = None,
+    keep_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Bytes of results, over which the oldest go."),
+    ] = None,
     rate: Annotated[
         int | None, typer.Option(min=1, help="Calls a minute; default the service's.")
     ] = None,
@@ -100,6 +104,7 @@ def create(
                 "running": running,
                 "bytes": None if size is None else parse_size(size),
                 "keep_days": keep_days,
+                "keep_bytes": None if keep_bytes is None else parse_size(keep_bytes),
                 "priorities": [_whole(low), _whole(high)],
                 "hub_repositories": hub.split(",") if hub else [],
             },

@@ -71,13 +71,14 @@ def prune(
     from bitmill_workers.storage.open import open_artifacts
     from bitmill_workers.storage.uploads import collect_uploads
     from bitmill_workers.store.jobs import JobStore
+    from bitmill_workers.store.retention import leaving
     from bitmill_workers.store.uploads import UploadStore
 
     with operators_database(data) as (settings, database):
         jobs, uploads = JobStore(database), UploadStore(database)
         found = [
-            ("job", job.id, sum(f.size for f in jobs.artifacts(job.id)), f"{job.keep_days:g} days")
-            for job in jobs.over_age()
+            ("job", one.job.id, one.bytes, one.reason)
+            for one in leaving(database, settings.keep_bytes)
         ]
         hub = hub_leftovers(settings, database)
         found += [("hub", folder.name, size, "least used") for folder, size in hub]
@@ -86,7 +87,7 @@ def prune(
         if not dry_run:
             for kind, name, _, reason in found:
                 if kind == "job":
-                    jobs.discard(name, f"kept for {reason}")
+                    jobs.discard(name, reason)
             collect_hub(settings, database)
             collect_uploads(settings, uploads)
             collect_artifacts(open_artifacts(settings), database)

@@ -33,6 +33,7 @@ from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.jobs import IDEMPOTENCY_S, JobStore
 from bitmill_workers.store.leases import requeue
 from bitmill_workers.store.records import error_columns
+from bitmill_workers.store.retention import leaving
 from bitmill_workers.store.states import ACTIVE
 from bitmill_workers.store.tables import idempotency, jobs
 from bitmill_workers.store.transitions import transition
@@ -163,8 +164,8 @@ class Reconciler:
     def collect_garbage(self) -> int:
         """Remove files that no job needs; how many folders."""
         prune_broker(self.settings)
-        for job in self.store.over_age():
-            self.store.discard(job.id, f"kept for {job.keep_days:g} days")
+        for one in leaving(self.database, self.settings.keep_bytes):
+            self.store.discard(one.job.id, one.reason)
         for upload in self.uploads.expire():
             _log.info("upload %s of %s has expired", upload.id, upload.tenant)
             self.artifacts.remove_folder(UPLOADS, upload.id)

@@ -23,7 +23,8 @@ class Limits(Closed):
 
     requests_per_minute: of all calls but downloads. queued, running: jobs of the key's tenant.
     bytes: kept results and uploads of the tenant. keep_days: how long the files of its
-    jobs are kept after their end. priorities: lowest and highest of its jobs.
+    jobs are kept after their end. keep_bytes: what results of the tenant may take before the oldest
+    go (`store/retention.py`). priorities: lowest and highest of its jobs.
     hub_repositories: patterns (`org/*`) of the Hub repositories that may be fetched with the
     operator's token; all others are fetched without one.
     """
@@ -33,6 +34,7 @@ class Limits(Closed):
     running: int | None = Field(default=None, strict=True, ge=0)
     bytes: int | None = Field(default=None, strict=True, ge=0)
     keep_days: float | None = Field(default=None, strict=True, gt=0)
+    keep_bytes: int | None = Field(default=None, strict=True, ge=1)
     priorities: tuple[_Priority, _Priority] = (-100, 0)
     hub_repositories: tuple[str, ...] = ()
 
