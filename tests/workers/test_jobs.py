@@ -154,10 +154,26 @@ def test_tenants_take_turns_whatever_they_have_waiting(store: JobStore, leases: 
 def test_priority_comes_before_turns(store: JobStore, leases: LeaseStore) -> None:
     slow = store.submit(spec(), priority=0).job
     urgent = store.submit(spec(), priority=5).job
-    assert store.queue_positions([slow, urgent]) == {urgent.id: 0, slow.id: 1}
+    assert store.queues([slow, urgent]).before == {urgent.id: 0, slow.id: 1}
     claimed = leases.claim_next("w", QUEUES)
     assert claimed is not None
     assert claimed.id == urgent.id
+
+
+def test_a_job_alone_stands_where_it_stands_among_all(store: JobStore, leases: LeaseStore) -> None:
+    made = [
+        store.submit(spec(), tenant=tenant, priority=priority, queue=queue).job
+        for tenant, priority, queue in [
+            *(("many", 0, "cpu"), ("many", 0, "cpu"), ("few", 0, "cpu"), ("few", 5, "cpu")),
+            *(("many", 5, "gpu-80"), ("many", -1, "gpu-80"), ("few", -1, "gpu-80")),
+        ]
+    ]
+    ended = store.submit(spec(), tenant="many", priority=9).job
+    store.request_cancel(ended.id)
+    together = store.queues(made).before
+    assert sorted(together.values()) == [0, 0, 1, 1, 2, 2, 3]
+    assert {job.id: store.seen(job.id).queues.before[job.id] for job in made} == together
+    assert store.queues([store.get(ended.id)]).before == {}
 
 
 def test_expired_idempotency_key_can_be_used_again(store: JobStore, database: Database) -> None:

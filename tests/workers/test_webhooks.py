@@ -78,12 +78,12 @@ def test_message_is_signed_and_repeated_until_taken(
     job = store.submit(spec(label="mine"), webhook_url=url).job
     sender = WebhookSender(allowed, database)
     assert sender.deliver_due() == 0
-    assert store.delivery(job) == Delivery()
+    assert store.seen_of(job).delivery == Delivery()
     store.request_cancel(job.id)
     receiver.answers[:] = [503, 302, 200]
     assert sender.deliver_due() == 0
     assert sender.deliver_due() == 0
-    refused = store.delivery(job)
+    refused = store.seen_of(job).delivery
     assert refused is not None
     assert (refused.tries, refused.last_error, refused.delivered_at) == (1, "answered 503", None)
     due_now(database)
@@ -92,7 +92,7 @@ def test_message_is_signed_and_repeated_until_taken(
     assert sender.deliver_due() == 1
     due_now(database)
     assert sender.deliver_due() == 0
-    taken = store.delivery(job)
+    taken = store.seen_of(job).delivery
     assert taken is not None
     assert (taken.tries, taken.last_error, taken.delivered_at is None) == (3, None, False)
     got = receiver.got

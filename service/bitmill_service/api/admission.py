@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,8 +74,8 @@ def admit(context: Context, spec: JobSpec, caller: Principal) -> Admission:
 @contextmanager
 def looked_at(context: Context, caller: Principal) -> Iterator[Models]:
     """For `admit_with` of several jobs: each of their models is looked at once."""
-    with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as scratch:
-        yield Models(context, caller, Path(scratch))
+    with ExitStack() as held:
+        yield Models(context, caller, held)
 
 
 def admit_with(models: Models, context: Context, spec: JobSpec, caller: Principal) -> Admission:
@@ -83,14 +83,14 @@ def admit_with(models: Models, context: Context, spec: JobSpec, caller: Principa
     config = _config(context, spec, caller)
     try:
         folder = models.folder(spec.model)
-        admitted = library.admit(folder, config, gguf=spec.model.file)
+        admitted, needs = context.plans.admit(folder, config, spec.model.file)
     except ModelError as error:
         if error.code != "hub_unreachable":
             raise
         return Admission(_queue(context, None), None, error.message)
     library.check_exports(admitted, spec.exports)
     unchecked = models.unheard(admitted)
-    queue = _queue(context, admitted.needs(Machine(accelerator=True)))
+    queue = _queue(context, needs)
     return Admission(queue, admitted, unchecked=unchecked, exports=spec.exports)
 
 
@@ -120,7 +120,7 @@ def check_priority(caller: Principal, priority: int) -> None:
 
 def refuse_when_full(context: Context, more: int = 1) -> None:
     """Raise the 429 where more jobs would wait than may."""
-    waiting = context.jobs.counts().get("queued", 0)
+    waiting = context.jobs.waiting()
     if waiting + more > context.settings.max_queued:
         raise ProblemError(
             "too_many_jobs",
@@ -169,10 +169,10 @@ def _embeddings(job: library.Admission) -> EmbeddingsView | None:
 
 class Models:
     """The models of one call: where their headers lie, which are here or fetched from the Hub into
-    `scratch`, and what transformers says of them."""
+    a folder that `held` removes, and what transformers says of them."""
 
-    def __init__(self, context: Context, caller: Principal, scratch: Path) -> None:
-        self._context, self._caller, self._scratch = context, caller, scratch
+    def __init__(self, context: Context, caller: Principal, held: ExitStack) -> None:
+        self._context, self._caller, self._held = context, caller, held
         self._fetched: dict[HubModel, Path | ModelError] = {}
         self._heard: dict[str, str | None] = {}
 
@@ -200,8 +200,9 @@ class Models:
         if not self._caller.may_use_hub_token(model.repo_id):
             settings = settings.model_copy(update={"hub_token": None})
         name = model.repo_id.rpartition("/")[2]  # errors name it
-        folder = self._scratch / str(len(self._fetched)) / name
-        folder.mkdir(parents=True)
+        scratch = self._held.enter_context(tempfile.TemporaryDirectory(prefix="bitmill-plan-"))
+        folder = Path(scratch, name)
+        folder.mkdir()
         try:
             fetch_headers(model, settings, folder)
         except ModelError as error:

@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import Depends, Path, Request
 from prometheus_client import CollectorRegistry
 
+from bitmill_service.api.plans import Plans
 from bitmill_service.http.access import KeyRing, Principal
 from bitmill_service.http.connections import connection_limit
 from bitmill_service.http.problems import ProblemError
@@ -45,6 +46,7 @@ class Context:
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     streams: Counter[str] = field(default_factory=Counter)
+    plans: Plans = field(default_factory=Plans)
     max_streams: int = field(default_factory=lambda: connection_limit() // 2)
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from bitmill.errors import ModelError
@@ -36,7 +37,7 @@ def ask_transformers(settings: Mapping[str, Any], seconds: float) -> str | None:
     """
     if seconds == 0:
         return None
-    if importlib.util.find_spec("torch") is None:
+    if not _torch_is_here():
         return _unheard("it is not installed beside the API")
     key = sha256_json(settings)
     end = time.monotonic() + seconds
@@ -63,6 +64,11 @@ def ask_transformers(settings: Mapping[str, Any], seconds: float) -> str | None:
     if refusal is not None:
         raise ModelError(refusal["message"], code=refusal["code"], param=refusal["param"])
     return None
+
+
+@cache
+def _torch_is_here() -> bool:
+    return importlib.util.find_spec("torch") is not None
 
 
 def _ask(settings: Mapping[str, Any], seconds: float) -> dict[str, str] | str | None:

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from bitmill.io.atomic import sha256_json
 from bitmill.plan.fingerprint import Fingerprint
 from bitmill_workers.store.db import Database, db_now
+from bitmill_workers.store.queues import ALL_WORKERS, LIVE_WORKERS, read_workers
 from bitmill_workers.store.records import MapRecord, ProfileRecord, WorkerRecord
 from bitmill_workers.store.states import ACTIVE
 from bitmill_workers.store.tables import (
@@ -24,9 +25,6 @@ LOCAL = "local"
 """The tenant of a service without keys."""
 
 _KINDS: dict[str, Literal["profile", "map"]] = {"profiles": "profile", "bit_width_maps": "map"}
-
-WORKER_GONE_S = 60.0
-"""A worker that was not seen for this long does not count as live."""
 
 
 class Catalog:
@@ -180,22 +178,8 @@ class Catalog:
 
         live: only those seen within a minute.
         """
-        job = (
-            sa.select(sa.func.min(jobs.c.id))
-            .where(jobs.c.owner == workers.c.name, jobs.c.state.in_(sorted(ACTIVE)))
-            .correlate(workers)
-            .scalar_subquery()
-        )
-        query = (
-            sa.select(workers, jobs.c.id.label("job_id"), jobs.c.stage, jobs.c.progress)
-            .join_from(workers, jobs, jobs.c.id == job, isouter=True)
-            .order_by(workers.c.name)
-        )
-        if live:
-            query = query.where(workers.c.last_seen > db_now() - WORKER_GONE_S)
         with self.database.read() as conn:
-            rows = conn.execute(query).all()
-        return tuple(WorkerRecord(**(dict(r._mapping) | {"queues": tuple(r.queues)})) for r in rows)
+            return read_workers(conn, LIVE_WORKERS if live else ALL_WORKERS)
 
     def _insert_once(self, table: sa.Table, values: dict[str, Any], tenant: str) -> None:
         owner = {"tenant": tenant, "kind": _KINDS[table.name], "id": values["id"]}

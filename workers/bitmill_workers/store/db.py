@@ -41,6 +41,22 @@ def _now_postgresql(element: db_now, compiler: Any, **_: Any) -> str:
     return "CAST(extract(epoch FROM statement_timestamp()) AS double precision)"
 
 
+class larger(GenericFunction[Any]):  # noqa: N801  (an SQL function's name)
+    """The larger of two values that are not NULL."""
+
+    inherit_cache = True
+
+
+@compiles(larger, "sqlite")
+def _larger_sqlite(element: larger, compiler: Any, **options: Any) -> str:
+    return f"max({compiler.process(element.clauses, **options)})"
+
+
+@compiles(larger, "postgresql")
+def _larger_postgresql(element: larger, compiler: Any, **options: Any) -> str:
+    return f"greatest({compiler.process(element.clauses, **options)})"
+
+
 class Database:
     """A job database; safe to share between threads, not across a fork."""
 

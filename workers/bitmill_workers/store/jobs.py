@@ -7,7 +7,7 @@ finish) is in `leases`, profiles and maps are in `catalog`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,7 +20,8 @@ from bitmill_workers.errors import (
 )
 from bitmill_workers.job_spec import AnySpec, JobKind, ModelRef
 from bitmill_workers.settings import TIERS
-from bitmill_workers.store.db import Database, db_now
+from bitmill_workers.store.db import Database, db_now, larger
+from bitmill_workers.store.queues import Queues, read_queues
 from bitmill_workers.store.records import (
     Artifact,
     Delivery,
@@ -35,6 +36,7 @@ from bitmill_workers.store.records import (
 )
 from bitmill_workers.store.states import ACTIVE, TERMINAL, ShownState, State
 from bitmill_workers.store.tables import (
+    QUEUED,
     artifacts,
     idempotency,
     job_events,
@@ -44,11 +46,26 @@ from bitmill_workers.store.tables import (
     push_tokens,
     uploads,
 )
-from bitmill_workers.store.transitions import add_events, transition
+from bitmill_workers.store.transitions import add_events, insert_event, transition
 
 MAX_PAGE = 200
 IDEMPOTENCY_S = 24 * 3600.0
 _QUEUED: tuple[State, ...] = ("queued",)
+_BY_ID = sa.select(jobs).where(jobs.c.id == sa.bindparam("wanted"))
+_COUNT_QUEUED = sa.select(sa.func.count()).where(jobs.c.state == QUEUED)
+_COUNT_OWN = _COUNT_QUEUED.where(jobs.c.tenant == sa.bindparam("tenant"))
+_DELIVERY = sa.select(
+    outbox.c.tries, outbox.c.next_try, outbox.c.delivered_at, outbox.c.last_error
+).where(outbox.c.job_id == sa.bindparam("wanted"))
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A job, how far its webhook is (None: it has none), and what keeps it from running."""
+
+    job: JobRecord
+    delivery: Delivery | None
+    queues: Queues
 
 
 class _KeyTaken(Exception):
@@ -136,9 +153,8 @@ class JobStore:
             return
         self.wait_for_tenant(conn, tenant)
         if quota.queued is not None:
-            mine = (jobs.c.tenant == tenant, jobs.c.state == "queued")
-            waiting = conn.execute(sa.select(sa.func.count()).select_from(jobs).where(*mine))
-            if (count := waiting.scalar_one()) + more > quota.queued:
+            count = conn.execute(_COUNT_OWN, {"tenant": tenant}).scalar_one()
+            if count + more > quota.queued:
                 also = f", {more} more are asked for" if more > 1 else ""
                 raise QuotaExceeded(
                     f"{count} jobs of {tenant} are waiting{also}, at most {quota.queued} may"
@@ -226,6 +242,16 @@ class JobStore:
         """One job; raises `JobNotFound`, also where it belongs to another tenant."""
         with self.database.read() as conn:
             return _get(conn, job_id, tenant)
+
+    def seen(self, job_id: str, *, tenant: str | None = None) -> Seen:
+        """One job with all that is shown of it, at one moment; raises as `get` does."""
+        with self.database.read() as conn:
+            return _seen(conn, _get(conn, job_id, tenant))
+
+    def seen_of(self, job: JobRecord) -> Seen:
+        """A job that was read before, with what is shown beside it."""
+        with self.database.read() as conn:
+            return _seen(conn, job)
 
     def list(
         self,
@@ -321,22 +347,6 @@ class JobStore:
                 add_events(conn, jobs.c.id == job_id, [(kind, told)], values={"pinned": pinned})
             return _get(conn, job_id, tenant)
 
-    def over_age(self) -> tuple[JobRecord, ...]:
-        """Succeeded jobs whose files have been kept long enough and that nobody needs."""
-        age = db_now() - jobs.c.finished_at
-        due = (
-            jobs.c.state == "succeeded",
-            jobs.c.discarded_at.is_(None),
-            sa.not_(jobs.c.pinned),
-            jobs.c.keep_days.is_not(None),
-            age > jobs.c.keep_days * 86400.0,
-        )
-        unfinished = sa.select(jobs.c.spec).where(jobs.c.state.not_in(sorted(TERMINAL)))
-        with self.database.read() as conn:
-            found = [job_record(row) for row in conn.execute(sa.select(jobs).where(*due))]
-            needed = str(conn.execute(unfinished).scalars().all()) if found else ""
-        return tuple(job for job in found if job.id not in needed)
-
     def discard(self, job_id: str, reason: str) -> int:
         """Forget a finished job's files, which become garbage, and say why; their bytes."""
         mine = artifacts.c.job_id == job_id
@@ -350,15 +360,6 @@ class JobStore:
                 return 0
             conn.execute(sa.delete(artifacts).where(mine))
             return freed
-
-    def delivery(self, job: JobRecord) -> Delivery | None:
-        """How far the job's webhook is; None where it has none."""
-        if job.webhook_url is None:
-            return None
-        columns = (outbox.c.tries, outbox.c.next_try, outbox.c.delivered_at, outbox.c.last_error)
-        with self.database.read() as conn:
-            row = conn.execute(sa.select(*columns).where(outbox.c.job_id == job.id)).one_or_none()
-        return Delivery() if row is None else Delivery(**row._mapping)
 
     def events(
         self,
@@ -449,23 +450,15 @@ class JobStore:
                 found.setdefault(queue, {})[what] = count
         return found
 
-    def queue_positions(self, of: Sequence[JobRecord]) -> dict[str, int]:
-        """How many queued jobs of the same queue run before each of these that is queued, by id."""
-        waiting = {job.id for job in of if job.state == "queued"}
-        if not waiting:
-            return {}
-        turns = sa.func.row_number().over(
-            partition_by=jobs.c.queue,
-            order_by=(-jobs.c.priority, jobs.c.fair_rank, jobs.c.created_at, jobs.c.id),
-        )
-        queued = (
-            sa.select(jobs.c.id, (turns - 1).label("before"))
-            .where(jobs.c.state == "queued", jobs.c.queue.in_({job.queue for job in of}))
-            .subquery()
-        )
-        query = sa.select(queued).where(queued.c.id.in_(waiting))
+    def queues(self, of: Sequence[JobRecord]) -> Queues:
+        """What keeps those of these jobs that are queued from running."""
         with self.database.read() as conn:
-            return {job_id: before for job_id, before in conn.execute(query)}
+            return read_queues(conn, of)
+
+    def waiting(self) -> int:
+        """Number of queued jobs."""
+        with self.database.read() as conn:
+            return int(conn.execute(_COUNT_QUEUED).scalar_one())
 
     def mark_sent(self, job_ids: Sequence[str]) -> None:
         """Note that wake-up messages of these queued jobs have been handed to the broker."""
@@ -474,7 +467,7 @@ class JobStore:
         with self.database.write() as conn:
             conn.execute(
                 sa.update(jobs)
-                .where(jobs.c.id.in_(job_ids), jobs.c.state == "queued")
+                .where(jobs.c.id.in_(job_ids), jobs.c.state == QUEUED)
                 .values(sent_at=db_now())
             )
 
@@ -489,13 +482,18 @@ def kept_bytes(conn: sa.Connection, tenant: str) -> int:
 
 
 def _get(conn: sa.Connection, job_id: str, tenant: str | None) -> JobRecord:
-    query = sa.select(jobs).where(jobs.c.id == job_id)
-    if tenant is not None:
-        query = query.where(jobs.c.tenant == tenant)
-    row = conn.execute(query).one_or_none()
-    if row is None:
+    row = conn.execute(_BY_ID, {"wanted": job_id}).one_or_none()
+    if row is None or tenant not in (None, row.tenant):
         raise JobNotFound(job_id)
     return job_record(row)
+
+
+def _seen(conn: sa.Connection, job: JobRecord) -> Seen:
+    delivery = None
+    if job.webhook_url is not None:
+        row = conn.execute(_DELIVERY, {"wanted": job.id}).one_or_none()
+        delivery = Delivery() if row is None else Delivery(**row._mapping)
+    return Seen(job, delivery, read_queues(conn, [job]))
 
 
 def _shown_as(state: ShownState) -> sa.ColumnElement[bool]:
@@ -507,7 +505,7 @@ def _shown_as(state: ShownState) -> sa.ColumnElement[bool]:
     return jobs.c.state == state
 
 
-def _fair_rank(tenant: str) -> sa.ColumnElement[int]:
+def _fair_rank(tenant: sa.BindParameter[str]) -> sa.ColumnElement[int]:
     """Start-time fair queueing: max(rank of the head of the queue, the tenant's last rank + 1).
 
     Jobs run in ascending rank, so tenants take turns however many jobs each has waiting, and a
@@ -515,11 +513,10 @@ def _fair_rank(tenant: str) -> sa.ColumnElement[int]:
     """
     ranks = sa.func.max(jobs.c.fair_rank)
     last = sa.select(sa.func.coalesce(ranks + 1, 0)).where(jobs.c.tenant == tenant)
-    head = sa.select(sa.func.min(jobs.c.fair_rank)).where(jobs.c.state == "queued")
+    head = sa.select(jobs.c.fair_rank).where(jobs.c.state == QUEUED).order_by(jobs.c.fair_rank)
     newest = sa.select(sa.func.coalesce(ranks, 0))
-    virtual = sa.func.coalesce(head.scalar_subquery(), newest.scalar_subquery())
-    own = last.scalar_subquery()
-    return sa.case((own > virtual, own), else_=virtual)
+    virtual = sa.func.coalesce(head.limit(1).scalar_subquery(), newest.scalar_subquery())
+    return larger(last.scalar_subquery(), virtual)
 
 
 def new_job(
@@ -534,6 +531,32 @@ def new_job(
 
 
 _COUNTS = ("attempt", "lost_count", "crash_count", "oom_count", "handback_count", "token")
+_GIVEN = ("id", "kind", "tenant", "spec", "model", "label", "queue", "priority")
+_OPTIONAL = dict.fromkeys(
+    (
+        *("parent_id", "webhook_url", "created_by", "max_running", "keep_days"),
+        *("sweep_id", "cell", "deadline_s"),
+    )
+)
+# Built once: taking a statement apart costs more than the database does.
+_INSERT = (
+    sa.insert(jobs)
+    .values(
+        {name: sa.bindparam(name) for name in (*_GIVEN, *_OPTIONAL) if name in jobs.c}
+        | dict.fromkeys((*_COUNTS, "log_size"), 0)
+        | {
+            "state": "queued",
+            "fair_rank": _fair_rank(sa.bindparam("tenant", type_=jobs.c.tenant.type)),
+            "deadline_at": db_now() + sa.bindparam("deadline_s", type_=sa.Double()),
+            "not_before": 0.0,
+            "created_at": db_now(),
+            "queued_at": db_now(),
+            "next_seq": 2,
+            "schema_version": 1,
+        }
+    )
+    .returning(*jobs.c)
+)
 
 
 def check_same_request(key: str, stored: str, request_hash: str) -> None:
@@ -571,25 +594,14 @@ def _of_spec(spec: AnySpec) -> dict[str, Any]:
         "spec": spec.model_dump(mode="json"),
         "model": model_name(spec.model),
         "label": spec.label,
-        "deadline_at": None if spec.deadline_s is None else db_now() + spec.deadline_s,
+        "deadline_s": spec.deadline_s,
     }
 
 
 def insert_job(conn: sa.Connection, given: dict[str, Any]) -> JobRecord:
     """Store a queued job of these columns and its first event."""
-    new = sa.insert(jobs).values(
-        **given,
-        **dict.fromkeys((*_COUNTS, "log_size"), 0),
-        state="queued",
-        fair_rank=_fair_rank(given["tenant"]),
-        not_before=0.0,
-        created_at=db_now(),
-        queued_at=db_now(),
-        next_seq=1,
-        schema_version=1,
-    )
-    job = job_record(conn.execute(new.returning(*jobs.c)).one())
+    job = job_record(conn.execute(_INSERT, _OPTIONAL | given).one())
     told = {"parent_id": job.parent_id, "by": job.created_by}
     first = {"state": "queued"} | {name: value for name, value in told.items() if value}
-    add_events(conn, jobs.c.id == job.id, [("state", first)])
-    return replace(job, next_seq=2)
+    insert_event(conn, job.id, 1, "state", first)
+    return job

@@ -75,6 +75,8 @@ jobs = sa.Table(
     sa.CheckConstraint("state IN ({})".format(", ".join(f"'{s}'" for s in STATES)), name="state"),
 )
 
+QUEUED: sa.ColumnElement[str] = sa.literal_column("'queued'", sa.String)
+"""To compare `jobs.c.state` with: only a literal lets SQLite use an index of queued jobs alone."""
 _QUEUED = sa.text("state = 'queued'")
 _ACTIVE = sa.text("state IN ('running', 'finalizing')")
 sa.Index(

@@ -84,7 +84,7 @@ def follow(
     if row is None:
         return None
     record = job_record(row)
-    _insert_event(conn, record.id, record.next_seq - 1, "state", {"state": target} | (event or {}))
+    insert_event(conn, record.id, record.next_seq - 1, "state", {"state": target} | (event or {}))
     if target in TERMINAL and record.kind == "push":
         conn.execute(sa.delete(push_tokens).where(push_tokens.c.job_id == record.id))
     if target in TERMINAL and record.webhook_url:
@@ -111,13 +111,14 @@ def add_events(
         return False
     first = row.next_seq - len(events)
     for number, (kind, data) in enumerate(events):
-        _insert_event(conn, row.id, first + number, kind, data)
+        insert_event(conn, row.id, first + number, kind, data)
     return True
 
 
-def _insert_event(
+def insert_event(
     conn: sa.Connection, job_id: str, seq: int, kind: str, data: dict[str, Any]
 ) -> None:
+    """Append one event; its number must be the row's next, which the caller counts up."""
     values = {"job_id": job_id, "seq": seq, "kind": kind, "data": data}
     conn.execute(_INSERT_EVENT, values)
 

@@ -45,7 +45,7 @@ def _database(context: Context) -> str:
 def _workers(context: Context) -> str:
     try:
         live = context.catalog.workers()
-        waiting = context.jobs.counts().get("queued", 0)
+        waiting = context.jobs.waiting()
     except BitmillError as error:
         return error.message
     if live:

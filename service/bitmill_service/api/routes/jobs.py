@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response, status
-from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from bitmill.errors import InputError
 from bitmill.io.atomic import sha256_json
@@ -27,7 +27,7 @@ from bitmill_service.api.context import (
 )
 from bitmill_service.api.exporting import plan_export
 from bitmill_service.api.views import job_links, job_view
-from bitmill_service.api.waiting import Waiting
+from bitmill_service.api.waiting import waiting
 from bitmill_service.http.access import Principal
 from bitmill_service.http.openapi import CHANGES, JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
@@ -35,6 +35,7 @@ from bitmill_service.schemas import JobPage, JobView, PlanView
 from bitmill_workers.job_spec import AnySpec, ExportSpec, JobKind, JobSpec, PushSpec, parse_stored
 from bitmill_workers.messaging.webhooks import check_webhook_url
 from bitmill_workers.settings import TIERS
+from bitmill_workers.store.jobs import Seen
 from bitmill_workers.store.records import JobRecord
 from bitmill_workers.store.states import ShownState
 
@@ -61,9 +62,11 @@ ValidateOnly = Annotated[bool, Query(description="Answer with the plan and creat
 
 def shown(context: Context, job: JobRecord) -> JobView:
     """The job as clients see it, with its place in the queue and its webhook."""
-    return job_view(
-        job, **Waiting(context, [job]).members(job), delivery=context.jobs.delivery(job)
-    )
+    return _view(context.jobs.seen_of(job))
+
+
+def _view(seen: Seen) -> JobView:
+    return job_view(seen.job, **waiting(seen.job, seen.queues), delivery=seen.delivery)
 
 
 @router.post(
@@ -86,8 +89,7 @@ def create_job(
 ) -> Response:
     """Submit a job. A replayed key answers with the first call's job and `Idempotency-Replayed`."""
     if validate_only:
-        plan = plan_view(admit(context, spec, caller))
-        return JSONResponse(plan.model_dump(mode="json"))
+        return _json(plan_view(admit(context, spec, caller)))
     asked = {"spec": spec.model_dump(mode="json"), "priority": priority, "webhook": webhook_url}
     request_hash = sha256_json(asked)
     if found := replayed(context, idempotency_key, request_hash, tenant=caller.tenant):
@@ -142,16 +144,17 @@ def list_jobs(
         limit=limit,
         after=after,
     )
-    waiting = Waiting(context, page.jobs)
+    queues = context.jobs.queues(page.jobs)
     return JobPage(
-        jobs=[job_view(job, **waiting.members(job)) for job in page.jobs], next=page.after
+        jobs=[job_view(job, **waiting(job, queues)) for job in page.jobs], next=page.after
     )
 
 
 @router.get("/{job_id}", response_model=JobView, responses=refusals("job_not_found"))
-def get_one(job: JobDep, context: ContextDep) -> JobView:
+def get_one(job_id: JobId, context: ContextDep, caller: PrincipalDep) -> Response:
     """One job: state, stage, progress, estimate, error, result and links."""
-    return shown(context, job)
+    # Asked most often of all: one thread, one transaction, and no second look at the answer.
+    return _json(_view(context.jobs.seen(job_id, tenant=caller.sees)))
 
 
 @router.post(
@@ -300,5 +303,11 @@ def accepted(context: Context, job: JobRecord, *, replayed: bool) -> Response:
     headers = {"Location": job_links(job.id).self}
     if replayed:
         headers["Idempotency-Replayed"] = "true"
-    body = shown(context, job).model_dump(mode="json")
-    return JSONResponse(body, status.HTTP_202_ACCEPTED, headers=headers)
+    return _json(shown(context, job), status.HTTP_202_ACCEPTED, headers)
+
+
+def _json(
+    view: BaseModel, status_code: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    body = view.model_dump_json()
+    return Response(body, status_code, headers, media_type="application/json")
