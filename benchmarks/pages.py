@@ -139,7 +139,12 @@ def lists(count: int) -> list[str]:
     with filled(count) as (url, server, waiting), httpx2.Client(base_url=url, timeout=60) as http:
         paths = (
             *("/ui/jobs", "/ui/jobs?state=queued", "/ui/jobs?state=running"),
-            *("/ui/jobs?label=absent", f"/ui/jobs/{waiting}", "/v1/jobs?limit=50"),
+            *(
+                "/ui/jobs?label=absent",
+                "/ui/jobs?model=absent&label=of%20man",
+                f"/ui/jobs/{waiting}",
+                "/v1/jobs?limit=50",
+            ),
         )
         return [calls(http, server, path).replace(waiting, "{job_id}") for path in paths]
 
