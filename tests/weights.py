@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +84,7 @@ def pack_model(
     order: Literal["natural", "activation"] = "natural",
     embeddings: Literal["keep", "quantize"] = "keep",
     cycle: tuple[int, ...] = (3, 4, 2, 6, 8, 5),
+    quantize: Callable[..., QuantizedWeight] = rounded_weight,
     **options: Any,
 ) -> PackedModel:
     """Round the linears of a small model to mixed widths and write the packed folder.
@@ -107,7 +109,7 @@ def pack_model(
         matrix = matrix.t() if linear.source.transposed else matrix
         chosen = tuple(cycle[(place + group) % len(cycle)] for group in range(linear.shape.groups))
         widths[linear.name] = chosen
-        weights[linear.name] = rounded_weight(matrix, chosen, shuffled.get(owner or ""))
+        weights[linear.name] = quantize(matrix, chosen, shuffled.get(owner or ""))
     bit_widths = BitWidthMap(order=order, linears=widths)
     folder.mkdir(parents=True, exist_ok=True)
     hashes = write_checkpoint(

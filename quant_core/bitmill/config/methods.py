@@ -46,6 +46,7 @@ class MethodConfig(Closed):
     (`quant.tensors.KINDS`). max_devices: most accelerators that it works on, None for any number.
     transformed: whether transforms other than the column order may come before it.
     folds: whether rows of its tensors may change places, so that column orders can be folded.
+    grid: name of the grid that all its codes are on, for formats that hold no other; None for any.
     """
 
     name: ClassVar[str]
@@ -55,6 +56,7 @@ class MethodConfig(Closed):
     max_devices: ClassVar[int | None] = None
     transformed: ClassVar[bool] = True
     folds: ClassVar[bool] = True
+    grid: ClassVar[str | None] = None
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -227,6 +229,7 @@ METHODS: Registry[type[MethodConfig]] = Registry(
         "rtn": "bitmill.config.methods:RTN",
         "gptq": "bitmill.config.methods:GPTQ",
         "hqq": "bitmill.solvers.hqq.settings:HQQ",
+        "exllama": "bitmill.solvers.exllama.settings:ExLlama",
         "normtweaking": "bitmill.refinement.normtweaking.settings:NormTweaking",
         "omniquant": "bitmill.config.methods:OmniQuant",
     },

@@ -55,7 +55,8 @@ class Facts:
 
     kinds: of quantized tensors (`quant.tensors.KINDS`). widths: that groups may have; mixed:
     whether those of one linear may differ. rewrites: names of those that are left to be stored.
-    config: the model's config.json, empty where it is not known yet.
+    config: the model's config.json, empty where it is not known yet. grid: that all codes will
+    be on (`MethodConfig.grid`), "any", or None where codes tell themselves.
     """
 
     plan: Plan
@@ -64,6 +65,7 @@ class Facts:
     mixed: bool
     rewrites: frozenset[str]
     config: Mapping[str, Any]
+    grid: str | None = None
 
     @classmethod
     def of(
@@ -200,6 +202,7 @@ FORMATS: Registry[type[Format]] = Registry(
         "bitmill-2": "bitmill.formats.packed.format:PackedTrellis",
         "compressed-tensors": "bitmill.formats.compressed_tensors.format:CompressedTensors",
         "dequantized": "bitmill.formats.dequantized.format:Dequantized",
+        "exl2": "bitmill.formats.exl2.format:Exl2",
         "gguf": "bitmill.formats.gguf.format:Gguf",
         "gptq": "bitmill.formats.gptq.format:GPTQCheckpoint",
         "mlx": "bitmill.formats.mlx.format:Mlx",

@@ -140,6 +140,7 @@ def _facts(plan: Plan, config: QuantizationConfig, settings: dict[str, Any]) -> 
         mixed=any(len(set(groups)) > 1 for groups in given) or _mixes(allocation),
         rewrites=stored_rewrites(plan, allocation.order),
         config=settings,
+        grid=config.method.grid or "any",
     )
 
 

@@ -11,7 +11,7 @@ an accelerator (`column_loop_device.py`) and one by one here, with the same resu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from bitmill.solvers.grid_search import fit_compensated, unit_rows
 from bitmill_kernels.backend import resolve_backend
 from bitmill_kernels.gptq.block import gptq_block
 from bitmill_kernels.layout import GROUP_SIZE
+
+FitGrid = Callable[[Tensor, int, slice], Grid]
+"""The grid of a group: of its compensated weights f32 [N, c], its width and its columns."""
 
 
 def solve(
@@ -45,15 +48,19 @@ def solve_siblings(
     with timed("solve"):
         if resolve_backend("auto", curvature.H.device) == "triton":
             return solve_on_device(matrices, curvature, widths, settings)
+
+        def fit(block: Tensor, width: int, part: slice) -> Grid:
+            return fit_grid(block, width, curvature, part, settings)
+
         return [
-            _solve_torch(W, curvature, own, settings)
-            for W, own in zip(matrices, widths, strict=True)
+            column_loop(W, curvature, own, fit) for W, own in zip(matrices, widths, strict=True)
         ]
 
 
-def _solve_torch(
-    W: Tensor, curvature: Curvature, widths: tuple[int, ...], settings: GptqSettings
+def column_loop(
+    W: Tensor, curvature: Curvature, widths: tuple[int, ...], fit: FitGrid
 ) -> LinearCodes:
+    """The loop on one matrix f32 [N, K], with the grid of each group by `fit`."""
     work, unit = W.clone(), unit_rows(curvature.factor.upper)
     columns, span = W.shape[1], SUPER_BLOCK * GROUP_SIZE
     codes: list[Tensor] = []
@@ -66,7 +73,7 @@ def _solve_torch(
         if pending:
             block = block - error[:, :pending] @ unit[first : part.start, part]
         block = block.contiguous()
-        grid = fit_grid(block, widths[group], curvature, part, settings)
+        grid = fit(block, widths[group], part)
         code, missed = gptq_block(
             block, unit[part, part].contiguous(), grid.scale, grid.zero, max_code(widths[group])
         )

@@ -1,0 +1,141 @@
+"""Export `exl2`: a reader written from the layout's description gives the weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bitmill.config.quantization import parse_config
+from bitmill.errors import FormatError, SpecError
+from bitmill.formats.exl2.format import Exl2
+from bitmill.formats.export_plan import ExportTarget
+from bitmill.pipeline.admission import admit, check_exports
+from bitmill.pipeline.export import Export
+from bitmill.quant.rewrites import Rewrites
+from bitmill.quant.tensors import QuantizedWeight
+from bitmill.runtime.ranks import SINGLE
+from bitmill.solvers.exllama.solver import ExLlamaSolver
+from bitmill.solvers.solver import Linear
+from tiny import save_tiny
+from tiny_architectures import tiny_config
+from weights import PackedModel, pack_model
+
+SIZES = {"hidden_size": 160, "intermediate_size": 288, "head_dim": 32, "num_key_value_heads": 1}
+CYCLE = (3, 5, 2, 8, 4, 6)
+
+
+def solved(W: Tensor, widths: tuple[int, ...], H: Tensor) -> QuantizedWeight:
+    (found,) = ExLlamaSolver().solve([Linear("one", W, widths)], H, SINGLE).weights
+    assert isinstance(found, QuantizedWeight)
+    return found
+
+
+def packed_model(folder: Path, order: str = "natural", **changes: Any) -> PackedModel:
+    """Every linear solved on the grid."""
+    config = tiny_config("llama")
+    for name, value in (SIZES | {"num_attention_heads": 5} | changes).items():
+        setattr(config, name, value)
+    source = save_tiny(folder / "source", config)
+
+    def quantize(W: Tensor, widths: tuple[int, ...], order: Tensor | None) -> QuantizedWeight:
+        columns = W if order is None else W[:, order.long()]
+        return solved(columns, widths, torch.eye(W.shape[1])).rewritten(Rewrites.of_order(order))
+
+    return pack_model(source, folder / "packed", cycle=CYCLE, order=order, quantize=quantize)
+
+
+def values(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """[count, C] of streams that run down the columns of i32 [W, C]."""
+    streams = [int.from_bytes(c.astype("<u4").tobytes(), "little") for c in words.view("u4").T]
+    return np.array([[s >> bits * i & (1 << bits) - 1 for s in streams] for i in range(count)])
+
+
+def weight_of(stored: dict[str, Tensor], name: str) -> Tensor:
+    """f16 [N, K], by the arithmetic of exllamav2's kernel: everything in fp16."""
+    words, groups, scale, largest, invperm = (
+        stored[f"{name}.q_{key}"] for key in ("weight", "groups", "scale", "scale_max", "invperm")
+    )
+    K, N = len(invperm), words.shape[1]
+    starts = [*groups[1::2].tolist(), len(words)]
+    rows = []
+    for group, bits in enumerate(groups[0::2].tolist()):
+        first, last = starts[group], starts[group + 1]
+        codes = values(words[first:last].numpy(), bits, (last - first) * 32 // bits)
+        nibbles = [int(w) >> 4 * i & 15 for w in scale[group].numpy().view("u4") for i in range(8)]
+        k = torch.tensor(nibbles) + 1
+        step = (k * k).half() * (largest[group] / 256)
+        rows.append((torch.from_numpy(codes) - (1 << (bits - 1))).half() * step)
+    assert (groups[0::2].diff() <= 0).all()
+    assert sum(map(len, rows)) == K
+    assert rows[0].shape[1] == N
+    return torch.cat(rows)[invperm.long()].T
+
+
+@pytest.mark.parametrize("order", ["natural", "activation"])
+def test_a_reader_gives_the_packed_weights_in_fp16(tmp_path: Path, order: str) -> None:
+    packed = packed_model(tmp_path, order)
+    export = Export.of(packed.folder, Exl2())
+    said = export.report()
+    assert export.write(tmp_path / "out", lambda *_: None) == said
+    assert said.file_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in packed.weights.items():
+        assert torch.equal(weight_of(stored, name), weight.dequantize().half()), name
+    kept = {name: t for name, t in stored.items() if ".q_" not in name}
+    assert {t.dtype for t in kept.values()} == {torch.float16}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "exl2"
+    assert 2 < config["bits"] < 8
+
+
+def test_codes_on_other_grids_are_refused_by_the_linears_name(tmp_path: Path) -> None:
+    config = tiny_config("llama")
+    for name, value in (SIZES | {"num_attention_heads": 5}).items():
+        setattr(config, name, value)
+    packed = pack_model(save_tiny(tmp_path / "source", config), tmp_path / "packed", cycle=CYCLE)
+    with pytest.raises(FormatError, match=r"model\.layers\.0\..* cannot be held by format"):
+        Export.of(packed.folder, Exl2()).write(tmp_path / "out", lambda *_: None)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        (
+            {},
+            "refinement.method: its grid holds only what was solved on it",
+        ),
+        ({"refinement": {"method": "exllama"}, "widths": [1, 2]}, "it has no widths [1]"),
+        ({"refinement": {"method": "exllama"}}, None),
+    ],
+)
+def test_jobs_are_refused_at_submission(
+    tmp_path: Path, spec: dict[str, Any], problem: str | None
+) -> None:
+    config = tiny_config("llama")
+    for name, value in (SIZES | {"num_attention_heads": 5}).items():
+        setattr(config, name, value)
+    source = save_tiny(tmp_path / "source", config)
+    allocation = {"widths": spec.get("widths", [2, 3, 4])}
+    job = {"budget": {"code_bits": 3}, "allocation": allocation}
+    asked = parse_config(job | {key: spec[key] for key in spec if key != "widths"})
+    admitted, target = admit(source, asked), ExportTarget(format="exl2")
+    if problem is None:
+        check_exports(admitted, [target])
+        return
+    with pytest.raises(SpecError, match=re.escape(problem)):
+        check_exports(admitted, [target])
+
+
+def test_sides_must_be_multiples_of_32(tmp_path: Path) -> None:
+    packed = packed_model(tmp_path, intermediate_size=80)
+    with pytest.raises(SpecError, match="its sides 80 and 160 must be multiples of 32"):
+        Export.of(packed.folder, Exl2())
