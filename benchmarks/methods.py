@@ -3,7 +3,8 @@
     python benchmarks/methods.py NAME=SOURCE --work WORK --out benchmarks/results/methods
 
 SOURCE is a Hugging Face folder. Every linear of the decoder blocks is quantized at one width in
-natural column order, in groups of 128; embeddings and head are kept. Windows begin as the tokenizer
+natural column order, in groups of 128; embeddings and head are kept. Rows `NAME-knapsack-BITS` have
+the widths that the knapsack finds for so many true bits. Windows begin as the tokenizer
 begins a text, of the bundled calibration text (seed 0) and, all of them or --evaluation, of both
 evaluation texts. A row runs in a process of its own, whose largest resident memory is recorded, and
 refined blocks stay in WORK, so that a run that was cut short is continued by the same command.
@@ -33,32 +34,35 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from bitmill.calibration.windows import calibration_tokens, evaluation_tokens
-from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.allocation.allocator import allocate
+from bitmill.calibration.windows import CalibrationSet, calibration_tokens, evaluation_tokens
+from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.evaluation.compare import Candidate, measure, with_weights
 from bitmill.formats.accounting import footprint
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import Plan, make_plan
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
+from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
 
 TEXTS = ("wiki_evaluation", "handbook_evaluation")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row's `refinement`, at each of some widths."""
+    """A row's `refinement`, at each of some widths, and at some true bits by the knapsack."""
 
     name: str
     refinement: dict[str, Any] = field(default_factory=dict)
     widths: tuple[int, ...] = (2, 3, 4)
+    bits: tuple[float, ...] = ()
 
 
 AWQ = [{"name": "awq"}]
 METHODS = (
     Method("rtn-minmax", {"method": "rtn", "clip_search": False}),
     Method("rtn", {"method": "rtn"}),
-    Method("hqq", {"method": "hqq"}),
+    Method("hqq", {"method": "hqq"}, bits=(3.5, 4.5)),
     Method("awq-minmax", {"method": "rtn", "clip_search": False, "transforms": AWQ}),
     Method("awq", {"method": "rtn", "transforms": AWQ}),
     Method("gptq", {"method": "gptq"}),
@@ -68,37 +72,48 @@ METHODS = (
 
 def row_names() -> list[str]:
     """All rows of Bitmill's own methods."""
-    return [f"{method.name}-{width}" for method in METHODS for width in method.widths]
+    uniform = [f"{method.name}-{width}" for method in METHODS for width in method.widths]
+    return uniform + [f"{each.name}-knapsack-{bits}" for each in METHODS for bits in each.bits]
 
 
-def configuration(options: argparse.Namespace, name: str) -> tuple[QuantizationConfig, int]:
-    """What row `name` asks for, and its width."""
-    title, _, width = name.rpartition("-")
-    method = next(one for one in METHODS if one.name == title)
+def configuration(options: argparse.Namespace, name: str) -> QuantizationConfig:
+    """What row `name` asks for."""
+    title, _, budget = name.rpartition("-")
+    knapsack = title.endswith("-knapsack")
+    method = next(one for one in METHODS if one.name == title.removesuffix("-knapsack"))
     sequences, length = options.calibration
     asked = {
-        "budget": {"code_bits": int(width)},
-        "allocation": {"method": "uniform", "order": "natural"},
+        "budget": {"bits" if knapsack else "code_bits": float(budget)},
+        "allocation": {"method": "knapsack" if knapsack else "uniform", "order": "natural"},
         "refinement": method.refinement,
         "calibration": {"sequences": sequences, "length": length, "held_out": options.held_out},
     }
-    return parse_config(asked), int(width)
+    return parse_config(asked)
+
+
+def allocated(
+    model: StreamedModel, tokens: CalibrationSet, plan: Plan, config: QuantizationConfig
+) -> BitWidthMap:
+    """The map that the row's allocation makes."""
+    if config.allocation.method == "uniform":
+        return allocate(plan, config)
+    settings = SensitivitySettings(order="natural")
+    return allocate(plan, config, profile_knapsack(model, tokens.tokens, plan, settings))
 
 
 def refine(source: Path, folder: Path, options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Refine a row into `folder`; seconds and bytes of memory that it took."""
     torch.set_num_threads(options.threads)
-    config, width = configuration(options, name)
+    config = configuration(options, name)
     plan = make_plan(source, config)
     model = opened(source, plan)
+    tokens = calibration_tokens(config.calibration, source, seed=config.seed)
     started = time.perf_counter()
+    chosen = allocated(model, tokens, plan, config)
+    (folder / MAP_NAME).write_text(chosen.to_json())
     refine_model(
         model,
-        RefineInputs(
-            calibration_tokens(config.calibration, source, seed=config.seed),
-            BitWidthMap.uniform(plan.shapes, width),
-            {},
-        ),
+        RefineInputs(tokens, chosen, {}),
         config.method,
         folder,
         seed=config.seed,
@@ -116,10 +131,10 @@ def opened(source: Path, plan: Plan) -> StreamedModel:
 
 
 def refined_candidate(
-    model: StreamedModel, plan: Plan, folder: Path, width: int
+    model: StreamedModel, plan: Plan, folder: Path
 ) -> tuple[Candidate, dict[str, Any]]:
     """A refined row, and what it takes."""
-    refined, chosen = RefinedModel(folder, plan), BitWidthMap.uniform(plan.shapes, width)
+    refined, chosen = RefinedModel(folder, plan), BitWidthMap.load(folder / MAP_NAME)
     spent = footprint(plan, chosen)
     logits = with_weights(model, lambda name: refined.linear(name).dequantize(), refined.changed)
     return Candidate(chosen, logits, plan), {"bits": spent.bits, "bytes": spent.size}
@@ -160,7 +175,7 @@ def work(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Any]
     known = row_names()
     wanted = [n for p in options.rows for n in known if fnmatch(n, p)]
     for model_name, source in options.sources:
-        plan = make_plan(source, configuration(options, known[0])[0])
+        plan = make_plan(source, configuration(options, known[0]))
         model, (count, length) = opened(source, plan), options.evaluation
         windows = {
             name: evaluation_tokens(name, source, length=length, sequences=count or None)
@@ -172,8 +187,7 @@ def work(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Any]
             fresh = get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=fresh) as child:
                 entry = child.submit(refine, source, folder, options, name).result()
-            width = configuration(options, name)[1]
-            candidate, taken = refined_candidate(model, plan, folder, width)
+            candidate, taken = refined_candidate(model, plan, folder)
             yield model_name, name, entry | taken | {"texts": measured(candidate, model, windows)}
         for name, folder, bits in options.folders:
             candidate = given_candidate(model, plan, folder)
