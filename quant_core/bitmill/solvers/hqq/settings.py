@@ -12,9 +12,8 @@ from bitmill.config.methods import MethodConfig, Statistic
 class HQQ(MethodConfig):
     """Half-quadratic quantization: grids fitted to the weights alone, without calibration.
 
-    norm: p of the sum of |w - ŵ|^p that is made small. A small p cuts outliers off, which models
-    need: docs/methods.md has the figures. iterations: of the half-quadratic solver for every
-    starting grid.
+    norm: p of the sum of |w - ŵ|^p that is made small; a small p cuts outliers off. iterations: of
+    the half-quadratic solver for every starting grid.
     """
 
     name: ClassVar[str] = "hqq"

@@ -11,8 +11,8 @@ turn (Geman and Reynolds, IEEE TPAMI 14(3), 1992):
 
 The publication takes p = 0.7, keeps the min-max scale and moves a real zero point. Stored zero
 points are integers here, so scales move instead: from ranges shrunk to 0.3 of themselves, with the
-zero points on either side too; the best grid seen is taken. Free scales turn a small p against the
-model: outliers are cut off, see `HQQ`. No statistics, no calibration.
+zero points on either side too; the best grid seen is taken. With free scales a small p cuts
+outliers off. No statistics, no calibration.
 """
 
 from __future__ import annotations
