@@ -2,7 +2,8 @@
 
 The entity tag is the file's SHA-256, so it is strong, the same on every replica and usable to
 resume (`If-Range`). `Repr-Digest` (RFC 9530) is the digest of the whole file on every answer, 206
-included. Chunks of 4 MiB: with 64 KiB the event loop, not the disk, is the limit.
+included. The kernel sends it where the server can (`http/zero_copy.py`), else chunks of 4 MiB do:
+with 64 KiB the event loop, not the disk, is the limit.
 
 Given up: several ranges in one request. RFC 9110 section 14.2 lets a server ignore `Range`, and
 the whole file is what such a client gets.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from email.utils import formatdate, parsedate_to_datetime
@@ -23,9 +24,10 @@ from urllib.parse import quote
 from anyio import to_thread
 from starlette.datastructures import Headers
 from starlette.responses import RedirectResponse, Response, StreamingResponse
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from bitmill_service.http.problems import ProblemError
+from bitmill_service.http.zero_copy import EXTENSION as ZERO_COPY
 
 CHUNK = 4 << 20
 _RANGE = re.compile(r"bytes=([0-9]{0,4000})-([0-9]{0,4000})", re.IGNORECASE)
@@ -154,6 +156,27 @@ class _FileStream(StreamingResponse):
             await super().stream_response(send)
 
 
+class _DiskFile(Response):
+    """Bytes [start, end) of a file on disk: by the kernel where the server can, else in chunks."""
+
+    def __init__(self, path: Path, start: int, end: int, status: int, headers: Mapping[str, str]):
+        super().__init__(None, status, headers)
+        self._path, self._start, self._end = path, start, end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start, end = self._start, self._end
+        if start == end or ZERO_COPY not in scope.get("extensions", {}):
+            body = _chunks(self._path, start, end)
+            await _FileStream(body, self.status_code, self.headers)(scope, receive, send)
+            return
+        with await to_thread.run_sync(self._path.open, "rb") as file:
+            head = {"status": self.status_code, "headers": self.raw_headers}
+            await send({"type": "http.response.start", **head})
+            piece = {"file": file, "offset": start, "count": end - start, "more_body": True}
+            await send({"type": ZERO_COPY, **piece})
+            await send({"type": "http.response.body"})
+
+
 def _media_type(name: str) -> str:
     return TYPES.get(Path(name).suffix, OTHER_TYPE)
 
@@ -207,14 +230,14 @@ def file_response(
     modified = formatdate(stat.st_mtime, usegmt=True)
     headers = _entity_headers(file.name, file.sha256) | {"last-modified": modified}
     if check_conditions(request, file.sha256, stat.st_mtime):
-        return _FileStream(_chunks(file.path, 0, 0), 304, headers)
+        return Response(status_code=304, headers=headers)
     span = _span(file.size, method, request, validators=(headers["etag"], modified))
     headers["content-type"] = _media_type(file.name)
     if location is not None and method == "GET" and not _HELD.intersection(request):
         return Response(headers=headers | {"x-accel-redirect": quote(location)})
     start, end = _describe(headers, span, file.size)
-    body = _chunks(file.path, start, end if method == "GET" else start)
-    return _FileStream(body, 206 if span else 200, headers)
+    end = end if method == "GET" else start
+    return _DiskFile(file.path, start, end, 206 if span else 200, headers)
 
 
 def relayed_response(

@@ -27,6 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from bitmill_service.http.problems import CODES, MEDIA_TYPE
+from bitmill_service.http.zero_copy import ZeroCopy
 
 BACKLOG = 128
 """Connections that the kernel holds for `accept`, which takes all of them at once."""
@@ -60,6 +61,7 @@ class GuardedProtocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.app = ZeroCopy(self.app, self, self.write_s)
         self._limit = connection_limit()
         self._phase: Literal["head", "body", "work", "closed"] = "closed"
         self._phase_end = self._deadline = 0.0

@@ -71,7 +71,7 @@ class RequestContext:
                 for name, value in _SAFE.items():
                     headers.setdefault(name, value)
             else:
-                sent += len(message.get("body", b""))
+                sent += message.get("count") or len(message.get("body", b""))
             await send(message)
 
         try:
