@@ -197,7 +197,8 @@ def test_cancelled_job_stops_its_runner(client: Client, service: EmbeddedService
     client.cancel(job)
     wait_for(lambda: client.get(job).state == "cancelled", "the cancel")
     assert runners(service) == []
-    assert not (service.settings.data / "artifacts" / job).exists()
+    folder = service.settings.data / "artifacts" / job
+    wait_for(lambda: not folder.exists(), "its files to be gone")
 
 
 def test_nothing_of_the_service_needs_torch(service: EmbeddedService) -> None:

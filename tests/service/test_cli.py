@@ -70,8 +70,11 @@ def test_plan_is_shown_without_a_job(bitmill: Any, stack: Stack) -> None:
         "llama: 2 blocks, 14 linears, 28 groups, 399,360 weights",
     )
     needs = r"[\d.]+ GB of memory, [\d.]+ [kM]B of disk, about 1 min"
-    assert re.fullmatch(f"needs on a CPU: {needs}", out.splitlines()[2])
-    assert re.fullmatch(f"needs on accelerators: [\\d.]+ GB of each, {needs}", out.splitlines()[3])
+    sizes = r"[\d.]+ kB kept, [\d.]+ kB at 8, [\d.]+ kB at 4 bits"
+    told = out.splitlines()[2:]
+    assert re.fullmatch(rf"embeddings: {sizes} \(--embeddings quantize\)", told[0])
+    assert re.fullmatch(f"needs on a CPU: {needs}", told[1])
+    assert re.fullmatch(f"needs on accelerators: [\\d.]+ GB of each, {needs}", told[2])
     assert json.loads(bitmill(*SUBMIT, "--validate-only", "--json")[1])["linears"] == 14
     assert sum(stack.context.jobs.counts().values()) == before
 

@@ -29,6 +29,10 @@ MAIN = [sys.executable, "-P", "-m", "bitmill_service.cli.main"]
 _CODES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
 
 
+# pytest-xdist sets these in its processes; they would outweigh the terminal's own size.
+_WITHOUT_SIZE = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+
+
 class Terminal:
     """A program on a terminal of its own, whose size can change."""
 
@@ -42,7 +46,7 @@ class Terminal:
             stdout=below,
             stderr=below,
             start_new_session=True,
-            env=os.environ | {"TERM": "xterm"} | (env or {}),
+            env=_WITHOUT_SIZE | {"TERM": "xterm"} | (env or {}),
             preexec_fn=_own_terminal,
         )
         os.close(below)
