@@ -178,5 +178,5 @@ def test_top_renews_itself_on_a_terminal_until_it_is_interrupted(stack: Stack) -
         terminal.resize(90)
         wait_for(lambda: job in terminal.read(), "a job that came later")
         os.killpg(terminal.process.pid, signal.SIGINT)
-        assert terminal.process.wait(20) == 130
+        assert terminal.process.wait(60) == 130
         assert "\x1b[?1049l" in terminal.read(), "the screen was given back"

@@ -205,7 +205,7 @@ def test_experts_are_packed_one_by_one(config: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["import", "forget"])
 def test_a_fresh_process_needs_only_the_import(llama: PackedModel, how: str) -> None:
     command = [sys.executable, "-c", OUTSIDE, str(llama.folder), how]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
     assert done.stdout.strip() == ("14" if how == "import" else "0")
     assert ("Unknown quantization type" in done.stderr) == (how == "forget")
 

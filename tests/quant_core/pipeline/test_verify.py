@@ -75,7 +75,7 @@ def test_it_runs_in_a_fresh_process(packed: PackedModel, tmp_path: Path) -> None
     }
     (tmp_path / "given.json").write_text(json.dumps(given))
     command = [sys.executable, "-c", FRESH, str(tmp_path / "given.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
     assert VerifyReport.model_validate_json(done.stdout) == verified(packed)
 
 

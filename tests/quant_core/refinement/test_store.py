@@ -193,7 +193,7 @@ def test_a_full_disk_ends_the_refinement_at_its_block(model: StreamedModel, tmp_
     tests = str(Path(__file__).parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([tests, *sys.path])}
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=120, check=True
+        command, capture_output=True, text=True, env=environment, timeout=280, check=True
     )
     assert done.stdout.startswith(
         "disk_full [] no space left while writing block-00000.safetensors"

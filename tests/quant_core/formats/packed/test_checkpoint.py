@@ -279,7 +279,7 @@ def test_a_full_disk_is_a_resource_error(source: Path, tmp_path: Path) -> None:
     tests = Path(__file__).resolve().parents[3]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(tests)])}
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=120, check=True
+        command, capture_output=True, text=True, env=environment, timeout=280, check=True
     )
     assert done.stdout.strip() == "disk_full"
 
