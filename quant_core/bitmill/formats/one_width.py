@@ -18,7 +18,7 @@ from bitmill.errors import FormatError
 from bitmill.formats.format import Contents, Facts, Format, Refusal
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.architectures import architecture
-from bitmill.plan.model_plan import PlannedLinear
+from bitmill.plan.model_plan import Plan, PlannedLinear
 
 
 class OneWidthFormat(Format):
@@ -66,7 +66,11 @@ class OneWidthFormat(Format):
         for linear in plan.linears:
             name = stored_as(plan.model_type, linear.name)
             found += self.linear_tensors(name, linear, bits[linear.name])
-        return found + [tensor.spec for tensor in plan.tensors]
+        return found + [self.kept_tensor(plan, tensor.spec) for tensor in plan.tensors]
+
+    def kept_tensor(self, plan: Plan, tensor: TensorInfo) -> TensorInfo:
+        """How a tensor that is not quantized is stored: as it is, or in another dtype."""
+        return tensor
 
 
 def width_of(widths: Iterable[int], legal: Iterable[int], symmetric: bool) -> int | None:

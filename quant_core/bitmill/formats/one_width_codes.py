@@ -23,7 +23,13 @@ from bitmill.formats.codec import Supply
 from bitmill.formats.export_folder import ExportFolder
 from bitmill.formats.format import Contents
 from bitmill.formats.one_width import OneWidthFormat, group_size, stored_as
-from bitmill.formats.writing import CONFIG_NAME, copy_companions, write_settings, write_tensors
+from bitmill.formats.writing import (
+    CONFIG_NAME,
+    DTYPES,
+    copy_companions,
+    write_settings,
+    write_tensors,
+)
 from bitmill.io.atomic import disk_errors, read_json
 from bitmill.io.safetensors import read_headers
 from bitmill.quant.tensors import QuantizedWeight, Stored, affine
@@ -112,7 +118,12 @@ class OneWidthCodec:
             return self.tensors(stored_as(plan.model_type, name), found, bits[name])
 
         tensors = self._settings.tensors(contents)
-        digests = write_tensors(folder, tensors, bits, linear, supply.other, on_linear=on_linear)
+        dtypes = {tensor.name: DTYPES[tensor.dtype] for tensor in tensors}
+
+        def other(name: str) -> Tensor:
+            return supply.other(name).to(dtypes[name])
+
+        digests = write_tensors(folder, tensors, bits, linear, other, on_linear=on_linear)
         with disk_errors(folder):
             copy_companions(supply.folder, folder)
         write_settings(folder, dict(supply.settings) | self.settings(contents))

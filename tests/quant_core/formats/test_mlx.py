@@ -94,6 +94,25 @@ def test_settings_of_windows_go_by_the_names_that_mlx_lm_reads(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("kind", "stored"), [("gemma3_text", np.dtype("f4")), ("llama", np.dtype("f2"))]
+)
+def test_a_kept_embedding_of_gemma_is_as_wide_as_the_scales(
+    tmp_path: Path, kind: str, stored: np.dtype[Any]
+) -> None:
+    """Its dtype is that of all activations in mlx-lm."""
+    config = tiny_config(kind)
+    packed = pack_model(
+        save_tiny(tmp_path / "source", config, dtype="float16"), tmp_path / "packed"
+    )
+    exported(packed, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    before = load_file(packed.folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    assert embedding.dtype == stored
+    assert (embedding == before["model.embed_tokens.weight"]).all()
+
+
+@pytest.mark.parametrize(
     ("kind", "cycle", "changes", "settings", "problem"),
     [
         ("llama", (4,), {}, {"dtype": "float16"}, "float16 cannot hold all biases"),

@@ -11,13 +11,14 @@ is exact only if its zero point is a power of two, as the one in the middle is (
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from bitmill.formats.format import Facts, Refusal
 from bitmill.formats.mlx.settings import unsaid
 from bitmill.formats.one_width import OneWidthFormat, group_size
 from bitmill.io.safetensors import TensorInfo
-from bitmill.plan.model_plan import PlannedLinear
+from bitmill.plan.model_plan import Plan, PlannedLinear
 
 SIZES = (32, 64, 128)
 KNOWN = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
@@ -65,6 +66,13 @@ class Mlx(OneWidthFormat):
                 )
                 break
         return found + [Refusal("config.json", why) for why in unsaid(facts.config)]
+
+    def kept_tensor(self, plan: Plan, tensor: TensorInfo) -> TensorInfo:
+        """Gemma's embedding in fp32 with the scales: mlx-lm keeps all activations in its dtype."""
+        half = tensor.dtype in ("F16", "BF16") and self.dtype == "float32"
+        if half and plan.model_type.startswith("gemma") and len(tensor.shape) == 2:
+            return replace(tensor, dtype="F32")
+        return tensor
 
     def linear_tensors(self, name: str, linear: PlannedLinear, bits: int) -> list[TensorInfo]:
         """Three."""
