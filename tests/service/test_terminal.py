@@ -29,7 +29,8 @@ MAIN = [sys.executable, "-P", "-m", "bitmill_service.cli.main"]
 _CODES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
 
 
-# pytest-xdist sets these in its processes; they would outweigh the terminal's own size.
+# Workers of pytest-xdist have these (findings/readline-fixes-the-terminal-size-of-children.sh), and
+# they would outweigh the terminal's own size.
 _WITHOUT_SIZE = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
 
 

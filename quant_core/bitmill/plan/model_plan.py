@@ -301,7 +301,8 @@ def _check_embeddings(source: SourceTensors, found: Architecture) -> None:
     if found.embedding not in source.placed:
         raise ModelError(
             "the source stores no input embedding (a tied one lies under the head's name), so it "
-            "cannot be quantized: set allocation.embeddings to 'keep'",
+            "cannot be quantized: set allocation.embeddings to 'keep', and leave 'embeddings' out "
+            "of evaluation.baselines",
             code="no_embedding",
             param="allocation.embeddings",
         )
