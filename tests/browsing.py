@@ -39,6 +39,10 @@ class Browser:
         """Go to a page of the service and wait until it is loaded."""
         self.driver.get(self.url + path)
 
+    def leave(self) -> None:
+        """Close the page, so that it asks nothing of a service that is about to end."""
+        self.driver.get("about:blank")
+
     def find(self, selector: str) -> WebElement:
         """The first element of a CSS selector; waits for it."""
         return self.until(

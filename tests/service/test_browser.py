@@ -210,6 +210,7 @@ def test_a_job_of_the_form_is_watched_to_its_end(
         wait_for(file.exists, "the download")
         assert hashlib.sha256(file.read_bytes()).hexdigest() in browser.text("#files")
         assert browser.run("return window.same")
+        browser.leave()
 
 
 def test_a_key_lets_in_until_it_is_signed_out(browser: Browser, tmp_path: Path) -> None:
@@ -230,3 +231,4 @@ def test_a_key_lets_in_until_it_is_signed_out(browser: Browser, tmp_path: Path) 
         browser.shows("Sign in", "h1")
         browser.open("/ui/jobs")
         browser.shows("this call needs an API key")
+        browser.leave()
