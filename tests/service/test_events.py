@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
@@ -14,13 +15,40 @@ from bitmill_service.api.events import first_event, wants_stream
 from finished import Stack
 from stores import wait_for
 
+END_S = 20.0
+SILENT_S = 5.0
+"""Less than the 15 s after which a silent stream sends a comment."""
 
-def stream(http: httpx2.Client, job_id: str, **headers: str) -> list[httpx2.ServerSentEvent]:
-    accept = {"Accept": "text/event-stream"} | headers
-    with http.stream("GET", f"/v1/jobs/{job_id}/events", headers=accept) as response:
+OnEvent = Callable[[list[httpx2.ServerSentEvent]], None]
+
+
+def follow(
+    http: httpx2.Client,
+    path: str,
+    headers: dict[str, str],
+    on_event: OnEvent = lambda heard: None,
+) -> list[httpx2.ServerSentEvent]:
+    """All events of a stream; fails where it falls silent or does not end in time.
+
+    on_event: told all events so far whenever one has come.
+    """
+    heard: list[httpx2.ServerSentEvent] = []
+    latest = time.monotonic() + END_S
+    with http.stream("GET", path, headers=headers, timeout=SILENT_S) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         assert response.headers["cache-control"] == "no-cache"
-        return list(httpx2.EventSource(response))
+        for event in httpx2.EventSource(response):
+            heard.append(event)
+            assert time.monotonic() < latest, f"no end after {END_S:g} s, {len(heard)} events"
+            on_event(heard)
+    return heard
+
+
+def stream(
+    http: httpx2.Client, job_id: str, on_event: OnEvent = lambda heard: None, **headers: str
+) -> list[httpx2.ServerSentEvent]:
+    accept = {"Accept": "text/event-stream"} | headers
+    return follow(http, f"/v1/jobs/{job_id}/events", accept, on_event)
 
 
 def pages(http: httpx2.Client, job_id: str, limit: int = 2) -> list[dict[str, Any]]:
@@ -54,24 +82,15 @@ def test_stream_goes_on_after_the_last_event_id(http: httpx2.Client, stack: Stac
 
 def test_stream_shows_events_as_they_happen(http: httpx2.Client, stack: Stack) -> None:
     job = stack.running()
-    heard = threading.Event()
 
-    def finish() -> None:
-        assert heard.wait(10)
+    def finish(heard: list[httpx2.ServerSentEvent]) -> None:
+        if heard[-1].id != "2":
+            return
         progress = {"stage": "refine", "done": 1, "total": 2, "unit": "block"}
         assert stack.leases.report(job.id, job.token, [("progress", progress)])
         assert stack.leases.fail(job.id, job.token, NumericalError("no luck"))
 
-    thread = threading.Thread(target=finish)
-    thread.start()
-    kinds = []
-    accept = {"Accept": "text/event-stream"}
-    with http.stream("GET", f"/v1/jobs/{job.id}/events", headers=accept) as response:
-        for event in httpx2.EventSource(response):
-            kinds.append(event.event)
-            if event.id == "2":
-                heard.set()
-    thread.join()
+    kinds = [event.event for event in stream(http, job.id, finish)]
     assert kinds == ["state", "state", "progress", "state", "end"]
 
 
@@ -89,7 +108,8 @@ def test_unknown_job_is_a_problem_in_both_forms(http: httpx2.Client) -> None:
 def test_deleted_job_ends_its_stream(http: httpx2.Client, stack: Stack) -> None:
     job = stack.running()
     accept = {"Accept": "text/event-stream"}
-    with http.stream("GET", f"/v1/jobs/{job.id}/events", headers=accept) as response:
+    path = f"/v1/jobs/{job.id}/events"
+    with http.stream("GET", path, headers=accept, timeout=SILENT_S) as response:
         events = iter(httpx2.EventSource(response))
         assert next(events).event == "state"
         assert stack.leases.fail(job.id, job.token, NumericalError("no luck"))
@@ -105,7 +125,7 @@ def test_streams_have_a_limit_and_give_their_place_back(
     wait_for(lambda: stack.context.streams.total() == 0, "the end of other streams")
     monkeypatch.setattr(stack.context, "max_streams", 1)
     path = f"/v1/jobs/{job.id}/events"
-    with http.stream("GET", path, headers=accept) as response:
+    with http.stream("GET", path, headers=accept, timeout=SILENT_S) as response:
         events = iter(httpx2.EventSource(response))
         assert next(events).event == "state"
         refused = http.get(path, headers=accept)
@@ -131,32 +151,22 @@ def test_last_event_id_wins_where_it_is_a_number() -> None:
     assert first_event(3, "9" * 5000) == 3
 
 
-def sweep_stream(http: httpx2.Client, sweep: str, **headers: str) -> list[httpx2.ServerSentEvent]:
-    with http.stream("GET", f"/v1/sweeps/{sweep}/events", headers=headers) as response:
-        assert response.headers["content-type"].startswith("text/event-stream")
-        return list(httpx2.EventSource(response))
+def sweep_stream(
+    http: httpx2.Client, sweep: str, on_event: OnEvent = lambda heard: None, **headers: str
+) -> list[httpx2.ServerSentEvent]:
+    return follow(http, f"/v1/sweeps/{sweep}/events", headers, on_event)
 
 
 def test_a_sweeps_stream_is_that_of_all_of_its_jobs(http: httpx2.Client, stack: Stack) -> None:
     sweep = stack.sweep(seed=[0, 1, 2])
     jobs = [job.id for job in stack.context.sweeps.cells(sweep).values()]
-    heard = threading.Event()
 
-    def finish() -> None:
-        assert heard.wait(10)
-        for job_id in jobs:
-            stack.context.jobs.request_cancel(job_id)
+    def finish(heard: list[httpx2.ServerSentEvent]) -> None:
+        if len(heard) == len(jobs):
+            for job_id in jobs:
+                stack.context.jobs.request_cancel(job_id)
 
-    thread = threading.Thread(target=finish)
-    thread.start()
-    events = []
-    with http.stream("GET", f"/v1/sweeps/{sweep}/events") as response:
-        for event in httpx2.EventSource(response):
-            events.append(event)
-            if len(events) == 3:
-                heard.set()
-    thread.join()
-    *events, end = events
+    *events, end = sweep_stream(http, sweep, finish)
     assert end.event == "end"
     for number, job_id in enumerate(jobs, 1):
         mine = [event.json() for event in events if event.json()["job_id"] == job_id]
