@@ -11,7 +11,7 @@ earlier job made. OUT.md has the table:
     excess = ln(perplexity / perplexity of the source), per text and their mean
 
 Several commands may run side by side on one device, with OUT and WORK of their own; their seconds
-then say little.
+then say little. With one folder --stages, none waits for what another makes but for equal stages.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import transformers
 from bitmill.config.quantization import parse_config
 from bitmill.io.atomic import write_bytes, write_json
 from bitmill.pipeline.job import run_job
-from bitmill.results import QualityReport
+from bitmill.results import QualityReport, QualityRow
 
 
 def run(args: argparse.Namespace, name: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace, name: str, spec: dict[str, Any]) -> dict[str, 
         args.work / f"{name}-out",
         gguf=gguf,
         profile_folder=args.work / "profiles",
+        stage_folder=args.stages,
         device=args.device,
     )
     return row_of(made.quality, time.perf_counter() - begin) | {"spec": spec}
@@ -54,24 +55,31 @@ def run(args: argparse.Namespace, name: str, spec: dict[str, Any]) -> dict[str, 
 def row_of(report: QualityReport, seconds: float) -> dict[str, Any]:
     """What the table shows of a report."""
     source, *_, ours = report.rows
+    return {
+        "bits": ours.bits,
+        "code_bits": ours.code_bits,
+        "size": ours.size,
+        **row_of_texts(source, ours),
+        "predicted_loss": ours.predicted_loss,
+        "seconds": seconds,
+        "stage_seconds": report.seconds,
+        "warnings": list(report.warnings),
+    }
+
+
+def row_of_texts(source: QualityRow, ours: QualityRow) -> dict[str, Any]:
+    """What was measured on the evaluation texts."""
     excess = {
         text: math.log(found.perplexity / source.texts[text].perplexity)
         for text, found in ours.texts.items()
     }
     return {
-        "bits": ours.bits,
-        "code_bits": ours.code_bits,
-        "size": ours.size,
         "perplexity": {text: found.perplexity for text, found in ours.texts.items()},
         "source_perplexity": {text: found.perplexity for text, found in source.texts.items()},
         "kl": {text: found.kl for text, found in ours.texts.items()},
         "kl_se": {text: found.kl_se for text, found in ours.texts.items()},
         "excess": excess,
         "mean_excess": sum(excess.values()) / len(excess),
-        "predicted_loss": ours.predicted_loss,
-        "seconds": seconds,
-        "stage_seconds": report.seconds,
-        "warnings": list(report.warnings),
     }
 
 
@@ -97,6 +105,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--stages", type=Path, help="where commands make equal stages once")
     args = parser.parse_args()
     stored = args.out.with_suffix(".json")
     found = json.loads(stored.read_text()) if stored.exists() else {"rows": {}}
