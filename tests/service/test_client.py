@@ -215,9 +215,10 @@ class Flaky:
         self.statuses = statuses
         self.keys: list[str | None] = []
         self.app = FastAPI()
-        self.app.post("/v1/jobs")(self.create)
+        self.app.post("/v1/jobs")(self.answer)
+        self.app.get("/v1/sweeps/{sweep_id}/events")(self.answer)
 
-    def create(self, request: Request) -> Response:
+    def answer(self, request: Request) -> Response:
         self.keys.append(request.headers.get("idempotency-key"))
         return Response(status_code=self.statuses.pop(0), headers={"Retry-After": "7"})
 
@@ -244,6 +245,30 @@ def test_stream_that_breaks_is_continued_without_a_gap(stack: Stack) -> None:
         for event in client.events(job.id):
             seen.append(event.seq)
     assert seen == [1, 2, 3, 4]
+
+
+def test_a_sweeps_stream_that_breaks_is_continued_without_a_gap(stack: Stack) -> None:
+    sweep = stack.sweep(seed=[0, 1])
+    for job in stack.context.sweeps.cells(sweep).values():
+        stack.context.jobs.request_cancel(job.id)
+    seen: list[tuple[int, int]] = []
+    with serve(_cutting_proxy(stack)) as url, Client(url, sleep=lambda _: None) as client:
+        for event in client.sweep_events(sweep):
+            seen.append((event.cell, event.seq))
+            assert len(seen) <= 4
+    assert sorted(seen) == [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+def test_a_sweeps_stream_that_nobody_answers_ends_when_patience_does() -> None:
+    flaky = Flaky([503] * 100)
+    waits: list[float] = []
+    with (
+        serve(flaky.app) as url,
+        Client(url, patience=30.0, sleep=waits.append) as client,
+        pytest.raises(Unreachable, match="answers 503"),
+    ):
+        list(client.sweep_events("s"))
+    assert waits == [7.0] * 4
 
 
 def _cutting_proxy(stack: Stack) -> FastAPI:

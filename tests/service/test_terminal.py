@@ -21,9 +21,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bitmill.errors import NumericalError
 from bitmill_service.cli.progress import JobWatch, duration
+from bitmill_service.client.client import Client
 from finished import Stack
-from stores import wait_for
+from stores import claim, wait_for
 
 MAIN = [sys.executable, "-P", "-m", "bitmill_service.cli.main"]
 _CODES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
@@ -181,3 +183,41 @@ def test_top_renews_itself_on_a_terminal_until_it_is_interrupted(stack: Stack) -
         os.killpg(terminal.process.pid, signal.SIGINT)
         assert terminal.process.wait(60) == 130
         assert "\x1b[?1049l" in terminal.read(), "the screen was given back"
+
+
+def test_a_sweep_tells_each_cell_that_ends_into_a_pipe(
+    stack: Stack, client: Client, command: Any
+) -> None:
+    sweep = stack.sweep(seed=[0, 1])
+    jobs = [job.id for job in stack.context.sweeps.cells(sweep).values()]
+    client.cancel(jobs[0])
+    again = client.retry(jobs[0]).id
+    client.cancel(jobs[1])
+    client.cancel(again)
+    code, out, told = command("sweeps", "wait", sweep, "--url", stack.url)
+    assert (code, told.splitlines()) == (0, ["cell 1 of 2 cancelled", "cell 2 of 2 cancelled"])
+    assert out.count("cancelled") == 2
+    code, out, told = command("sweeps", "wait", sweep, "--url", stack.url, "--json")
+    assert (told, [row["state"] for row in json.loads(out)]) == ("", ["cancelled"] * 2)
+
+
+def test_a_table_of_cells_shows_what_each_does_until_the_last_has_ended(
+    stack: Stack, client: Client
+) -> None:
+    sweep = stack.sweep(seed=list(range(60)))
+    jobs = [job.id for job in stack.context.sweeps.cells(sweep).values()]
+    with on_terminal([*MAIN, "sweeps", "wait", sweep, "--url", stack.url], 80) as terminal:
+        wait_for(lambda: "60 queued" in terminal.read(), "the first look")
+        assert "seed" in terminal.read()
+        job = claim(stack.leases, jobs[49])
+        progress = {"stage": "refine", "done": 7, "total": 30, "unit": "block"}
+        assert stack.leases.report(job.id, job.token, [("progress", progress)])
+        # It has room for 27 cells, and those that run come before those that wait.
+        wait_for(lambda: re.search(r"50 +49 +running +refine 7/30 block", terminal.read()), "it")
+        assert stack.leases.fail(job.id, job.token, NumericalError("no luck"))
+        wait_for(lambda: re.search(r"50 +49 +failed +no luck", terminal.read()), "its error")
+        client.cancel_sweep(sweep)
+        wait_for(lambda: terminal.process.poll() is not None, "the end")
+        assert terminal.process.returncode == 3
+        assert "59 cancelled, 1 failed" in terminal.read()
+        assert widest(terminal) <= 80

@@ -26,11 +26,11 @@ from bitmill.pipeline.requests import QuantizeRequest
 from bitmill.pipeline.work_folder import is_of_shared_stages, work_folder
 from bitmill.reporting.sweep_table import SweepRow, SweepTable
 from bitmill.results import QUALITY_NAME, QualityReport
+from bitmill_service.cli.cells import CellsWatch, ended
 from bitmill_service.cli.local import DeviceOption, run_library
 from bitmill_service.cli.output import (
     JsonFlag,
     UrlOption,
-    format_size,
     format_time,
     open_client,
     print_json,
@@ -159,9 +159,9 @@ def show_sweep(
 def wait_sweep(
     sweep: SweepArgument, *, out: TableOption = None, url: UrlOption = None, json: JsonFlag = False
 ) -> None:
-    """Wait until every cell of a sweep has ended; exit code 3 where one failed.
+    """Follow the cells of a sweep until every one has ended; exit code 3 where one failed.
 
-    Example: bitmill sweeps wait SWEEP --out study
+    On a terminal one table shows what each cell does. Example: bitmill sweeps wait SWEEP
     """
     _check_folder(out, here=False)
     with open_client(url) as client:
@@ -221,7 +221,7 @@ def _run_here(spec: SweepSpec, out: Path, profiles: Path | None, device: str) ->
         rows[cell.number] = _cell_here(cell, out, record, profiles, device)
         write_json(out / _RECORD, record)
         _write(SweepTable([rows[number] for number in sorted(rows)]), out)
-        _tell(rows[cell.number], len(cells))
+        typer.echo(ended(rows[cell.number], len(cells)), err=True)
     if all(row.state == "succeeded" for row in rows.values()):
         shutil.rmtree(out / _STAGES, ignore_errors=True)
     return [rows[number] for number in sorted(rows)]
@@ -350,36 +350,23 @@ def _is_of_a_sweep(name: str) -> bool:
 
 
 def _follow(client: Client, sweep_id: str, out: Path | None, *, as_json: bool) -> None:
-    """Show cells as they end, then the table."""
-    ended: set[int] = set()
+    """Show cells as they go on and end, then the table."""
+    view = client.sweep(sweep_id)
     if out is not None:
         _claim(out, sweep_id)
+    screen = Console(stderr=True, highlight=False, quiet=as_json)
+    with CellsWatch(view, screen) as watch:
+        for event in client.sweep_events(sweep_id):
+            if watch.on_event(event) and watch.renew(view := client.sweep(sweep_id)):
+                _write_to(out, view)
+        watch.renew(view := client.wait_sweep(sweep_id))
+    _write_to(out, view)
+    _end(view.table, as_json=as_json)
 
-    def on_change(view: SweepView) -> None:
-        new = [c for c in view.cells or () if c.seconds is not None and c.cell not in ended]
-        for cell in sorted(new, key=lambda cell: cell.cell):
-            ended.add(cell.cell)
-            _tell(cell.row, len(view.cells or ()))
-        if out is not None and new:
-            _write(view.table, out)
 
-    view = client.wait_sweep(sweep_id, on_change=None if as_json and out is None else on_change)
-    table = view.table
+def _write_to(out: Path | None, view: SweepView) -> None:
     if out is not None:
-        _write(table, out)
-    _end(table, as_json=as_json)
-
-
-def _tell(row: SweepRow, of: int) -> None:
-    """One line on standard error about a cell that has ended."""
-    told = f"cell {row.cell} of {of} {row.state}"
-    if row.quality is not None and row.quality.size is not None:
-        text, measured = next(iter(row.quality.texts.items()), ("", None))
-        told += f": {format_size(row.quality.size)}"
-        told += f", perplexity {measured.perplexity:.2f} on {text}" if measured else ""
-    if row.error:
-        told += f": {row.error}"
-    typer.echo(told, err=True)
+        _write(view.table, out)
 
 
 def _write(table: SweepTable, out: Path) -> None:

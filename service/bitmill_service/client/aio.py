@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from bitmill_service.client.client import Client
-from bitmill_service.schemas import EventView
+from bitmill_service.schemas import EventView, SweepEventView
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -47,6 +47,12 @@ class AsyncClient:
     async def events(self, job_id: str, *, after: int = 0) -> AsyncIterator[EventView]:
         """All events from `after` on, as they come, until the job has finished."""
         found = self.client.events(job_id, after=after)
+        while (event := await asyncio.to_thread(next, found, None)) is not None:
+            yield event
+
+    async def sweep_events(self, sweep_id: str) -> AsyncIterator[SweepEventView]:
+        """Events of all jobs of a sweep, as they come, until all have finished."""
+        found = self.client.sweep_events(sweep_id)
         while (event := await asyncio.to_thread(next, found, None)) is not None:
             yield event
 

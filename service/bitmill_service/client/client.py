@@ -36,7 +36,14 @@ from bitmill_service.client.errors import (
     raise_for_problem,
     read_answer,
 )
-from bitmill_service.client.retries import RETRY_STATUS, Retries, backoff, with_retries
+from bitmill_service.client.retries import (
+    RETRY_STATUS,
+    Retries,
+    Waiting,
+    backoff,
+    retry_after,
+    with_retries,
+)
 from bitmill_service.client.upload import announced, send_parts
 from bitmill_service.schemas import (
     AllocationRequest,
@@ -57,6 +64,7 @@ from bitmill_service.schemas import (
     PlanView,
     ProfilePage,
     ProfileView,
+    SweepEventView,
     SweepPage,
     SweepView,
     UploadList,
@@ -73,6 +81,15 @@ _PAGE = 200
 _CHECK_S = 1800.0
 """How long a service may take to check an upload, or every cell of a sweep."""
 _ViewT = TypeVar("_ViewT", bound=View)
+
+
+class _BusyError(Exception):
+    """The answer to a stream that may come another time."""
+
+    def __init__(self, response: httpx2.Response) -> None:
+        super().__init__(f"the service answered {response.status_code}")
+        self.status = response.status_code
+        self.retry_after = retry_after(response)
 
 
 class Client:
@@ -239,6 +256,30 @@ class Client:
                 return view
             self._sleep(_POLL_SECONDS)
 
+    def sweep_events(self, sweep_id: str) -> Iterator[SweepEventView]:
+        """Events of all jobs of a sweep from the first on, as they come, until all have finished.
+
+        A stream that breaks is opened again where it was. Raises `Unreachable` where nothing has
+        come for `patience` seconds.
+        """
+        path, after = f"/v1/sweeps/{sweep_id}/events", ""
+        waiting = Waiting(self._retries, self._retries.patience)
+        while True:
+            fault, asked = "the stream of events ended early", None
+            try:
+                for event in self._server_sent(path, after):
+                    waiting.news()
+                    if event.event == "end":
+                        return
+                    yield SweepEventView.model_validate_json(event.data)
+                    after = event.id
+            except httpx2.TransportError as error:
+                fault = f"no answer ({error})"
+            except _BusyError as error:
+                fault, asked = f"the service answers {error.status}", error.retry_after
+            if not waiting.pause(fault, asked):
+                raise self._unreachable(fault)
+
     def cancel_sweep(self, sweep_id: str) -> SweepView:
         """Ask all unfinished jobs of a sweep to stop."""
         return read_answer(SweepView, self._send("POST", f"/v1/sweeps/{sweep_id}/cancel"))
@@ -295,7 +336,7 @@ class Client:
                         return
                     after = event.seq
                     yield event
-            except httpx2.TransportError:
+            except (httpx2.TransportError, _BusyError):
                 broken = True
             page = self._event_page(job_id, after, self._retries.patience)
             yield from page.events
@@ -543,25 +584,33 @@ class Client:
                 patience=patience,
             )
         except httpx2.TransportError as error:
-            raise Unreachable(
-                f"no answer from {self.url} ({error}): is the service running? "
-                "Start one with `bitmill serve`, or set BITMILL_URL"
-            ) from error
+            raise self._unreachable(str(error)) from error
+
+    def _unreachable(self, fault: str) -> Unreachable:
+        return Unreachable(
+            f"no answer from {self.url} ({fault}): is the service running? "
+            "Start one with `bitmill serve`, or set BITMILL_URL"
+        )
 
     def _stream(self, job_id: str, after: int) -> Iterator[EventView | None]:
         """Events of one server-sent stream; None when the server says that it is complete."""
-        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
-        with self._http.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers) as response:
+        for event in self._server_sent(f"/v1/jobs/{job_id}/events", str(after)):
+            if event.event == "end":
+                yield None
+                return
+            yield EventView.model_validate_json(event.data)
+
+    def _server_sent(self, path: str, after: str) -> Iterator[httpx2.ServerSentEvent]:
+        """One server-sent stream behind `after`; raises `_BusyError` where it is to be asked for
+        again."""
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": after}
+        with self._http.stream("GET", path, headers=headers) as response:
             if response.status_code >= 400:
                 response.read()
                 if response.status_code in RETRY_STATUS:
-                    raise httpx2.ReadError(f"the service answered {response.status_code}")
+                    raise _BusyError(response)
                 raise_for_problem(response)
-            for event in httpx2.EventSource(response):
-                if event.event == "end":
-                    yield None
-                    return
-                yield EventView.model_validate_json(event.data)
+            yield from httpx2.EventSource(response)
 
     def _events_until(self, job_id: str, after: int, deadline: float | None) -> Iterator[EventView]:
         """`events` without a deadline; with one, pages, so that a silent job cannot hold it."""
