@@ -40,11 +40,14 @@ from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.evaluation.compare import Candidate, measure, with_weights
 from bitmill.formats.accounting import footprint
+from bitmill.models.rewrite_source import rewrite_source
 from bitmill.models.streamed import StreamedModel
-from bitmill.plan.model_plan import Plan, make_plan
+from bitmill.plan.model_plan import Plan, make_plan, plan_source
+from bitmill.plan.source_model import read_source
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
 
+REWRITTEN = "source"
 TEXTS = ("wiki_evaluation", "handbook_evaluation")
 
 
@@ -58,14 +61,18 @@ class Method:
     bits: tuple[float, ...] = ()
 
 
-AWQ = [{"name": "awq"}]
+AWQ, QUAROT = [{"name": "awq"}], [{"name": "quarot"}]
+VALUES = [{"name": "quarot", "parts": ["values"]}]
 METHODS = (
     Method("rtn-minmax", {"method": "rtn", "clip_search": False}),
     Method("rtn", {"method": "rtn"}),
     Method("hqq", {"method": "hqq"}, bits=(3.5, 4.5)),
     Method("awq-minmax", {"method": "rtn", "clip_search": False, "transforms": AWQ}),
     Method("awq", {"method": "rtn", "transforms": AWQ}),
-    Method("gptq", {"method": "gptq"}),
+    Method("rtn-quarot", {"method": "rtn", "transforms": QUAROT}, bits=(3.16,)),
+    Method("gptq", {"method": "gptq"}, bits=(2.5, 3.16)),
+    Method("gptq-quarot", {"method": "gptq", "transforms": QUAROT}, bits=(2.5, 3.16)),
+    Method("gptq-quarot-values", {"method": "gptq", "transforms": VALUES}, bits=(2.5, 3.16)),
     Method("gptq-awq", {"method": "gptq", "transforms": AWQ}),
 )
 
@@ -105,10 +112,12 @@ def refine(source: Path, folder: Path, options: argparse.Namespace, name: str) -
     """Refine a row into `folder`; seconds and bytes of memory that it took."""
     torch.set_num_threads(options.threads)
     config = configuration(options, name)
-    plan = make_plan(source, config)
-    model = opened(source, plan)
-    tokens = calibration_tokens(config.calibration, source, seed=config.seed)
     started = time.perf_counter()
+    if config.source_transforms:
+        rewrite_source(source, folder / REWRITTEN, config.source_transforms)
+    model = opened(*row_source(source, folder, config))
+    plan = model.plan
+    tokens = calibration_tokens(config.calibration, source, seed=config.seed)
     chosen = allocated(model, tokens, plan, config)
     (folder / MAP_NAME).write_text(chosen.to_json())
     refine_model(
@@ -125,15 +134,20 @@ def refine(source: Path, folder: Path, options: argparse.Namespace, name: str) -
     return {"seconds": round(taken, 1), "memory": memory, "load": os.getloadavg()[0]}
 
 
+def row_source(source: Path, folder: Path, config: QuantizationConfig) -> tuple[Path, Plan]:
+    """The float model that a row quantizes: what transforms of the source left in its folder."""
+    own = folder / REWRITTEN if config.source_transforms else source
+    return own, plan_source(read_source(own), config)
+
+
 def opened(source: Path, plan: Plan) -> StreamedModel:
     """The float model."""
     return StreamedModel(source, plan, device=torch.device("cpu"), dtype=torch.float32)
 
 
-def refined_candidate(
-    model: StreamedModel, plan: Plan, folder: Path
-) -> tuple[Candidate, dict[str, Any]]:
-    """A refined row, and what it takes."""
+def refined_candidate(model: StreamedModel, folder: Path) -> tuple[Candidate, dict[str, Any]]:
+    """A refined row of the float model that it quantized, and what it takes."""
+    plan = model.plan
     refined, chosen = RefinedModel(folder, plan), BitWidthMap.load(folder / MAP_NAME)
     spent = footprint(plan, chosen)
     logits = with_weights(model, lambda name: refined.linear(name).dequantize(), refined.changed)
@@ -187,7 +201,8 @@ def work(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Any]
             fresh = get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=fresh) as child:
                 entry = child.submit(refine, source, folder, options, name).result()
-            candidate, taken = refined_candidate(model, plan, folder)
+            own = row_source(source, folder, configuration(options, name))
+            candidate, taken = refined_candidate(opened(*own), folder)
             yield model_name, name, entry | taken | {"texts": measured(candidate, model, windows)}
         for name, folder, bits in options.folders:
             candidate = given_candidate(model, plan, folder)

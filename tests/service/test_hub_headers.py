@@ -19,7 +19,8 @@ from bitmill.errors import ModelError
 from bitmill.io.gguf import read_gguf_header
 from bitmill.pipeline import admission
 from bitmill.plan.gguf_models import read_model
-from bitmill.plan.model_plan import SourceModel, make_plan, read_source
+from bitmill.plan.model_plan import make_plan
+from bitmill.plan.source_model import SourceModel, read_source
 from bitmill_service.api.hub_headers import fetch_headers
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.execution.inputs import planning_config

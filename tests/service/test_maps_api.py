@@ -15,7 +15,8 @@ import pytest
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Budget, QuantizationConfig
 from bitmill.plan.fingerprint import Fingerprint
-from bitmill.plan.model_plan import plan_source, read_source
+from bitmill.plan.model_plan import plan_source
+from bitmill.plan.source_model import read_source
 from bitmill_service.client.client import Client
 from finished import MAP, Stack, spec_json
 

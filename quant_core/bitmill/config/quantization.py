@@ -272,8 +272,8 @@ class BaseRefinement(Closed):
     """How codes are found: the JSON of all methods' settings (`bitmill.config.methods`).
 
     A method takes the settings here that it has, and those in `omniquant`. settings: what else a
-    method has. transforms: {"name": ..., settings} of each that rewrites linears before they are
-    solved, in turn (`bitmill.config.transforms`).
+    method has. transforms: {"name": ..., settings} of each that rewrites the source, or linears
+    before they are solved, in turn (`bitmill.config.transforms`).
     """
 
     method: str = "gptq"
@@ -287,8 +287,6 @@ class BaseRefinement(Closed):
 
     @model_validator(mode="after")
     def _legal_transforms(self) -> Self:
-        if self.transforms and not _known(METHODS, self.method).transformed:
-            raise ValueError(f"transforms with method {self.method!r}, which takes none")
         for i, asked in enumerate(self.transforms):
             _known(TRANSFORMS, str(asked.get("name")))
             try:
@@ -298,6 +296,9 @@ class BaseRefinement(Closed):
                 raise ValueError(f"transforms.{i}.{where}: {problem}") from error
             if asked["name"] == ORDER:
                 raise ValueError(f"transforms.{i}: allocation.order asks for column orders")
+        of_linears = any(not one.of_source for one in self.typed_transforms)
+        if of_linears and not _known(METHODS, self.method).transformed:
+            raise ValueError(f"transforms with method {self.method!r}, which takes none")
         return self
 
     @model_validator(mode="after")
@@ -318,10 +319,10 @@ class BaseRefinement(Closed):
         except ValidationError as error:
             where, problem = first_problem(error)
             raise ValueError(f"settings.{where}: {problem}") from error
-        for asked in self.transforms:
-            if not transform_of(asked).needs <= method.needs:
+        for asked in self.typed_transforms:
+            if not asked.needs <= method.needs:
                 raise ValueError(
-                    f"transform {asked['name']!r} with method {self.method!r}, which looks at no "
+                    f"transform {asked.name!r} with method {self.method!r}, which looks at no "
                     "inputs: give 'rtn' or 'gptq'"
                 )
         return self
@@ -334,6 +335,11 @@ class BaseRefinement(Closed):
             if not found[key]:
                 del found[key]
         return found
+
+    @property
+    def typed_transforms(self) -> tuple[TransformConfig, ...]:
+        """The settings of all transforms."""
+        return tuple(transform_of(asked) for asked in self.transforms)
 
     @property
     def resume_parameters(self) -> Any:
@@ -513,8 +519,13 @@ class QuantizationConfig(Stored):
     @property
     def transforms(self) -> tuple[TransformConfig, ...]:
         """What rewrites linears before they are solved, beside column orders."""
-        asked = tuple(transform_of(one) for one in self.refinement.transforms)
+        asked = tuple(one for one in self.refinement.typed_transforms if not one.of_source)
         return asked + self.method.transforms
+
+    @property
+    def source_transforms(self) -> tuple[TransformConfig, ...]:
+        """What rewrites the source model before all else."""
+        return tuple(one for one in self.refinement.typed_transforms if one.of_source)
 
     @field_validator("refinement", mode="before")
     @classmethod

@@ -25,6 +25,8 @@ class TransformConfig(Closed):
     online: whether inputs change where the linear computes, even if nothing is stored
     folded: whether `transform` names a `transforms.transform.ChannelScaling` instead, whose scales
     go into the norm or linear before and leave nothing behind; `rewrite` has no meaning then
+    of_source: whether it rewrites the whole source model before all else, which then is the source
+    (`plan/source_model.py`); neither `rewrite` nor `stored` has a meaning then
     needs: the statistics that it looks at; methods that collect less refuse it
     """
 
@@ -33,6 +35,7 @@ class TransformConfig(Closed):
     rewrite: ClassVar[str]
     online: ClassVar[bool] = False
     folded: ClassVar[bool] = False
+    of_source: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def stored(self, shape: LinearShape) -> tuple[TensorInfo, ...]:
@@ -77,6 +80,7 @@ TRANSFORMS: Registry[type[TransformConfig]] = Registry(
     {
         "awq": "bitmill.transforms.awq.settings:AWQ",
         "order": "bitmill.config.transforms:ColumnOrder",
+        "quarot": "bitmill.transforms.quarot.settings:QuaRot",
         "rotation": "bitmill.config.transforms:Rotation",
     },
 )

@@ -20,17 +20,22 @@ from transformers import AutoModelForCausalLM
 from bitmill.calibration.windows import evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Budget, Evaluation, Framing, QuantizationConfig
+from bitmill.config.transforms import transform_of
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
-from bitmill.evaluation.origin import check_made_from
+from bitmill.evaluation.origin import check_made_from, foldable
 from bitmill.evaluation.tasks import TaskSuite
 from bitmill.formats.accounting import footprint
 from bitmill.formats.codec import open_checkpoint
 from bitmill.inference.load import load
+from bitmill.io.atomic import read_json
 from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.dtypes import compute_dtype
+from bitmill.models.rewrite_source import rewrite_source
 from bitmill.models.streamed import StreamedModel, set_weight
 from bitmill.models.tokenizer import load_tokenizer
-from bitmill.plan.model_plan import Plan, PlannedTensor, plan_for_map
+from bitmill.plan.config_json import CONFIG_FILE, read_config
+from bitmill.plan.model_plan import Plan, plan_for_map
+from bitmill.plan.source_model import recorded
 from bitmill.results import QualityRow, TextQuality
 from bitmill.runtime.process import computing
 from bitmill.runtime.ranks import SINGLE, Group
@@ -66,15 +71,10 @@ def from_packed(
     kept = {
         tensor.module: checkpoint.tensor(tensor.name)
         for tensor in model.plan.tensors
-        if checkpoint.headers[tensor.name].dtype != tensor.dtype or _foldable(model.plan, tensor)
+        if checkpoint.headers[tensor.name].dtype != tensor.dtype or foldable(model.plan, tensor)
     }
     other = {f"{name}.weight": value for name, value in (matrices or {}).items()}
     return with_weights(model, dequantized, kept | other)
-
-
-def _foldable(plan: Plan, tensor: PlannedTensor) -> bool:
-    inside = tensor.module.startswith(f"{plan.block_prefix}.")
-    return inside and len(tensor.shape) == 1 and tensor.module.endswith((".weight", ".bias"))
 
 
 def with_weights(
@@ -157,6 +157,19 @@ def _report_window(
     on_unit(done, total, "window", message)
 
 
+def _as_packed(folder: Path, source: Path, scratch: Path) -> Path:
+    """The source model of a packed folder, rewritten in `scratch` where the folder says that
+    transforms of the source made it."""
+    before = recorded(read_config(source)[0])
+    asked = recorded(read_json(folder / CONFIG_FILE))
+    if asked[: len(before)] == before:
+        asked = asked[len(before) :]
+    if not asked:
+        return source
+    rewrite_source(source, scratch, [transform_of(one) for one in asked])
+    return scratch
+
+
 def measure_tasks(
     suite: TaskSuite,
     rows: list[QualityRow],
@@ -234,6 +247,7 @@ def evaluate_folder(
         if gguf is not None:
             convert_gguf(source_folder / gguf, Path(scratch, "source"))
             source_folder = Path(scratch, "source")
+        source_folder = _as_packed(folder, source_folder, Path(scratch, "rewritten"))
         stored_as = QuantizationConfig(budget=Budget(bits=16), format=checkpoint.format.name)
         _, planned = plan_for_map(source_folder, bit_widths, stored_as)
         where = torch.device(device)

@@ -1,7 +1,8 @@
 """Whether a packed folder was made from a source model, told by the weights of both.
 
-Kept tensors are compared by value, quantized linears of the first and the last block by the cosine
-of their weights with the source's, which is near 1 even at two bits and near 0 for another model.
+Kept tensors are compared by value, but for norms and biases of blocks, which transforms and
+learning change; quantized linears of the first and the last block by the cosine of their weights
+with the source's, which is near 1 even at two bits and near 0 for another model.
 Rows and columns that packing moved are left out. A source in another dtype is the same model.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from bitmill.errors import FormatError, InputError
 from bitmill.formats.codec import open_checkpoint
 from bitmill.models.reader import CheckpointSource
-from bitmill.plan.model_plan import Plan
+from bitmill.plan.model_plan import Plan, PlannedTensor
 
 ROWS = 64
 """Rows of a tensor that are compared."""
@@ -34,6 +35,8 @@ def check_made_from(folder: Path, source: CheckpointSource, plan: Plan) -> None:
     except FormatError as error:
         raise _other(folder, source, error.message) from error
     for kept in plan.tensors:
+        if foldable(plan, kept):
+            continue
         if kept.name not in checkpoint.headers:
             raise _other(folder, source, f"it has no {kept.name}")
         packed, original = checkpoint.tensor(kept.name), source.tensor(kept)
@@ -47,6 +50,12 @@ def check_made_from(folder: Path, source: CheckpointSource, plan: Plan) -> None:
             weight = checkpoint.weight(linear.shape)[:ROWS]
             if _cosine(weight, source.weight(linear)[:ROWS]) < LEAST_COSINE:
                 raise _other(folder, source, f"{linear.name} has other weights")
+
+
+def foldable(plan: Plan, tensor: PlannedTensor) -> bool:
+    """Whether it is a norm or a bias of a block, which may be another than the source's."""
+    inside = tensor.module.startswith(f"{plan.block_prefix}.")
+    return inside and len(tensor.shape) == 1 and tensor.module.endswith((".weight", ".bias"))
 
 
 def _difference(packed: Tensor, original: Tensor) -> float:

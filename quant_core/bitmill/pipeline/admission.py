@@ -22,19 +22,19 @@ from bitmill.formats.format import Contents, Facts, check_supported, format_of, 
 from bitmill.pipeline.estimate import Estimate, Machine, estimate
 from bitmill.plan.model_plan import (
     Plan,
-    SourceModel,
     check_lengths,
     check_rows,
     plan_source,
-    read_source,
 )
+from bitmill.plan.source_model import SourceModel, read_source, rewritten_source
 
 
 @dataclass(frozen=True)
 class Admission:
     """A job that its model, budget and settings allow.
 
-    gguf: the source must be converted first. source: what the plan was made from.
+    gguf: the source must be converted first. source: what the plan was made from, as transforms
+    of the source leave it.
     """
 
     config: QuantizationConfig
@@ -60,7 +60,7 @@ def admit(folder: Path, config: QuantizationConfig, *, gguf: str | None = None) 
     that no choice of widths meets, `SpecError` for what the format cannot hold, windows longer than
     the model runs or more devices than a linear has rows.
     """
-    source = read_source(folder, gguf=gguf)
+    source = rewritten_source(read_source(folder, gguf=gguf), config.source_transforms)
     plan = plan_source(source, config)
     if "embeddings" in config.evaluation.baselines:
         plan_source(source, config.packs_embeddings)

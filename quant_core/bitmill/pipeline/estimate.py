@@ -8,8 +8,8 @@ Memory and disk are sums of the tensors that the stages hold at once, so they ar
     host         hidden states of all windows (twice where the source model runs beside), one block
                  per rank of a job on several devices; block inputs of a backward pass wait in files
                  where memory is short and are not counted
-    disk         converted source (GGUF only), refined blocks, of baselines too, and the packed
-                 checkpoint, as large as the budget allows
+    disk         converted source (GGUF), rewritten source (transforms of it), refined blocks, of
+                 baselines too, and the packed checkpoint, as large as the budget allows
 
 Hidden states and block inputs move to the accelerator where its free memory has room for them; that
 is not counted there, nor taken off the host's share.
@@ -28,6 +28,7 @@ from bitmill.config.bit_width_map import LEGAL_WIDTHS, BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.quantization import FILE_KINDS, QuantizationConfig
 from bitmill.formats.accounting import footprint, limit
+from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.block_memory import (
     BATCH_TOKENS,
     LOGIT_BYTES,
@@ -41,7 +42,8 @@ from bitmill.plan.model_plan import Plan, PlannedLinear
 
 OVERHEAD = 512 << 20
 CONVERTING_BYTES = 10
-"""Host memory for each weight of the largest tensor of a GGUF file while it is converted."""
+"""Host memory for each weight of the largest tensor of a GGUF file while it is converted, or of a
+source while it is rewritten."""
 ACCELERATOR_LIBRARIES = 5 << 29
 """Host memory of the libraries of CUDA and torch in one process, from a model of 7B on an H100."""
 CPU_FLOPS_PER_THREAD = 2.5e10
@@ -87,6 +89,13 @@ def _outside_weights(plan: Plan) -> int:
     inside = plan.block_prefix + "."
     kept = sum(math.prod(t.shape) for t in plan.tensors if not t.module.startswith(inside))
     return kept + sum(embedding.shape.weights for embedding in plan.embeddings)
+
+
+def _source_bytes(plan: Plan) -> int:
+    """Of a folder of the source's safetensors."""
+    quantized = (TensorInfo(m.name, m.dtype, (m.rows, m.columns)) for m in plan.matrices)
+    kept = (TensorInfo(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors)
+    return sum(tensor.nbytes for tensor in (*quantized, *kept))
 
 
 def _largest_tensor(plan: Plan) -> int:
@@ -135,7 +144,8 @@ def fixed_host_bytes(
     process = ACCELERATOR_LIBRARIES if machine.accelerator else OVERHEAD
     if not machine.accelerator:
         process += _accelerator_bytes(plan, config, machine) - OVERHEAD
-    converting = OVERHEAD + CONVERTING_BYTES * _largest_tensor(plan) if gguf else 0
+    makes_source = gguf or config.source_transforms
+    converting = OVERHEAD + CONVERTING_BYTES * _largest_tensor(plan) if makes_source else 0
     return max((2 * block + process) * config.devices, converting)
 
 
@@ -159,7 +169,8 @@ def _disk_bytes(plan: Plan, config: QuantizationConfig, gguf: bool) -> int:
         if name != "embeddings"
     )
     converted = 4 * (plan.weights + _outside_weights(plan)) if gguf else 0
-    return converted + copies * packed + baselines
+    rewritten = len(config.source_transforms) * _source_bytes(plan)
+    return converted + rewritten + copies * packed + baselines
 
 
 def _linear_work(linear: PlannedLinear, tokens: float) -> tuple[float, float]:

@@ -141,7 +141,8 @@ class Job:
 
     def resolve(self) -> Source:
         """The source's files by digest."""
-        inputs = resolve.Inputs.of(self.model_folder, self.gguf)
+        transforms = self.config.source_transforms
+        inputs = resolve.Inputs.of(self.model_folder, self.gguf, transforms)
         return resolve.load(self.space.run(resolve.STAGE, inputs).folder, inputs)
 
     def plan(self, source: Source) -> Plan:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +28,7 @@ from bitmill.config.quantization import (
 )
 from bitmill.config.transforms import TransformConfig
 from bitmill.errors import ModelError, SpecError
-from bitmill.io.gguf import read_gguf_header
-from bitmill.io.safetensors import TensorInfo, read_headers
+from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.architectures import (
     ELEMENTWISE,
     ROUTERS,
@@ -39,15 +37,9 @@ from bitmill.plan.architectures import (
     step_of,
 )
 from bitmill.plan.attention_cache import CacheLayer, cache_layers
-from bitmill.plan.config_json import (
-    check_config,
-    read_config,
-    refuse_adapter,
-    refuse_pickles,
-    size_of,
-)
-from bitmill.plan.gguf_models import read_model
+from bitmill.plan.config_json import size_of
 from bitmill.plan.parameters import HEAD_WEIGHT
+from bitmill.plan.source_model import SourceModel, read_source, rewritten_source
 from bitmill.plan.source_tensors import Placed, SourceTensors, place_tensors
 
 PLAN_NAME = "plan.json"
@@ -423,39 +415,17 @@ def check_rows(plan: Plan, devices: int) -> None:
             )
 
 
-@dataclass(frozen=True)
-class SourceModel:
-    """What config and headers of a model say. settings: of a sanitized config.json."""
-
-    settings: dict[str, Any]
-    architecture: Architecture
-    stored: tuple[TensorInfo, ...]
-
-
-def read_source(folder: Path, *, gguf: str | None = None) -> SourceModel:
-    """Read a local model folder, or one GGUF file in it.
-
-    Raises `ModelError` for files that are missing, unsafe, damaged or unsupported.
-    """
-    if gguf is not None:
-        model = read_model(read_gguf_header(folder / gguf))
-        parts = tuple(part.info for part in model.parts.values())
-        return SourceModel(model.config, check_config(model.config), parts)
-    refuse_adapter(folder)
-    refuse_pickles(folder)
-    settings, found = read_config(folder)
-    return SourceModel(settings, found, tuple(read_headers(folder).values()))
-
-
 def plan_source(source: SourceModel, asked: QuantizationConfig) -> Plan:
-    """Plan a job for what was read; raises `ModelError` for tensors that do not fit."""
+    """Plan a job for what was read, and rewritten where the job asks for that; raises `ModelError`
+    for tensors that do not fit."""
     made = build_plan(source.settings, source.architecture, source.stored, asked.allocation)
     return made.stored_as(asked.format, asked.transforms, folds=asked.method.folds)
 
 
 def make_plan(folder: Path, asked: QuantizationConfig, *, gguf: str | None = None) -> Plan:
     """Plan a job for a local model folder, or for one GGUF file in it; raises as both do."""
-    return plan_source(read_source(folder, gguf=gguf), asked)
+    source = read_source(folder, gguf=gguf)
+    return plan_source(rewritten_source(source, asked.source_transforms), asked)
 
 
 def plan_for_map(

@@ -6,12 +6,14 @@ are easier to quantize. It stays with the quantized weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from bitmill.config.transforms import TransformConfig
+from bitmill.plan.model_plan import Source
+from bitmill.plan.source_model import SourceModel
 from bitmill.quant.rewrites import Rewrite, Rewrites
 from bitmill.quant.tensors import Stored
 from bitmill.registry import load_object
@@ -49,8 +51,19 @@ class ChannelScaling(Protocol):
         """
 
 
+class SourceRewriting(Protocol):
+    """What computes the model that a `plan.source_model.SourceTransform` says."""
+
+    def tensors(
+        self, source: SourceModel, read: Callable[[Source], Tensor]
+    ) -> Callable[[str], Tensor]:
+        """What gives a tensor of `SourceTransform.rewritten` by its name, in the dtype and shape
+        said there. read: of the source's files; threads may ask at once."""
+
+
 def made_of(settings: TransformConfig) -> Any:
-    """The `Transform`, or where it is folded the `ChannelScaling`, of these settings."""
+    """The `Transform` of these settings; where it is folded the `ChannelScaling`, where it is of
+    the source the `SourceRewriting`."""
     return load_object(settings.transform)(settings)
 
 

@@ -18,7 +18,8 @@ from bitmill.config.references import read_map
 from bitmill.io.atomic import write_bytes
 from bitmill.io.targets import check_file
 from bitmill.plan.fingerprint import Fingerprint
-from bitmill.plan.model_plan import Plan, plan_source, read_source
+from bitmill.plan.model_plan import Plan, plan_source
+from bitmill.plan.source_model import read_source
 from bitmill.plan.zoo import Entry, check_fits, find_maps, match_of
 from bitmill.reporting.picture import is_map_svg, map_svg
 from bitmill_service.cli.options import ALLOCATION, BUDGET, GroupedCommand, takes

@@ -46,6 +46,15 @@ def test_the_source_and_the_same_weights_in_another_dtype_pass(
     check(packed, edited(packed.source, tmp_path / "half", lambda _, t: t.bfloat16()))
 
 
+def test_norms_of_blocks_may_be_others_than_the_sources(
+    packed: PackedModel, tmp_path: Path
+) -> None:
+    folded = edited(
+        packed.source, tmp_path / "norms", lambda n, t: t * 3 if "layernorm" in n else t
+    )
+    check(packed, folded)
+
+
 def another_seed(source: Path, target: Path) -> Path:
     return tiny_llama(target, seed=9)
 

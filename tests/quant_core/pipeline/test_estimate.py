@@ -93,6 +93,12 @@ def test_a_size_budget_bounds_the_disk() -> None:
     assert estimate(LLAMA_7B, spec(), gguf=True).disk_bytes > free + 4 * LLAMA_7B.weights
 
 
+def test_a_source_that_is_rewritten_is_counted_as_it_is_stored() -> None:
+    asked = spec(refinement={"transforms": [{"name": "quarot"}]})
+    more = estimate(LLAMA_7B, asked).disk_bytes - estimate(LLAMA_7B, spec()).disk_bytes
+    assert 2 * LLAMA_7B.weights < more < 2.1 * LLAMA_7B.weights
+
+
 def test_what_is_held_at_once_is_counted() -> None:
     """Against sums by hand of the largest tensors; one part's absence would show."""
     machine = Machine(accelerator=True)

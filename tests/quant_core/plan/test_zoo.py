@@ -16,7 +16,8 @@ from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
 from bitmill.errors import FormatError, SpecError
 from bitmill.pipeline.admission import admit
 from bitmill.plan.fingerprint import Fingerprint
-from bitmill.plan.model_plan import Plan, plan_source, read_source
+from bitmill.plan.model_plan import Plan, plan_source
+from bitmill.plan.source_model import read_source
 from bitmill.plan.zoo import INDEX_NAME, find_maps
 from tiny import tiny_llama
 

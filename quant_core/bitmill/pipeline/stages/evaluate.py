@@ -29,7 +29,8 @@ from bitmill.pipeline.stages.pack import PACKED_NAME
 from bitmill.pipeline.stages.plan import Tasks
 from bitmill.pipeline.stages.refine import Refined
 from bitmill.pipeline.workspace import Made
-from bitmill.plan.model_plan import Plan, length_notes, make_plan
+from bitmill.plan.model_plan import Plan, length_notes, plan_source
+from bitmill.plan.source_model import read_source
 from bitmill.refinement.embeddings import head_squares, round_embedding
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.reporting.learning import overfitting_warnings
@@ -142,7 +143,9 @@ class Inputs:
             profile=allocated.corrected(profile),
             baselines=Baselines.of(config, plan, calibration, allocated.bit_widths),
             embeddings=(
-                PackedEmbeddings(make_plan(source.folder, config.packs_embeddings), calibration)
+                PackedEmbeddings(
+                    plan_source(read_source(source.folder), config.packs_embeddings), calibration
+                )
                 if "embeddings" in config.evaluation.baselines
                 else None
             ),

@@ -1,5 +1,8 @@
 """Stage `resolve`: the source's files by SHA-256; a GGUF file becomes a folder of safetensors.
 
+Where a job asks for transforms of the source, what they make of it is the source of all later
+stages, and its digest names the transforms too.
+
 Files count as unchanged while name, size and both times are; what they hold is hashed here, and all
 later stages go by that.
 """
@@ -10,17 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitmill.config.transforms import TransformConfig
 from bitmill.io.atomic import sha256_file, sha256_json, write_json
 from bitmill.io.companions import companions
 from bitmill.io.safetensors import safetensors_files
 from bitmill.models.convert_gguf import CONVERSION_VERSION, convert_gguf
+from bitmill.models.rewrite_source import rewrite_source
 from bitmill.pipeline.source import Source
-from bitmill.pipeline.stage import Run, Stage
+from bitmill.pipeline.stage import Run, Stage, content
 from bitmill.plan.config_json import refuse_pickles
 from bitmill.plan.fingerprint import hash_weights
 
 FILES_NAME = "files.json"
-_CONVERTED = "source"
+_CONVERTED, _REWRITTEN = "source", "rewritten"
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,19 @@ class FileState:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The folder's files, or its one GGUF file; conversion: the version of what is made of it."""
+    """The folder's files, or its one GGUF file; conversion: the version of what is made of it.
+    transforms: of the source."""
 
     folder: Path = field(compare=False)
     gguf: str | None
     files: tuple[FileState, ...]
     conversion: int | None
+    transforms: tuple[TransformConfig, ...]
 
     @classmethod
-    def of(cls, folder: Path, gguf: str | None) -> Inputs:
+    def of(
+        cls, folder: Path, gguf: str | None, transforms: tuple[TransformConfig, ...] = ()
+    ) -> Inputs:
         """What lies in a model folder now."""
         names = [gguf] if gguf is not None else sorted({*_files(folder), *companions(folder)})
         stats = [(name, (folder / name).stat()) for name in names]
@@ -52,6 +61,7 @@ class Inputs:
             gguf,
             tuple(FileState(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in stats),
             None if gguf is None else CONVERSION_VERSION,
+            transforms,
         )
 
 
@@ -75,14 +85,20 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
             digests[file.name] = sha256_file(path)
         run.on_unit(i, len(inputs.files), "file", file.name)
     given = {f.name: {"size": f.size, "sha256": digests[f.name]} for f in inputs.files}
-    if inputs.gguf is not None:
-        for name in weights:
-            tensors |= hash_weights(place / name)[1]
-        digests = {name: sha256_file(place / name) for name in _files(place) - weights}
+    if inputs.transforms:
+        rewrite_source(place, folder / _REWRITTEN, inputs.transforms)
+        place = folder / _REWRITTEN
+    if place != inputs.folder:
+        weights = {path.name for path in safetensors_files(place)}
+        tensors = {k: v for name in weights for k, v in hash_weights(place / name)[1].items()}
+        names = {*_files(place), *companions(place)} - weights
+        digests = {name: sha256_file(place / name) for name in names}
     write_json(folder / FILES_NAME, given)
     named: dict[str, Any] = {name: entry for name, entry in given.items() if "/" not in name}
     if inputs.conversion is not None:
         named["conversion"] = inputs.conversion
+    if inputs.transforms:
+        named["transforms"] = content(inputs.transforms)
     others = {name: digest for name, digest in digests.items() if name not in weights}
     Source(
         place, sha256_json(named), dict(sorted(tensors.items())), dict(sorted(others.items()))
@@ -94,6 +110,8 @@ STAGE = Stage("resolve", work)
 
 def load(folder: Path, inputs: Inputs) -> Source:
     """What the stage made."""
+    if inputs.transforms:
+        return Source.load(folder, folder / _REWRITTEN)
     return Source.load(folder, inputs.folder if inputs.gguf is None else folder / _CONVERTED)
 
 
