@@ -18,6 +18,7 @@ def random_linear(N, K, widths, *, seed=0, ordered=False):
         dim=1,
     )
     scales = (torch.rand(len(widths), N, generator=generator) * 0.01 + 0.001).half()
+    scales *= torch.tensor(widths)[:, None] > 0
     zeros = torch.stack(
         [
             torch.randint(0, 16 if w == 1 else 1 << w, (N,), generator=generator, dtype=torch.uint8)

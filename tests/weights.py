@@ -35,6 +35,7 @@ def random_weight(
     codes = [integers((N, min(GROUP_SIZE, K - s)), w) for s, w in zip(starts, widths, strict=True)]
     zeros = [integers((N,), zero_bits(width)) for width in widths]
     scales = torch.rand(len(widths), N, generator=generator).clamp_min(0.01).half()
+    scales *= torch.tensor(widths)[:, None] > 0
     order = torch.randperm(K, generator=generator).int() if ordered else None
     return QuantizedWeight(
         torch.cat(codes, 1), scales, torch.stack(zeros), widths, Rewrites.of_order(order)
@@ -44,12 +45,12 @@ def random_weight(
 def rounded_weight(
     weight: torch.Tensor, widths: tuple[int, ...], order: torch.Tensor | None = None
 ) -> QuantizedWeight:
-    """`weight` f32 [N, K] rounded to the min-max grid of each row and group (widths >= 2)."""
+    """`weight` f32 [N, K] rounded to the min-max grid of each row and group (not width 1)."""
     columns = weight if order is None else weight[:, order.long()]
     codes, scales, zeros = [], [], []
     for part, width in zip(columns.split(GROUP_SIZE, dim=1), widths, strict=True):
         low, high = part.amin(1).clamp_max(0), part.amax(1).clamp_min(0)
-        scale = ((high - low) / (2**width - 1)).half()
+        scale = ((high - low) / max(1, 2**width - 1)).half() * (width > 0)
         step = scale.float().clamp_min(1e-8)
         zero = (-low / step).round().clamp(0, 2**width - 1)
         code = (part / step[:, None] + zero[:, None]).round().clamp(0, 2**width - 1)

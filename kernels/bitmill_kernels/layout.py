@@ -12,7 +12,8 @@ Zero points are packed apart, `zero_bits(b)` bits a row, least significant bit f
 stores its zero point in eighths (4 bits, zero = stored / 8), so that its two levels need not
 include 0; every other width stores an integer of 0..2^b-1.
 
-Width 7 is left out: it would need three planes.
+Width 7 is left out: it would need three planes. A group of width 0 is dropped: its weights are 0,
+and nothing of it is stored, neither planes nor scales nor zero points.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from collections.abc import Sequence
 
 GROUP_SIZE = 128
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
+"""Widths that have codes; those that a group may have are the keys of `PLANES`."""
 PLANES: dict[int, tuple[int, ...]] = {
+    0: (),
     1: (1,),
     2: (2,),
     3: (2, 1),
@@ -63,12 +66,17 @@ def check_widths(widths: Sequence[int], K: int) -> None:
         )
     for width in widths:
         if width not in PLANES:
-            raise ValueError(f"width {width} is not supported: use one of {WIDTHS}")
+            raise ValueError(f"width {width} is not supported: use one of {tuple(PLANES)}")
 
 
 def groups_of_width(widths: Sequence[int], width: int) -> list[int]:
     """Indices of the groups of one width, ascending."""
     return [group for group, w in enumerate(widths) if w == width]
+
+
+def kept_groups(widths: Sequence[int]) -> list[int]:
+    """Indices of the groups that are not dropped, ascending."""
+    return [group for group, width in enumerate(widths) if width]
 
 
 def code_tensor_shapes(N: int, K: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
@@ -89,6 +97,12 @@ def code_tensor_shapes(N: int, K: int, widths: Sequence[int]) -> dict[str, tuple
         for plane in PLANES[widths[-1]]:
             shapes[f"tail_p{plane}"] = (N, plane_bytes(plane, tail))
     return shapes
+
+
+def scale_tensor_shapes(N: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Name and shape (f16) of the stored scales of a linear: those of groups that have codes."""
+    kept = len(kept_groups(widths))
+    return {"scales": (kept, N)} if kept else {}
 
 
 def zero_tensor_shapes(N: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:

@@ -36,7 +36,7 @@ def pack_codes(codes: Tensor, widths: Sequence[int]) -> dict[str, Tensor]:
     full, tail = divmod(K, GROUP_SIZE)
     planes: dict[str, Tensor] = {}
     grouped = codes[:, : full * GROUP_SIZE].reshape(N, full, GROUP_SIZE)
-    for width in WIDTHS if N else ():
+    for width in PLANES if N else ():
         groups = groups_of_width(widths[:full], width)
         if groups:
             of_width = grouped[:, groups].transpose(0, 1)
@@ -55,12 +55,13 @@ def pack_codes(codes: Tensor, widths: Sequence[int]) -> dict[str, Tensor]:
 def unpack_codes(tensors: Mapping[str, Tensor], widths: Sequence[int], N: int, K: int) -> Tensor:
     """Undo `pack_codes`: codes u8 [N, K]. Other names in `tensors` are ignored.
 
-    Raises ValueError for a missing plane or one of the wrong shape or dtype.
+    Codes of dropped groups are 0. Raises ValueError for a missing plane or one of the wrong shape
+    or dtype.
     """
     shapes = code_tensor_shapes(N, K, widths)
     planes = {name: _checked(tensors, name, shape) for name, shape in shapes.items()}
     device = next(iter(planes.values())).device if planes else None
-    codes = torch.empty(N, K, dtype=torch.uint8, device=device)
+    codes = torch.zeros(N, K, dtype=torch.uint8, device=device)
     full, tail = divmod(K, GROUP_SIZE)
     grouped = codes[:, : full * GROUP_SIZE].unflatten(1, (full, GROUP_SIZE)) if full else codes
     for width in WIDTHS if N else ():
@@ -68,7 +69,7 @@ def unpack_codes(tensors: Mapping[str, Tensor], widths: Sequence[int], N: int, K
         if groups:
             parts = [planes[f"codes_b{width}_p{plane}"] for plane in PLANES[width]]
             grouped[:, groups] = join_planes(parts, width).transpose(0, 1)
-    if tail and N:
+    if tail and N and widths[-1]:
         parts = [planes[f"tail_p{plane}"] for plane in PLANES[widths[-1]]]
         codes[:, full * GROUP_SIZE :] = join_planes(parts, widths[-1])[:, :tail]
     return codes
@@ -77,18 +78,19 @@ def unpack_codes(tensors: Mapping[str, Tensor], widths: Sequence[int], N: int, K
 def pack_zeros(zeros: Tensor, widths: Sequence[int]) -> dict[str, Tensor]:
     """Pack stored zero points u8 [G, N] into `zeros_b{b}` u8 [Z_b, ceil(N*z/8)].
 
-    Width 1 takes 0..15 (the zero point in eighths), every other width 0..2^b-1; a larger value
-    raises ValueError.
+    Width 1 takes 0..15 (the zero point in eighths), every other width 0..2^b-1, which of a dropped
+    group leaves 0; a larger value raises ValueError.
     """
     _require_u8_matrix(zeros, "zeros")
     G, N = zeros.shape
     if len(widths) != G:
         raise ValueError(f"{len(widths)} widths for {G} groups of zeros: give one per group")
     packed: dict[str, Tensor] = {}
-    for width in WIDTHS if N else ():
+    for width in PLANES if N else ():
         groups = groups_of_width(widths, width)
         if groups:
             _require_zeros_fit(zeros[groups], width)
+        if groups and width:
             packed[f"zeros_b{width}"] = _pack_bits(zeros[groups], zero_bits(width))
     return packed
 
@@ -98,7 +100,7 @@ def unpack_zeros(tensors: Mapping[str, Tensor], widths: Sequence[int], N: int) -
     shapes = zero_tensor_shapes(N, widths)
     packed = {name: _checked(tensors, name, shape) for name, shape in shapes.items()}
     device = next(iter(packed.values())).device if packed else None
-    zeros = torch.empty(len(widths), N, dtype=torch.uint8, device=device)
+    zeros = torch.zeros(len(widths), N, dtype=torch.uint8, device=device)
     for width in WIDTHS if N else ():
         groups = groups_of_width(widths, width)
         if groups:
@@ -116,6 +118,8 @@ def join_planes(planes: Sequence[Tensor], width: int) -> Tensor:
 
 def _split(codes: Tensor, width: int) -> list[tuple[int, Tensor]]:
     """(plane width, its part of the codes) for each plane of a width."""
+    if not width:
+        return []
     low, *high = PLANES[width]
     parts = [(low, codes & ((1 << low) - 1))]
     return parts + [(plane, codes >> low) for plane in high]

@@ -69,6 +69,19 @@ def test_stacked_siblings_of_different_widths():
     assert relative_error(y, exact) < 3e-4
 
 
+def test_dropped_groups_and_linears_have_no_part():
+    a, *a_parts = random_linear(40, 600, (0, 3, 0, 2, 0), seed=1, ordered=True)
+    b, *_ = random_linear(9, 600, (0,) * 5, seed=2)
+    b = PackedWeight(b.tensors, b.widths, b.N, b.K, a.order)
+    x = torch.randn(3, 600, generator=torch.Generator().manual_seed(5)).half()
+    runtime = build_runtime([a, b], CPU)
+    assert [len(member.pairs) for member in runtime.members] == [2, 1]
+    y = run(runtime, x, dtype=torch.float32)
+    exact = reference.mixed_matmul(x, *a_parts, a.widths, order=a.order)
+    assert relative_error(y[:, :40], exact) < 3e-4
+    assert not y[:, 40:].any()
+
+
 @pytest.mark.parametrize("tokens", [32, 64])
 def test_wider_token_tiles(tokens):
     weight, *parts = random_linear(20, 256, (3, 4), seed=1)

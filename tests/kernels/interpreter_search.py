@@ -62,6 +62,16 @@ def test_clipped_grids_are_as_good_as_those_of_the_plain_search(R, K):
         assert found.zero[0] == 0
 
 
+def test_dropped_groups_get_grids_of_zeros():
+    w, generator = weights(9, 300, seed=1)
+    largest = torch.tensor([0.0, 3.0, 0.0])[:, None].expand(-1, 9)
+    weight = relative_weights(torch.rand(300, generator=generator))
+    scale, zero = clip_search_groups(w.T.contiguous(), largest, weight, CLIP)
+    assert not scale[[0, 2]].any()
+    assert not zero[[0, 2]].any()
+    assert (scale[1, 1:] > 0).all()
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_range_beyond_fp16_is_infinite():
     w = torch.zeros(128, 2)

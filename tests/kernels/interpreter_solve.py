@@ -55,7 +55,14 @@ def polished(matrices, codes, H, sweeps=1):
 
 
 @pytest.mark.parametrize(
-    ("widths", "compensated"), [((3, 2, 1), SEARCH), ((4, 8, 2), None), ((2, 3, 4), SCALES)]
+    ("widths", "compensated"),
+    [
+        ((3, 2, 1), SEARCH),
+        ((4, 8, 2), None),
+        ((2, 3, 4), SCALES),
+        ((0, 3, 0), SEARCH),
+        ((2, 0, 1), None),
+    ],
 )
 def test_solving_and_polishing_reach_the_plain_error(linear, monkeypatch, widths, compensated):
     W, curvature = linear

@@ -43,6 +43,21 @@ def test_tails_of_every_width(path, width):
         assert torch.allclose(y.double(), exact, atol=1e-4)
 
 
+@pytest.mark.parametrize("widths", [(0, 3, 0, 0), (2, 0, 0, 1), (0, 0, 0, 0)])
+@pytest.mark.parametrize("T", [1, 6, cpu.FUSED_TOKENS + 1])
+def test_dropped_groups_add_nothing(path, T, widths):
+    weight, *parts = random_linear(33, 401, widths, seed=T, ordered=True)
+    x = torch.randn(T, 401, generator=torch.Generator().manual_seed(T)) + 0.3
+    product = cpu.CpuProduct([weight], CPU)
+    exact = reference.dequantize(*parts, widths).double()
+    packed = x.double()[:, weight.order.long()]
+    assert torch.allclose(product(x, None).double(), packed @ exact.T, atol=1e-4)
+    source = torch.empty_like(exact)
+    source[:, weight.order.long()] = exact
+    dy = torch.randn(T, 33, generator=torch.Generator().manual_seed(T))
+    assert torch.allclose(product.input_gradient(dy).double(), dy.double() @ source, atol=1e-4)
+
+
 def test_a_scale_below_the_smallest_normal_half_counts(path):
     weight, codes, scales, zeros = random_linear(4, 128, (4,))
     scales.fill_(2.0**-20)

@@ -23,7 +23,7 @@ def random_stack(seed):
     K = int(rng.integers(1, 2500))
     weights = [
         random_linear(
-            int(rng.integers(1, 700)), K, [int(w) for w in rng.choice(WIDTHS, -(-K // 128))]
+            int(rng.integers(1, 700)), K, [int(w) for w in rng.choice(list(PLANES), -(-K // 128))]
         )
         for _ in range(rng.integers(1, 4))
     ]

@@ -11,13 +11,14 @@ from bitmill_kernels.layout import (
     code_tensor_shapes,
     group_columns,
     group_count,
+    scale_tensor_shapes,
     zero_bits,
     zero_tensor_shapes,
 )
 
 
 def test_the_planes_of_a_width_add_up_to_it():
-    assert tuple(PLANES) == WIDTHS
+    assert tuple(PLANES) == (0, *WIDTHS)
     assert all(sum(planes) == width for width, planes in PLANES.items())
 
 
@@ -44,6 +45,15 @@ def test_shapes_of_codes_follow_the_format():
 def test_shapes_of_zeros_follow_the_format():
     assert zero_bits(1) == 4
     assert zero_tensor_shapes(10, (1, 3, 3)) == {"zeros_b1": (1, 5), "zeros_b3": (2, 4)}
+
+
+def test_dropped_groups_have_no_shapes():
+    widths = (0, 2, 0)
+    assert code_tensor_shapes(10, 300, widths) == {"codes_b2_p2": (1, 10, 32)}
+    assert scale_tensor_shapes(10, widths) == {"scales": (1, 10)}
+    assert zero_tensor_shapes(10, widths) == {"zeros_b2": (1, 3)}
+    for shapes in (code_tensor_shapes(10, 300, (0,) * 3), scale_tensor_shapes(10, (0,) * 3)):
+        assert shapes == {}
 
 
 @pytest.mark.parametrize(("widths", "word"), [((7,), "width 7"), ((3, 3), "2 widths")])

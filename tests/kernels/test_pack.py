@@ -107,7 +107,7 @@ def test_golden_bytes_of_zeros():
 def test_codes_and_zeros_round_trip_for_random_shapes_and_mixes(seed):
     rng = np.random.default_rng(seed)
     N, K = int(rng.integers(1, 40)), int(rng.integers(1, 900))
-    widths = [int(w) for w in rng.choice(WIDTHS, size=len(group_columns(K)))]
+    widths = [int(w) for w in rng.choice(list(PLANES), size=len(group_columns(K)))]
     codes = random_codes(N, K, widths, seed)
     packed = pack_codes(codes, widths)
     assert {name: tuple(t.shape) for name, t in packed.items()} == code_tensor_shapes(N, K, widths)
@@ -137,6 +137,10 @@ def test_values_that_do_not_fit_are_refused():
         pack_codes(codes, [2])
     with pytest.raises(ValueError, match="zero 16 does not fit width 1: the largest is 15"):
         pack_zeros(torch.full((1, 2), 16, dtype=torch.uint8), [1])
+    with pytest.raises(ValueError, match="code 4 does not fit width 0: the largest is 0"):
+        pack_codes(codes, [0])
+    with pytest.raises(ValueError, match="zero 1 does not fit width 0: the largest is 0"):
+        pack_zeros(torch.ones(1, 2, dtype=torch.uint8), [0])
     with pytest.raises(ValueError, match="give a uint8 matrix"):
         pack_codes(codes.int(), [3])
 

@@ -29,6 +29,26 @@ def test_siblings_of_different_widths_stack_by_rows():
     assert runtime.width_mask == 0b1111111
 
 
+def test_dropped_groups_take_no_bytes():
+    weight, *parts = random_linear(130, 700, (0, 2, 0, 3, 2, 0), seed=1)
+    kept, *_ = random_linear(130, 384, (2, 3, 2), seed=1)
+    runtime = build_runtime([weight], CPU)
+    assert runtime.dropped
+    assert torch.equal(dequantize_runtime(runtime), dequantize(*parts, weight.widths))
+    assert runtime.nbytes == build_runtime([kept], CPU).nbytes
+    assert not build_runtime([kept], CPU).dropped
+
+
+def test_a_linear_that_is_dropped_whole_keeps_its_outputs():
+    nothing, *_ = random_linear(20, 300, (0, 0, 0))
+    other, *parts = random_linear(7, 300, (3, 0, 2), seed=2)
+    runtime = build_runtime([nothing, other], CPU)
+    expected = torch.cat([torch.zeros(20, 300), dequantize(*parts, other.widths)])
+    assert torch.equal(dequantize_runtime(runtime), expected)
+    assert [pair.groups for pair in runtime.members[0].pairs] == [(None, None)]
+    assert runtime.slots.tolist()[:2] == [[0, 0, 1, 1]] * 2
+
+
 def test_slots_name_the_source_columns_of_each_group_in_pair_order():
     weight, *_ = random_linear(4, 300, (4, 2, 4))
     runtime = build_runtime([weight], CPU)

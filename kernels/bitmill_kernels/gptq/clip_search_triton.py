@@ -6,7 +6,8 @@ candidate costs a dozen instructions per weight and no memory traffic, so one la
 groups of a matrix; groups, and the rows of a group, may have different widths.
 
 Tensors are columns first, [K, R]: neighbouring threads hold neighbouring rows, and sums over the
-columns of a group stay mostly within a thread.
+columns of a group stay mostly within a thread. A largest code of 0 is a dropped group's, whose grid
+has scale 0.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _clip_search_kernel(
     largest = tl.load(at, mask=row_live, other=1.0)
     low = tl.minimum(tl.min(w, axis=0), 0.0)
     high = tl.maximum(tl.max(w, axis=0), 0.0)
-    step = tl.math.div_rn(high - low, largest)
+    step = tl.where(largest > 0, tl.math.div_rn(high - low, tl.maximum(largest, 1.0)), 0.0)
     middle = tl.math.div_rn(-low, tl.where(step > 0, step, 1.0))
     middle = tl.minimum((middle + ROUNDING) - ROUNDING, largest)
     widest = _half(step)
@@ -158,7 +159,7 @@ def clip_search_triton(
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points f32 [G, R] of the groups of w f32 [K, R], columns first.
 
-    h: f32 [K] column weights; largest: f32 [G, R] largest codes, at least 3, may be expanded;
+    h: f32 [K] column weights; largest: f32 [G, R] largest codes, 0 or at least 3, may be expanded;
     shrinks: f32 shares of the range; moves: scale factors and zero offsets; fits: least squares.
     A range beyond fp16 gives an infinite scale. out: where to write them, contiguous.
     """

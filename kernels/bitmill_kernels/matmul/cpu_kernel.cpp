@@ -38,7 +38,8 @@ constexpr int kMaxTokens = 4;
 }  // namespace
 
 struct Group {
-  const uint8_t* planes[2];  // low, high or null; row n starts at n * bytes[plane]
+  // low, high or null, both null for a dropped group; row n starts at n * bytes[plane]
+  const uint8_t* planes[2];
   int32_t bits[2];
   int32_t bytes[2];
   const uint16_t* scales;  // fp16 [N]
@@ -134,6 +135,7 @@ void multiply_block(const Group* groups, int group_count, int first_row, int end
   float offset[kBlockRows][TOKENS] = {};
   for (int g = 0; g < group_count; ++g) {
     const Group& group = groups[g];
+    if (!group.planes[0]) continue;
     for (int n = first_row; n < end_row; ++n) {
       const float scale = to_float(group.scales[n]);
       const float zero = scale * static_cast<float>(group.zeros[n]) / group.zero_steps;
@@ -184,6 +186,7 @@ extern "C" void bitmill_dequantize(const Group* groups, int group_count, int fir
       const Group& group = groups[g];
       const float scale = to_float(group.scales[n]);
       const float zero = static_cast<float>(group.zeros[n]) / group.zero_steps;
+      if (!group.planes[0]) std::memset(to, 0, group.columns * sizeof *to);
       float weight = 1.0f;
       for (int p = 0; p < 2 && group.planes[p]; ++p) {
         const int bytes = group.bytes[p], bits = group.bits[p];

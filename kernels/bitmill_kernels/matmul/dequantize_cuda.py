@@ -50,7 +50,7 @@ class CudaDequantizer:
         self._parts = {run: _parts(weight.members, run) for run in self.runs}
 
     def __call__(self, run: RowRun, out: Tensor) -> None:
-        """Fill out [run.rows, K], f16, bf16 or f32, contiguous."""
+        """Fill out [run.rows, K], f16, bf16 or f32, contiguous; of dropped groups nothing."""
         K, weight = self._weight.K, self._weight
         stream = torch.cuda.current_stream(out.device).cuda_stream
         for part in self._parts[run]:

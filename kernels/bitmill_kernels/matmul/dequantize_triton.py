@@ -172,7 +172,7 @@ class Dequantizer:
         self.runs = row_runs(weight, max_rows)
 
     def __call__(self, run: RowRun, out: Tensor) -> None:
-        """Fill out [run.rows, K], f16, bf16 or f32, contiguous."""
+        """Fill out [run.rows, K], f16, bf16 or f32, contiguous; of dropped groups nothing."""
         _dequantize_kernel[(run.tiles, self._pair_limit)](
             self._weight.planes.view(torch.int16),
             self._weight.grid,

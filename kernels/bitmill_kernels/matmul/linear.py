@@ -195,7 +195,7 @@ class _AcceleratedProduct:
         device = weight.planes.device
         properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         processors = properties.multi_processor_count if properties else 1
-        self._weight = weight
+        self._weight, self._drops = weight, weight.dropped
         self._wide = TritonDecoder(
             weight, tiles.triton_tiles(weight, processors), asm=not interpreted()
         )
@@ -237,6 +237,8 @@ class _AcceleratedProduct:
         scratch = workspace("dequantized", size * dtype.itemsize, device)
         rows = scratch.view(dtype)[:size].view(-1, K)
         for run in self._dequantizer.runs:
+            if self._drops:
+                rows[: run.rows].zero_()
             self._dequantizer(run, rows)
             yield run, rows[: run.rows]
 

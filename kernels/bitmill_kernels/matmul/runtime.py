@@ -11,6 +11,9 @@ dummy group of scale 0. The tail is padded to a full group of zero codes, rows t
 with scale 0. Scale and zero point of a row and group are two fp16 halves of one 32-bit word,
 [pairs, N, 2] words; fp16 holds every zero point exactly (0..255, or eighths for width 1).
 
+A dropped group, of width 0, is in no pair, so it takes neither bytes nor time. A linear that is
+dropped whole has one pair of dummies, so that its outputs are written.
+
 Several linears that read the same input, siblings, are stacked by rows into one runtime layout
 and run in one launch. Each keeps its own widths, hence its own order of pairs: a member.
 
@@ -31,6 +34,7 @@ from bitmill_kernels.layout import (
     PLANES,
     WIDTHS,
     group_columns,
+    group_count,
     groups_of_width,
 )
 from bitmill_kernels.pack import join_planes, pack_codes, unpack_zeros
@@ -41,7 +45,10 @@ ROW_ALIGNMENT = 128
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One linear as stored: planes by format name, scales f16 [G, N], packed zeros by name."""
+    """One linear as stored: planes by format name, scales f16 [G, N], packed zeros by name.
+
+    Scales of dropped groups are 0; the rest of such a group is not there.
+    """
 
     tensors: Mapping[str, Tensor]
     widths: tuple[int, ...]
@@ -62,11 +69,11 @@ class Pair:
     """Two groups of one width, addressed inside a `RuntimeWeight`.
 
     low, high: byte offsets of the pair's planes; grid: byte offset of its scale and zero words.
-    groups: the two source groups, the second None for a dummy. Offsets are multiples of 16.
+    groups: the two source groups, None for a dummy. Offsets are multiples of 16.
     """
 
     width: int
-    groups: tuple[int, int | None]
+    groups: tuple[int | None, int | None]
     low: int
     high: int
     grid: int
@@ -102,6 +109,12 @@ class RuntimeWeight:
     def pair_count(self) -> int:
         """Pairs of all members."""
         return sum(len(member.pairs) for member in self.members)
+
+    @property
+    def dropped(self) -> bool:
+        """Whether some member has groups without a pair, of which nothing writes the weights."""
+        paired = [g for m in self.members for p in m.pairs for g in p.groups if g is not None]
+        return len(paired) < len(self.members) * group_count(self.K)
 
     @property
     def width_mask(self) -> int:
@@ -203,6 +216,9 @@ def _pair_planes(
             second = groups[2 * i + 1] if 2 * i + 1 < len(groups) else None
             grid = grid_offset + len(pairs) * rows * 8
             pairs.append(Pair(width, (groups[2 * i], second), low, high[0] if high else 0, grid))
+    if not pairs:
+        blank = torch.zeros(rows * 2 * GROUP_SIZE // 8, dtype=torch.uint8, device=device)
+        return [blank], [Pair(1, (None, None), plane_offset, 0, grid_offset)]
     return chunks, pairs
 
 
@@ -228,17 +244,11 @@ def _pair_grid(
     scales = weight.scales().to(device)
     zeros = real_zeros(weight.zeros().to(device), weight.widths).half()
     words = torch.zeros(2 * len(pairs), rows, 2, dtype=torch.float16, device=device)
-    slot, group = zip(
-        *(
-            (2 * i + half, group)
-            for i, pair in enumerate(pairs)
-            for half, group in enumerate(pair.groups)
-            if group is not None
-        ),
-        strict=True,
-    )
-    words[list(slot), : weight.N, 0] = scales[list(group)]
-    words[list(slot), : weight.N, 1] = zeros[list(group)]
+    groups = [group for pair in pairs for group in pair.groups]
+    slots = [slot for slot, group in enumerate(groups) if group is not None]
+    found = [group for group in groups if group is not None]
+    words[slots, : weight.N, 0] = scales[found]
+    words[slots, : weight.N, 1] = zeros[found]
     by_pair = words.view(torch.int32).view(len(pairs), 2, rows)
     return by_pair.transpose(1, 2).flatten()
 

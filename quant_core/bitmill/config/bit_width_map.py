@@ -7,6 +7,8 @@ For a linear of N rows and K columns in groups of c <= 128 columns, one width b 
     zeros   ceil(N * z / 8) bytes per group, z = b, but 4 where b = 1
     order   4 * K bytes, once per distinct stored column order
 
+A group of width 0 is dropped: its weights are 0 and it takes no bytes.
+
 Every size that the allocator, the command line and the reports show comes from here.
 """
 
@@ -24,6 +26,7 @@ from bitmill.errors import FormatError, reason
 from bitmill_kernels.layout import GROUP_SIZE, PLANES, WIDTHS, group_columns, zero_bits
 
 __all__ = [
+    "DROPPED",
     "GROUP_SIZE",
     "LEGAL_WIDTHS",
     "MAP_NAME",
@@ -36,7 +39,9 @@ __all__ = [
     "group_columns",
 ]
 
-LEGAL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
+DROPPED = 0
+"""The width of a group that is dropped."""
+LEGAL_WIDTHS = (DROPPED, 1, 2, 3, 4, 5, 6, 7, 8)
 """Widths that some code has (`bitmill.config.codes`); `WIDTHS` are those of affine codes."""
 
 MAP_NAME = "bit_width_map.json"
@@ -146,6 +151,8 @@ class BitWidthMap(BaseModel):
 
 def group_bytes(width: int, rows: int, columns: int) -> int:
     """Stored bytes of one group of `columns` <= 128 columns: codes, scales and zeros."""
+    if width == DROPPED:
+        return 0
     codes = rows * width * (GROUP_SIZE // 8 if columns == GROUP_SIZE else -(-columns // 8))
     return codes + 2 * rows + -(-rows * zero_bits(width) // 8)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from bitmill.config.bit_width_map import WIDTHS
+from bitmill.config.bit_width_map import DROPPED, WIDTHS
 from bitmill.errors import SpecError
 from bitmill_kernels.trellis.layout import RATES
 
@@ -23,25 +23,31 @@ AUTO = "affine"
 @dataclass(frozen=True)
 class Code:
     """widths: that groups may have; usual: those of a job that names none; format: in which a job
-    stores it that names none (`bitmill.formats.format`)."""
+    stores it that names none (`bitmill.formats.format`); drops: whether groups may be dropped."""
 
     widths: tuple[int, ...]
     usual: tuple[int, ...]
     format: str
+    drops: bool = False
+
+    @property
+    def legal(self) -> tuple[int, ...]:
+        """Its widths, and that of a dropped group where it has one."""
+        return (DROPPED, *self.widths) if self.drops else self.widths
 
 
 CODES: dict[str, Code] = {
-    "affine": Code(WIDTHS, DEFAULT_WIDTHS, "bitmill-1"),
+    "affine": Code(WIDTHS, DEFAULT_WIDTHS, "bitmill-1", drops=True),
     "trellis": Code(RATES, RATES, "bitmill-2"),
 }
 
 
 def check_widths(code: str, widths: tuple[int, ...], param: str) -> None:
     """Raise `SpecError` naming the widths that the code has not."""
-    illegal = sorted(set(widths) - set(CODES[code].widths))
+    illegal = sorted(set(widths) - set(CODES[code].legal))
     if illegal:
         raise SpecError(
             f"{param} {list(widths)}: code {code!r} has no width {illegal[0]}, only "
-            f"{list(CODES[code].widths)}",
+            f"{list(CODES[code].legal)}",
             param=param,
         )

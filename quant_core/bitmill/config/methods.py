@@ -47,6 +47,7 @@ class MethodConfig(Closed):
     transformed: whether transforms other than the column order may come before it.
     folds: whether rows of its tensors may change places, so that column orders can be folded.
     grid: name of the grid that all its codes are on, for formats that hold no other; None for any.
+    drops: whether groups may have width 0, which drops them.
     """
 
     name: ClassVar[str]
@@ -57,6 +58,7 @@ class MethodConfig(Closed):
     transformed: ClassVar[bool] = True
     folds: ClassVar[bool] = True
     grid: ClassVar[str | None] = None
+    drops: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -105,6 +107,7 @@ class RTN(MethodConfig):
 
     name: ClassVar[str] = "rtn"
     solver: ClassVar[str] = "bitmill.solvers.rtn:RtnSolver.of"
+    drops: ClassVar[bool] = True
 
     clip_search: bool = True
 
@@ -123,6 +126,7 @@ class GPTQ(MethodConfig):
 
     name: ClassVar[str] = "gptq"
     solver: ClassVar[str] = "bitmill.solvers.gptq.solve:GptqSolver.of"
+    drops: ClassVar[bool] = True
 
     clip_search: bool = True
     compensated_grid: bool = True

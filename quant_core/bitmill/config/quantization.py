@@ -8,6 +8,7 @@ on the Hub, maps and learned parameters of other jobs, uploads) before it hands 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -20,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from bitmill.config.bit_width_map import LEGAL_WIDTHS, BitWidthMap
+from bitmill.config.bit_width_map import DROPPED, LEGAL_WIDTHS, BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.codes import AUTO, CODES, DEFAULT_WIDTHS, CodeName, check_widths
 from bitmill.config.effort import Effort, with_effort
@@ -226,6 +227,15 @@ class BaseAllocation(Closed):
             )
         if self.min_bits and self.max_bits and self.min_bits > self.max_bits:
             raise ValueError(f"min_bits {self.min_bits} is above max_bits {self.max_bits}")
+        if DROPPED in self.legal_widths and self.method in ("uniform", "sba"):
+            raise ValueError(
+                f"widths {list(self.widths)} with method {self.method!r}: width {DROPPED} drops "
+                "groups, which only 'knapsack' can choose; leave it out"
+            )
+        if set(self.legal_widths) == {DROPPED}:
+            raise ValueError(
+                f"widths {list(self.widths)} drop every group: give a width with codes too"
+            )
         if not self.legal_widths:
             raise ValueError(
                 f"no width of {list(self.widths)} lies within min_bits {self.min_bits} "
@@ -489,8 +499,16 @@ class QuantizationConfig(Stored):
     def _fits_code(self) -> Self:
         code, allocation, method = self.code_name, self.allocation, self.method
         check_widths(code, allocation.widths, "allocation.widths")
-        for widths in allocation.map.linears.values() if allocation.map else ():
+        mapped = allocation.map.linears if allocation.map else {}
+        for widths in mapped.values():
             check_widths(code, widths, "allocation.map")
+        asked = {*allocation.legal_widths} if allocation.map is None else {*chain(*mapped.values())}
+        if DROPPED in asked and not method.drops:
+            raise SpecError(
+                f"width {DROPPED}, which drops groups, with refinement {method.name!r}, which "
+                "cannot: give 'gptq', 'rtn' or 'normtweaking', or leave the width out",
+                param="allocation.widths" if allocation.map is None else "allocation.map",
+            )
         if "embeddings" in self.evaluation.baselines and allocation.embeddings == "quantize":
             raise SpecError(
                 "evaluation.baselines has 'embeddings', which this job packs already: leave it out",

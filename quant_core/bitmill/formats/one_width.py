@@ -3,8 +3,8 @@
 A group of width b fits any larger width as it is: its codes and its zero point are small integers
 there, and its scale is the same. Only width 1, whose zero points are eighths, becomes width 4, in
 steps an eighth as wide. Without zero points, code - zero takes a bit more for its sign. A size that
-divides K stands for a short last group: every part of a group repeats the group's grid. So no value
-changes; bytes do. Torch-free.
+divides K stands for a short last group: every part of a group repeats the group's grid. A dropped
+group becomes one of zeros, with scale 0. So no value changes; bytes do. Torch-free.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from bitmill.config.bit_width_map import GROUP_SIZE
+from bitmill.config.bit_width_map import DROPPED, GROUP_SIZE, WIDTHS
 from bitmill.errors import FormatError
 from bitmill.formats.format import Contents, Facts, Format, Refusal
 from bitmill.io.safetensors import TensorInfo
@@ -30,6 +30,7 @@ class OneWidthFormat(Format):
     fused: linears that read one input (q/k/v, gate/up) have one width.
     """
 
+    widths: ClassVar[frozenset[int] | None] = frozenset({DROPPED, *WIDTHS})
     legal: ClassVar[tuple[int, ...]]
     config_key: ClassVar[str] = "quantization_config"
     quant_method: ClassVar[str]

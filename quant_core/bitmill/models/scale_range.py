@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bitmill.config.bit_width_map import DROPPED
 from bitmill.errors import ModelError
 from bitmill.plan.model_plan import PlannedLinear
 
@@ -26,7 +27,7 @@ _SMALLEST = 2.0**-24
 class ScaleRange:
     """Looks at the weights of all planned linears, one after the other.
 
-    widths: that the job may choose, ascending. linears: by the stored tensor that holds them.
+    widths: that the job may choose and that have codes, ascending. linears: by the stored tensor that holds them.
     """
 
     linears: dict[str, PlannedLinear]
@@ -40,7 +41,7 @@ class ScaleRange:
         by_tensor: dict[str, PlannedLinear] = {}
         for linear in linears:
             by_tensor.setdefault(linear.source.tensor, linear)
-        return cls(by_tensor, widths)
+        return cls(by_tensor, [width for width in widths if width != DROPPED])
 
     def look(self, name: str, tensor: Tensor) -> None:
         """Take in a stored tensor, finite, of two or three dimensions; others count nothing.

@@ -10,6 +10,8 @@ A grid is chosen to make sum_j h_j (w_j - s (q_j - z))^2 small, where h_j weighs
 2. lower and upper end apart: other zero points, with scales around the best one;
 3. alternating least squares: s = sum h w v / sum h v^2 with v = q - z, new codes, again.
 
+Width 0 has the one level 0: scale 0, zero 0, codes 0, so that all of the weight is error.
+
 Width 1 has two levels that need not include 0. They start from the exact weighted two-means split
 of the row, found by sorting, then every storable zero point gets its own least squares.
 
@@ -112,6 +114,8 @@ def clip_search(
     than the min-max grid under that weight. Raises NumericalError on fp16 overflow.
     """
     settings = settings or ClipSettings()
+    if width == 0:
+        return Grid(*W.new_zeros(2, len(W)))
     if width > 1 and resolve_backend("auto", W.device) == "triton":
         tops = torch.full((1, 1), float(max_code(width)), device=W.device).expand(1, len(W))
         h = column_weight(W, weight)
@@ -134,9 +138,9 @@ def clip_search_groups(
 ) -> Grid:
     """Grids f32 [G, N] of all groups of W f32 [K, N] (columns first) at once, by Triton.
 
-    largest: f32 [G, N] largest codes, 3 or more; weight: f32 [K], as `relative_weights` gives it.
-    A range beyond fp16 gets an infinite scale: pass the scales through `round_scale`. out: where
-    to write the grids, contiguous.
+    largest: f32 [G, N] largest codes, 0 or at least 3; weight: f32 [K], as `relative_weights`
+    gives it. A range beyond fp16 gets an infinite scale: pass the scales through `round_scale`.
+    out: where to write the grids, contiguous.
     """
     from bitmill_kernels.gptq.clip_search_triton import clip_search_triton
 

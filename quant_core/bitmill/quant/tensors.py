@@ -34,7 +34,8 @@ from bitmill_kernels.layout import (
     WIDTHS,
     check_widths,
     code_tensor_shapes,
-    group_count,
+    kept_groups,
+    scale_tensor_shapes,
     zero_bits,
     zero_tensor_shapes,
 )
@@ -148,7 +149,7 @@ class QuantizedWeight:
     """Codes and grid of one linear of N output rows and K input columns in G groups.
 
     codes:    u8 [N, K], in packed columns, each at most 2^b - 1 of its group's width b
-    scales:   f16 [G, N], finite and >= 0
+    scales:   f16 [G, N], finite and >= 0; 0 in dropped groups, those of width 0
     zeros:    u8 [G, N] as stored: an integer of 0..2^b-1, or eighths 0..15 for width 1
     widths:   G bit widths
     rewrites: what leads from the source's columns to packed ones
@@ -171,6 +172,7 @@ class QuantizedWeight:
         _check_widths(self.widths, self.K)
         _check_grid(self.scales, self.zeros, (len(self.widths), self.N))
         _check_limits(self.codes, self.zeros, self.widths)
+        _check_dropped(self.scales, self.widths)
         self.rewrites.check("weight", self.N, self.K)
 
     @property
@@ -223,7 +225,8 @@ class PackedTensor:
     """The stored tensors of one linear.
 
     planes: `codes_b{b}_p{w}`, `tail_p{w}` and `zeros_b{b}`, u8, shapes as in docs/format.md
-    scales: f16 [G, N]; rewrites: what leads from the source's columns to packed ones
+    scales: f16 [G, N]; those of dropped groups are 0 and not stored
+    rewrites: what leads from the source's columns to packed ones
 
     Build it with `QuantizedWeight.pack` or `from_tensors`, which check what they are given.
     """
@@ -268,7 +271,7 @@ class PackedTensor:
             if name not in tensors:
                 raise FormatError(f"tensor {name} is missing from the checkpoint", param=name)
             found[key] = _require(tensors[name], dtype, shape, name)
-        scales = found.pop("scales")
+        scales = _of_all_groups(found.pop("scales", None), N, widths)
         _check_scales(scales, f"{prefix}.scales")
         _check_padding(found, N, K, widths, prefix)
         rewrites.check(prefix, N, K)
@@ -293,7 +296,9 @@ class PackedTensor:
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Tensors by their name in the checkpoint, those of rewrites not included."""
         named = {f"{prefix}.{key}": tensor for key, tensor in self.planes.items()}
-        named[f"{prefix}.scales"] = self.scales
+        if kept := kept_groups(self.widths):
+            every = len(kept) == len(self.widths)
+            named[f"{prefix}.scales"] = self.scales if every else self.scales[kept]
         return named
 
 
@@ -314,10 +319,23 @@ def packed_shapes(
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for key, shape in code_tensor_shapes(N, K, widths).items():
         shapes[key] = (torch.uint8, shape)
-    shapes["scales"] = (torch.float16, (group_count(K), N))
+    for key, shape in scale_tensor_shapes(N, widths).items():
+        shapes[key] = (torch.float16, shape)
     for key, shape in zero_tensor_shapes(N, widths).items():
         shapes[key] = (torch.uint8, shape)
     return shapes
+
+
+def _of_all_groups(stored: Tensor | None, N: int, widths: tuple[int, ...]) -> Tensor:
+    """Scales f16 [G, N] from those of groups that are not dropped; None where all are."""
+    kept = kept_groups(widths)
+    if stored is None:
+        return torch.zeros(len(widths), N, dtype=torch.float16)
+    if len(kept) == len(widths):
+        return stored
+    scales = stored.new_zeros(len(widths), N)
+    scales[kept] = stored
+    return scales
 
 
 def _check_widths(widths: tuple[int, ...], K: int) -> None:
@@ -342,6 +360,15 @@ def _check_scales(scales: Tensor, name: str) -> None:
             "scales are finite and not negative",
             param=name,
         )
+
+
+def _check_dropped(scales: Tensor, widths: tuple[int, ...]) -> None:
+    for group, width in enumerate(widths):
+        if width == 0 and bool(scales[group].any()):
+            raise FormatError(
+                f"group {group} has width 0, which drops it, and scales that are not 0",
+                param="scales",
+            )
 
 
 def _check_limits(codes: Tensor, zeros: Tensor, widths: tuple[int, ...]) -> None:

@@ -1,7 +1,7 @@
 """Pieces of the HTML report: tables, blocks by modules, and a curve as inline SVG. Torch-free.
 
 Colours are viridis, which keeps its order for colour-blind eyes and in grey; every colour stands
-beside its number.
+beside its number. Dropped groups, of width 0, are black.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from html import escape
 from itertools import count, groupby
 
 WIDTH_COLOURS = {
+    0: "#000000",
     1: "#440154",
     2: "#443983",
     3: "#31688e",

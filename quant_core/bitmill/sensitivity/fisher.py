@@ -16,6 +16,8 @@ The cost of width b for group j comes from the real quantizer: its grid search, 
 loop inside the group, whose normalized errors e_k / U_kk are exactly what is left of D H D^T once
 all later columns have compensated. Every group is measured on the source's weights.
 
+A group of width 0 is dropped: the same loop with all values 0.
+
 Of a linear with more than `rows` outputs, a sample is quantized: rows at equal steps of the
 cumulated q_n, so that a row stands for its share of q; rows above one step are always taken. All
 groups and widths use the same rows, so their ratios vary less than the costs themselves.
@@ -75,6 +77,7 @@ from bitmill_kernels.layout import group_count
 PROFILE_CLIP: Mapping[int, ClipSettings] = {
     width: ClipSettings(smallest, shrinks, zero_offsets=(), least_squares=1)
     for width, (smallest, shrinks) in {
+        0: (1.0, 1),
         1: (0.3, 1),
         2: (0.4, 8),
         3: (0.5, 6),

@@ -247,6 +247,26 @@ def test_min_and_max_bits_bound_every_group():
     assert set(itertools.chain(*found.linears.values())) == {3, 4}
 
 
+@pytest.mark.parametrize("kind", ["code_bits", "bits", "size"])
+def test_groups_are_dropped_where_that_loses_least(kind):
+    profile = random_profile(PLAN, widths=(0, *WIDTHS))
+    kept = allocate(PLAN, job({"code_bits": 1.5}), profile)
+    budget = {kind: getattr(footprint(PLAN, kept), kind)}
+    found = allocate(PLAN, job(budget, widths=(0, *WIDTHS)), profile)
+    assert within(PLAN, found, Budget(**budget))
+    assert any(0 in widths for widths in found.linears.values())
+    assert profile.predicted_loss(found.linears) < 0.9 * profile.predicted_loss(kept.linears)
+    low = allocate(PLAN, job({"code_bits": 0.4}, widths=(0, 2)), profile)
+    assert footprint(PLAN, low).code_bits <= 0.4
+
+
+def test_a_map_without_any_code_takes_only_what_is_kept():
+    nothing = BitWidthMap.uniform(PLAN.shapes, 0)
+    taken = footprint(PLAN, nothing)
+    assert (taken.code_bits, taken.bits) == (0, 0)
+    assert taken.size == checkpoint_bytes([tensor.spec for tensor in PLAN.tensors])
+
+
 def test_a_given_map_is_checked():
     given_map = allocate(PLAN, job({"code_bits": 3}), PROFILE)
     spec = job({"code_bits": 3}, method="map", map=given_map)

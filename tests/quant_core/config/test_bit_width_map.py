@@ -21,7 +21,9 @@ from bitmill_kernels.pack import pack_codes, pack_zeros
 def mixed_linear(draw):
     rows, columns = draw(st.integers(1, 40)), draw(st.integers(1, 400))
     shape = LinearShape("x", rows, columns)
-    widths = draw(st.lists(st.sampled_from(WIDTHS), min_size=shape.groups, max_size=shape.groups))
+    widths = draw(
+        st.lists(st.sampled_from([0, *WIDTHS]), min_size=shape.groups, max_size=shape.groups)
+    )
     return shape, tuple(widths)
 
 
@@ -32,7 +34,7 @@ def test_linear_bytes_equal_the_packed_tensors(case):
     codes = torch.zeros(shape.rows, shape.columns, dtype=torch.uint8)
     zeros = torch.zeros(shape.groups, shape.rows, dtype=torch.uint8)
     tensors = [*pack_codes(codes, widths).values(), *pack_zeros(zeros, widths).values()]
-    scales = 2 * shape.rows * shape.groups
+    scales = 2 * shape.rows * (shape.groups - widths.count(0))
     assert Packed().linear_bytes(shape, widths) == sum(t.nbytes for t in tensors) + scales
 
 
@@ -41,6 +43,7 @@ def test_group_bytes_of_one_group_by_hand():
     assert group_bytes(1, 10, 128) == 10 * 16 + 20 + 5
     assert group_bytes(3, 10, 64) == 10 * 24 + 20 + 4
     assert group_bytes(5, 1, 1) == 5 + 2 + 1
+    assert group_bytes(0, 10, 128) == 0
 
 
 def test_code_bits_weigh_groups_by_their_columns():
@@ -50,8 +53,8 @@ def test_code_bits_weigh_groups_by_their_columns():
 
 
 def test_map_round_trips_through_its_json(tmp_path):
-    first = BitWidthMap(order="activation", linears={"a.b": (3, 3, 4), "c": (8,)})
-    assert '"a.b": "334"' in first.to_json()
+    first = BitWidthMap(order="activation", linears={"a.b": (0, 3, 4), "c": (8,)})
+    assert '"a.b": "034"' in first.to_json()
     (tmp_path / "map.json").write_text(first.to_json())
     assert BitWidthMap.load(tmp_path / "map.json") == first
 

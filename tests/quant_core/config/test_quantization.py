@@ -34,6 +34,27 @@ def test_defaults_round_trip_through_json():
         ({"allocation": {"method": "map"}}, "allocation", "missing"),
         ({"allocation": {"min_bits": 5, "max_bits": 3}}, "allocation", "5"),
         ({"allocation": {"widths": [2, 3], "min_bits": 4}}, "allocation", "no width"),
+        ({"allocation": {"widths": [0]}}, "allocation", "drop every group"),
+        ({"allocation": {"widths": [0, 2], "max_bits": 1}}, "allocation", "drop every group"),
+        (
+            {"allocation": {"widths": [0, 2], "method": "uniform"}},
+            "allocation",
+            "[0, 2] with method 'uniform': width 0 drops groups",
+        ),
+        ({"allocation": {"widths": [0, 1, 2, 3], "method": "sba"}}, "allocation", "'sba'"),
+        (
+            {"allocation": {"widths": [0, 2]}, "refinement": {"method": "hqq"}},
+            "allocation.widths",
+            "width 0, which drops groups, with refinement 'hqq'",
+        ),
+        (
+            {
+                "allocation": {"method": "map", "map": {"linears": {"a": "20"}}},
+                "refinement": {"method": "omniquant"},
+            },
+            "allocation.map",
+            "with refinement 'omniquant'",
+        ),
         ({"allocation": {"widths": [2, 3], "edge_min_bits": 4}}, "allocation", "edge_min_bits 4"),
         (
             {
@@ -71,6 +92,10 @@ def test_legal_widths_respect_the_limits():
     allocation = parse_config(asked(allocation={"widths": [8, 2, 4, 4], "min_bits": 3})).allocation
     assert allocation.widths == (2, 4, 8)
     assert allocation.legal_widths == (4, 8)
+    dropping = parse_config(asked(allocation={"widths": [2, 0]})).allocation
+    assert dropping.legal_widths == (0, 2)
+    kept = parse_config(asked(allocation={"widths": [2, 0], "min_bits": 1, "method": "uniform"}))
+    assert kept.allocation.legal_widths == (2,)
 
 
 def test_json_and_typed_settings_of_a_method_are_one() -> None:
@@ -138,6 +163,7 @@ def test_a_code_brings_its_widths_and_format():
     ("changes", "message"),
     [
         ({"code": "affine", "allocation": {"widths": [3, 7]}}, "code 'affine' has no width 7"),
+        ({"code": "trellis", "allocation": {"widths": [0, 3]}}, "code 'trellis' has no width 0"),
         ({"code": "trellis", "refinement": {"method": "omniquant"}}, "finds no codes of 'trellis'"),
         ({"code": "trellis", "devices": 2}, "devices with code 'trellis'.*give 1"),
         (

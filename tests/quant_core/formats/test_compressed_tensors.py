@@ -49,7 +49,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
     """Widths 1 to 8, mixed inside linears, and a short last group."""
     folder = tmp_path_factory.mktemp("packed")
     source = tiny_llama(folder / "source")
-    return pack_model(source, folder / "packed", cycle=(3, 4, 2, 6, 8, 5, 2))
+    return pack_model(source, folder / "packed", cycle=(3, 4, 2, 0, 0, 6, 8, 0, 5, 2))
 
 
 @pytest.fixture(scope="module")

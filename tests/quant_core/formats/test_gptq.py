@@ -68,6 +68,7 @@ def packed_model(folder: Path, cycle: tuple[int, ...], **changes: Any) -> Packed
     [
         ((3, 4, 2, 6, 8, 5), {}),
         ((3, 2, 3), {"fused": False}),
+        ((0, 3, 0, 0), {}),
         ((1, 3), {}),
         ((2, 3, 1), {"symmetric": True}),
         ((2, 6, 5), {"symmetric": True, "version": 1}),

@@ -57,6 +57,7 @@ def weight_of(folder: Path, own: dict[str, int], name: str) -> torch.Tensor:
     ("cycle", "settings"),
     [
         ((3, 4, 2, 6, 8, 5), {}),
+        ((0, 3, 0, 0), {}),
         ((1, 3, 2), {"fused": False}),
         ((2, 5, 3, 4, 1), {"symmetric": True, "dtype": "float16"}),
     ],

@@ -51,7 +51,17 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
     return pack_model(tiny_opt(folder / "source"), folder / "packed")
 
 
-@pytest.fixture(params=["llama", "opt"])
+@pytest.fixture(scope="module")
+def dropped(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+    """Some groups have width 0, and so have all groups of some linears."""
+    folder = tmp_path_factory.mktemp("dropped")
+    source, cycle = tiny_llama(folder / "source"), (3, 0, 2, 0, 0)
+    made = pack_model(source, folder / "packed", order="activation", cycle=cycle)
+    assert any(set(widths) == {0} for widths in made.map.linears.values())
+    return made
+
+
+@pytest.fixture(params=["llama", "opt", "dropped"])
 def packed(request: pytest.FixtureRequest) -> PackedModel:
     result: PackedModel = request.getfixturevalue(request.param)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from bitmill.quant.tensors import PackedTensor, QuantizedWeight
 from weights import random_weight
 
 SHAPES = [(5, 128, (3,)), (7, 160, (2, 5)), (16, 40, (6,)), (3, 387, (1, 8, 4, 3)), (8, 1, (1,))]
+SHAPES += [(5, 387, (0, 3, 0, 2)), (4, 300, (2, 0, 0)), (6, 200, (0, 0))]
 
 
 def same(a: QuantizedWeight, b: QuantizedWeight) -> bool:
@@ -68,6 +70,24 @@ def test_codes_digest_depends_on_the_bytes_alone() -> None:
     changed[2, 129] ^= 1
     other = QuantizedWeight(changed, weight.scales, weight.zeros, weight.widths)
     assert other.codes_sha256() != weight.codes_sha256()
+
+
+def test_dropped_groups_hold_nothing_and_are_zeros() -> None:
+    weight = random_weight(6, 300, (0, 3, 0), ordered=True, seed=2)
+    packed = weight.pack().tensors("a")
+    assert {name: tuple(tensor.shape) for name, tensor in packed.items()} == {
+        "a.codes_b3_p2": (1, 6, 32),
+        "a.codes_b3_p1": (1, 6, 16),
+        "a.zeros_b3": (1, 3),
+        "a.scales": (1, 6),
+    }
+    assert weight.order is not None
+    kept = weight.order[128:256].long()
+    assert weight.dequantize()[:, kept].any(0).all()
+    assert weight.dequantize().count_nonzero() == weight.dequantize()[:, kept].count_nonzero()
+    assert random_weight(6, 300, (0, 0, 0)).pack().tensors("a") == {}
+    with pytest.raises(FormatError, match="group 2 has width 0, which drops it, and scales that"):
+        replace(weight, scales=torch.ones_like(weight.scales).index_fill(0, torch.tensor([0]), 0))
 
 
 def ordered(order: Tensor) -> Rewrites:

@@ -35,6 +35,14 @@ def test_bands_are_as_long_as_the_share_of_groups() -> None:
     assert title.text == "Bit-width map: 2 linears, 5 groups: 2 of 2 bits, 3 of 3 bits"
 
 
+def test_dropped_groups_are_black() -> None:
+    root, reach = drawn({"model.layers.0.mlp.up_proj": "2000"})
+    assert reach["#000000"] == 3 * reach[WIDTH_COLOURS[2]]
+    title = root.find(f"{SVG}title")
+    assert title is not None
+    assert title.text == "Bit-width map: 1 linears, 4 groups: 3 of 0 bits, 1 of 2 bits"
+
+
 def test_experts_share_a_place_and_embeddings_have_a_row() -> None:
     experts = {f"model.layers.1.mlp.experts.{e}.up_proj": "24" for e in range(3)}
     root, reach = drawn({"model.embed_tokens": "88"} | experts)

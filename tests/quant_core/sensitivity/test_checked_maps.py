@@ -62,7 +62,7 @@ def calibration() -> CalibrationSet:
 
 @pytest.fixture(scope="module")
 def profile(model: StreamedModel, calibration: CalibrationSet) -> SensitivityProfile:
-    settings = SensitivitySettings((1, 2, 3, 4, 6), rows=32, gradients=PassSettings(batch=8))
+    settings = SensitivitySettings((0, 1, 2, 3, 4, 6), rows=32, gradients=PassSettings(batch=8))
     return profile_knapsack(model, calibration.tokens, model.plan, settings)
 
 
@@ -173,25 +173,33 @@ def test_a_map_that_loses_more_than_the_uniform_one_is_not_taken(
         assert any("uniform map lost less" in warning for warning in warnings) == uniform
 
 
-def test_width_1_is_left_out_where_that_loses_less(
+@pytest.mark.parametrize(
+    ("widths", "cheap", "left"),
+    [
+        ([1, 2, 3, 4], (1,), "width 1"),
+        ([0, 2, 3, 4], (0,), "width 0"),
+        ([0, 1, 2, 3, 4], (0, 1), "widths 0 and 1"),
+    ],
+)
+def test_widths_are_left_out_where_that_loses_less(
+    widths: list[int],
+    cheap: tuple[int, ...],
+    left: str,
     folder: Path,
     model: StreamedModel,
     calibration: CalibrationSet,
     profile: SensitivityProfile,
     tmp_path: Path,
 ) -> None:
-    cheap = tuple(
-        replace(li, costs=np.where(np.arange(5) == 0, 0.0, li.costs)) for li in profile.linears
-    )
-    believing = replace(profile, linears=cheap)
-    asked = inputs(
-        folder, model, calibration, believing, config(2.6, widths=[1, 2, 3, 4], check="maps")
-    )
+    free = np.isin(profile.widths, cheap)
+    linears = tuple(replace(li, costs=np.where(free, 0.0, li.costs)) for li in profile.linears)
+    believing = replace(profile, linears=linears)
+    asked = inputs(folder, model, calibration, believing, config(2.6, widths=widths, check="maps"))
     stage.work(asked, run([]), tmp_path)
     made = stage.load(tmp_path)
     (taken,) = [check.method for check in made.checks if check.taken]
-    assert taken == "knapsack without width 1"
-    assert all(1 not in widths for widths in made.bit_widths.linears.values())
+    assert taken == f"knapsack without {left}"
+    assert not any(set(cheap) & set(groups) for groups in made.bit_widths.linears.values())
 
 
 def test_nothing_is_measured_where_it_is_not_asked_for(

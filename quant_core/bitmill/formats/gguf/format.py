@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from bitmill.config.bit_width_map import DROPPED
 from bitmill.formats.format import Contents, Facts, Format, Refusal
 from bitmill.formats.gguf.header import (
     FREQUENCIES,
@@ -57,7 +58,7 @@ class Gguf(Format):
 
     name: ClassVar[str] = "gguf"
     codec: ClassVar[str] = "bitmill.formats.gguf.codec:GgufCodec"
-    widths: ClassVar[frozenset[int]] = frozenset({1, 2, 3, 4, 5, 6, 7})
+    widths: ClassVar[frozenset[int]] = frozenset({DROPPED, 1, 2, 3, 4, 5, 6, 7})
 
     pretokenizer: str | None = None
     tokenizer: bool = True

@@ -127,7 +127,7 @@ class PackedConfig:
 
 
 def _parse_linear(name: str, entry: Any, code: str) -> PackedLinear:
-    legal = CODES[code].widths
+    legal = CODES[code].legal
     where = f"linears.{name}"
     if not isinstance(entry, Mapping) or entry.keys() != {"widths", "order"}:
         raise _refusal(where, "must have exactly the keys widths and order")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from bitmill.config.codes import CODES
 from bitmill.formats.format import Contents, Facts, Format, Order, Refusal, order_owners
 from bitmill.formats.packed.config import QUANT_METHOD, VERSIONS
 from bitmill.formats.packed.layout import stored_tensors
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan
-from bitmill_kernels.trellis.layout import RATES, tile_bytes, tile_count
+from bitmill_kernels.trellis.layout import tile_bytes, tile_count
 
 
 class Packed(Format):
@@ -23,6 +24,7 @@ class Packed(Format):
     codec: ClassVar[str] = "bitmill.formats.packed.checkpoint:PackedCodec"
     headers: ClassVar[str | None] = "bitmill.formats.packed.headers:PackedHeaders"
     keeps_codes: ClassVar[bool] = True
+    widths: ClassVar[frozenset[int] | None] = frozenset(CODES["affine"].legal)
     rewrites: ClassVar[frozenset[str] | None] = frozenset({"order"})
     code: ClassVar[str] = "affine"
 
@@ -53,7 +55,7 @@ class PackedTrellis(Packed):
 
     name: ClassVar[str] = "bitmill-2"
     kinds: ClassVar[frozenset[str]] = frozenset({"trellis"})
-    widths: ClassVar[frozenset[int]] = frozenset(RATES)
+    widths: ClassVar[frozenset[int] | None] = frozenset(CODES["trellis"].legal)
     rewrites: ClassVar[frozenset[str] | None] = frozenset({"order", "rotation"})
     code: ClassVar[str] = "trellis"
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.errors import FormatError
 from bitmill.io.safetensors import TensorInfo
-from bitmill_kernels.layout import code_tensor_shapes, zero_tensor_shapes
+from bitmill_kernels.layout import code_tensor_shapes, scale_tensor_shapes, zero_tensor_shapes
 from bitmill_kernels.trellis.layout import circle_shapes
 
 
@@ -38,7 +38,8 @@ def linear_tensors(
     if code == "trellis":
         specs.append(TensorInfo(f"{prefix}.row_scales", "F16", (N,)))
         return [*specs, TensorInfo(f"{prefix}.group_scales", "F16", (shape.groups,))]
-    specs.append(TensorInfo(f"{prefix}.scales", "F16", (shape.groups, N)))
+    scales = scale_tensor_shapes(N, widths)
+    specs += [TensorInfo(f"{prefix}.{key}", "F16", size) for key, size in scales.items()]
     zeros = zero_tensor_shapes(N, widths)
     return specs + [TensorInfo(f"{prefix}.{key}", "U8", size) for key, size in zeros.items()]
 

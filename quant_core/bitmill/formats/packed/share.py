@@ -21,7 +21,7 @@ from bitmill.quant.rewrites import check_order
 from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.tensors import KINDS, Stored, packed_shapes
 from bitmill.quant.trellis import trellis_shapes
-from bitmill_kernels.layout import GROUP_SIZE, group_columns
+from bitmill_kernels.layout import GROUP_SIZE, group_columns, kept_groups
 from bitmill_kernels.pack import pack_zeros, unpack_zeros
 from bitmill_kernels.trellis.layout import TILE
 
@@ -163,9 +163,11 @@ class Share:
             return stored
         if name == "row_scales":
             return self._cut_rows(stored, 0)
-        if name in ("scales", "group_scales"):
-            mine = stored[slice(*self.groups)]
-            return mine if name == "group_scales" else self._cut_rows(mine, 1)
+        if name == "group_scales":
+            return stored[slice(*self.groups)]
+        if name == "scales":
+            before, kept = (len(kept_groups(self.linear.widths[:end])) for end in self.groups)
+            return self._cut_rows(stored[before:kept], 1)
         if name.startswith("tail"):
             return self._cut_rows(stored, 0)
         if name == "codes_tail":

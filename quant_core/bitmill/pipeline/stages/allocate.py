@@ -1,10 +1,11 @@
 """Stage `allocate`: the bit-width map, the better one of those that held-out windows were asked.
 
-A knapsack's map, the uniform one of the same budget and, where width 1 is allowed, the knapsack's
-without it are quantized in haste and measured (`sensitivity/checked_maps.py`), and with `check`
-"corrected" so is the knapsack's of costs that were corrected by parts of its first map. The one of
-least KL is taken. So no map is shipped that loses more than the uniform one does. Other methods are
-taken at their word, and so is a knapsack with `check` "off" or without held-out windows.
+A knapsack's map, the uniform one of the same budget and, where widths 0 or 1 are allowed, the
+knapsack's without each and without both are quantized in haste and measured
+(`sensitivity/checked_maps.py`), and with `check` "corrected" so is the knapsack's of costs that
+were corrected by parts of its first map. The one of least KL is taken. So no map is shipped that
+loses more than the uniform one does. Other methods are taken at their word, and so is a knapsack
+with `check` "off" or without held-out windows.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bitmill.allocation.allocator import allocate
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.allocation.unspent import unspent_warning
 from bitmill.calibration.windows import CalibrationSet
-from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
+from bitmill.config.bit_width_map import DROPPED, MAP_NAME, BitWidthMap
 from bitmill.config.codes import CodeName
 from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
 from bitmill.errors import BudgetError
@@ -143,10 +144,14 @@ def load(folder: Path) -> Allocated:
 
 def _others(inputs: Inputs, asked: QuantizationConfig) -> Iterator[tuple[str, BitWidthMap]]:
     """Maps that may be better than the knapsack's, where the budget has them."""
-    several = tuple(width for width in inputs.allocation.widths if width > 1)
-    changes: dict[str, dict[str, Any]] = {"uniform": {"method": "uniform"}}
-    if 1 in inputs.allocation.legal_widths and len(inputs.allocation.legal_widths) > 1:
-        changes["knapsack without width 1"] = {"widths": several}
+    legal = inputs.allocation.legal_widths
+    kept = tuple(width for width in legal if width != DROPPED)
+    changes: dict[str, dict[str, Any]] = {"uniform": {"method": "uniform", "widths": kept}}
+    for without in ((DROPPED,), (1,), (DROPPED, 1)):
+        others = tuple(width for width in legal if width not in without)
+        if set(without) <= set(legal) and others:
+            name = f"width{'s' if len(without) > 1 else ''} {' and '.join(map(str, without))}"
+            changes[f"knapsack without {name}"] = {"widths": others}
     for name, change in changes.items():
         allocation = inputs.allocation.model_copy(update=change)
         other = asked.model_copy(update={"allocation": allocation})

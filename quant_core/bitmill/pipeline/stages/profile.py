@@ -99,7 +99,7 @@ def needed(
         order=allocation.order,
         keep=allocation.keep,
         embeddings=tuple(matrix.name for matrix in plan.embeddings) or None,
-        widths=CODES[config.code_name].widths if knapsack else None,
+        widths=_widths(config) if knapsack else None,
         code=config.code_name if knapsack and config.code_name != "affine" else None,
         moments="weighted" if knapsack else None,
         base=Allocator(plan, allocation).sba_base(config.budget) if sba else None,
@@ -111,3 +111,9 @@ def needed(
         devices=environment.devices,
         torch=environment.torch_version,
     )
+
+
+def _widths(config: QuantizationConfig) -> tuple[int, ...]:
+    """Those of the code, so that one profile serves many jobs, and that of dropped groups where it
+    is asked for."""
+    return tuple(sorted({*CODES[config.code_name].widths, *config.allocation.legal_widths}))

@@ -21,6 +21,7 @@ class NormTweaking(MethodConfig):
     solver: ClassVar[str] = "bitmill.refinement.normtweaking.learner:first_solver"
     learner: ClassVar[str | None] = "bitmill.refinement.normtweaking.learner:NormLearning"
     max_devices: ClassVar[int | None] = 1
+    drops: ClassVar[bool] = True
 
     passes: int = Field(default=3, ge=0, le=1000)
     learning_rate: float = Field(default=3e-4, gt=0, le=1)

@@ -1,5 +1,6 @@
-// Viridis: its order is kept by colour-blind eyes and in grey. The same colours as in reports.
-const WIDTHS = ["#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#c8e020", "#fde725"];
+// Viridis: its order is kept by colour-blind eyes and in grey. The same colours as in reports, from
+// black for dropped groups, of width 0, to 8 bits.
+const WIDTHS = ["#000000", "#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#c8e020", "#fde725"];
 const SCALE = ["#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725"];
 const STEPS = 256;
 /** Number of the colour for "not known". */
@@ -35,7 +36,7 @@ class Scale {
   }
 }
 
-export const widthScale = () => new Scale(WIDTHS, 1, WIDTHS.length, false);
+export const widthScale = () => new Scale(WIDTHS, 0, WIDTHS.length - 1, false);
 
 /** Colours by logarithm between the smallest and the largest positive value. */
 export function logScale(values) {

@@ -11,7 +11,7 @@ from bitmill.errors import FormatError
 from bitmill.formats.packed.format import Packed
 from bitmill.formats.packed.layout import linear_tensors, stored_tensors
 from bitmill.io.safetensors import TensorInfo
-from bitmill_kernels.layout import WIDTHS, group_count
+from bitmill_kernels.layout import PLANES, group_count
 from weights import random_weight
 
 NORM = TensorInfo("norm.weight", "F32", (8,))
@@ -22,7 +22,7 @@ KINDS = {"torch.uint8": "U8", "torch.float16": "F16", "torch.int32": "I32"}
 def linears(draw: st.DrawFn) -> tuple[LinearShape, tuple[int, ...]]:
     rows, columns = draw(st.integers(1, 40)), draw(st.integers(1, 400))
     groups = group_count(columns)
-    widths = draw(st.lists(st.sampled_from(WIDTHS), min_size=groups, max_size=groups))
+    widths = draw(st.lists(st.sampled_from(list(PLANES)), min_size=groups, max_size=groups))
     return LinearShape("a.b", rows, columns), tuple(widths)
 
 
@@ -51,6 +51,17 @@ def test_linears_come_first_in_the_model_s_order_and_own_orders_once() -> None:
         *("k.codes_b2_p2", "k.scales", "k.zeros_b2"),
         "norm.weight",
     ]
+
+
+def test_dropped_groups_store_nothing() -> None:
+    specs = linear_tensors(LinearShape("q", 8, 300), (0, 2, 0), owns_order=True)
+    assert [(spec.name, spec.shape) for spec in specs] == [
+        ("q.codes_b2_p2", (1, 8, 32)),
+        ("q.order", (300,)),
+        ("q.scales", (1, 8)),
+        ("q.zeros_b2", (1, 2)),
+    ]
+    assert linear_tensors(LinearShape("q", 8, 300), (0, 0, 0)) == []
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,12 @@ from weights import random_weight
 
 N, K, WIDTHS = 96, 448, (3, 1, 6, 3)  # three full groups and a tail of 64
 CODES = ("affine", "trellis")
+DROPPING = (0, 3, 0, 2)
 
 
-def whole(code: str, *, ordered: bool, rows: int = N) -> Stored:
+def whole(code: str, *, ordered: bool, rows: int = N, widths: tuple[int, ...] = WIDTHS) -> Stored:
     """A linear "m.up" with every value random."""
-    packed: Stored = random_weight(rows, K, WIDTHS, ordered=ordered).pack()
+    packed: Stored = random_weight(rows, K, widths, ordered=ordered).pack()
     if code == "affine":
         return packed
     generator = torch.Generator().manual_seed(1)
@@ -54,7 +55,7 @@ def share_of(
     loaded: bool = True,
 ) -> Share:
     order = None if linear.rewrites.order is None else "m.up.order"
-    described = PackedLinear("m.up", WIDTHS, order)
+    described = PackedLinear("m.up", linear.widths, order)
     share = Share(described, linear.kind, linear.N, K, rows or (), groups)
     if loaded:
         for name, tensor in files(linear).items():
@@ -87,11 +88,11 @@ def test_several_ranges_of_rows_are_held_one_behind_the_other(code: str) -> None
 
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("cuts", [(0, 4), (0, 2, 4), (0, 1, 2, 3, 4)])
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize(("code", "widths"), [*((c, WIDTHS) for c in CODES), ("affine", DROPPING)])
 def test_groups_of_all_ranks_are_the_linear(
-    code: str, cuts: tuple[int, ...], ordered: bool
+    code: str, widths: tuple[int, ...], cuts: tuple[int, ...], ordered: bool
 ) -> None:
-    linear = whole(code, ordered=ordered)
+    linear = whole(code, ordered=ordered, widths=widths)
     weight, read = linear.unpack().dequantize(), []
     for groups in pairwise(cuts):
         share = share_of(linear, groups=groups)

@@ -189,6 +189,17 @@ def test_zero_rows_and_dead_columns_are_exact_and_harmless():
     assert torch.isfinite(weight.dequantize()).all()
 
 
+def test_later_columns_answer_for_a_dropped_group():
+    W, H = layer()
+    weight, result = quantize_gptq(W, H, (0, 8))
+    assert not weight.dequantize()[:, :128].any()
+    alone = W.clone()
+    alone[:, :128] = 0
+    dropped = float((((W - alone) @ H) * (W - alone)).sum())
+    assert loss(W, weight, H) < 0.6 * dropped
+    assert result.code_bits < 8
+
+
 def test_weights_that_are_not_finite_are_refused_by_name():
     W, _ = layer()
     W[3, 7] = float("nan")
