@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 import bitmill
 from bitmill.config.bit_width_map import BitWidthMap
@@ -25,6 +25,7 @@ from golden_model import (
     golden_weight,
     write_golden,
 )
+from weights import random_weight
 
 TESTS = Path(__file__).resolve().parents[1]
 GOLDEN = TESTS / "golden" / "packed-v1"
@@ -140,9 +141,26 @@ def test_the_reader_in_the_documentation_reads_the_golden_file() -> None:
     tensors = load_file(GOLDEN / "model.safetensors")
     linears = json.loads((GOLDEN / "config.json").read_text())["quantization_config"]["linears"]
     for index, shape in enumerate(SHAPES):
-        found = reader["read_weight"](tensors, linears[shape.name], shape.name, shape.columns)
+        size = shape.rows, shape.columns
+        found = reader["read_weight"](tensors, linears[shape.name], shape.name, *size)
         assert found.dtype == np.float32
         assert np.array_equal(found, formula(golden_weight(index), shape.columns)), shape.name
+
+
+@pytest.mark.parametrize(
+    ("widths", "digest"),
+    [("0302", "68a257563a84cf09"), ("1000", "f3a898ef0eed4c47"), ("0000", "9bbcbf73561f6bc5")],
+)
+def test_dropped_groups_keep_their_bytes_and_are_read_as_zeros(widths: str, digest: str) -> None:
+    N, K = 5, 400
+    weight = random_weight(N, K, tuple(map(int, widths)), ordered=True)
+    tensors = {name: t.numpy() for name, t in weight.pack().tensors("a").items()}
+    assert hashlib.sha256(save(tensors)).hexdigest()[:16] == digest
+    assert weight.order is not None
+    stored, linear = tensors | {"a.order": weight.order.numpy()}, {"order": "a.order"}
+    found = documented_reader(1)["read_weight"](stored, linear | {"widths": widths}, "a", N, K)
+    assert np.array_equal(found, formula(weight, K))
+    assert (found.any(0).sum() > 0) == (widths != "0000")
 
 
 def test_a_stored_map_keeps_its_meaning() -> None:

@@ -27,7 +27,8 @@ _SMALLEST = 2.0**-24
 class ScaleRange:
     """Looks at the weights of all planned linears, one after the other.
 
-    widths: that the job may choose and that have codes, ascending. linears: by the stored tensor that holds them.
+    widths: that the job may choose and that have codes, ascending. linears: by the stored tensor
+    that holds them.
     """
 
     linears: dict[str, PlannedLinear]

@@ -139,7 +139,11 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
     ALLOCATION: (
         SpecOption("--method", "allocation.method", "How widths are chosen."),
         SpecOption(
-            "--widths", "allocation.widths", "Widths to choose from.", comma_separated, "N,..."
+            "--widths",
+            "allocation.widths",
+            "Widths to choose from; 0 drops groups.",
+            comma_separated,
+            "N,...",
         ),
         SpecOption("--min-bits", "allocation.min_bits", "Smallest width."),
         SpecOption("--max-bits", "allocation.max_bits", "Largest width."),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import zlib
 from xml.etree import ElementTree
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.reporting.charts import WIDTH_COLOURS
+from bitmill.reporting.model_card import map_picture
 from bitmill.reporting.picture import map_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -54,3 +56,14 @@ def test_experts_share_a_place_and_embeddings_have_a_row() -> None:
 def test_names_are_escaped() -> None:
     texts = [text.text for text in drawn({"a<b>&": "3"})[0].iter(f"{SVG}text")]
     assert "a<b>&" in texts
+
+
+def test_the_picture_of_a_card_has_a_colour_of_its_own_for_dropped_groups() -> None:
+    data = map_picture(BitWidthMap.model_validate({"linears": {"a": "02"}}))
+    palette = data[data.index(b"PLTE") + 4 :]
+    start = data.index(b"IDAT")
+    size = int.from_bytes(data[start - 4 : start], "big")
+    row = zlib.decompress(data[start + 4 : start + 4 + size])[1:]
+    first, last = (palette[3 * place : 3 * place + 3] for place in (row[0], row[15]))
+    assert first == bytes(3)
+    assert last == bytes.fromhex(WIDTH_COLOURS[2][1:])

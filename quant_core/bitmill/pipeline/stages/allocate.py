@@ -149,7 +149,7 @@ def _others(inputs: Inputs, asked: QuantizationConfig) -> Iterator[tuple[str, Bi
     changes: dict[str, dict[str, Any]] = {"uniform": {"method": "uniform", "widths": kept}}
     for without in ((DROPPED,), (1,), (DROPPED, 1)):
         others = tuple(width for width in legal if width not in without)
-        if set(without) <= set(legal) and others:
+        if set(without) <= set(legal) and any(others):
             name = f"width{'s' if len(without) > 1 else ''} {' and '.join(map(str, without))}"
             changes[f"knapsack without {name}"] = {"widths": others}
     for name, change in changes.items():
