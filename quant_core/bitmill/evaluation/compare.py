@@ -110,20 +110,24 @@ def measure(
     candidates: Mapping[str, Candidate],
     on_unit: Callable[[int, int, str, str], None],
     group: Group = SINGLE,
+    known: Mapping[str, Tensor] | None = None,
 ) -> list[QualityRow]:
     """Rows of the source and of every candidate on every text: windows int64 [S, T] by name.
 
-    group: ranks that divide the windows; each gets all rows.
+    group: ranks that divide the windows; each gets all rows. known: the source's outputs of its
+    last block [S, T, D] for this rank's windows, by text, where they have been computed before.
     """
     found: dict[str, dict[str, TextQuality]] = {name: {} for name in ("source", *candidates)}
     for text, windows in texts.items():
-        reference = StreamedLogits(model, remember=True)
+        own = group.shard(windows)
+        outputs = None if known is None else (own, known[text])
+        reference = StreamedLogits(model, remember=True, known=outputs)
         for name, candidate in candidates.items():
             message = f"{name} on {text}"
             measured = perplexity_and_kl(
                 reference,
                 candidate.logits,
-                group.shard(windows),
+                own,
                 on_window=partial(_report_window, on_unit, message),
             ).gathered(group, len(windows))
             found[name][text] = measured.candidate()

@@ -52,6 +52,7 @@ class StreamedLogits:
     replace: called with each loaded block before it runs, e.g. to put quantized weights into it.
     on_block: called with the number of finished blocks and their total.
     remember: keep the last windows' hidden states, for comparing several candidates with one model.
+    known: windows and their hidden states where these have been computed before.
     """
 
     def __init__(
@@ -61,13 +62,14 @@ class StreamedLogits:
         replace: Callable[[int, nn.Module], None] | None = None,
         on_block: Callable[[int, int], None] | None = None,
         remember: bool = False,
+        known: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self._model, self._replace, self._on_block = model, replace, on_block
         self._remember = remember
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last = known
 
-    def _hidden(self, tokens: Tensor) -> Tensor:
-        """Outputs [S, T, D] of the last block, on the CPU."""
+    def last_block(self, tokens: Tensor) -> Tensor:
+        """Its outputs [S, T, D] for windows i64 [S, T], on the CPU."""
         if self._last is not None and torch.equal(self._last[0], tokens):
             return self._last[1]
         model = self._model
@@ -86,7 +88,7 @@ class StreamedLogits:
     @torch.no_grad()
     def windows(self, tokens: Tensor) -> Iterator[Window]:
         """See `LogitSource`."""
-        for hidden in self._hidden(tokens).split(1):
+        for hidden in self.last_block(tokens).split(1):
             yield partial(self._head, hidden)
 
     @torch.no_grad()

@@ -13,17 +13,18 @@ other stages are the first rank's while the others wait (`runtime/ranks.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from bitmill.allocation.profile import ProfileOrigin, SensitivityProfile, is_of_profiles
 from bitmill.allocation.profiled import ProfiledModel
-from bitmill.calibration.windows import CalibrationSet, calibration_tokens
+from bitmill.calibration.windows import CalibrationSet, calibration_tokens, evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import QuantizationConfig
 from bitmill.errors import (
@@ -51,6 +52,7 @@ from bitmill.pipeline.stages import (
     refine,
     resolve,
     search,
+    source_outputs,
 )
 from bitmill.pipeline.stages import plan as planning
 from bitmill.pipeline.stages import resume as resuming
@@ -272,6 +274,7 @@ class Job:
         searched: str | None,
     ) -> QualityReport:
         """The quality report."""
+        windows = evaluation_windows(self.config.evaluation, source.folder, rows=planned.vocab_size)
         inputs = evaluate.Inputs.of(
             self.config,
             source,
@@ -284,8 +287,19 @@ class Job:
             self.environment,
             self.task_folder,
             searched,
+            windows,
+            self._source_outputs(source, planned, windows),
         )
         return evaluate.load(self.space.run(evaluate.STAGE, inputs).folder)
+
+    def _source_outputs(
+        self, source: Source, planned: Plan, windows: Mapping[str, Tensor]
+    ) -> Path | None:
+        """Where the source's outputs for evaluation are; None for a job that shares no stages."""
+        if self.space.shared is None or not windows:
+            return None
+        inputs = source_outputs.Inputs(source.planned(planned), planned, windows, self.environment)
+        return self.space.run(source_outputs.STAGE, inputs).folder
 
     def publish(
         self,

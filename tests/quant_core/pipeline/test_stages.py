@@ -394,3 +394,27 @@ def test_another_map_runs_again_what_depends_on_it(finished: Path, tmp_path: Pat
     assert run(folder, asked[1]) == {"allocate", "refine", *LATE}
     run(folder, asked[1], "fresh work", "fresh")
     assert published(folder / "out") == published(folder / "fresh")
+
+
+# What jobs of a sweep share
+
+
+def test_jobs_of_a_sweep_run_the_source_once_and_find_what_each_finds_alone(finished: Path) -> None:
+    made: list[str] = []
+
+    def of_a_sweep(name: str, bits: float) -> None:
+        run_job(
+            config(finished, budget={"code_bits": bits}),
+            finished / "source",
+            finished / f"work-{name}",
+            finished / name,
+            stage_folder=finished / "stages",
+            on_progress=lambda e: made.append(e.stage) if e.state == "finished" else None,
+        )
+
+    of_a_sweep("cell-1", 2)
+    assert made.count("evaluate") == 2, "the source's outputs, and the report"
+    made.clear()
+    of_a_sweep("cell-2", 3)
+    assert made == ["allocate", "refine", "pack", "verify", "evaluate", "publish"]
+    assert published(finished / "cell-2") == published(finished / "out")

@@ -12,7 +12,7 @@ from torch import Tensor
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.allocation.unspent import unspent_warning
 from bitmill.calibration.framing import described
-from bitmill.calibration.windows import CalibrationSet, evaluation_windows
+from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.codes import CODES
 from bitmill.config.methods import BASELINE, MethodConfig
@@ -24,6 +24,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.models.tokenizer import load_tokenizer
 from bitmill.pipeline.source import Model, Source
 from bitmill.pipeline.stage import Environment, Run, Stage
+from bitmill.pipeline.stages import source_outputs
 from bitmill.pipeline.stages.allocate import Allocated
 from bitmill.pipeline.stages.pack import PACKED_NAME
 from bitmill.pipeline.stages.plan import Tasks
@@ -92,6 +93,7 @@ class Inputs:
     with what windows of either kind begin.
 
     packed: where the packed folder lies; its tensors are those of `refined` and `model`.
+    outputs: of the source, where another job of the sweep may have made them (`source_outputs.py`).
     resumed: whether the refined blocks are another job's, and so what is reported of them. notes:
     what else the report warns of.
     """
@@ -103,6 +105,7 @@ class Inputs:
     packed: Path = field(compare=False)
     refined: Refined
     windows: Mapping[str, Tensor]
+    outputs: Path | None = field(compare=False)
     profile: SensitivityProfile | None
     baselines: Baselines | None
     embeddings: PackedEmbeddings | None
@@ -127,6 +130,8 @@ class Inputs:
         environment: Environment,
         task_folder: Path | None,
         searched: str | None,
+        windows: Mapping[str, Tensor],
+        outputs: Path | None,
     ) -> Inputs:
         """What of a job decides the report. searched: what a search for the map found."""
         tasks = Tasks.of(config.evaluation.tasks, task_folder)
@@ -139,7 +144,8 @@ class Inputs:
             bit_widths=allocated.bit_widths,
             packed=packed.folder / PACKED_NAME,
             refined=refined,
-            windows=evaluation_windows(config.evaluation, source.folder, rows=plan.vocab_size),
+            windows=windows,
+            outputs=outputs,
             profile=allocated.corrected(profile),
             baselines=Baselines.of(config, plan, calibration, allocated.bit_widths),
             embeddings=(
@@ -174,7 +180,8 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         for width in inputs.baselines.widths:
             baseline = _baseline(inputs, model, width, folder, run)
             candidates[f"uniform {width}-bit {inputs.baselines.method.name}"] = baseline
-    rows = measure(model, inputs.windows, candidates, run.on_unit, group=run.group)
+    known = None if inputs.outputs is None else source_outputs.load(inputs.outputs, run.group)
+    rows = measure(model, inputs.windows, candidates, run.on_unit, group=run.group, known=known)
     if not run.group.first:
         return
     _write_report(inputs, _with_tasks(inputs, rows, model, run), run, folder)
