@@ -11,11 +11,15 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from bitmill.errors import FormatError
 from bitmill.formats.packed.config import PackedLinear
 from bitmill.formats.packed.share import Share
+from bitmill.inference.engine_layers import (
+    Product,
+    Rows,
+    common_order,
+    drop_parameters,
+    register_shares,
+)
 from bitmill.quant.tensors import PackedTensor
-from bitmill_kernels.pack import unpack_codes, unpack_zeros
-from bitmill_kernels.reference import dequantize
 from bitmill_vllm.operators import look_up, make_known, multiply
-from bitmill_vllm.shares import Product, common_order, drop_parameters, register_shares
 
 if TYPE_CHECKING:
     from bitmill_vllm.config import BitmillConfig
@@ -77,22 +81,3 @@ class BitmillEmbeddingMethod(QuantizeMethodBase):
         y = multiply(owner, x, None)
         y = nn.functional.pad(y, (0, layer.num_embeddings_per_partition - y.shape[-1]))
         return y if bias is None else y + bias
-
-
-class Rows:
-    """Looks rows of a packed embedding up; they come in `dtype`."""
-
-    def __init__(self, weight: PackedTensor, dtype: torch.dtype) -> None:
-        self.weight, self.dtype = weight, dtype
-        self.zeros = unpack_zeros(weight.planes, weight.widths, weight.N)
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        flat, weight = ids.reshape(-1), self.weight
-        planes = {
-            name: plane.index_select(plane.dim() - 2, flat)
-            for name, plane in weight.planes.items()
-            if not name.startswith("zeros")
-        }
-        codes = unpack_codes(planes, weight.widths, len(flat), weight.K)
-        grid = weight.scales.index_select(1, flat), self.zeros.index_select(1, flat)
-        return dequantize(codes, *grid, weight.widths).to(self.dtype).view(*ids.shape, weight.K)

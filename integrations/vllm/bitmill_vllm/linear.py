@@ -15,9 +15,16 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from bitmill.formats.packed.config import PackedLinear
-from bitmill.formats.packed.share import Range, Share, aligned_groups, even_groups
+from bitmill.formats.packed.share import Share, aligned_groups, even_groups
+from bitmill.inference.engine_layers import (
+    Product,
+    common_order,
+    drop_parameters,
+    joined_rows,
+    output_rows,
+    register_shares,
+)
 from bitmill_vllm.operators import make_known, multiply
-from bitmill_vllm.shares import Product, common_order, drop_parameters, register_shares
 
 if TYPE_CHECKING:
     from bitmill_vllm.config import BitmillConfig
@@ -50,9 +57,10 @@ class BitmillLinearMethod(LinearMethodBase):
         make_known(layer, self.parts[0].name)
         layer.bitmill_outputs = sum(output_partition_sizes)
         cut = sum(output_partition_sizes) != output_size
-        rows = _rows(layer, output_partition_sizes, ranks if cut else 1)
+        copies = getattr(layer, "num_kv_head_replicas", 1)
+        rows = output_rows(output_partition_sizes, rank, ranks if cut else 1, copies)
         if len(self.parts) == 1:  # the checkpoint itself may fuse q, k and v
-            rows = _joined(rows)
+            rows = joined_rows(rows)
         shares = [
             Share(part, self.config.code, N, input_size, ranges, groups)
             for part, (ranges, N) in zip(self.parts, rows, strict=True)
@@ -72,27 +80,3 @@ class BitmillLinearMethod(LinearMethodBase):
         if layer.bitmill_gathers:
             x = tensor_model_parallel_all_gather(x).index_select(-1, layer.bitmill_columns)
         return multiply(layer, x, bias)
-
-
-def _rows(layer: nn.Module, sizes: list[int], ranks: int) -> list[tuple[list[Range], int]]:
-    """This rank's rows of each output of a layer, and how many all ranks have together.
-
-    Of keys and values, several ranks may hold the same rows.
-    """
-    found = []
-    for place, size in enumerate(sizes):
-        copies = getattr(layer, "num_kv_head_replicas", 1) if place and ranks > 1 else 1
-        first = layer.tp_rank // copies * size if ranks > 1 else 0
-        found.append(([(first, first + size)], size * ranks // copies))
-    return found
-
-
-def _joined(outputs: list[tuple[list[Range], int]]) -> list[tuple[list[Range], int]]:
-    """The same rows of outputs that lie in one linear, one behind the other."""
-    ranges: list[Range] = []
-    N = 0
-    for (rows,), count in outputs:
-        ranges.append((N + rows[0], N + rows[1]))
-        N += count
-    whole = sum(end - begin for begin, end in ranges) == N
-    return [([(0, N)] if whole else ranges, N)]

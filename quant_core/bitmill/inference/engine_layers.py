@@ -1,12 +1,15 @@
-"""The shares of one vLLM layer: parameters that vLLM fills, and what multiplies with them.
+"""The shares of one layer of a serving engine: parameters that the engine fills, and what computes.
 
-A parameter is one flat tensor per name of the format, in which the shares of a fused layer (q, k
-and v, or gate and up) lie one behind the other: they have their own widths, so their own shapes.
+vLLM and SGLang, which began as one code, make layers alike: q, k and v, or gate and up, are one
+layer of several linears, and tensors come one by one, each to its parameter's `weight_loader` with
+the linear's place in the layer. A parameter is one flat tensor per name of the format, in which the
+shares of the layer lie one behind the other: they have their own widths, so their own shapes. This
+module knows no engine; their adapters are in `integrations/`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -14,23 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.errors import FormatError
-from bitmill.formats.packed.share import Share
+from bitmill.formats.packed.share import Range, Share
 from bitmill.inference.trellis import TrellisRuntime
 from bitmill.quant.tensors import PackedTensor, Stored
 from bitmill.quant.trellis import TrellisTensor
 from bitmill_kernels.matmul.linear import MixedLinear
 from bitmill_kernels.matmul.runtime import PackedWeight
+from bitmill_kernels.pack import unpack_codes, unpack_zeros
+from bitmill_kernels.reference import dequantize
 
 SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}
 
 
-def register_shares(layer: nn.Module, shares: list[Share], orders: dict[str, Tensor]) -> None:
+def register_shares(layer: Any, shares: list[Share], orders: dict[str, Tensor]) -> None:
     """Give the layer its parameters; column orders go to `orders` as they come."""
     layer.bitmill_shares = shares
     for name in sorted({name for share in shares for name in share.stored}):
         sizes = [prod(share.local[name][1]) if name in share.local else 0 for share in shares]
         kind = next(share.stored[name][0] for share in shares if name in share.stored)
-        parameter = nn.Parameter(torch.empty(sum(sizes), dtype=kind), requires_grad=False)
+        parameter: Any = nn.Parameter(torch.empty(sum(sizes), dtype=kind), requires_grad=False)
         for share, piece in zip(shares, parameter.data.split(sizes), strict=True):
             if name in share.local:
                 share.tensors[name] = piece.view(share.local[name][1])
@@ -54,8 +59,8 @@ def common_order(shares: list[Share], orders: Mapping[str, Tensor]) -> Tensor | 
     for share in shares:
         if share.linear.order != first.order:
             raise FormatError(
-                f"{first.name} and {share.linear.name} read one input in vLLM and have the orders "
-                f"{first.order} and {share.linear.order}: they must be the same",
+                f"{first.name} and {share.linear.name} read one input in this engine and have the "
+                f"orders {first.order} and {share.linear.order}: they must be the same",
                 param=share.linear.name,
             )
     if first.order is None:
@@ -65,8 +70,8 @@ def common_order(shares: list[Share], orders: Mapping[str, Tensor]) -> Tensor | 
     return orders[first.order]
 
 
-def drop_parameters(layer: nn.Module) -> None:
-    """The kernels hold what they need; what vLLM counts and walks is empty from now on."""
+def drop_parameters(layer: Any) -> None:
+    """The kernels hold what they need; what the engine counts and walks is empty from now on."""
     for share in layer.bitmill_shares:
         for name, (kind, _) in share.stored.items():
             getattr(layer, name).data = torch.empty(0, dtype=kind)
@@ -97,3 +102,49 @@ def kernel_weight(weight: Any) -> PackedWeight:
     """A `PackedTensor` as the kernels take it."""
     tensors = weight.planes | {"scales": weight.scales}
     return PackedWeight(tensors, weight.widths, weight.N, weight.K, weight.order)
+
+
+class Rows:
+    """Looks rows of a packed embedding up; they come in `dtype`."""
+
+    def __init__(self, weight: PackedTensor, dtype: torch.dtype) -> None:
+        self.weight, self.dtype = weight, dtype
+        self.zeros = unpack_zeros(weight.planes, weight.widths, weight.N)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        flat, weight = ids.reshape(-1), self.weight
+        planes = {
+            name: plane.index_select(plane.dim() - 2, flat)
+            for name, plane in weight.planes.items()
+            if not name.startswith("zeros")
+        }
+        codes = unpack_codes(planes, weight.widths, len(flat), weight.K)
+        grid = weight.scales.index_select(1, flat), self.zeros.index_select(1, flat)
+        return dequantize(codes, *grid, weight.widths).to(self.dtype).view(*ids.shape, weight.K)
+
+
+def output_rows(
+    sizes: Sequence[int], rank: int, ranks: int, copies: int
+) -> list[tuple[list[Range], int]]:
+    """This rank's rows of each output of a layer, and how many all ranks have together.
+
+    sizes: rows on one rank. Of all outputs but the first, keys and values, `copies` ranks hold the
+    same rows.
+    """
+    found = []
+    for place, size in enumerate(sizes):
+        same = copies if place and ranks > 1 else 1
+        first = rank // same * size if ranks > 1 else 0
+        found.append(([(first, first + size)], size * ranks // same))
+    return found
+
+
+def joined_rows(outputs: list[tuple[list[Range], int]]) -> list[tuple[list[Range], int]]:
+    """The same rows of outputs that lie in one linear, one behind the other."""
+    ranges: list[Range] = []
+    N = 0
+    for (rows,), count in outputs:
+        ranges.append((N + rows[0], N + rows[1]))
+        N += count
+    whole = sum(end - begin for begin, end in ranges) == N
+    return [([(0, N)] if whole else ranges, N)]
