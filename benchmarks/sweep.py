@@ -2,8 +2,8 @@
 
     python benchmarks/sweep.py SOURCE --out benchmarks/results/sweep
 
-SOURCE is a model's folder or a GGUF file. The grid is 2 calibration texts x 2 methods of allocation
-x 3 budgets, refined by --refine after --sequences windows of --length tokens. `bitmill sweep` runs
+SOURCE is a model's folder or a GGUF file. The grid is calibration texts (two, or --texts) x 2
+methods of allocation x 3 budgets, refined by --refine after --sequences windows of --length tokens. `bitmill sweep` runs
 it; then every cell runs alone, with `bitmill quantize` and no profiles kept. Maps are not measured
 before they are taken (`check` is off). All times are those of whole commands, their start included,
 by the clock and, where other programs use the machine too, better in seconds of CPU.
@@ -33,11 +33,12 @@ from bitmill_workers.sweep_spec import parse_sweep
 BITMILL = [sys.executable, "-P", "-m", "bitmill_service.cli.main"]
 
 
-def spec(source: Path, refine: str, sequences: int, length: int) -> dict[str, Any]:
+def spec(
+    source: Path, refine: str, sequences: int, length: int, texts: list[str]
+) -> dict[str, Any]:
     """The sweep as JSON."""
     gguf = {"file": source.name} if source.suffix == ".gguf" else {}
     folder = source.parent if gguf else source
-    texts = ("wiki_calibration", "mixture_calibration")
     return {
         "job": {
             "model": {"source": "path", "path": str(folder.resolve())} | gguf,
@@ -117,8 +118,9 @@ def main() -> None:
     parser.add_argument("--refine", default="gptq", choices=["rtn", "gptq", "omniquant"])
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    parser.add_argument("--texts", nargs="+", default=["wiki_calibration", "mixture_calibration"])
     options = parser.parse_args()
-    asked = spec(options.source, options.refine, options.sequences, options.length)
+    asked = spec(options.source, options.refine, options.sequences, options.length, options.texts)
     found = run(options.source, asked, options.device)
     text = json.dumps(found, indent=1)
     print(text)

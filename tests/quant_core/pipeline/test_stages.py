@@ -206,7 +206,7 @@ def test_what_decides_nothing_is_told_by_name(recorded: Recorded) -> None:
         for name, counts, _ in variants(inputs)
         if not counts
     }
-    places = {"folder", "known", "packed"}
+    places = {"folder", "known", "packed", "outputs"}
     assert {name for name in free if name.rpartition(".")[2] not in places} == {
         "profile.origin", "allocate.profile.origin", "evaluate.profile.origin",
         "publish.profiled.profile.origin",
