@@ -3,10 +3,11 @@
     python benchmarks/sweep.py SOURCE --out benchmarks/results/sweep
 
 SOURCE is a model's folder or a GGUF file. The grid is calibration texts (two, or --texts) x 2
-methods of allocation x 3 budgets, refined by --refine after --sequences windows of --length tokens. `bitmill sweep` runs
-it; then every cell runs alone, with `bitmill quantize` and no profiles kept. Maps are not measured
-before they are taken (`check` is off). All times are those of whole commands, their start included,
-by the clock and, where other programs use the machine too, better in seconds of CPU.
+methods of allocation x 3 budgets, refined by --refine after --sequences windows of --length tokens.
+`bitmill sweep` runs it; then every cell runs alone, with `bitmill quantize` and no profiles kept.
+Maps are not measured before they are taken (`check` is off). All times are those of whole commands,
+their start included, by the clock and, where other programs use the machine too, better in seconds
+of CPU.
 
 Recorded: `ratio` = time of the sweep / sum of the times of its cells alone, whether both made the
 same weights, and in `cells` what the sweep's table says of each.
