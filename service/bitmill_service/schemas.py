@@ -460,7 +460,10 @@ class QueueView(View):
 
 
 class WorkerView(View):
-    """A live worker; one that `drains` takes no more jobs. stage, progress: of its job."""
+    """A live worker; one that `drains` takes no more jobs. stage, progress: of its job.
+
+    device_free, device_total: bytes of its accelerators, None on a CPU and where none can be asked.
+    """
 
     name: str
     host: str
@@ -468,6 +471,8 @@ class WorkerView(View):
     device: str
     version: str
     last_seen: datetime
+    device_free: int | None = None
+    device_total: int | None = None
     job_id: str | None = None
     stage: str | None = None
     progress: JobProgress | None = None

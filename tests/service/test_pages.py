@@ -454,6 +454,16 @@ def test_workers_are_drained_and_queues_paused(pages: httpx2.Client, stack: Stac
     queued = stack.context.jobs.counts()["queued"]
     assert f'<td>open</td><td class="number">{queued}</td>' in pages.get("/ui/workers").text
     assert "idle" in pages.get("/ui/workers").text
+    assert "<td>cpu</td><td>none</td>" in pages.get("/ui/workers").text
+    stack.context.catalog.beat(
+        name,
+        host="host",
+        queues=("cpu",),
+        device="cuda",
+        version="1",
+        memory=(3 * 10**9, 8 * 10**10),
+    )
+    assert "<td>cuda</td><td>3.0 GB free of 80.0 GB</td>" in pages.get("/ui/workers").text
     pages.post("/ui/workers/queues/cpu/pause", data={})
     assert "the queue cpu is paused" in pages.get(waits).text
     pages.post("/ui/workers/queues/cpu/resume", data={})

@@ -162,15 +162,30 @@ def widest(terminal: Terminal) -> int:
 
 def test_top_shows_jobs_and_workers_once_into_a_pipe(stack: Stack, command: Any) -> None:
     running, waiting = stack.running(), stack.queued()
-    stack.context.catalog.beat("w-1", host="h", queues=("cpu",), device="cpu", version="1")
+    catalog = stack.context.catalog
+    catalog.beat("w-1", host="h", queues=("cpu",), device="cpu", version="1")
+    catalog.beat(
+        "w-2",
+        host="h",
+        queues=("gpu-80",),
+        device="cuda",
+        version="1",
+        memory=(7 * 10**9, 8 * 10**10),
+    )
     code, out, _ = command("top", "--url", stack.url)
     assert code == 0
     for told in (running.id, waiting.id, "w-1", "1 live", "models/tiny", "3 code bits"):
         assert told in out
+    assert re.search(r"w-1 +idle +cpu +none +cpu", out)
+    assert re.search(r"w-2 +idle +cuda +7.0 GB free of 80.0 GB +gpu-80", out)
+    assert re.search(r"cpu +1 +1 +open", out)
+    assert re.search(r"gpu-80 +0 +0 +open", out)
+    assert "gpu-24" not in out
     code, out, _ = command("top", "--url", stack.url, "--json")
     found = json.loads(out)
     assert [job["id"] for job in found["live"]] == [running.id]
-    assert found["workers"]["workers"][0]["name"] == "w-1"
+    shown = {one["name"]: one["device_free"] for one in found["workers"]["workers"]}
+    assert shown == {"w-1": None, "w-2": 7 * 10**9}
 
 
 def test_top_renews_itself_on_a_terminal_until_it_is_interrupted(stack: Stack) -> None:

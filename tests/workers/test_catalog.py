@@ -49,5 +49,9 @@ def test_worker_is_live_for_a_minute_and_shows_its_job(
         conn.execute(sa.update(workers).values(last_seen=0.0))
     assert catalog.workers() == ()
     assert len(catalog.workers(live=False)) == 1
+    assert (record.device_free, record.device_total) == (None, None)
+    catalog.beat("w", host="h", queues=("cpu",), device="cuda", version="1", memory=(3, 2**36))
+    (record,) = catalog.workers()
+    assert (record.device_free, record.device_total) == (3, 2**36)
     catalog.leave("w")
     assert catalog.workers(live=False) == ()

@@ -12,6 +12,8 @@ import sqlalchemy as sa
 from bitmill_workers.store import db
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
+from bitmill_workers.store.migrate import upgrade
+from bitmill_workers.store.tables import QUEUED, jobs
 from stores import spec
 
 
@@ -66,3 +68,13 @@ def test_damaged_database_is_reported_at_once(tmp_path: Path) -> None:
         pass
     assert time.monotonic() - began < 5
     broken.close()
+
+
+def test_sqlite_finds_the_head_of_the_queue_without_looking_through_it(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/jobs.db")
+    upgrade(database)
+    rank = sa.select(jobs.c.fair_rank).where(jobs.c.state == QUEUED).order_by(jobs.c.fair_rank)
+    with database.read() as conn:
+        sql = rank.limit(1).compile(database.engine, compile_kwargs={"literal_binds": True})
+        plan = [row[-1] for row in conn.execute(sa.text(f"EXPLAIN QUERY PLAN {sql}"))]
+    assert plan == ["SEARCH jobs USING COVERING INDEX ix_jobs_queue_rank (state=?)"]

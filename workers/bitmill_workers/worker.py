@@ -18,6 +18,7 @@ from importlib.metadata import version
 
 import sqlalchemy as sa
 
+from bitmill_workers.execution.device_memory import device_memory
 from bitmill_workers.logs import configure_logs
 from bitmill_workers.messaging.app import create_celery
 from bitmill_workers.settings import Settings
@@ -85,12 +86,14 @@ def _beat(settings: Settings, stop: threading.Event) -> None:
                 collect_uploads(settings, UploadStore(database))
                 collect_staging(settings, open_artifacts(settings), database)
                 collected = time.monotonic()
+            memory = device_memory(settings.device)
             Catalog(database).beat(
                 settings.worker_name,
                 host=socket.gethostname(),
                 queues=settings.queues,
                 device=settings.device,
                 version=version("bitmill"),
+                memory=None if memory is None else (memory.free, memory.total),
             )
         except Exception as error:  # noqa: BLE001  (without this thread the worker looks dead)
             _log.warning("cannot show this worker as live: %s", error)

@@ -20,7 +20,8 @@ from bitmill_service.cli.output import JsonFlag, UrlOption, console, open_client
 from bitmill_service.cli.progress import duration
 from bitmill_service.client.client import Client
 from bitmill_service.client.errors import Unauthorized
-from bitmill_service.schemas import JobView, WorkersView
+from bitmill_service.schemas import JobView, WorkersView, WorkerView
+from bitmill_service.units import format_size
 
 _LIVE = ("running", "cancelling", "finalizing")
 _WAITING = 20
@@ -107,14 +108,27 @@ def picture(found: Snapshot, url: str, now: datetime | None = None) -> Group:
             w.name,
             "drains" if w.drains else "works" if w.job_id else "idle",
             w.device,
+            memory_text(w),
             ",".join(w.queues),
         )
         for w in found.workers.workers
     ]
-    parts.append(_table(("worker", "state", "device", "queues"), workers))
-    if paused := [queue.name for queue in found.workers.queues if queue.paused]:
-        parts.append(Text(f"paused queues: {', '.join(paused)}"))
+    parts.append(_table(("worker", "state", "device", "device memory", "queues"), workers))
+    served = {name for w in found.workers.workers for name in w.queues}
+    queues = [
+        (q.name, str(q.queued), str(q.running), "paused" if q.paused else "open")
+        for q in found.workers.queues
+        if q.queued or q.running or q.paused or q.name in served
+    ]
+    parts += [Text(""), _table(("queue", "waiting", "running", "state"), queues)]
     return Group(*parts)
+
+
+def memory_text(worker: WorkerView) -> str:
+    """Memory of a worker's devices in words."""
+    if worker.device_free is None or worker.device_total is None:
+        return "none"
+    return f"{format_size(worker.device_free)} free of {format_size(worker.device_total)}"
 
 
 def _named(job: JobView) -> tuple[str, str, str, str]:

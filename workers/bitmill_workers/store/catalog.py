@@ -150,8 +150,10 @@ class Catalog:
         queues: tuple[str, ...],
         device: str,
         version: str,
+        memory: tuple[int, int] | None = None,
     ) -> None:
-        """Note a worker's sign of life."""
+        """Note a worker's sign of life. memory: free and total bytes of its devices."""
+        free, total = memory or (None, None)
         values = {
             "name": name,
             "host": host,
@@ -160,6 +162,8 @@ class Catalog:
             "version": version,
             "started_at": db_now(),
             "last_seen": db_now(),
+            "device_free": free,
+            "device_total": total,
         }
         kept = {k: v for k, v in values.items() if k not in ("name", "started_at")}
         statement = self.database.insert(workers).values(values)

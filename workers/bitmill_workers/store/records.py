@@ -251,7 +251,8 @@ class MapRecord:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRecord:
-    """A worker's last sign of life."""
+    """A worker's last sign of life. device_free, device_total: bytes of its devices, None where it
+    has none or cannot ask."""
 
     name: str
     host: str
@@ -260,6 +261,8 @@ class WorkerRecord:
     version: str
     started_at: float
     last_seen: float
+    device_free: int | None
+    device_total: int | None
     job_id: str | None
     stage: str | None
     progress: dict[str, Any] | None

@@ -87,8 +87,11 @@ sa.Index(
     sqlite_where=_QUEUED,
     postgresql_where=_QUEUED,
 )
+# The state is the same in all of it: with it SQLite prefers this one to the index of all states,
+# from which it would sort every queued job at each submission.
 sa.Index(
     "ix_jobs_queue_rank",
+    jobs.c.state,
     jobs.c.fair_rank,
     sqlite_where=_QUEUED,
     postgresql_where=_QUEUED,
@@ -188,6 +191,8 @@ workers = sa.Table(
     sa.Column("version", sa.String(32), nullable=False),
     sa.Column("started_at", sa.Double, nullable=False),
     sa.Column("last_seen", sa.Double, nullable=False),
+    sa.Column("device_free", sa.BigInteger),
+    sa.Column("device_total", sa.BigInteger),
 )
 
 api_keys = sa.Table(

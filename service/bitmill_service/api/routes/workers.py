@@ -36,6 +36,8 @@ def _shown(context: Context) -> WorkersView:
                 device=worker.device,
                 version=worker.version,
                 last_seen=datetime.fromtimestamp(worker.last_seen, UTC),
+                device_free=worker.device_free,
+                device_total=worker.device_total,
                 job_id=worker.job_id,
                 stage=worker.stage,
                 progress=progress_view(worker.progress),
