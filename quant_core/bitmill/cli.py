@@ -8,6 +8,7 @@ libraries print goes to standard error. Torch is loaded when a command runs.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2 or argv[0] not in _COMMANDS:
         print(_USAGE, file=sys.stderr)
         return 2
+    # Of downloads and of transformers' loading, which reads this when it is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with as_child() as tell:
         try:
             tell(result=_COMMANDS[argv[0]](Path(argv[1]), tell))

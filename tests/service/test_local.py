@@ -96,6 +96,7 @@ def test_generate_prints_text_as_it_comes_or_json(packed: Path) -> None:
     found = json.loads(told.stdout)
     assert (found["prompt"], said.stdout) == ("A mill", found["text"] + "\n")
     assert len(found["text"]) == 4
+    assert said.stderr == told.stderr == ""
 
 
 def test_bench_prints_a_line_a_model(packed: Path) -> None:

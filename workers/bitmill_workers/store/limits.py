@@ -6,7 +6,7 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from bitmill.config.closed import Closed
 
@@ -15,7 +15,15 @@ SCOPES: Final[tuple[Scope, ...]] = ("read", "submit", "admin")
 KEY_NAME = r"^[A-Za-z0-9_.@-]{1,64}$"
 """The form of names of keys and of tenants."""
 
-_Priority = Annotated[int, Field(strict=True, ge=-100, le=100)]
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 3.0 is the integer 3, as its schema says."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Priority = Annotated[int, Field(strict=True, ge=-100, le=100), BeforeValidator(_whole)]
+_Count = Annotated[int, Field(strict=True, ge=0), BeforeValidator(_whole)]
+_Positive = Annotated[int, Field(strict=True, ge=1), BeforeValidator(_whole)]
 
 
 class Limits(Closed):
@@ -29,12 +37,12 @@ class Limits(Closed):
     operator's token; all others are fetched without one.
     """
 
-    requests_per_minute: int | None = Field(default=None, strict=True, ge=1)
-    queued: int | None = Field(default=None, strict=True, ge=0)
-    running: int | None = Field(default=None, strict=True, ge=0)
-    bytes: int | None = Field(default=None, strict=True, ge=0)
+    requests_per_minute: _Positive | None = None
+    queued: _Count | None = None
+    running: _Count | None = None
+    bytes: _Count | None = None
     keep_days: float | None = Field(default=None, strict=True, gt=0)
-    keep_bytes: int | None = Field(default=None, strict=True, ge=1)
+    keep_bytes: _Positive | None = None
     priorities: tuple[_Priority, _Priority] = (-100, 0)
     hub_repositories: tuple[str, ...] = ()
 
