@@ -18,11 +18,14 @@ from bitmill_workers.execution.stop import StopRequest
 from bitmill_workers.execution.supervisor import Supervisor
 from bitmill_workers.messaging.reconcile import Reconciler
 from bitmill_workers.settings import Settings
+from bitmill_workers.storage.artifacts import STAGES
+from bitmill_workers.storage.garbage import collect_stages
 from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.storage.s3 import S3Artifacts, StorageUnavailable
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.leases import LeaseStore
+from bitmill_workers.store.sweeps import SweepStore
 from servers import free_port
 from stores import spec
 from tcp_proxy import TcpProxy
@@ -65,6 +68,40 @@ def stored(settings: Settings, server: int, proxy: TcpProxy, tmp_path: Path) -> 
         aws_secret_access_key="not-a-default",
     ).create_bucket(Bucket=bucket)
     return changed
+
+
+def test_two_workers_with_folders_of_their_own_make_a_stage_once(
+    stored: Settings, database: Database, tmp_path: Path
+) -> None:
+    """Each has a data folder; database and object store are all that they share."""
+    sweeps = SweepStore(database)
+    cells = [(number, spec(seed=number, label="1.5"), "cpu") for number in (1, 2)]
+    sweep, _ = sweeps.submit({"grid": {}}, cells, label=None, tenant="local")
+
+    def work(name: str) -> None:
+        changes = {
+            "data": tmp_path / "machines" / name,
+            "worker_name": name,
+            "runner_module": "sharing_runner",
+            "database_url": str(stored.database),
+        }
+        assert Supervisor(stored.model_copy(update=changes), database).run_next(stop)
+
+    with StopRequest() as stop, ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(work, name) for name in ("one", "two")]:
+            done.result(60)
+    jobs = sweeps.cells(sweep.id).values()
+    assert [job.state for job in jobs] == ["succeeded"] * 2, [job.error for job in jobs]
+    assert (tmp_path / "machines" / "made").read_text().count("\n") == 1
+    assert len({(job.result or {})["found"] for job in jobs}) == 1
+    places = [tmp_path / "machines" / name / "sweeps" / sweep.id for name in ("one", "two")]
+    (stage,), (same,) = ([f.name for f in place.glob("profile-*")] for place in places)
+    assert stage == same
+    store = open_artifacts(stored)
+    assert store.fetch_folder(STAGES, f"{sweep.id}/{stage}", tmp_path / "kept")
+    assert collect_stages(store, database) == 1
+    assert not store.fetch_folder(STAGES, f"{sweep.id}/{stage}", tmp_path / "gone")
+    assert collect_stages(store, database) == 0
 
 
 def fill(folder: Path, size: int) -> bytes:

@@ -18,7 +18,7 @@ from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.leases import LeaseStore
 from bitmill_workers.store.records import Quota, SweepRecord, new_id
 from bitmill_workers.store.sweeps import SweepStore
-from stores import QUEUES, spec
+from stores import QUEUES, set_columns, spec
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
 CELLS = [(number, spec(seed=number), "cpu") for number in (2, 1, 3)]
@@ -107,3 +107,51 @@ def test_shared_stages_stay_until_the_last_job_has_ended(
     SweepStore(database).request_cancel(sweep.id)
     assert collect_work(settings, database) == 1
     assert [folder.exists() for folder in folders] == [False, False, True]
+
+
+def test_a_stage_is_made_by_one_attempt_while_its_lease_lasts(
+    database: Database, leases: LeaseStore
+) -> None:
+    sweep, sweeps = submitted(database), SweepStore(database)
+    one, two = leases.claim_next("w", QUEUES), leases.claim_next("v", QUEUES)
+    assert one is not None
+    assert two is not None
+    first, second = (one.id, one.token), (two.id, two.token)
+    assert sweeps.take_stage(sweep.id, "profile-a", *first) == "mine"
+    assert sweeps.take_stage(sweep.id, "profile-a", *first) == "mine"
+    assert sweeps.take_stage(sweep.id, "profile-a", *second) == "wait"
+    assert sweeps.take_stage(sweep.id, "profile-b", *second) == "mine"
+    assert sweeps.take_stage(new_id(), "profile-a", *second) == "mine"
+    # Its worker renews the lease no more.
+    set_columns(database, one.id, lease_until=0.0)
+    assert sweeps.take_stage(sweep.id, "profile-a", *second) == "mine"
+    sweeps.stage_made(sweep.id, "profile-a", *first)
+    set_columns(database, one.id, lease_until=2e12)
+    assert sweeps.take_stage(sweep.id, "profile-a", *first) == "wait"
+    sweeps.stage_made(sweep.id, "profile-a", *second)
+    assert sweeps.take_stage(sweep.id, "profile-a", *first) == "made"
+
+
+def test_a_stage_is_free_when_the_job_that_made_it_has_failed_or_begun_anew(
+    database: Database, leases: LeaseStore
+) -> None:
+    sweep, sweeps = submitted(database), SweepStore(database)
+    one, two = leases.claim_next("w", QUEUES), leases.claim_next("v", QUEUES)
+    assert one is not None
+    assert two is not None
+    assert sweeps.take_stage(sweep.id, "profile-a", one.id, one.token) == "mine"
+    assert sweeps.take_stage(sweep.id, "profile-b", one.id, one.token) == "mine"
+    assert leases.hand_back(one.id, one.token, "stopping", retries=3)
+    again = leases.claim_next("w", QUEUES)
+    assert again is not None
+    assert again.id == one.id
+    assert sweeps.take_stage(sweep.id, "profile-a", two.id, two.token) == "mine"
+    assert sweeps.take_stage(sweep.id, "profile-b", again.id, again.token) == "mine"
+    assert leases.fail(again.id, again.token, ModelError("broken"))
+    assert sweeps.take_stage(sweep.id, "profile-b", two.id, two.token) == "mine"
+    assert sweeps.over() == []
+    sweeps.request_cancel(sweep.id)
+    assert leases.cancelled(two.id, two.token)
+    assert sweeps.over() == [sweep.id]
+    sweeps.forget_stages(sweep.id)
+    assert sweeps.over() == []

@@ -61,7 +61,7 @@ from bitmill.pipeline.stages.allocate import Allocated
 from bitmill.pipeline.stages.refine import Inputs as Refining
 from bitmill.pipeline.stages.refine import Refined
 from bitmill.pipeline.work_folder import is_of_a_workspace, is_of_shared_stages
-from bitmill.pipeline.workspace import Made, Workspace
+from bitmill.pipeline.workspace import Made, Turns, Workspace
 from bitmill.plan.model_plan import Plan
 from bitmill.results import QualityReport
 from bitmill.runtime.memory import refusal
@@ -337,6 +337,7 @@ def run_job(
     profile_folder: Path | None = None,
     task_folder: Path | None = None,
     stage_folder: Path | None = None,
+    turns: Turns | None = None,
     device: str | torch.device = "cpu",
     group: Group = SINGLE,
     on_progress: Callable[[Progress], None] = lambda _: None,
@@ -346,7 +347,8 @@ def run_job(
 
     model_folder: local files of the source; gguf: name of the GGUF file in it.
     task_folder: task files for `evaluation.tasks`; they may run code, so trust their author.
-    stage_folder: where equal stages of several jobs, which may run at once, are made once.
+    stage_folder: where equal stages of several jobs, which may run at once, are made once. turns:
+    hands stages out between folders that are not the same, or None.
     group: the ranks that call this with the same arguments, `devices` of them
     (`runtime/launch.py`). Raises a `BitmillError`; nothing of `output_dir` exists until the last
     stage ends. Settings of the process are the caller's again then.
@@ -356,7 +358,7 @@ def run_job(
             config=config,
             model_folder=model_folder,
             space=Workspace(
-                job_dir, on_progress, should_stop, group, torch.device(device), stage_folder
+                job_dir, on_progress, should_stop, group, torch.device(device), stage_folder, turns
             ),
             output=output_dir,
             gguf=gguf,

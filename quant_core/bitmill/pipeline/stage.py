@@ -58,12 +58,14 @@ class Stage(Generic[Inputs]):
     """A folder of the workspace and how it is made.
 
     version: raised when the same inputs give another result. shared: all ranks do the work.
+    travels: its folder is small, so that machines that share no disk send it to each other.
     """
 
     name: StageName
     work: Callable[[Inputs, Run, Path], None]
     version: int = 1
     shared: bool = False
+    travels: bool = False
 
     def digest(self, inputs: Inputs) -> str:
         """Hex SHA-256 of everything that the result depends on."""

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Protocol, TextIO, TypeVar
 
 import torch
 
@@ -40,6 +40,8 @@ Inputs = TypeVar("Inputs")
 _POLL_S = 0.2
 _TELL_S = 30.0
 """How often a job that waits for another says so: a silent one would be taken for stuck."""
+_ANSWER_S = 5.0
+"""A question about a turn may take this long to be answered."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,22 @@ class Made:
     id: str
 
 
+class Turns(Protocol):
+    """Which job makes a stage where those of a sweep have folders of their own."""
+
+    def take(self, stage: str) -> bool:
+        """Whether the wait is over: the stage is there now, or is this job's to make."""
+
+    def made(self, stage: str) -> None:
+        """This job has made it."""
+
+
 class Workspace:
     """A job directory and those who watch it.
 
     emit receives every `Progress`; should_stop is asked between units of work; both of the first
     rank alone. device: where stages compute. shared: folder in which equal stages of several jobs
-    are made once; None for a job by itself.
+    are made once; None for a job by itself. turns: asked before a stage that travels is made there.
     """
 
     def __init__(
@@ -69,9 +81,11 @@ class Workspace:
         group: Group = SINGLE,
         device: torch.device | None = None,
         shared: Path | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.root = root
         self.shared = shared
+        self.turns = turns
         self.group = group
         self.device = device or torch.device("cpu")
         self._emit = emit
@@ -82,7 +96,7 @@ class Workspace:
         """The folder of this stage, made by its work unless it exists for these inputs."""
         name, digest = stage.name, stage.digest(inputs)
         folder = self._place(name, digest)
-        with self._turn(name, folder):
+        with self._turn(stage, folder, digest):
             if self.group.broadcast(_is_made_from(folder, digest)):
                 self._tell(Progress(kind="stage", stage=name, state="skipped"))
             else:
@@ -116,21 +130,33 @@ class Workspace:
         return self.shared / f"{name}-{digest}"
 
     @contextmanager
-    def _turn(self, name: StageName, folder: Path) -> Iterator[None]:
+    def _turn(self, stage: Stage[Inputs], folder: Path, digest: str) -> Iterator[None]:
         """Hold a shared stage against the other jobs, which the end of this process frees too."""
         if folder.parent != self.shared or not self.group.first:
             yield
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
         with folder.with_name(f"{LOCK}{folder.name}").open("w") as handle:
-            told = -_TELL_S
-            while not _locked(handle):
-                if time.monotonic() - told >= _TELL_S:
-                    told = time.monotonic()
-                    self.unit(name, 0, 1, "stage", "made by another job of the sweep")
-                self.check_stop()
-                time.sleep(_POLL_S)
+            self._wait(stage.name, lambda: _locked(handle))
+            turns = self.turns if stage.travels else None
+            if turns is None or _is_made_from(folder, digest):
+                yield
+                return
+            self._wait(stage.name, lambda: turns.take(folder.name), quiet_s=_ANSWER_S)
+            makes = not _is_made_from(folder, digest)
             yield
+            if makes:
+                turns.made(folder.name)
+
+    def _wait(self, name: StageName, over: Callable[[], bool], quiet_s: float = 0.0) -> None:
+        """Until another job has made a stage. quiet_s: a wait so long means nothing."""
+        told = time.monotonic() - _TELL_S + quiet_s
+        while not over():
+            if time.monotonic() - told >= _TELL_S:
+                told = time.monotonic()
+                self.unit(name, 0, 1, "stage", "made by another job of the sweep")
+            self.check_stop()
+            time.sleep(_POLL_S)
 
     def _watched(self, name: StageName) -> Run:
         return Run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from bitmill.errors import Cancelled
 from bitmill.pipeline.progress import Progress, StageName
 from bitmill.pipeline.stage import Run, Stage
 from bitmill.pipeline.work_folder import is_of_shared_stages
-from bitmill.pipeline.workspace import Made, Workspace
+from bitmill.pipeline.workspace import Made, Turns, Workspace
 from stores import wait_for
 
 
@@ -137,6 +138,70 @@ def test_jobs_of_a_sweep_make_equal_stages_once(tmp_path: Path) -> None:
     assert two.states == ["skipped", "started", "finished"]
     assert second.seconds().keys() == {"profile"}
     assert all(is_of_shared_stages(path.name) for path in (tmp_path / "shared").iterdir())
+
+
+class Sending:
+    """Hands turns out in memory and copies what was made from one folder to the other."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        self.folders = folders
+        self.holder: dict[str, Path] = {}
+        self.done: set[str] = set()
+
+    def of(self, folder: Path) -> Turns:
+        return Turn(self, folder)
+
+
+@dataclass(frozen=True)
+class Turn:
+    sending: Sending
+    folder: Path
+
+    def take(self, stage: str) -> bool:
+        if stage in self.sending.done:
+            shutil.copytree(self.sending.holder[stage] / stage, self.folder / stage)
+            return True
+        return self.sending.holder.setdefault(stage, self.folder) == self.folder
+
+    def made(self, stage: str) -> None:
+        self.sending.done.add(stage)
+
+
+@pytest.mark.parametrize("travels", [True, False])
+def test_a_stage_that_travels_is_made_once_though_folders_differ(
+    tmp_path: Path, travels: bool
+) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    sending, watchers = Sending(folders), [Watcher(), Watcher()]
+    first, second = (
+        Workspace(
+            folder / "job",
+            watcher.events.append,
+            lambda: False,
+            shared=folder / "shared",
+            turns=sending.of(folder / "shared"),
+        )
+        for folder, watcher in zip(folders, watchers, strict=True)
+    )
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(inputs: Inputs, run: Run, folder: Path) -> None:
+        begun.set()
+        assert go_on.wait(20)
+
+    stage = Stage("profile", slowly, travels=travels)
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.submit(first.run, stage, Inputs(1))
+        assert begun.wait(20)
+        begun.clear()
+        taken = pool.submit(second.run, stage, Inputs(1))
+        if not travels:
+            assert begun.wait(20)
+        go_on.set()
+        assert (taken.result(20) == made.result(20)) is travels
+    assert watchers[0].states == ["started", "finished"]
+    assert watchers[1].states == (["skipped"] if travels else ["started", "finished"])
+    assert len(list(folders[1].glob("shared/profile-*"))) == 1
 
 
 def test_what_is_published_is_a_jobs_own(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bitmill.runtime.launch import check_devices, run_ranks
 from bitmill.runtime.process import settle_own_process
 from bitmill_workers.execution.child import Emit, Emitter, serve
+from bitmill_workers.execution.stage_turns import RunnerTurns
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ def run_pipeline(
     def on_progress(progress: Progress) -> None:
         emit({"type": "progress", **progress.model_dump(mode="json", exclude_none=True)})
 
+    turns = RunnerTurns(emit, Path(request["turns"])) if request["stage_folder"] else None
     result = run_job(
         QuantizationConfig.model_validate(request["config"]),
         Path(request["model_folder"]),
@@ -64,6 +66,7 @@ def run_pipeline(
         gguf=request["gguf"],
         profile_folder=Path(request["profile_folder"]),
         stage_folder=Path(request["stage_folder"]) if request["stage_folder"] else None,
+        turns=turns,
         device=device,
         group=group or SINGLE,
         on_progress=on_progress,

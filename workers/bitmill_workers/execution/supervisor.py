@@ -38,6 +38,7 @@ from bitmill_workers.execution.inputs import (
 from bitmill_workers.execution.processes import Child, Ended
 from bitmill_workers.execution.progress_relay import Reporter
 from bitmill_workers.execution.pushing import TOKEN as PUSH_TOKEN
+from bitmill_workers.execution.stage_turns import SupervisorTurns
 from bitmill_workers.execution.stop import StopRequest
 from bitmill_workers.job_spec import (
     AnySpec,
@@ -136,6 +137,15 @@ class Attempt:
         self.reporter = Reporter(supervisor.leases, job, eta, log_limit=limit)
         self.folder = self.settings.job_folder(job.id).resolve() / f"attempt-{job.token}"
         self.renewed = time.monotonic()
+        self.turns: SupervisorTurns | None = None
+        if job.sweep_id is not None:
+            self.turns = SupervisorTurns(
+                supervisor.sweeps,
+                supervisor.artifacts,
+                job,
+                self.settings.sweep_folder(job.sweep_id).resolve(),
+                self.folder / "turns",
+            )
 
     def run(self) -> None:
         """See the attempt through; every way out leaves the row, the files and no process."""
@@ -211,6 +221,7 @@ class Attempt:
             "gguf": spec.model.file,
             "profile_folder": str(self.settings.profiles_folder.resolve()),
             "stage_folder": self._shared_stages(),
+            "turns": str(self.folder / "turns"),
             "device": self.settings.device,
         }
         self.settings.profiles_folder.mkdir(parents=True, exist_ok=True)
@@ -299,7 +310,7 @@ class Attempt:
         self._tick_or_stop()
         child = Child(module, [str(file)], env)
         ended = child.watch(
-            on_message=self.reporter.message,
+            on_message=self._message,
             on_log=self.reporter.log,
             tick=lambda: self._tick(child.beat),
             tick_s=self.settings.poll_s,
@@ -308,7 +319,15 @@ class Attempt:
         )
         if ended.stopped is not None:
             raise Stopped(ended.stopped)
+        if self.turns is not None:
+            self._persist(self.turns.settle)
         return ended
+
+    def _message(self, message: dict[str, Any]) -> None:
+        if message.get("type") == "turn" and self.turns is not None:
+            self.turns.message(message)
+        else:
+            self.reporter.message(message)
 
     def _tick(self, on_renewed: Callable[[], None] | None = None) -> str | None:
         """Report, renew when due, and say why the attempt must stop, if it must."""
@@ -322,6 +341,8 @@ class Attempt:
                     on_renewed()
             if not answer.held or not self.reporter.flush():
                 return "fenced"
+            if self.turns is not None:
+                self.turns.tick()
         except sa.exc.DBAPIError as error:
             _log.warning("the database is away: %s", type(error).__name__)
             return "lost" if self._lease_left() <= 0 else None

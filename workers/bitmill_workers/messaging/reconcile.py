@@ -24,6 +24,7 @@ from bitmill_workers.storage.artifacts import UPLOADS, ArtifactStore
 from bitmill_workers.storage.garbage import (
     collect_artifacts,
     collect_hub,
+    collect_stages,
     collect_work,
     prune_broker,
 )
@@ -173,6 +174,7 @@ class Reconciler:
         if self.settings.embedded:
             collect_hub(self.settings, self.database)
         found = collect_artifacts(self.artifacts, self.database)
+        found += collect_stages(self.artifacts, self.database)
         return found + collect_work(self.settings, self.database)
 
     def _loop(self) -> None:

@@ -14,7 +14,8 @@ from bitmill_workers.store.records import Artifact
 
 PROFILES = "profiles"
 UPLOADS = "uploads"
-"""Kinds of shared folders: sensitivity profiles, and what clients have sent."""
+STAGES = "stages"
+"""Kinds of shared folders: sensitivity profiles, what clients have sent, stages of sweeps."""
 
 
 class ArtifactStore(Protocol):

@@ -13,7 +13,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from bitmill_workers.settings import Settings
-from bitmill_workers.storage.artifacts import ArtifactStore
+from bitmill_workers.storage.artifacts import STAGES, ArtifactStore
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.records import is_id
 from bitmill_workers.store.states import ACTIVE, TERMINAL
@@ -31,6 +31,16 @@ def collect_artifacts(store: ArtifactStore, database: Database) -> int:
     for job_id, token in dead:
         store.remove(job_id, token)
     return len(dead)
+
+
+def collect_stages(store: ArtifactStore, database: Database) -> int:
+    """Remove what jobs of finished and deleted sweeps made for each other; of how many sweeps."""
+    sweeps = SweepStore(database)
+    over = sweeps.over()
+    for sweep_id in over:
+        store.remove_folder(STAGES, sweep_id)
+        sweeps.forget_stages(sweep_id)
+    return len(over)
 
 
 def collect_work(settings: Settings, database: Database) -> int:

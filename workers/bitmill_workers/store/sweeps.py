@@ -8,7 +8,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -30,8 +30,8 @@ from bitmill_workers.store.records import (
     job_record,
     new_id,
 )
-from bitmill_workers.store.states import TERMINAL, ShownState, shown_state
-from bitmill_workers.store.tables import jobs, sweeps
+from bitmill_workers.store.states import ACTIVE, TERMINAL, ShownState, shown_state
+from bitmill_workers.store.tables import jobs, sweep_stages, sweeps
 
 _SHOWN = [c for c in sweeps.c if c.name not in ("idempotency_key", "request_hash")]
 
@@ -186,6 +186,57 @@ class SweepStore:
         with self.database.read() as conn:
             query = sa.select(jobs.c.profile_id).where(*mine).distinct()
             return [str(found) for found in conn.execute(query).scalars()]
+
+    def take_stage(
+        self, sweep_id: str, stage: str, job_id: str, token: int
+    ) -> Literal["mine", "made", "wait"]:
+        """Take the lease of a stage for an attempt at a job, unless it was made or another has it.
+
+        Another has it while its own lease lasts, which its worker renews.
+        """
+        mine = (sweep_stages.c.sweep_id == sweep_id, sweep_stages.c.stage == stage)
+        values = {"sweep_id": sweep_id, "stage": stage, "job_id": job_id, "token": token}
+        with self.database.write() as conn:
+            statement = self.database.insert(sweep_stages).values(values | {"made": False})
+            conn.execute(statement.on_conflict_do_nothing())
+            lives = sa.exists().where(
+                jobs.c.id == sweep_stages.c.job_id,
+                jobs.c.token == sweep_stages.c.token,
+                jobs.c.state.in_(sorted(ACTIVE)),
+                jobs.c.lease_until >= db_now(),
+            )
+            query = sa.select(sweep_stages, lives.label("lives")).where(*mine)
+            row = conn.execute(query.with_for_update()).one()
+            if row.made:
+                return "made"
+            if (row.job_id, row.token) == (job_id, token):
+                return "mine"
+            if row.lives:
+                return "wait"
+            taken = {"job_id": job_id, "token": token}
+            conn.execute(sa.update(sweep_stages).where(*mine).values(taken))
+            return "mine"
+
+    def stage_made(self, sweep_id: str, stage: str, job_id: str, token: int) -> None:
+        """An attempt has made the stage that it had the lease of, and others can have it."""
+        mine = (sweep_stages.c.sweep_id == sweep_id, sweep_stages.c.stage == stage)
+        held = (sweep_stages.c.job_id == job_id, sweep_stages.c.token == token)
+        with self.database.write() as conn:
+            conn.execute(sa.update(sweep_stages).where(*mine, *held).values(made=True))
+
+    def over(self) -> builtins.list[str]:
+        """Sweeps with stages, none of whose jobs is queued or active."""
+        work = sa.exists().where(
+            jobs.c.sweep_id == sweep_stages.c.sweep_id, jobs.c.state.not_in(sorted(TERMINAL))
+        )
+        query = sa.select(sweep_stages.c.sweep_id).where(sa.not_(work)).distinct()
+        with self.database.read() as conn:
+            return [str(found) for found in conn.execute(query).scalars()]
+
+    def forget_stages(self, sweep_id: str) -> None:
+        """Their results are gone."""
+        with self.database.write() as conn:
+            conn.execute(sa.delete(sweep_stages).where(sweep_stages.c.sweep_id == sweep_id))
 
     def at_work(self, sweep_id: str) -> bool:
         """Whether any job of the sweep is queued or active."""

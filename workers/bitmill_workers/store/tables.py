@@ -162,6 +162,17 @@ sweeps = sa.Table(
 )
 sa.Index("ix_sweeps_tenant_key", sweeps.c.tenant, sweeps.c.idempotency_key)
 
+sweep_stages = sa.Table(
+    "sweep_stages",
+    metadata,
+    sa.Column("sweep_id", sa.String(36), primary_key=True),
+    sa.Column("stage", sa.String(90), primary_key=True),
+    sa.Column("job_id", sa.String(36), nullable=False),
+    sa.Column("token", sa.BigInteger, nullable=False),
+    sa.Column("made", sa.Boolean, nullable=False),
+)
+"""Who makes a stage that several jobs of a sweep need, or has made it (`store/sweeps.py`)."""
+
 profiles = sa.Table(
     "profiles",
     metadata,

@@ -130,7 +130,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     write_json(folder / CHECKS_NAME, [check.model_dump(mode="json") for check in checks])
 
 
-STAGE = Stage("allocate", work, shared=True)
+STAGE = Stage("allocate", work, shared=True, travels=True)
 
 
 def load(folder: Path) -> Allocated:

@@ -77,7 +77,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         made.save(folder / PROFILE_NAME)
 
 
-STAGE = Stage("profile", work, shared=True)
+STAGE = Stage("profile", work, shared=True, travels=True)
 
 
 def load(folder: Path, origin: ProfileOrigin) -> SensitivityProfile:

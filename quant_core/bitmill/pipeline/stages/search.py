@@ -82,7 +82,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         write_json(folder / NOTE_NAME, {"note": _note(best, steps, inputs.target)})
 
 
-STAGE = Stage("allocate", work, shared=True)
+STAGE = Stage("allocate", work, shared=True, travels=True)
 
 
 def load(folder: Path) -> tuple[Allocated, str]:
