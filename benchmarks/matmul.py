@@ -3,7 +3,8 @@
     python benchmarks/matmul.py                 check, then the table
     python benchmarks/matmul.py --sweep         every launch shape of the CUDA kernel
     python benchmarks/matmul.py --sweep --write also record the best shapes in tiles.json
-    python benchmarks/matmul.py --kernels cuda  leave Triton and prefill out
+    python benchmarks/matmul.py --kernels batch what linears run at 3 to 2048 tokens
+    python benchmarks/matmul.py --kernels cuda  leave Triton, batches and prefill out
 
 Every product is timed inside a CUDA graph of 40 calls, its weights rotated through copies that
 exceed the L2 cache several times; the median of 7 replays counts. Prefill and its fp16 twin are
@@ -25,8 +26,10 @@ from pathlib import Path
 import torch
 import triton
 
+from bitmill_kernels.hopper.schedule import WarpgroupShape
 from bitmill_kernels.layout import WIDTHS, code_tensor_shapes, zero_tensor_shapes
-from bitmill_kernels.matmul import cuda_library, decode_cuda, tiles
+from bitmill_kernels.matmul import batch_cuda, cuda_library, decode_cuda, tiles
+from bitmill_kernels.matmul.batch_cuda import CudaBatch
 from bitmill_kernels.matmul.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder
 from bitmill_kernels.matmul.decode_triton import TritonDecoder
 from bitmill_kernels.matmul.linear import MixedLinear
@@ -72,7 +75,22 @@ TOKENS_CHECKED = [
     (5, torch.bfloat16),
     (16, torch.float16),
     (27, torch.float16),
+    (48, torch.bfloat16),
+    (150, torch.float16),
 ]
+BATCHES = (3, 8, 16, 32, 64, 128, 256, 512, 2048)
+BATCH_CASES: dict[str, tuple[int, int, tuple[int, ...]]] = {
+    f"{N}x{K} {name}": (N, K, pattern)
+    for N, K in (
+        (28672, 8192),
+        (11008, 4096),
+        (4096, 4096),
+        (4096, 11008),
+        (12288, 4096),
+        (8192, 28672),
+    )
+    for name, pattern in (("mix 3", MIX), ("4-bit", (4,)), ("2-bit", (2,)))
+}
 PREFILL = [(4096, 4096), (11008, 4096), (28672, 8192)]
 PREFILL_PATTERNS: list[tuple[int, ...]] = [(2,), (3,), (4,), (8,), MIX]
 
@@ -119,14 +137,23 @@ def exact_product(
 def products_of(weight: RuntimeWeight, kinds: list[str], T: int) -> Products:
     """Every decoder that can run T tokens, by name."""
     found: Products = {}
-    if "triton" in kinds:
+    if "triton" in kinds and TOKEN_BUCKETS[-1] >= T:
         found["triton"] = triton_decoder(weight)
-    if "cuda" in kinds and cuda_library.available(DEVICE):
+    if "cuda" in kinds and TOKEN_BUCKETS[-1] >= T and cuda_library.available(DEVICE):
         for shape in SHAPES[bucket_of(T)]:
             decoder = decoder_or_none(weight, shape, T)
             if decoder is not None:
                 found[shape_name(shape)] = decoder
+    if "batch" in kinds and cuda_library.available(DEVICE):
+        for tile, batch_shapes in batch_cuda.SHAPES.items():
+            for batch_shape in batch_shapes:
+                if batch_cuda.plan(weight, batch_shape, tile) is not None:
+                    found[batch_name(batch_shape, tile)] = CudaBatch(weight, {tile: batch_shape})
     return found
+
+
+def batch_name(shape: WarpgroupShape, tile: int) -> str:
+    return f"batch {shape.groups}g {shape.row_tiles}r {tile}t"
 
 
 def bucket_of(T: int) -> int:
@@ -161,14 +188,15 @@ def decoder_or_none(
 def check(kinds: list[str]) -> set[str]:
     """Names of the kernels that fail: fp64 over widths, mixes, tails, orders, tokens; repeated."""
     torch.manual_seed(1)
-    if not {"cuda", "triton"} & set(kinds):
+    if not {"cuda", "triton", "batch"} & set(kinds):
         return set()
-    cases = [((width,) * 4, 320, 512, False) for width in WIDTHS if "cuda" in kinds]
+    compiled = {"cuda", "batch"} & set(kinds)
+    cases = [((width,) * 4, 320, 512, False) for width in WIDTHS if compiled]
     cases += [
         ((3, 2, 4, 4, 2, 3, 3, 2, 3), 1000, 1100, True),
         (spread(MIX, 4096), 4096, 4096, False),
     ]
-    if "cuda" in kinds:
+    if compiled:
         cases += [((3, 2, 4, 8, 1, 3, 6, 5, 3), 1000, 1100, True), ((3,), 7, 100, True)]
     failed: set[str] = set()
     for widths, N, K, ordered in cases:
@@ -208,7 +236,7 @@ def check_product(
 def check_exact_codes(kinds: list[str]) -> set[str]:
     """One-hot inputs read every column alone: scale 1 and zero 0 give back the code itself."""
     failed: set[str] = set()
-    for width in WIDTHS if "cuda" in kinds else (2, 3, 4):
+    for width in WIDTHS if "triton" not in kinds else (2, 3, 4):
         packed = random_packed(256, 256, (width, width))
         tensors = dict(packed.tensors)
         tensors["scales"] = torch.ones_like(tensors["scales"])
@@ -335,6 +363,48 @@ def decode_rows(
     return rows
 
 
+def batch_rows(names: list[str], failed: set[str], *, every_shape: bool) -> list[dict[str, object]]:
+    """Products of many tokens beside fp16, all of one case replayed in turn."""
+    rows = []
+    for name in names:
+        N, K, pattern = BATCH_CASES[name]
+        packed = random_packed(N, K, spread(pattern, K))
+        weights = copies(build_runtime([packed], DEVICE))
+        linears = [] if every_shape else [MixedLinear([packed], DEVICE) for _ in weights]
+        for T in BATCHES:
+            x = torch.randn(T, K, device=DEVICE, dtype=torch.float16)
+            y = torch.empty(T, N, device=DEVICE, dtype=torch.float16)
+            kernels = batch_products(weights, T) if every_shape else {}
+            kernels = {kernel: found for kernel, found in kernels.items() if kernel not in failed}
+            calls = [
+                lambda i, found=found, x=x, y=y: found[i % len(found)](x, None, y)
+                for found in kernels.values()
+            ]
+            if linears:
+                calls.append(lambda i, x=x, linears=linears: linears[i % len(linears)](x))
+            half, *times = microseconds(half_product(N, K, T), *calls)
+            for kernel, time in zip([*kernels, "linear"], times, strict=False):
+                rows.append(row(name, T, kernel, time, half, weights[0]))
+                print(*list(rows[-1].values())[:6], flush=True)
+    return rows
+
+
+def batch_products(weights: list[RuntimeWeight], T: int) -> dict[str, list[Product]]:
+    """By kernel, one product for each copy: every shape that can run so many tokens."""
+    found: dict[str, list[Product]] = {}
+    for weight in weights:
+        for kernel, product in products_of(weight, ["cuda", "batch"], T).items():
+            if not kernel.startswith("batch") or suits(kernel, T):
+                found.setdefault(kernel, []).append(product)
+    return found
+
+
+def suits(kernel: str, T: int) -> bool:
+    """Whether a launch of this kernel is neither twice too wide nor narrower than need be."""
+    tile = int(kernel.split()[-1].rstrip("t"))
+    return tile == next((one for one in batch_cuda.SHAPES if one >= T), max(batch_cuda.SHAPES))
+
+
 def row(
     case: str, T: int, kernel: str, time: float, half: float, weight: RuntimeWeight
 ) -> dict[str, object]:
@@ -397,7 +467,7 @@ def provenance() -> dict[str, object]:
 
 def markdown(result: dict[str, object]) -> str:
     lines = [f"# {result['provenance']['gpu']}", "", f"`{json.dumps(result['provenance'])}`", ""]
-    for part in ("decode", "prefill"):
+    for part in ("decode", "batch", "prefill"):
         rows = result.get(part)
         if rows:
             keys = [key for key in rows[0] if key not in ("widths", "N", "K")]
@@ -434,6 +504,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="record the best shapes")
     parser.add_argument("--kernels", nargs="*", default=["cuda", "triton", "prefill"])
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--batch", nargs="*", default=list(BATCH_CASES), choices=list(BATCH_CASES))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     failed = check(options.kernels)
@@ -443,6 +514,8 @@ def main() -> int:
     result: dict[str, object] = {"provenance": provenance(), "failed": sorted(failed)}
     cases = options.cases if {"cuda", "triton"} & set(options.kernels) else []
     result["decode"] = decode_rows(cases, options.kernels, failed, every_shape=options.sweep)
+    if "batch" in options.kernels:
+        result["batch"] = batch_rows(options.batch, failed, every_shape=options.sweep)
     if "prefill" in options.kernels and "prefill" not in failed:
         result["prefill"] = prefill_rows()
     if options.write:

@@ -2,13 +2,15 @@
 
     PYTHONPATH=kernels python benchmarks/trellis_decode.py
 
-Rates 2, 3, 4, 3 in turn (3 bits), and each alone. A graph holds 20 calls; weights are rotated
+Every shape of the batch kernel (`--shapes`), or what a linear would run. Rates 2, 3, 4, 3 in turn
+(3 bits), and each alone. A graph holds 20 calls; weights are rotated
 through at least 220 MB, so that no call finds its own in a cache. Both are replayed in turn;
 medians of 15.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -17,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bitmill_kernels.trellis import batch_cuda
 from bitmill_kernels.trellis.layout import circle_shapes
 from bitmill_kernels.trellis.product_cuda import CudaTrellisProduct
 
 SHAPES = ((4096, 4096), (11008, 4096), (28672, 8192))
-TOKENS = (1, 8, 16, 32)
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)
 CALLS, ROTATED = 20, 220e6
+Products = list[Callable[[Tensor], Tensor]]
 
 
 def graph_of(calls: list[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph:
@@ -63,8 +67,23 @@ def linear(N: int, K: int, rates: tuple[int, ...]) -> CudaTrellisProduct:
     return CudaTrellisProduct(circles, *scales, K, rates, device, order=order, inputs=lambda x: x)
 
 
+def products(linears: list[CudaTrellisProduct], tokens: int, every: bool) -> dict[str, Products]:
+    """By name, one product for each linear."""
+    if not every:
+        return {"": [one.of_source for one in linears]}
+    tile = next((one for one in batch_cuda.SHAPES if one >= tokens), max(batch_cuda.SHAPES))
+    found: dict[str, Products] = {}
+    for shape in batch_cuda.SHAPES[tile]:
+        name = f"{shape.groups}g {shape.row_tiles}r {tile}t"
+        found[name] = [one.batch({tile: shape}) for one in linears]
+    return found
+
+
 def main() -> None:
     """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", action="store_true")
+    every = parser.parse_args().shapes
     print(torch.cuda.get_device_name(), torch.__version__)
     for N, K in SHAPES:
         groups = K // 128
@@ -76,16 +95,21 @@ def main() -> None:
             dense = [torch.randn(N, K, dtype=torch.float16, device="cuda") for _ in range(4)]
             for tokens in TOKENS if name == "2343" else (1,):
                 x = torch.randn(tokens, K, dtype=torch.float16, device="cuda")
+                found = products(ours, tokens, every)
                 graphs = [
-                    graph_of([partial(ours[i % len(ours)].of_source, x) for i in range(CALLS)]),
                     graph_of([partial(functional.linear, x, dense[i % 4]) for i in range(CALLS)]),
+                    *(
+                        graph_of([partial(own[i % len(own)], x) for i in range(CALLS)])
+                        for own in found.values()
+                    ),
                 ]
-                own, fp16 = microseconds(graphs)
-                print(
-                    f"{N}x{K} rates {name}, {tokens} tokens: {own:.1f} us, fp16 {fp16:.1f} us, "
-                    f"{fp16 / own:.2f} times",
-                    flush=True,
-                )
+                fp16, *times = microseconds(graphs)
+                for kernel, time in zip(found, times, strict=True):
+                    print(
+                        f"{N}x{K} rates {name}, {tokens} tokens {kernel}: {time:.1f} us, "
+                        f"fp16 {fp16:.1f} us, {fp16 / time:.2f} times",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -32,8 +32,12 @@ def vector_flags() -> tuple[str, ...]:
     return VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
 
 
-def compiled(name: str, sources: Sequence[Path], **options: Any) -> Path:
+def compiled(
+    name: str, sources: Sequence[Path], *, headers: Sequence[Path] = (), **options: Any
+) -> Path:
     """The shared library `name` of these sources; options as `torch.utils.cpp_extension.load`.
+
+    headers: files beside the sources that these include.
 
     Builds lie below TORCH_EXTENSIONS_DIR, or torch's own cache, apart by sources, options and
     torch. Raises RuntimeError, OSError or CalledProcessError where it cannot be compiled.
@@ -41,7 +45,7 @@ def compiled(name: str, sources: Sequence[Path], **options: Any) -> Path:
     from torch.utils.cpp_extension import get_default_build_root, load
 
     digest = hashlib.sha256(f"{torch.__version__} {sorted(options.items())}".encode())
-    for source in sources:
+    for source in (*sources, *headers):
         digest.update(source.read_bytes())
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     folder = root / f"{name}_{digest.hexdigest()[:12]}"

@@ -53,6 +53,22 @@ inline __half2 __hadd2(__half2 a, __half2 b) {
 }
 inline float2 __half22float2(__half2 v) { return {static_cast<float>(v.x), static_cast<float>(v.y)}; }
 inline __half __float2half(float v) { return static_cast<__half>(v); }
+inline __half __float2half_rn(float v) { return static_cast<__half>(v); }
+inline float __half2float(__half v) { return static_cast<float>(v); }
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+inline __nv_bfloat16 __float2bfloat16_rn(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline float __bfloat162float(__nv_bfloat16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 inline int __clz(int v) { return v ? __builtin_clz(v) : 32; }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline float __shfl_xor_sync(unsigned, float v, int step) {

@@ -7,9 +7,10 @@ import torch
 
 from bitmill_kernels import reference
 from bitmill_kernels.gptq.block import gptq_block
+from bitmill_kernels.hopper.building import HOPPER
 from bitmill_kernels.layout import WIDTHS
 from bitmill_kernels.linalg.hessian import hessian_update
-from bitmill_kernels.matmul import cuda_library
+from bitmill_kernels.matmul import batch_cuda, cuda_library
 from bitmill_kernels.matmul.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder
 from bitmill_kernels.matmul.linear import MixedLinear
 from bitmill_kernels.matmul.runtime import PackedWeight, build_runtime, dequantize_runtime
@@ -67,6 +68,30 @@ def test_every_launch_shape_is_right_and_repeatable(compiled, T, dtype):
             results.append(y)
         assert relative_error(results[0], expected) < (1e-3 if dtype == torch.float16 else 5e-3)
         assert all(torch.equal(results[0], y) for y in results)
+
+
+@pytest.mark.parametrize("T", [1, 16, 17, 64, 65, 128, 300])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_every_shape_for_batches_is_right_and_repeatable(compiled, T, dtype):
+    if torch.cuda.get_device_capability() != HOPPER:
+        pytest.skip("wgmma needs Hopper")
+    weight = build_runtime([random_planes(1000, 1100, MIXED, GPU, ordered=True)], GPU)
+    x = (torch.randn(T, 1100, device=GPU) + 0.5).to(dtype)
+    bias = torch.randn(1000, device=GPU).to(dtype)
+    expected = exact(x, weight, bias)
+    for tokens, shapes in batch_cuda.SHAPES.items():
+        for shape in shapes:
+            if batch_cuda.plan(weight, shape, tokens) is None:
+                continue
+            product = batch_cuda.CudaBatch(weight, {tokens: shape})
+            results = []
+            for _ in range(10):
+                y = torch.full((T, 1000), float("nan"), dtype=dtype, device=GPU)
+                product(x, bias, y)
+                results.append(y)
+            limit = 6e-4 if dtype == torch.float16 else 5e-3
+            assert relative_error(results[0], expected) < limit, (shape, tokens)
+            assert all(torch.equal(results[0], y) for y in results)
 
 
 @pytest.mark.parametrize("backend", ["compiled", "triton"])

@@ -6,10 +6,12 @@ import torch
 from bitmill.inference.trellis import TrellisLinear
 from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.trellis import TrellisTensor
+from bitmill_kernels.trellis import batch_cuda
 from bitmill_kernels.trellis.code import DEVIATION, decode_tiles, in_sequence
 from bitmill_kernels.trellis.encode import encode_reference, encode_tiles, load_cuda_library
 from bitmill_kernels.trellis.layout import RATES, circle_shapes
 from bitmill_kernels.trellis.product import TrellisProduct
+from bitmill_kernels.trellis.product_cuda import available
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,6 +63,7 @@ def test_products_are_those_of_the_decoded_weights(N, K, rates, dtype):
     weight = TrellisTensor(N, K, rates, circles, *scales, rewrites)
     W = weight.dequantize().double()
     module = TrellisLinear.from_packed(weight).cuda()
+    assert available(), "the kernels were not built: see the log"
     inner = weight.packed_values()
     product = TrellisProduct(circles, *scales, K, rates, torch.device("cpu"))
     torch.testing.assert_close(product.weights(0, N), inner)
@@ -74,6 +77,39 @@ def test_products_are_those_of_the_decoded_weights(N, K, rates, dtype):
         assert error < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     decoded = module._runtime.product.weights(0, N)
     torch.testing.assert_close(decoded.cpu(), inner)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("N", "K", "rates"),
+    [(37, 300, (3, 5, 1)), (272, 272, (6, 7, 8)), (1000, 1100, (2, 3, 4, 1, 3, 2, 5, 3, 4))],
+    ids=lambda value: str(value)[:12],
+)
+def test_every_shape_of_the_batch_kernel_is_right_and_repeatable(N, K, rates, dtype):
+    if not batch_cuda.available(torch.device("cuda")):
+        pytest.skip("the batch kernel needs Hopper and nvcc")
+    draw = torch.Generator().manual_seed(N)
+    circles = {
+        key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+        for key, shape in circle_shapes(N, K, rates).items()
+    }
+    scales = [torch.rand(n, generator=draw).half() for n in (N, len(rates))]
+    order = torch.randperm(K, generator=draw).int()
+    weight = TrellisTensor(N, K, rates, circles, *scales, packed_rewrites("trellis", order))
+    W = weight.dequantize().double()
+    runtime = TrellisLinear.from_packed(weight).cuda()._build(torch.device("cuda"))
+    for tile, shapes in batch_cuda.SHAPES.items():
+        for shape in shapes:
+            if batch_cuda.plan(rates, shape, tile) is None:
+                continue
+            kernel = runtime.product.batch({tile: shape})
+            for tokens in (1, 7, tile, tile + 3, 150):
+                x = torch.randn(tokens, K, generator=draw).to(dtype)
+                expected = x.double() @ W.T
+                y = kernel(x.cuda())
+                assert all(torch.equal(kernel(x.cuda()), y) for _ in range(5))
+                error = (y.cpu().double() - expected).norm() / expected.norm()
+                assert error < {torch.float16: 6e-4, torch.bfloat16: 5e-3}[dtype], (shape, tokens)
 
 
 def test_inputs_beyond_half_precision_keep_their_size():

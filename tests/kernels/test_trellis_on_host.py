@@ -41,9 +41,11 @@ def library(tmp_path_factory):
     """The kernels as a library of the host, without what launches them on a GPU."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    source = Path(product_cuda.__file__).with_name("product_cuda.cu").read_text()
+    folder = Path(product_cuda.__file__).parent
+    source = (folder / "product_cuda.cu").read_text()
     kernels = source[: source.index("template <typename T>\ncudaError_t multiply_all")]
-    kernels = re.sub(r"#include <cuda.*>\n", "", kernels)
+    kernels = kernels.replace('#include "decode_cuda.h"', (folder / "decode_cuda.h").read_text())
+    kernels = re.sub(r"#include <cuda.*>\n|#pragma once\n", "", kernels)
     kernels = re.sub(r"asm volatile\(.*?;\n}", "mma(c, a, b0, b1);\n}", kernels, flags=re.DOTALL)
     folder = tmp_path_factory.mktemp("host")
     header = Path(__file__).with_name("cuda_on_host.h")

@@ -25,122 +25,11 @@
 // block ever waits for another. A launch may begin while the one before it drains: until
 // griddepcontrol.wait it touches nothing but weights and tables.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "../hopper/units.h"
 
 namespace {
 
-constexpr int kMinimumExponent = 16;
 constexpr int kPrologueWarps = 2;
-
-// Packed columns [first, first + live) of the two groups of a pair.
-struct PairRow {
-  int width, first[2], live[2];
-};
-
-// A unit of a block: where its bytes are, in units of 16; where its sums go; its columns.
-struct alignas(16) Source {
-  uint32_t low, high, grid;
-  int pair;
-};
-struct alignas(16) Target {
-  uint16_t width, ends;  // ends: the last of its tile in this block
-  uint16_t live_rows, blocks;
-  int output, first_block;
-};
-struct alignas(16) Columns {
-  int first[2];
-  uint16_t live[2], width;
-};
-struct UnitRow {
-  Source source;
-  Target target;
-  Columns columns;
-};
-
-// The row before those of a block's units. Activations of unit i are chunk i % chunks.
-struct alignas(16) BlockRow {
-  int units, chunks;
-};
-
-}  // namespace
-
-extern "C" struct DecodeArguments {
-  const uint8_t* planes;
-  const uint8_t* grid;
-  const PairRow* pairs;
-  const UnitRow* units;  // for each block one BlockRow, then unit_capacity rows
-  const void* x;
-  const int* order;
-  uint8_t* inputs;  // converted activations of all pairs, null where blocks convert their own
-  const void* bias;
-  float* partial;
-  int* counters;
-  void* y;
-  int pair_count;
-  int tokens;
-  int x_stride;
-  int output_stride;
-  int chunk_capacity;
-  int unit_capacity;
-  int stage_count;
-  int stage_bytes;
-  int is_bf16;
-};
-
-namespace {
-
-template <class Row>
-__device__ __forceinline__ Row load_row(const Row* from) {
-  static_assert(sizeof(Row) == 16);
-  const uint4 words = __ldg(reinterpret_cast<const uint4*>(from));
-  return *reinterpret_cast<const Row*>(&words);
-}
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(count));
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
-                                          uint64_t* barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-      : "memory");
-}
 
 __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                          uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -159,34 +48,6 @@ __device__ __forceinline__ uint32_t field(uint32_t low, uint32_t high, int j) {
   } else {
     const uint32_t high_mask = ((((1u << HIGH) - 1u) << LOW) * 0x00010001u) << (LOW * j);
     return (low & low_mask) | (high & high_mask);
-  }
-}
-
-struct Lane {
-  int row;     // lane / 4
-  int column;  // lane % 4
-};
-
-// Loads 4 words (2 for planes of one bit, twice) of a lane's part of 2*ROW_TILES rows: of vector v
-// of a plane of BITS bits, taken 16 bytes at a time or, next to a plane of one bit, 8.
-template <int BITS, bool NARROW, int ROW_TILES>
-__device__ __forceinline__ void load_words(const uint8_t* plane, int v, Lane lane,
-                                           uint32_t (&words)[2 * ROW_TILES][4]) {
-#pragma unroll
-  for (int r = 0; r < 2 * ROW_TILES; ++r) {
-    const uint8_t* from = plane + (r * 8 + lane.row) * 32 * BITS + v * 64;
-    uint32_t(&to)[4] = words[r];
-    if constexpr (BITS == 1) {
-      const uint2 here = *reinterpret_cast<const uint2*>(from + lane.column * 8);
-      to[0] = to[2] = here.x, to[1] = to[3] = here.y;
-    } else if constexpr (NARROW) {
-      const uint2 first = *reinterpret_cast<const uint2*>(from + lane.column * 8);
-      const uint2 second = *reinterpret_cast<const uint2*>(from + 32 + lane.column * 8);
-      to[0] = first.x, to[1] = first.y, to[2] = second.x, to[3] = second.y;
-    } else {
-      const uint4 here = *reinterpret_cast<const uint4*>(from + lane.column * 16);
-      to[0] = here.x, to[1] = here.y, to[2] = here.z, to[3] = here.w;
-    }
   }
 }
 
@@ -353,17 +214,8 @@ __device__ __forceinline__ bool reduce(const DecodeArguments& p, const Target& t
   return true;
 }
 
-__device__ __forceinline__ int low_plane(int width) {
-  return width == 3 ? 2 : width == 5 || width == 6 ? 4 : width;
-}
-
 // Bytes of one pair's activations: 8 vectors of 4 x 16 bytes a token, then (scale, sum) twice.
 __device__ __forceinline__ int input_bytes(int tokens) { return 528 * tokens; }
-
-__device__ __forceinline__ float load_input(const DecodeArguments& p, int64_t at) {
-  return p.is_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(p.x)[at])
-                   : __half2float(static_cast<const __half*>(p.x)[at]);
-}
 
 // Converts one token of one pair: a warp, a half of it for each group. Each group is divided by a
 // power of two that brings it below 2^15, and each field by its place value.
@@ -421,51 +273,6 @@ __device__ __forceinline__ void convert(const DecodeArguments& p, const Row& pai
   if (thread % 16 == 0) {
     float2* tails = reinterpret_cast<float2*>(to + 512 * p.tokens);
     tails[group * p.tokens + token] = make_float2(scale * 16777216.0f, total * scale);
-  }
-}
-
-// Streams the planes and scales of all units into the ring, and the activations where the prologue
-// kernel converted them. Lane j works out the addresses of every 32nd unit and issues its copies.
-template <int ROWS>
-__device__ void produce(const DecodeArguments& p, const UnitRow* units, uint64_t* full,
-                        uint64_t* empty, uint8_t* ring, int lane) {
-  uint64_t once, keep;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
-  const int x_bytes = p.inputs ? input_bytes(p.tokens) : 0;
-  const int count = load_row(reinterpret_cast<const BlockRow*>(units - 1)).units;
-  const int first = min(count, p.stage_count);
-  for (int base = 0; base < count; base += 32) {
-    const int mine = min(base + lane, p.unit_capacity - 1);
-    const Source unit = load_row(&units[mine].source);
-    const int width = load_row(&units[mine].target).width;
-    const int stage = mine % p.stage_count, parity = (mine / p.stage_count - 1) & 1;
-    const int low_bytes = ROWS * 32 * low_plane(width);
-    const int high_bytes = ROWS * 32 * width - low_bytes;
-    const uint8_t* low = p.planes + (static_cast<size_t>(unit.low) << 4);
-    const uint8_t* high = p.planes + (static_cast<size_t>(unit.high) << 4);
-    const uint8_t* grid = p.grid + (static_cast<size_t>(unit.grid) << 4);
-    const uint8_t* inputs = p.inputs + static_cast<size_t>(unit.pair) * x_bytes;
-    uint8_t* staged = ring + stage * p.stage_bytes;
-    uint8_t* scales = staged + x_bytes;
-    uint8_t* planes = scales + ROWS * 8;
-    for (int i = base; i < min(base + 32, count); ++i) {
-      if (i - base == lane) {
-        if (i >= first) barrier_wait(empty + stage, parity);
-        barrier_expect(full + stage, x_bytes + ROWS * 8 + low_bytes + high_bytes);
-        bulk_copy(planes, low, low_bytes, full + stage, once);
-        if (high_bytes) bulk_copy(planes + low_bytes, high, high_bytes, full + stage, once);
-        bulk_copy(scales, grid, ROWS * 8, full + stage, once);
-        if (x_bytes && i >= first) bulk_copy(staged, inputs, x_bytes, full + stage, keep);
-      }
-      __syncwarp();
-      if (x_bytes && i == first - 1) {  // the ring is full of weights: now for the activations
-        asm volatile("griddepcontrol.wait;" ::: "memory");
-        asm volatile("fence.proxy.async;" ::: "memory");  // the prologue wrote by ordinary stores
-        if (lane < first) bulk_copy(staged, inputs, x_bytes, full + stage, keep);
-        __syncwarp();
-      }
-    }
   }
 }
 
@@ -553,7 +360,8 @@ __global__ void __launch_bounds__((WARPS + 1) * 32, BLOCKS)
   const UnitRow* units = p.units + static_cast<size_t>(blockIdx.x) * (1 + p.unit_capacity) + 1;
   const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
   if (warp == WARPS) {
-    produce<WARPS * ROW_TILES * 16>(p, units, full, empty, ring, thread);
+    const int staged = p.inputs ? input_bytes(p.tokens) : 0;
+    produce<WARPS * ROW_TILES * 16>(p, units, full, empty, ring, thread, staged);
   } else {
     consume<WARPS, ROW_TILES, TOKEN_TILES>(p, units, full, empty, ring, chunks, warp,
                                            thread);
@@ -573,21 +381,6 @@ __global__ void __launch_bounds__(kPrologueWarps * 32)
           p.inputs + static_cast<size_t>(pair) * input_bytes(p.tokens));
 }
 
-cudaError_t launch_kernel(void (*kernel)(DecodeArguments), const DecodeArguments& arguments,
-                          int blocks, int threads, int shared, bool overlap, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments);
-}
-
 template <int WARPS, int ROW_TILES, int TOKEN_TILES, int BLOCKS>
 cudaError_t launch(const DecodeArguments& arguments, int blocks, int shared, bool overlap,
                    cudaStream_t stream) {
@@ -597,11 +390,11 @@ cudaError_t launch(const DecodeArguments& arguments, int blocks, int shared, boo
   if (status != cudaSuccess) return status;
   if (arguments.inputs != nullptr) {
     const int items = arguments.pair_count * arguments.tokens;
-    status = launch_kernel(prologue_kernel, arguments, (items + kPrologueWarps - 1) / kPrologueWarps,
-                           kPrologueWarps * 32, 0, overlap, stream);
+    status = launch_kernel(prologue_kernel, (items + kPrologueWarps - 1) / kPrologueWarps,
+                           kPrologueWarps * 32, 0, overlap, stream, arguments);
     if (status != cudaSuccess) return status;
   }
-  return launch_kernel(kernel, arguments, blocks, (WARPS + 1) * 32, shared, overlap, stream);
+  return launch_kernel(kernel, blocks, (WARPS + 1) * 32, shared, overlap, stream, arguments);
 }
 
 }  // namespace

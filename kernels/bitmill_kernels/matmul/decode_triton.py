@@ -31,7 +31,7 @@ from torch import Tensor
 from bitmill_kernels.layout import GROUP_SIZE, WIDTHS
 from bitmill_kernels.matmul.prologue import prologue_triton
 from bitmill_kernels.matmul.runtime import Member, RuntimeWeight
-from bitmill_kernels.matmul.workspace import workspace
+from bitmill_kernels.workspace import workspace
 
 SEGMENT_FIELDS = 8
 TOKEN_TILES = (16, 32, 64)

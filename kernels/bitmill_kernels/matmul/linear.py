@@ -2,8 +2,9 @@
 
     y[t, n] = sum_k x[t, order[k]] * w[n, k] + bias[n]
 
-On CUDA, by the number of tokens T: the compiled CUDA kernel up to 32, Triton up to
-`DEQUANTIZE_ABOVE`, above it dequantized weights and the vendor's product. Where the CUDA kernels
+On CUDA, by the number of tokens T: the compiled decode kernel up to 32, Triton up to
+`DEQUANTIZE_ABOVE`, above it dequantized weights and the vendor's product. On Hopper the batch
+kernel takes more than `DECODE_UP_TO` tokens, as far as `batch_tokens` says. Where the CUDA kernels
 are not available, Triton decodes and dequantizes. fp32 activations always take the last, in fp32.
 On a CPU: `cpu.py`. The backend `reference`, asked for by name or by BITMILL_BACKEND, multiplies
 with a dequantized copy of the weight in the dtype of the activations and in source column order:
@@ -36,13 +37,14 @@ from bitmill_kernels.matmul.runtime import (
     build_runtime,
     in_source_order,
 )
-from bitmill_kernels.matmul.workspace import workspace
 from bitmill_kernels.pack import unpack_codes
 from bitmill_kernels.reference import dequantize
+from bitmill_kernels.workspace import workspace
 
 if TYPE_CHECKING:
     from bitmill_kernels.matmul.dequantize_triton import RowRun
 
+DECODE_UP_TO = 16
 DEQUANTIZE_ABOVE = 64
 SCRATCH_ELEMENTS = 1 << 26
 
@@ -188,7 +190,15 @@ class _AcceleratedProduct:
     """Chooses a kernel by the number of tokens; everything is built here."""
 
     def __init__(self, weight: RuntimeWeight) -> None:
-        from bitmill_kernels.matmul import cuda_library, decode_cuda, dequantize_cuda, tiles
+        from bitmill_kernels.hopper.building import HOPPER
+        from bitmill_kernels.hopper.schedule import batch_tokens
+        from bitmill_kernels.matmul import (
+            batch_cuda,
+            cuda_library,
+            decode_cuda,
+            dequantize_cuda,
+            tiles,
+        )
         from bitmill_kernels.matmul.decode_triton import TritonDecoder
         from bitmill_kernels.matmul.dequantize_triton import Dequantizer
 
@@ -205,6 +215,11 @@ class _AcceleratedProduct:
             shared = properties.shared_memory_per_multiprocessor
             shapes = tiles.block_shapes(weight, properties.name, shared)
             self._narrow = decode_cuda.CudaDecoder(weight, shapes) if shapes else None
+        self._batch: batch_cuda.CudaBatch | None = None
+        self._batch_tokens = 0
+        if properties and compiled and (properties.major, properties.minor) == HOPPER:
+            self._batch = batch_cuda.CudaBatch(weight, tiles.batch_shapes(weight))
+            self._batch_tokens = batch_tokens(weight.N * weight.K)
         _say_choice(str(device), compiled)
         runs = -(-weight.N * weight.K // SCRATCH_ELEMENTS)
         dequantizer = dequantize_cuda.CudaDequantizer if compiled else Dequantizer
@@ -216,7 +231,9 @@ class _AcceleratedProduct:
         T = x.shape[0]
         if T == 0:
             return y
-        if x.dtype == torch.float32 or T > DEQUANTIZE_ABOVE:
+        if x.dtype != torch.float32 and self._batch and DECODE_UP_TO < T <= self._batch_tokens:
+            self._batch(x, bias, y)
+        elif x.dtype == torch.float32 or T > DEQUANTIZE_ABOVE:
             self._multiply_dequantized(x, bias, y)
         elif self._narrow is not None and self._narrow.max_tokens >= T:
             self._narrow(x, bias, y)

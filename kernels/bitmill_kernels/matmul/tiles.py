@@ -12,10 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bitmill_kernels.hopper.schedule import WarpgroupShape, by_preference
 from bitmill_kernels.layout import WIDTHS
-from bitmill_kernels.matmul.decode_cuda import SHAPES, BlockShape, divides_rows, plan_shared
+from bitmill_kernels.matmul import batch_cuda
+from bitmill_kernels.matmul.decode_cuda import SHAPES, BlockShape, plan_shared
 from bitmill_kernels.matmul.decode_triton import TOKEN_TILES, Tile
 from bitmill_kernels.matmul.runtime import RuntimeWeight
+from bitmill_kernels.matmul.units import divides_rows
 
 TABLE_VERSION = 1
 BLOCKS_PER_PROCESSOR = 3
@@ -35,12 +38,23 @@ def block_shapes(weight: RuntimeWeight, gpu: str, per_processor: int) -> dict[in
         for shape in (measured, *shapes):
             if (
                 shape is not None
-                and divides_rows(weight, shape)
+                and divides_rows(weight, shape.rows)
                 and plan_shared(weight, shape, tokens, 0, per_processor) is not None
             ):
                 chosen[tokens] = shape
                 break
     return chosen
+
+
+def batch_shapes(weight: RuntimeWeight) -> dict[int, WarpgroupShape]:
+    """Shapes of the batch kernel by tokens of a launch: the fastest that fits of each."""
+    weights = weight.N * weight.K
+    return {
+        tokens: shape
+        for tokens, shapes in batch_cuda.SHAPES.items()
+        for shape in reversed(by_preference(shapes, weights, tokens))
+        if batch_cuda.plan(weight, shape, tokens) is not None
+    }
 
 
 def triton_tiles(weight: RuntimeWeight, processors: int) -> dict[int, Tile]:

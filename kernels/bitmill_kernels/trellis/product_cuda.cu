@@ -9,61 +9,17 @@
 // factor is the power of two that brings a group's largest input below 1, so fp16 is never left.
 // A block multiplies one row of tiles; its warps share the groups, and their sums are added in turn.
 
-#include <cstdint>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include "decode_cuda.h"
 
 namespace {
 
 constexpr int kGroup = 128, kTile = 16, kWarps = 8;
-constexpr uint32_t kMultiplier = 0x962cae47u, kKept = 0x8fff8fffu, kFlipped = 0x3b603b60u;
 
 struct Group {
   const uint8_t* circles;  // [tile rows][columns][32 rate]
   int64_t rate;
   int64_t columns;  // of tiles
 };
-
-__device__ __forceinline__ uint32_t masked(uint32_t h) { return (h & kKept) ^ kFlipped; }
-
-__device__ __forceinline__ uint32_t added(uint32_t a, uint32_t b) {
-  const __half2 sum =
-      __hadd2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&sum);
-}
-
-// The lane's four registers of a tile.
-template <int RATE>
-__device__ __forceinline__ void decode(const uint8_t* circle, int lane, uint32_t (&a)[4]) {
-  constexpr int V = RATE <= 4 ? 2 : 1, B = RATE * V, kWords = RATE <= 4 ? 2 : 3;
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(circle);
-  const int first = lane * RATE, shift = (first & 3) * 8;
-  uint32_t read[kWords + 1], bits[kWords + 1];
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    const int at = (first >> 2) + i;
-    read[i] = __ldg(words + (at < 8 * RATE ? at : at - 8 * RATE));
-  }
-  read[kWords] = 0;
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) bits[i] = __funnelshift_r(read[i], read[i + 1], shift);
-  bits[kWords] = 0;
-  auto hash = [&](int j) {
-    const int p = j * B;
-    return (__funnelshift_r(bits[p >> 5], bits[(p >> 5) + 1], p & 31) & 0xffffu) * kMultiplier;
-  };
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    if (V == 2) {
-      const uint32_t h = hash(r);
-      a[r] = added(masked(h), masked(__byte_perm(h, 0, 0x0123)));
-    } else {
-      const uint32_t one = masked(hash(2 * r)), two = masked(hash(2 * r + 1));
-      a[r] = added(__byte_perm(one, two, 0x5410), __byte_perm(one, two, 0x7632));
-    }
-  }
-}
 
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1) {
@@ -94,11 +50,6 @@ __device__ __forceinline__ void add_group(const uint8_t* circle, int columns, co
       multiply(sums[n], a, b0, b1);
     }
   }
-}
-
-template <typename T>
-__device__ __forceinline__ float to_float(T value) {
-  return static_cast<float>(value);
 }
 
 template <typename T, int NT>
@@ -145,7 +96,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     if (token >= tokens || out >= N) continue;
     float sum = 0.f;
     for (int w = 0; w < kWarps; ++w) sum += shared[w][n][part][from];
-    y[static_cast<int64_t>(token) * N + out] = static_cast<T>(row_scales[out] * sum);
+    store(y + static_cast<int64_t>(token) * N + out, row_scales[out] * sum);
   }
 }
 
@@ -207,8 +158,8 @@ __device__ __forceinline__ void write_tile(const uint8_t* circle, int n, int fir
     const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&a[r]));
     const float own = row_scales[at];
     T* to = out + static_cast<int64_t>(at - first_row) * K + column;
-    if (column < K) to[0] = static_cast<T>(own * (scale * v.x));
-    if (column + 1 < K) to[1] = static_cast<T>(own * (scale * v.y));
+    if (column < K) store(to, own * (scale * v.x));
+    if (column + 1 < K) store(to + 1, own * (scale * v.y));
   }
 }
 

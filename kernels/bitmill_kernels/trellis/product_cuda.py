@@ -2,7 +2,8 @@
 
     y[t, n] = sum_k x[t, k] w[n, k],   x in the source's columns
 
-Up to `FUSED_TOKENS` tokens of half precision: the order, the rotation and the scales of groups are
+On Hopper, as far as `batch_tokens` says, tokens of half precision: `batch_cuda.py`. Elsewhere up to
+`FUSED_TOKENS` tokens of half precision: the order, the rotation and the scales of groups are
 applied to x in a first launch, and a second one multiplies from the circles by tensor cores,
 without ever writing a weight. More tokens, or fp32: rows are decoded into a scratch of at most
 `SCRATCH_ELEMENTS`, and the vendor's product takes them.
@@ -11,18 +12,25 @@ without ever writing a weight. More tokens, or fp32: rows are decoded into a scr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bitmill_kernels.hopper.schedule import WarpgroupShape, batch_tokens
+from bitmill_kernels.trellis import batch_cuda
 from bitmill_kernels.trellis.encode import built
 from bitmill_kernels.trellis.layout import TILE, tile_count
 from bitmill_kernels.trellis.product import TrellisProduct, stored_groups
 
 FUSED_TOKENS = 32
+LARGE = 1 << 25
+"""Weights from which the batch kernel is the fastest for few tokens too."""
+SMALL_UP_TO = 16
+"""Tokens that smaller linears leave to the other kernel."""
 SCRATCH_ELEMENTS = 1 << 26
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -47,9 +55,26 @@ class CudaTrellisProduct(TrellisProduct):
             for rate, columns, circles in stored_groups(self._circles, self.rates, self.K)
         ]
         self._table = torch.tensor(table, dtype=torch.int64).to(self._rows.device)
+        wide = batch_cuda.available(self._rows.device)
+        self._batch = (
+            self.batch(batch_cuda.fitting_shapes(self.rates, self.N * self.K)) if wide else None
+        )
+
+    def _suits(self, tokens: int) -> bool:
+        weights = self.N * self.K
+        return SMALL_UP_TO * (weights < LARGE) < tokens <= batch_tokens(weights)
+
+    def batch(self, shapes: Mapping[int, WarpgroupShape]) -> batch_cuda.CudaTrellisBatch:
+        """The kernel for Hopper, by these shapes."""
+        scales = self._rows, self._groups
+        return batch_cuda.CudaTrellisBatch(
+            self._circles, *scales, self.K, self.rates, self._order, shapes
+        )
 
     def of_source(self, x: Tensor) -> Tensor:
         """y [T, N] of x [T, K] in the source's columns, in the dtype of x."""
+        if x.dtype != torch.float32 and self._batch is not None and self._suits(len(x)):
+            return self._batch(x.contiguous())
         if x.dtype != torch.float32 and 0 < len(x) <= FUSED_TOKENS:
             return self._fused(x.contiguous())
         inner = self._inputs(x.float()).to(x.dtype)
@@ -129,7 +154,10 @@ def _library() -> ctypes.CDLL:
 def load_library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be built."""
     library = built(
-        "product_cuda.cu", "bitmill_trellis_product_cuda", extra_cuda_cflags=["-O3", "-std=c++17"]
+        "product_cuda.cu",
+        "bitmill_trellis_product_cuda",
+        headers=[Path(__file__).with_name("decode_cuda.h")],
+        extra_cuda_cflags=["-O3", "-std=c++17"],
     )
     if library is not None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int

@@ -1,0 +1,441 @@
+// Products of many tokens by `wgmma`: weights are its left operand, in registers, and activations of
+// all tokens its right one, in shared memory. A block's warpgroups share 64 rows each; one warp more
+// streams weights and activations into two rings.
+
+#pragma once
+
+#include "units.h"
+
+namespace {
+
+constexpr int kPrologueThreads = 256;
+
+// Bytes of one group's activations, 128 columns, for a tile of `tokens`.
+__host__ __device__ constexpr int group_bytes(int tokens) { return 256 * tokens; }
+
+__device__ __forceinline__ void warpgroup_arrive() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void warpgroup_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int PENDING>
+__device__ __forceinline__ void warpgroup_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Adds, or sets where `adds` is 0, 64 rows x 16 columns from registers times 16 columns x tokens from
+// shared memory.
+#define BITMILL_SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define BITMILL_SUMS_8(d, i) BITMILL_SUMS_4(d, i), BITMILL_SUMS_4(d, i + 4)
+#define BITMILL_SUMS_16(d, i) BITMILL_SUMS_8(d, i), BITMILL_SUMS_8(d, i + 8)
+#define BITMILL_SUMS_32(d, i) BITMILL_SUMS_16(d, i), BITMILL_SUMS_16(d, i + 16)
+#define BITMILL_WORDS(a, inputs, adds) \
+  "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(inputs), "r"(adds)
+#define BITMILL_WGMMA(TOKENS, names, a0, a1, a2, a3, b, adds)                                \
+  "{\n.reg .pred add;\nsetp.ne.s32 add, " adds ", 0;\n"                                      \
+  "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32.f16.f16 {" names "}, "                \
+  "{" a0 ", " a1 ", " a2 ", " a3 "}, " b ", add, 1, 1, 0;\n}\n"
+
+#define BITMILL_NAMES_4 "%0, %1, %2, %3"
+#define BITMILL_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define BITMILL_NAMES_16 BITMILL_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define BITMILL_NAMES_32                                                                     \
+  BITMILL_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, " \
+                   "%30, %31"
+#define BITMILL_NAMES_64                                                                     \
+  BITMILL_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
+                   "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "   \
+                   "%60, %61, %62, %63"
+
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint64_t inputs,
+                                         int adds) {
+  asm volatile(BITMILL_WGMMA(8, BITMILL_NAMES_4, "%4", "%5", "%6", "%7", "%8", "%9")
+               : BITMILL_SUMS_4(d, 0)
+               : BITMILL_WORDS(a, inputs, adds));
+}
+
+__device__ __forceinline__ void multiply(float (&d)[8], const uint32_t (&a)[4], uint64_t inputs,
+                                         int adds) {
+  asm volatile(BITMILL_WGMMA(16, BITMILL_NAMES_8, "%8", "%9", "%10", "%11", "%12", "%13")
+               : BITMILL_SUMS_8(d, 0)
+               : BITMILL_WORDS(a, inputs, adds));
+}
+
+__device__ __forceinline__ void multiply(float (&d)[16], const uint32_t (&a)[4], uint64_t inputs,
+                                         int adds) {
+  asm volatile(BITMILL_WGMMA(32, BITMILL_NAMES_16, "%16", "%17", "%18", "%19", "%20", "%21")
+               : BITMILL_SUMS_16(d, 0)
+               : BITMILL_WORDS(a, inputs, adds));
+}
+
+__device__ __forceinline__ void multiply(float (&d)[32], const uint32_t (&a)[4], uint64_t inputs,
+                                         int adds) {
+  asm volatile(BITMILL_WGMMA(64, BITMILL_NAMES_32, "%32", "%33", "%34", "%35", "%36", "%37")
+               : BITMILL_SUMS_32(d, 0)
+               : BITMILL_WORDS(a, inputs, adds));
+}
+
+__device__ __forceinline__ void multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t inputs,
+                                         int adds) {
+  asm volatile(BITMILL_WGMMA(128, BITMILL_NAMES_64, "%64", "%65", "%66", "%67", "%68", "%69")
+               : BITMILL_SUMS_32(d, 0), BITMILL_SUMS_32(d, 32)
+               : BITMILL_WORDS(a, inputs, adds));
+}
+
+// Where `wgmma` finds the activations of one of a group's products, which begin at the shared address
+// `inputs`: neighbours in columns are
+// 16 * TOKENS bytes apart, neighbours in tokens 128, all in units of 16 bytes.
+template <int TOKENS>
+__device__ __forceinline__ uint64_t input_descriptor(uint32_t inputs, int product) {
+  const uint32_t low = (inputs >> 4) + product * (TOKENS * 2) + (TOKENS << 16);
+  return static_cast<uint64_t>(8) << 32 | low;
+}
+
+__device__ __forceinline__ uint32_t word_of(__half2 value) {
+  return *reinterpret_cast<const uint32_t*>(&value);
+}
+
+// A place in a ring, as its readers go round: who has written it says `full`, who has read it
+// `empty`.
+struct Ring {
+  uint64_t* full;
+  uint64_t* empty;
+  int count, at = 0, parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++at == count) at = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ void wait_full() const { barrier_wait(full + at, parity); }
+};
+
+// Where a block's rings lie: weights of units, and activations of groups.
+struct Memory {
+  Ring stages, slots;
+  uint8_t* staged;
+  uint8_t* inputs;
+};
+
+__device__ __forceinline__ Memory memory_of(const DecodeArguments& p, uint8_t* memory, int tokens) {
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(memory);
+  Memory found;
+  found.stages = {barriers, barriers + p.stage_count, p.stage_count};
+  barriers += 2 * p.stage_count;
+  found.slots = {barriers, barriers + p.slot_count, p.slot_count};
+  found.inputs = memory + ((p.stage_count + p.slot_count) * 16 + 127) / 128 * 128;
+  found.staged = found.inputs + p.slot_count * group_bytes(tokens);
+  return found;
+}
+
+// Lets the producer write the place whose barrier this is, if there is one.
+__device__ __forceinline__ void release(uint64_t* empty, int thread) {
+  if (empty != nullptr && thread == 0) barrier_arrive(empty);
+}
+
+// Stores sums of eights of tokens from `first` on, of rows `row` + lane / 4 and 8 further.
+template <int EIGHTS>
+__device__ __forceinline__ void store_outputs(const DecodeArguments& p, const Target& tile, int row,
+                                              int first, Lane lane, const float4 (&sums)[EIGHTS]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at = row + half * 8 + lane.row;
+    if (at >= tile.live_rows) continue;
+    const int output = tile.output + at;
+    float bias = 0.0f;
+    if (p.bias != nullptr) {
+      bias = p.is_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(p.bias)[output])
+                       : __half2float(static_cast<const __half*>(p.bias)[output]);
+    }
+    const float row_scale = p.row_scales ? __ldg(p.row_scales + output) : 1.0f;
+#pragma unroll
+    for (int n = 0; n < EIGHTS; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int t = (first + n) * 8 + 2 * lane.column + e;
+        if (t >= p.tokens) continue;
+        const float factor = (p.factors ? __ldcg(p.factors + t) : 1.0f) * row_scale;
+        const float4 sum = sums[n];
+        const float value = half ? (e ? sum.w : sum.z) : (e ? sum.y : sum.x);
+        const int64_t to = static_cast<int64_t>(t) * p.output_stride + output;
+        if (p.is_bf16) {
+          static_cast<__nv_bfloat16*>(p.y)[to] = __float2bfloat16_rn(value * factor + bias);
+        } else {
+          static_cast<__half*>(p.y)[to] = __float2half_rn(value * factor + bias);
+        }
+      }
+    }
+  }
+}
+
+// Stores the outputs of a tile. Where several blocks share it, each leaves its sums, and the last to
+// arrive adds up those of all in block order. A block has two slots: 1 for the tile that it begins,
+// 0 for the one that it continues. Cells of tokens that are not there are left out.
+template <int WARPS, int ROW_TILES, int TOKENS>
+__device__ __forceinline__ void finish(const DecodeArguments& p, const Target& tile, int warp,
+                                       int rows, Lane lane,
+                                       const float (&total)[ROW_TILES][TOKENS / 2]) {
+  constexpr int kEights = TOKENS / 8, kCells = ROW_TILES * kEights;
+  constexpr int kAtOnce = kEights < 8 ? kEights : 8;
+  const int thread = lane.row * 4 + lane.column;
+  const bool shared = tile.blocks > 1;
+  const auto cells = [&](int block, int slot) {
+    return reinterpret_cast<float4*>(p.partial) +
+           ((block * 2 + slot) * WARPS + warp) * (kCells * 32) + thread;
+  };
+  float4* mine = cells(blockIdx.x, tile.first_block == blockIdx.x ? 1 : 0);
+#pragma unroll
+  for (int i = 0; i < kCells; i += kAtOnce) {
+    float4 sums[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const float* from = &total[i / kEights][(i % kEights + j) * 4];
+      sums[j] = make_float4(from[0], from[1], from[2], from[3]);
+      if (shared && (i % kEights + j) * 8 < p.tokens) __stcg(mine + (i + j) * 32, sums[j]);
+    }
+    if (!shared) store_outputs(p, tile, rows + i / kEights * 64, i % kEights, lane, sums);
+  }
+  if (!shared) return;
+  __syncwarp();
+  int arrived = 0;
+  int* counter = p.counters + tile.first_block * WARPS + warp;
+  if (thread == 0) {
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+                 : "=r"(arrived)
+                 : "l"(counter)
+                 : "memory");
+  }
+  arrived = __shfl_sync(0xffffffffu, arrived, 0);
+  if (arrived != tile.blocks - 1) return;
+#pragma unroll 1
+  for (int i = 0; i < kCells; i += kAtOnce) {
+    float4 sums[kAtOnce] = {};
+#pragma unroll(16 / kAtOnce)
+    for (int b = 0; b < tile.blocks; ++b) {
+      const float4* from = cells(tile.first_block + b, b == 0 ? 1 : 0) + i * 32;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if ((i % kEights + j) * 8 < p.tokens) {
+          const float4 part = __ldcg(from + j * 32);
+          sums[j].x += part.x, sums[j].y += part.y, sums[j].z += part.z, sums[j].w += part.w;
+        }
+      }
+    }
+    store_outputs(p, tile, rows + i / kEights * 64, i % kEights, lane, sums);
+  }
+  if (thread == 0) *counter = 0;
+}
+
+// One warpgroup more than multiply: its first warp streams, all of it gives its registers away.
+template <int GROUPS>
+constexpr int kThreads = (GROUPS + 1) * 128;
+
+// One warp streams the weights of all units into one ring, and the activations of their groups into
+// another, which it begins once the prologue kernels are done. Lane j issues the copies of every 32nd
+// unit, whose row it has read ahead.
+template <class Code, int ROWS, int TOKENS>
+__device__ void stream(const DecodeArguments& p, const UnitRow* units, const Memory& memory,
+                       int lane) {
+  constexpr int kBytes = group_bytes(TOKENS), kGroups = Code::kGroups;
+  uint64_t once, keep;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
+  const int count = load_row(reinterpret_cast<const BlockRow*>(units - 1)).units;
+  const int last = p.unit_capacity - 1;
+  int pair = 0;
+  Source source = {};
+  Target target = {};
+  const auto copy_inputs = [&](int i) {
+    if (i % 32 == 0) pair = __ldg(&units[min(i + lane, last)].source.pair);
+    if (i % 32 == lane) {
+      const uint8_t* from = p.inputs + static_cast<size_t>(pair) * kGroups * kBytes;
+      for (int n = kGroups * i; n < kGroups * (i + 1); ++n, from += kBytes) {
+        const int slot = n % p.slot_count;
+        barrier_wait(memory.slots.empty + slot, (n / p.slot_count + 1) & 1);
+        barrier_expect(memory.slots.full + slot, kBytes);
+        bulk_copy(memory.inputs + slot * kBytes, from, kBytes, memory.slots.full + slot, keep);
+      }
+    }
+    __syncwarp();
+  };
+  const auto copy_weights = [&](int i) {
+    if (i % 32 == 0) {
+      source = load_row(&units[min(i + lane, last)].source);
+      target = load_row(&units[min(i + lane, last)].target);
+    }
+    if (i % 32 == lane) {
+      const int stage = i % p.stage_count;
+      barrier_wait(memory.stages.empty + stage, (i / p.stage_count + 1) & 1);
+      Code::template copy<ROWS>(p, source, target, memory.staged + stage * p.stage_bytes,
+                                memory.stages.full + stage, once);
+    }
+    __syncwarp();
+  };
+  const int stages = min(count, p.stage_count), slots = min(count, p.slot_count / kGroups);
+  for (int i = 0; i < stages; ++i) copy_weights(i);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("fence.proxy.async;" ::: "memory");  // the prologue wrote by ordinary stores
+  for (int i = 0; i < slots; ++i) copy_inputs(i);
+  for (int i = 0; i < count; ++i) {  // both wait until unit i has been read
+    if (i + stages < count) copy_weights(i + stages);
+    if (i + slots < count) copy_inputs(i + slots);
+  }
+}
+
+// A warp at work. `weights` are two batches of two products, one made while the other is read, and
+// `behind` is the slot of activations that products under way still read. `older` says whether the
+// tile has sums already.
+struct Reader {
+  Memory memory;
+  Lane lane;
+  int rows;  // the warp's first of 16 in each 64 of a tile
+  uint64_t* behind;
+  int older;
+  uint32_t weights[2][2][4];
+};
+
+// The shared address of the next group's activations, once they are there.
+template <int TOKENS>
+__device__ __forceinline__ uint32_t next_inputs(Reader& reader, uint64_t** slot) {
+  Ring& ring = reader.memory.slots;
+  const uint32_t inputs = shared_address(reader.memory.inputs + ring.at * group_bytes(TOKENS));
+  *slot = ring.empty + ring.at;
+  ring.wait_full();
+  ring.next();
+  return inputs;
+}
+
+// The place of batch `batch` of a group, once the batch before the last has been read.
+__device__ __forceinline__ uint32_t (&next_batch(Reader& reader, int batch, uint64_t* slot))[2][4] {
+  warpgroup_wait<1>();
+  if (batch == 1) {
+    release(reader.behind, reader.lane.row * 4 + reader.lane.column);
+    reader.behind = slot;
+  }
+  return reader.weights[batch % 2];
+}
+
+// Multiplies a batch, products `product` and the next of a group, and leaves it under way. `adds` is
+// 0 where it begins a sum.
+template <int TOKENS>
+__device__ __forceinline__ void multiply_batch(float (&total)[TOKENS / 2],
+                                               const uint32_t (&made)[2][4], uint32_t inputs,
+                                               int product, int adds) {
+  warpgroup_arrive();
+  multiply(total, made[0], input_descriptor<TOKENS>(inputs, product), adds);
+  multiply(total, made[1], input_descriptor<TOKENS>(inputs, product + 1), 1);
+  warpgroup_commit();
+}
+
+template <class Code, int GROUPS, int ROW_TILES, int TOKENS>
+__device__ void consume(const DecodeArguments& p, const UnitRow* units, const Memory& memory,
+                        int warp, int thread) {
+  constexpr int kRows = GROUPS * ROW_TILES * 64, kWarps = GROUPS * 4;
+  const int count = load_row(reinterpret_cast<const BlockRow*>(units - 1)).units;
+  Target next = load_row(&units->target);
+  float total[ROW_TILES][TOKENS / 2];
+  Reader reader;
+  reader.memory = memory;
+  reader.lane = {thread / 4, thread % 4};
+  reader.rows = warp / 4 * (ROW_TILES * 64) + warp % 4 * 16;
+  reader.behind = nullptr;
+  reader.older = 0;
+  Ring& stages = reader.memory.stages;
+  Code code;
+  for (int i = 0; i < count; ++i) {
+    const Target unit = next;
+    next = load_row(&units[min(i + 1, p.unit_capacity - 1)].target);
+    stages.wait_full();
+    code.template add_unit<kRows, ROW_TILES, TOKENS>(
+        unit.width, memory.staged + stages.at * p.stage_bytes, reader, total);
+    release(stages.empty + stages.at, thread);  // all of it is in registers
+    stages.next();
+    reader.older = 1;
+    if (unit.ends) {
+      warpgroup_wait<0>();
+      release(reader.behind, thread);
+      reader.behind = nullptr;
+      reader.older = 0;
+      finish<kWarps, ROW_TILES, TOKENS>(p, unit, warp, reader.rows, reader.lane, total);
+    }
+  }
+  warpgroup_wait<0>();
+}
+
+template <class Code, int GROUPS, int ROW_TILES, int TOKENS>
+__global__ void __launch_bounds__(kThreads<GROUPS>, 1)
+    batch_kernel(const __grid_constant__ DecodeArguments p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(128) uint8_t shared[];
+  const Memory memory = memory_of(p, shared, TOKENS);
+  asm volatile("griddepcontrol.launch_dependents;");
+  if (threadIdx.x == 0) {
+    for (const Ring& ring : {memory.stages, memory.slots}) {
+      for (int i = 0; i < ring.count; ++i) {
+        barrier_init(ring.full + i, 1);
+        barrier_init(ring.empty + i, GROUPS * 4);
+      }
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  const UnitRow* units = p.units + static_cast<size_t>(blockIdx.x) * (1 + p.unit_capacity) + 1;
+  const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+  if (warp >= GROUPS * 4) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 4 ? 24 : 40));
+    if (warp == GROUPS * 4) {
+      stream<Code, GROUPS * ROW_TILES * 64, TOKENS>(p, units, memory, thread);
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 4 ? 112 : 232));
+    consume<Code, GROUPS, ROW_TILES, TOKENS>(p, units, memory, warp, thread);
+  }
+#endif
+}
+
+// The power of two that brings `largest` below 2^15.
+__device__ __forceinline__ float factor_of(float largest) {
+  return __int_as_float((max(__float_as_int(largest) >> 23, kMinimumExponent) - 14) << 23);
+}
+
+// The power of two, for each token, that brings `scale` times its largest activation below 2^15.
+__global__ void __launch_bounds__(kPrologueThreads)
+    factor_kernel(const __grid_constant__ DecodeArguments p, int columns, float scale) {
+  __shared__ float largest_of[kPrologueThreads / 32];
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  float largest = 0.0f;
+  for (int k = threadIdx.x; k < columns; k += kPrologueThreads) {
+    largest = fmaxf(largest, fabsf(load_input(p, static_cast<int64_t>(blockIdx.x) * p.x_stride + k)));
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  }
+  if (threadIdx.x % 32 == 0) largest_of[threadIdx.x / 32] = largest;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (float other : largest_of) largest = fmaxf(largest, other);
+  p.factors[blockIdx.x] = factor_of(largest * scale);
+}
+
+// All tokens, `TOKENS` in a launch.
+template <class Code, int GROUPS, int ROW_TILES, int TOKENS>
+cudaError_t launch(const DecodeArguments& whole, int blocks, int shared, bool overlap,
+                   cudaStream_t stream) {
+  auto kernel = batch_kernel<Code, GROUPS, ROW_TILES, TOKENS>;
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  for (int first = 0; first < whole.tokens && status == cudaSuccess; first += TOKENS) {
+    DecodeArguments part = whole;
+    part.tokens = min(TOKENS, whole.tokens - first);
+    part.inputs += static_cast<size_t>(first / TOKENS) * whole.pair_count * Code::kGroups * group_bytes(TOKENS);
+    part.y = static_cast<uint8_t*>(whole.y) + static_cast<size_t>(first) * whole.output_stride * 2;
+    if (part.factors) part.factors += first;
+    status = launch_kernel(kernel, blocks, kThreads<GROUPS>, shared, overlap, stream, part);
+  }
+  return status;
+}
+
+}  // namespace

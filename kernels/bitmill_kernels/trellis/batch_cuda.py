@@ -1,0 +1,235 @@
+"""Products with a linear in trellis codes on Hopper, for any number of tokens (`batch_cuda.cu`)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bitmill_kernels.hopper.building import HEADERS, HOPPER, architecture_flags
+from bitmill_kernels.hopper.schedule import (
+    Arguments,
+    Rings,
+    WarpgroupShape,
+    by_preference,
+    group_bytes,
+    plan_rings,
+    unit_table,
+)
+from bitmill_kernels.layout import GROUP_SIZE
+from bitmill_kernels.trellis.encode import built
+from bitmill_kernels.trellis.layout import TILE, tile_bytes
+from bitmill_kernels.trellis.product import stored_groups
+from bitmill_kernels.workspace import workspace
+
+TILES = GROUP_SIZE // TILE
+
+_WIDE, _NARROW = WarpgroupShape(4, 1), WarpgroupShape(2, 1)
+SHAPES = {
+    8: (_WIDE, _NARROW),
+    16: (_WIDE, _NARROW),
+    32: (_WIDE, _NARROW),
+    64: (_WIDE, WarpgroupShape(2, 2), _NARROW),
+    128: (WarpgroupShape(2, 2), _NARROW),
+}
+"""The shapes that are compiled, by tokens of a launch, as listed at the end of `batch_cuda.cu`."""
+
+TOKENS_A_BIT = 20
+"""A unit costs as much for so many tokens as for one bit of rate."""
+
+UNIT_COST_IN_RATES = 2.0
+"""What a unit costs beside, as decoding hardly depends on the rate."""
+
+
+def available(device: torch.device) -> bool:
+    """Whether this device has `wgmma` and the kernel is there or can be compiled."""
+    return torch.cuda.get_device_capability(device) == HOPPER and load_library() is not None
+
+
+def plan(rates: Sequence[int], shape: WarpgroupShape, tokens: int) -> Rings | None:
+    """How a block uses shared memory for so many tokens a launch, or None where it does not fit."""
+    return plan_rings(shape.rows // TILE * TILES * tile_bytes(max(rates)), tokens, 1)
+
+
+def fitting_shapes(rates: Sequence[int], weights: int) -> dict[int, WarpgroupShape]:
+    """For each number of tokens of a launch the fastest shape that fits."""
+    return {
+        tokens: shape
+        for tokens, shapes in SHAPES.items()
+        for shape in reversed(by_preference(shapes, weights, tokens))
+        if plan(rates, shape, tokens) is not None
+    }
+
+
+class CudaTrellisBatch:
+    """y [T, N] = x W^T for any number of tokens of half precision.
+
+    circles: as `circle_shapes` names them, on the device; row_scales f32 [N], group_scales f32 [G];
+    order: i32 [K] or None. shapes: by tokens of a launch, ascending.
+    """
+
+    def __init__(
+        self,
+        circles: Mapping[str, Tensor],
+        row_scales: Tensor,
+        group_scales: Tensor,
+        K: int,
+        rates: Sequence[int],
+        order: Tensor | None,
+        shapes: Mapping[int, WarpgroupShape],
+    ) -> None:
+        """Build all tables. Raises ValueError for a shape that cannot run the linear."""
+        library = load_library()
+        if library is None:
+            raise RuntimeError("the batch kernel of trellis codes cannot be built: see the log")
+        self._library = library
+        self.N, self.K, self._rates = len(row_scales), K, tuple(rates)
+        self._rows, self._groups, self._order = row_scales, group_scales, order
+        self._largest = float(group_scales.abs().max())
+        stored = [_full(circles) for _, _, circles in stored_groups(circles, rates, K)]
+        self._circles = stored  # their addresses are in the tables
+        self._launches = {
+            tokens: _Launch(stored, self.N, self._rates, shape, tokens)
+            for tokens, shape in shapes.items()
+        }
+
+    def __call__(self, x: Tensor, *, overlap: bool = True) -> Tensor:
+        """y [T, N] of x [T, K] in the source's columns, f16 or bf16, with contiguous rows.
+
+        overlap: let the launch begin while the one before it on the stream drains.
+        """
+        tokens, groups = len(x), len(self._rates)
+        y = torch.empty(tokens, self.N, dtype=x.dtype, device=x.device)
+        tile = next((tile for tile in self._launches if tile >= tokens), max(self._launches))
+        launch = self._launches[tile]
+        padded = -(-tokens // tile) * tile
+        inputs = workspace("batch inputs", groups * group_bytes(padded), x.device)
+        factors = workspace("batch factors", 4 * tokens, x.device)
+        arguments = Arguments(
+            units=launch.units.data_ptr(),
+            x=x.data_ptr(),
+            order=None if self._order is None else self._order.data_ptr(),
+            inputs=inputs.data_ptr(),
+            factors=factors.data_ptr(),
+            row_scales=self._rows.data_ptr(),
+            partial=launch.partial.data_ptr(),
+            counters=launch.counters.data_ptr(),
+            y=y.data_ptr(),
+            pair_count=groups,
+            tokens=tokens,
+            x_stride=x.stride(0),
+            output_stride=y.stride(0),
+            unit_capacity=launch.units.shape[1] - 1,
+            stage_count=launch.rings.stages,
+            stage_bytes=launch.rings.stage_bytes,
+            slot_count=launch.rings.slots,
+            is_bf16=int(x.dtype == torch.bfloat16),
+        )
+        status = self._library.bitmill_trellis_batch(
+            ctypes.byref(arguments),
+            self.K,
+            self._groups.data_ptr(),
+            self._largest,
+            launch.shape.groups,
+            launch.shape.row_tiles,
+            tile,
+            len(launch.units),
+            launch.rings.total_bytes,
+            int(overlap),
+            torch.cuda.current_stream(x.device).cuda_stream,
+        )
+        if status != 0:
+            raise RuntimeError(
+                f"the batch kernel of trellis codes failed to launch with {launch.shape} and "
+                f"{tile} tokens: cudaError {status}"
+            )
+        return y
+
+
+class _Launch:
+    """Tables and workspace of one block shape and number of tokens."""
+
+    def __init__(
+        self,
+        circles: Sequence[Tensor],
+        N: int,
+        rates: tuple[int, ...],
+        shape: WarpgroupShape,
+        tokens: int,
+    ) -> None:
+        rings = plan(rates, shape, tokens)
+        if rings is None:
+            raise ValueError(f"{shape} cannot run {tokens} tokens: no place in shared memory")
+        device = circles[0].device
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        addresses = [one.data_ptr() for one in circles]
+        table = schedule(addresses, N, rates, shape.rows, processors, tokens)
+        self.shape, self.rings = shape, rings
+        self.units = torch.from_numpy(table).to(device)
+        blocks, warps = len(table), 4 * shape.groups
+        self.counters = torch.zeros(blocks * warps, dtype=torch.int32, device=device)
+        self.partial = workspace("batch partial", blocks * 2 * shape.rows * tokens * 4, device)
+
+
+def schedule(
+    addresses: Sequence[int],
+    N: int,
+    rates: Sequence[int],
+    rows: int,
+    block_count: int,
+    tokens: int,
+) -> np.ndarray:
+    """The table of units, (tile of `rows` rows, group), as `unit_table` gives it.
+
+    addresses: of each group's circles [ceil(N / 16), 8, 32 rate].
+    """
+    groups, tiles = len(rates), -(-N // rows)
+    row = np.repeat(np.arange(tiles, dtype=np.int64) * rows, groups)
+    rate = np.tile(np.array(rates, dtype=np.int64), tiles)
+    address = np.tile(np.array(addresses, dtype=np.int64), tiles)
+    address = (address + row // TILE * TILES * TILE * TILE * rate // 8) // 16
+    nothing = np.zeros_like(row)
+    unit = {
+        "low": address & 0xFFFFFFFF,
+        "high": address >> 32,
+        "grid": nothing,
+        "pair": np.tile(np.arange(groups), tiles),
+        "width": rate,
+        "live_rows": np.minimum(rows, N - row),
+        "output": row,
+        "tile": row // rows,
+        "first": np.stack((nothing, nothing)),
+        "live": np.stack((nothing, nothing)),
+    }
+    cost = rate + UNIT_COST_IN_RATES + tokens / TOKENS_A_BIT
+    return unit_table(unit, cost, block_count)
+
+
+def _full(circles: Tensor) -> Tensor:
+    """Circles u8 [tile rows, 8, 32 k]: a short group is filled up, x being 0 there."""
+    return functional.pad(circles, (0, 0, 0, TILES - circles.shape[1]))
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where it cannot be built."""
+    library = built(
+        "batch_cuda.cu",
+        "bitmill_trellis_batch_cuda",
+        headers=[*HEADERS, Path(__file__).with_name("decode_cuda.h")],
+        extra_cuda_cflags=["-O3", "-std=c++17", *architecture_flags()],
+    )
+    if library is not None:
+        pointer, integer = ctypes.c_void_p, ctypes.c_int
+        library.bitmill_trellis_batch.argtypes = [
+            *(pointer, integer, pointer, ctypes.c_float),
+            *([integer] * 6),
+            pointer,
+        ]
+    return library

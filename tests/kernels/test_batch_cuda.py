@@ -1,0 +1,107 @@
+"""What surrounds the kernels for many tokens and needs no GPU: shapes, shared memory, tables."""
+
+import numpy as np
+import pytest
+import torch
+
+from bitmill_kernels.hopper.schedule import (
+    MAX_SHARED_BYTES,
+    batch_tokens,
+    group_bytes,
+    plan_rings,
+    unit_table,
+)
+from bitmill_kernels.layout import WIDTHS
+from bitmill_kernels.matmul import batch_cuda, tiles
+from bitmill_kernels.matmul.runtime import build_runtime
+from bitmill_kernels.trellis import batch_cuda as trellis
+from bitmill_kernels.trellis.layout import RATES, circle_shapes
+from bitmill_kernels.trellis.product import stored_groups
+from kernel_cases import random_linear
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("N", [100, 256, 896])
+def test_every_weight_gets_a_shape_for_every_number_of_tokens(width, N):
+    weight = build_runtime([random_linear(N, 512, (width,) * 4)[0]], CPU)
+    shapes = tiles.batch_shapes(weight)
+    assert list(shapes) == list(batch_cuda.SHAPES)
+    for tokens, shape in shapes.items():
+        rings = batch_cuda.plan(weight, shape, tokens)
+        assert rings is not None
+        assert rings.total_bytes <= MAX_SHARED_BYTES
+        assert weight.members[0].rows % shape.rows == 0
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_every_rate_of_a_trellis_gets_a_shape_for_every_number_of_tokens(rate):
+    shapes = trellis.fitting_shapes((rate, 1), 1 << 20)
+    assert list(shapes) == list(trellis.SHAPES)
+    for tokens, shape in shapes.items():
+        rings = trellis.plan((rate, 1), shape, tokens)
+        assert rings is not None
+        assert rings.stage_bytes == shape.rows * 16 * rate
+
+
+def test_rings_hold_at_least_two_of_each_or_there_is_no_plan():
+    for stage_bytes in range(1024, 120_000, 1024):
+        for tokens in (8, 32, 64, 128):
+            rings = plan_rings(stage_bytes, tokens, 2)
+            fits = 2 * (stage_bytes + group_bytes(tokens)) + 480 <= MAX_SHARED_BYTES
+            assert (rings is not None) == fits
+            if rings is not None:
+                assert min(rings.stages, rings.slots) >= 2
+                used = rings.stages * stage_bytes + rings.slots * group_bytes(tokens)
+                assert used < rings.total_bytes <= MAX_SHARED_BYTES
+
+
+def test_large_matrices_stay_packed_longest():
+    assert batch_tokens(28672 * 8192) > batch_tokens(11008 * 4096) > batch_tokens(4096 * 4096) > 32
+
+
+def test_tiles_end_with_blocks_where_few_blocks_are_left_idle():
+    def table(tiles, blocks):
+        count = 16 * tiles
+        nothing = np.zeros(count, dtype=np.int64)
+        names = ("low", "high", "grid", "pair", "output")
+        unit = dict.fromkeys(names, nothing) | {
+            "width": nothing + 3,
+            "live_rows": nothing + 128,
+            "tile": np.repeat(np.arange(tiles), 16),
+            "first": np.zeros((2, count), dtype=np.int64),
+            "live": np.zeros((2, count), dtype=np.int64),
+        }
+        return unit_table(unit, np.ones(count), blocks)
+
+    aligned = table(32, 132)
+    assert len(aligned) == 128
+    assert (aligned[:, 0, 0] == 4).all()
+    shared = aligned[:, 1, 5] >> 16
+    assert (shared == 4).all()
+    assert len(table(86, 132)) == 132
+
+
+@pytest.mark.parametrize("rows", [128, 256])
+def test_units_of_a_trellis_are_the_circles_of_their_rows(rows):
+    N, K, rates = 700, 600, (3, 5, 1, 8, 2)
+    draw = torch.Generator().manual_seed(0)
+    circles = {
+        key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+        for key, shape in circle_shapes(N, K, rates).items()
+    }
+    stored = [one for _, _, one in stored_groups(circles, rates, K)]
+    bases = [index * (1 << 36) for index in range(len(rates))]
+    table = trellis.schedule(bases, N, rates, rows, 7, 32)
+    seen = []
+    for block in table.view(np.uint32):
+        for low, high, _, group, width, live, output, *_ in block[1 : 1 + block[0, 0]].tolist():
+            offset = (high << 32 | low) * 16 - bases[group]
+            tile_row = stored[group].shape[-1] * 8
+            assert offset == output // 16 * tile_row
+            assert width & 0xFFFF == rates[group]
+            assert live & 0xFFFF == min(rows, N - output)
+            seen.append((output, group))
+    wanted = [(row, group) for row in range(0, N, rows) for group in range(len(rates))]
+    assert seen == wanted
