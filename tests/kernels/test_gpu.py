@@ -171,6 +171,7 @@ def test_offsets_past_two_to_the_31():
         assert relative_error(linear(x)[:, -256:], exact(x, small)) < 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_torch_compile_keeps_the_operator():
     linear = MixedLinear([random_planes(256, 512, (3, 2, 4, 3), GPU)], GPU)
     x = torch.randn(2, 512, device=GPU, dtype=torch.float16)

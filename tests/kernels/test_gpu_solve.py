@@ -31,7 +31,7 @@ pytestmark = [
 def on_cuda(curvature):
     factor = curvature.factor
     moved = Factor(factor.upper.cuda(), factor.damping, factor.dead, factor.failed)
-    return Curvature(curvature.H.cuda(), moved, None)
+    return Curvature(curvature.H.cuda(), moved)
 
 
 def linear(N, K):
