@@ -175,8 +175,9 @@ OWN = {
     "refinement/omniquant/",
     "solvers/",
 }
-READERS = {"bitmill/hf.py", "inference/hf_quantizer.py"}
-"""What registers the packed format with transformers, which finds it by that format's own name."""
+READERS = {"bitmill/hf.py", "inference/hf_quantizer.py", "inference/engine_layers.py"}
+"""What registers the packed format with transformers, which finds it by that format's own name, and
+what fills the layers of serving engines from it."""
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
