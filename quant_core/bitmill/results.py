@@ -142,7 +142,8 @@ class TuningQuality(_Closed):
 
 
 class CheckedMap(_Closed):
-    """A map that was quantized in haste and measured on held-out windows before one was taken.
+    """A map that was measured on held-out windows before one was taken: quantized in haste, or
+    refined as the result is where its method ends in "refined".
 
     bits: as in the budget. predicted_loss: by the profile; kl: measured, nats per token.
     """

@@ -504,9 +504,10 @@ class QuantizationConfig(Stored):
             check_widths(code, widths, "allocation.map")
         asked = {*allocation.legal_widths} if allocation.map is None else {*chain(*mapped.values())}
         if DROPPED in asked and not method.drops:
+            able = [name for name in METHODS.names() if METHODS[name].drops]
             raise SpecError(
                 f"width {DROPPED}, which drops groups, with refinement {method.name!r}, which "
-                "cannot: give 'gptq', 'rtn' or 'normtweaking', or leave the width out",
+                f"cannot: give one of {able}, or leave the width out",
                 param="allocation.widths" if allocation.map is None else "allocation.map",
             )
         if "embeddings" in self.evaluation.baselines and allocation.embeddings == "quantize":

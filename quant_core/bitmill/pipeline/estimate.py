@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bitmill.config.bit_width_map import LEGAL_WIDTHS, BitWidthMap
+from bitmill.config.bit_width_map import DROPPED, LEGAL_WIDTHS, BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.quantization import FILE_KINDS, QuantizationConfig
 from bitmill.formats.accounting import footprint, limit
@@ -205,8 +205,11 @@ def _seconds(plan: Plan, config: QuantizationConfig, machine: Machine) -> float:
     head = 2.0 * plan.vocab_size * plan.hidden_size * tokens
     evaluation = (2 + len(config.evaluation.baselines)) * share * (forward + head)
     refined = passes * forward + hessians + solving
+    allocation = config.allocation
     if config.budget.max_loss_increase is not None:
         refined *= 1 + SEARCH_STEPS
+    elif DROPPED in allocation.legal_widths and allocation.check != "off":
+        refined *= 3  # the best maps with and without dropped groups, and the result
     return (refined + profile + evaluation) / speed
 
 

@@ -16,7 +16,8 @@ The cost of width b for group j comes from the real quantizer: its grid search, 
 loop inside the group, whose normalized errors e_k / U_kk are exactly what is left of D H D^T once
 all later columns have compensated. Every group is measured on the source's weights.
 
-A group of width 0 is dropped: the same loop with all values 0.
+A dropped group, of width 0, costs its whole energy d H d^T with d = w. Nothing is taken off for
+later columns: those that would compensate may be dropped too, as whole linears often are.
 
 Of a linear with more than `rows` outputs, a sample is quantized: rows at equal steps of the
 cumulated q_n, so that a row stands for its share of q; rows above one step are always taken. All
@@ -48,10 +49,11 @@ from bitmill.allocation.profile import (
 from bitmill.calibration.gradients import GradientPass, PassSettings
 from bitmill.calibration.hessian import HessianAccumulator, all_reduce
 from bitmill.calibration.undersampled_experts import fill_squares, filled_means
+from bitmill.config.bit_width_map import DROPPED
 from bitmill.errors import CalibrationError
 from bitmill.models.streamed import StreamedModel, weight_of
 from bitmill.plan.model_plan import Plan
-from bitmill.quant.codes import group_slices
+from bitmill.quant.codes import group_slices, row_errors
 from bitmill.quant.grid import (
     ClipSettings,
     clip_search,
@@ -77,7 +79,6 @@ from bitmill_kernels.layout import group_count
 PROFILE_CLIP: Mapping[int, ClipSettings] = {
     width: ClipSettings(smallest, shrinks, zero_offsets=(), least_squares=1)
     for width, (smallest, shrinks) in {
-        0: (1.0, 1),
         1: (0.3, 1),
         2: (0.4, 8),
         3: (0.5, 6),
@@ -357,6 +358,9 @@ def linear_costs(
 
 def _row_losses(W: Tensor, curvature: Curvature, widths: Sequence[int]) -> Tensor:
     """d H d^T f32 [B, G, M] of every width, group and row of W f32 [M, K] in packed columns."""
+    if DROPPED in widths:
+        others = [width for width in widths if width != DROPPED]
+        return torch.cat([_energies(W, curvature.H)[None], _row_losses(W, curvature, others)])
     if resolve_backend("auto", W.device) == "triton":
         return _losses_on_device(W, curvature, widths)
     U, weight = curvature.factor.upper, curvature.H.diagonal()
@@ -369,6 +373,12 @@ def _row_losses(W: Tensor, curvature: Curvature, widths: Sequence[int]) -> Tenso
             _, error = gptq_block(block, unit, grid.scale, grid.zero, max_code(width))
             losses.append((error / diagonal).square().sum(1))
     return torch.stack(losses).view(-1, len(widths), len(W)).transpose(0, 1)
+
+
+def _energies(W: Tensor, H: Tensor) -> Tensor:
+    """w H w^T f32 [G, M] of every group and row of W f32 [M, K] in packed columns."""
+    parts = [part for _, part in group_slices(W.shape[1])]
+    return torch.stack([row_errors(W[:, part], H[part, part]).float() for part in parts])
 
 
 def _losses_on_device(W: Tensor, curvature: Curvature, widths: Sequence[int]) -> Tensor:

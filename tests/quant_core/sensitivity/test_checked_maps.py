@@ -15,11 +15,13 @@ from bitmill.allocation.profile import SensitivityProfile
 from bitmill.calibration.gradients import PassSettings
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.methods import RTN
 from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.source import Model
 from bitmill.pipeline.stage import Environment, Run
 from bitmill.pipeline.stages import allocate as stage
+from bitmill.pipeline.stages import refine
 from bitmill.plan.model_plan import make_plan
 from bitmill.results import CheckedMap
 from bitmill.runtime.ranks import SINGLE
@@ -200,6 +202,52 @@ def test_widths_are_left_out_where_that_loses_less(
     (taken,) = [check.method for check in made.checks if check.taken]
     assert taken == f"knapsack without {left}"
     assert not any(set(cheap) & set(groups) for groups in made.bit_widths.linears.values())
+
+
+@pytest.mark.parametrize("better", ["knapsack", "knapsack without width 0"])
+def test_a_map_with_dropped_groups_is_taken_only_where_it_loses_less_refined(
+    folder: Path,
+    model: StreamedModel,
+    calibration: CalibrationSet,
+    profile: SensitivityProfile,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    better: str,
+) -> None:
+    given = inputs(folder, model, calibration, profile, config(1.5, widths=[0, 1, 2, 3]))
+    assert given.check is not None
+    refining = refine.Inputs(
+        model=given.check.model,
+        plan=model.plan,
+        calibration=calibration,
+        bit_widths=BitWidthMap.uniform(model.plan.shapes, 2, "activation"),
+        orders={},
+        order_of={},
+        method=RTN(),
+        transforms=(),
+        seed=0,
+        watched={},
+        environment=given.check.environment,
+    )
+    check = stage.DroppingCheck(
+        given.check.model, calibration, given.check.environment, refining=refining
+    )
+    asked: list[BitWidthMap] = []
+
+    def loss(refining: refine.Inputs, found: BitWidthMap, _: Run, scratch: Path) -> object:
+        asked.append(found)
+        dropping = any(0 in widths for widths in found.linears.values())
+        return (1.0 if dropping == (better == "knapsack") else 2.0), 0.25
+
+    monkeypatch.setattr(stage, "refined_loss", loss)
+    stage.work(replace(given, check=check), run([]), tmp_path)
+    made = stage.load(tmp_path)
+    hasty = {one.method: one.kl for one in made.checks if not one.method.endswith("refined")}
+    assert hasty["knapsack"] < hasty["knapsack without width 0"]
+    assert [any(0 in widths for widths in one.linears.values()) for one in asked] == [False, True]
+    (taken,) = [one for one in made.checks if one.taken]
+    assert (taken.method, taken.kl, taken.kl_se) == (f"{better}, refined", 1.0, 0.25)
+    assert made.bit_widths == asked[better == "knapsack"]
 
 
 def test_nothing_is_measured_where_it_is_not_asked_for(

@@ -6,6 +6,10 @@ knapsack's without each and without both are quantized in haste and measured
 were corrected by parts of its first map. The one of least KL is taken. So no map is shipped that
 loses more than the uniform one does. Other methods are taken at their word, and so is a knapsack
 with `check` "off" or without held-out windows.
+
+Refinement makes up for more of what 1 bit costs than of what a dropped group does. So where the map
+of least KL has dropped groups, it and the best one without are refined as the job will, and what
+they lose then decides (`refined_loss.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +36,15 @@ from bitmill.formats.accounting import footprint
 from bitmill.io.atomic import read_json, write_bytes, write_json
 from bitmill.pipeline.source import Model, Source
 from bitmill.pipeline.stage import Environment, Run, Stage
+from bitmill.pipeline.stages import refine
+from bitmill.pipeline.stages.refined_loss import refined_loss
 from bitmill.plan.model_plan import Plan
 from bitmill.results import CheckedMap
 from bitmill.sensitivity.checked_maps import Measured, corrected, measure_maps, parts_of
 
 CHECKS_NAME = "checked_maps.json"
+REFINED = ", refined"
+"""Behind the names of maps that were measured refined."""
 NEAR = 1.5
 """Predicted losses stay as they are where they are at most so many times off."""
 
@@ -47,6 +56,13 @@ class Check:
     model: Model
     calibration: CalibrationSet
     environment: Environment
+
+
+@dataclass(frozen=True)
+class DroppingCheck(Check):
+    """refining: how maps are refined, where groups may be dropped; its own map is not used."""
+
+    refining: refine.Inputs
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,12 @@ class Inputs:
         check = None
         if checked and config.code_name == "affine" and len(calibration.held_out):
             check = Check(source.planned(plan), calibration, environment)
+            if DROPPED in allocation.legal_widths:
+                start = BitWidthMap.uniform(plan.shapes, 2, allocation.order)
+                refining = refine.Inputs.of(
+                    source, plan, calibration, start, profile, config, environment
+                )
+                check = DroppingCheck(check.model, calibration, environment, refining)
         return cls(plan, config.code, allocation, config.budget, measured, check)
 
 
@@ -119,7 +141,9 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
             found |= checking.measured(last, by_parts=False).maps
             maps |= last
         checks = checking.compared(maps, found)
-    taken = next((check.method for check in checks if check.taken), method)
+        if isinstance(inputs.check, DroppingCheck):
+            checks = _settled(inputs.check.refining, maps, checks, run, folder)
+    taken = next((check.method for check in checks if check.taken), method).removesuffix(REFINED)
     if not run.group.first:
         return
     if checks and taken == "uniform":
@@ -157,6 +181,31 @@ def _others(inputs: Inputs, asked: QuantizationConfig) -> Iterator[tuple[str, Bi
         other = asked.model_copy(update={"allocation": allocation})
         with suppress(BudgetError):
             yield name, allocate(inputs.plan, other, inputs.profile)
+
+
+def _settled(
+    refining: refine.Inputs,
+    maps: Mapping[str, BitWidthMap],
+    checks: list[CheckedMap],
+    run: Run,
+    folder: Path,
+) -> list[CheckedMap]:
+    """The checks, with those of the taken map and of the best one without dropped groups, both
+    refined, of which the better is taken then; as they are where the taken one drops nothing."""
+    dropping = {name for name, one in maps.items() if DROPPED in chain(*one.linears.values())}
+    taken = next(check for check in checks if check.taken)
+    others = [check for check in checks if check.method not in dropping]
+    if taken.method not in dropping or not others:
+        return checks
+    refined: list[CheckedMap] = []
+    for one in (min(others, key=lambda check: check.kl), taken):
+        scratch = folder / f"refined-{len(refined)}"
+        kl, kl_se = refined_loss(refining, maps[one.method], run, scratch)
+        measured = {"method": one.method + REFINED, "kl": kl, "kl_se": kl_se, "taken": False}
+        refined.append(one.model_copy(update=measured))
+    best = min(refined, key=lambda check: check.kl)
+    every = [*checks, *refined]
+    return [check.model_copy(update={"taken": check is best}) for check in every]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ smallest is kept, after at most `SEARCH_STEPS` of them.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from bitmill.allocation.allocator import Allocator
@@ -20,14 +19,13 @@ from bitmill.allocation.profile import SensitivityProfile
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.quantization import Allocation
 from bitmill.errors import BudgetError
-from bitmill.evaluation.compare import Candidate, measure, with_weights
 from bitmill.formats.accounting import Footprint, footprint
 from bitmill.io.atomic import read_json, write_bytes, write_json
 from bitmill.pipeline.estimate import SEARCH_STEPS
 from bitmill.pipeline.stage import Run, Stage
 from bitmill.pipeline.stages import refine
 from bitmill.pipeline.stages.allocate import Allocated
-from bitmill.refinement.model import RefinedModel
+from bitmill.pipeline.stages.refined_loss import refined_loss
 
 CLOSE_ENOUGH = 0.85
 """Share of the target from which on a smaller map is not looked for."""
@@ -68,7 +66,9 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         found = allocator.within_loss(aim)
         if any(step.bit_widths == found for step in steps):
             break
-        kl, upper = _measured(inputs, found, run, folder / f"measured-{len(steps)}")
+        scratch = folder / f"measured-{len(steps)}"
+        kl, kl_se = refined_loss(inputs.refining, found, run, scratch)
+        upper = kl + CONFIDENCE * kl_se
         steps.append(Step(aim, found, footprint(plan, found), kl, upper))
         if CLOSE_ENOUGH * inputs.target <= upper <= inputs.target:
             break
@@ -100,36 +100,6 @@ def next_aim(steps: Sequence[Step], target: float) -> float:
         slope = math.log(last.upper / before.upper) / math.log(last.aim / before.aim)
     wanted = MARGIN * target / max(last.upper, 1e-9)
     return float(last.aim * wanted ** (1 / min(2.0, max(0.5, slope))))
-
-
-def _measured(inputs: Inputs, found: BitWidthMap, run: Run, scratch: Path) -> tuple[float, float]:
-    """Mean KL of a refined map on the held-out windows, and the upper end of its interval.
-
-    Goes on in `scratch` behind the last block that a killed run saved, and takes what was measured.
-    """
-    record = scratch / "measured.json"
-    if run.group.broadcast(record.is_file()):
-        kl, upper = read_json(record)
-        return kl, upper
-    refining = replace(inputs.refining, bit_widths=found)
-    blocks = scratch / "blocks"
-    blocks.mkdir(parents=True, exist_ok=True)  # any rank may come first
-    refine.work(refining, run, blocks)
-    plan = refining.plan
-    model = run.open_model(refining.model.folder, plan)
-    refined = RefinedModel(blocks, plan)
-    logits = with_weights(model, lambda name: refined.linear(name).dequantize(), refined.changed)
-    candidates = {"map": Candidate(found, logits, plan)}
-    windows = {"held_out": refining.calibration.held_out}
-    rows = measure(model, windows, candidates, run.on_unit, group=run.group)
-    quality = rows[1].texts["held_out"]
-    measured = quality.kl, quality.kl + CONFIDENCE * quality.kl_se
-    run.group.barrier()
-    if run.group.first:
-        write_json(record, measured)
-        shutil.rmtree(blocks)
-    run.group.barrier()
-    return measured
 
 
 def _note(best: Step, steps: Sequence[Step], target: float) -> str:

@@ -1,0 +1,46 @@
+"""What a bit-width map loses in fact: refined as the job will, and measured on held-out windows."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.evaluation.compare import Candidate, measure, with_weights
+from bitmill.io.atomic import read_json, write_json
+from bitmill.pipeline.stage import Run
+from bitmill.pipeline.stages import refine
+from bitmill.refinement.model import RefinedModel
+
+
+def refined_loss(
+    refining: refine.Inputs, bit_widths: BitWidthMap, run: Run, scratch: Path
+) -> tuple[float, float]:
+    """Mean KL of a map on the held-out windows, and its standard error.
+
+    refining: how any map is refined; its own is not used. Goes on in `scratch` behind the last
+    block that a killed run saved, and takes what was measured.
+    """
+    record = scratch / "loss.json"
+    if run.group.broadcast(record.is_file()):
+        kl, kl_se = read_json(record)
+        return kl, kl_se
+    refining = replace(refining, bit_widths=bit_widths)
+    blocks = scratch / "blocks"
+    blocks.mkdir(parents=True, exist_ok=True)  # any rank may come first
+    refine.work(refining, run, blocks)
+    plan = refining.plan
+    model = run.open_model(refining.model.folder, plan)
+    refined = RefinedModel(blocks, plan)
+    logits = with_weights(model, lambda name: refined.linear(name).dequantize(), refined.changed)
+    candidates = {"map": Candidate(bit_widths, logits, plan)}
+    windows = {"held_out": refining.calibration.held_out}
+    rows = measure(model, windows, candidates, run.on_unit, group=run.group)
+    quality = rows[1].texts["held_out"]
+    run.group.barrier()
+    if run.group.first:
+        write_json(record, [quality.kl, quality.kl_se])
+        shutil.rmtree(blocks)
+    run.group.barrier()
+    return quality.kl, quality.kl_se
