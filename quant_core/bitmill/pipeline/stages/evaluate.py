@@ -212,8 +212,8 @@ def _notes(config: QuantizationConfig, plan: Plan, allocated: Allocated) -> tupl
     unspent = unspent_warning(plan, config, allocated.bit_widths)
     factor = allocated.correction
     corrected = (
-        f"predicted losses are the profile's times {factor:.3g}: so much larger is the map's loss "
-        "on held-out windows"
+        f"predicted losses are the profile's times {factor:.3g}: so much does the map's loss on "
+        "held-out windows differ from the prediction"
     )
     found = (unspent, corrected if factor != 1 else None)
     return (*plan.notes, *lengths, *(note for note in found if note))
