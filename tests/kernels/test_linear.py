@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_the_operator_passes_torchs_own_checks():
     weight, *_ = random_linear(10, 200, (3, 2), seed=1)
     linear = MixedLinear([weight], CPU)
     x = torch.randn(2, 200)
-    arguments = (x, torch.zeros(10), linear._handle, 10)
+    arguments = (x, torch.zeros(10), linear.name, 10)
     torch.library.opcheck(torch.ops.bitmill.mixed_linear.default, arguments)
 
 
@@ -98,9 +100,9 @@ def test_second_derivatives_and_torchs_own_checks_of_the_gradient():
     (dx,) = torch.autograd.grad(linear(x).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(dx.sum(), x)
     assert relative_error(second, 2 * torch.ones(2, 200).double() @ exact.T @ exact) < 1e-5
-    arguments = (torch.randn(2, 10, requires_grad=True), linear._handle, 200)
+    arguments = (torch.randn(2, 10, requires_grad=True), linear.name, 200)
     torch.library.opcheck(torch.ops.bitmill.mixed_linear_input_gradient.default, arguments)
-    arguments = (torch.randn(2, 200, requires_grad=True), None, linear._handle, 10)
+    arguments = (torch.randn(2, 200, requires_grad=True), None, linear.name, 10)
     torch.library.opcheck(torch.ops.bitmill.mixed_linear.default, arguments)
 
 
@@ -108,3 +110,21 @@ def test_an_input_of_the_wrong_width_is_refused():
     weight, *_ = random_linear(10, 200, (3, 2))
     with pytest.raises(ValueError, match="x has 100 columns: the weight has 200"):
         MixedLinear([weight], CPU)(torch.randn(2, 100))
+
+
+def test_a_name_belongs_to_one_linear_and_is_found_again():
+    weight, *_ = random_linear(10, 200, (3, 2))
+    linear = MixedLinear([weight], CPU, name="model.layers.0.mlp.up_proj")
+    x = torch.randn(2, 200, generator=torch.Generator().manual_seed(2))
+    named = torch.ops.bitmill.mixed_linear(x, None, "model.layers.0.mlp.up_proj", 10)
+    assert torch.equal(named, linear(x))
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.up_proj' is in use"):
+        MixedLinear([weight], CPU, name=linear.name)
+    name, unnamed = linear.name, MixedLinear([weight], CPU)
+    assert unnamed.name != name
+    del linear
+    gc.collect()
+    with pytest.raises(
+        LookupError, match=r"no packed linear is named 'model.layers.0.mlp.up_proj'"
+    ):
+        torch.ops.bitmill.mixed_linear(x, None, name, 10)

@@ -11,7 +11,7 @@ with a dequantized copy of the weight in the dtype of the activations and in sou
 as fast as the original linear, as large, and equal to it bit for bit.
 
 The product is the custom operator `bitmill::mixed_linear`, so `torch.compile` treats it as one
-opaque call and CUDA graphs capture it. It takes a handle, not the tensors: layouts and workspaces
+opaque call and CUDA graphs capture it. It takes a name, not the tensors: layouts and workspaces
 are built once, at load, and no call allocates anything but its result.
 
 The gradient for x is dx = dy W, from weights that are dequantized some rows at a time; packed codes
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -49,8 +50,9 @@ DEQUANTIZE_ABOVE = 64
 SCRATCH_ELEMENTS = 1 << 26
 
 _LOG = logging.getLogger(__name__)
-_LINEARS: WeakValueDictionary[int, MixedLinear] = WeakValueDictionary()
-_HANDLES = itertools.count()
+_LINEARS: WeakValueDictionary[str, MixedLinear] = WeakValueDictionary()
+_PROCESS = secrets.token_hex(8)
+_NUMBERS = itertools.count()
 
 
 class Product(Protocol):
@@ -71,19 +73,33 @@ class MixedLinear:
     """
 
     def __init__(
-        self, weights: Sequence[PackedWeight], device: torch.device, *, backend: str = "auto"
+        self,
+        weights: Sequence[PackedWeight],
+        device: torch.device,
+        *,
+        backend: str = "auto",
+        name: str | None = None,
     ) -> None:
-        """Build the layout on `device`. Raises ValueError where the linears do not stack."""
+        """Build the layout on `device`.
+
+        name: what compiled graphs call the linear by, the same in every process that is to run
+        them; without one, a name of this process that no other has. Raises ValueError where the
+        linears do not stack, or another linear of the name is in use.
+        """
         self.outputs = tuple(weight.N for weight in weights)
         self.N, self.K = sum(self.outputs), weights[0].K
         self.device = device
         self._product: Product = _build_product(weights, device, backend)
-        self._handle = next(_HANDLES)
-        _LINEARS[self._handle] = self
+        self.name = f"{_PROCESS}-{next(_NUMBERS)}" if name is None else name
+        if self.name in _LINEARS:
+            raise ValueError(
+                f"a linear named {self.name!r} is in use: give each linear a name of its own"
+            )
+        _LINEARS[self.name] = self
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., N] of x [..., K] and bias [N], all of one dtype."""
-        y: Tensor = torch.ops.bitmill.mixed_linear(x, bias, self._handle, self.N)
+        y: Tensor = torch.ops.bitmill.mixed_linear(x, bias, self.name, self.N)
         return y
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -101,34 +117,44 @@ class MixedLinear:
         return dx.view(*dy.shape[:-1], self.K)
 
 
+def _named(name: str) -> MixedLinear:
+    found = _LINEARS.get(name)
+    if found is None:
+        raise LookupError(
+            f"no packed linear is named {name!r} in this process: graphs that were compiled in "
+            "another one need linears of the same names (`MixedLinear(..., name=)`)"
+        )
+    return found
+
+
 @torch.library.custom_op("bitmill::mixed_linear", mutates_args=())
-def _mixed_linear(x: Tensor, bias: Tensor | None, handle: int, outputs: int) -> Tensor:
-    return _LINEARS[handle].run(x, bias)
+def _mixed_linear(x: Tensor, bias: Tensor | None, name: str, outputs: int) -> Tensor:
+    return _named(name).run(x, bias)
 
 
 @_mixed_linear.register_fake
-def _(x: Tensor, bias: Tensor | None, handle: int, outputs: int) -> Tensor:
+def _(x: Tensor, bias: Tensor | None, name: str, outputs: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], outputs))
 
 
 @torch.library.custom_op("bitmill::mixed_linear_input_gradient", mutates_args=())
-def _input_gradient(dy: Tensor, handle: int, columns: int) -> Tensor:
-    return _LINEARS[handle].run_gradient(dy)
+def _input_gradient(dy: Tensor, name: str, columns: int) -> Tensor:
+    return _named(name).run_gradient(dy)
 
 
 @_input_gradient.register_fake
-def _(dy: Tensor, handle: int, columns: int) -> Tensor:
+def _(dy: Tensor, name: str, columns: int) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], columns))
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor, Tensor | None, int, int], output: Tensor) -> None:
-    x, bias, ctx.handle, _ = inputs
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor | None, str, int], output: Tensor) -> None:
+    x, bias, ctx.name, _ = inputs
     ctx.columns, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
-    ctx.linear = _LINEARS.get(ctx.handle)  # kept, though its module may move before the gradient
+    ctx.linear = _LINEARS.get(ctx.name)  # kept, though its module may move before the gradient
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-    dx = torch.ops.bitmill.mixed_linear_input_gradient(dy, ctx.handle, ctx.columns)
+    dx = torch.ops.bitmill.mixed_linear_input_gradient(dy, ctx.name, ctx.columns)
     wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
     db = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if wants_bias else None
     return dx, db, None, None
@@ -137,13 +163,13 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
 _mixed_linear.register_autograd(_backward, setup_context=_remember)
 
 
-def _remember_gradient(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
-    dy, ctx.handle, _ = inputs
-    ctx.outputs, ctx.linear = dy.shape[-1], _LINEARS.get(ctx.handle)
+def _remember_gradient(ctx: Any, inputs: tuple[Tensor, str, int], output: Tensor) -> None:
+    dy, ctx.name, _ = inputs
+    ctx.outputs, ctx.linear = dy.shape[-1], _LINEARS.get(ctx.name)
 
 
 def _backward_gradient(ctx: Any, ddx: Tensor) -> tuple[Tensor, None, None]:
-    return torch.ops.bitmill.mixed_linear(ddx, None, ctx.handle, ctx.outputs), None, None
+    return torch.ops.bitmill.mixed_linear(ddx, None, ctx.name, ctx.outputs), None, None
 
 
 _input_gradient.register_autograd(_backward_gradient, setup_context=_remember_gradient)
