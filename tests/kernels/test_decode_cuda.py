@@ -164,3 +164,21 @@ def test_the_kernels_compile_for_sm_90_with_few_spills(source, kernels, most_spi
     assert len(spilled) == kernels
     assert max(spilled) <= most_spilled
     assert "wgmma" not in done.stderr, "ptxas could not leave products under way"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
+@pytest.mark.parametrize(
+    ("source", "architecture"),
+    [
+        ("matmul/decode_cuda.cu", 120),
+        ("matmul/batch_cuda.cu", 100),
+        ("trellis/product_cuda.cu", 80),
+    ],
+)
+def test_the_kernels_compile_for_other_architectures(source, architecture, tmp_path):
+    path = Path(decode_cuda.__file__).parent.with_name(source.split("/")[0]) / source.split("/")[1]
+    flags = ["-std=c++17", "-O1", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+    output = tmp_path / "kernels.cubin"
+    subprocess.run(["nvcc", *flags, "-cubin", "-o", output, path], check=True)
+    assert output.stat().st_size > 0

@@ -56,16 +56,21 @@ def signature(kernel, constants):
     return types
 
 
-def compiled(kernel, constants, tmp_path, *, aligned=(), warps=4, stages=3):
-    """(resource line, instructions as (address, text)) of a kernel for sm_90."""
+def binary_of(kernel, constants, *, capability=90, aligned=(), warps=4, stages=3):
+    """Machine code of a kernel for a GPU of this capability."""
     types = signature(kernel, constants)
     names = [name for name in types if name.endswith("_ptr") or name in aligned]
     attributes = {(list(types).index(name),): [["tt.divisibility", 16]] for name in names}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps, "num_stages": stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=options).asm["cubin"]
+
+
+def compiled(kernel, constants, tmp_path, **how):
+    """(resource line, instructions as (address, text)) of a kernel for sm_90."""
     file = tmp_path / "kernel.cubin"
-    file.write_bytes(binary.asm["cubin"])
+    file.write_bytes(binary_of(kernel, constants, **how))
 
     def dump(flag):
         done = subprocess.run([CUOBJDUMP, flag, file], capture_output=True, text=True, check=True)
@@ -138,3 +143,25 @@ def test_column_loops_stay_lean(kernel, constants, most, spills, tmp_path):
     assert len(part) <= most
     assert opcodes(part)["HMMA"] > 0
     assert opcodes(part)["LDL"] + opcodes(part)["STL"] <= spills
+
+
+DECODED = {"BN": 128, "TOKENS": 16, "SPLIT": 4, "MASK": 0b1110, "HAS_BIAS": False, "ASM": True}
+
+
+WIDE = {"aligned": ("N", "columns"), "warps": 8}
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernel", "constants", "how"),
+    [
+        *((c, decode_kernel, DECODED, {"aligned": ("N", "columns")}) for c in (80, 89, 100, 120)),
+        (80, decode_kernel, DECODED | {"TOKENS": 64}, WIDE),
+        (80, _prologue_kernel, {"HAS_ORDER": True, "SLOTS": 4, "BLOCK": 4096}, {}),
+        (80, _dequantize_kernel, {"ROWS": 64, "ALIGNED": True}, {}),
+        (89, _gptq_block_kernel, {"ROWS": 8, "COLUMNS": 128}, {"warps": 1}),
+    ],
+    ids=lambda value: str(getattr(value, "__name__", value))[:20],
+)
+def test_ampere_ada_and_blackwell_get_machine_code(capability, kernel, constants, how):
+    binary = binary_of(kernel, constants, capability=capability, **how)
+    assert binary[:4] == b"\x7fELF"
