@@ -47,7 +47,7 @@ REFINED = ", refined"
 """Behind the names of maps that were measured refined."""
 NEAR = 1.5
 """Predicted losses stay as they are where they are at most so many times off."""
-REFINED = 0.6
+LEFT_BY_REFINEMENT = 0.6
 """What whole refinement leaves of the loss that the check measures, which is of plain GPTQ without
 the correction for the prefix: 0.48 to 0.72 in four jobs on two models, 2.2 to 3.2 true bits
 (`docs/allocation.md`)."""
@@ -119,7 +119,8 @@ class Allocated:
         taken = next((check for check in self.checks if check.taken), None)
         if taken is None or not (taken.kl > 0 and taken.predicted_loss > 0):
             return 1.0
-        found = REFINED * taken.kl / taken.predicted_loss
+        left = 1.0 if taken.method.endswith(REFINED) else LEFT_BY_REFINEMENT
+        found = left * taken.kl / taken.predicted_loss
         return 1.0 if 1 / NEAR <= found <= NEAR else found
 
     def corrected(self, profile: SensitivityProfile | None) -> SensitivityProfile | None:
