@@ -45,14 +45,16 @@ def test_every_rate_of_a_trellis_gets_a_shape_for_every_number_of_tokens(rate):
         assert rings.stage_bytes == shape.rows * 16 * rate
 
 
-def test_rings_hold_at_least_two_of_each_or_there_is_no_plan():
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rings_hold_two_units_and_a_slot_more_than_groups_or_there_is_no_plan(groups):
     for stage_bytes in range(1024, 120_000, 1024):
         for tokens in (8, 32, 64, 128):
-            rings = plan_rings(stage_bytes, tokens, 2)
-            fits = 2 * (stage_bytes + group_bytes(tokens)) + 480 <= MAX_SHARED_BYTES
-            assert (rings is not None) == fits
+            rings = plan_rings(stage_bytes, tokens, groups)
+            least = 2 * stage_bytes + (groups + 1) * group_bytes(tokens) + 480
+            assert (rings is not None) == (least <= MAX_SHARED_BYTES)
             if rings is not None:
-                assert min(rings.stages, rings.slots) >= 2
+                assert rings.stages >= 2
+                assert rings.slots > groups
                 used = rings.stages * stage_bytes + rings.slots * group_bytes(tokens)
                 assert used < rings.total_bytes <= MAX_SHARED_BYTES
 

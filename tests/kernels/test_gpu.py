@@ -94,6 +94,22 @@ def test_every_shape_for_batches_is_right_and_repeatable(compiled, T, dtype):
             assert all(torch.equal(results[0], y) for y in results)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_blocks_for_batches_go_on_from_unit_to_unit(compiled, width):
+    if torch.cuda.get_device_capability() != HOPPER:
+        pytest.skip("wgmma needs Hopper")
+    weight = build_runtime([random_planes(4096, 8192, (width,) * 64, GPU)], GPU)
+    for tokens, shapes in batch_cuda.SHAPES.items():
+        x = torch.randn(tokens, 8192, device=GPU, dtype=torch.float16)
+        expected = exact(x, weight)
+        for shape in shapes:
+            if batch_cuda.plan(weight, shape, tokens) is None:
+                continue
+            y = torch.full((tokens, 4096), float("nan"), dtype=torch.float16, device=GPU)
+            batch_cuda.CudaBatch(weight, {tokens: shape})(x, None, y)
+            assert relative_error(y, expected) < 6e-4, shape
+
+
 @pytest.mark.parametrize("backend", ["compiled", "triton"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_code_of_every_field_is_exact(width, backend, monkeypatch):

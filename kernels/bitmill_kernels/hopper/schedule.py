@@ -113,17 +113,18 @@ class Rings:
 
 
 def plan_rings(stage_bytes: int, tokens: int, groups: int) -> Rings | None:
-    """How a block uses shared memory, or None where two of each do not fit.
+    """How a block uses shared memory, or None where too little fits.
 
     stage_bytes: of the largest unit. A slot holds what `tokens` of a launch have of one of a unit's
-    `groups`.
+    `groups`. There must be two stages, and a slot more than a unit has groups: a warp waits for all
+    activations of a unit before it gives back the last ones of the unit before.
     """
     slot_bytes = group_bytes(tokens)
     fixed = 16 * (MAX_STAGES + MAX_SLOTS) + 128
     free = MAX_SHARED_BYTES - fixed
     stages = max(2, min(MAX_STAGES, free // (stage_bytes + groups * slot_bytes)))
     slots = min(MAX_SLOTS, (free - stages * stage_bytes) // slot_bytes)
-    if slots < 2:
+    if slots < groups + 1:
         return None
     return Rings(stages, stage_bytes, slots, fixed + stages * stage_bytes + slots * slot_bytes)
 

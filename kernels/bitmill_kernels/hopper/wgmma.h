@@ -430,7 +430,8 @@ cudaError_t launch(const DecodeArguments& whole, int blocks, int shared, bool ov
   for (int first = 0; first < whole.tokens && status == cudaSuccess; first += TOKENS) {
     DecodeArguments part = whole;
     part.tokens = min(TOKENS, whole.tokens - first);
-    part.inputs += static_cast<size_t>(first / TOKENS) * whole.pair_count * Code::kGroups * group_bytes(TOKENS);
+    part.inputs += static_cast<size_t>(first / TOKENS) * whole.pair_count * Code::kGroups *
+                   group_bytes(TOKENS);
     part.y = static_cast<uint8_t*>(whole.y) + static_cast<size_t>(first) * whole.output_stride * 2;
     if (part.factors) part.factors += first;
     status = launch_kernel(kernel, blocks, kThreads<GROUPS>, shared, overlap, stream, part);
