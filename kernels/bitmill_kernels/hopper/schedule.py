@@ -141,9 +141,7 @@ def unit_table(unit: Mapping[str, np.ndarray], cost: np.ndarray, block_count: in
     output, tile, first [2] and live [2] (columns of its groups). The second number of a `BlockRow`
     is left 0. There are fewer blocks than `block_count` if units are fewer.
     """
-    tiles = int(unit["tile"][-1]) + 1
-    whole = block_count // tiles * tiles  # each tile a whole number of blocks: fewer sums to share
-    starts = equal_runs(cost, whole if whole >= WHOLE_TILES_FROM * block_count else block_count)
+    starts = equal_runs(cost, block_count)
     count = len(cost)
     block = np.searchsorted(starts, np.arange(count), side="right") - 1
     ends_tile = np.diff(unit["tile"], append=-1) != 0
@@ -163,6 +161,13 @@ def unit_table(unit: Mapping[str, np.ndarray], cost: np.ndarray, block_count: in
     table[block, 1 + np.arange(count) - starts[block]] = np.stack(fields, axis=1)
     table[:, 0, 0] = lengths
     return table.view(np.int32)
+
+
+def whole_tiles(tiles: int, processors: int) -> int:
+    """Blocks that share so many tiles of equal cost: all processors, or few less where each tile is
+    then a whole number of blocks, which share fewer sums."""
+    whole = processors // tiles * tiles
+    return whole if whole >= WHOLE_TILES_FROM * processors else processors
 
 
 def equal_runs(cost: np.ndarray, count: int) -> np.ndarray:

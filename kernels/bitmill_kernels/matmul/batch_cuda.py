@@ -18,6 +18,7 @@ from bitmill_kernels.hopper.schedule import (
     WarpgroupShape,
     group_bytes,
     plan_rings,
+    whole_tiles,
 )
 from bitmill_kernels.matmul.cuda_library import load_library
 from bitmill_kernels.matmul.runtime import RuntimeWeight
@@ -125,7 +126,9 @@ class _Launch:
             )
         device = weight.planes.device
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        schedule = build_schedule(weight, shape.rows, processors, tokens / TOKENS_A_WIDTH)
+        tiles = sum(member.rows for member in weight.members) // shape.rows
+        blocks = whole_tiles(tiles, processors)
+        schedule = build_schedule(weight, shape.rows, blocks, tokens / TOKENS_A_WIDTH)
         blocks = len(schedule.units)
         self.shape, self.rings = shape, rings
         self.pairs = torch.from_numpy(schedule.pairs).to(device)

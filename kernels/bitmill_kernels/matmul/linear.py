@@ -237,15 +237,16 @@ class _AcceleratedProduct:
         )
         self._narrow: decode_cuda.CudaDecoder | None = None
         compiled = properties is not None and cuda_library.available(device)
+        self._batch: batch_cuda.CudaBatch | None = None
+        self._batch_tokens = 0
         if properties and compiled:
             shared = properties.shared_memory_per_multiprocessor
             shapes = tiles.block_shapes(weight, properties.name, shared)
+            if (properties.major, properties.minor) == HOPPER:
+                self._batch = batch_cuda.CudaBatch(weight, tiles.batch_shapes(weight))
+                self._batch_tokens = batch_tokens(weight.N * weight.K)
+                shapes = {tokens: shapes[tokens] for tokens in shapes if tokens <= DECODE_UP_TO}
             self._narrow = decode_cuda.CudaDecoder(weight, shapes) if shapes else None
-        self._batch: batch_cuda.CudaBatch | None = None
-        self._batch_tokens = 0
-        if properties and compiled and (properties.major, properties.minor) == HOPPER:
-            self._batch = batch_cuda.CudaBatch(weight, tiles.batch_shapes(weight))
-            self._batch_tokens = batch_tokens(weight.N * weight.K)
         _say_choice(str(device), compiled)
         runs = -(-weight.N * weight.K // SCRATCH_ELEMENTS)
         dequantizer = dequantize_cuda.CudaDequantizer if compiled else Dequantizer

@@ -21,6 +21,7 @@ from bitmill_kernels.hopper.schedule import (
     group_bytes,
     plan_rings,
     unit_table,
+    whole_tiles,
 )
 from bitmill_kernels.layout import GROUP_SIZE
 from bitmill_kernels.trellis.encode import built
@@ -169,7 +170,8 @@ class _Launch:
         device = circles[0].device
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         addresses = [one.data_ptr() for one in circles]
-        table = schedule(addresses, N, rates, shape.rows, processors, tokens)
+        blocks = whole_tiles(-(-N // shape.rows), processors)
+        table = schedule(addresses, N, rates, shape.rows, blocks, tokens)
         self.shape, self.rings = shape, rings
         self.units = torch.from_numpy(table).to(device)
         blocks, warps = len(table), 4 * shape.groups
