@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bitmill.errors import FormatError
 from bitmill.formats.packed.complete import check_complete
 from bitmill.formats.packed.config import QUANT_METHOD, PackedConfig, PackedLinear
+from bitmill.inference.engine_layers import joined_parts
 
 JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 """What SGLang's decoders join; a model may say otherwise."""
@@ -78,14 +79,4 @@ class BitmillConfig(QuantizationConfig):
         """The linears that a layer is made of, in the order of its outputs."""
         if prefix in self.linears:  # the checkpoint itself may join them
             return [self.linears[prefix]]
-        parent, _, last = prefix.rpartition(".")
-        names = [f"{parent}.{name}" for name in self.joined.get(last, [last])]
-        found = [self.linears[name] for name in names if name in self.linears]
-        if found and len(found) != len(names):
-            kept = [name for name in names if name not in self.linears]
-            raise FormatError(
-                f"{prefix} joins {', '.join(names)}, of which {', '.join(kept)} are not packed: "
-                "SGLang needs all of them packed, or none",
-                param=kept[0],
-            )
-        return found
+        return joined_parts(self.linears, prefix, self.joined, "SGLang")

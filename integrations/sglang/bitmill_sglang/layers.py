@@ -15,17 +15,14 @@ from torch import Tensor, nn
 
 from bitmill.errors import FormatError
 from bitmill.formats.packed.config import PackedLinear
-from bitmill.formats.packed.share import Share, aligned_groups, even_groups
+from bitmill.formats.packed.share import Share
 from bitmill.inference.engine_layers import (
-    Product,
-    Rows,
-    common_order,
-    drop_parameters,
-    joined_rows,
-    output_rows,
+    embedding_loaded,
+    linear_loaded,
+    linear_shares,
     register_shares,
+    require_affine,
 )
-from bitmill.quant.tensors import PackedTensor
 
 if TYPE_CHECKING:
     from bitmill_sglang.config import BitmillConfig
@@ -47,32 +44,19 @@ class BitmillLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        rank, ranks = _place(layer, self.parts[0].name)
-        groups, layer.bitmill_gathers = None, False
-        if input_size_per_partition != input_size:
-            part = self.parts[0]
-            own = aligned_groups(rank, ranks, input_size) if part.order is None else None
-            groups = own or even_groups(rank, ranks, len(part.widths))
-            layer.bitmill_gathers = own is None
-        cut = sum(output_partition_sizes) != output_size
-        copies = getattr(layer, "num_kv_head_replicas", 1)
-        rows = output_rows(output_partition_sizes, rank, ranks if cut else 1, copies)
-        if len(self.parts) == 1:
-            rows = joined_rows(rows)
-        shares = [
-            Share(part, self.config.code, N, input_size, ranges, groups)
-            for part, (ranges, N) in zip(self.parts, rows, strict=True)
-        ]
+        shares, layer.bitmill_gathers = linear_shares(
+            self.parts,
+            self.config.code,
+            _place(layer, self.parts[0].name),
+            (input_size_per_partition, input_size),
+            output_partition_sizes,
+            output_size,
+            getattr(layer, "num_kv_head_replicas", 1),
+        )
         register_shares(layer, shares, self.config.orders)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        shares: list[Share] = layer.bitmill_shares
-        order = common_order(shares, self.config.orders)
-        device = next(layer.parameters()).device
-        if layer.bitmill_gathers:
-            layer.bitmill_columns = shares[0].reads(order).to(device)
-        layer.bitmill = Product([share.weight(order) for share in shares], device)
-        drop_parameters(layer)
+        linear_loaded(layer, self.config.orders)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if layer.bitmill_gathers:
@@ -85,12 +69,7 @@ class BitmillEmbeddingMethod(QuantizeMethodBase):
 
     def __init__(self, config: BitmillConfig, linear: PackedLinear) -> None:
         self.config, self.linear = config, linear
-        if config.code != "affine":
-            raise FormatError(
-                f"{linear.name}: embeddings and heads are served in affine codes only, not "
-                f"{config.code}: keep them when the model is quantized",
-                param=linear.name,
-            )
+        require_affine(linear, config.code)
 
     def create_weights(
         self,
@@ -110,13 +89,7 @@ class BitmillEmbeddingMethod(QuantizeMethodBase):
         register_shares(layer, [share], self.config.orders)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        device = next(layer.parameters()).device
-        share: Share = layer.bitmill_shares[0]
-        weight = share.weight(common_order([share], self.config.orders))
-        assert isinstance(weight, PackedTensor)
-        layer.bitmill_rows = Rows(weight, layer.bitmill_dtype)
-        layer.bitmill = Product([weight], device)
-        drop_parameters(layer)
+        embedding_loaded(layer, self.config.orders)
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         return layer.bitmill_rows(input_)

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from bitmill.errors import FormatError
 from bitmill.formats.packed.complete import check_complete
 from bitmill.formats.packed.config import QUANT_METHOD, PackedConfig, PackedLinear
+from bitmill.inference.engine_layers import joined_parts
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 
@@ -98,17 +99,7 @@ class BitmillConfig(QuantizationConfig):
 
     def _parts(self, prefix: str) -> list[PackedLinear]:
         """The linears that a layer is made of, in the order of its outputs."""
-        parent, _, last = prefix.rpartition(".")
-        names = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(last, [last])]
-        found = [self.linears[name] for name in names if name in self.linears]
-        if found and len(found) != len(names):
-            kept = [name for name in names if name not in self.linears]
-            raise FormatError(
-                f"{prefix} joins {', '.join(names)}, of which {', '.join(kept)} are not packed: "
-                "vLLM needs all of them packed, or none",
-                param=kept[0],
-            )
-        return found
+        return joined_parts(self.linears, prefix, self.packed_modules_mapping, "vLLM")
 
     def _embedding(self, prefix: str) -> PackedLinear | None:
         """The input embedding. Half of the models give it no prefix: then it goes by its name."""

@@ -8,17 +8,9 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from bitmill.errors import FormatError
 from bitmill.formats.packed.config import PackedLinear
 from bitmill.formats.packed.share import Share
-from bitmill.inference.engine_layers import (
-    Product,
-    Rows,
-    common_order,
-    drop_parameters,
-    register_shares,
-)
-from bitmill.quant.tensors import PackedTensor
+from bitmill.inference.engine_layers import embedding_loaded, register_shares, require_affine
 from bitmill_vllm.operators import look_up, make_known, multiply
 
 if TYPE_CHECKING:
@@ -30,12 +22,8 @@ class BitmillEmbeddingMethod(QuantizeMethodBase):
 
     def __init__(self, config: BitmillConfig, linear: PackedLinear | None) -> None:
         self.config, self.linear = config, linear
-        if linear is not None and config.code != "affine":
-            raise FormatError(
-                f"{linear.name}: embeddings and heads are served in affine codes only, not "
-                f"{config.code}: keep them when the model is quantized",
-                param=linear.name,
-            )
+        if linear is not None:
+            require_affine(linear, config.code)
 
     def create_weights(
         self,
@@ -62,15 +50,8 @@ class BitmillEmbeddingMethod(QuantizeMethodBase):
         return layer
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        if self.linear is None:
-            return
-        device = next(layer.parameters()).device
-        share: Share = layer.bitmill_shares[0]
-        weight = share.weight(common_order([share], self.config.orders))
-        assert isinstance(weight, PackedTensor)
-        layer.bitmill_rows = Rows(weight, layer.bitmill_dtype)
-        layer.bitmill = Product([weight], device)
-        drop_parameters(layer)
+        if self.linear is not None:
+            embedding_loaded(layer, self.config.orders)
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         return look_up(layer, input_)

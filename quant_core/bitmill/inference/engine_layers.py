@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.errors import FormatError
-from bitmill.formats.packed.share import Range, Share
+from bitmill.formats.packed.config import PackedLinear
+from bitmill.formats.packed.share import Range, Share, aligned_groups, even_groups
 from bitmill.inference.trellis import TrellisRuntime
 from bitmill.quant.tensors import PackedTensor, Stored
 from bitmill.quant.trellis import TrellisTensor
@@ -27,6 +28,71 @@ from bitmill_kernels.pack import unpack_codes, unpack_zeros
 from bitmill_kernels.reference import dequantize
 
 SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}
+
+
+def joined_parts(
+    linears: Mapping[str, PackedLinear],
+    prefix: str,
+    joined: Mapping[str, Sequence[str]],
+    engine: str,
+) -> list[PackedLinear]:
+    """The linears that a layer is made of, in the order of its outputs; none where it is kept.
+
+    joined: last parts of the names of a joined layer's linears, by that of the layer. Raises
+    FormatError where some of them are packed and others are not.
+    """
+    parent, _, last = prefix.rpartition(".")
+    names = [f"{parent}.{name}" for name in joined.get(last, [last])]
+    found = [linears[name] for name in names if name in linears]
+    if found and len(found) != len(names):
+        kept = [name for name in names if name not in linears]
+        raise FormatError(
+            f"{prefix} joins {', '.join(names)}, of which {', '.join(kept)} are not packed: "
+            f"{engine} needs all of them packed, or none",
+            param=kept[0],
+        )
+    return found
+
+
+def linear_shares(
+    parts: Sequence[PackedLinear],
+    code: str,
+    place: tuple[int, int],
+    inputs: tuple[int, int],
+    sizes: Sequence[int],
+    outputs: int,
+    copies: int,
+) -> tuple[list[Share], bool]:
+    """What one rank holds of the linears of a layer, and whether it needs the inputs of all ranks.
+
+    place: rank and number of ranks. inputs: columns of this rank and of all. sizes: rows of each
+    output on this rank. outputs: rows of all ranks together. copies: as for `output_rows`.
+    """
+    rank, ranks = place
+    own_columns, columns = inputs
+    groups, gathers = None, False
+    if own_columns != columns:
+        own = aligned_groups(rank, ranks, columns) if parts[0].order is None else None
+        groups = own or even_groups(rank, ranks, len(parts[0].widths))
+        gathers = own is None
+    rows = output_rows(sizes, rank, ranks if sum(sizes) != outputs else 1, copies)
+    if len(parts) == 1:  # the checkpoint itself may join q, k and v
+        rows = joined_rows(rows)
+    shares = [
+        Share(part, code, N, columns, ranges, groups)
+        for part, (ranges, N) in zip(parts, rows, strict=True)
+    ]
+    return shares, gathers
+
+
+def require_affine(linear: PackedLinear, code: str) -> None:
+    """Raises FormatError for an embedding or a head in another code."""
+    if code != "affine":
+        raise FormatError(
+            f"{linear.name}: embeddings and heads are served in affine codes only, not "
+            f"{code}: keep them when the model is quantized",
+            param=linear.name,
+        )
 
 
 def register_shares(layer: Any, shares: list[Share], orders: dict[str, Tensor]) -> None:
@@ -76,6 +142,28 @@ def drop_parameters(layer: Any) -> None:
         for name, (kind, _) in share.stored.items():
             getattr(layer, name).data = torch.empty(0, dtype=kind)
     del layer.bitmill_shares
+
+
+def linear_loaded(layer: Any, orders: Mapping[str, Tensor]) -> None:
+    """All parameters of a linear layer are there: build its product, `layer.bitmill`."""
+    shares: list[Share] = layer.bitmill_shares
+    order = common_order(shares, orders)
+    device = next(layer.parameters()).device
+    if layer.bitmill_gathers:
+        layer.bitmill_columns = shares[0].reads(order).to(device)
+    layer.bitmill = Product([share.weight(order) for share in shares], device)
+    drop_parameters(layer)
+
+
+def embedding_loaded(layer: Any, orders: Mapping[str, Tensor]) -> None:
+    """The same of an embedding or head, whose rows `layer.bitmill_rows` looks up."""
+    device = next(layer.parameters()).device
+    share: Share = layer.bitmill_shares[0]
+    weight = share.weight(common_order([share], orders))
+    assert isinstance(weight, PackedTensor)
+    layer.bitmill_rows = Rows(weight, layer.bitmill_dtype)
+    layer.bitmill = Product([weight], device)
+    drop_parameters(layer)
 
 
 class Product:
