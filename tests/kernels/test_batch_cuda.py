@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from bitmill_kernels.hopper.launch import Launch, launch_for
 from bitmill_kernels.hopper.schedule import (
     MAX_SHARED_BYTES,
+    WarpgroupShape,
     batch_tokens,
     group_bytes,
     plan_rings,
@@ -108,3 +110,40 @@ def test_units_of_a_trellis_are_the_circles_of_their_rows(rows):
             seen.append((output, group))
     wanted = [(row, group) for row in range(0, N, rows) for group in range(len(rates))]
     assert seen == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_launch_hands_over_its_tables_and_what_it_is_given(dtype):
+    table = np.zeros((7, 4, 12), dtype=np.int32)
+    shape, rings = WarpgroupShape(2, 1), plan_rings(4096, 32, 1)
+    launches = {tokens: Launch(table, shape, rings, tokens, CPU) for tokens in (32, 64)}
+    x, y = torch.zeros(70, 256, dtype=dtype), torch.zeros(70, 40, dtype=dtype)
+    seen = []
+
+    def function(arguments, *rest):
+        seen.append((arguments._obj, rest))
+        return len(seen) - 1
+
+    launch = launch_for(launches, 70)
+    assert launch is launches[64]
+    assert launch_for(launches, 32) is launches[32]
+    how = {"groups": 3, "scaled": dtype == torch.bfloat16, "overlap": True, "pair_count": 3}
+    launch(function, x, y, 256, 0.5, **how)
+    ((found, rest),) = seen
+    assert rest == (256, 0.5, 2, 1, 64, 7, rings.total_bytes, 1, None)
+    assert (found.x, found.y, found.units) == (x.data_ptr(), y.data_ptr(), launch.units.data_ptr())
+    assert (found.tokens, found.x_stride, found.output_stride) == (70, 256, 40)
+    assert (found.unit_capacity, found.pair_count) == (3, 3)
+    assert (found.stage_count, found.slot_count) == (rings.stages, rings.slots)
+    assert (found.factors is not None) == bool(found.is_bf16) == (dtype == torch.bfloat16)
+    assert None not in (found.inputs, found.partial, found.counters)
+    with pytest.raises(RuntimeError, match="64 tokens: cudaError 1"):
+        launch(function, x, y, 256, 0.5, **how)
+
+
+def test_circles_are_copied_only_where_a_short_group_is_filled_up():
+    whole, short = torch.ones(3, 8, 64, dtype=torch.uint8), torch.ones(3, 5, 64, dtype=torch.uint8)
+    assert trellis.full_circles(whole) is whole
+    filled = trellis.full_circles(short)
+    assert torch.equal(filled[:, :5], short)
+    assert not filled[:, 5:].any()

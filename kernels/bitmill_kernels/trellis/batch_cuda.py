@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitmill_kernels.hopper.building import HEADERS, HOPPER, architecture_flags
+from bitmill_kernels.hopper.launch import Launch, launch_for
 from bitmill_kernels.hopper.schedule import (
-    Arguments,
     Rings,
     WarpgroupShape,
     by_preference,
-    group_bytes,
     plan_rings,
     unit_table,
     whole_tiles,
@@ -27,7 +26,6 @@ from bitmill_kernels.layout import GROUP_SIZE
 from bitmill_kernels.trellis.encode import built
 from bitmill_kernels.trellis.layout import TILE, tile_bytes
 from bitmill_kernels.trellis.product import stored_groups
-from bitmill_kernels.workspace import workspace
 
 TILES = GROUP_SIZE // TILE
 
@@ -93,90 +91,41 @@ class CudaTrellisBatch:
         self.N, self.K, self._rates = len(row_scales), K, tuple(rates)
         self._rows, self._groups, self._order = row_scales, group_scales, order
         self._largest = float(group_scales.abs().max())
-        stored = [_full(circles) for _, _, circles in stored_groups(circles, rates, K)]
+        device = row_scales.device
+        stored = [full_circles(one) for _, _, one in stored_groups(circles, rates, K)]
         self._circles = stored  # their addresses are in the tables
-        self._launches = {
-            tokens: _Launch(stored, self.N, self._rates, shape, tokens)
-            for tokens, shape in shapes.items()
-        }
+        addresses = [one.data_ptr() for one in stored]
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._launches = {}
+        for tokens, shape in shapes.items():
+            rings = plan(rates, shape, tokens)
+            if rings is None:
+                raise ValueError(f"{shape} cannot run {tokens} tokens: no place in shared memory")
+            blocks = whole_tiles(-(-self.N // shape.rows), processors)
+            table = schedule(addresses, self.N, rates, shape.rows, blocks, tokens)
+            self._launches[tokens] = Launch(table, shape, rings, tokens, device)
 
     def __call__(self, x: Tensor, *, overlap: bool = True) -> Tensor:
         """y [T, N] of x [T, K] in the source's columns, f16 or bf16, with contiguous rows.
 
         overlap: let the launch begin while the one before it on the stream drains.
         """
-        tokens, groups = len(x), len(self._rates)
-        y = torch.empty(tokens, self.N, dtype=x.dtype, device=x.device)
-        tile = next((tile for tile in self._launches if tile >= tokens), max(self._launches))
-        launch = self._launches[tile]
-        padded = -(-tokens // tile) * tile
-        inputs = workspace("batch inputs", groups * group_bytes(padded), x.device)
-        factors = workspace("batch factors", 4 * tokens, x.device)
-        arguments = Arguments(
-            units=launch.units.data_ptr(),
-            x=x.data_ptr(),
-            order=None if self._order is None else self._order.data_ptr(),
-            inputs=inputs.data_ptr(),
-            factors=factors.data_ptr(),
-            row_scales=self._rows.data_ptr(),
-            partial=launch.partial.data_ptr(),
-            counters=launch.counters.data_ptr(),
-            y=y.data_ptr(),
-            pair_count=groups,
-            tokens=tokens,
-            x_stride=x.stride(0),
-            output_stride=y.stride(0),
-            unit_capacity=launch.units.shape[1] - 1,
-            stage_count=launch.rings.stages,
-            stage_bytes=launch.rings.stage_bytes,
-            slot_count=launch.rings.slots,
-            is_bf16=int(x.dtype == torch.bfloat16),
-        )
-        status = self._library.bitmill_trellis_batch(
-            ctypes.byref(arguments),
+        y = torch.empty(len(x), self.N, dtype=x.dtype, device=x.device)
+        launch_for(self._launches, len(x))(
+            self._library.bitmill_trellis_batch,
+            x,
+            y,
             self.K,
             self._groups.data_ptr(),
             self._largest,
-            launch.shape.groups,
-            launch.shape.row_tiles,
-            tile,
-            len(launch.units),
-            launch.rings.total_bytes,
-            int(overlap),
-            torch.cuda.current_stream(x.device).cuda_stream,
+            groups=len(self._rates),
+            scaled=True,
+            overlap=overlap,
+            order=None if self._order is None else self._order.data_ptr(),
+            row_scales=self._rows.data_ptr(),
+            pair_count=len(self._rates),
         )
-        if status != 0:
-            raise RuntimeError(
-                f"the batch kernel of trellis codes failed to launch with {launch.shape} and "
-                f"{tile} tokens: cudaError {status}"
-            )
         return y
-
-
-class _Launch:
-    """Tables and workspace of one block shape and number of tokens."""
-
-    def __init__(
-        self,
-        circles: Sequence[Tensor],
-        N: int,
-        rates: tuple[int, ...],
-        shape: WarpgroupShape,
-        tokens: int,
-    ) -> None:
-        rings = plan(rates, shape, tokens)
-        if rings is None:
-            raise ValueError(f"{shape} cannot run {tokens} tokens: no place in shared memory")
-        device = circles[0].device
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        addresses = [one.data_ptr() for one in circles]
-        blocks = whole_tiles(-(-N // shape.rows), processors)
-        table = schedule(addresses, N, rates, shape.rows, blocks, tokens)
-        self.shape, self.rings = shape, rings
-        self.units = torch.from_numpy(table).to(device)
-        blocks, warps = len(table), 4 * shape.groups
-        self.counters = torch.zeros(blocks * warps, dtype=torch.int32, device=device)
-        self.partial = workspace("batch partial", blocks * 2 * shape.rows * tokens * 4, device)
 
 
 def schedule(
@@ -213,9 +162,10 @@ def schedule(
     return unit_table(unit, cost, block_count)
 
 
-def _full(circles: Tensor) -> Tensor:
+def full_circles(circles: Tensor) -> Tensor:
     """Circles u8 [tile rows, 8, 32 k]: a short group is filled up, x being 0 there."""
-    return functional.pad(circles, (0, 0, 0, TILES - circles.shape[1]))
+    missing = TILES - circles.shape[1]
+    return functional.pad(circles, (0, 0, 0, missing)) if missing else circles
 
 
 @cache
