@@ -155,6 +155,35 @@ __device__ __forceinline__ int low_plane(int width) {
   return width == 3 ? 2 : width == 5 || width == 6 ? 4 : width;
 }
 
+__device__ __forceinline__ float load_bias(const DecodeArguments& p, int output) {
+  if (p.bias == nullptr) return 0.0f;
+  return p.is_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(p.bias)[output])
+                   : __half2float(static_cast<const __half*>(p.bias)[output]);
+}
+
+__device__ __forceinline__ void store_output(const DecodeArguments& p, int token, int output,
+                                             float value) {
+  const int64_t at = static_cast<int64_t>(token) * p.output_stride + output;
+  if (p.is_bf16) {
+    static_cast<__nv_bfloat16*>(p.y)[at] = __float2bfloat16_rn(value);
+  } else {
+    static_cast<__half*>(p.y)[at] = __float2half_rn(value);
+  }
+}
+
+// Counts a warp that leaves its sums of a tile; how many have before it, for all of its lanes.
+__device__ __forceinline__ int arrive_at(int* counter, int thread) {
+  int arrived = 0;
+  __syncwarp();
+  if (thread == 0) {
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+                 : "=r"(arrived)
+                 : "l"(counter)
+                 : "memory");
+  }
+  return __shfl_sync(0xffffffffu, arrived, 0);
+}
+
 __device__ __forceinline__ float load_input(const DecodeArguments& p, int64_t at) {
   return p.is_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(p.x)[at])
                    : __half2float(static_cast<const __half*>(p.x)[at]);

@@ -143,11 +143,7 @@ __device__ __forceinline__ void store_outputs(const DecodeArguments& p, const Ta
     const int at = row + half * 8 + lane.row;
     if (at >= tile.live_rows) continue;
     const int output = tile.output + at;
-    float bias = 0.0f;
-    if (p.bias != nullptr) {
-      bias = p.is_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(p.bias)[output])
-                       : __half2float(static_cast<const __half*>(p.bias)[output]);
-    }
+    const float bias = load_bias(p, output);
     const float row_scale = p.row_scales ? __ldg(p.row_scales + output) : 1.0f;
 #pragma unroll
     for (int n = 0; n < EIGHTS; ++n) {
@@ -158,12 +154,7 @@ __device__ __forceinline__ void store_outputs(const DecodeArguments& p, const Ta
         const float factor = (p.factors ? __ldcg(p.factors + t) : 1.0f) * row_scale;
         const float4 sum = sums[n];
         const float value = half ? (e ? sum.w : sum.z) : (e ? sum.y : sum.x);
-        const int64_t to = static_cast<int64_t>(t) * p.output_stride + output;
-        if (p.is_bf16) {
-          static_cast<__nv_bfloat16*>(p.y)[to] = __float2bfloat16_rn(value * factor + bias);
-        } else {
-          static_cast<__half*>(p.y)[to] = __float2half_rn(value * factor + bias);
-        }
+        store_output(p, t, output, value * factor + bias);
       }
     }
   }
@@ -197,17 +188,8 @@ __device__ __forceinline__ void finish(const DecodeArguments& p, const Target& t
     if (!shared) store_outputs(p, tile, rows + i / kEights * 64, i % kEights, lane, sums);
   }
   if (!shared) return;
-  __syncwarp();
-  int arrived = 0;
   int* counter = p.counters + tile.first_block * WARPS + warp;
-  if (thread == 0) {
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
-                 : "=r"(arrived)
-                 : "l"(counter)
-                 : "memory");
-  }
-  arrived = __shfl_sync(0xffffffffu, arrived, 0);
-  if (arrived != tile.blocks - 1) return;
+  if (arrive_at(counter, thread) != tile.blocks - 1) return;
 #pragma unroll 1
   for (int i = 0; i < kCells; i += kAtOnce) {
     float4 sums[kAtOnce] = {};

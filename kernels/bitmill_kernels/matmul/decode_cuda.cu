@@ -147,24 +147,14 @@ __device__ __forceinline__ void store_outputs(const DecodeArguments& p, const Ta
     const int row = warp_row + r * 8 + lane.row;
     if (row >= tile.live_rows) continue;
     const int output = tile.output + row;
-    float bias = 0.0f;
-    if (p.bias != nullptr) {
-      bias = p.is_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(p.bias)[output])
-                       : __half2float(static_cast<const __half*>(p.bias)[output]);
-    }
+    const float bias = load_bias(p, output);
 #pragma unroll
     for (int n = 0; n < TOKEN_TILES; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int t = n * 8 + 2 * lane.column + e;
         if (t >= p.tokens) continue;
-        const float y = total[r / 2][n][(r % 2) * 2 + e] + bias;
-        const size_t at = static_cast<size_t>(t) * p.output_stride + output;
-        if (p.is_bf16) {
-          static_cast<__nv_bfloat16*>(p.y)[at] = __float2bfloat16(y);
-        } else {
-          static_cast<__half*>(p.y)[at] = __float2half(y);
-        }
+        store_output(p, t, output, total[r / 2][n][(r % 2) * 2 + e] + bias);
       }
     }
   }
@@ -184,17 +174,8 @@ __device__ __forceinline__ bool reduce(const DecodeArguments& p, const Target& t
     const int t = (i / 4 % TOKEN_TILES) * 8 + 2 * lane.column + i % 2;
     if (t < p.tokens) __stcg(mine + i * 32, total[i / (4 * TOKEN_TILES)][i / 4 % TOKEN_TILES][i % 4]);
   }
-  __syncwarp();
-  int arrived = 0;
   int* counter = p.counters + tile.first_block * WARPS + warp;
-  if (thread == 0) {
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
-                 : "=r"(arrived)
-                 : "l"(counter)
-                 : "memory");
-  }
-  arrived = __shfl_sync(0xffffffffu, arrived, 0);
-  if (arrived != tile.blocks - 1) return false;
+  if (arrive_at(counter, thread) != tile.blocks - 1) return false;
 #pragma unroll
   for (int i = 0; i < kCells; ++i) total[i / (4 * TOKEN_TILES)][i / 4 % TOKEN_TILES][i % 4] = 0.0f;
 #pragma unroll(32 / kCells)
