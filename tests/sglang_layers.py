@@ -225,7 +225,7 @@ def load_weights(
 
     names: of the layers in the model.
     """
-    parameters = {
+    parameters: dict[str, Any] = {
         f"{name}.{key}": value
         for place, name in names.items()
         for key, value in layers[place].named_parameters()
@@ -235,11 +235,11 @@ def load_weights(
             if one in name:
                 target = parameters.get(name.replace(one, joined))
                 if target is not None:
-                    target.weight_loader(target, tensor, shard)  # type: ignore[attr-defined]
+                    target.weight_loader(target, tensor, shard)
                 break
         else:
             if name in parameters:
-                parameters[name].weight_loader(parameters[name], tensor)  # type: ignore[attr-defined]
+                parameters[name].weight_loader(parameters[name], tensor)
 
 
 def _module(name: str, **names: Any) -> ModuleType:

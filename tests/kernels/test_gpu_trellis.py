@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitmill.inference.trellis import TrellisLinear
+from bitmill.inference.trellis import TrellisLinear, TrellisRuntime
 from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.trellis import TrellisTensor
 from bitmill_kernels.trellis import batch_cuda
@@ -39,6 +39,17 @@ def test_searched_circles_are_as_good_as_those_of_torch(rate, count):
     assert float(ratio.amax()) < 1.10
 
 
+def random_weight(N, K, rates, draw):
+    """Random circles, scales and order."""
+    circles = {
+        key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+        for key, shape in circle_shapes(N, K, rates).items()
+    }
+    scales = [torch.rand(n, generator=draw).half() for n in (N, len(rates))]
+    order = torch.randperm(K, generator=draw).int()
+    return TrellisTensor(N, K, rates, circles, *scales, packed_rewrites("trellis", order))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("N", "K", "rates"),
@@ -53,19 +64,13 @@ def test_searched_circles_are_as_good_as_those_of_torch(rate, count):
 )
 def test_products_are_those_of_the_decoded_weights(N, K, rates, dtype):
     draw = torch.Generator().manual_seed(N)
-    circles = {
-        key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
-        for key, shape in circle_shapes(N, K, rates).items()
-    }
-    scales = [torch.rand(n, generator=draw).half() for n in (N, len(rates))]
-    order = torch.randperm(K, generator=draw).int()
-    rewrites = packed_rewrites("trellis", order)
-    weight = TrellisTensor(N, K, rates, circles, *scales, rewrites)
+    weight = random_weight(N, K, rates, draw)
     W = weight.dequantize().double()
     module = TrellisLinear.from_packed(weight).cuda()
     assert available(), "the kernels were not built: see the log"
     inner = weight.packed_values()
-    product = TrellisProduct(circles, *scales, K, rates, torch.device("cpu"))
+    scales = weight.row_scales, weight.group_scales
+    product = TrellisProduct(weight.circles, *scales, K, rates, torch.device("cpu"))
     torch.testing.assert_close(product.weights(0, N), inner)
     for tokens in (1, 2, 7, 8, 9, 16, 31, 33, 100):
         x = torch.randn(tokens, K, generator=draw).to(dtype)
@@ -89,15 +94,9 @@ def test_every_shape_of_the_batch_kernel_is_right_and_repeatable(N, K, rates, dt
     if not batch_cuda.available(torch.device("cuda")):
         pytest.skip("the batch kernel needs Hopper and nvcc")
     draw = torch.Generator().manual_seed(N)
-    circles = {
-        key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
-        for key, shape in circle_shapes(N, K, rates).items()
-    }
-    scales = [torch.rand(n, generator=draw).half() for n in (N, len(rates))]
-    order = torch.randperm(K, generator=draw).int()
-    weight = TrellisTensor(N, K, rates, circles, *scales, packed_rewrites("trellis", order))
+    weight = random_weight(N, K, rates, draw)
     W = weight.dequantize().double()
-    runtime = TrellisLinear.from_packed(weight).cuda()._build(torch.device("cuda"))
+    runtime = TrellisRuntime(weight, torch.device("cuda"))
     for tile, shapes in batch_cuda.SHAPES.items():
         for shape in shapes:
             if batch_cuda.plan(rates, shape, tile) is None:
