@@ -2,8 +2,8 @@
 
 A transform of the source is exact: it makes another model of the same function, of which the rest
 of a job knows nothing more. Its headers are known without reading a weight, so a job is planned on
-them; stage `resolve` writes the folder (`transforms/source.py`). The folder's config.json, and with
-it that of the result, lists the transforms under `RECORD`. Torch-free.
+them; stage `resolve` writes the folder (`models/rewrite_source.py`). The folder's config.json, and
+with it that of the result, lists the transforms under `RECORD`. Torch-free.
 """
 
 from __future__ import annotations
