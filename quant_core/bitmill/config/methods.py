@@ -185,6 +185,7 @@ class OmniQuant(MethodConfig):
     learner: ClassVar[str | None] = "bitmill.refinement.omniquant.model:ModelLearning"
     max_devices: ClassVar[int | None] = 1
     transformed: ClassVar[bool] = False
+    drops: ClassVar[bool] = True
 
     mode: Literal["clipping", "scales", "rounding"] = "rounding"
     epochs: int | None = Field(default=None, ge=0, le=1000)

@@ -42,6 +42,12 @@ def test_several_devices_take_what_works_on_them():
     assert parse_config({"budget": {"bits": 3}, "effort": "balanced", "devices": 2}).devices == 2
 
 
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_every_effort_may_drop_groups(effort):
+    found = method(effort=effort, allocation={"widths": [0, 2, 3]})
+    assert found == method(effort=effort)
+
+
 @pytest.mark.parametrize("stored", [{"code": "trellis"}, {"format": "bitmill-2"}])
 def test_another_code_takes_what_it_has(stored):
     config = parse_config({"budget": {"bits": 3}, "effort": "best"} | stored)

@@ -50,10 +50,10 @@ def test_defaults_round_trip_through_json():
         (
             {
                 "allocation": {"method": "map", "map": {"linears": {"a": "20"}}},
-                "refinement": {"method": "omniquant"},
+                "refinement": {"method": "exllama"},
             },
             "allocation.map",
-            "with refinement 'omniquant'",
+            "with refinement 'exllama'",
         ),
         ({"allocation": {"widths": [2, 3], "edge_min_bits": 4}}, "allocation", "edge_min_bits 4"),
         (

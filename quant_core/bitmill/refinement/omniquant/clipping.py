@@ -50,9 +50,11 @@ class LearnedClipping(nn.Module):
         """Scale and zero point f32 [R, 1], both storable, differentiable."""
         share = torch.sigmoid(self.upper)
         high, low = share * self.high, torch.sigmoid(self.lower) * self.low
+        # Of dropped groups the largest code is 0, and so are step and scale.
         step = torch.where(
-            self.rows.one_bit, 4 * share * self.spread, (high - low) / self.rows.largest
+            self.rows.largest > 0, (high - low) / self.rows.largest.clamp(min=1.0), 0.0
         )
+        step = torch.where(self.rows.one_bit, 4 * share * self.spread, step)
         scale = straight_half(step)
         safe = torch.where(scale > 0, scale, 1.0)
         zero = torch.where(self.rows.one_bit, 0.5 - self.mean / safe, -low / safe)

@@ -59,7 +59,7 @@ class LinearRows:
 class BlockRows:
     """The layout of a block's linears, taken from any quantized weights of theirs.
 
-    largest:   f32 [R, 1] largest code 2^b - 1 of each row
+    largest:   f32 [R, 1] largest code 2^b - 1 of each row, 0 in a dropped group
     zero_step: f32 [R, 1] step of the storable zero points: 1, or 1/8 at width 1
     zero_top:  f32 [R, 1] largest storable zero point
     columns:   f32 [R, 1] columns in use

@@ -56,6 +56,24 @@ def test_packing_what_was_learned_is_exact(mode: Literal["clipping", "scales", "
         assert torch.equal(packed.dequantize(), weight_of(module))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_dropped_groups_stay_dropped_while_others_learn(
+    mode: Literal["clipping", "scales", "rounding"],
+) -> None:
+    start, _, learned = run(mode, (0, 3))
+    assert learned.report.kept == "learned"
+    assert learned.report.loss_after < learned.report.loss_before
+    for name, weight in learned.weights.items():
+        assert weight.widths == start[name].widths
+        dropped = [g for g, width in enumerate(weight.widths) if not width]
+        assert dropped
+        assert not weight.scales[dropped].any()
+        assert not weight.zeros[dropped].any()
+        assert not weight.codes[:, :128].any()
+        assert not torch.equal(weight.scales, start[name].scales)
+        assert torch.equal(weight.pack().unpack().dequantize(), weight.dequantize())
+
+
 def test_rounding_gains_more_than_scales() -> None:
     gains = [run(mode)[2].report.loss_after for mode in ("scales", "rounding")]
     assert gains[1] < gains[0]
