@@ -52,7 +52,7 @@ from bitmill.plan.model_plan import Plan
 from bitmill.runtime.launch import as_rank, is_rank, run_ranks
 from bitmill.runtime.memory import free_device_bytes, spare_host_bytes
 from bitmill.runtime.process import computing
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill.runtime.timer import Recorder
 
 OUTLIERS = 0.002
@@ -214,7 +214,7 @@ class Watch:
         self.units.append(Unit(name, number, self._recorder.take()))
 
 
-def run(options: argparse.Namespace, group: Group, device: torch.device) -> dict[str, Any]:
+def run(options: argparse.Namespace, group: Ranks, device: torch.device) -> dict[str, Any]:
     shape = SHAPES[options.shape]
     spec = spec_of(options)
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
@@ -316,7 +316,7 @@ def run_stages(
     source: Path,
     root: Path,
     device: torch.device,
-    group: Group,
+    group: Ranks,
     watch: Watch,
     options: argparse.Namespace,
     shape: Shape,

@@ -24,7 +24,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.runtime.launch import as_rank
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.sensitivity.measure import make_profile
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def ranks_job(
-    model_folder: Path, out: Path, group: Group = SINGLE, die: int | None = None
+    model_folder: Path, out: Path, group: Ranks = SINGLE, die: int | None = None
 ) -> RefinedModel:
     """Profiles of every kind, a knapsack map and the refined blocks, in folders of `out`."""
     asked: dict[str, Any] = {

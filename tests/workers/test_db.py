@@ -78,3 +78,20 @@ def test_sqlite_finds_the_head_of_the_queue_without_looking_through_it(tmp_path:
         sql = rank.limit(1).compile(database.engine, compile_kwargs={"literal_binds": True})
         plan = [row[-1] for row in conn.execute(sa.text(f"EXPLAIN QUERY PLAN {sql}"))]
     assert plan == ["SEARCH jobs USING COVERING INDEX ix_jobs_queue_rank (state=?)"]
+
+
+def test_sqlite_finds_a_position_in_the_queue_by_the_index_of_queued_jobs(
+    database: Database, store: JobStore
+) -> None:
+    job, asked = store.submit(spec()).job, []
+
+    @sa.event.listens_for(database.engine, "before_cursor_execute")
+    def note(conn: object, cursor: object, sql: str, values: tuple[str, ...], *_: object) -> None:
+        asked.append((sql, values))
+
+    assert store.queues([job]).before == {job.id: 0}
+    sql, values = asked[0]
+    with database.read() as conn:
+        plan = [row[-1] for row in conn.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", values)]
+    assert plan[1:] == ["SEARCH jobs USING INDEX ix_jobs_queue_rank (state=?) LEFT-JOIN"]
+    assert plan[0].startswith("SEARCH mine USING ")

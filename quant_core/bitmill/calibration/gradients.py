@@ -38,7 +38,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.plan.block_memory import backward_bytes
 from bitmill.plan.model_plan import Plan
 from bitmill.runtime.memory import free_device_bytes, spare_host_bytes
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.runtime.timer import timed
 
 LOGIT_VALUES = 3 << 24
@@ -89,7 +89,7 @@ class GradientPass:
         settings: PassSettings,
         *,
         scratch: Path | None = None,
-        group: Group = SINGLE,
+        group: Ranks = SINGLE,
     ) -> None:
         if tokens.shape[1] < 2:
             raise CalibrationError(

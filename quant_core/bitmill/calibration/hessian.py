@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitmill.errors import CalibrationError
 from bitmill.runtime.deferred_reads import ReadLater
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill.runtime.timer import timed
 from bitmill.solvers.factor import mirrored
 from bitmill_kernels.linalg.hessian import hessian_update
@@ -91,7 +91,7 @@ def _check_rows(name: str, bad: Tensor, some: ReadLater) -> None:
     )
 
 
-def all_reduce(hessians: Collection[HessianAccumulator], group: Group) -> Callable[[], None]:
+def all_reduce(hessians: Collection[HessianAccumulator], group: Ranks) -> Callable[[], None]:
     """Add what the other ranks have seen; returns what checks all of this rank's inputs."""
     checks = [hessian.check_later() for hessian in hessians]
     group.all_reduce(*(sums for one in hessians for sums in (one._sum, one._mass)))

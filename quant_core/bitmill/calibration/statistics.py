@@ -30,7 +30,7 @@ from bitmill.calibration.replay import Replay
 from bitmill.calibration.undersampled_experts import filled_means
 from bitmill.models.streamed import StreamedModel, weight_of
 from bitmill.quant.codes import row_errors
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.runtime.timer import timed
 from bitmill.solvers.factor import mirrored
 from bitmill_kernels.linalg.hessian import cross_update, hessian_update
@@ -59,7 +59,7 @@ class Stream:
 
     hidden: Tensor
     source: Tensor | None = None
-    group: Group = SINGLE
+    group: Ranks = SINGLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +136,7 @@ class _Sums:
                 self._energy += torch.linalg.vector_norm(a, dim=0).double().square()
             self._mass += len(b)
 
-    def all_reduce(self, group: Group) -> None:
+    def all_reduce(self, group: Ranks) -> None:
         group.all_reduce(self._cross, self._energy, self._mass)
 
     def mean(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
@@ -303,7 +303,7 @@ class _Collector:
             whole=whole,
         )
 
-    def finish(self, ranks: Group, rows: Callable[[int], Rows]) -> dict[str, InputStatistics]:
+    def finish(self, ranks: Ranks, rows: Callable[[int], Rows]) -> dict[str, InputStatistics]:
         check = all_reduce(self.hessians.values(), ranks)
         for sums in (*self.drifts.values(), *self.shifts.values()):
             sums.all_reduce(ranks)

@@ -22,7 +22,7 @@ from bitmill.calibration.block_inputs import HostMemory
 from bitmill.calibration.hooks import embed_windows
 from bitmill.models.streamed import StreamedModel
 from bitmill.runtime.memory import free_device_bytes, spare_host_bytes
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 
 
 class HiddenStates:
@@ -39,7 +39,7 @@ class HiddenStates:
         scratch: Path,
         *,
         turn: int,
-        group: Group = SINGLE,
+        group: Ranks = SINGLE,
         host_bytes: int | None = None,
     ) -> None:
         limit = spare_host_bytes() // group.size if host_bytes is None else host_bytes

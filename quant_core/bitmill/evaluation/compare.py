@@ -38,7 +38,7 @@ from bitmill.plan.model_plan import Plan, plan_for_map
 from bitmill.plan.source_model import recorded
 from bitmill.results import QualityRow, TextQuality
 from bitmill.runtime.process import computing
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def measure(
     texts: Mapping[str, Tensor],
     candidates: Mapping[str, Candidate],
     on_unit: Callable[[int, int, str, str], None],
-    group: Group = SINGLE,
+    group: Ranks = SINGLE,
     known: Mapping[str, Tensor] | None = None,
 ) -> list[QualityRow]:
     """Rows of the source and of every candidate on every text: windows int64 [S, T] by name.

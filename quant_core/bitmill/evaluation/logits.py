@@ -27,7 +27,7 @@ from bitmill.calibration.hooks import embed_windows, run_windows
 from bitmill.errors import NumericalError
 from bitmill.models.streamed import StreamedModel
 from bitmill.results import TextQuality
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 
 CHUNK = 256
 CPU_ROWS = 64
@@ -109,7 +109,7 @@ class WindowMeasures:
     agreement: Tensor
     length: int
 
-    def gathered(self, group: Group, count: int) -> WindowMeasures:
+    def gathered(self, group: Ranks, count: int) -> WindowMeasures:
         """The measures of all `count` windows, of which each rank has its part."""
         own = torch.stack([self.nll, self.source_nll, self.kl, self.agreement], 1)
         nll, source_nll, kl, agreement = group.gather_rows(own, count).unbind(1)

@@ -66,7 +66,7 @@ from bitmill.plan.model_plan import Plan
 from bitmill.results import QualityReport
 from bitmill.runtime.memory import refusal
 from bitmill.runtime.process import computing
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.runtime.warm_up import warm_up
 
 T = TypeVar("T")
@@ -339,7 +339,7 @@ def run_job(
     stage_folder: Path | None = None,
     turns: Turns | None = None,
     device: str | torch.device = "cpu",
-    group: Group = SINGLE,
+    group: Ranks = SINGLE,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result:

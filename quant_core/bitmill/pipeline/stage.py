@@ -26,7 +26,7 @@ from bitmill.models.dtypes import compute_dtype
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.progress import StageName
 from bitmill.plan.model_plan import Plan
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill_kernels.backend import resolve_backend
 
 Inputs = TypeVar("Inputs")
@@ -42,7 +42,7 @@ class Run:
     """
 
     device: torch.device
-    group: Group
+    group: Ranks
     on_unit: Callable[..., None]
     warn: Callable[[str], None]
     seconds: Callable[[], dict[str, float]]
@@ -91,7 +91,7 @@ class Environment:
     transformers_version: str
 
     @classmethod
-    def here(cls, device: torch.device, group: Group) -> Environment:
+    def here(cls, device: torch.device, group: Ranks) -> Environment:
         """This process, with the ranks it works with."""
         triton = resolve_backend("auto", device) == "triton"
         return cls(

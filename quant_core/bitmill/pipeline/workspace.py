@@ -33,7 +33,7 @@ from bitmill.io.atomic import disk_errors, publish_folder, read_json, write_json
 from bitmill.pipeline.progress import Progress, StageName
 from bitmill.pipeline.stage import Run, Stage
 from bitmill.pipeline.work_folder import HIDDEN, LOCK, STAGE_FILE
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 
 Inputs = TypeVar("Inputs")
 
@@ -78,7 +78,7 @@ class Workspace:
         root: Path,
         emit: Callable[[Progress], None],
         should_stop: Callable[[], bool],
-        group: Group = SINGLE,
+        group: Ranks = SINGLE,
         device: torch.device | None = None,
         shared: Path | None = None,
         turns: Turns | None = None,

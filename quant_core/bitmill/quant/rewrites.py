@@ -23,7 +23,7 @@ from torch import Tensor
 from bitmill.config.transforms import TRANSFORMS
 from bitmill.errors import FormatError
 from bitmill.registry import load_object
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 
 
 class Rewrite(ABC):
@@ -72,7 +72,7 @@ class Rewrite(ABC):
     def check(self, name: str, N: int, K: int) -> None:
         """Raise FormatError unless it fits the linear `name` of N rows and K columns."""
 
-    def gathered(self, ranks: Group, count: int) -> Self:
+    def gathered(self, ranks: Ranks, count: int) -> Self:
         """For all `count` rows of a linear of which each rank rewrote its own."""
         return self
 
@@ -184,7 +184,7 @@ class Rewrites(tuple[Rewrite, ...]):
         for one in self:
             one.check(name, N, K)
 
-    def gathered(self, ranks: Group, count: int) -> Rewrites:
+    def gathered(self, ranks: Ranks, count: int) -> Rewrites:
         """For all `count` rows of a linear of which each rank rewrote its own."""
         return Rewrites(one.gathered(ranks, count) for one in self)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from bitmill.errors import FormatError
 from bitmill.quant.rewrites import NO_REWRITES, Rewrites
 from bitmill.registry import Registry
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill_kernels.layout import (
     GROUP_SIZE,
     PLANES,
@@ -75,7 +75,7 @@ class Quantized(Protocol):
     def codes_sha256(self) -> str:
         """SHA-256 of the bytes of `codes`."""
 
-    def gathered(self, ranks: Group, count: int) -> Self:
+    def gathered(self, ranks: Ranks, count: int) -> Self:
         """All `count` rows of a linear of which each rank holds its part."""
 
     def pack(self) -> Stored:
@@ -202,7 +202,7 @@ class QuantizedWeight:
         """SHA-256 of the codes as N*K bytes, row by row in packed column order."""
         return hashlib.sha256(self.codes.contiguous().cpu().numpy().data).hexdigest()
 
-    def gathered(self, ranks: Group, count: int) -> QuantizedWeight:
+    def gathered(self, ranks: Ranks, count: int) -> QuantizedWeight:
         """All `count` rows of a linear of which each rank holds its part."""
         if ranks.size == 1:
             return self

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bitmill.errors import FormatError
 from bitmill.quant.rewrites import NO_REWRITES, Rewrites
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill_kernels.layout import GROUP_SIZE, group_columns
 from bitmill_kernels.trellis.layout import circle_shapes
 from bitmill_kernels.trellis.product import TrellisProduct
@@ -83,7 +83,7 @@ class TrellisTensor:
         """The same codes with these rewrites."""
         return replace(self, rewrites=rewrites)
 
-    def gathered(self, ranks: Group, count: int) -> TrellisTensor:
+    def gathered(self, ranks: Ranks, count: int) -> TrellisTensor:
         """Itself: one rank makes all rows."""
         assert ranks.size == 1
         return self

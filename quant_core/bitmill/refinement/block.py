@@ -42,7 +42,7 @@ from bitmill.models.streamed import StreamedModel, set_weight, weight_of
 from bitmill.quant.rewrites import Rewrites
 from bitmill.quant.tensors import Quantized
 from bitmill.results import LinearResult
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill.solvers.solver import (
     Correction,
     Linear,
@@ -130,7 +130,7 @@ class _BlockJob:
     state: BlockState
     widths: Mapping[str, tuple[int, ...]]
     settings: RefineSettings
-    ranks: Group
+    ranks: Ranks
     solved: list[Solved] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=dict)
 

@@ -56,7 +56,7 @@ from bitmill.refinement.vectors import changed_vectors, restore_vectors, vectors
 from bitmill.registry import load_object
 from bitmill.results import BlockQuality, LinearResult, TuningQuality
 from bitmill.runtime.graphs import graphs_kept
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.solvers.solver import solver_of
 from bitmill.transforms.column_order import ColumnOrders
 from bitmill.transforms.transform import made_of
@@ -154,7 +154,7 @@ def refine_model(
     seed: int,
     on_unit: Callable[[int, int, str, str], None],
     transforms: Sequence[TransformConfig] = (),
-    group: Group = SINGLE,
+    group: Ranks = SINGLE,
     host_bytes: int | None = None,
 ) -> None:
     """Quantize every linear of the map; `folder` may hold blocks of an earlier, killed run.
@@ -262,7 +262,7 @@ class _Run:
         transforms: Sequence[TransformConfig],
         folder: Path,
         seed: int,
-        group: Group,
+        group: Ranks,
         states: HiddenStates,
     ) -> None:
         self.model, self.inputs, self.solver = model, inputs, solver_of(method)

@@ -34,7 +34,7 @@ from bitmill.runtime.process import environment, settle_own_process
 if TYPE_CHECKING:
     import torch
 
-    from bitmill.runtime.ranks import Group
+    from bitmill.runtime.ranks import Ranks
 
 _LAUNCHER = "BITMILL_LAUNCHER"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -140,7 +140,7 @@ def _reason(failures: dict[int, Any], count: int) -> BitmillError:
 
 
 @contextmanager
-def as_rank(device: str) -> Iterator[tuple[Group, torch.device]]:
+def as_rank(device: str) -> Iterator[tuple[Ranks, torch.device]]:
     """Be one of the ranks that `run_ranks` or torchrun started: group and device of this process.
 
     In a process that was started alone it is a group of one, and errors pass through. A rank's

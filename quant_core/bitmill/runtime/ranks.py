@@ -52,8 +52,8 @@ class PeerLost(BitmillError):
 
 
 @dataclass(frozen=True)
-class Group:
-    """A group of one: every call answers at once. `_Ranks` is the one of several."""
+class Ranks:
+    """A group of one rank: every call answers at once. `_SeveralRanks` is a group of several."""
 
     rank: int = 0
     size: int = 1
@@ -112,11 +112,11 @@ class Group:
         """Wait until every rank is here."""
 
 
-SINGLE = Group()
+SINGLE = Ranks()
 
 
 @dataclass(frozen=True)
-class _Ranks(Group):
+class _SeveralRanks(Ranks):
     """Several ranks in torch.distributed's default process group.
 
     meeting: makes the accelerators' connections, which takes NCCL most of a second, beside other
@@ -212,7 +212,7 @@ def _peers() -> Iterator[None]:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[tuple[Group, torch.device]]:
+def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
     """The group of the ranks that torchrun started, and this rank's device; else a group of one.
 
     device: as asked for; each rank of a group on "cuda" takes the GPU of its local rank.
@@ -233,7 +233,7 @@ def joined(device: str) -> Iterator[tuple[Group, torch.device]]:
     if backend != "gloo":
         meeting = Thread(target=_exchange, args=(where,), daemon=True)
         meeting.start()
-    group = _Ranks(dist.get_rank(), size, meeting)
+    group = _SeveralRanks(dist.get_rank(), size, meeting)
     yield group, where
     group.barrier()
     if meeting is not None:  # gloo's threads may abort the process when they are taken down

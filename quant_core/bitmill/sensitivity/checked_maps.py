@@ -42,7 +42,7 @@ from bitmill.plan.model_plan import Plan
 from bitmill.quant.rewrites import Rewrites
 from bitmill.refinement.embeddings import quantize_embeddings
 from bitmill.runtime.memory import free_device_bytes
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.runtime.timer import timed
 from bitmill.solvers.gptq.column_loop import solve_siblings
 from bitmill.solvers.gptq.curvature import Curvature
@@ -113,7 +113,7 @@ def measure_maps(
     maps: Mapping[str, BitWidthMap],
     orders: Mapping[str, Tensor],
     on_unit: Callable[[int, int, str, str], None],
-    group: Group = SINGLE,
+    group: Ranks = SINGLE,
     *,
     parts: Mapping[str, frozenset[str]] | None = None,
 ) -> Measured:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.io.atomic import replacing
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 
 GRADIENT_SECONDS = 20.0
 
@@ -30,7 +30,7 @@ class ProfileCheckpoint:
     Ranks of a group make the same calls; blocks are the first rank's to write and to read.
     """
 
-    def __init__(self, folder: Path | None, group: Group = SINGLE) -> None:
+    def __init__(self, folder: Path | None, group: Ranks = SINGLE) -> None:
         self._folder, self._group = folder, group
         self._last = time.monotonic()
         if folder is not None:

@@ -65,7 +65,7 @@ from bitmill.quant.grid import (
 )
 from bitmill.quant.rewrites import NO_REWRITES, Rewrites
 from bitmill.quant.rotation import packed_rewrites
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.runtime.timer import timed
 from bitmill.sensitivity.checkpoint import ProfileCheckpoint
 from bitmill.sensitivity.trellis import trellis_costs
@@ -145,7 +145,7 @@ class BlockMoments:
         norms = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
         self._weighted[name].add(x, norms.square())
 
-    def all_reduce(self, group: Group) -> None:
+    def all_reduce(self, group: Ranks) -> None:
         """Add what the other ranks have seen."""
         check = all_reduce((*self._energies.values(), *self._weighted.values()), group)
         group.all_reduce(*self._squares.values())
@@ -183,7 +183,7 @@ def profile_knapsack(
     origin: ProfileOrigin | None = None,
     folder: Path | None = None,
     on_block: Callable[[int, int], None] | None = None,
-    group: Group = SINGLE,
+    group: Ranks = SINGLE,
 ) -> SensitivityProfile:
     """The profile of a model on windows of tokens, int64 [S, T].
 
@@ -221,7 +221,7 @@ class _Measurement:
         settings: SensitivitySettings,
         origin: ProfileOrigin,
         folder: Path | None,
-        group: Group,
+        group: Ranks,
     ) -> None:
         self._model, self._plan, self._settings = model, plan, settings
         self._origin, self._ranks = origin, group

@@ -40,7 +40,7 @@ from bitmill.errors import SpecError
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.block_memory import backward_bytes
 from bitmill.plan.model_plan import Plan
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.sensitivity.checkpoint import ProfileCheckpoint
 from bitmill.sensitivity.embeddings import embedding_profiles
 from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
@@ -61,7 +61,7 @@ def make_profile(
     *,
     folder: Path,
     on_unit: OnUnit,
-    group: Group = SINGLE,
+    group: Ranks = SINGLE,
 ) -> SensitivityProfile:
     """Measure what `origin.config.kind` names on windows of tokens, int64 [S, T].
 
@@ -93,7 +93,7 @@ def _knapsack(
     origin: ProfileOrigin,
     folder: Path,
     on_unit: OnUnit,
-    group: Group,
+    group: Ranks,
 ) -> SensitivityProfile:
     settings = SensitivitySettings(
         widths=origin.config.widths or WIDTHS,
@@ -124,7 +124,7 @@ def _stream(
     origin: ProfileOrigin,
     folder: Path,
     on_unit: OnUnit,
-    group: Group,
+    group: Ranks,
 ) -> list[SensitivityProfile]:
     """One profile per block, in order. A measurement replaces block inputs by the outputs."""
     batch = max(1, BATCH_TOKENS // tokens.shape[1])

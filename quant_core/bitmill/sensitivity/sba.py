@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from bitmill.allocation.profile import SbaRecord
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.models.streamed import StreamedModel, weight_of
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill.runtime.timer import timed
 from bitmill.sensitivity.fisher import PROFILE_CLIP
 from bitmill.solvers.factor import activation_order, squared_pivots
@@ -131,7 +131,7 @@ class SbaSearch:
             self._divergence += self._evaluate(rows)
         self._tokens += len(x)
 
-    def all_reduce(self, group: Group) -> None:
+    def all_reduce(self, group: Ranks) -> None:
         """Add what the other ranks have seen."""
         group.all_reduce(self._divergence)
         self._tokens = int(group.total(self._tokens))

@@ -26,7 +26,7 @@ from bitmill.quant.grid import (
     relative_weights,
     round_scale,
 )
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill.solvers.solver import Linear, Solved
 from bitmill_kernels.backend import resolve_backend
 
@@ -42,7 +42,7 @@ class RtnSolver:
         """The solver of a method's settings."""
         return cls(ClipSettings() if settings.clip_search else ClipSettings.min_max())
 
-    def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Group) -> Solved:
+    def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Ranks) -> Solved:
         """Nearest codes; without H errors are those of the weights themselves."""
         weight = None if H is None else H.diagonal()
         codes = [round_to_nearest(one.W, one.widths, weight, self.clip) for one in linears]

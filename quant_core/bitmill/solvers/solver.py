@@ -21,7 +21,7 @@ from bitmill.errors import NumericalError
 from bitmill.quant.tensors import Quantized
 from bitmill.registry import load_object
 from bitmill.results import LinearResult
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 
 SAMPLED_ROWS = 1024
 """Rows of a linear on which its corrections are compared with each other and with none."""
@@ -76,7 +76,7 @@ class Solved:
     results: Sequence[LinearResult]
     errors: Tensor
 
-    def read(self, ranks: Group) -> list[tuple[Quantized, LinearResult]]:
+    def read(self, ranks: Ranks) -> list[tuple[Quantized, LinearResult]]:
         """Weights and whole results; waits for the device."""
         return list(zip(self.weights, read_results([self], ranks), strict=True))
 
@@ -84,7 +84,7 @@ class Solved:
 class Solver(Protocol):
     """What quantizes linears; made from a method's settings by what `MethodConfig.solver` names."""
 
-    def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Group) -> Solved:
+    def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Ranks) -> Solved:
         """Quantize linears that read one input.
 
         H: f32 [K, K], mean x x^T of their inputs, where the method needs statistics, else None.
@@ -99,7 +99,7 @@ def solver_of(method: MethodConfig) -> Solver:
     return solver
 
 
-def read_results(solved: Sequence[Solved], ranks: Group) -> list[LinearResult]:
+def read_results(solved: Sequence[Solved], ranks: Ranks) -> list[LinearResult]:
     """Results of all linears in turn, with errors of all ranks' rows.
 
     Waits for the device, and for all ranks, once.

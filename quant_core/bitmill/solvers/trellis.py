@@ -26,7 +26,7 @@ from bitmill.quant.codes import group_slices, row_errors, row_slices
 from bitmill.quant.grid import FP16_MAX
 from bitmill.quant.trellis import TrellisTensor
 from bitmill.results import LinearResult
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill.runtime.timer import timed
 from bitmill.solvers.gptq.column_loop import solve_siblings
 from bitmill.solvers.gptq.correction import Goal, goals_of
@@ -67,7 +67,7 @@ class TrellisSolver:
         """Every tile alone."""
         return cls(feedback=False, refit=False)
 
-    def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Group) -> Solved:
+    def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Ranks) -> Solved:
         """See `Solver`; corrections are taken out of `linears` once they are judged."""
         K = linears[0].W.shape[1]
         metric = torch.eye(K, device=linears[0].W.device) if H is None else H

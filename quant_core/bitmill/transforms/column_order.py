@@ -18,7 +18,7 @@ from torch import Tensor
 from bitmill.plan.model_plan import Plan
 from bitmill.quant.rewrites import ColumnOrder, Rewrite, Rewrites
 from bitmill.quant.tensors import Stored
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill.transforms.transform import SolvedModel
 
 
@@ -30,7 +30,7 @@ class ColumnOrders:
     orders: Mapping[str, Tensor]
 
     def fit(
-        self, weights: Mapping[str, Tensor], H: Tensor | None, ranks: Group
+        self, weights: Mapping[str, Tensor], H: Tensor | None, ranks: Ranks
     ) -> Mapping[str, Rewrite]:
         """One order for all, that of the first; none where it has none."""
         first, W = next(iter(weights.items()))

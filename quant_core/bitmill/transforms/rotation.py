@@ -9,7 +9,7 @@ from torch import Tensor
 from bitmill.config.transforms import Rotation as Settings
 from bitmill.quant.rewrites import Rewrite
 from bitmill.quant.rotation import Rotation
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 
 
 class Rotations:
@@ -19,7 +19,7 @@ class Rotations:
         pass
 
     def fit(
-        self, weights: Mapping[str, Tensor], H: Tensor | None, ranks: Group
+        self, weights: Mapping[str, Tensor], H: Tensor | None, ranks: Ranks
     ) -> Mapping[str, Rewrite]:
         """The rotation."""
         return dict.fromkeys(weights, Rotation())

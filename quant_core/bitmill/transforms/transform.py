@@ -17,14 +17,14 @@ from bitmill.plan.source_model import SourceModel
 from bitmill.quant.rewrites import Rewrite, Rewrites
 from bitmill.quant.tensors import Stored
 from bitmill.registry import load_object
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 
 
 class Transform(Protocol):
     """What finds rewrites of linears that read one input."""
 
     def fit(
-        self, weights: Mapping[str, Tensor], H: Tensor | None, ranks: Group
+        self, weights: Mapping[str, Tensor], H: Tensor | None, ranks: Ranks
     ) -> Mapping[str, Rewrite]:
         """Rewrites by linear, of all that are given or of none.
 
@@ -42,7 +42,7 @@ class ChannelScaling(Protocol):
         weights: Mapping[str, Tensor],
         widths: Mapping[str, tuple[int, ...]],
         H: Tensor,
-        ranks: Group,
+        ranks: Ranks,
     ) -> Tensor:
         """f32 [K] > 0: what columns are multiplied by, and their input is divided by.
 

@@ -21,7 +21,7 @@ from bitmill.config.quantization import parse_config
 from bitmill.errors import CalibrationError, ProcessFailed, ResourceError, SpecError
 from bitmill.refinement.model import RefinedModel
 from bitmill.runtime.launch import check_devices, run_ranks
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 from ranks_job import ranks_job
 from tiny import tiny_llama
 
@@ -32,7 +32,7 @@ SPEC = {"budget": {"bits": 3}}
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [0, 1, 7, 64])
 def test_parts_are_contiguous_and_take_everything_once(size: int, count: int) -> None:
-    parts = [Group(rank, size).part(count) for rank in range(size)]
+    parts = [Ranks(rank, size).part(count) for rank in range(size)]
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
     lengths = [part.stop - part.start for part in parts]
     assert lengths == sorted(lengths, reverse=True)
@@ -40,8 +40,8 @@ def test_parts_are_contiguous_and_take_everything_once(size: int, count: int) ->
 
 
 def test_work_goes_to_the_idlest_rank() -> None:
-    assert Group(0, 2).owners([96, 32, 64, 86]) == [0, 0, 1, 1]
-    assert Group(1, 3).owners([1, 1, 1, 1]) == [0, 1, 2, 0]
+    assert Ranks(0, 2).owners([96, 32, 64, 86]) == [0, 0, 1, 1]
+    assert Ranks(1, 3).owners([1, 1, 1, 1]) == [0, 1, 2, 0]
     assert SINGLE.owners([3, 1]) == [0, 0]
 
 

@@ -21,7 +21,7 @@ from bitmill_workers.execution.stage_turns import RunnerTurns
 if TYPE_CHECKING:
     import torch
 
-    from bitmill.runtime.ranks import Group
+    from bitmill.runtime.ranks import Ranks
 
 
 def run(request: dict[str, Any], emit: Emitter) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def run(request: dict[str, Any], emit: Emitter) -> dict[str, Any]:
 
 
 def run_pipeline(
-    request: dict[str, Any], emit: Emit, device: str | torch.device, group: Group | None = None
+    request: dict[str, Any], emit: Emit, device: str | torch.device, group: Ranks | None = None
 ) -> dict[str, Any]:
     """The pipeline itself, in this process, as one rank of `group` or alone."""
     from bitmill.config.quantization import QuantizationConfig

@@ -17,7 +17,7 @@ from bitmill.evaluation.logits import StreamedLogits
 from bitmill.pipeline.source import Model
 from bitmill.pipeline.stage import Environment, Run, Stage
 from bitmill.plan.model_plan import Plan
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
 STAGE = Stage("evaluate", work, shared=True)
 
 
-def load(folder: Path, group: Group) -> dict[str, Tensor]:
+def load(folder: Path, group: Ranks) -> dict[str, Tensor]:
     """What this rank wrote."""
     return load_file(_file(folder, group))
 
 
-def _file(folder: Path, group: Group) -> Path:
+def _file(folder: Path, group: Ranks) -> Path:
     return folder / f"outputs-{group.rank}.safetensors"

@@ -10,7 +10,7 @@ from torch import Tensor
 from bitmill.quant import exl2_grid
 from bitmill.quant.codes import row_errors
 from bitmill.quant.grid import Grid
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill.solvers.exllama.settings import ExLlama
 from bitmill.solvers.gptq.column_loop import column_loop
 from bitmill.solvers.gptq.curvature import Curvature
@@ -25,7 +25,7 @@ class ExLlamaSolver:
         """The solver of a method's settings."""
         return cls()
 
-    def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Group) -> Solved:
+    def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Ranks) -> Solved:
         """No correction for the prefix; codes are stored as the loop finds them."""
         assert H is not None
         curvature = Curvature.prepare(H, name=linears[0].name, ranks=ranks)

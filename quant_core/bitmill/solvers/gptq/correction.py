@@ -18,7 +18,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.solver import Correction, Linear
 
@@ -44,7 +44,7 @@ def goals_of(
     curvature: Curvature,
     ridges: Sequence[float],
     quick: Quick,
-    ranks: Group,
+    ranks: Ranks,
 ) -> list[Goal]:
     """The linears' own weights, or what corrections that win, judged by `quick`, move them to."""
     goals = [Goal(linear.W, linear.W) for linear in linears]
@@ -71,7 +71,7 @@ def _best_ridges(
     samples: Mapping[int, Tensor],
     curvature: Curvature,
     ridges: Sequence[float],
-    ranks: Group,
+    ranks: Ranks,
 ) -> dict[int, tuple[float, Tensor]]:
     """Of each linear the ridge of least held-out error, with the target f32 [M, K] of its sample.
 
@@ -97,7 +97,7 @@ def _winners(
     widths: Mapping[int, tuple[int, ...]],
     curvature: Curvature,
     quick: Quick,
-    ranks: Group,
+    ranks: Ranks,
 ) -> list[int]:
     """Linears whose sample has less held-out error when it is quantized towards its target.
 
@@ -113,7 +113,7 @@ def _winners(
     return [i for i, before, after in zip(pairs, plain, moved, strict=True) if after < before]
 
 
-def _held_out(candidates: Sequence[tuple[Correction, Tensor]], ranks: Group) -> list[float]:
+def _held_out(candidates: Sequence[tuple[Correction, Tensor]], ranks: Ranks) -> list[float]:
     """Held-out errors of samples f32 [M, K], of all ranks' rows."""
     if not candidates:
         return []

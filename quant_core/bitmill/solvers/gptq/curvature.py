@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitmill.quant.codes import row_slices
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.runtime.timer import timed
 from bitmill.solvers.factor import DAMPING_LADDER, Factor, damped, factor
 from bitmill_kernels.backend import resolve_backend
@@ -39,7 +39,7 @@ class Curvature:
         damping: tuple[float, ...] = DAMPING_LADDER,
         name: str = "input",
         ridges: Sequence[float] = (),
-        ranks: Group = SINGLE,
+        ranks: Ranks = SINGLE,
     ) -> Curvature:
         """Raises NumericalError as `factor` does.
 
@@ -74,7 +74,7 @@ class Curvature:
 
 
 def _divided_factors(
-    H: Tensor, ladder: tuple[float, ...], name: str, ridges: Sequence[float], ranks: Group
+    H: Tensor, ladder: tuple[float, ...], name: str, ridges: Sequence[float], ranks: Ranks
 ) -> tuple[Factor, dict[float, Tensor]]:
     """The factor of H, which the first rank makes, and those with ridges, which others make."""
     own = factor(H, ladder=ladder, name=name) if ranks.first else None

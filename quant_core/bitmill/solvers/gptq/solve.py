@@ -18,7 +18,7 @@ from bitmill.config.methods import GPTQ
 from bitmill.quant.codes import row_errors
 from bitmill.quant.grid import ClipSettings
 from bitmill.results import LinearResult
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill.runtime.timer import timed
 from bitmill.solvers.gptq.column_loop import solve_siblings
 from bitmill.solvers.gptq.correction import Goal, goals_of
@@ -47,7 +47,7 @@ class GptqSolver:
             )
         )
 
-    def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Group) -> Solved:
+    def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Ranks) -> Solved:
         """Plain solutions, or the corrected ones of least held-out error where they beat those."""
         assert H is not None
         corrected = any(linear.correction for linear in linears)
@@ -61,7 +61,7 @@ class GptqSolver:
         return self.solve_with(linears, curvature, ranks)
 
     def solve_with(
-        self, linears: MutableSequence[Linear], curvature: Curvature, ranks: Group
+        self, linears: MutableSequence[Linear], curvature: Curvature, ranks: Ranks
     ) -> Solved:
         """The same with H factored already.
 

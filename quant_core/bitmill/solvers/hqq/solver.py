@@ -35,7 +35,7 @@ from bitmill.quant.grid import (
     nearest_codes,
     pick,
 )
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill.solvers.hqq.settings import HQQ
 from bitmill.solvers.solver import Linear, Solved
 
@@ -58,7 +58,7 @@ class HqqSolver:
         """The solver of a method's settings."""
         return cls(settings.norm, settings.iterations)
 
-    def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Group) -> Solved:
+    def solve(self, linears: MutableSequence[Linear], H: Tensor | None, ranks: Ranks) -> Solved:
         """Errors are those of the weights themselves."""
         found = [self.quantize(one.W, one.widths) for one in linears]
         errors = []

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bitmill.quant.codes import group_slices, row_errors
 from bitmill.quant.grid import ClipSettings, clip_search, nearest_codes, values
-from bitmill.runtime.ranks import Group
+from bitmill.runtime.ranks import Ranks
 from bitmill.transforms.awq.settings import AWQ
 
 SMALLEST = 1e-4
@@ -37,7 +37,7 @@ class AwqScaling:
         weights: Mapping[str, Tensor],
         widths: Mapping[str, tuple[int, ...]],
         H: Tensor,
-        ranks: Group,
+        ranks: Ranks,
     ) -> Tensor:
         """See `ChannelScaling`."""
         best = torch.ones(len(H), device=H.device)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bitmill.errors import NumericalError
 from bitmill.quant.grid import ClipSettings, clip_search, max_code
-from bitmill.runtime.ranks import SINGLE, Group
+from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.solvers.factor import activation_order
 from bitmill.solvers.gptq import column_loop
 from bitmill.solvers.gptq.correction import goals_of
@@ -337,7 +337,7 @@ def test_siblings_are_solved_as_each_alone():
 
 
 def test_results_of_several_inputs_are_read_at_once():
-    class Counting(Group):
+    class Counting(Ranks):
         calls = 0
 
         def totals(self, values):
@@ -369,7 +369,7 @@ def test_sampled_rows_are_spread_evenly(count):
         assert int(rows[0]) == 0
         assert int(gaps.max()) <= int(gaps.min()) + 1
     for size in (2, 3, 7):
-        parts = [Group(rank, size).part(count) for rank in range(size)]
+        parts = [Ranks(rank, size).part(count) for rank in range(size)]
         own = [sampled_rows(count, torch.device("cpu"), part) for part in parts]
         assert torch.equal(torch.cat(own), rows)
         for part, mine in zip(parts, own, strict=True):
