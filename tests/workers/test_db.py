@@ -90,7 +90,7 @@ def test_sqlite_finds_a_position_in_the_queue_by_the_index_of_queued_jobs(
         asked.append((sql, values))
 
     assert store.queues([job]).before == {job.id: 0}
-    sql, values = asked[0]
+    sql, values = next(one for one in asked if "mine" in one[0])
     with database.read() as conn:
         plan = [row[-1] for row in conn.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", values)]
     assert plan[1:] == ["SEARCH jobs USING INDEX ix_jobs_queue_rank (state=?) LEFT-JOIN"]
