@@ -3,8 +3,9 @@
 Memory and disk are sums of the tensors that the stages hold at once, so they are near the truth:
 
     accelerator  what lies outside the blocks, three blocks (quantized, source, the next), the
-                 widest stage's Hessians with factors or what learning a block holds, the widest
-                 linear's working copies, one batch of activations, one slice of logits
+                 widest stage's Hessians with factors and the widest linear's working copies, or
+                 what finding scales of inputs or learning a block holds, one batch of activations,
+                 one slice of logits
     host         hidden states of all windows (twice where the source model runs beside), one block
                  per rank of a job on several devices; block inputs of a backward pass wait in files
                  where memory is short and are not counted
@@ -121,8 +122,10 @@ def _accelerator_bytes(plan: Plan, config: QuantizationConfig, machine: Machine)
         3 * element * block_weights(plan, i) + _learning_bytes(plan, config, i, element)
         for i in {0, plan.block_count - 1}
     ]
+    folded = any(one.folded for one in config.transforms)
+    judged = "shift" in config.method.needs
     turn = max(
-        refining_bytes(plan, element, tokens, judged="shift" in config.method.needs),
+        refining_bytes(plan, element, tokens, judged=judged, folded=folded),
         max(learning) + WORKING_COPIES * 4 * widest_linear(plan),
     )
     return OVERHEAD + element * _outside_weights(plan) + LOGIT_BYTES + turn

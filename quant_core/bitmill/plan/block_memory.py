@@ -21,6 +21,8 @@ WORKING_COPIES = 6
 
 FACTOR_COPIES = 6
 
+TRIAL_COPIES = 4
+
 
 def block_weights(plan: Plan, block: int) -> int:
     prefix = f"{plan.block_prefix}.{block}."
@@ -62,19 +64,37 @@ def backward_bytes(plan: Plan, element: int, tokens: int) -> int:
     return LOGIT_BYTES + max(per_block)
 
 
-def refining_bytes(plan: Plan, element: int, tokens: int, *, judged: bool) -> int:
+def refining_bytes(
+    plan: Plan, element: int, tokens: int, *, judged: bool, folded: bool = False
+) -> int:
     """Accelerator memory of one block's turn in refinement without learning, beside hidden states.
 
-    Three blocks (quantized, source, the next), the widest step's second moments (see
-    `hessian_bytes`), values of one batch of tokens, the widest linear's working copies.
+    Three blocks (quantized, source, the next), values of one batch of tokens, and what is more of
+    two: the widest step's second moments (see `hessian_bytes`) with the widest linear's working
+    copies, or, where scales of inputs are `folded` first, what finding them holds.
     """
-    per_block = [
+    return max(
         3 * element * block_weights(plan, i)
-        + hessian_bytes(plan, judged, i)
         + activation_bytes(plan, i, tokens, element)
+        + max(
+            hessian_bytes(plan, judged, i) + WORKING_COPIES * 4 * widest_linear(plan),
+            scaling_bytes(plan, i) if folded else 0,
+        )
         for i in {0, plan.block_count - 1}
-    ]
-    return max(per_block) + WORKING_COPIES * 4 * widest_linear(plan)
+    )
+
+
+def scaling_bytes(plan: Plan, block: int) -> int:
+    """What finding scales of inputs holds (`refinement/folding.py`), in float32: second moments of
+    all inputs that are no expert's, two more of the widest while it is ordered, and of the linears
+    that read one input the weights, ordered ones, and copies of the largest that a trial makes.
+    """
+    groups = [[plan.by_name[name] for name in names] for names in plan.siblings(block)]
+    groups = [group for group in groups if not group[0].routed]
+    moments = [group[0].columns ** 2 for group in groups]
+    weights = [[linear.shape.weights for linear in group] for group in groups]
+    trial = max((2 * sum(group) + TRIAL_COPIES * max(group) for group in weights), default=0)
+    return 4 * (sum(moments) + 2 * max(moments, default=0) + trial)
 
 
 def widest_linear(plan: Plan) -> int:

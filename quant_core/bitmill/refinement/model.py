@@ -175,8 +175,13 @@ def refine_model(
         on_unit(i + 1, model.block_count, "block", "")
 
     tokens = max(BATCH_TOKENS, inputs.tokens.tokens.shape[1])
-    judged = "shift" in method.needs
-    turn = refining_bytes(model.plan, model.dtype.itemsize, tokens, judged=judged)
+    turn = refining_bytes(
+        model.plan,
+        model.dtype.itemsize,
+        tokens,
+        judged="shift" in method.needs,
+        folded=any(one.folded for one in transforms),
+    )
     with (
         HiddenStates(model.device, folder, turn=turn, group=group, host_bytes=host_bytes) as states,
         BlockSaver(folder, model.device, tell) as saver,

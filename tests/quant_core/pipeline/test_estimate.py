@@ -32,15 +32,23 @@ def spec(**changes: Any) -> QuantizationConfig:
 
 def llama_plan(hidden: int, intermediate: int, blocks: int, kv: int) -> Plan:
     """The plan of a published Llama shape, without files."""
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (intermediate, hidden),
-        "mlp.up_proj": (intermediate, hidden),
-        "mlp.down_proj": (hidden, intermediate),
-    }
+    return plan_of(
+        hidden,
+        blocks,
+        {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (intermediate, hidden),
+            "mlp.up_proj": (intermediate, hidden),
+            "mlp.down_proj": (hidden, intermediate),
+        },
+    )
+
+
+def plan_of(hidden: int, blocks: int, shapes: dict[str, tuple[int, int]]) -> Plan:
+    """The plan of linears of these shapes in every block."""
     linears = tuple(
         PlannedLinear(
             name=f"model.layers.{i}.{path}",
@@ -109,6 +117,22 @@ def test_what_is_held_at_once_is_counted() -> None:
     assert made.accelerator_bytes < 40 * GIB
     stream = 128 * 2048 * 8192 * 2
     assert 2 * stream < made.host_bytes < 2 * stream + 10 * GIB
+
+
+def test_finding_scales_is_counted_where_it_holds_most() -> None:
+    """Moments of all inputs at once are most where a block has many wide inputs; by hand."""
+    wide = plan_of(4096, 32, {f"mlp.{j}": (8, 8192) for j in range(24)})
+    plain = {"method": "gptq", "asymmetric": False}
+    scaled = plain | {"transforms": [{"name": "awq"}]}
+    needed = [
+        estimate(wide, spec(refinement=asked), Machine(accelerator=True)).accelerator_bytes
+        for asked in (plain, scaled)
+    ]
+    groups = len(wide.siblings(0))
+    steps = max(len(step) for step in wide.input_steps(0))
+    working = 4 * 6 * 8 * 8192
+    held = 4 * (groups + 2) * 8192**2 + 4 * 6 * 8 * 8192
+    assert needed[1] - needed[0] == held - (4 * (steps + 4) * 8192**2 + working)
 
 
 def test_the_batch_that_is_counted_is_the_one_that_refinement_runs(tmp_path: Path) -> None:

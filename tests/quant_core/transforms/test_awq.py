@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,9 +25,10 @@ from bitmill.models.streamed import StreamedModel, weight_of
 from bitmill.pipeline.job import run_job
 from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.folding import fold_scales, writer_name
-from bitmill.refinement.model import RefineInputs, refine_model
+from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.refinement.store import tensors_path
-from bitmill.runtime.ranks import SINGLE
+from bitmill.runtime.launch import run_ranks
+from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.transforms.awq.scaling import AwqScaling, rounding_error
 from bitmill.transforms.awq.settings import AWQ
 from tiny import save_tiny, tiny_llama, tiny_opt
@@ -184,28 +186,63 @@ def test_a_job_folds_stores_and_measures_the_same_model(tmp_path: Path) -> None:
     assert torch.allclose(found.float(), expected.float(), atol=2e-3)
 
 
+def refine(source: Path, folder: Path, ranks: Ranks = SINGLE) -> RefinedModel:
+    """The blocks with folded scales, at 3 bits, into an empty folder or one with blocks."""
+    asked, model = config(), opened(source)
+    calibration = calibration_tokens(asked.calibration, source, seed=0)
+    refine_model(
+        model,
+        RefineInputs(calibration, BitWidthMap.uniform(model.plan.shapes, 3), {}),
+        asked.method,
+        folder,
+        seed=0,
+        on_unit=lambda *_: None,
+        transforms=asked.transforms,
+        group=ranks,
+    )
+    return RefinedModel(folder, model.plan)
+
+
 def test_a_run_that_goes_on_behind_a_saved_block_gives_the_same_bytes(tmp_path: Path) -> None:
-    asked = config()
-    model = opened(tiny_llama(tmp_path / "source"))
-    calibration = calibration_tokens(asked.calibration, tmp_path / "source", seed=0)
-    inputs = RefineInputs(calibration, BitWidthMap.uniform(model.plan.shapes, 3), {})
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    source, whole, resumed = tiny_llama(tmp_path / "source"), tmp_path / "1", tmp_path / "2"
     for folder in (whole, resumed):
         folder.mkdir()
         if folder == resumed:
             for file in whole.glob("block-00000.*"):
                 shutil.copy(file, folder)
-        refine_model(
-            model,
-            inputs,
-            asked.method,
-            folder,
-            seed=0,
-            on_unit=lambda *_: None,
-            transforms=asked.transforms,
-        )
+        refine(source, folder)
     for i in range(2):
         assert tensors_path(whole, i).read_bytes() == tensors_path(resumed, i).read_bytes()
+
+
+RANK = """
+import sys
+from pathlib import Path
+from bitmill.runtime.launch import as_rank
+from test_awq import refine
+with as_rank("cpu") as (ranks, _):
+    refine(Path(sys.argv[1]), Path(sys.argv[2]), ranks)
+"""
+
+
+def test_two_ranks_fold_the_scales_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sees half of the windows; scales are found from all. The first rank stores."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    source, together = tiny_llama(tmp_path / "source"), tmp_path / "together"
+    for folder in (tmp_path / "alone", together):
+        folder.mkdir()
+    expected = refine(source, tmp_path / "alone")
+    run_ranks(2, ["-c", RANK, str(source), str(together)])
+    found = RefinedModel(together, expected.plan)
+    assert found.changed.keys() == expected.changed.keys()
+    assert len(found.changed) >= 2
+    for name, factors in expected.changed.items():
+        torch.testing.assert_close(found.changed[name], factors, rtol=1e-4, atol=0)
+    for shape in expected.plan.shapes:
+        pair = [one.linear(shape.name).dequantize() for one in (found, expected)]
+        assert (pair[0] - pair[1]).norm() < 0.02 * pair[1].norm()
 
 
 def test_a_method_that_looks_at_no_inputs_or_takes_no_transforms_refuses_it() -> None:
