@@ -1,18 +1,22 @@
-"""Float weights of models that other packages quantized, for `methods.py --folder`.
+"""Models that other packages quantized, as float weights, for the rows of `methods.py`.
 
-    python benchmarks/methods_peers.py hqq SOURCE TARGET --bits 4 --group 64
-    python benchmarks/methods_peers.py awq SOURCE TARGET --bits 4 --group 128 --calibration 64 2048
+    python benchmarks/methods_peers.py hqq SOURCE TARGET --bits 4
+    python benchmarks/methods_peers.py llmcompressor-awq SOURCE TARGET --bits 4 --device cuda
 
-`hqq` wants the package hqq 0.2.8, `awq` llmcompressor 0.14, each in an environment of its own with
-Bitmill on PYTHONPATH for the windows. Prints the true bits: codes, scales and zero points.
+`hqq` wants the package hqq 0.2.8, the others llmcompressor 0.14, with Bitmill on PYTHONPATH for the
+calibration windows. hqq has its own default, groups of 64; the others asymmetric groups of 128, or
+64 where the model has columns that are no multiple. TARGET gets `model.safetensors` (float32) and
+`made.json`: true bits (codes, scales, zero points), seconds and memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import resource
 import time
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from bitmill.calibration.windows import calibration_tokens
 from bitmill.config.quantization import Calibration
+from bitmill.io.atomic import write_json
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -32,86 +37,109 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def group_of(model: nn.Module) -> int:
+    """128 where every linear's columns are a multiple, else 64."""
+    return 64 if any(linear.in_features % 128 for linear in linears(model).values()) else 128
+
+
 def hqq(model: nn.Module, options: argparse.Namespace) -> float:
     """HQQ with its own defaults; scales and zero points are float16."""
     from hqq.core.quantize import Quantizer, hqq_base_quant_config
 
-    settings = hqq_base_quant_config(nbits=options.bits, group_size=options.group, axis=1)
+    settings = hqq_base_quant_config(nbits=options.bits, group_size=64, axis=1)
     for linear in linears(model).values():
         codes, meta = Quantizer.quantize(
             linear.weight.data,
-            device="cpu",
+            device=options.device,
             compute_dtype=torch.float32,
             bitpack=False,
             **settings["weight_quant_params"],
         )
         values = Quantizer.dequantize(codes, meta)
         linear.weight.data = values.float().reshape(linear.weight.shape)
-    return options.bits + 32 / options.group
+    return options.bits + 32 / 64
 
 
-def awq(model: nn.Module, options: argparse.Namespace) -> float:
-    """llm-compressor's AWQ, asymmetric, with its default search; float16 scales."""
+def llmcompressor(model: nn.Module, options: argparse.Namespace) -> float:
+    """llm-compressor's AWQ with its default search, or its GPTQ with static activation order;
+    asymmetric, float16 scales."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
 
     count, length = options.calibration
     wanted = Calibration(sequences=count, length=length, held_out=0)
     tokens = calibration_tokens(wanted, options.source, seed=0).tokens
     rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
+    group, learned = group_of(model), options.package == "llmcompressor-gptq"
     weights = QuantizationArgs(
         num_bits=options.bits,
         type="int",
         symmetric=False,
         strategy="group",
-        group_size=options.group,
+        group_size=group,
+        actorder="static" if learned else None,
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     if not torch.cuda.is_available():  # it pins host memory even where there is no accelerator
         torch.Tensor.pin_memory = lambda tensor, *_: tensor
-    quantization = QuantizationModifier(config_groups={"all": scheme}, ignore=["lm_head"])
+    asked: dict[str, Any] = {"config_groups": {"all": scheme}, "ignore": ["lm_head"]}
+    recipe = [GPTQModifier(**asked)] if learned else [AWQModifier(), QuantizationModifier(**asked)]
     oneshot(
         model=model,
         dataset=Dataset.from_dict(rows),
-        recipe=[AWQModifier(), quantization],
+        recipe=recipe,
         max_seq_length=length,
         num_calibration_samples=count,
         pipeline="sequential",
     )
+    least, most = -(2 ** (options.bits - 1)), 2 ** (options.bits - 1) - 1
     for linear in linears(model).values():
-        grouped = linear.weight.data.float().unflatten(1, (-1, options.group))
+        grouped = linear.weight.data.float().unflatten(1, (-1, group))
         scale = linear.weight_scale.data.half().float()[..., None]
         zero = linear.weight_zero_point.data.float()[..., None]
-        least, most = -(2 ** (options.bits - 1)), 2 ** (options.bits - 1) - 1
         codes = (grouped / scale + zero).round().clamp(least, most)
         linear.weight.data = (scale * (codes - zero)).flatten(1)
-    return options.bits + (16 + options.bits) / options.group
+    return options.bits + (16 + options.bits) / group
+
+
+def memory(device: str) -> int:
+    """Most bytes that were held."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("package", choices=("hqq", "awq"))
+    parser.add_argument("package", choices=("hqq", "llmcompressor-awq", "llmcompressor-gptq"))
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group", type=int, required=True)
     parser.add_argument("--calibration", type=int, nargs=2, default=(64, 2048))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(options.source, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(options.source, dtype=torch.float32)
+    model = model.to(options.device).eval()
     started = time.perf_counter()
     with torch.no_grad():
-        bits = {"hqq": hqq, "awq": awq}[options.package](model, options)
+        bits = (hqq if options.package == "hqq" else llmcompressor)(model, options)
     taken = time.perf_counter() - started
-    options.target.mkdir(parents=True)
+    options.target.mkdir(parents=True, exist_ok=True)
     state = {k: v for k, v in model.state_dict().items() if not k.endswith(("_scale", "_point"))}
-    state = {name: value.float().contiguous().clone() for name, value in state.items()}
+    state = {name: value.float().cpu().contiguous().clone() for name, value in state.items()}
     save_file(state, options.target / "model.safetensors", metadata={"format": "pt"})
-    for file in options.source.glob("*.json"):
-        shutil.copy(file, options.target)
-    print(f"{bits:.4f} bits, {taken:.0f} s")
+    made = {
+        "bits": bits,
+        "seconds": round(taken, 1),
+        "memory": memory(options.device),
+        "package": f"{options.package.partition('-')[0]} "
+        + version(options.package.partition("-")[0]),
+    }
+    write_json(options.target / "made.json", made)
+    print(made)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitmill.calibration.statistics import Stream
@@ -29,6 +29,8 @@ from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.refinement.store import tensors_path
 from bitmill.runtime.launch import run_ranks
 from bitmill.runtime.ranks import SINGLE, Ranks
+from bitmill.solvers.rtn import RtnSolver
+from bitmill.solvers.solver import Linear
 from bitmill.transforms.awq.scaling import AwqScaling, rounding_error
 from bitmill.transforms.awq.settings import AWQ
 from tiny import save_tiny, tiny_llama, tiny_opt
@@ -58,6 +60,17 @@ def tokens() -> Tensor:
     return torch.randint(2, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
+def uneven_llama(folder: Path) -> Path:
+    """A tiny Llama whose norms put out a few large channels, as those of trained models do."""
+    file = tiny_llama(folder) / "model.safetensors"
+    weights = load_file(file)
+    for name, factors in weights.items():
+        if name.endswith("layernorm.weight"):
+            factors[5::16] *= 8
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
 class Uneven:
     """Scales between 1/4 and 4, at random."""
 
@@ -80,12 +93,23 @@ def test_the_search_takes_what_leaves_least_error() -> None:
     weights, widths, H = problem()
     found = AwqScaling(AWQ()).scales(weights, widths, H, SINGLE)
     plain = rounding_error(weights, widths, H, torch.ones(200))
-    assert rounding_error(weights, widths, H, found) < 0.5 * plain
+    assert rounding_error(weights, widths, H, found) < 0.75 * plain
     assert found[3::25].min() > found[4::25].max()
     even = AwqScaling(AWQ()).scales(weights, widths, torch.eye(200), SINGLE)
     assert rounding_error(weights, widths, torch.eye(200), even) <= rounding_error(
         weights, widths, torch.eye(200), torch.ones(200)
     )
+
+
+def test_scales_suit_the_clipped_grids_that_follow() -> None:
+    weights, widths, H = problem()
+    found = AwqScaling(AWQ()).scales(weights, widths, H, SINGLE)
+    errors = []
+    for scales in (torch.ones(200), found):
+        scaled = H / scales / scales[:, None]
+        linears = [Linear(name, W * scales, widths[name]) for name, W in weights.items()]
+        errors.append(RtnSolver().solve(linears, scaled, SINGLE).errors[:, 2].sum())
+    assert errors[1] < 0.93 * errors[0]
 
 
 def test_dead_channels_and_empty_weights_take_finite_scales() -> None:
@@ -165,7 +189,7 @@ def test_a_norm_that_a_kept_linear_reads_too_keeps_its_scale(tmp_path: Path) -> 
 
 @pytest.mark.e2e
 def test_a_job_folds_stores_and_measures_the_same_model(tmp_path: Path) -> None:
-    source = tiny_llama(tmp_path / "source")
+    source = uneven_llama(tmp_path / "source")
     asked = {"method": "gptq", "transforms": [{"name": "awq"}]}
     allocation = {"method": "uniform", "order": "activation"}
     result = run_job(
@@ -230,7 +254,7 @@ def test_two_ranks_fold_the_scales_of_one(tmp_path: Path, monkeypatch: pytest.Mo
     here = Path(__file__).parent
     paths = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    source, together = tiny_llama(tmp_path / "source"), tmp_path / "together"
+    source, together = uneven_llama(tmp_path / "source"), tmp_path / "together"
     for folder in (tmp_path / "alone", together):
         folder.mkdir()
     expected = refine(source, tmp_path / "alone")

@@ -6,8 +6,9 @@
 a [K] is the size of each input channel, m [K] that of its weights: the mean over rows of |w| over
 the largest |w| of its row and group. (Lin et al., "AWQ", arXiv 2306.00978, sections 3.2 and 4; the
 division by m as its code has it.) Here a is the root mean square, which H has on its diagonal, and
-the error is that of all linears that read the input. Q rounds to min-max grids of the widths that
-groups will have. No scales at all are tried too, so the error never grows.
+the error is that of all linears that read the input, on some of their rows. Q rounds to grids of
+the widths that groups will have, clipped as methods clip them: what suits min-max grids hardly
+helps behind a clip search. No scales at all are tried too, in the end with the whole search.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from bitmill.quant.grid import ClipSettings, clip_search, nearest_codes, values
 from bitmill.runtime.ranks import Ranks
 from bitmill.transforms.awq.settings import AWQ
 
+SHORT = ClipSettings(0.4, 8, zero_offsets=(), least_squares=1)
+"""A short search of grids."""
+ROWS = 256
+"""Of each linear, evenly spaced, about so many are rounded on trial."""
 SMALLEST = 1e-4
 """Of sizes, as a share of the largest, so that a dead channel takes no endless scale."""
 
@@ -40,12 +45,16 @@ class AwqScaling:
         ranks: Ranks,
     ) -> Tensor:
         """See `ChannelScaling`."""
-        best = torch.ones(len(H), device=H.device)
-        least = rounding_error(weights, widths, H, best)
+        none = torch.ones(len(H), device=H.device)
+        best, least = none, rounding_error(weights, widths, H, none)
         for scales in self._candidates(weights, H):
             error = rounding_error(weights, widths, H, scales)
             best = torch.where(error < least, scales, best)
             least = torch.minimum(error, least)
+        with_none, with_best = (
+            rounding_error(weights, widths, H, scales, ClipSettings()) for scales in (none, best)
+        )
+        best = torch.where(with_best < with_none, best, none)
         ranks.share(best, 0)
         return best
 
@@ -80,20 +89,23 @@ def rounding_error(
     widths: Mapping[str, tuple[int, ...]],
     H: Tensor,
     scales: Tensor,
+    clip: ClipSettings = SHORT,
 ) -> Tensor:
-    """sum of tr(R H R^T) of weights f32 [N, K] rounded after scaling, f64 []."""
+    """sum of tr(R H R^T) of weights f32 [N, K] rounded after scaling, f64 [], from some rows."""
     total = torch.zeros((), dtype=torch.float64, device=H.device)
+    weight = H.diagonal() / scales.square()
     for name, W in weights.items():
-        residual = W - rounded(W * scales, widths[name]) / scales
-        total += row_errors(residual, H).sum()
+        rows = W[:: max(1, len(W) // ROWS)]
+        residual = rows - rounded(rows * scales, widths[name], weight, clip) / scales
+        total += row_errors(residual, H).sum() * (len(W) / len(rows))
     return total
 
 
-def rounded(W: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """W f32 [N, K] on the min-max grids of its groups."""
+def rounded(W: Tensor, widths: tuple[int, ...], weight: Tensor, clip: ClipSettings) -> Tensor:
+    """W f32 [N, K] on clipped grids of its groups; weight f32 [K] of the columns' errors."""
     parts = []
     for group, columns in group_slices(W.shape[1]):
         block = W[:, columns].contiguous()
-        grid = clip_search(block, widths[group], settings=ClipSettings.min_max())
+        grid = clip_search(block, widths[group], weight[columns], settings=clip)
         parts.append(values(nearest_codes(block, grid, widths[group]), grid))
     return torch.cat(parts, 1)
