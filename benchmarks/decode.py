@@ -2,12 +2,13 @@
 
     python benchmarks/decode.py                 7B shape, 3 bits on average, one H100
     python benchmarks/decode.py --layers 2      a quick look
+    python benchmarks/decode.py --batch 1 8 32 64 --cache 1024   sequences a step
 
-One decode step (batch 1) of the whole model is captured in a CUDA graph and replayed; the median
-of the replays counts. Both models share every line but the products: q/k/v and gate/up are one
-product each in both. What lies between the products is in `decode_glue.py`. The KV cache is static
-and full. Embedding and head stay fp16. Prefill is timed eagerly. Peak memory is that of building
-and running the model, of weights made on the device.
+One decode step of the whole model, a token for each sequence, is captured in a CUDA graph and
+replayed; the median of the replays counts. Both models share every line but the products: q/k/v and
+gate/up are one product each in both. What lies between the products is in `decode_glue.py`. The KV
+cache is static and full. Embedding and head stay fp16. Prefill is timed eagerly. Peak memory is
+that of building and running the model, of weights made on the device.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def attend_prefill(qkv: Tensor, heads: int, size: int, cosine: Tensor, sine: Ten
 class Model:
     """The decoder of one shape; `pattern` None means fp16."""
 
-    def __init__(self, shape: Shape, pattern: tuple[int, ...] | None) -> None:
+    def __init__(self, shape: Shape, pattern: tuple[int, ...] | None, batch: int) -> None:
         self.shape = shape
         self.layers = [
             {
@@ -116,7 +117,7 @@ class Model:
             }
             for _ in range(shape.layers)
         ]
-        size = (shape.layers, shape.heads, shape.cache, shape.head_size)
+        size = (shape.layers, batch, shape.heads, shape.cache, shape.head_size)
         self.keys = torch.zeros(size, device=DEVICE, dtype=HALF)
         self.values = torch.zeros(size, device=DEVICE, dtype=HALF)
         self.scale = torch.ones(shape.hidden, device=DEVICE, dtype=HALF)
@@ -126,11 +127,11 @@ class Model:
         angle = torch.rand(shape.cache, shape.head_size, device=DEVICE)
         self.cosine, self.sine = angle.cos().to(HALF), angle.sin().to(HALF)
         self.place = torch.tensor([shape.cache - 1], device=DEVICE)
-        self.nothing = torch.zeros(1, shape.hidden, device=DEVICE, dtype=HALF)
-        self.glue = Glue(shape.heads, shape.head_size, shape.cache, DEVICE)
+        self.nothing = torch.zeros(batch, shape.hidden, device=DEVICE, dtype=HALF)
+        self.glue = Glue(shape.heads, shape.head_size, shape.cache, DEVICE, batch=batch)
 
     def step(self, token: Tensor) -> Tensor:
-        """Next token int64 [1] of a token int64 [1]."""
+        """Next tokens int64 [B] of tokens int64 [B]."""
         glue = self.glue
         hidden = embedding(token, self.embedding)
         x = glue.add_norm(hidden, self.nothing, self.scale)
@@ -155,25 +156,26 @@ class Model:
         return linear(x[-1:], self.head)
 
 
-def check_glue(shape: Shape) -> None:
+def check_glue(shape: Shape, batch: int = 2) -> None:
     """Raise RuntimeError where the glue differs from torch by more than rounding."""
     size, place = shape.head_size, shape.cache - 3
-    glue = Glue(shape.heads, size, shape.cache, DEVICE)
-    hidden, added, scale = (torch.randn(1, shape.hidden, device=DEVICE).half() for _ in range(3))
-    expected, expected_norm = normed(hidden, added, scale[0])
+    glue = Glue(shape.heads, size, shape.cache, DEVICE, batch=batch)
+    hidden, added = (torch.randn(batch, shape.hidden, device=DEVICE).half() for _ in range(2))
+    scale = torch.randn(shape.hidden, device=DEVICE).half()
+    expected, expected_norm = normed(hidden, added, scale)
     norm = glue.add_norm(hidden, added, scale)
-    gate_up = torch.randn(1, 2 * shape.inner, device=DEVICE).half()
-    cache = (shape.heads, shape.cache, size)
+    gate_up = torch.randn(batch, 2 * shape.inner, device=DEVICE).half()
+    cache = (batch, shape.heads, shape.cache, size)
     keys, values = (torch.randn(cache, device=DEVICE).half() for _ in range(2))
     angle = torch.rand(shape.cache, size, device=DEVICE)
     cosine, sine = angle.cos().half(), angle.sin().half()
-    qkv = torch.randn(1, 3 * shape.hidden, device=DEVICE).half()
-    q, k, v = (part.view(shape.heads, 1, size) for part in qkv.chunk(3, dim=-1))
+    qkv = torch.randn(batch, 3 * shape.hidden, device=DEVICE).half()
+    q, k, v = (part.view(batch, shape.heads, 1, size) for part in qkv.chunk(3, dim=-1))
     here = slice(place, place + 1)
     q, k = rotate(q, cosine[here], sine[here]), rotate(k, cosine[here], sine[here])
     attended = [keys.clone(), values.clone()]
-    attended[0][:, here], attended[1][:, here] = k, v
-    mixed = scaled_dot_product_attention(q[None], *(part[None] for part in attended))
+    attended[0][:, :, here], attended[1][:, :, here] = k, v
+    mixed = scaled_dot_product_attention(q, *attended)
     found = glue.attend(qkv, keys, values, cosine, sine, torch.tensor([place], device=DEVICE))
     pairs = {
         "sum": (hidden, expected),
@@ -181,7 +183,7 @@ def check_glue(shape: Shape) -> None:
         "gate": (glue.gate(gate_up), gated(gate_up)),
         "keys": (keys, attended[0]),
         "values": (values, attended[1]),
-        "attention": (found, mixed.reshape(1, -1)),
+        "attention": (found, mixed.reshape(batch, -1)),
     }
     for name, (got, wanted) in pairs.items():
         if not torch.allclose(got, wanted, rtol=1e-2, atol=5e-3):
@@ -200,13 +202,13 @@ def milliseconds(call: Callable[[], object], repeats: int) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def measure(shape: Shape, pattern: tuple[int, ...] | None) -> dict[str, float]:
+def measure(shape: Shape, pattern: tuple[int, ...] | None, batch: int) -> dict[str, float]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.inference_mode():
-        model = Model(shape, pattern)
-        token = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        model = Model(shape, pattern, batch)
+        token = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
         for _ in range(3):
             model.step(token)
         torch.cuda.synchronize()
@@ -221,23 +223,38 @@ def measure(shape: Shape, pattern: tuple[int, ...] | None) -> dict[str, float]:
             raise RuntimeError("the logits are not finite")
         prefill = milliseconds(lambda: model.prefill(tokens), 5)
     return {
-        "decode_tokens_per_second": round(1e3 / decode, 1),
+        "decode_tokens_per_second": round(batch * 1e3 / decode, 1),
         "decode_milliseconds": round(decode, 3),
         "prefill_tokens_per_second": round(PREFILL_TOKENS * 1e3 / prefill, 0),
         "peak_gigabytes": round((torch.cuda.max_memory_allocated() - before) / 1e9, 2),
     }
 
 
+def compared(shape: Shape, widths: str, batch: int) -> dict[str, object]:
+    """What `measure` finds of the packed model and of fp16, and their ratios."""
+    packed = measure(shape, tuple(int(width) for width in widths), batch)
+    half = measure(shape, None, batch)
+    found = {
+        "batch": batch,
+        "packed": packed,
+        "fp16": half,
+        "decode_speedup": round(half["decode_milliseconds"] / packed["decode_milliseconds"], 3),
+        "memory_ratio": round(packed["peak_gigabytes"] / half["peak_gigabytes"], 3),
+    }
+    print(json.dumps(found), flush=True)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--widths", default="3243", help="widths in turn over the groups")
+    parser.add_argument("--batch", nargs="*", type=int, default=[1], help="sequences a step")
+    parser.add_argument("--cache", type=int, default=Shape.cache, help="positions of a sequence")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    shape = Shape(layers=options.layers)
+    shape = Shape(layers=options.layers, cache=options.cache)
     check_glue(shape)
-    packed = measure(shape, tuple(int(width) for width in options.widths))
-    half = measure(shape, None)
     gpu = torch.cuda.get_device_name()
     result = {
         "gpu": gpu,
@@ -245,16 +262,13 @@ def main() -> int:
         "triton": triton.__version__,
         "python": sys.version.split()[0],
         "layers": shape.layers,
+        "cache": shape.cache,
         "widths": options.widths,
-        "packed": packed,
-        "fp16": half,
-        "decode_speedup": round(half["decode_milliseconds"] / packed["decode_milliseconds"], 3),
-        "memory_ratio": round(packed["peak_gigabytes"] / half["peak_gigabytes"], 3),
+        "batches": [compared(shape, options.widths, batch) for batch in options.batch],
     }
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"decode-{gpu.replace(' ', '-').lower()}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What lies between the products of a Llama decode step, one token, as three Triton kernels.
+"""What lies between the products of a Llama decode step, as three Triton kernels.
 
 Both models of `decode.py` run these. Each begins while the launch before it drains (programmatic
 dependent launch) and reads what that one wrote only after `gdc_wait`.
@@ -41,6 +41,8 @@ def _add_norm_kernel(
     OVERLAP: tl.constexpr,
 ) -> None:
     _begin(OVERLAP)
+    row = tl.program_id(0) * SIZE
+    hidden_ptr, added_ptr, out_ptr = hidden_ptr + row, added_ptr + row, out_ptr + row
     i = tl.arange(0, BLOCK)
     mask = i < SIZE
     scale = tl.load(scale_ptr + i, mask=mask, other=0.0)
@@ -63,6 +65,8 @@ def _gate_kernel(
     OVERLAP: tl.constexpr,
 ) -> None:
     _begin(OVERLAP)
+    row = tl.program_id(1) * SIZE
+    gate_up_ptr, out_ptr = gate_up_ptr + 2 * row, out_ptr + row
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < SIZE
     _wait(OVERLAP)
@@ -102,6 +106,13 @@ def _attend_kernel(
     SPLITS: tl.constexpr = CACHE // POSITIONS
     head = tl.program_id(0)
     split = tl.program_id(1)
+    first = tl.program_id(2).to(tl.int64) * HEADS  # of the sequence's heads
+    qkv_ptr += 3 * first * SIZE
+    keys_ptr += first * CACHE * SIZE
+    values_ptr += first * CACHE * SIZE
+    partial_ptr += first * SPLITS * (SIZE + 2)
+    counter_ptr += first
+    out_ptr += first * SIZE
     d = tl.arange(0, SIZE)
     position = split * POSITIONS + tl.arange(0, POSITIONS)
     at = (head * CACHE + position)[:, None] * SIZE + d[None, :]
@@ -145,20 +156,27 @@ class Glue:
     """The kernels and their scratch for one model shape; `overlap` off is for the interpreter."""
 
     def __init__(
-        self, heads: int, size: int, cache: int, device: torch.device, *, overlap: bool = True
+        self,
+        heads: int,
+        size: int,
+        cache: int,
+        device: torch.device,
+        *,
+        batch: int = 1,
+        overlap: bool = True,
     ) -> None:
-        """heads of `size`, `cache` positions: a multiple of 64."""
+        """heads of `size`, `cache` positions, a multiple of 64, of `batch` sequences B."""
         self.heads, self.size, self.cache = heads, size, cache
         self._overlap = overlap
         self._launch = {"launch_pdl": True} if overlap else {}
-        self._partial = torch.empty(heads * (cache // TILE) * (size + 2), device=device)
-        self._counter = torch.zeros(heads, dtype=torch.int32, device=device)
+        self._partial = torch.empty(batch * heads * (cache // TILE) * (size + 2), device=device)
+        self._counter = torch.zeros(batch * heads, dtype=torch.int32, device=device)
 
     def add_norm(self, hidden: Tensor, added: Tensor, scale: Tensor) -> Tensor:
-        """RMS norm [1, n] of hidden + added; hidden becomes the sum. All fp16."""
+        """RMS norm [B, n] of hidden + added; hidden becomes the sum. All fp16."""
         out = torch.empty_like(hidden)
         n = hidden.shape[-1]
-        _add_norm_kernel[(1,)](
+        _add_norm_kernel[(len(hidden),)](
             hidden,
             added,
             scale,
@@ -173,10 +191,10 @@ class Glue:
         return out
 
     def gate(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up, fp16 [1, n] of [1, 2n]."""
+        """silu(gate) * up, fp16 [B, n] of [B, 2n]."""
         n = gate_up.shape[-1] // 2
-        out = gate_up.new_empty(1, n)
-        _gate_kernel[(triton.cdiv(n, GATE_BLOCK),)](
+        out = gate_up.new_empty(len(gate_up), n)
+        _gate_kernel[(triton.cdiv(n, GATE_BLOCK), len(gate_up))](
             gate_up,
             out,
             SIZE=n,
@@ -196,13 +214,13 @@ class Glue:
         sine: Tensor,
         place: Tensor,
     ) -> Tensor:
-        """Attention fp16 [1, heads * size] of one token's qkv over the whole cache.
+        """Attention fp16 [B, heads * size] of a token's qkv of each sequence over its whole cache.
 
-        keys, values: [heads, cache, size], to which this token's are added at position `place`
+        keys, values: [B, heads, cache, size], to which these tokens' are added at position `place`
         [1]. cosine, sine: [cache, size].
         """
-        out = qkv.new_empty(1, self.heads * self.size)
-        _attend_kernel[(self.heads, self.cache // TILE)](
+        out = qkv.new_empty(len(qkv), self.heads * self.size)
+        _attend_kernel[(self.heads, self.cache // TILE, len(qkv))](
             qkv,
             keys,
             values,

@@ -4,6 +4,7 @@
     python benchmarks/matmul.py --sweep         every launch shape of the CUDA kernel
     python benchmarks/matmul.py --sweep --write also record the best shapes in tiles.json
     python benchmarks/matmul.py --kernels batch what linears run at 3 to 2048 tokens
+    python benchmarks/matmul.py --kernels batch --peers   other projects' kernels too
     python benchmarks/matmul.py --kernels cuda  leave Triton, batches and prefill out
 
 Every product is timed inside a CUDA graph of 40 calls, its weights rotated through copies that
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import matmul_peers
 import torch
 import triton
 
@@ -153,7 +155,7 @@ def products_of(weight: RuntimeWeight, kinds: list[str], T: int) -> Products:
 
 
 def batch_name(shape: WarpgroupShape, tile: int) -> str:
-    return f"batch {shape.groups}g {shape.row_tiles}r {tile}t"
+    return f"batch {shape.groups}g {tile}t"
 
 
 def bucket_of(T: int) -> int:
@@ -363,15 +365,30 @@ def decode_rows(
     return rows
 
 
-def batch_rows(names: list[str], failed: set[str], *, every_shape: bool) -> list[dict[str, object]]:
-    """Products of many tokens beside fp16, all of one case replayed in turn."""
+def batch_rows(
+    names: list[str],
+    failed: set[str],
+    token_counts: list[int],
+    *,
+    every_shape: bool,
+    with_peers: bool,
+) -> list[dict[str, object]]:
+    """Products of many tokens beside fp16, all of one case replayed in turn.
+
+    Beside a mix stand peers of its average width.
+    """
     rows = []
+    if with_peers:
+        cases = [BATCH_CASES[name] for name in names]
+        matmul_peers.prepare([(N, K, average(widths)) for N, K, widths in cases], token_counts)
     for name in names:
         N, K, pattern = BATCH_CASES[name]
+        peers = matmul_peers.peers(N, K, average(pattern), ROTATION_BYTES) if with_peers else []
+        peers = [peer for peer in peers if peer_is_right(peer, K)]
         packed = random_packed(N, K, spread(pattern, K))
         weights = copies(build_runtime([packed], DEVICE))
         linears = [] if every_shape else [MixedLinear([packed], DEVICE) for _ in weights]
-        for T in BATCHES:
+        for T in token_counts:
             x = torch.randn(T, K, device=DEVICE, dtype=torch.float16)
             y = torch.empty(T, N, device=DEVICE, dtype=torch.float16)
             kernels = batch_products(weights, T) if every_shape else {}
@@ -382,11 +399,31 @@ def batch_rows(names: list[str], failed: set[str], *, every_shape: bool) -> list
             ]
             if linears:
                 calls.append(lambda i, x=x, linears=linears: linears[i % len(linears)](x))
+            timed = [peer for peer in peers if peer.most_tokens >= T]
+            inputs = {peer.dtype: x.to(peer.dtype) for peer in timed}
+            calls += [
+                lambda i, peer=peer, x=inputs[peer.dtype]: peer.calls[i % len(peer.calls)](x)
+                for peer in timed
+            ]
+            labels = [*kernels, *["linear"][: len(linears)], *(peer.name for peer in timed)]
             half, *times = microseconds(half_product(N, K, T), *calls)
-            for kernel, time in zip([*kernels, "linear"], times, strict=False):
+            for kernel, time in zip(labels, times, strict=True):
                 rows.append(row(name, T, kernel, time, half, weights[0]))
                 print(*list(rows[-1].values())[:6], flush=True)
     return rows
+
+
+def average(pattern: tuple[int, ...]) -> int:
+    """Bits, a whole number in all of `BATCH_CASES`."""
+    return sum(pattern) // len(pattern)
+
+
+def peer_is_right(peer: matmul_peers.Peer, K: int) -> bool:
+    x = torch.randn(48, K, device=DEVICE).to(peer.dtype)
+    error = relative_error(peer.calls[0](x), x.double() @ peer.weight().double().t())
+    if not error < peer.tolerance:
+        print(f"FAILED {peer.name}: relative error {error:.2e}", flush=True)
+    return error < peer.tolerance
 
 
 def batch_products(weights: list[RuntimeWeight], T: int) -> dict[str, list[Product]]:
@@ -461,7 +498,7 @@ def provenance() -> dict[str, object]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
-        "peers": {name: bool(find_spec(name)) for name in ("gemlite", "hqq")},
+        "peers": {name: bool(find_spec(name)) for name in ("humming", "gemlite", "hqq")},
     }
 
 
@@ -505,6 +542,8 @@ def main() -> int:
     parser.add_argument("--kernels", nargs="*", default=["cuda", "triton", "prefill"])
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--batch", nargs="*", default=list(BATCH_CASES), choices=list(BATCH_CASES))
+    parser.add_argument("--tokens", nargs="*", type=int, default=list(BATCHES), help="of batches")
+    parser.add_argument("--peers", action="store_true", help="time other projects' kernels too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     failed = check(options.kernels)
@@ -515,7 +554,13 @@ def main() -> int:
     cases = options.cases if {"cuda", "triton"} & set(options.kernels) else []
     result["decode"] = decode_rows(cases, options.kernels, failed, every_shape=options.sweep)
     if "batch" in options.kernels:
-        result["batch"] = batch_rows(options.batch, failed, every_shape=options.sweep)
+        result["batch"] = batch_rows(
+            options.batch,
+            failed,
+            options.tokens,
+            every_shape=options.sweep,
+            with_peers=options.peers,
+        )
     if "prefill" in options.kernels and "prefill" not in failed:
         result["prefill"] = prefill_rows()
     if options.write:

@@ -74,7 +74,7 @@ def products(linears: list[CudaTrellisProduct], tokens: int, every: bool) -> dic
     tile = next((one for one in batch_cuda.SHAPES if one >= tokens), max(batch_cuda.SHAPES))
     found: dict[str, Products] = {}
     for shape in batch_cuda.SHAPES[tile]:
-        name = f"{shape.groups}g {shape.row_tiles}r {tile}t"
+        name = f"{shape.groups}g {tile}t"
         found[name] = [one.batch({tile: shape}) for one in linears]
     return found
 
