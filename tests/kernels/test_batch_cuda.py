@@ -53,7 +53,7 @@ def test_rings_hold_two_units_and_a_slot_more_than_groups_or_there_is_no_plan(gr
     for stage_bytes in range(1024, 120_000, 1024):
         for tokens in (8, 32, 64, 128):
             rings = plan_rings(stage_bytes, tokens, groups)
-            least = 2 * stage_bytes + (groups + 1) * group_bytes(tokens) + 480
+            least = 2 * stage_bytes + (groups + 1) * group_bytes(tokens) + 1024
             assert (rings is not None) == (least <= MAX_SHARED_BYTES)
             if rings is not None:
                 assert rings.stages >= 2
@@ -66,26 +66,58 @@ def test_large_matrices_stay_packed_longest():
     assert batch_tokens(28672 * 8192) > batch_tokens(11008 * 4096) > batch_tokens(4096 * 4096) > 32
 
 
-def test_tiles_end_with_blocks_where_few_blocks_are_left_idle():
-    def table(tiles, blocks):
-        count = 16 * tiles
-        nothing = np.zeros(count, dtype=np.int64)
-        names = ("low", "high", "grid", "pair", "output")
-        unit = dict.fromkeys(names, nothing) | {
-            "width": nothing + 3,
-            "live_rows": nothing + 128,
-            "tile": np.repeat(np.arange(tiles), 16),
-            "first": np.zeros((2, count), dtype=np.int64),
-            "live": np.zeros((2, count), dtype=np.int64),
-        }
-        return unit_table(unit, np.ones(count), blocks)
+def table_of(tiles, blocks, pairs=16):
+    """For so many tiles of 128 rows, each of `pairs` pairs."""
+    count = pairs * tiles
+    nothing = np.zeros(count, dtype=np.int64)
+    tile = np.repeat(np.arange(tiles), pairs)
+    unit = dict.fromkeys(("low", "high", "grid"), nothing) | {
+        "pair": np.tile(np.arange(pairs), tiles),
+        "width": nothing + 3,
+        "live_rows": nothing + 128,
+        "output": tile * 128,
+        "tile": tile,
+        "first": np.zeros((2, count), dtype=np.int64),
+        "live": np.zeros((2, count), dtype=np.int64),
+    }
+    return unit_table(unit, np.ones(count), blocks)
 
-    aligned = table(32, whole_tiles(32, 132))
+
+def runs_of(table):
+    """Of each block its units: blocks of the tile, takers where it ends, output, first block."""
+    words = table.view(np.uint32)
+    return [
+        [(r[5] >> 16, r[4] >> 16, r[6], r[7]) for r in block[1 : 1 + block[0, 0]].tolist()]
+        for block in words
+    ]
+
+
+def test_tiles_end_with_blocks_where_few_blocks_are_left_idle():
+    aligned = table_of(32, whole_tiles(32, 132))
     assert len(aligned) == 128
     assert (aligned[:, 0, 0] == 4).all()
     shared = aligned[:, 1, 5] >> 16
     assert (shared == 4).all()
     assert whole_tiles(86, 132) == whole_tiles(300, 132) == 132
+
+
+@pytest.mark.parametrize(("tiles", "blocks"), [(32, 128), (86, 132), (7, 40), (3, 132), (40, 8)])
+def test_blocks_that_end_with_a_tile_add_up_its_sums(tiles, blocks):
+    runs = runs_of(table_of(tiles, blocks))
+    seen, takers = {}, {}
+    for b, run in enumerate(runs):
+        for (sharers, ends, output, first), following in zip(run, [*run[1:], None], strict=True):
+            ends_here = following is None or following[2] != output
+            assert bool(ends) == ends_here
+            seen[output] = seen.get(output, 0) + 1
+            if ends_here:
+                assert b - first < sharers
+                takers.setdefault(output, (sharers, ends, []))[2].append(following is None)
+    assert seen == {128 * tile: 16 for tile in range(tiles)}
+    for sharers, taking, last_of_run in takers.values():
+        assert len(last_of_run) == sharers
+        assert all(last_of_run[:-1])
+        assert taking == max(1, sum(last_of_run))
 
 
 @pytest.mark.parametrize("rows", [128, 256])
@@ -115,7 +147,7 @@ def test_units_of_a_trellis_are_the_circles_of_their_rows(rows):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_launch_hands_over_its_tables_and_what_it_is_given(dtype):
     table = np.zeros((7, 4, 12), dtype=np.int32)
-    shape, rings = WarpgroupShape(2, 1), plan_rings(4096, 32, 1)
+    shape, rings = WarpgroupShape(2), plan_rings(4096, 32, 1)
     launches = {tokens: Launch(table, shape, rings, tokens, CPU) for tokens in (32, 64)}
     x, y = torch.zeros(70, 256, dtype=dtype), torch.zeros(70, 40, dtype=dtype)
     seen = []
@@ -130,7 +162,7 @@ def test_a_launch_hands_over_its_tables_and_what_it_is_given(dtype):
     how = {"groups": 3, "scaled": dtype == torch.bfloat16, "overlap": True, "pair_count": 3}
     launch(function, x, y, 256, 0.5, **how)
     ((found, rest),) = seen
-    assert rest == (256, 0.5, 2, 1, 64, 7, rings.total_bytes, 1, None)
+    assert rest == (256, 0.5, 2, 64, 7, rings.total_bytes, 1, None)
     assert (found.x, found.y, found.units) == (x.data_ptr(), y.data_ptr(), launch.units.data_ptr())
     assert (found.tokens, found.x_stride, found.output_stride) == (70, 256, 40)
     assert (found.unit_capacity, found.pair_count) == (3, 3)

@@ -16,7 +16,7 @@ from bitmill_kernels.matmul import decode_cuda, tiles
 from bitmill_kernels.matmul.decode_cuda import SHAPES, BlockShape, plan_shared
 from bitmill_kernels.matmul.runtime import build_runtime
 from bitmill_kernels.matmul.units import build_schedule
-from kernel_cases import random_linear
+from kernel_cases import random_linear, random_planes
 
 CPU = torch.device("cpu")
 H100_SHARED = 228 * 1024
@@ -132,6 +132,19 @@ def test_every_weight_gets_a_shape_that_fits_for_every_bucket(width, N):
         assert plan.total_bytes * shape.blocks <= H100_SHARED
 
 
+def test_a_gpu_without_measurements_takes_the_shapes_of_another():
+    weight = build_runtime([random_planes(4096, 4096, (3, 2, 4, 3) * 8, CPU)], CPU)
+    measured = {
+        tokens: shape
+        for (gpu, N, K, widths, tokens), shape in tiles._table().items()
+        if (gpu, N, K, widths) == (tiles.REFERENCE_GPU, 4096, 4096, "234")
+    }
+    found = tiles.block_shapes(weight, "a GPU without measurements", H100_SHARED)
+    assert measured
+    assert measured.items() <= found.items()
+    assert any(shape != SHAPES[tokens][0] for tokens, shape in measured.items())
+
+
 def test_a_shape_that_does_not_fit_is_recognized():
     weight, *_ = random_linear(128, 512, (8,) * 4)
     runtime = build_runtime([weight], CPU)
@@ -147,7 +160,7 @@ def test_the_stored_table_names_compiled_shapes():
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
 @pytest.mark.parametrize(
     ("source", "kernels", "most_spilled"),
-    [("decode_cuda.cu", 9, 300), ("batch_cuda.cu", 9, 40), ("dequantize_cuda.cu", 3, 0)],
+    [("decode_cuda.cu", 9, 300), ("batch_cuda.cu", 7, 40), ("dequantize_cuda.cu", 3, 0)],
 )
 def test_the_kernels_compile_for_sm_90_with_few_spills(source, kernels, most_spilled, tmp_path):
     path = Path(decode_cuda.__file__).with_name(source)

@@ -74,7 +74,6 @@ class Launch:
             ctypes.byref(arguments),
             *own,
             self.shape.groups,
-            self.shape.row_tiles,
             self.tokens,
             len(self.units),
             self.rings.total_bytes,

@@ -17,15 +17,16 @@ RESERVED_SHARED_BYTES = 1024
 MAX_SHARED_BYTES = 227 * 1024
 MAX_STAGES = 6
 MAX_SLOTS = 16
+BARRIER_BYTES = 1024
 
-BATCH_TOKENS = ((1 << 27, 512), (1 << 25, 256), (0, 64))
+BATCH_TOKENS = ((1 << 27, 512), (1 << 25, 256), (0, 128))
 """Weights from which `wgmma` is faster than a dequantized weight, up to so many tokens."""
 
 
 def batch_tokens(weights: int) -> int:
     """Up to so many tokens `wgmma` is faster than a dequantized weight, for so many weights.
 
-    Measured on an H100 (`benchmarks/matmul.py --kernels batch`).
+    Measured on an H100 and an H200 (`benchmarks/matmul.py --kernels batch`).
     """
     return next(tokens for least, tokens in BATCH_TOKENS if weights >= least)
 
@@ -35,18 +36,16 @@ WHOLE_TILES_FROM = 0.9
 
 
 LARGE = 1 << 27
-"""Weights from which blocks of more rows pay for more than 32 tokens too."""
+"""Weights from which blocks of more rows pay."""
 
 
-def by_preference(
-    shapes: Sequence[WarpgroupShape], weights: int, tokens: int
-) -> Sequence[WarpgroupShape]:
+def by_preference(shapes: Sequence[WarpgroupShape], weights: int) -> Sequence[WarpgroupShape]:
     """The fastest shape for so many weights first; `shapes` go from more to fewer rows.
 
-    Measured on an H100: fewer rows mean fewer sums that blocks must share, more rows that
-    activations are read less often.
+    Measured on an H200 (`benchmarks/matmul.py --kernels batch --sweep`): fewer rows mean fewer sums
+    that blocks must share, more rows that activations are read less often.
     """
-    return shapes if tokens <= 32 or weights >= LARGE else shapes[::-1]
+    return shapes if weights >= LARGE else shapes[::-1]
 
 
 class Arguments(ctypes.Structure):
@@ -91,15 +90,14 @@ class Arguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class WarpgroupShape:
-    """`groups` warpgroups of `row_tiles` x 64 rows each; one block on each multiprocessor."""
+    """`groups` warpgroups of 64 rows each; one block on each multiprocessor."""
 
     groups: int
-    row_tiles: int
 
     @property
     def rows(self) -> int:
         """Of a tile."""
-        return self.groups * self.row_tiles * 64
+        return self.groups * 64
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def plan_rings(stage_bytes: int, tokens: int, groups: int) -> Rings | None:
     activations of a unit before it gives back the last ones of the unit before.
     """
     slot_bytes = group_bytes(tokens)
-    fixed = 16 * (MAX_STAGES + MAX_SLOTS) + 128
+    fixed = BARRIER_BYTES
     free = MAX_SHARED_BYTES - fixed
     stages = max(2, min(MAX_STAGES, free // (stage_bytes + groups * slot_bytes)))
     slots = min(MAX_SLOTS, (free - stages * stage_bytes) // slot_bytes)
@@ -144,12 +142,15 @@ def unit_table(unit: Mapping[str, np.ndarray], cost: np.ndarray, block_count: in
     starts = equal_runs(cost, block_count)
     count = len(cost)
     block = np.searchsorted(starts, np.arange(count), side="right") - 1
+    ends_block = np.diff(block, append=-1) != 0
     ends_tile = np.diff(unit["tile"], append=-1) != 0
     first_block = block[np.searchsorted(unit["tile"], unit["tile"], side="left")]
-    last_block = block[np.searchsorted(unit["tile"], unit["tile"], side="right") - 1]
+    last_unit = np.searchsorted(unit["tile"], unit["tile"], side="right") - 1
+    last_block = block[last_unit]
+    takers = np.maximum(last_block - first_block + ends_block[last_unit], 1)
     fields = [
         *(unit["low"], unit["high"], unit["grid"], unit["pair"]),
-        unit["width"] | (ends_tile | (np.diff(block, append=-1) != 0)) << 16,
+        unit["width"] | np.where(ends_tile | ends_block, takers, 0) << 16,
         unit["live_rows"] | (last_block - first_block + 1) << 16,
         *(unit["output"], first_block),
         *unit["first"],

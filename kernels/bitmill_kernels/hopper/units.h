@@ -25,7 +25,7 @@ struct alignas(16) Source {
   int pair;
 };
 struct alignas(16) Target {
-  uint16_t width, ends;  // ends: the last of its tile in this block
+  uint16_t width, ends;  // ends: of the last of its tile in this block, how many end with the tile
   uint16_t live_rows, blocks;
   int output, first_block;
 };

@@ -8,7 +8,9 @@
 
 namespace {
 
-constexpr int kPrologueThreads = 256;
+constexpr int kPrologueThreads = 128, kFactorThreads = 256;
+constexpr int kBarrierBytes = 1024;  // and after these the rings
+
 
 // Bytes of one group's activations, 128 columns, for a tile of `tokens`.
 __host__ __device__ constexpr int group_bytes(int tokens) { return 256 * tokens; }
@@ -85,13 +87,19 @@ __device__ __forceinline__ void multiply(float (&d)[64], const uint32_t (&a)[4],
                : BITMILL_WORDS(a, inputs, adds));
 }
 
-// Where `wgmma` finds the activations of one of a group's products, which begin at the shared address
-// `inputs`: neighbours in columns are
-// 16 * TOKENS bytes apart, neighbours in tokens 128, all in units of 16 bytes.
+// Activations of a group lie in the 128-byte swizzle of `wgmma`: two halves of 64 columns, in each a
+// token's 128 bytes after those of the token before, and in these its eighths of 8 columns in an
+// order that depends on the token. Where 8 columns of a token are:
+__device__ __forceinline__ int input_offset(int tokens, int token, int eighth) {
+  return (eighth / 8 * tokens + token) * 128 + (eighth % 8 ^ token % 8) * 16;
+}
+
+// Where `wgmma` finds the activations of one of a group's products. Those of the group begin at the
+// shared address `inputs`, a multiple of 1024; eights of tokens are 1024 bytes apart.
 template <int TOKENS>
 __device__ __forceinline__ uint64_t input_descriptor(uint32_t inputs, int product) {
-  const uint32_t low = (inputs >> 4) + product * (TOKENS * 2) + (TOKENS << 16);
-  return static_cast<uint64_t>(8) << 32 | low;
+  const uint32_t low = (inputs >> 4) + product / 4 * (TOKENS * 8) + product % 4 * 2 + (1 << 16);
+  return static_cast<uint64_t>(1u << 30 | 64) << 32 | low;
 }
 
 __device__ __forceinline__ uint32_t word_of(__half2 value) {
@@ -105,6 +113,12 @@ struct Ring {
   uint64_t* empty;
   int count, at = 0, parity = 0;
 
+  __device__ void begin(int readers) const {
+    for (int i = 0; i < count; ++i) {
+      barrier_init(full + i, 1);
+      barrier_init(empty + i, readers);
+    }
+  }
   __device__ __forceinline__ void next() {
     if (++at == count) at = 0, parity ^= 1;
   }
@@ -124,7 +138,7 @@ __device__ __forceinline__ Memory memory_of(const DecodeArguments& p, uint8_t* m
   found.stages = {barriers, barriers + p.stage_count, p.stage_count};
   barriers += 2 * p.stage_count;
   found.slots = {barriers, barriers + p.slot_count, p.slot_count};
-  found.inputs = memory + ((p.stage_count + p.slot_count) * 16 + 127) / 128 * 128;
+  found.inputs = memory + kBarrierBytes;
   found.staged = found.inputs + p.slot_count * group_bytes(tokens);
   return found;
 }
@@ -134,84 +148,154 @@ __device__ __forceinline__ void release(uint64_t* empty, int thread) {
   if (empty != nullptr && thread == 0) barrier_arrive(empty);
 }
 
-// Stores sums of eights of tokens from `first` on, of rows `row` + lane / 4 and 8 further.
-template <int EIGHTS>
+__device__ __forceinline__ uint32_t word_of(const DecodeArguments& p, float low, float high) {
+  if (p.is_bf16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  return word_of(__floats2half2_rn(low, high));
+}
+
+// Stores sums of rows `row` + lane / 4 and 8 further, of those eights of tokens that are its own.
+// Two lanes of neighbouring rows exchange sums, so that each stores both rows of one token.
+template <int EIGHTS, class Own>
 __device__ __forceinline__ void store_outputs(const DecodeArguments& p, const Target& tile, int row,
-                                              int first, Lane lane, const float4 (&sums)[EIGHTS]) {
+                                              Lane lane, const float (&total)[EIGHTS * 4],
+                                              const Own& own_eight) {
+  const int odd = lane.row % 2;
+  const bool in_pairs =
+      ((reinterpret_cast<uintptr_t>(p.y) >> 1 | p.output_stride | tile.output) & 1) == 0;
+  float bias[2], row_scale[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int at = row + half * 8 + lane.row;
-    if (at >= tile.live_rows) continue;
-    const int output = tile.output + at;
-    const float bias = load_bias(p, output);
-    const float row_scale = p.row_scales ? __ldg(p.row_scales + output) : 1.0f;
+    const int output = tile.output + min(row + half * 8 + lane.row, tile.live_rows - 1);
+    bias[half] = load_bias(p, output);
+    row_scale[half] = p.row_scales ? __ldg(p.row_scales + output) : 1.0f;
+  }
 #pragma unroll
-    for (int n = 0; n < EIGHTS; ++n) {
+  for (int n = 0; n < EIGHTS; ++n) {
+    if (!own_eight(n)) continue;
+    const int t = n * 8 + 2 * lane.column, token = t + odd;
+    float factor[2] = {1.0f, 1.0f};
+    if (p.factors) {
+      factor[0] = __ldcg(p.factors + min(t, p.tokens - 1));
+      factor[1] = __ldcg(p.factors + min(t + 1, p.tokens - 1));
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float own[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int t = (first + n) * 8 + 2 * lane.column + e;
-        if (t >= p.tokens) continue;
-        const float factor = (p.factors ? __ldcg(p.factors + t) : 1.0f) * row_scale;
-        const float4 sum = sums[n];
-        const float value = half ? (e ? sum.w : sum.z) : (e ? sum.y : sum.x);
-        store_output(p, t, output, value * factor + bias);
+        own[e] = total[n * 4 + half * 2 + e] * (factor[e] * row_scale[half]) + bias[half];
+      }
+      const float other = __shfl_xor_sync(0xffffffffu, odd ? own[0] : own[1], 4);
+      const float low = odd ? other : own[0], high = odd ? own[1] : other;
+      const int even = row + half * 8 + lane.row - odd;
+      if (token >= p.tokens || even >= tile.live_rows) continue;
+      const bool both = even + 1 < tile.live_rows;
+      if (in_pairs && both) {
+        uint16_t* y = static_cast<uint16_t*>(p.y) + static_cast<int64_t>(token) * p.output_stride +
+                      tile.output + even;
+        *reinterpret_cast<uint32_t*>(y) = word_of(p, low, high);
+      } else {
+        store_output(p, token, tile.output + even, low);
+        if (both) store_output(p, token, tile.output + even + 1, high);
       }
     }
   }
 }
 
-// Stores the outputs of a tile. Where several blocks share it, each leaves its sums, and the last to
-// arrive adds up those of all in block order. A block has two slots: 1 for the tile that it begins,
-// 0 for the one that it continues. Cells of tokens that are not there are left out.
-template <int WARPS, int ROW_TILES, int TOKENS>
-__device__ __forceinline__ void finish(const DecodeArguments& p, const Target& tile, int warp,
-                                       int rows, Lane lane,
-                                       const float (&total)[ROW_TILES][TOKENS / 2]) {
-  constexpr int kEights = TOKENS / 8, kCells = ROW_TILES * kEights;
-  constexpr int kAtOnce = kEights < 8 ? kEights : 8;
-  const int thread = lane.row * 4 + lane.column;
-  const bool shared = tile.blocks > 1;
-  const auto cells = [&](int block, int slot) {
-    return reinterpret_cast<float4*>(p.partial) +
-           ((block * 2 + slot) * WARPS + warp) * (kCells * 32) + thread;
-  };
-  float4* mine = cells(blockIdx.x, tile.first_block == blockIdx.x ? 1 : 0);
-#pragma unroll
-  for (int i = 0; i < kCells; i += kAtOnce) {
-    float4 sums[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const float* from = &total[i / kEights][(i % kEights + j) * 4];
-      sums[j] = make_float4(from[0], from[1], from[2], from[3]);
-      if (shared && (i % kEights + j) * 8 < p.tokens) __stcg(mine + (i + j) * 32, sums[j]);
-    }
-    if (!shared) store_outputs(p, tile, rows + i / kEights * 64, i % kEights, lane, sums);
+// Says that a warp's sums for others are there.
+__device__ __forceinline__ void leave_at(int* counter, int thread) {
+  __syncwarp();
+  if (thread == 0) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
   }
-  if (!shared) return;
+}
+
+// Waits until so many warps have left their sums.
+__device__ __forceinline__ void wait_for(const int* counter, int count, int thread) {
+  if (thread == 0) {
+    int found;
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+    } while (found < count);
+  }
+  __syncwarp();
+}
+
+// Exchanges sums between blocks that share a tile. Those that end with it, the takers, divide its
+// cells: each leaves its sums of the others' cells, and adds to its `own` what all others have left,
+// in block order. A block that goes on to another tile leaves all. So a block waits only for blocks
+// that do not wait before they leave their sums: all must run at once, or begin in order. A block
+// has two slots: 1 for the tile that it begins, 0 for the one that it continues. Cells of tokens
+// that are not there are left out.
+template <int WARPS, int CELLS, class Own>
+__device__ __forceinline__ void share_sums(const DecodeArguments& p, const Target& tile, int warp,
+                                           int thread, int self, const Own& own,
+                                           float (&total)[CELLS * 4]) {
+  constexpr int kAtOnce = CELLS < 2 ? CELLS : CELLS / 2;
+  const int takers = tile.ends;
+  const auto cells = [&](int block) {
+    const int slot = block == 0 ? 1 : 0;
+    return reinterpret_cast<float4*>(p.partial) +
+           (((tile.first_block + block) * 2 + slot) * WARPS + warp) * (CELLS * 32) + thread;
+  };
+  float4* mine = cells(self);
+#pragma unroll
+  for (int i = 0; i < CELLS; ++i) {
+    if (!own(i) && i * 8 < p.tokens) {
+      __stcg(mine + i * 32, make_float4(total[4 * i], total[4 * i + 1], total[4 * i + 2],
+                                        total[4 * i + 3]));
+    }
+  }
   int* counter = p.counters + tile.first_block * WARPS + warp;
-  if (arrive_at(counter, thread) != tile.blocks - 1) return;
+  const bool alone = takers == 1;  // it leaves nothing
+  if (!(alone && self == 0)) leave_at(counter, thread);
+  if (self >= takers) return;
+  wait_for(counter, tile.blocks - alone, thread);
+#pragma unroll
+  for (int i = 0; i < CELLS; i += kAtOnce) {
+    if (!own(i) && !own(i + kAtOnce - 1)) continue;
 #pragma unroll 1
-  for (int i = 0; i < kCells; i += kAtOnce) {
-    float4 sums[kAtOnce] = {};
-#pragma unroll(16 / kAtOnce)
     for (int b = 0; b < tile.blocks; ++b) {
-      const float4* from = cells(tile.first_block + b, b == 0 ? 1 : 0) + i * 32;
+      if (b == self) continue;
+      const float4* from = cells(b) + i * 32;
+      float4 parts[kAtOnce];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        if ((i % kEights + j) * 8 < p.tokens) {
-          const float4 part = __ldcg(from + j * 32);
-          sums[j].x += part.x, sums[j].y += part.y, sums[j].z += part.z, sums[j].w += part.w;
-        }
+        parts[j] = own(i + j) && (i + j) * 8 < p.tokens ? __ldcg(from + j * 32) : float4{};
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        float* sum = &total[4 * (i + j)];
+        sum[0] += parts[j].x, sum[1] += parts[j].y, sum[2] += parts[j].z, sum[3] += parts[j].w;
       }
     }
-    store_outputs(p, tile, rows + i / kEights * 64, i % kEights, lane, sums);
   }
-  if (thread == 0) *counter = 0;
+  if (thread == 0 && (alone || atomicAdd(counter, 1) == tile.blocks + takers - 1)) *counter = 0;
 }
 
-// One warpgroup more than multiply: its first warp streams, all of it gives its registers away.
+// Stores the outputs of a tile. Blocks that share it store a part of its cells each.
+template <int WARPS, int TOKENS>
+__device__ __forceinline__ void finish(const DecodeArguments& p, const Target& tile, int warp,
+                                       int row, Lane lane, float (&total)[TOKENS / 2]) {
+  constexpr int kCells = TOKENS / 8, kPart = kCells < 4 ? kCells : kCells / 4;
+  const int self = tile.blocks > 1 ? blockIdx.x - tile.first_block : 0;
+  const int takers = tile.ends;
+  const auto own = [&](int cell) { return cell / kPart * takers / 4 == self; };
+  if (tile.blocks > 1) {
+    share_sums<WARPS, kCells>(p, tile, warp, lane.row * 4 + lane.column, self, own, total);
+  }
+  if (self < takers) store_outputs<kCells>(p, tile, row, lane, total, own);
+}
+
+// One warpgroup more than multiply: its first warp streams, all of it gives its registers away. A
+// block begins with so few that blocks of a prologue kernel can wait beside it.
 template <int GROUPS>
 constexpr int kThreads = (GROUPS + 1) * 128;
+template <int GROUPS>
+constexpr int kRegisters = GROUPS == 4 ? 96 : 128;
 
 // One warp streams the weights of all units into one ring, and the activations of their groups into
 // another, which it begins once the prologue kernels are done. Lane j issues the copies of every 32nd
@@ -271,7 +355,7 @@ __device__ void stream(const DecodeArguments& p, const UnitRow* units, const Mem
 struct Reader {
   Memory memory;
   Lane lane;
-  int rows;  // the warp's first of 16 in each 64 of a tile
+  int rows;  // the warp's first of 16
   uint64_t* behind;
   int older;
   uint32_t weights[2][2][4];
@@ -310,17 +394,17 @@ __device__ __forceinline__ void multiply_batch(float (&total)[TOKENS / 2],
   warpgroup_commit();
 }
 
-template <class Code, int GROUPS, int ROW_TILES, int TOKENS>
+template <class Code, int GROUPS, int TOKENS>
 __device__ void consume(const DecodeArguments& p, const UnitRow* units, const Memory& memory,
                         int warp, int thread) {
-  constexpr int kRows = GROUPS * ROW_TILES * 64, kWarps = GROUPS * 4;
+  constexpr int kRows = GROUPS * 64, kWarps = GROUPS * 4;
   const int count = load_row(reinterpret_cast<const BlockRow*>(units - 1)).units;
   Target next = load_row(&units->target);
-  float total[ROW_TILES][TOKENS / 2];
+  float total[TOKENS / 2];
   Reader reader;
   reader.memory = memory;
   reader.lane = {thread / 4, thread % 4};
-  reader.rows = warp / 4 * (ROW_TILES * 64) + warp % 4 * 16;
+  reader.rows = warp * 16;
   reader.behind = nullptr;
   reader.older = 0;
   Ring& stages = reader.memory.stages;
@@ -329,7 +413,7 @@ __device__ void consume(const DecodeArguments& p, const UnitRow* units, const Me
     const Target unit = next;
     next = load_row(&units[min(i + 1, p.unit_capacity - 1)].target);
     stages.wait_full();
-    code.template add_unit<kRows, ROW_TILES, TOKENS>(
+    code.template add_unit<kRows, TOKENS>(
         unit.width, memory.staged + stages.at * p.stage_bytes, reader, total);
     release(stages.empty + stages.at, thread);  // all of it is in registers
     stages.next();
@@ -339,26 +423,22 @@ __device__ void consume(const DecodeArguments& p, const UnitRow* units, const Me
       release(reader.behind, thread);
       reader.behind = nullptr;
       reader.older = 0;
-      finish<kWarps, ROW_TILES, TOKENS>(p, unit, warp, reader.rows, reader.lane, total);
+      finish<kWarps, TOKENS>(p, unit, warp, reader.rows, reader.lane, total);
     }
   }
   warpgroup_wait<0>();
 }
 
-template <class Code, int GROUPS, int ROW_TILES, int TOKENS>
-__global__ void __launch_bounds__(kThreads<GROUPS>, 1)
+template <class Code, int GROUPS, int TOKENS>
+__global__ void __launch_bounds__(65536 / kRegisters<GROUPS> / 128 * 128, 1)
     batch_kernel(const __grid_constant__ DecodeArguments p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ __align__(128) uint8_t shared[];
+  extern __shared__ __align__(1024) uint8_t shared[];
   const Memory memory = memory_of(p, shared, TOKENS);
   asm volatile("griddepcontrol.launch_dependents;");
   if (threadIdx.x == 0) {
-    for (const Ring& ring : {memory.stages, memory.slots}) {
-      for (int i = 0; i < ring.count; ++i) {
-        barrier_init(ring.full + i, 1);
-        barrier_init(ring.empty + i, GROUPS * 4);
-      }
-    }
+    memory.stages.begin(GROUPS * 4);
+    memory.slots.begin(GROUPS * 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -367,11 +447,11 @@ __global__ void __launch_bounds__(kThreads<GROUPS>, 1)
   if (warp >= GROUPS * 4) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 4 ? 24 : 40));
     if (warp == GROUPS * 4) {
-      stream<Code, GROUPS * ROW_TILES * 64, TOKENS>(p, units, memory, thread);
+      stream<Code, GROUPS * 64, TOKENS>(p, units, memory, thread);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 4 ? 112 : 232));
-    consume<Code, GROUPS, ROW_TILES, TOKENS>(p, units, memory, warp, thread);
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 4 ? 112 : 168));
+    consume<Code, GROUPS, TOKENS>(p, units, memory, warp, thread);
   }
 #endif
 }
@@ -382,13 +462,13 @@ __device__ __forceinline__ float factor_of(float largest) {
 }
 
 // The power of two, for each token, that brings `scale` times its largest activation below 2^15.
-__global__ void __launch_bounds__(kPrologueThreads)
+__global__ void __launch_bounds__(kFactorThreads)
     factor_kernel(const __grid_constant__ DecodeArguments p, int columns, float scale) {
-  __shared__ float largest_of[kPrologueThreads / 32];
+  __shared__ float largest_of[kFactorThreads / 32];
   asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
   float largest = 0.0f;
-  for (int k = threadIdx.x; k < columns; k += kPrologueThreads) {
+  for (int k = threadIdx.x; k < columns; k += kFactorThreads) {
     largest = fmaxf(largest, fabsf(load_input(p, static_cast<int64_t>(blockIdx.x) * p.x_stride + k)));
   }
 #pragma unroll
@@ -403,10 +483,10 @@ __global__ void __launch_bounds__(kPrologueThreads)
 }
 
 // All tokens, `TOKENS` in a launch.
-template <class Code, int GROUPS, int ROW_TILES, int TOKENS>
+template <class Code, int GROUPS, int TOKENS>
 cudaError_t launch(const DecodeArguments& whole, int blocks, int shared, bool overlap,
                    cudaStream_t stream) {
-  auto kernel = batch_kernel<Code, GROUPS, ROW_TILES, TOKENS>;
+  auto kernel = batch_kernel<Code, GROUPS, TOKENS>;
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   for (int first = 0; first < whole.tokens && status == cudaSuccess; first += TOKENS) {

@@ -22,9 +22,9 @@ TOKENS_A_WIDTH = 20
 
 
 SHAPES = {
-    32: (WarpgroupShape(4, 1), WarpgroupShape(2, 1)),
-    64: (WarpgroupShape(4, 1), WarpgroupShape(2, 2), WarpgroupShape(2, 1)),
-    128: (WarpgroupShape(2, 2), WarpgroupShape(2, 1)),
+    32: (WarpgroupShape(4), WarpgroupShape(2)),
+    64: (WarpgroupShape(4), WarpgroupShape(2)),
+    128: (WarpgroupShape(2),),
 }
 """The shapes that are compiled, by tokens of a launch, as listed at the end of `batch_cuda.cu`."""
 

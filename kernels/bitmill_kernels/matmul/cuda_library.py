@@ -42,7 +42,7 @@ def load_library() -> ctypes.CDLL:
     library = ctypes.CDLL(os.environ.get("BITMILL_CUDA_LIBRARY") or _build())
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.bitmill_decode.argtypes = [pointer] + [integer] * 6 + [pointer]
-    library.bitmill_batch.argtypes = [pointer] + [integer] * 7 + [pointer]
+    library.bitmill_batch.argtypes = [pointer] + [integer] * 6 + [pointer]
     library.bitmill_dequantize_rows.argtypes = [pointer, pointer]
     return library
 

@@ -2,7 +2,8 @@
 
 `tiles.json` is written by `benchmarks/matmul.py --sweep --write`. Its entries name the GPU, the
 stacked rows N, the columns K, the widths present, and the token bucket (at most 2, 8, 16 or 32
-tokens). A case that is not in the table gets the first shape that can run it.
+tokens). A GPU that has no entry for a case takes the H100's; a case that is not in the table gets
+the first shape that can run it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bitmill_kernels.matmul.runtime import RuntimeWeight
 from bitmill_kernels.matmul.units import divides_rows
 
 TABLE_VERSION = 1
+REFERENCE_GPU = "NVIDIA H100 80GB HBM3"
 BLOCKS_PER_PROCESSOR = 3
 MAX_SPLIT = 16
 
@@ -28,14 +30,15 @@ MAX_SPLIT = 16
 def block_shapes(weight: RuntimeWeight, gpu: str, per_processor: int) -> dict[int, BlockShape]:
     """Shapes of the CUDA kernel by token bucket, for a GPU of this name and shared memory.
 
-    The measured shape, else the first of `SHAPES` that can run the weight. A bucket that no shape
-    can run is left out.
+    The shape measured on this GPU or else on `REFERENCE_GPU`, else the first of `SHAPES` that can
+    run the weight. A bucket that no shape can run is left out.
     """
     widths = widths_present(weight)
     chosen: dict[int, BlockShape] = {}
     for tokens, shapes in SHAPES.items():
-        measured = _table().get((gpu, weight.N, weight.K, widths, tokens))
-        for shape in (measured, *shapes):
+        case = (weight.N, weight.K, widths, tokens)
+        measured = (_table().get((name, *case)) for name in (gpu, REFERENCE_GPU))
+        for shape in (*measured, *shapes):
             if (
                 shape is not None
                 and divides_rows(weight, shape.rows)
@@ -52,7 +55,7 @@ def batch_shapes(weight: RuntimeWeight) -> dict[int, WarpgroupShape]:
     return {
         tokens: shape
         for tokens, shapes in batch_cuda.SHAPES.items()
-        for shape in reversed(by_preference(shapes, weights, tokens))
+        for shape in reversed(by_preference(shapes, weights))
         if batch_cuda.plan(weight, shape, tokens) is not None
     }
 

@@ -30,37 +30,34 @@ struct Trellis {
     bulk_copy(to, reinterpret_cast<const uint8_t*>(from), bytes, full, policy);
   }
 
-  template <int ROWS, int ROW_TILES, int TOKENS>
+  template <int ROWS, int TOKENS>
   __device__ __forceinline__ void add_unit(int rate, const uint8_t* staged, Reader& reader,
-                                           float (&total)[ROW_TILES][TOKENS / 2]) const {
+                                           float (&total)[TOKENS / 2]) const {
     switch (rate) {
-      case 1: return add_circles<1, ROW_TILES, TOKENS>(staged, reader, total);
-      case 2: return add_circles<2, ROW_TILES, TOKENS>(staged, reader, total);
-      case 3: return add_circles<3, ROW_TILES, TOKENS>(staged, reader, total);
-      case 4: return add_circles<4, ROW_TILES, TOKENS>(staged, reader, total);
-      case 5: return add_circles<5, ROW_TILES, TOKENS>(staged, reader, total);
-      case 6: return add_circles<6, ROW_TILES, TOKENS>(staged, reader, total);
-      case 7: return add_circles<7, ROW_TILES, TOKENS>(staged, reader, total);
-      case 8: return add_circles<8, ROW_TILES, TOKENS>(staged, reader, total);
+      case 1: return add_circles<1, TOKENS>(staged, reader, total);
+      case 2: return add_circles<2, TOKENS>(staged, reader, total);
+      case 3: return add_circles<3, TOKENS>(staged, reader, total);
+      case 4: return add_circles<4, TOKENS>(staged, reader, total);
+      case 5: return add_circles<5, TOKENS>(staged, reader, total);
+      case 6: return add_circles<6, TOKENS>(staged, reader, total);
+      case 7: return add_circles<7, TOKENS>(staged, reader, total);
+      case 8: return add_circles<8, TOKENS>(staged, reader, total);
     }
   }
 
-  template <int RATE, int ROW_TILES, int TOKENS>
+  template <int RATE, int TOKENS>
   __device__ __forceinline__ void add_circles(const uint8_t* staged, Reader& reader,
-                                              float (&total)[ROW_TILES][TOKENS / 2]) const {
+                                              float (&total)[TOKENS / 2]) const {
     const int lane = reader.lane.row * 4 + reader.lane.column;
     uint64_t* slot;
     const uint32_t inputs = next_inputs<TOKENS>(reader, &slot);
+    const uint8_t* circles = staged + reader.rows / kTile * (kTiles * 32 * RATE);
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r) {
-      const uint8_t* circles = staged + (reader.rows + r * 64) / kTile * (kTiles * 32 * RATE);
-#pragma unroll
-      for (int batch = 0; batch < 4; ++batch) {
-        uint32_t(&made)[2][4] = next_batch(reader, r * 4 + batch, slot);
-        decode<RATE, false>(circles + batch * 64 * RATE, lane, made[0]);
-        decode<RATE, false>(circles + batch * 64 * RATE + 32 * RATE, lane, made[1]);
-        multiply_batch<TOKENS>(total[r], made, inputs, 2 * batch, batch == 0 ? reader.older : 1);
-      }
+    for (int batch = 0; batch < 4; ++batch) {
+      uint32_t(&made)[2][4] = next_batch(reader, batch, slot);
+      decode<RATE, false>(circles + batch * 64 * RATE, lane, made[0]);
+      decode<RATE, false>(circles + batch * 64 * RATE + 32 * RATE, lane, made[1]);
+      multiply_batch<TOKENS>(total, made, inputs, 2 * batch, batch == 0 ? reader.older : 1);
     }
   }
 };
@@ -120,7 +117,7 @@ __global__ void __launch_bounds__(kGroup)
   const int within = token % tile;
   uint8_t* to = p.inputs +
                 (static_cast<size_t>(token / tile) * p.pair_count + g) * group_bytes(tile) +
-                (thread / 8 * (tile / 8) + within / 8) * 128 + within % 8 * 16 + thread % 8 * 2;
+                input_offset(tile, within, thread / 8) + thread % 8 * 2;
   *reinterpret_cast<__half*>(to) = __float2half_rn(thread < count ? own : 0.0f);
 }
 
@@ -130,14 +127,14 @@ __global__ void __launch_bounds__(kGroup)
 // pair_count is the number of groups, their scales f32 [groups] are at most `largest_scale`.
 extern "C" int bitmill_trellis_batch(const DecodeArguments* arguments, int columns,
                                      const float* group_scales, float largest_scale, int groups,
-                                     int row_tiles, int tile, int blocks, int shared, int overlap,
+                                     int tile, int blocks, int shared, int overlap,
                                      void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const float scale = largest_scale * kLargestRotation;
   const int finds = static_cast<int64_t>(arguments->tokens) * columns <= 16384;
   cudaError_t status = cudaSuccess;
   if (!finds) {
-    status = launch_kernel(factor_kernel, arguments->tokens, kPrologueThreads, 0, overlap, s,
+    status = launch_kernel(factor_kernel, arguments->tokens, kFactorThreads, 0, overlap, s,
                            *arguments, columns, scale);
   }
   if (status == cudaSuccess) {
@@ -145,20 +142,18 @@ extern "C" int bitmill_trellis_batch(const DecodeArguments* arguments, int colum
                            overlap, s, *arguments, columns, group_scales, scale, tile, finds);
   }
   if (status != cudaSuccess) return status;
-#define BITMILL_SHAPE(GROUPS, ROW_TILES, TOKENS)                    \
-  if (groups == GROUPS && row_tiles == ROW_TILES && tile == TOKENS) \
-    return launch<Trellis, GROUPS, ROW_TILES, TOKENS>(*arguments, blocks, shared, overlap, s);
-  BITMILL_SHAPE(4, 1, 8)
-  BITMILL_SHAPE(2, 1, 8)
-  BITMILL_SHAPE(4, 1, 16)
-  BITMILL_SHAPE(2, 1, 16)
-  BITMILL_SHAPE(4, 1, 32)
-  BITMILL_SHAPE(2, 1, 32)
-  BITMILL_SHAPE(4, 1, 64)
-  BITMILL_SHAPE(2, 2, 64)
-  BITMILL_SHAPE(2, 1, 64)
-  BITMILL_SHAPE(2, 2, 128)
-  BITMILL_SHAPE(2, 1, 128)
+#define BITMILL_SHAPE(GROUPS, TOKENS)     \
+  if (groups == GROUPS && tile == TOKENS) \
+    return launch<Trellis, GROUPS, TOKENS>(*arguments, blocks, shared, overlap, s);
+  BITMILL_SHAPE(4, 8)
+  BITMILL_SHAPE(2, 8)
+  BITMILL_SHAPE(4, 16)
+  BITMILL_SHAPE(2, 16)
+  BITMILL_SHAPE(4, 32)
+  BITMILL_SHAPE(2, 32)
+  BITMILL_SHAPE(4, 64)
+  BITMILL_SHAPE(2, 64)
+  BITMILL_SHAPE(2, 128)
 #undef BITMILL_SHAPE
   return -1;
 }

@@ -29,15 +29,18 @@ from bitmill_kernels.trellis.product import stored_groups
 
 TILES = GROUP_SIZE // TILE
 
-_WIDE, _NARROW = WarpgroupShape(4, 1), WarpgroupShape(2, 1)
+_WIDE, _NARROW = WarpgroupShape(4), WarpgroupShape(2)
 SHAPES = {
     8: (_WIDE, _NARROW),
     16: (_WIDE, _NARROW),
     32: (_WIDE, _NARROW),
-    64: (_WIDE, WarpgroupShape(2, 2), _NARROW),
-    128: (WarpgroupShape(2, 2), _NARROW),
+    64: (_WIDE, _NARROW),
+    128: (_NARROW,),
 }
 """The shapes that are compiled, by tokens of a launch, as listed at the end of `batch_cuda.cu`."""
+
+WIDE_UP_TO = 32
+"""Tokens for which decoding takes more than sums: more warps come first."""
 
 TOKENS_A_BIT = 20
 """A unit costs as much for so many tokens as for one bit of rate."""
@@ -61,7 +64,7 @@ def fitting_shapes(rates: Sequence[int], weights: int) -> dict[int, WarpgroupSha
     return {
         tokens: shape
         for tokens, shapes in SHAPES.items()
-        for shape in reversed(by_preference(shapes, weights, tokens))
+        for shape in reversed(shapes if tokens <= WIDE_UP_TO else by_preference(shapes, weights))
         if plan(rates, shape, tokens) is not None
     }
 
@@ -181,7 +184,7 @@ def load_library() -> ctypes.CDLL | None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int
         library.bitmill_trellis_batch.argtypes = [
             *(pointer, integer, pointer, ctypes.c_float),
-            *([integer] * 6),
+            *([integer] * 5),
             pointer,
         ]
     return library
