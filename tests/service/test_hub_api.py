@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +219,7 @@ def test_a_process_of_its_own_downloads_with_the_environment_alone(
     hub: Hub, tmp_path: Path
 ) -> None:
     """`hf download jobs/<id>`, with HF_ENDPOINT and the key as HF_TOKEN."""
-    command = [Path(sys.executable).with_name("hf"), "download", hub.repo]
+    command = [Path(sysconfig.get_path("scripts"), "hf"), "download", hub.repo]
     done = subprocess.run(
         [*command, "--local-dir", tmp_path / "out"],
         env=os.environ

@@ -1,0 +1,18 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from warm_python import warm_python
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_children() -> Iterator[None]:
+    """Jobs of this process start children that need not import everything."""
+    with tempfile.TemporaryDirectory(prefix="warm-") as folder, warm_python(Path(folder)):
+        yield
