@@ -189,10 +189,11 @@ class Bench:
         """Make a row and measure it."""
         folder = self.work / model / row
         folder.mkdir(parents=True, exist_ok=True)
+        package = any(row.startswith(f"{package}-package") for package in PACKAGES)
+        started = time.perf_counter()
         with computing(self.threads):
-            if any(row.startswith(f"{package}-package") for package in PACKAGES):
-                return self._package(source, folder, row)
-            return self._ours(source, folder, row)
+            entry = (self._package if package else self._ours)(source, folder, row)
+        return entry | {"whole_seconds": round(time.perf_counter() - started, 1)}
 
     def _ours(self, source: Path, folder: Path, row: str) -> Entry:
         config = self.configuration(row)
@@ -508,6 +509,8 @@ def main() -> None:
         options.packages,
     )
     devices = torch.cuda.device_count() if options.device == "cuda" else 0
+    for _, source in options.sources:
+        plan_of(source)  # refuses what is no model before any process starts
     started, context = time.monotonic(), get_context("spawn")
     fresh = None if devices else 1
     pool = ProcessPoolExecutor(
@@ -537,7 +540,16 @@ def main() -> None:
             options.out.with_suffix(".md").write_text(markdown(state))
             figures = [round(entry["texts"][text]["perplexity"], 3) for text in TEXTS]
             taken = round(time.monotonic() - started)
-            print(taken, model, row, round(entry["bits"], 3), figures, entry["seconds"], flush=True)
+            print(
+                taken,
+                model,
+                row,
+                round(entry["bits"], 3),
+                figures,
+                entry["seconds"],
+                entry["whole_seconds"],
+                flush=True,
+            )
     sys.exit(failed)
 
 
