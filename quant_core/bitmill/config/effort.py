@@ -25,13 +25,19 @@ EFFORTS: dict[str, Mapping[str, Any]] = {
 }
 """Settings of refinement by effort."""
 
+CODED: dict[str, Mapping[str, Any]] = {
+    "fast": EFFORTS["fast"],
+    "balanced": {"method": OmniQuant.name, LEARNED: {"tune_scales_steps": 100}},
+    "best": {"method": OmniQuant.name, LEARNED: {"tune_scales_steps": 300}},
+}
+"""The same for other codes than affine ones."""
+
 
 def with_effort(data: Any) -> Any:
     """The JSON of a specification, with what its `effort` says of fields that it lacks.
 
     A method that is given keeps its own defaults where it is not the effort's; with several
-    devices, or another code than the usual one, the effort's method gives way to GPTQ where it
-    has none of that. Anything but a mapping with a known effort is returned as it is, for the
+    devices the effort's method gives way to GPTQ where it works on one alone. Anything but a mapping with a known effort is returned as it is, for the
     parser to refuse.
     """
     if not isinstance(data, Mapping):
@@ -42,12 +48,12 @@ def with_effort(data: Any) -> Any:
     given = data.get("refinement", {})
     if not isinstance(given, Mapping):  # an object that was made before, in full
         return data
-    settings = EFFORTS[effort]
-    most = METHODS[settings["method"]].max_devices
-    devices = data.get("devices", 1)
     elsewhere = [code.format for name, code in CODES.items() if name != AUTO]
     coded = data.get("code", AUTO) not in ("auto", AUTO) or data.get("format") in elsewhere
-    if coded or (most is not None and isinstance(devices, int) and devices > most):
+    settings = (CODED if coded else EFFORTS)[effort]
+    most = METHODS[settings["method"]].max_devices
+    devices = data.get("devices", 1)
+    if most is not None and isinstance(devices, int) and devices > most:
         settings = EFFORTS["fast"]
     if given.get("method", settings["method"]) != settings["method"]:
         return data

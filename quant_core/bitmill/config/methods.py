@@ -29,13 +29,13 @@ lack for the already quantized prefix, on calibration and on held-out windows.""
 class LearningNeeds:
     """What learning holds of a block at once.
 
-    bytes_per_weight: of the block. windows: calibration windows of one step. whole_model: a byte
-    for every weight of the model too, at the end.
+    bytes_per_weight: of the block. windows: calibration windows of one step. whole_model: bytes for
+    every weight of the model too, at the end; 0 where it is not tuned.
     """
 
     bytes_per_weight: int
     windows: int
-    whole_model: bool
+    whole_model: int = 0
 
 
 class MethodConfig(Closed):
@@ -213,7 +213,8 @@ class OmniQuant(MethodConfig):
     def learning(self) -> LearningNeeds | None:
         if self.resume_parameters is not None:
             return None
-        return LearningNeeds(30, self.batch or 4, self.tune_scales_steps > 0)  # docs/omniquant.md
+        tuned = 1 if self.tune_scales_steps else 0
+        return LearningNeeds(30, self.batch or 4, tuned)  # docs/omniquant.md
 
     @property
     def resumed(self) -> Path | None:
@@ -222,6 +223,37 @@ class OmniQuant(MethodConfig):
     def lighter(self) -> Iterator[tuple[str, Any, Self]]:
         if self.tune_scales_steps:
             yield "tune_scales_steps", 0, self.model_copy(update={"tune_scales_steps": 0})
+
+    def of_code(self, code: str) -> MethodConfig:
+        if code != TrellisOmniQuant.kind:
+            return super().of_code(code)
+        if self.resume_parameters is not None:
+            raise SpecError(
+                f"learned parameters are taken over for code {self.kind!r} alone: leave them out, "
+                "and the job learns",
+                param="refinement.omniquant.resume_parameters",
+            )
+        return TrellisOmniQuant(**dict(self))
+
+
+class TrellisOmniQuant(_Trellis, OmniQuant):
+    """Trellis codes found with feedback, then scales of rows and groups, norms and biases tuned end
+    to end. It has of `OmniQuant` `tune_scales_steps`, `batch` (of tuning) and `scale_refit`; blocks
+    are not learned. Its first solution has the correction for the prefix."""
+
+    learner: ClassVar[str | None] = "bitmill.refinement.omniquant.model:TrellisLearning"
+
+    @property
+    def first(self) -> RTN | GPTQ:
+        return TrellisGPTQ(scale_refit=self.scale_refit)
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return self.first.needs
+
+    @property
+    def learning(self) -> LearningNeeds | None:
+        return LearningNeeds(0, self.batch or 4, 2 if self.tune_scales_steps else 0)
 
 
 BASELINE = GPTQ(compensated_grid=False, scale_refit=False, asymmetric=False)

@@ -111,7 +111,7 @@ def _learning_bytes(plan: Plan, config: QuantizationConfig, block: int, element:
         return 0
     tokens = needs.windows * config.calibration.length
     learned = needs.bytes_per_weight * block_weights(plan, block)
-    held = plan.weights if needs.whole_model else 0
+    held = needs.whole_model * plan.weights
     return max(learned, held) + 2 * activation_bytes(plan, block, tokens, element)
 
 

@@ -1,6 +1,7 @@
 """What may follow a block's first solution: a learner, which trains the block against the source.
 
-A method names its learner (`MethodConfig.learner`); `refinement/omniquant/` is the one there is.
+A method names its learner (`MethodConfig.learner`): those of `refinement/omniquant/` and
+`refinement/normtweaking/`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,22 @@ class LearnedBlock(Protocol):
         """What it did."""
 
 
+class TunedModel(Protocol):
+    """What tuning made of the whole model."""
+
+    @property
+    def weights(self) -> Mapping[str, Quantized]:
+        """Those of every quantized linear, by full name."""
+
+    @property
+    def vectors(self) -> Mapping[str, Tensor]:
+        """Norms and biases that changed, by their names in the module tree."""
+
+    @property
+    def report(self) -> TuningQuality:
+        """How it went."""
+
+
 class Learner(Protocol):
     """Sees the blocks of a model in order, then the model.
 
@@ -47,8 +64,9 @@ class Learner(Protocol):
         starts: Mapping[str, Quantized],
         inputs: Tensor,
         targets: Tensor,
-    ) -> LearnedBlock:
-        """Learn one block; on return its linears hold the kept weights.
+    ) -> LearnedBlock | None:
+        """Learn one block; on return its linears hold the kept weights. None where blocks are not
+        learned.
 
         inputs, targets: [S + S2, T, D], the held-out sequences behind the calibration sequences:
         the block's inputs behind the quantized prefix, and the float block's outputs in the float
@@ -60,8 +78,8 @@ class Learner(Protocol):
 
     def tune(
         self, weights: Mapping[str, Quantized], matrices: Mapping[str, Tensor]
-    ) -> tuple[Mapping[str, Quantized], TuningQuality] | None:
-        """All weights tuned end to end, or None where that is not asked for.
+    ) -> TunedModel | None:
+        """The whole model tuned end to end, or None where that is not asked for.
 
         matrices: the dequantized embeddings and heads, f32 [V, D], which stay as they are.
         """

@@ -222,19 +222,20 @@ def _tune(learning: Learner, plan: Plan, folder: Path) -> None:
     tuned = learning.tune(loaded, matrices)
     if tuned is None:
         return
-    weights, report = tuned
     with storage.atomic_folder(folder / TUNED_NAME) as target:
         for i in range(plan.block_count):
             data = storage.read_json(report_path(folder, i))
             linears = [LinearResult.model_validate(entry) for entry in data["linears"]]
-            block = {linear.name: weights[linear.name] for linear in plan.block_linears(i)}
-            changed = SavedBlock(folder, plan, i).changed
+            block = {linear.name: tuned.weights[linear.name] for linear in plan.block_linears(i)}
+            own = f"{plan.block_prefix}.{i}."
+            moved = {name: v for name, v in tuned.vectors.items() if name.startswith(own)}
+            changed = SavedBlock(folder, plan, i).changed | moved
             save_block(target, i, block, linears, data["learning"], changed)
         if embeddings:
             data = storage.read_json(report_path(folder, EMBEDDINGS))
             linears = [LinearResult.model_validate(entry) for entry in data["linears"]]
             save_block(target, EMBEDDINGS, embeddings, linears, None)
-        storage.write_json(target / TUNING_NAME, report.model_dump(mode="json"))
+        storage.write_json(target / TUNING_NAME, tuned.report.model_dump(mode="json"))
 
 
 def _refine_embeddings(model: StreamedModel, inputs: RefineInputs, folder: Path) -> None:
@@ -332,9 +333,11 @@ class _Run:
             self._source_is_behind = i
         report = None
         if self.learning is not None and self.source is not None and names:
-            self._advance_source(i)
+            if self._source_is_behind != i:
+                self._advance_source(i)
             learned = self.learning.block(i, block, weights, self.hidden, self.source)
-            weights, report = learned.weights, learned.report.model_dump(mode="json")
+            if learned is not None:
+                weights, report = learned.weights, learned.report.model_dump(mode="json")
         return weights, results, report, changed_vectors(before, vectors(self.model, i, block))
 
     def _stream(self, part: slice) -> Stream:

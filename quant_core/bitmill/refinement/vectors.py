@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bitmill.formats.writing import DTYPES
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import PlannedTensor
+from bitmill.refinement.straight import straight
 
 
 def vectors(model: StreamedModel, index: int, block: nn.Module) -> dict[str, Tensor]:
@@ -33,6 +34,54 @@ def restore_vectors(
     for tensor, parameter in _parameters(model, index, block):
         if tensor.module in changed:
             parameter.copy_(changed[tensor.module])
+
+
+class LearnedVectors(nn.Module):
+    """A block's norms and biases as offsets f32 [D] in units of their root mean square at the start.
+
+    From here on the block has tensors in the place of these parameters, which `install` sets.
+    """
+
+    def __init__(self, model: StreamedModel, index: int, block: nn.Module) -> None:
+        super().__init__()
+        self._places: list[tuple[str, nn.Module, str, torch.dtype, torch.dtype]] = []
+        self._starts: list[Tensor] = []
+        self._units: list[Tensor] = []
+        self.offsets = nn.ParameterList()
+        prefix = f"{model.plan.block_prefix}.{index}."
+        for tensor, parameter in list(_parameters(model, index, block)):
+            parent, _, leaf = tensor.module.removeprefix(prefix).rpartition(".")
+            module, stored = block.get_submodule(parent), DTYPES[tensor.spec.dtype]
+            self._places.append((tensor.module, module, leaf, parameter.dtype, stored))
+            start = parameter.detach().float().clone()
+            unit = start.square().mean().sqrt()
+            self._starts.append(start)
+            self._units.append(torch.where(unit > 0, unit, 1.0))
+            self.offsets.append(nn.Parameter(torch.zeros_like(start)))
+            del module._parameters[leaf]
+        self.install()
+
+    def install(self) -> None:
+        """Give the block what the offsets make, as it would be stored, differentiable."""
+        for value, (_, module, leaf, dtype, _) in zip(self._values(), self._places, strict=True):
+            setattr(module, leaf, value.to(dtype))
+
+    @torch.no_grad()
+    def export(self) -> dict[str, Tensor]:
+        """Those that changed, by their names in the module tree, as stored, on the CPU."""
+        places = zip(self._values(), self._starts, self._places, strict=True)
+        return {
+            name: value.to(stored).cpu()
+            for value, start, (name, *_, stored) in places
+            if not torch.equal(value, start)
+        }
+
+    def _values(self) -> Iterator[Tensor]:
+        parts = zip(self._starts, self._units, self.offsets, self._places, strict=True)
+        for start, unit, offset, (*_, stored) in parts:
+            moved = start + unit * offset
+            value: Tensor = straight(moved, moved.to(stored).float())
+            yield value
 
 
 def _parameters(

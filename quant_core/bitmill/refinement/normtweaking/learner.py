@@ -24,7 +24,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.quant.tensors import Quantized
 from bitmill.refinement.learner import LearnedBlock
 from bitmill.refinement.normtweaking.settings import NormTweaking
-from bitmill.results import BlockQuality, TuningQuality
+from bitmill.results import BlockQuality
 from bitmill.solvers.solver import Solver, solver_of
 
 
@@ -111,7 +111,7 @@ class NormLearning:
 
     def tune(
         self, weights: Mapping[str, Quantized], matrices: Mapping[str, Tensor]
-    ) -> tuple[Mapping[str, Quantized], TuningQuality] | None:
+    ) -> None:
         """Nothing is tuned end to end."""
         return None
 

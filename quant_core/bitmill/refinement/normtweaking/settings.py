@@ -42,4 +42,4 @@ class NormTweaking(MethodConfig):
 
     @property
     def learning(self) -> LearningNeeds | None:
-        return LearningNeeds(0, self.windows, whole_model=False)
+        return LearningNeeds(0, self.windows)

@@ -1,14 +1,16 @@
-"""End-to-end tuning of all scales of a quantized model against the float model's predictions.
+"""End-to-end tuning of what is continuous in a quantized model against the float model's predictions.
 
     minimize over the scales   KL(float || quantized),  mean nats per token;   codes, zeros frozen
 
 (EfficientQAT, arXiv 2407.11062, section 3.3, with the float model's logits in place of labels.)
 Block-wise learning makes every block answer for its own error; this step lets errors of different
-blocks cancel, and is the first to see the loss that counts. There is one number to learn per group
-and output row, so 50 to 150 steps on the calibration text suffice and do not overfit easily.
+blocks cancel, and is the first to see the loss that counts. There are few numbers to learn, so 50
+to 150 steps on the calibration text suffice and do not overfit easily. What they are is the code's
+matter (`Tunable`).
 
-Every block's codes stay on the device as one byte a weight, its linears are restored inside the
-forward pass, and each block is recomputed in the backward pass: activations of one block at a time.
+Every block's codes stay on the device (a byte a weight of affine codes, two of trellis values), its
+linears are restored inside the forward pass, and each block is recomputed in the backward pass:
+activations of one block at a time.
 The float model runs once, block by block; its last hidden states are what is remembered of it, and
 logits of both models exist for `CHUNK` tokens at a time. Given up: training under a host or device
 memory that cannot hold one byte per weight.
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from bitmill.calibration.hooks import embed_windows, run_windows
 from bitmill.models.dtypes import mixed_precision, product_dtype
 from bitmill.models.streamed import StreamedModel
-from bitmill.quant.tensors import QuantizedWeight
+from bitmill.quant.tensors import Quantized, QuantizedWeight, affine
+from bitmill.quant.trellis import TrellisTensor
 from bitmill.refinement.omniquant.adam import DescentReport, DescentSettings, Rate, descend
 from bitmill.refinement.omniquant.block import (
     HELD_OUT_BATCH,
@@ -39,6 +42,8 @@ from bitmill.refinement.omniquant.block import (
 )
 from bitmill.refinement.omniquant.rounding import SMALLEST_RATIO, straight_half
 from bitmill.refinement.omniquant.rows import BlockRows, LearnableLinear, attach
+from bitmill.refinement.omniquant.trellis_scales import TrellisScales
+from bitmill.refinement.vectors import LearnedVectors
 from bitmill.results import TuningQuality
 
 CHUNK = 2048
@@ -47,12 +52,30 @@ CHUNK = 2048
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """Steps, sequences per step and the rate of scales, relative to themselves."""
+    """Steps, sequences per step and the rate of scales, relative to themselves.
+
+    vector_rate: that of norms and biases, in units of a vector's root mean square; 0 leaves them.
+    """
 
     steps: int = 150
     batch: int = 4
     scale_rate: float = 1e-3
     evaluations: int = 12
+    vector_rate: float = 0.0
+
+
+class Tunable(Protocol):
+    """What is learned of one block's linears, in units of itself."""
+
+    @property
+    def ratios(self) -> list[nn.Parameter]:
+        """What moves, at one rate."""
+
+    def weights(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Weights [N, K] in the source's columns, differentiable."""
+
+    def export(self) -> Mapping[str, Quantized]:
+        """What would be stored now, on the CPU."""
 
 
 class LearnedScales(nn.Module):
@@ -65,13 +88,19 @@ class LearnedScales(nn.Module):
         self.codes = rows.of_codes(starts)
         self.ratio = nn.Parameter(torch.ones_like(self.scale0))
 
+    @property
+    def ratios(self) -> list[nn.Parameter]:
+        """All of them."""
+        return [self.ratio]
+
     def scale(self) -> Tensor:
         """f32 [R, 1], exact in fp16, differentiable."""
         return straight_half(self.scale0 * self.ratio.clamp(min=SMALLEST_RATIO))
 
-    def forward(self, dtype: torch.dtype) -> Tensor:
-        """Weights [R, 128] in `dtype`, computed in f32 and cast once."""
-        return (self.scale() * (self.codes.float() - self.zero)).to(dtype)
+    def weights(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Weights [N, K] in the source's columns, computed in f32 and cast once."""
+        rows = (self.scale() * (self.codes.float() - self.zero)).to(dtype)
+        return self.rows.to_weights(rows)
 
     @torch.no_grad()
     def export(self) -> dict[str, QuantizedWeight]:
@@ -79,9 +108,19 @@ class LearnedScales(nn.Module):
         return self.rows.export(self.codes.float(), self.scale(), self.zero)
 
 
+@dataclass(frozen=True, eq=False)
+class TunedModel:
+    """weights: of every quantized linear. vectors: norms and biases that changed, by their names in
+    the module tree. report: how it went."""
+
+    weights: Mapping[str, Quantized]
+    vectors: Mapping[str, Tensor]
+    report: TuningQuality
+
+
 def tune_scales(
     model: StreamedModel,
-    weights: Mapping[str, QuantizedWeight],
+    weights: Mapping[str, Quantized],
     tokens: Tensor,
     held_out: Tensor,
     settings: TuneSettings,
@@ -89,20 +128,20 @@ def tune_scales(
     seed: int,
     matrices: Mapping[str, Tensor] | None = None,
     texts: Mapping[str, Tensor] | None = None,
-) -> tuple[dict[str, QuantizedWeight], TuningQuality]:
-    """Tuned weights of the whole model, or `weights` themselves where held-out KL does not fall.
+) -> TunedModel:
+    """The whole model tuned, or `weights` themselves where held-out KL does not fall.
 
     weights: of every quantized linear. tokens i64 [S, T], held_out i64 [S2, T]. matrices: the
     dequantized embeddings and heads of the tuned model; they stay as they are. texts: windows
     i64 [S3, T3] of other texts, whose KL is reported and decides nothing.
     """
     with deterministic():
-        student = _Student(model, weights, matrices or {})
+        student = _Student(model, weights, matrices or {}, settings.vector_rate > 0)
         lesson = _Lesson(student, tokens, held_out, settings.batch, seed)
         watched = {name: (t, final_hidden(model, t)) for name, t in (texts or {}).items()}
         before = {name: student.mean_kl(*pair) for name, pair in watched.items()}
         report = descend(
-            [Rate([learner.ratio for learner in student.learners], settings.scale_rate)],
+            student.rates(settings),
             lesson.draw,
             lesson.training_loss,
             lesson.held_out_loss,
@@ -114,8 +153,10 @@ def tune_scales(
         )
         kept = report.after < report.before
         after = {name: student.mean_kl(*pair) for name, pair in watched.items()} if kept else before
-    tuned = student.export() if kept else dict(weights)
-    return tuned, _report(report, kept, {name: (before[name], after[name]) for name in before})
+    quality = _report(report, kept, {name: (before[name], after[name]) for name in before})
+    if not kept:
+        return TunedModel(weights, {}, quality)
+    return TunedModel(*student.export(), quality)
 
 
 def _report(
@@ -177,32 +218,53 @@ class _Lesson:
         return self._student.mean_kl(self._held_out, self._held_out_teacher)
 
 
+def tunable(starts: Mapping[str, Quantized], device: torch.device) -> Tunable:
+    """What is learned of linears of one kind. Raises FormatError where kinds are mixed."""
+    coded = {name: w for name, w in starts.items() if isinstance(w, TrellisTensor)}
+    if coded and len(coded) == len(starts):
+        return TrellisScales(coded, device)
+    grids = affine(starts)
+    return LearnedScales(BlockRows(grids, device), grids)
+
+
 class _Student:
-    """All blocks of the quantized model on the device, with learnable grids."""
+    """All blocks of the quantized model on the device, with what is learned of them."""
 
     def __init__(
         self,
         model: StreamedModel,
-        weights: Mapping[str, QuantizedWeight],
+        weights: Mapping[str, Quantized],
         matrices: Mapping[str, Tensor],
+        vectors: bool,
     ) -> None:
         self.model, self.dtype = model, product_dtype(model)
         self.outside = model.with_matrices(matrices)
         self.blocks: list[nn.Module] = []
         self.slots: list[dict[str, LearnableLinear]] = []
-        self.learners: list[LearnedScales] = []
+        self.learners: list[Tunable] = []
+        self.vectors: list[LearnedVectors] = []
         for index in range(model.block_count):
             block = model.load_block(index)
             linears = model.linears(block, index)
             starts = {name: weights[name] for name in linears}
-            self.learners.append(LearnedScales(BlockRows(starts, model.device), starts))
+            self.learners.append(tunable(starts, model.device))
             slots, _ = attach(block, linears)
+            if vectors:
+                self.vectors.append(LearnedVectors(model, index, block))
             self.blocks.append(block)
             self.slots.append(slots)
 
-    def export(self) -> dict[str, QuantizedWeight]:
-        """Every linear as it would be stored now."""
-        return {name: w for learner in self.learners for name, w in learner.export().items()}
+    def rates(self, settings: TuneSettings) -> list[Rate]:
+        """Everything that moves."""
+        ratios = [ratio for learner in self.learners for ratio in learner.ratios]
+        rates = [Rate(ratios, settings.scale_rate)]
+        offsets = [offset for one in self.vectors for offset in one.offsets]
+        return [*rates, Rate(offsets, settings.vector_rate)] if offsets else rates
+
+    def export(self) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
+        """Every linear, and the vectors that changed, as they would be stored now."""
+        weights = {name: w for learner in self.learners for name, w in learner.export().items()}
+        return weights, {name: v for one in self.vectors for name, v in one.export().items()}
 
     def kl(self, tokens: Tensor, teacher: Tensor) -> Tensor:
         """Mean KL per token, a scalar f32; teacher: the float model's `final_hidden` of tokens."""
@@ -231,8 +293,9 @@ class _Student:
         return result
 
     def _block(self, index: int, hidden: Tensor) -> Tensor:
-        learner = self.learners[index]
-        set_slots(self.slots[index], learner.rows.to_weights(learner(self.dtype)))
+        set_slots(self.slots[index], self.learners[index].weights(self.dtype))
+        if self.vectors:
+            self.vectors[index].install()
         try:
             return self.model.run_block(index, self.blocks[index], hidden)
         finally:

@@ -1,4 +1,4 @@
-"""Learning as part of a whole model's refinement: what surrounds `learn_block`.
+"""Learning as part of a whole model's refinement: what surrounds `learn_block` and `tune_scales`.
 
 Before the first block one backward pass of the float model measures where errors of each block's
 output matter (`metric.py`); it is kept beside the refined blocks, so a run that goes on
@@ -18,16 +18,17 @@ from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.methods import OmniQuant
 from bitmill.io.atomic import write_bytes
 from bitmill.models.streamed import StreamedModel
-from bitmill.quant.tensors import Quantized, QuantizedWeight, affine
+from bitmill.quant.tensors import Quantized, affine
 from bitmill.refinement.omniquant.block import BlockData, LearnedBlock, learn_block
-from bitmill.refinement.omniquant.end_to_end import TuneSettings, tune_scales
+from bitmill.refinement.omniquant.end_to_end import TunedModel, TuneSettings, tune_scales
 from bitmill.refinement.omniquant.metric import OutputMetric, fisher_metric, gradient_moments
 from bitmill.refinement.omniquant.settings import LearningSettings
 from bitmill.refinement.omniquant.watched_texts import WatchedTexts, watched_texts
-from bitmill.results import TuningQuality
 
 MOMENT_SEQUENCES = 16
 MOMENTS_NAME = "gradient-moments.safetensors"
+VECTOR_RATE = 1e-3
+"""Of norms and biases of models in trellis codes."""
 
 
 class ModelLearning:
@@ -96,8 +97,8 @@ class ModelLearning:
 
     def tune(
         self, weights: Mapping[str, Quantized], matrices: Mapping[str, Tensor]
-    ) -> tuple[dict[str, QuantizedWeight], TuningQuality] | None:
-        """All weights with tuned scales, or None where the job asks for no tuning.
+    ) -> TunedModel | None:
+        """The whole model with tuned scales, or None where the job asks for no tuning.
 
         matrices: the dequantized embeddings and heads, which are not tuned.
         """
@@ -105,7 +106,7 @@ class ModelLearning:
             return None
         return tune_scales(
             self.model,
-            affine(weights),
+            weights,
             self.tokens.tokens,
             self.tokens.held_out,
             TuneSettings(steps=self.spec.tune_scales_steps),
@@ -131,3 +132,59 @@ class ModelLearning:
         named = {str(i): moment for i, moment in enumerate(moments)}
         write_bytes(path, safetensors.torch.save(named))
         return moments
+
+
+class TrellisLearning:
+    """Tunes scales, norms and biases of a model in trellis codes; blocks keep their first solution.
+
+    Arguments as `Learner` says.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        quantized: StreamedModel,
+        tokens: CalibrationSet,
+        spec: OmniQuant,
+        folder: Path,
+        *,
+        seed: int,
+    ) -> None:
+        self.model, self.tokens, self.spec, self.seed = model, tokens, spec, seed
+
+    watched = staticmethod(ModelLearning.watched)
+
+    def block(
+        self,
+        index: int,
+        block: nn.Module,
+        starts: Mapping[str, Quantized],
+        inputs: Tensor,
+        targets: Tensor,
+    ) -> None:
+        """Blocks are not learned."""
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Nothing is carried from block to block."""
+
+    def tune(
+        self, weights: Mapping[str, Quantized], matrices: Mapping[str, Tensor]
+    ) -> TunedModel | None:
+        """See `Learner`."""
+        if not self.spec.tune_scales_steps:
+            return None
+        rows = self.model.plan.vocab_size
+        return tune_scales(
+            self.model,
+            weights,
+            self.tokens.tokens,
+            self.tokens.held_out,
+            TuneSettings(
+                steps=self.spec.tune_scales_steps,
+                batch=self.spec.batch or TuneSettings.batch,
+                vector_rate=VECTOR_RATE,
+            ),
+            seed=self.seed,
+            matrices=matrices,
+            texts=watched_texts(self.model.source.folder, self.tokens, rows),
+        )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from bitmill.quant.tensors import QuantizedWeight
 from bitmill.refinement.omniquant.rows import BlockRows
+from bitmill.refinement.straight import straight
 
 RESIDUAL = 0.49
 """How far from its code a position may start; 0.5 would round to the next one."""
@@ -116,31 +117,17 @@ def straight_round(x: Tensor) -> Tensor:
 
 def straight_half(x: Tensor) -> Tensor:
     """x rounded through fp16, with the gradient of x."""
-    half: Tensor = _Straight.apply(x, x.half().float())
-    return half
+    return straight(x, x.half().float())
 
 
 def straight_zero(zero: Tensor, rows: BlockRows) -> Tensor:
     """The nearest storable zero points f32 [R, 1], with the gradient of `zero`."""
     nearest = torch.minimum((zero / rows.zero_step).round() * rows.zero_step, rows.zero_top)
-    storable: Tensor = _Straight.apply(zero, nearest.clamp(min=0.0))
-    return storable
+    return straight(zero, nearest.clamp(min=0.0))
 
 
 def _codes(position: Tensor, zero: Tensor, largest: Tensor) -> Tensor:
     return torch.minimum((position + zero).round_().clamp_(min=0.0), largest)
-
-
-class _Straight(torch.autograd.Function):
-    """The second argument's value with the first one's gradient, bit for bit."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
-        return value.detach().clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 class _Rounded(torch.autograd.Function):
