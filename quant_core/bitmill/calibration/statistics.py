@@ -55,11 +55,14 @@ class Stream:
     """Block inputs [S, T, D] of the same tokens: behind the quantized prefix and, where the
     asymmetric correction is wanted, in the source model.
 
-    group: ranks of which each holds windows of its own; statistics are those of all windows."""
+    group: ranks of which each holds windows of its own; statistics are those of all windows.
+    weights: of the tokens f32 [S, T], by the first of linears that read one input; where there are
+    none, every token counts alike."""
 
     hidden: Tensor
     source: Tensor | None = None
     group: Ranks = SINGLE
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,18 +126,21 @@ class _Sums:
         self._energy = torch.zeros(shape, dtype=dtype, device=device)
         self._mass = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, a: Tensor, b: Tensor) -> None:
-        """a [T, M] in fp32 or the dtype of b [T, K], which the product takes.
+    def add(self, a: Tensor, b: Tensor, weight: Tensor | None = None) -> None:
+        """a [T, M] in fp32 or the dtype of b [T, K], which the product takes; weight f32 [T].
 
         a is f32 where its trace is summed.
         """
         with timed("hessian"):
+            if weight is not None:
+                root = weight.sqrt()[:, None]
+                a, b = a * root.to(a.dtype), b * root.to(b.dtype)
             cross_update(self._cross, a.to(b.dtype), b)
             if self._kind == "squares":
                 hessian_update(self._energy, a.to(b.dtype))
             elif self._kind == "trace":
                 self._energy += torch.linalg.vector_norm(a, dim=0).double().square()
-            self._mass += len(b)
+            self._mass += len(b) if weight is None else weight.double().sum()
 
     def all_reduce(self, group: Ranks) -> None:
         group.all_reduce(self._cross, self._energy, self._mass)
@@ -245,9 +251,14 @@ class _Collector:
             )
         if output is not None:
             stream.hidden[part].copy_(output, non_blocking=True)
+        weights = {
+            owner: weight[part].flatten().to(hidden.device)
+            for owner, weight in stream.weights.items()
+            if owner in self.hessians
+        }
         for owner, hessian in self.hessians.items():
             if owner in x:
-                hessian.add(x[owner])
+                hessian.add(x[owner], weights.get(owner))
         whole = self.advance_source
         if state.source is None or stream.source is None:
             return x
@@ -267,7 +278,7 @@ class _Collector:
                 state.source, self.source_linears, self.drifts, self.writers, source, whole=whole
             )
         for owner, sums in self.drifts.items():
-            sums.add(x_source[owner] - x[owner], x[owner])
+            sums.add(x_source[owner] - x[owner], x[owner], weights.get(owner))
         if self.shifts:
             exact = torch.float32 if self.left_out is None else hidden.dtype
             drift = (source.to(exact) - hidden).view(-1, hidden.shape[-1])
@@ -278,7 +289,8 @@ class _Collector:
                 elif (bias := getattr(state.linears[name], "bias", None)) is not None:
                     drift -= bias
                 if name in self.shifts:
-                    self.shifts[name].add(drift, x[self.owner[name]])
+                    owner = self.owner[name]
+                    self.shifts[name].add(drift, x[owner], weights.get(owner))
         if behind is not None:
             stream.source[part].copy_(behind, non_blocking=True)
         return x

@@ -37,8 +37,8 @@ def with_effort(data: Any) -> Any:
     """The JSON of a specification, with what its `effort` says of fields that it lacks.
 
     A method that is given keeps its own defaults where it is not the effort's; with several
-    devices the effort's method gives way to GPTQ where it works on one alone. Anything but a mapping with a known effort is returned as it is, for the
-    parser to refuse.
+    devices the effort's method gives way to GPTQ where it works on one alone. Anything but a
+    mapping with a known effort is returned as it is, for the parser to refuse.
     """
     if not isinstance(data, Mapping):
         return data

@@ -20,22 +20,25 @@ from bitmill.config.transforms import Rotation, TransformConfig
 from bitmill.errors import SpecError
 from bitmill.registry import Registry
 
-Statistic = Literal["hessian", "shift"]
-"""What may be collected for a solver: mean x x^T of a linear's inputs, and with it what its outputs
-lack for the already quantized prefix, on calibration and on held-out windows."""
+Statistic = Literal["hessian", "shift", "gradient"]
+"""What may be collected for a solver: mean x x^T of a linear's inputs, with it what its outputs
+lack for the already quantized prefix, on calibration and on held-out windows, and weights by which
+tokens count in both (`calibration/token_weights.py`)."""
 
 
 @dataclass(frozen=True)
 class LearningNeeds:
     """What learning holds of a block at once.
 
-    bytes_per_weight: of the block. windows: calibration windows of one step. whole_model: bytes for
-    every weight of the model too, at the end; 0 where it is not tuned.
+    bytes_per_weight: of the block. windows: calibration windows of one step. whole_model: bytes
+    for every weight of the model too, at the end; 0 where it is not tuned. tuned_windows: that all
+    steps of tuning see together.
     """
 
     bytes_per_weight: int
     windows: int
     whole_model: int = 0
+    tuned_windows: int = 0
 
 
 class MethodConfig(Closed):
@@ -164,9 +167,14 @@ class TrellisRTN(_Trellis, RTN):
 
 
 class TrellisGPTQ(_Trellis, GPTQ):
-    """Trellis codes with feedback between tiles; settings of grids have no meaning there."""
+    """Trellis codes with feedback between tiles, tokens weighted by the loss gradient; settings of
+    grids have no meaning there."""
 
     solver: ClassVar[str] = "bitmill.solvers.trellis:TrellisSolver.of_gptq"
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return super().needs | {"gradient"}
 
 
 class OmniQuant(MethodConfig):
@@ -213,8 +221,8 @@ class OmniQuant(MethodConfig):
     def learning(self) -> LearningNeeds | None:
         if self.resume_parameters is not None:
             return None
-        tuned = 1 if self.tune_scales_steps else 0
-        return LearningNeeds(30, self.batch or 4, tuned)  # docs/omniquant.md
+        steps = self.tune_scales_steps
+        return LearningNeeds(30, self.batch or 4, bool(steps), 4 * steps)  # docs/omniquant.md
 
     @property
     def resumed(self) -> Path | None:
@@ -253,7 +261,8 @@ class TrellisOmniQuant(_Trellis, OmniQuant):
 
     @property
     def learning(self) -> LearningNeeds | None:
-        return LearningNeeds(0, self.batch or 4, 2 if self.tune_scales_steps else 0)
+        batch, steps = self.batch or 4, self.tune_scales_steps
+        return LearningNeeds(0, batch, 2 * bool(steps), batch * steps)
 
 
 BASELINE = GPTQ(compensated_grid=False, scale_refit=False, asymmetric=False)

@@ -50,6 +50,8 @@ ACCELERATOR_LIBRARIES = 5 << 29
 CPU_FLOPS_PER_THREAD = 2.5e10
 ACCELERATOR_FLOPS = {2: 4e14, 4: 4e13}
 EVALUATION_WINDOWS = 40
+BACKWARD_PASSES = 4
+"""Work of a backward pass that runs every block again, in forward passes."""
 SEARCH_STEPS = 4
 """Maps that are refined and measured at most for a target of loss."""
 
@@ -207,7 +209,12 @@ def _seconds(plan: Plan, config: QuantizationConfig, machine: Machine) -> float:
     share = windows * config.evaluation.length / tokens
     head = 2.0 * plan.vocab_size * plan.hidden_size * tokens
     evaluation = (2 + len(config.evaluation.baselines)) * share * (forward + head)
+    if "gradient" in config.method.needs:
+        passes += BACKWARD_PASSES
     refined = passes * forward + hessians + solving
+    if config.method.learning is not None:
+        share = config.method.learning.tuned_windows * config.calibration.length / tokens
+        refined += BACKWARD_PASSES * share * (forward + head)
     allocation = config.allocation
     if config.budget.max_loss_increase is not None:
         refined *= 1 + SEARCH_STEPS

@@ -77,9 +77,13 @@ class Learner(Protocol):
         """Go on behind a block, learned now or by an earlier run; it holds what it keeps."""
 
     def tune(
-        self, weights: Mapping[str, Quantized], matrices: Mapping[str, Tensor]
+        self,
+        weights: Mapping[str, Quantized],
+        matrices: Mapping[str, Tensor],
+        vectors: Mapping[str, Tensor],
     ) -> TunedModel | None:
         """The whole model tuned end to end, or None where that is not asked for.
 
-        matrices: the dequantized embeddings and heads, f32 [V, D], which stay as they are.
+        matrices: the dequantized embeddings and heads, f32 [V, D], which stay as they are. vectors:
+        norms and biases that are no longer the source's, by their names in the module tree.
         """

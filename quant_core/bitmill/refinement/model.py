@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from bitmill.calibration.hooks import run_windows
 from bitmill.calibration.replay import Replay
 from bitmill.calibration.statistics import BlockState, Stream, advance_hidden
 from bitmill.calibration.streams import HiddenStates
+from bitmill.calibration.token_weights import token_weights
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.methods import MethodConfig
@@ -63,6 +65,7 @@ from bitmill.transforms.transform import made_of
 
 TUNED_NAME = "tuned"
 TUNING_NAME = "tuning.json"
+WEIGHTS_NAME = "token-weights.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,11 +218,13 @@ def refine_model(
 def _tune(learning: Learner, plan: Plan, folder: Path) -> None:
     """Tune all refined blocks together, if the job asks for it."""
     loaded: dict[str, Quantized] = {}
+    vectors: dict[str, Tensor] = {}
     for i in range(plan.block_count):
         loaded |= load_block(folder, plan, i)
+        vectors |= SavedBlock(folder, plan, i).changed
     embeddings = _load_embeddings(folder, plan)
     matrices = {name: weight.dequantize() for name, weight in embeddings.items()}
-    tuned = learning.tune(loaded, matrices)
+    tuned = learning.tune(loaded, matrices, vectors)
     if tuned is None:
         return
     with storage.atomic_folder(folder / TUNED_NAME) as target:
@@ -256,6 +261,15 @@ _Refined = tuple[
 """Weights, results, what was learned and what else of the block has changed."""
 
 
+def _token_weights(model: StreamedModel, tokens: Tensor, folder: Path) -> dict[str, Tensor]:
+    """Those of an earlier run, so that a run that goes on uses the same numbers, or new ones."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        found = token_weights(model, tokens)
+        storage.write_bytes(path, safetensors.torch.save(found))
+    return safetensors.torch.load_file(path)
+
+
 class _Run:
     """The streams of hidden states that one refinement carries from block to block."""
 
@@ -280,6 +294,9 @@ class _Run:
         tokens = torch.cat([own, group.shard(inputs.tokens.held_out)])
         if not method.needs and method.learner is None:
             own = tokens = tokens[:0]  # nobody asks what the blocks make of them
+        self.token_weights: Mapping[str, Tensor] = {}
+        if "gradient" in method.needs:
+            self.token_weights = _token_weights(model, tokens, folder)
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
         self.count = len(own)
         self.hidden = states.embed(quantized, tokens, self.batch)
@@ -342,7 +359,8 @@ class _Run:
 
     def _stream(self, part: slice) -> Stream:
         source = self.source[part] if self.source is not None and self.shifts else None
-        return Stream(self.hidden[part], source, self.group)
+        weights = {name: weight[part] for name, weight in self.token_weights.items()}
+        return Stream(self.hidden[part], source, self.group, weights)
 
     def advance(self, i: int, block: nn.Module) -> None:
         """Move the streams behind block i: quantized, and of the source where it is carried."""

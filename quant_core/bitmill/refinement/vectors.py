@@ -37,7 +37,7 @@ def restore_vectors(
 
 
 class LearnedVectors(nn.Module):
-    """A block's norms and biases as offsets f32 [D] in units of their root mean square at the start.
+    """A block's norms and biases as offsets f32 [D], in units of their first root mean square.
 
     From here on the block has tensors in the place of these parameters, which `install` sets.
     """

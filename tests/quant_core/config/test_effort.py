@@ -2,7 +2,7 @@
 
 import pytest
 
-from bitmill.config.effort import EFFORTS
+from bitmill.config.effort import CODED, EFFORTS
 from bitmill.config.methods import GPTQ, RTN, OmniQuant
 from bitmill.config.quantization import QuantizationConfig, Refinement, parse_config
 from bitmill.errors import SpecError
@@ -51,7 +51,17 @@ def test_every_effort_may_drop_groups(effort):
 @pytest.mark.parametrize("stored", [{"code": "trellis"}, {"format": "bitmill-2"}])
 def test_another_code_takes_what_it_has(stored):
     config = parse_config({"budget": {"bits": 3}, "effort": "best"} | stored)
-    assert (config.method.kind, config.method.name) == ("trellis", "gptq")
+    assert (config.method.kind, config.method.name) == ("trellis", "omniquant")
+    assert config.method.tune_scales_steps == CODED["best"]["omniquant"]["tune_scales_steps"]
+    fast = parse_config({"budget": {"bits": 3}, "effort": "fast"} | stored)
+    assert (fast.method.kind, fast.method.name) == ("trellis", "gptq")
+
+
+def test_parameters_are_not_resumed_in_another_code():
+    learned = {"method": "omniquant", "omniquant": {"resume_parameters": "folder"}}
+    with pytest.raises(SpecError) as error:
+        parse_config({"budget": {"bits": 3}, "code": "trellis", "refinement": learned})
+    assert error.value.param == "refinement.omniquant.resume_parameters"
 
 
 def test_an_object_is_complete():

@@ -74,7 +74,7 @@ class Inputs:
         linears = ordered.linears if ordered else ()
         method = config.method
         learner = load_object(method.learner) if method.learner else None
-        whole = learner is not None or plan.embeddings
+        whole = learner is not None or plan.embeddings or "gradient" in method.needs
         return cls(
             model=source.planned(plan) if whole else source.without_head(plan),
             plan=plan,

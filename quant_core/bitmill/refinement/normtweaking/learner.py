@@ -110,7 +110,10 @@ class NormLearning:
         """Nothing is carried from block to block."""
 
     def tune(
-        self, weights: Mapping[str, Quantized], matrices: Mapping[str, Tensor]
+        self,
+        weights: Mapping[str, Quantized],
+        matrices: Mapping[str, Tensor],
+        vectors: Mapping[str, Tensor],
     ) -> None:
         """Nothing is tuned end to end."""
         return None

@@ -1,4 +1,4 @@
-"""End-to-end tuning of what is continuous in a quantized model against the float model's predictions.
+"""End-to-end tuning of what is continuous in a quantized model, against the float model's logits.
 
     minimize over the scales   KL(float || quantized),  mean nats per token;   codes, zeros frozen
 
@@ -43,7 +43,7 @@ from bitmill.refinement.omniquant.block import (
 from bitmill.refinement.omniquant.rounding import SMALLEST_RATIO, straight_half
 from bitmill.refinement.omniquant.rows import BlockRows, LearnableLinear, attach
 from bitmill.refinement.omniquant.trellis_scales import TrellisScales
-from bitmill.refinement.vectors import LearnedVectors
+from bitmill.refinement.vectors import LearnedVectors, restore_vectors
 from bitmill.results import TuningQuality
 
 CHUNK = 2048
@@ -127,16 +127,18 @@ def tune_scales(
     *,
     seed: int,
     matrices: Mapping[str, Tensor] | None = None,
+    vectors: Mapping[str, Tensor] | None = None,
     texts: Mapping[str, Tensor] | None = None,
 ) -> TunedModel:
     """The whole model tuned, or `weights` themselves where held-out KL does not fall.
 
     weights: of every quantized linear. tokens i64 [S, T], held_out i64 [S2, T]. matrices: the
-    dequantized embeddings and heads of the tuned model; they stay as they are. texts: windows
+    dequantized embeddings and heads of the tuned model; they stay as they are. vectors: its norms
+    and biases that are not the source's, by their names in the module tree. texts: windows
     i64 [S3, T3] of other texts, whose KL is reported and decides nothing.
     """
     with deterministic():
-        student = _Student(model, weights, matrices or {}, settings.vector_rate > 0)
+        student = _Student(model, weights, matrices or {}, vectors or {}, settings.vector_rate > 0)
         lesson = _Lesson(student, tokens, held_out, settings.batch, seed)
         watched = {name: (t, final_hidden(model, t)) for name, t in (texts or {}).items()}
         before = {name: student.mean_kl(*pair) for name, pair in watched.items()}
@@ -235,7 +237,8 @@ class _Student:
         model: StreamedModel,
         weights: Mapping[str, Quantized],
         matrices: Mapping[str, Tensor],
-        vectors: bool,
+        vectors: Mapping[str, Tensor],
+        learns_vectors: bool,
     ) -> None:
         self.model, self.dtype = model, product_dtype(model)
         self.outside = model.with_matrices(matrices)
@@ -245,11 +248,12 @@ class _Student:
         self.vectors: list[LearnedVectors] = []
         for index in range(model.block_count):
             block = model.load_block(index)
+            restore_vectors(model, index, block, vectors)
             linears = model.linears(block, index)
             starts = {name: weights[name] for name in linears}
             self.learners.append(tunable(starts, model.device))
             slots, _ = attach(block, linears)
-            if vectors:
+            if learns_vectors:
                 self.vectors.append(LearnedVectors(model, index, block))
             self.blocks.append(block)
             self.slots.append(slots)

@@ -96,11 +96,15 @@ class ModelLearning:
         self.texts.advance(index, block)
 
     def tune(
-        self, weights: Mapping[str, Quantized], matrices: Mapping[str, Tensor]
+        self,
+        weights: Mapping[str, Quantized],
+        matrices: Mapping[str, Tensor],
+        vectors: Mapping[str, Tensor],
     ) -> TunedModel | None:
         """The whole model with tuned scales, or None where the job asks for no tuning.
 
-        matrices: the dequantized embeddings and heads, which are not tuned.
+        matrices: the dequantized embeddings and heads, which are not tuned. vectors: as `Learner`
+        says.
         """
         if not self.spec.tune_scales_steps:
             return None
@@ -112,6 +116,7 @@ class ModelLearning:
             TuneSettings(steps=self.spec.tune_scales_steps),
             seed=self.seed,
             matrices=matrices,
+            vectors=vectors,
             texts=self.texts.tokens,
         )
 
@@ -168,7 +173,10 @@ class TrellisLearning:
         """Nothing is carried from block to block."""
 
     def tune(
-        self, weights: Mapping[str, Quantized], matrices: Mapping[str, Tensor]
+        self,
+        weights: Mapping[str, Quantized],
+        matrices: Mapping[str, Tensor],
+        vectors: Mapping[str, Tensor],
     ) -> TunedModel | None:
         """See `Learner`."""
         if not self.spec.tune_scales_steps:
@@ -186,5 +194,6 @@ class TrellisLearning:
             ),
             seed=self.seed,
             matrices=matrices,
+            vectors=vectors,
             texts=watched_texts(self.model.source.folder, self.tokens, rows),
         )

@@ -111,7 +111,7 @@ class BlockRows:
         for linear, part in zip(self.linears, parts, strict=True):
             packed = part.view(linear.N, -1)[:, : linear.K]
             if linear.order is not None and linear.inverse is not None:
-                packed = _unordered(packed, linear.order, linear.inverse)
+                packed = unordered(packed, linear.order, linear.inverse)
             weights[linear.name] = packed
         return weights
 
@@ -207,7 +207,8 @@ class _Unorder(torch.autograd.Function):
         return grad.index_select(1, order), None, None
 
 
-def _unordered(weight: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+def unordered(weight: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """weight [N, K] from packed to source column order; order and its inverse i64 [K]."""
     result: Tensor = _Unorder.apply(weight, order, inverse)
     return result
 

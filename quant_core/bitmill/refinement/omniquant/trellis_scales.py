@@ -14,10 +14,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from bitmill.quant.rewrites import ColumnOrder, Rewrites
+from bitmill.quant.rewrites import ColumnOrder
 from bitmill.quant.trellis import TrellisTensor
 from bitmill.refinement.omniquant.rounding import SMALLEST_RATIO, straight_half
-from bitmill_kernels.layout import group_columns
+from bitmill.refinement.omniquant.rows import unordered
+from bitmill_kernels.layout import GROUP_SIZE
 
 
 class TrellisScales(nn.Module):
@@ -30,11 +31,7 @@ class TrellisScales(nn.Module):
         super().__init__()
         self._starts = dict(starts)
         self._values = {name: _values(start, device) for name, start in starts.items()}
-        self._rewrites = {name: _on(start.rewrites, device) for name, start in starts.items()}
-        self._columns = {
-            name: torch.tensor(group_columns(start.K), device=device)
-            for name, start in starts.items()
-        }
+        self._orders = {name: _order(start, device) for name, start in starts.items()}
         self._rows = torch.cat([start.row_scales for start in starts.values()]).to(device).float()
         groups = [start.group_scales for start in starts.values()]
         self._groups = torch.cat(groups).to(device).float()
@@ -50,9 +47,15 @@ class TrellisScales(nn.Module):
         """Weights [N, K] in the source's columns, computed in f32 and cast once."""
         found = {}
         for name, rows, groups in self._scales():
-            columns = groups.repeat_interleave(self._columns[name], output_size=self._K(name))
-            packed = self._values[name].float() * columns * rows[:, None]
-            found[name] = self._rewrites[name].undo(packed).to(dtype)
+            values = self._values[name].float()
+            columns = groups[:, None].expand(-1, GROUP_SIZE).flatten()[: values.shape[1]]
+            packed = values * columns * rows[:, None]
+            for one in reversed(self._starts[name].rewrites):
+                if not isinstance(one, ColumnOrder):
+                    packed = one.undo(packed)
+                elif (order := self._orders[name]) is not None:
+                    packed = unordered(packed, *order)
+            found[name] = packed.to(dtype)
         return found
 
     @torch.no_grad()
@@ -64,9 +67,6 @@ class TrellisScales(nn.Module):
             )
             for name, rows, groups in self._scales()
         }
-
-    def _K(self, name: str) -> int:
-        return self._starts[name].K
 
     def _scales(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Row scales [N] and group scales [G] of every linear, exact in fp16, differentiable."""
@@ -89,8 +89,9 @@ def _values(start: TrellisTensor, device: torch.device) -> Tensor:
     return replace(start, **ones).packed_values().half().to(device)
 
 
-def _on(rewrites: Rewrites, device: torch.device) -> Rewrites:
-    return Rewrites(
-        ColumnOrder(one.order.to(device)) if isinstance(one, ColumnOrder) else one
-        for one in rewrites
-    )
+def _order(start: TrellisTensor, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """The column order and its inverse, i64 [K]."""
+    if start.order is None:
+        return None
+    order = start.order.long().to(device)
+    return order, torch.argsort(order)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
 from bitmill.models.streamed import set_weight
-from bitmill.quant.tensors import QuantizedWeight
+from bitmill.quant.tensors import Quantized, QuantizedWeight
 from bitmill.refinement.omniquant.end_to_end import TuneSettings, final_hidden, tune_scales
 from learning import starts, tiny
 
@@ -16,7 +18,7 @@ def whole_model() -> dict[str, QuantizedWeight]:
     return {name: w for index in blocks for name, w in starts(index, (2, 3)).items()}
 
 
-def kl(weights: dict[str, QuantizedWeight], tokens: torch.Tensor) -> float:
+def kl(weights: Mapping[str, Quantized], tokens: torch.Tensor) -> float:
     """Mean KL per token, the obvious way."""
     model = tiny().model
     hidden = model.embed(tokens)
@@ -33,7 +35,9 @@ def kl(weights: dict[str, QuantizedWeight], tokens: torch.Tensor) -> float:
 def test_scales_alone_lower_the_held_out_kl_and_codes_stay() -> None:
     weights, data = whole_model(), tiny()
     settings = TuneSettings(steps=24, batch=4, scale_rate=3e-3)
-    tuned, report = tune_scales(data.model, weights, data.tokens, data.held_out, settings, seed=0)
+    made = tune_scales(data.model, weights, data.tokens, data.held_out, settings, seed=0)
+    tuned, report = made.weights, made.report
+    assert not made.vectors
     assert report.kept
     assert kl(tuned, data.held_out) == pytest.approx(report.kl_after, rel=1e-3)
     assert kl(weights, data.held_out) == pytest.approx(report.kl_before, rel=1e-3)
@@ -49,8 +53,9 @@ def test_other_texts_are_measured_and_decide_nothing() -> None:
     settings = TuneSettings(steps=8, batch=4, scale_rate=3e-3)
     other = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(9))
     arguments = data.model, weights, data.tokens, data.held_out, settings
-    plain, _ = tune_scales(*arguments, seed=0)
-    tuned, report = tune_scales(*arguments, seed=0, texts={"other": other})
+    plain = tune_scales(*arguments, seed=0).weights
+    made = tune_scales(*arguments, seed=0, texts={"other": other})
+    tuned, report = made.weights, made.report
     assert report.kept
     expected = kl(weights, other), kl(tuned, other)
     assert report.texts["other"] == pytest.approx(expected, rel=1e-3)
@@ -60,7 +65,9 @@ def test_other_texts_are_measured_and_decide_nothing() -> None:
 def test_scales_that_do_not_help_are_not_kept() -> None:
     weights, data = whole_model(), tiny()
     settings = TuneSettings(steps=4, batch=4, scale_rate=10.0)
-    tuned, report = tune_scales(data.model, weights, data.tokens, data.held_out, settings, seed=0)
+    made = tune_scales(data.model, weights, data.tokens, data.held_out, settings, seed=0)
+    tuned, report = made.weights, made.report
+    assert not made.vectors
     assert not report.kept
     assert report.kl_after == report.kl_before
     for name, weight in weights.items():

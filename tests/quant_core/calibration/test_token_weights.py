@@ -1,0 +1,108 @@
+"""Weights of tokens by the loss gradient, and what statistics make of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitmill.calibration.statistics import BlockState, Stream, collect
+from bitmill.calibration.token_weights import token_weights
+from bitmill.calibration.windows import CalibrationSet
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.methods import GPTQ, TrellisGPTQ
+from bitmill.refinement.model import WEIGHTS_NAME, RefineInputs, refine_model
+from learning import tiny
+
+TOKENS = tiny().tokens[:3]
+
+
+def squares() -> dict[str, torch.Tensor]:
+    """|dL/dy|^2 [S, T] of every linear, by one backward pass through all blocks at once."""
+    model, outputs = tiny().model, {}
+    with torch.enable_grad():
+        hidden = model.embed(TOKENS).requires_grad_()
+        for i in range(model.block_count):
+            block = model.load_block(i)
+            for name, module in model.linears(block, i).items():
+
+                def keep(_, args, output, name=name):
+                    output.retain_grad()
+                    outputs[name] = output
+
+                module.register_forward_hook(keep)
+            hidden = model.run_block(i, block, hidden)
+        logits = model.logits(hidden)[:, :-1].flatten(0, 1)
+        torch.nn.functional.cross_entropy(
+            logits, TOKENS[:, 1:].flatten(), reduction="sum"
+        ).backward()
+    return {name: y.grad.square().sum(-1) for name, y in outputs.items()}
+
+
+def test_weights_are_squared_gradients_over_their_mean() -> None:
+    model, found, expected = tiny().model, token_weights(tiny().model, TOKENS), squares()
+    for i in range(model.block_count):
+        for names in model.plan.siblings(i):
+            each = [expected[name] / expected[name].mean() for name in names]
+            torch.testing.assert_close(found[names[0]], sum(each) / len(each), rtol=1e-3, atol=1e-5)
+    assert len(found) == 4 * model.block_count
+    assert not token_weights(model, TOKENS[:0])
+    assert not token_weights(model, TOKENS[:, :1])
+
+
+def test_statistics_are_means_over_weighted_tokens() -> None:
+    model = tiny().model
+    groups = [list(names) for names in model.plan.siblings(0)]
+    weights = {names[0]: torch.rand(TOKENS.shape) for names in groups}
+    hidden = model.embed(TOKENS)
+    source = hidden + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+
+    def statistics(hidden, source, weights):
+        block = model.load_block(0)
+        state = BlockState(model, 0, block, model.load_block(0), model.linears(block, 0))
+        return collect(state, groups, Stream(hidden, source, weights=weights), batch=2)
+
+    found = statistics(hidden, source, weights)
+    # Windows counted once and twice are weights of 1 and 2.
+    twice = {names[0]: torch.tensor([[1.0], [2.0], [0.0]]).expand(3, 24) for names in groups}
+    counted = statistics(hidden, source, twice)
+    some = torch.tensor([0, 1, 1])
+    plain = statistics(hidden[some], source[some], {})
+    for name, one in counted.items():
+        other = plain[name]
+        torch.testing.assert_close(one.H, other.H, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.shift, other.shift, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(one.energy, other.energy, rtol=1e-3, atol=1e-6)
+        assert not torch.allclose(found[name].H, other.H, rtol=1e-3)
+
+
+def test_methods_that_ask_for_them_keep_them_for_a_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "gradient" in TrellisGPTQ().needs
+    assert "gradient" not in GPTQ().needs
+
+    class Weighted(GPTQ):
+        @property
+        def needs(self):
+            return super().needs | {"gradient"}
+
+    model = tiny().model
+    tokens = CalibrationSet(TOKENS, tiny().held_out[:1], "", "none")
+    inputs = RefineInputs(tokens, BitWidthMap.uniform(model.plan.shapes, 3), {})
+
+    def reports(folder: Path, method: GPTQ) -> list[bytes]:
+        folder.mkdir(exist_ok=True)
+        refine_model(model, inputs, method, folder, seed=0, on_unit=lambda *_: None)
+        return [file.read_bytes() for file in sorted(folder.glob("block-*.json"))]
+
+    quick = {"compensated_grid": False, "scale_refit": False}
+    whole = reports(tmp_path / "a", Weighted(**quick))
+    assert (tmp_path / "a" / WEIGHTS_NAME).is_file()
+    assert whole != reports(tmp_path / "plain", GPTQ(**quick))
+    (tmp_path / "a" / "block-00001.json").unlink()
+    monkeypatch.setattr(
+        "bitmill.refinement.model.token_weights", lambda *_: pytest.fail("made again")
+    )
+    assert reports(tmp_path / "a", Weighted(**quick)) == whole
