@@ -27,8 +27,9 @@ from bitmill.refinement.omniquant.watched_texts import WatchedTexts, watched_tex
 
 MOMENT_SEQUENCES = 16
 MOMENTS_NAME = "gradient-moments.safetensors"
-VECTOR_RATE = 1e-3
-"""Of norms and biases of models in trellis codes."""
+TRELLIS_RATE = 2e-3
+"""Of scales, norms and biases of models in trellis codes."""
+TRELLIS_EVALUATIONS = 6
 
 
 class ModelLearning:
@@ -139,6 +140,13 @@ class ModelLearning:
         return moments
 
 
+def tune_settings(spec: OmniQuant) -> TuneSettings:
+    """How a model in trellis codes is tuned."""
+    batch = spec.batch or TuneSettings.batch
+    rate, evaluations = TRELLIS_RATE, TRELLIS_EVALUATIONS
+    return TuneSettings(spec.tune_scales_steps, batch, rate, evaluations, vector_rate=rate)
+
+
 class TrellisLearning:
     """Tunes scales, norms and biases of a model in trellis codes; blocks keep their first solution.
 
@@ -187,11 +195,7 @@ class TrellisLearning:
             weights,
             self.tokens.tokens,
             self.tokens.held_out,
-            TuneSettings(
-                steps=self.spec.tune_scales_steps,
-                batch=self.spec.batch or TuneSettings.batch,
-                vector_rate=VECTOR_RATE,
-            ),
+            tune_settings(self.spec),
             seed=self.seed,
             matrices=matrices,
             vectors=vectors,

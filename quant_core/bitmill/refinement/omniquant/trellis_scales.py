@@ -82,11 +82,12 @@ def _scaled(scales: Tensor, ratio: Tensor) -> Tensor:
 
 def _values(start: TrellisTensor, device: torch.device) -> Tensor:
     """f16 [N, K] in packed columns, exact: what the circles decode to."""
-    ones = {
-        "row_scales": torch.ones_like(start.row_scales),
-        "group_scales": torch.ones_like(start.group_scales),
-    }
-    return replace(start, **ones).packed_values().half().to(device)
+    unscaled = replace(
+        start,
+        row_scales=torch.ones_like(start.row_scales),
+        group_scales=torch.ones_like(start.group_scales),
+    )
+    return unscaled.packed_values().half().to(device)
 
 
 def _order(start: TrellisTensor, device: torch.device) -> tuple[Tensor, Tensor] | None:

@@ -1,0 +1,189 @@
+"""Trellis codes of one real model: without learning, and tuned end to end, at equal true bits.
+
+    python benchmarks/trellis_learning.py measure SOURCE --bits BITS --steps STEPS --out ROW.json
+    python benchmarks/trellis_learning.py table ROW.json ... --out OUT
+
+`measure` profiles SOURCE (a Hugging Face folder), allocates BITS by the knapsack, refines with
+method gptq and measures the result on both evaluation texts, windows and windows' framing as by
+default; then it tunes STEPS steps as `effort` does and measures again. Each result is what a job
+packs at these settings, without the parts of a job that do not change it. Seconds of each part are
+those of the process; several may share a device. `table` sets rows of several commands beside
+EXL3's of `peers.json`, interpolated to their bits, ln(excess) being linear in bits:
+
+    excess = ln(perplexity / perplexity of the source), per text and their mean
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from jobs import row_of_texts
+from peers import at_bits
+from torch import Tensor
+
+from bitmill.allocation.allocator import Allocator
+from bitmill.calibration.windows import calibration_tokens, evaluation_windows
+from bitmill.config.quantization import parse_config
+from bitmill.evaluation.compare import Candidate, measure, with_weights
+from bitmill.io.atomic import write_bytes, write_json
+from bitmill.models.dtypes import compute_dtype
+from bitmill.models.streamed import StreamedModel
+from bitmill.plan.model_plan import make_plan
+from bitmill.quant.tensors import Quantized
+from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
+from bitmill.refinement.omniquant.end_to_end import tune_scales
+from bitmill.refinement.omniquant.model import tune_settings
+from bitmill.runtime.process import computing
+from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
+
+PEERS = Path(__file__).with_name("results") / "peers.json"
+
+
+def measured(options: argparse.Namespace) -> None:
+    """The rows of one budget, written as they come."""
+    asked = {"budget": {"bits": options.bits}, "code": "trellis", "effort": "best"}
+    config = parse_config(asked)
+    device, source = torch.device(options.device), options.source
+    plan = make_plan(source, config)
+    tokens = calibration_tokens(config.calibration, source, rows=plan.vocab_size)
+    windows = evaluation_windows(config.evaluation, source, rows=plan.vocab_size)
+    model = StreamedModel(source, plan, device=device, dtype=compute_dtype(device, plan))
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    row: dict[str, Any] = {
+        "model": options.model,
+        "bits": options.bits,
+        "machine": {
+            "device": name,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "seconds": {},
+    }
+    clock = [time.perf_counter()]
+
+    def spent(part: str) -> None:
+        clock.append(time.perf_counter())
+        row["seconds"][part] = round(clock[-1] - clock[-2], 1)
+        write_json(options.out, row)
+        print(options.model, options.bits, part, row["seconds"][part], flush=True)
+
+    settings = SensitivitySettings(widths=config.allocation.widths, code="trellis")
+    profile = profile_knapsack(model, tokens.tokens, plan, settings)
+    bit_widths = Allocator(plan, config.allocation, profile).knapsack(config.budget)
+    orders = {
+        linear.name: torch.tensor(profile.orders[linear.order]).long()
+        for linear in profile.linears
+        if linear.order is not None
+    }
+    spent("profile")
+
+    def quality(weights: Mapping[str, Quantized], vectors: Mapping[str, Tensor]) -> dict[str, Any]:
+        logits = with_weights(model, lambda name: weights[name].dequantize(), vectors)
+        candidate = Candidate(bit_widths, logits, plan)
+        first, ours = measure(model, windows, {"made": candidate}, lambda *_: None)
+        return {"true_bits": ours.bits, **row_of_texts(first, ours)}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        refine_model(
+            model,
+            RefineInputs(tokens, bit_widths, orders),
+            replace_steps(config.method, 0),
+            Path(scratch),
+            seed=config.seed,
+            on_unit=lambda *_: None,
+            transforms=config.transforms,
+        )
+        refined = RefinedModel(Path(scratch), plan)
+        weights = {name: refined.linear(name) for name in bit_widths.linears}
+    spent("refine")
+    row["gptq"] = quality(weights, {})
+    spent("evaluate")
+    print(options.model, options.bits, "gptq", row["gptq"]["mean_excess"], flush=True)
+    tuned = tune_scales(
+        model,
+        weights,
+        tokens.tokens,
+        tokens.held_out,
+        replace(tune_settings(config.method), steps=options.steps),
+        seed=config.seed,
+    )
+    row["tuning"] = tuned.report.model_dump(mode="json")
+    spent("tune")
+    row["tuned"] = quality(tuned.weights, tuned.vectors)
+    spent("evaluate tuned")
+    print(options.model, options.bits, "tuned", row["tuned"]["mean_excess"], flush=True)
+
+
+def replace_steps(method: Any, steps: int) -> Any:
+    """The method's settings with so many steps of tuning."""
+    return method.model_copy(update={"tune_scales_steps": steps})
+
+
+def table(rows: list[dict[str, Any]], peers: Mapping[str, Any]) -> str:
+    """Markdown, by model and bits."""
+    texts = list(rows[0]["gptq"]["excess"])
+    head = ["model", "true bits", "what", *(f"ppl {t}" for t in texts)]
+    head += [*(f"excess {t}" for t in texts), "mean excess", "over exl3", "KL", "s"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in sorted(rows, key=lambda row: (row["model"], row["bits"])):
+        exl3 = [
+            (peer["bits"], peer["mean_excess"])
+            for name, peer in peers.get(row["model"], {}).items()
+            if name.startswith("exl3-")
+        ]
+        seconds = row["seconds"]
+        for what, parts in (("gptq", ("profile", "refine")), ("tuned", ("tune",))):
+            if what not in row:
+                continue
+            found = row[what]
+            other = at_bits(exl3, found["true_bits"]) if len(exl3) > 1 else None
+            label = what if what == "gptq" else f"tuned, {row['tuning']['steps']} steps"
+            cells = [row["model"], f"{found['true_bits']:.3f}", label]
+            cells += [f"{found['perplexity'][text]:.2f}" for text in texts]
+            cells += [f"{found['excess'][text]:.4f}" for text in texts]
+            cells += [f"{found['mean_excess']:.4f}"]
+            cells += [f"{found['mean_excess'] / other:.2f}" if other else ""]
+            cells += [f"{found['kl'][texts[0]]:.3f}"]
+            cells += [f"{sum(seconds[part] for part in parts):.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    actions = parser.add_subparsers(required=True)
+    action = actions.add_parser("measure")
+    action.add_argument("source", type=Path)
+    action.add_argument("--model", required=True, help="name of its rows")
+    action.add_argument("--bits", type=float, required=True)
+    action.add_argument("--steps", type=int, default=100)
+    action.add_argument("--device", default="cuda")
+    action.add_argument("--out", type=Path, required=True)
+    action.set_defaults(act="measure")
+    action = actions.add_parser("table")
+    action.add_argument("rows", type=Path, nargs="+")
+    action.add_argument("--out", type=Path, required=True, help="without suffix")
+    action.set_defaults(act="table")
+    options = parser.parse_args()
+    if options.act == "measure":
+        with computing():
+            measured(options)
+        return
+    rows = [json.loads(path.read_text()) for path in options.rows]
+    found = table([row for row in rows if "gptq" in row], json.loads(PEERS.read_text()))
+    write_json(options.out.with_suffix(".json"), {"rows": rows})
+    write_bytes(options.out.with_suffix(".md"), (found + "\n").encode())
+    print(found)
+
+
+if __name__ == "__main__":
+    main()
