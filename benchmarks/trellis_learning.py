@@ -1,14 +1,14 @@
-"""Trellis codes of one real model: without learning, and tuned end to end, at equal true bits.
+"""Trellis codes of one real model at equal true bits: tokens alike, weighted, and tuned end to end.
 
-    python benchmarks/trellis_learning.py measure SOURCE --bits BITS --steps STEPS --out ROW.json
+    python benchmarks/trellis_learning.py measure SOURCE --model NAME --bits BITS --out ROW.json
     python benchmarks/trellis_learning.py table ROW.json ... --out OUT
 
-`measure` profiles SOURCE (a Hugging Face folder), allocates BITS by the knapsack, refines with
-method gptq and measures the result on both evaluation texts, windows and windows' framing as by
-default; then it tunes STEPS steps as `effort` does and measures again. Each result is what a job
-packs at these settings, without the parts of a job that do not change it. Seconds of each part are
-those of the process; several may share a device. `table` sets rows of several commands beside
-EXL3's of `peers.json`, interpolated to their bits, ln(excess) being linear in bits:
+`measure` profiles SOURCE (a Hugging Face folder), allocates BITS by the knapsack and makes, with
+windows as by default, each of --variants: `plain` (method gptq, every token counts alike),
+`weighted` (tokens weighted by the loss gradient, as jobs do) and `tuned` (what `weighted` gave,
+tuned for --steps steps). Each is what a job packs at these settings, measured on both evaluation
+texts. Seconds are those of the process; several may share a device. `table` sets rows of several
+commands beside EXL3's of `peers.json`, interpolated to their bits, ln(excess) linear in bits:
 
     excess = ln(perplexity / perplexity of the source), per text and their mean
 """
@@ -20,7 +20,6 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from bitmill.allocation.allocator import Allocator
 from bitmill.calibration.windows import calibration_tokens, evaluation_windows
+from bitmill.config.methods import MethodConfig, Statistic, TrellisGPTQ, TrellisOmniQuant
 from bitmill.config.quantization import parse_config
 from bitmill.evaluation.compare import Candidate, measure, with_weights
 from bitmill.io.atomic import write_bytes, write_json
@@ -48,10 +48,17 @@ from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
 PEERS = Path(__file__).with_name("results") / "peers.json"
 
 
+class Unweighted(TrellisGPTQ):
+    """Every token counts alike."""
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return super().needs - {"gradient"}
+
+
 def measured(options: argparse.Namespace) -> None:
     """The rows of one budget, written as they come."""
-    asked = {"budget": {"bits": options.bits}, "code": "trellis", "effort": "best"}
-    config = parse_config(asked)
+    config = parse_config({"budget": {"bits": options.bits}, "code": "trellis"})
     device, source = torch.device(options.device), options.source
     plan = make_plan(source, config)
     tokens = calibration_tokens(config.calibration, source, rows=plan.vocab_size)
@@ -67,6 +74,7 @@ def measured(options: argparse.Namespace) -> None:
             "transformers": transformers.__version__,
         },
         "seconds": {},
+        "variants": {},
     }
     clock = [time.perf_counter()]
 
@@ -92,47 +100,57 @@ def measured(options: argparse.Namespace) -> None:
         first, ours = measure(model, windows, {"made": candidate}, lambda *_: None)
         return {"true_bits": ours.bits, **row_of_texts(first, ours)}
 
-    with tempfile.TemporaryDirectory() as scratch:
-        refine_model(
-            model,
-            RefineInputs(tokens, bit_widths, orders),
-            replace_steps(config.method, 0),
-            Path(scratch),
-            seed=config.seed,
-            on_unit=lambda *_: None,
-            transforms=config.transforms,
-        )
-        refined = RefinedModel(Path(scratch), plan)
-        weights = {name: refined.linear(name) for name in bit_widths.linears}
-    spent("refine")
-    row["gptq"] = quality(weights, {})
-    spent("evaluate")
-    print(options.model, options.bits, "gptq", row["gptq"]["mean_excess"], flush=True)
+    def refined(method: MethodConfig) -> dict[str, Quantized]:
+        with tempfile.TemporaryDirectory() as scratch:
+            refine_model(
+                model,
+                RefineInputs(tokens, bit_widths, orders),
+                method,
+                Path(scratch),
+                seed=config.seed,
+                on_unit=lambda *_: None,
+                transforms=config.transforms,
+            )
+            found = RefinedModel(Path(scratch), plan)
+            return {name: found.linear(name) for name in bit_widths.linears}
+
+    def keep(what: str, weights: Mapping[str, Quantized], vectors: Mapping[str, Tensor]) -> None:
+        spent(what)
+        row["variants"][what] = quality(weights, vectors)
+        spent("evaluate")
+        print(options.model, options.bits, what, row["variants"][what]["mean_excess"], flush=True)
+
+    if "plain" in options.variants:
+        keep("plain", refined(Unweighted()), {})
+    if "weighted" not in options.variants:
+        return
+    weights = refined(TrellisGPTQ())
+    keep("weighted", weights, {})
+    if "tuned" not in options.variants:
+        return
     tuned = tune_scales(
         model,
         weights,
         tokens.tokens,
         tokens.held_out,
-        replace(tune_settings(config.method), steps=options.steps),
+        tune_settings(TrellisOmniQuant(tune_scales_steps=options.steps)),
         seed=config.seed,
     )
     row["tuning"] = tuned.report.model_dump(mode="json")
-    spent("tune")
-    row["tuned"] = quality(tuned.weights, tuned.vectors)
-    spent("evaluate tuned")
-    print(options.model, options.bits, "tuned", row["tuned"]["mean_excess"], flush=True)
-
-
-def replace_steps(method: Any, steps: int) -> Any:
-    """The method's settings with so many steps of tuning."""
-    return method.model_copy(update={"tune_scales_steps": steps})
+    keep("tuned", tuned.weights, tuned.vectors)
 
 
 def table(rows: list[dict[str, Any]], peers: Mapping[str, Any]) -> str:
     """Markdown, by model and bits."""
-    texts = list(rows[0]["gptq"]["excess"])
+    made = [found for row in rows for found in row["variants"].values()]
+    texts = list(made[0]["excess"])
     head = ["model", "true bits", "what", *(f"ppl {t}" for t in texts)]
-    head += [*(f"excess {t}" for t in texts), "mean excess", "over exl3", "KL", "s"]
+    head += [
+        *(f"excess {t}" for t in texts),
+        "mean excess",
+        "over exl3",
+        *(f"KL {t}" for t in texts),
+    ]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in sorted(rows, key=lambda row: (row["model"], row["bits"])):
         exl3 = [
@@ -140,20 +158,14 @@ def table(rows: list[dict[str, Any]], peers: Mapping[str, Any]) -> str:
             for name, peer in peers.get(row["model"], {}).items()
             if name.startswith("exl3-")
         ]
-        seconds = row["seconds"]
-        for what, parts in (("gptq", ("profile", "refine")), ("tuned", ("tune",))):
-            if what not in row:
-                continue
-            found = row[what]
+        for what, found in row["variants"].items():
             other = at_bits(exl3, found["true_bits"]) if len(exl3) > 1 else None
-            label = what if what == "gptq" else f"tuned, {row['tuning']['steps']} steps"
-            cells = [row["model"], f"{found['true_bits']:.3f}", label]
+            cells = [row["model"], f"{found['true_bits']:.3f}", what]
             cells += [f"{found['perplexity'][text]:.2f}" for text in texts]
             cells += [f"{found['excess'][text]:.4f}" for text in texts]
             cells += [f"{found['mean_excess']:.4f}"]
             cells += [f"{found['mean_excess'] / other:.2f}" if other else ""]
-            cells += [f"{found['kl'][texts[0]]:.3f}"]
-            cells += [f"{sum(seconds[part] for part in parts):.0f}"]
+            cells += [f"{found['kl'][text]:.4f}" for text in texts]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -165,6 +177,7 @@ def main() -> None:
     action.add_argument("source", type=Path)
     action.add_argument("--model", required=True, help="name of its rows")
     action.add_argument("--bits", type=float, required=True)
+    action.add_argument("--variants", nargs="+", default=["plain", "weighted", "tuned"])
     action.add_argument("--steps", type=int, default=100)
     action.add_argument("--device", default="cuda")
     action.add_argument("--out", type=Path, required=True)
@@ -179,7 +192,7 @@ def main() -> None:
             measured(options)
         return
     rows = [json.loads(path.read_text()) for path in options.rows]
-    found = table([row for row in rows if "gptq" in row], json.loads(PEERS.read_text()))
+    found = table([row for row in rows if row["variants"]], json.loads(PEERS.read_text()))
     write_json(options.out.with_suffix(".json"), {"rows": rows})
     write_bytes(options.out.with_suffix(".md"), (found + "\n").encode())
     print(found)

@@ -45,12 +45,16 @@ def spec(**changes):
     return parse_config(base | changes)
 
 
+TUNED = {"method": "omniquant", "omniquant": {"tune_scales_steps": 4, "batch": 2}}
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A source, its packed folder and the result."""
+    """A source, its packed folder, with tuned scales and norms, and the result."""
     folder = tmp_path_factory.mktemp("trellis")
     source = tiny_llama(folder / "source")
-    return source, folder / "out", run_job(spec(), source, folder / "work", folder / "out")
+    asked = spec(refinement=TUNED)
+    return source, folder / "out", run_job(asked, source, folder / "work", folder / "out")
 
 
 def test_a_job_ends_in_a_folder_of_version_2_within_its_budget(job):
@@ -58,7 +62,7 @@ def test_a_job_ends_in_a_folder_of_version_2_within_its_budget(job):
     assert check_folder(out) == result.manifest
     written = json.loads((out / "config.json").read_text())["quantization_config"]
     assert written["format_version"] == 2
-    row = result.quality.row("knapsack gptq")
+    row = result.quality.row("knapsack omniquant")
     assert 3.2 < row.bits <= 3.3
     assert row.size == sum(path.stat().st_size for path in out.glob("*.safetensors"))
     assert row.texts["wiki_evaluation"].kl < 0.05
@@ -67,6 +71,21 @@ def test_a_job_ends_in_a_folder_of_version_2_within_its_budget(job):
     asked = spec(format=open_checkpoint(out).format.name)
     _, plan = plan_for_map(source, widths, asked)
     assert footprint(plan, widths).size == row.size
+
+
+def test_tuning_is_reported_and_its_norms_are_packed(job):
+    source, out, result = job
+    tuning = result.quality.tuning
+    assert tuning.steps == 4
+    assert tuning.kept == (tuning.kl_after < tuning.kl_before)
+    assert not result.quality.blocks
+    assert not (out / "learned_parameters.json").exists()
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
+    norms = [name for name in before if name.endswith("layernorm.weight")]
+    assert len(norms) == 4
+    for name in norms:
+        assert before[name].dtype == after[name].dtype
+        assert torch.equal(before[name], after[name]) != tuning.kept
 
 
 def test_baselines_are_affine_in_bytes_and_widths(job, tmp_path):

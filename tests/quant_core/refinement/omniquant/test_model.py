@@ -41,9 +41,9 @@ def test_gradient_moments_are_measured_once(tmp_path: Path) -> None:
 def test_tuning_happens_only_where_asked(tmp_path: Path) -> None:
     model = tiny().model
     weights = {n: w for i in range(model.block_count) for n, w in starts(i).items()}
-    asked = ModelLearning(model, model, calibration(), SPEC, tmp_path, seed=0).tune(weights, {})
+    asked = ModelLearning(model, model, calibration(), SPEC, tmp_path, seed=0).tune(weights, {}, {})
     assert asked is not None
-    assert asked[0].keys() == weights.keys()
-    assert asked[1].steps == 8
+    assert asked.weights.keys() == weights.keys()
+    assert asked.report.steps == 8
     silent = ModelLearning(model, model, calibration(), OmniQuant(), tmp_path, seed=0)
-    assert silent.tune(weights, {}) is None
+    assert silent.tune(weights, {}, {}) is None
