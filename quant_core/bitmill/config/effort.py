@@ -27,8 +27,8 @@ EFFORTS: dict[str, Mapping[str, Any]] = {
 
 CODED: dict[str, Mapping[str, Any]] = {
     "fast": EFFORTS["fast"],
-    "balanced": {"method": OmniQuant.name, LEARNED: {"tune_scales_steps": 100}},
-    "best": {"method": OmniQuant.name, LEARNED: {"tune_scales_steps": 300}},
+    "balanced": EFFORTS["fast"],
+    "best": {"method": OmniQuant.name, LEARNED: {"tune_scales_steps": 100}},
 }
 """The same for other codes than affine ones."""
 
