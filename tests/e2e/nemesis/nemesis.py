@@ -158,7 +158,7 @@ def _settle(stack: ProductionStack | EmbeddedStack, submitter: Submitter) -> Non
         calm = calm or time.monotonic()
         if not (submitter.is_alive() or left or folders) and time.monotonic() - calm > 3:
             break
-    time.sleep(14 * stack.settings.reconcile_s)
+    time.sleep(2 * (stack.settings.collect_s + stack.settings.reconcile_s))
     database.close()
 
 

@@ -68,6 +68,7 @@ def _settings(folder: Path, **fields: object) -> Settings:
         poll_s=0.2,
         resend_s=5.0,
         reconcile_s=1.0,
+        collect_s=1.0,
         stall_s=20.0,
         lost_retries=30,
         crash_retries=30,

@@ -61,17 +61,16 @@ MUTATIONS = {
 }
 
 
-def run_tests(copy: Path, package: Path, name: str) -> int:
-    """Exit code of one test against the copy of a package that lies in `copy`."""
+def run_tests(copy: Path, *names: str) -> int:
+    """Exit code of tests against the copies of packages that lie in `copy`."""
     folders = [ROOT / folder for folder in ("kernels", "quant_core", "workers", "service")]
-    folders = [copy if folder == package.parent else folder for folder in folders]
-    folders.append(ROOT / "tests")
+    folders = [copy, *folders, ROOT / "tests"]
     run = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
             *("-o", f"pythonpath={' '.join(map(str, folders))}"),
             f"--basetemp={copy / 'tests'}",
-            str(ROOT / "tests" / name),
+            *(str(ROOT / "tests" / name) for name in names),
         ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
@@ -85,12 +84,21 @@ def run_tests(copy: Path, package: Path, name: str) -> int:
     return run.returncode
 
 
+def package_of(file: str) -> Path:
+    return ROOT / Path(*Path(file).parts[:2])
+
+
+def test_copies_with_all_safeguards_are_green(tmp_path: Path) -> None:
+    for package in {package_of(file) for file, *_ in MUTATIONS.values()}:
+        shutil.copytree(package, tmp_path / package.name)
+    assert run_tests(tmp_path, *(test for *_, test in MUTATIONS.values())) == 0
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_missing_safeguard_turns_the_suite_red(name: str, tmp_path: Path) -> None:
     file, old, new, test = MUTATIONS[name]
-    package = ROOT / Path(*Path(file).parts[:2])
+    package = package_of(file)
     shutil.copytree(package, tmp_path / package.name)
-    assert run_tests(tmp_path, package, test) == 0
     copy = tmp_path / Path(*Path(file).parts[1:])
     text = copy.read_text()
     assert text.count(old) == 1
