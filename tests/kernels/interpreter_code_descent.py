@@ -7,8 +7,7 @@ from bitmill_kernels import reference
 from bitmill_kernels.gptq.code_descent import descend_block
 
 
-@pytest.mark.parametrize("width", [1, 3, 8])
-@pytest.mark.parametrize(("R", "C"), [(8, 128), (13, 36), (1, 1)])
+@pytest.mark.parametrize(("width", "R", "C"), [(3, 8, 128), (1, 13, 36), (8, 13, 36), (8, 1, 1)])
 def test_codes_equal_those_of_the_plain_sweep(width, R, C):
     generator = torch.Generator().manual_seed(width * 1000 + R + C)
     x = torch.randn(3 * C + 8, C, generator=generator)

@@ -7,8 +7,10 @@ from bitmill_kernels import reference
 from bitmill_kernels.gptq.block import gptq_block
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize(("R", "C"), [(8, 128), (13, 128), (3, 64), (5, 100), (1, 1)])
+@pytest.mark.parametrize(
+    ("width", "R", "C"),
+    [(1, 8, 128), (2, 13, 128), (3, 3, 64), (4, 5, 100), (8, 9, 36), (8, 1, 1)],
+)
 def test_codes_equal_those_of_the_plain_loop(width, R, C):
     generator = torch.Generator().manual_seed(width * 1000 + R + C)
     wide = torch.randn(R, C + 3, generator=generator)

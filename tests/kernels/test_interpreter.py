@@ -1,4 +1,4 @@
-"""Triton kernels on CPU: each file of cases runs in a process with TRITON_INTERPRET=1.
+"""Triton kernels on CPU: all files of cases run in one process with TRITON_INTERPRET=1.
 
 Triton chooses between compiler and interpreter when a kernel's module is imported, so the cases
 cannot share this process.
@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -17,19 +18,34 @@ NUMPY_WARNINGS = (
     "ignore:overflow encountered:RuntimeWarning",  # padding lanes hold whatever memory held
     "ignore:invalid value encountered:RuntimeWarning",
 )
-CASES = sorted(path.name for path in Path(__file__).parent.glob("interpreter_*.py"))
+FILES = sorted(Path(__file__).parent.glob("interpreter_*.py"))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_cases_pass_in_the_interpreter(name):
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Failed cases by file, of all files that have cases; what the process printed."""
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": "1",
     }
-    file = Path(__file__).parent / name
-    options = ["-q", "-x", "-p", "no:cacheprovider"]
+    report = tmp_path_factory.mktemp("cases") / "report.xml"
+    options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     options += [part for warning in NUMPY_WARNINGS for part in ("-W", warning)]
-    command = [sys.executable, "-m", "pytest", *options, str(file)]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, FILES)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert report.exists(), done.stdout[-4000:] + done.stderr[-2000:]
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        failed = found.setdefault(case.get("classname").rsplit(".", 1)[-1], [])
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(case.get("name"))
+    return found, done
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", [file.stem for file in FILES])
+def test_cases_pass_in_the_interpreter(name, outcomes):
+    found, done = outcomes
+    assert found[name] == [], done.stdout[-8000:]
+    assert done.returncode in (0, 1)
