@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -46,6 +46,8 @@ def warm_python(folder: Path) -> Iterator[None]:
     here, place = Path(__file__).resolve(), folder / "socket"
     script.write_text(SCRIPT.format(python=real, here=here, socket=place, pid=os.getpid()))
     script.chmod(0o755)
+    given = _comparable(os.environ | {"PYTHONSAFEPATH": "1"})
+    (folder / "environment").write_text(json.dumps(given))
     sys.executable = str(script)
     try:
         yield
@@ -53,20 +55,31 @@ def warm_python(folder: Path) -> Iterator[None]:
         sys.executable = real
 
 
+def _comparable(environment: Mapping[str, str]) -> dict[str, str]:
+    """What must be equal: all but variables that are read when they are needed."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(("BITMILL_", "PYTEST_CURRENT_TEST"))
+    }
+
+
 def call(place: str, session: str, arguments: list[str]) -> None:
     """Run `python <arguments>`: let the server fork it, or be it and see that there is a server."""
+    python = [sys.executable, *arguments]
+    usual = json.loads(Path(place).with_name("environment").read_text())
+    if _comparable(os.environ) != usual:
+        os.execv(sys.executable, python)
     with socket.socket(socket.AF_UNIX) as server:
         try:
             server.connect(place)
         except OSError:
             _start_server(place, session)
-            os.execv(sys.executable, [sys.executable, *arguments])
+            os.execv(sys.executable, python)
         asked = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
         socket.send_fds(server, [json.dumps(asked).encode() + b"\n"], [0, 1, 2])
         with server.makefile() as answers:
             answer = answers.readline()
-    if answer == "no\n":
-        os.execv(sys.executable, [sys.executable, *arguments])
     status = int(answer or 1)
     if status < 0:
         with suppress(OSError):  # SIGKILL
@@ -90,7 +103,6 @@ def serve(place: str, session: str) -> None:
     """Import the modules, then fork a process per connection until the test session has ended."""
     with suppress(OSError), socket.socket(socket.AF_UNIX) as listening:
         listening.bind(place + ".new")  # a second server ends here
-        environment = _comparable(os.environ)
         for module in MODULES:
             __import__(module)
         listening.listen()
@@ -105,33 +117,23 @@ def serve(place: str, session: str) -> None:
             connection, _ = listening.accept()
             if os.fork() == 0:
                 listening.close()
-                _oversee(connection, session_end, environment)
+                _oversee(connection, session_end)
             connection.close()
 
 
-def _comparable(environment: os._Environ[str] | dict[str, str]) -> dict[str, str]:
-    """What must be equal: all but variables that are read when they are needed."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if not name.startswith(("BITMILL_", "PYTEST_CURRENT_TEST"))
-    }
-
-
-def _oversee(connection: socket.socket, session_end: int, environment: dict[str, str]) -> None:
+def _oversee(connection: socket.socket, session_end: int) -> None:
     """Fork the program, end it when its caller is gone, and tell the caller how it ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     data, fds, _, _ = socket.recv_fds(connection, 1 << 16, 3)
     while not data.endswith(b"\n"):
-        data += connection.recv(1 << 16)
-    asked = json.loads(data)
-    if _comparable(asked["environment"]) != environment:
-        connection.sendall(b"no\n")
-        os._exit(0)
+        more = connection.recv(1 << 16)
+        if not more:  # the caller is gone
+            os._exit(0)
+        data += more
     program = os.fork()
     if program == 0:
         connection.close()
-        _become(asked, fds)
+        _become(json.loads(data), fds)
     for fd in fds:
         os.close(fd)
     end = os.pidfd_open(program)
