@@ -274,7 +274,10 @@ class Bench:
         with alone(path):
             if not path.exists():
                 settings = SensitivitySettings(order=order)
-                profile_knapsack(model, tokens.tokens, model.plan, settings).save(path)
+                partial = path.with_suffix(".partial")
+                partial.mkdir(exist_ok=True)
+                made = profile_knapsack(model, tokens.tokens, model.plan, settings, folder=partial)
+                made.save(path)
             return SensitivityProfile.load(path)
 
     def _measured(self, source: Path, candidate: Candidate) -> Entry:

@@ -7,8 +7,8 @@ a [K] is the size of each input channel, m [K] that of its weights: the mean ove
 the largest |w| of its row and group. (Lin et al., "AWQ", arXiv 2306.00978, sections 3.2 and 4; the
 division by m as its code has it.) Here a is the root mean square, which H has on its diagonal, and
 the error is that of all linears that read the input, on some of their rows. Q rounds to grids of
-the widths that groups will have, clipped as methods clip them: what suits min-max grids hardly
-helps behind a clip search. No scales at all are tried too, in the end with the whole search.
+the widths that groups will have, clipped as methods clip them: what suits min-max grids helps less
+behind a clip search. No scales at all are tried too, in the end with the whole search.
 """
 
 from __future__ import annotations
