@@ -4,10 +4,11 @@
         --reader vllm=ENV --reader gptqmodel=ENV --reader llama.cpp=NODE
 
 Every target of TARGETS is exported (or the reason is recorded why not), then read by each of its
-runtimes in a process of its own: transformers in this environment, others in the one that
-`--reader` names, a virtual environment or, for llama.cpp, a folder with `node_modules/node-llama-
-cpp`. Readers that are not named are left out; `--only` takes a pattern of targets. Compared with
-`bitmill.load` in fp32, on three prompts of 32 tokens of `wiki_evaluation`:
+runtimes in a process of its own: transformers in this environment, as well as torch for exl2, whose
+runtime needs CUDA; others in the one that `--reader` names, a virtual environment or for llama.cpp
+a folder with `node_modules/node-llama-cpp`. Readers that are not named are left out; `--only` takes
+a pattern of targets. Compared with `bitmill.load` in fp32, on three prompts of 32 tokens of
+`wiki_evaluation`:
 
     weights   how many quantized weights the runtime's own loader gives bit for bit, rounded to its
               dtype where that is not fp32
@@ -84,6 +85,7 @@ TARGETS = (
         ("gptqmodel", "vllm"),
         {"version": 1, "symmetric": True},
     ),
+    Target("exl2", "exl2", ("exl2",)),
     Target("gguf", "gguf", ("transformers", "llama.cpp", "llama.cpp, F32")),
     Target("mlx", "mlx", ("mlx",)),
 )
@@ -96,6 +98,8 @@ COMMANDS = (
     "    --evaluation-texts wiki_evaluation --evaluation-sequences 2 --evaluation-length 512",
     "python benchmarks/exports.py PACKED --name NAME --out benchmarks/results/exports \\",
     "    --reader vllm=ENV --reader gptqmodel=ENV --reader mlx=ENV --reader llama.cpp=NODE",
+    "",
+    "    (for exl2: `--refine exllama` in place of the three --no options, and --only exl2)",
 )
 """How the recorded results were made."""
 
@@ -181,7 +185,7 @@ def command(reader: str, places: Mapping[str, str]) -> list[str] | None:
     if reader.startswith("llama.cpp"):
         script = str(READERS / "llama_cpp.mjs")
         return ["node", script, places["llama.cpp"]] if "llama.cpp" in places else None
-    here = reader in ("transformers", "compressed_tensors")
+    here = reader in ("transformers", "compressed_tensors", "exl2")
     if not here and reader not in places:
         return None
     python = sys.executable if here else f"{places[reader]}/bin/python"

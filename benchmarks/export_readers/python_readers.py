@@ -2,7 +2,8 @@
 
     PYTHON benchmarks/export_readers/python_readers.py LIBRARY FOLDER REQUEST OUT
 
-PYTHON has the library (transformers, compressed_tensors, gptqmodel, mlx, vllm) and numpy. REQUEST
+PYTHON has the library (transformers, compressed_tensors, gptqmodel, mlx, vllm; exl2 is read by
+torch and transformers) and numpy. REQUEST
 is JSON: `prompts`, lists of token ids of one length, and `new`, how many tokens follow greedily.
 OUT gets `tokens.json` (the tokens of each prompt), `0.f32`, `1.f32`, ... (log-probabilities [T, V]
 behind every token of a prompt, little-endian), `weights.safetensors` (quantized weights as the
@@ -98,6 +99,56 @@ def _torch_reads(model: Any, prompts: Sequence[list[int]], new: int) -> tuple[An
     return torch.stack(tokens, 1).tolist(), scores
 
 
+def exl2(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
+    """exl2 folders, whose own runtime needs CUDA: weights by the layout of ExLlamaV2, scales in
+    fp16 as its kernel has them, their products with codes in fp32; transformers computes."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    stored: dict[str, Any] = {}
+    for file in folder.glob("*.safetensors"):
+        stored |= load_file(file)
+    names = [key.removesuffix(".q_weight") for key in stored if key.endswith(".q_weight")]
+    linears = {
+        name: _exl2_weight(
+            *(stored.pop(f"{name}.q_{key}") for key in ("weight", "groups", "scale", "scale_max")),
+            stored.pop(f"{name}.q_invperm"),
+        )
+        for name in names
+    }
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    weights = {f"{name}.weight": weight for name, weight in linears.items()}
+    missing, unknown = model.load_state_dict(weights | stored, strict=False)
+    assert not unknown, unknown
+    assert set(missing) <= {"lm_head.weight"}, missing
+    model.tie_weights()
+    tokens, scores = _torch_reads(model, prompts, new)
+    return tokens, scores, {name: weight.numpy() for name, weight in linears.items()}
+
+
+def _exl2_weight(words: Any, groups: Any, steps: Any, largest: Any, places: Any) -> Any:
+    """f32 [N, K] of one linear's tensors."""
+    import numpy as np
+    import torch
+
+    def codes(stream: Any, bits: int) -> Any:
+        """Numbers of so many bits that follow each other down the columns of i32 [W, N]: [N, c]."""
+        columns = np.ascontiguousarray(stream.numpy().astype("<i4").T).view(np.uint8)
+        ones = np.unpackbits(columns, axis=1, bitorder="little")
+        return ones.reshape(len(columns), -1, bits).astype(np.int32) @ (1 << np.arange(bits))
+
+    starts, parts = [*groups[1::2].tolist(), len(words)], []
+    for group, bits in enumerate(groups[0::2].tolist()):
+        k = torch.from_numpy(codes(steps[group][:, None], 4).reshape(-1)) + 1
+        scale = (k * k).half() * (largest[group] / 256)
+        found = torch.from_numpy(codes(words[starts[group] : starts[group + 1]], bits))
+        parts.append(scale.float()[:, None] * (found - (1 << (bits - 1))).float())
+    return torch.cat(parts, 1)[:, places.long()].contiguous()
+
+
 def mlx(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
     """Affine folders, by mlx-lm; dequantized by mlx."""
     import mlx.core as mx
@@ -163,6 +214,7 @@ READERS: dict[str, Callable[[Path, Sequence[list[int]], int], Read]] = {
     "transformers": transformers,
     "compressed_tensors": compressed_tensors,
     "gptqmodel": gptqmodel,
+    "exl2": exl2,
     "mlx": mlx,
     "vllm": vllm,
 }
@@ -180,7 +232,8 @@ def main(library: str, folder: str, request: str, out: str) -> None:
         from safetensors.numpy import save_file
 
         save_file(weights, made / "weights.safetensors")
-    (made / "library.txt").write_text(f"{library} {version(library)}")
+    named = f"torch {version('torch')}" if library == "exl2" else f"{library} {version(library)}"
+    (made / "library.txt").write_text(named)
     if tokens:
         (made / "tokens.json").write_text(json.dumps(tokens))
 
