@@ -8,7 +8,8 @@
 // and the o of each step and j, for the way back. Two runs make a circle: one over the steps around
 // its seam, free at both ends, gives the bits across the seam; the second goes around from there to
 // there. Each lane of a vector searches for a tile of its own; vectors are the compiler's, so one
-// source serves AVX-512, AVX2 and NEON.
+// source serves AVX-512, AVX2 and NEON. They are as wide as the processor's: GCC chooses between
+// wider ones lane by lane.
 
 #include <algorithm>
 #include <cfloat>
@@ -18,7 +19,14 @@
 
 namespace {
 
-constexpr int kLanes = 16, kTogether = 4, kValues = 256, kStateBits = 16;
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kTogether = 4, kValues = 256, kStateBits = 16;
 constexpr float kNever = 1e30f;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
