@@ -46,8 +46,6 @@ def warm_python(folder: Path) -> Iterator[None]:
     here, place = Path(__file__).resolve(), folder / "socket"
     script.write_text(SCRIPT.format(python=real, here=here, socket=place, pid=os.getpid()))
     script.chmod(0o755)
-    given = _comparable(os.environ | {"PYTHONSAFEPATH": "1"})
-    (folder / "environment").write_text(json.dumps(given))
     sys.executable = str(script)
     try:
         yield
@@ -67,8 +65,12 @@ def _comparable(environment: Mapping[str, str]) -> dict[str, str]:
 def call(place: str, session: str, arguments: list[str]) -> None:
     """Run `python <arguments>`: let the server fork it, or be it and see that there is a server."""
     python = [sys.executable, *arguments]
-    usual = json.loads(Path(place).with_name("environment").read_text())
-    if _comparable(os.environ) != usual:
+    first = Path(place).with_name("environment")
+    if not first.exists():
+        own = first.with_name(f"environment-{os.getpid()}")
+        own.write_text(json.dumps(_comparable(os.environ)))
+        own.rename(first)
+    if _comparable(os.environ) != json.loads(first.read_text()):
         os.execv(sys.executable, python)
     with socket.socket(socket.AF_UNIX) as server:
         try:
