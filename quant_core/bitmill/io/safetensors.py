@@ -67,6 +67,7 @@ READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "U32", "I16", "I8", "U8",
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BYTES)}
 NAME = re.compile(r"[\w.\-/]+")
 """Of a tensor."""
+_KEYS = {"dtype", "shape", "data_offsets"}
 _FILE_NAME = re.compile(r"[\w.\-]+\.safetensors")
 
 
@@ -266,14 +267,18 @@ def _read_header_json(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _is_counts(value: object) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**62 for n in value)
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**62
 
 
 def _parse_tensor(path: Path, name: str, entry: object) -> tuple[int, int, TensorInfo]:
     """Begin and end of one tensor's data, and the tensor."""
     if len(name) > MAX_NAME or not NAME.fullmatch(name):
         raise _refuse(path, f"tensor name {name[:100]!r} is too long or has odd characters")
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
         raise _refuse(path, f"{name} has not exactly the keys dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in READABLE:

@@ -1,7 +1,6 @@
 """What may follow a block's first solution: a learner, which trains the block against the source.
 
-A method names its learner (`MethodConfig.learner`): those of `refinement/omniquant/` and
-`refinement/normtweaking/`.
+A method names its learner (`MethodConfig.learner`); `refinement/omniquant/` has some.
 """
 
 from __future__ import annotations
