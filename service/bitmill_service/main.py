@@ -7,6 +7,7 @@ a time is active; it starts no worker, so any number of replicas can serve the s
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from wsgiref.simple_server import WSGIServer
@@ -69,7 +70,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     reconciler = Reconciler(context.settings, context.database, dispatcher)
     reconciler.start()
     metrics = _serve_metrics(context)
+    # What was imported stays: looking through it again and again while a request makes many objects
+    # takes longer than the request.
+    gc.collect()
+    gc.freeze()
     yield
+    gc.unfreeze()
     if metrics is not None:
         await run_in_threadpool(metrics.shutdown)
         metrics.server_close()
