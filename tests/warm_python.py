@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 PARENT = "BITMILL_PARENT"
 MODULES = (
@@ -148,16 +149,16 @@ def _oversee(connection: socket.socket, session_end: int) -> None:
     os._exit(0)
 
 
-def _become(asked: dict[str, object], fds: list[int]) -> None:
+def _become(asked: dict[str, Any], fds: list[int]) -> None:
     """Be `python -m bitmill ...` with these files as standard input, output and error."""
     for number, fd in enumerate(fds):
         os.dup2(fd, number)
         os.close(fd)
-    os.chdir(str(asked["folder"]))
+    os.chdir(asked["folder"])
     os.environ.clear()
-    os.environ.update(dict(asked["environment"]))  # type: ignore[call-overload]
+    os.environ.update(asked["environment"])
     os.environ[PARENT] = str(os.getppid())
-    sys.argv = list(asked["arguments"])[1:]  # type: ignore[call-overload]
+    sys.argv = asked["arguments"][1:]
     status = 1
     try:
         runpy.run_module("bitmill", run_name="__main__", alter_sys=True)
