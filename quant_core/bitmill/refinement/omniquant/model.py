@@ -32,7 +32,48 @@ TRELLIS_RATE = 2e-3
 TRELLIS_EVALUATIONS = 6
 
 
-class ModelLearning:
+class _Tuning:
+    """What learning of all codes shares: the model is tuned end to end behind its last block."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        tokens: CalibrationSet,
+        settings: TuneSettings,
+        texts: Mapping[str, Tensor],
+        seed: int,
+    ) -> None:
+        self.model, self.tokens, self.seed = model, tokens, seed
+        self._tuning, self._texts = settings, texts
+
+    @staticmethod
+    def watched(tokenizer_folder: Path, tokens: CalibrationSet) -> Mapping[str, Tensor]:
+        """Windows int64 [S, T] of the texts that are only measured."""
+        return watched_texts(tokenizer_folder, tokens)
+
+    def tune(
+        self,
+        weights: Mapping[str, Quantized],
+        matrices: Mapping[str, Tensor],
+        vectors: Mapping[str, Tensor],
+    ) -> TunedModel | None:
+        """See `Learner`."""
+        if not self._tuning.steps:
+            return None
+        return tune_scales(
+            self.model,
+            weights,
+            self.tokens.tokens,
+            self.tokens.held_out,
+            self._tuning,
+            seed=self.seed,
+            matrices=matrices,
+            vectors=vectors,
+            texts=self._texts,
+        )
+
+
+class ModelLearning(_Tuning):
     """Learns the blocks of one model in order, then its scales end to end.
 
     quantized: the model with its dequantized embeddings. folder: where moments are kept.
@@ -48,16 +89,11 @@ class ModelLearning:
         *,
         seed: int,
     ) -> None:
-        self.model, self.tokens, self.spec, self.folder = model, tokens, spec, folder
-        self.settings = LearningSettings.of_spec(spec)
-        self.seed = seed
         self.texts = WatchedTexts(model, quantized, tokens)
+        settings = TuneSettings(steps=spec.tune_scales_steps)
+        super().__init__(model, tokens, settings, self.texts.tokens, seed)
+        self.settings, self.folder = LearningSettings.of_spec(spec), folder
         self._moments: list[Tensor] | None = None
-
-    @staticmethod
-    def watched(tokenizer_folder: Path, tokens: CalibrationSet) -> Mapping[str, Tensor]:
-        """Windows int64 [S, T] of the texts that are only measured."""
-        return watched_texts(tokenizer_folder, tokens)
 
     def block(
         self,
@@ -96,31 +132,6 @@ class ModelLearning:
         """Go on behind a block, learned now or by an earlier run; it holds what it keeps."""
         self.texts.advance(index, block)
 
-    def tune(
-        self,
-        weights: Mapping[str, Quantized],
-        matrices: Mapping[str, Tensor],
-        vectors: Mapping[str, Tensor],
-    ) -> TunedModel | None:
-        """The whole model with tuned scales, or None where the job asks for no tuning.
-
-        matrices: the dequantized embeddings and heads, which are not tuned. vectors: as `Learner`
-        says.
-        """
-        if not self.spec.tune_scales_steps:
-            return None
-        return tune_scales(
-            self.model,
-            weights,
-            self.tokens.tokens,
-            self.tokens.held_out,
-            TuneSettings(steps=self.spec.tune_scales_steps),
-            seed=self.seed,
-            matrices=matrices,
-            vectors=vectors,
-            texts=self.texts.tokens,
-        )
-
     def _metric(self, index: int) -> OutputMetric:
         if self.settings.block_error == "plain":
             return OutputMetric()
@@ -147,7 +158,7 @@ def tune_settings(spec: OmniQuant) -> TuneSettings:
     return TuneSettings(spec.tune_scales_steps, batch, rate, evaluations, vector_rate=rate)
 
 
-class TrellisLearning:
+class TrellisLearning(_Tuning):
     """Tunes scales, norms and biases of a model in trellis codes; blocks keep their first solution.
 
     Arguments as `Learner` says.
@@ -163,9 +174,8 @@ class TrellisLearning:
         *,
         seed: int,
     ) -> None:
-        self.model, self.tokens, self.spec, self.seed = model, tokens, spec, seed
-
-    watched = staticmethod(ModelLearning.watched)
+        texts = watched_texts(model.source.folder, tokens, model.plan.vocab_size)
+        super().__init__(model, tokens, tune_settings(spec), texts, seed)
 
     def block(
         self,
@@ -179,25 +189,3 @@ class TrellisLearning:
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Nothing is carried from block to block."""
-
-    def tune(
-        self,
-        weights: Mapping[str, Quantized],
-        matrices: Mapping[str, Tensor],
-        vectors: Mapping[str, Tensor],
-    ) -> TunedModel | None:
-        """See `Learner`."""
-        if not self.spec.tune_scales_steps:
-            return None
-        rows = self.model.plan.vocab_size
-        return tune_scales(
-            self.model,
-            weights,
-            self.tokens.tokens,
-            self.tokens.held_out,
-            tune_settings(self.spec),
-            seed=self.seed,
-            matrices=matrices,
-            vectors=vectors,
-            texts=watched_texts(self.model.source.folder, self.tokens, rows),
-        )
