@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=2 python benchmarks/matmul_cpu.py [--rows 4096] [--columns 4096] [--out FILE]
 
-In every round each product runs once, so all see the same neighbours, and at 4096x4096 the others
-push its weights out of the caches. Medians and smallest times of 200 rounds; the ratios are those
-of the packed product to `F.linear`. Where other programs want the same cores, a product waits for
-the core that its second thread lost, up to ten times its own time: trust the medians only where
-they are near the smallest times.
+1, 4 and 8 tokens, beside dense weights in fp32 and bf16. In every round each product runs once, so
+all see the same neighbours, and at 4096x4096 the others push its weights out of the caches. Medians
+and smallest times of 60 rounds; the ratios are those of fp32 `F.linear` to the product at as many
+tokens, and of the product's smallest time at 4 tokens to that at 1. Where other programs want the
+same cores, a product waits for the core that its second thread lost, up to ten times its own time:
+trust the medians only where they are near the smallest times.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from bitmill_kernels.matmul.cpu import load_library
 from bitmill_kernels.matmul.linear import MixedLinear
 from bitmill_kernels.matmul.runtime import PackedWeight
 
-ROUNDS = 200
-WARM_UP = 5
+ROUNDS = 60
+WARM_UP = 3
+TOKENS = (1, 4, 8)
 
 
 def random_linear(N: int, K: int, width: int) -> MixedLinear:
@@ -40,9 +42,15 @@ def random_linear(N: int, K: int, width: int) -> MixedLinear:
     return MixedLinear([PackedWeight(tensors, widths, N, K)], torch.device("cpu"))
 
 
-def milliseconds(calls: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
+Product = tuple[str, int]
+"""A name and the number of tokens."""
+
+
+def milliseconds(
+    calls: dict[Product, Callable[[], object]],
+) -> dict[Product, tuple[float, float]]:
     """(median, smallest) time of each, run in turn."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Product, list[float]] = {name: [] for name in calls}
     for _ in range(WARM_UP + ROUNDS):
         for name, call in calls.items():
             start = time.perf_counter()
@@ -59,27 +67,34 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the table here")
     options = parser.parse_args()
     N, K = options.rows, options.columns
-    x, dense = torch.randn(1, K), torch.randn(N, K)
-    calls: dict[str, Callable[[], object]] = {
-        "fp32 F.linear": partial(torch.nn.functional.linear, x, dense)
-    }
-    calls |= {f"{width}-bit": partial(random_linear(N, K, width), x) for width in WIDTHS}
+    dense = torch.randn(N, K)
+    packed = {f"{width}-bit": random_linear(N, K, width) for width in WIDTHS}
+    calls: dict[Product, Callable[[], object]] = {}
+    for count in TOKENS:
+        x = torch.randn(count, K)
+        calls["fp32", count] = partial(torch.nn.functional.linear, x, dense)
+        calls["bf16", count] = partial(torch.nn.functional.linear, x.bfloat16(), dense.bfloat16())
+        calls |= {(name, count): partial(linear, x) for name, linear in packed.items()}
     found = milliseconds(calls)
     facts = {
         "shape": f"{N}x{K}",
-        "tokens": 1,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "compiled kernel": load_library() is not None,
         "load average": round(os.getloadavg()[0], 1),
     }
-    base = found["fp32 F.linear"]
+    heads = [f"{count}: median ms, smallest ms, ratio" for count in TOKENS]
     lines = ["# CPU", "", f"`{json.dumps(facts)}`", ""]
-    lines += ["| product | median ms | ratio | smallest ms | ratio |", "|---|---|---|---|---|"]
-    for name, (median, smallest) in found.items():
-        ratios = f"{base[0] / median:.2f}", f"{base[1] / smallest:.2f}"
-        lines.append(f"| {name} | {median:.2f} | {ratios[0]} | {smallest:.2f} | {ratios[1]} |")
+    lines += [f"| product | {' | '.join(heads)} | 4 over 1 |", "|---" * (len(TOKENS) + 2) + "|"]
+    for name in dict.fromkeys(name for name, _ in calls):
+        cells = []
+        for count in TOKENS:
+            median, smallest = found[name, count]
+            ratio = found["fp32", count][1] / smallest
+            cells.append(f"{median:.2f}, {smallest:.2f}, {ratio:.2f}")
+        growth = found[name, 4][1] / found[name, 1][1]
+        lines.append(f"| {name} | {' | '.join(cells)} | {growth:.2f} |")
     print("\n".join(lines))
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")

@@ -37,7 +37,6 @@ from bitmill_kernels.reference import dequantize
 
 TILE_ELEMENTS = 1 << 18
 FUSED_TOKENS = 8
-TOKENS_PER_CALL = 4
 
 _LOG = logging.getLogger(__name__)
 
@@ -96,6 +95,7 @@ class _StoredLinear:
         self.order = None if weight.order is None else weight.order.to(device)
         self._library = load_library() if device.type == "cpu" else None
         self._groups = self._describe() if self._library is not None else None
+        self._factors = field_factors(weight.widths, weight.K)
 
     def __call__(self, x: Tensor) -> Tensor:
         """y f32 [T, N] of x f32 [T, K] in packed column order."""
@@ -122,22 +122,22 @@ class _StoredLinear:
 
     def _multiply(self, x: Tensor, y: Tensor) -> None:
         groups = len(self._weight.widths)
-        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP_SIZE)).view(-1, groups, 128)
-        sums = padded.sum(-1)
-        for start in range(0, x.shape[0], TOKENS_PER_CALL):
-            count = min(TOKENS_PER_CALL, x.shape[0] - start)
-            assert self._library is not None
-            self._library.bitmill_multiply(
-                self._groups,
-                groups,
-                self._weight.N,
-                count,
-                padded[start].data_ptr(),
-                groups * GROUP_SIZE,
-                sums[start].data_ptr(),
-                y[start].data_ptr(),
-                torch.get_num_threads(),
-            )
+        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP_SIZE)).view(
+            -1, groups, GROUP_SIZE
+        )
+        sums = padded.sum(-1).t().contiguous()
+        scaled = (padded * self._factors).transpose(0, 1).contiguous()
+        assert self._library is not None
+        self._library.bitmill_multiply(
+            self._groups,
+            groups,
+            self._weight.N,
+            x.shape[0],
+            scaled.data_ptr(),
+            sums.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
 
     def _dequantize(self, first: int, end: int) -> Tensor:
         """Weights f32 [end - first, K] in packed column order."""
@@ -178,6 +178,20 @@ class _StoredLinear:
         return groups
 
 
+def field_factors(widths: Sequence[int], K: int) -> Tensor:
+    """What inputs are multiplied by before the compiled product, f32 [groups, 128].
+
+    Its codes are low planes' fields as they lie in their bytes, 2^(w * j) times too large for field
+    j of a plane of w bits. Short groups are unpacked, so theirs is 1.
+    """
+    factors = torch.ones(len(widths), GROUP_SIZE)
+    for g, (width, count) in enumerate(zip(widths, group_columns(K), strict=True)):
+        if width and count == GROUP_SIZE:
+            low = PLANES[width][0]
+            factors[g] = 2.0 ** (-low * (torch.arange(GROUP_SIZE) // plane_bytes(low, GROUP_SIZE)))
+    return factors
+
+
 @cache
 def load_library() -> ctypes.CDLL | None:
     """The compiled kernel, or None where it cannot be built or BITMILL_CPU_KERNEL is "0"."""
@@ -202,7 +216,7 @@ def _build() -> ctypes.CDLL:
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.bitmill_multiply.argtypes = [
         *(pointer, integer, integer, integer),
-        *(pointer, long, pointer, pointer, integer),
+        *(pointer, pointer, pointer, integer),
     ]
     library.bitmill_multiply.restype = None
     library.bitmill_dequantize.argtypes = [
