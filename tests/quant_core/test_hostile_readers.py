@@ -33,6 +33,7 @@ from bitmill.io.gguf import read_gguf_header
 from bitmill.plan.model_plan import make_plan
 from gguf_files import write_gguf
 from golden_model import SHAPES
+from pace import limit
 from tiny import tiny_llama
 
 EXAMPLES = int(os.environ.get("BITMILL_FUZZ_EXAMPLES", "0"))
@@ -144,7 +145,8 @@ def answered(read: Callable[[], object]) -> None:
         read()
     except BitmillError as error:
         said = f"{error.message}{error.param or ''}"
-    assert time.process_time() - started < _SECONDS
+    spent = time.process_time() - started
+    assert spent < _SECONDS or spent < limit(_SECONDS)
     assert said.isprintable()
     assert len(said) < 5000
 

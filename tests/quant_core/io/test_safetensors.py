@@ -27,6 +27,7 @@ from bitmill.io.safetensors import (
     read_header,
     read_headers,
 )
+from pace import limit
 
 
 def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def test_headers_that_would_take_memory_or_time_are_refused(
     started = time.process_time()
     with pytest.raises(ModelError, match=problem):
         read_header(path)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < limit(2)
 
 
 def test_an_empty_index_is_refused(tmp_path: Path) -> None:
