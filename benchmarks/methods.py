@@ -6,10 +6,13 @@ SOURCE is a Hugging Face folder. Every linear of the decoder blocks is quantized
 embeddings and head are kept. Windows begin as the tokenizer begins a text: of the bundled
 calibration text (seed 0), and all of both evaluation texts. Rows:
 
-    METHOD-WIDTH           one width, columns in their order (or, where the method says so, another)
-    METHOD-knapsack-BITS   widths that the knapsack finds for so many true bits
-    METHOD-even-BITS       two widths, spread evenly over all groups: no data decide
-    PACKAGE-package-WIDTH  another package, by `methods_peers.py`
+    METHOD-WIDTH                one width; columns in their order, or as the method says
+    METHOD-knapsack-BITS        widths that the knapsack finds for so many true bits
+    METHOD-knapsack-code-WIDTH  the same for a mean width
+    METHOD-even-BITS            two widths, spread evenly over all groups: no data decide
+    PACKAGE-package-WIDTH       another package, by `methods_peers.py`
+
+Methods in order of activations, by two calibration texts, are the cells of `study.yaml`.
 
 --rows takes patterns of MODEL/ROW. Rows run --jobs at a time, spread over the devices; those that
 are recorded in OUT.json already are left out, and refined blocks and profiles stay in WORK, so a
@@ -70,19 +73,22 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Method:
-    """A row's `refinement`, at each of some widths, at some true bits by the knapsack and at some
-    by widths spread evenly. order: of columns. text: of calibration."""
+    """A row's `refinement`, at each of some widths, at some true bits and at some mean widths
+    (codes) by the knapsack, and at some bits by widths spread evenly. order: of columns. text: of
+    calibration."""
 
     name: str
     refinement: dict[str, Any] = field(default_factory=dict)
     widths: tuple[int, ...] = (2, 3, 4)
     bits: tuple[float, ...] = ()
+    codes: tuple[int, ...] = ()
     even: tuple[float, ...] = ()
     order: str = "natural"
     code: str = "auto"
     text: str = "wiki_calibration"
 
 
+RTN, GPTQ = {"method": "rtn"}, {"method": "gptq"}
 AWQ, QUAROT = [{"name": "awq"}], [{"name": "quarot"}]
 VALUES = [{"name": "quarot", "parts": ["values"]}]
 CLIPPING = {"method": "omniquant", "omniquant": {"mode": "clipping"}}
@@ -90,27 +96,29 @@ G64 = (3.297, 4.312)
 """True bits of 3 and 4 bits in groups of 64 with zero points: knapsacks that take no more."""
 HQQ_BITS = (3.5, 4.5)
 MIXTURE = "mixture_calibration"
+STUDIED = (2, 3, 4)
 METHODS = (
     Method("rtn-minmax", {"method": "rtn", "clip_search": False}),
-    Method("rtn", {"method": "rtn"}),
+    Method("rtn", RTN),
     Method("hqq", {"method": "hqq"}, bits=HQQ_BITS, even=HQQ_BITS),
     Method("awq-minmax", {"method": "rtn", "clip_search": False, "transforms": AWQ}, bits=G64),
     Method("awq", {"method": "rtn", "transforms": AWQ}, bits=G64),
-    Method("gptq", {"method": "gptq"}, bits=(2.5, 3.148, 4.156)),
-    Method("gptq-order", {"method": "gptq"}, bits=(2.5, 3.16, *G64, 4.17), order="activation"),
+    Method("gptq", GPTQ, bits=(2.5, 3.148, 4.156)),
+    Method("gptq-order", GPTQ, bits=(2.5, 3.16, *G64, 4.17), codes=STUDIED, order="activation"),
+    Method("gptq-order-mixture", GPTQ, codes=STUDIED, order="activation", text=MIXTURE),
+    Method("rtn-order", RTN, codes=STUDIED, order="activation"),
+    Method("rtn-order-mixture", RTN, codes=STUDIED, order="activation", text=MIXTURE),
     Method("gptq-awq", {"method": "gptq", "transforms": AWQ}),
     Method("normtweaking", {"method": "normtweaking"}),
     Method("gptq-quarot", {"method": "gptq", "transforms": QUAROT}, bits=(3.148,)),
     Method("gptq-quarot-values", {"method": "gptq", "transforms": VALUES}, bits=(3.148,)),
     Method("rtn-quarot-values", {"method": "rtn", "transforms": VALUES}),
-    Method("trellis", {"method": "gptq"}, code="trellis"),
+    Method("trellis", GPTQ, code="trellis"),
     Method("trellis-quarot", {"method": "gptq", "transforms": QUAROT}, code="trellis"),
     Method("trellis-quarot-values", {"method": "gptq", "transforms": VALUES}, code="trellis"),
     Method("omniquant-clipping-minmax", CLIPPING | {"clip_search": False}),
     Method("omniquant-clipping", CLIPPING),
     Method("omniquant", {"method": "omniquant"}),
-    Method("rtn-mixture", {"method": "rtn"}, text=MIXTURE),
-    Method("gptq-mixture", {"method": "gptq"}, bits=(2.5, 3.148, 4.156), text=MIXTURE),
 )
 PACKAGES = ("hqq", "llmcompressor-awq", "llmcompressor-gptq")
 PAIRS = {
@@ -125,6 +133,7 @@ def rows_of(method: Method) -> list[str]:
     """Names of a method's rows."""
     rows = [f"{method.name}-{width}" for width in method.widths]
     rows += [f"{method.name}-knapsack-{bits}" for bits in method.bits]
+    rows += [f"{method.name}-knapsack-code-{width}" for width in method.codes]
     return rows + [f"{method.name}-even-{bits}" for bits in method.even]
 
 
@@ -155,7 +164,7 @@ class Bench:
         """What a row of ours asks for."""
         method, budget = method_of(row), row.rpartition("-")[2]
         sequences, length = self.calibration
-        mixed = row.startswith((f"{method.name}-knapsack", f"{method.name}-even"))
+        mixed = row in {f"{method.name}-{kind}-{budget}" for kind in ("knapsack", "even")}
         asked = {
             "budget": {"bits" if mixed else "code_bits": float(budget)},
             "allocation": {
@@ -414,6 +423,25 @@ def comparisons(rows: dict[str, Entry]) -> list[str]:
     return [*head, "|---|---|---|---|---|---|", *lines] if lines else []
 
 
+def study(rows: dict[str, Entry]) -> list[str]:
+    """KL on both texts by calibration text and allocation, where cells of the study are there."""
+    kinds = {"wiki, one width": "", "wiki, knapsack": "-knapsack-code"}
+    names = {told: f"-order{kind}" for told, kind in kinds.items()}
+    names |= {f"mixture{told[4:]}": f"-order-mixture{kind}" for told, kind in kinds.items()}
+    lines = []
+    for method in ("rtn", "gptq"):
+        for width in STUDIED:
+            cells = [rows.get(f"{method}{name}-{width}") for name in names.values()]
+            told = [
+                " / ".join(f"{cell['texts'][t]['kl']:.3f}" for t in TEXTS) if cell else ""
+                for cell in cells
+            ]
+            if sum(map(bool, cells)) > 1:
+                lines.append(f"| {method} | {width} | {' | '.join(told)} |")
+    head = f"| method | code bits | {' | '.join(names)} |"
+    return ["", "KL, wiki / handbook:", "", head, "|---" * 6 + "|", *lines] if lines else []
+
+
 def markdown(state: dict[str, Any]) -> str:
     """The tables of a results file."""
     lines = [
@@ -444,7 +472,7 @@ def markdown(state: dict[str, Any]) -> str:
                 f"| {name} | {entry['bits']:.3f} | {size} | {' | '.join(own)} "
                 f"| {entry['seconds']:.0f} | {entry['memory'] / 1e9:.1f} |"
             )
-        lines += ["", *comparisons(rows)]
+        lines += ["", *comparisons(rows), *study(rows)]
     return "\n".join(lines) + "\n"
 
 

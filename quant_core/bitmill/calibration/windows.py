@@ -24,7 +24,7 @@ from bitmill.config.quantization import (
     Framing,
 )
 from bitmill.errors import CalibrationError
-from bitmill.models.tokenizer import load_tokenizer
+from bitmill.models.tokenizer import shared_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ def calibration_tokens(
     rows: of the model's input embedding. Raises `CalibrationError` where the text cannot be read,
     has too few windows, or a token without a row.
     """
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = shared_tokenizer(tokenizer_folder)
     windows = token_windows(
         read_text(calibration),
         tokenizer,
@@ -150,7 +150,7 @@ def evaluation_tokens(
 
     rows: of the model's input embedding. Raises `CalibrationError` as `token_windows` does.
     """
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = shared_tokenizer(tokenizer_folder)
     text = bundled_text(name)
     windows = token_windows(text, tokenizer, length, framing=framing, rows=rows, param="evaluation")
     return windows[:sequences]

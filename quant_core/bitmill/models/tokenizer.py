@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +29,16 @@ def load_tokenizer(folder: str | Path) -> Any:
             code="bad_tokenizer",
             param="model",
         ) from error
+
+
+def shared_tokenizer(folder: str | Path) -> Any:
+    """The same, not to be changed: the last one is kept while the files of its folder are."""
+    folder = Path(folder).absolute()
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    states = ((file.name, file.stat()) for file in files)
+    return _kept(folder, tuple((name, s.st_size, s.st_mtime_ns) for name, s in states))
+
+
+@lru_cache(maxsize=1)
+def _kept(folder: Path, _: tuple[tuple[str, int, int], ...]) -> Any:
+    return load_tokenizer(folder)

@@ -37,9 +37,7 @@ from bitmill.errors import (
     speaks_of_memory,
 )
 from bitmill.runtime.lifetime import die_with_parent
-
-PARENT = "BITMILL_PARENT"
-"""Environment variable: process id of the parent that waits for this process."""
+from bitmill.runtime.warm import PARENT, command
 
 _LAST_WORDS = 1 << 16
 _LAST_S = 2.0
@@ -119,7 +117,7 @@ def _started(arguments: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         child = subprocess.Popen(
-            [sys.executable, *arguments],
+            command(arguments),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

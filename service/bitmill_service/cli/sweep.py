@@ -26,6 +26,7 @@ from bitmill.pipeline.requests import QuantizeRequest
 from bitmill.pipeline.work_folder import is_of_shared_stages, work_folder
 from bitmill.reporting.sweep_table import SweepRow, SweepTable
 from bitmill.results import QUALITY_NAME, QualityReport
+from bitmill.runtime.warm import warm_library
 from bitmill_service.cli.cells import CellsWatch, ended
 from bitmill_service.cli.local import DeviceOption, run_library
 from bitmill_service.cli.output import (
@@ -217,11 +218,12 @@ def _run_here(spec: SweepSpec, out: Path, profiles: Path | None, device: str) ->
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / _RECORD, record)
     rows: dict[int, SweepRow] = {}
-    for cell in in_turn(cells):
-        rows[cell.number] = _cell_here(cell, out, record, profiles, device)
-        write_json(out / _RECORD, record)
-        _write(SweepTable([rows[number] for number in sorted(rows)]), out)
-        typer.echo(ended(rows[cell.number], len(cells)), err=True)
+    with warm_library():
+        for cell in in_turn(cells):
+            rows[cell.number] = _cell_here(cell, out, record, profiles, device)
+            write_json(out / _RECORD, record)
+            _write(SweepTable([rows[number] for number in sorted(rows)]), out)
+            typer.echo(ended(rows[cell.number], len(cells)), err=True)
     if all(row.state == "succeeded" for row in rows.values()):
         shutil.rmtree(out / _STAGES, ignore_errors=True)
     return [rows[number] for number in sorted(rows)]

@@ -21,7 +21,7 @@ from bitmill.evaluation.compare import Candidate, from_packed, measure, measure_
 from bitmill.formats.accounting import footprint
 from bitmill.io.atomic import write_bytes
 from bitmill.models.streamed import StreamedModel
-from bitmill.models.tokenizer import load_tokenizer
+from bitmill.models.tokenizer import shared_tokenizer
 from bitmill.pipeline.source import Model, Source
 from bitmill.pipeline.stage import Environment, Run, Stage
 from bitmill.pipeline.stages import source_outputs
@@ -136,7 +136,7 @@ class Inputs:
         """What of a job decides the report. searched: what a search for the map found."""
         tasks = Tasks.of(config.evaluation.tasks, task_folder)
         chat = config.evaluation.framing == "chat"
-        tokenizer = load_tokenizer(source.folder)
+        tokenizer = shared_tokenizer(source.folder)
         return cls(
             method=f"{config.allocation.method} {config.method.name}",
             model=source.planned(plan),

@@ -1,0 +1,87 @@
+"""Programs that are forked from a warm server tell, die and are ended as those that are started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bitmill.errors import BitmillError
+from bitmill.runtime.child import run_child
+from bitmill.runtime.warm import WARM, command, warm_library
+from stores import wait_for
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[psutil.Process]:
+    """The one that `run_child` finds meanwhile."""
+    with warm_library():
+        yield next(
+            one for one in psutil.Process().children() if "bitmill.runtime.warm" in told(one)
+        )
+
+
+def told(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def end_of(folder: Path) -> dict[str, object]:
+    with pytest.raises(BitmillError) as ended:
+        run_child("the check", ["-m", "bitmill", "nothing", str(folder)])
+    return ended.value.to_dict()
+
+
+def waiting(server: psutil.Process, folder: Path) -> tuple[subprocess.Popen[bytes], psutil.Process]:
+    """A caller, and its program, which reads what nobody writes."""
+    os.mkfifo(folder / "pipe")
+    caller = subprocess.Popen(command(["-m", "bitmill", "verify", str(folder / "pipe")]))
+    programs = wait_for(lambda: server.children(recursive=True)[1:], "the program")
+    return caller, programs[0]
+
+
+def test_forked_program_tells_what_a_started_one_tells(
+    server: psutil.Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forked = end_of(tmp_path)
+    assert server.children(), "the one that oversaw it is waited for behind the next"
+    monkeypatch.delenv(WARM)
+    assert end_of(tmp_path) == forked
+
+
+def test_killed_program_is_seen_as_killed(server: psutil.Process, tmp_path: Path) -> None:
+    caller, program = waiting(server, tmp_path)
+    program.kill()
+    assert caller.wait(60) == -signal.SIGKILL
+
+
+def test_program_ends_with_its_caller(server: psutil.Process, tmp_path: Path) -> None:
+    caller, program = waiting(server, tmp_path)
+    caller.kill()
+    caller.wait()
+    wait_for(lambda: not program.is_running(), "its end")
+
+
+def test_without_its_server_a_program_is_started(
+    server: psutil.Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(WARM, str(tmp_path / "gone"))
+    before = server.children()
+    assert "exit code 2" in str(end_of(tmp_path)["message"])
+    assert server.children() == before
+
+
+def test_nothing_is_left_of_a_server() -> None:
+    before = os.environ.get(WARM)
+    with warm_library():
+        server = max(psutil.Process().children(), key=lambda one: one.create_time())
+        assert os.environ[WARM] != before
+    assert not server.is_running()
+    assert os.environ.get(WARM) == before
