@@ -1,14 +1,15 @@
-"""Trellis codes of one real model at equal true bits: tokens alike, weighted, and tuned end to end.
+"""One real model at equal true bits: tokens alike, weighted, and tuned end to end.
 
     python benchmarks/trellis_learning.py measure SOURCE --model NAME --bits BITS --out ROW.json
     python benchmarks/trellis_learning.py table ROW.json ... --out OUT
 
 `measure` profiles SOURCE (a Hugging Face folder), allocates BITS by the knapsack and makes, with
 windows as by default, each of --variants: `plain` (method gptq, every token counts alike),
-`weighted` (tokens weighted by the loss gradient, as jobs do) and `tuned` (what `weighted` gave,
-tuned for --steps steps). Each is what a job packs at these settings, measured on both evaluation
-texts. Seconds are those of the process; several may share a device. `table` sets rows of several
-commands beside EXL3's of `peers.json`, interpolated to their bits, ln(excess) linear in bits:
+`weighted` (tokens weighted by the loss gradient) and `tuned` (what `weighted` gave, tuned for each
+number of --steps; trellis codes alone). Jobs weight tokens for trellis codes and not for affine
+ones (--code). Each is measured on both evaluation texts. Seconds are those of the process; several
+may share a device. `table` sets rows of several commands beside EXL3's of `peers.json`,
+interpolated to their bits, ln(excess) linear in bits:
 
     excess = ln(perplexity / perplexity of the source), per text and their mean
 """
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from bitmill.allocation.allocator import Allocator
 from bitmill.calibration.windows import calibration_tokens, evaluation_windows
-from bitmill.config.methods import MethodConfig, Statistic, TrellisGPTQ, TrellisOmniQuant
+from bitmill.config.methods import GPTQ, MethodConfig, Statistic, TrellisGPTQ, TrellisOmniQuant
 from bitmill.config.quantization import parse_config
 from bitmill.evaluation.compare import Candidate, measure, with_weights
 from bitmill.io.atomic import write_bytes, write_json
@@ -56,9 +57,23 @@ class Unweighted(TrellisGPTQ):
         return super().needs - {"gradient"}
 
 
+class Weighted(GPTQ):
+    """Affine codes, tokens weighted by the loss gradient."""
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return super().needs | {"gradient"}
+
+
+METHODS: dict[str, dict[str, MethodConfig]] = {
+    "trellis": {"plain": Unweighted(), "weighted": TrellisGPTQ()},
+    "affine": {"plain": GPTQ(), "weighted": Weighted()},
+}
+
+
 def measured(options: argparse.Namespace) -> None:
     """The rows of one budget, written as they come."""
-    config = parse_config({"budget": {"bits": options.bits}, "code": "trellis"})
+    config = parse_config({"budget": {"bits": options.bits}, "code": options.code})
     device, source = torch.device(options.device), options.source
     plan = make_plan(source, config)
     tokens = calibration_tokens(config.calibration, source, rows=plan.vocab_size)
@@ -67,7 +82,9 @@ def measured(options: argparse.Namespace) -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     row: dict[str, Any] = {
         "model": options.model,
+        "code": options.code,
         "bits": options.bits,
+        "run": options.run,
         "machine": {
             "device": name,
             "torch": torch.__version__,
@@ -82,9 +99,9 @@ def measured(options: argparse.Namespace) -> None:
         clock.append(time.perf_counter())
         row["seconds"][part] = round(clock[-1] - clock[-2], 1)
         write_json(options.out, row)
-        print(options.model, options.bits, part, row["seconds"][part], flush=True)
+        print(options.model, options.code, options.bits, part, row["seconds"][part], flush=True)
 
-    settings = SensitivitySettings(widths=config.allocation.widths, code="trellis")
+    settings = SensitivitySettings(widths=config.allocation.widths, code=options.code)
     profile = profile_knapsack(model, tokens.tokens, plan, settings)
     bit_widths = Allocator(plan, config.allocation, profile).knapsack(config.budget)
     orders = {
@@ -118,41 +135,52 @@ def measured(options: argparse.Namespace) -> None:
         spent(what)
         row["variants"][what] = quality(weights, vectors)
         spent("evaluate")
-        print(options.model, options.bits, what, row["variants"][what]["mean_excess"], flush=True)
+        print(
+            options.model,
+            options.code,
+            options.bits,
+            what,
+            row["variants"][what]["mean_excess"],
+            flush=True,
+        )
 
     if "plain" in options.variants:
-        keep("plain", refined(Unweighted()), {})
+        keep("plain", refined(METHODS[options.code]["plain"]), {})
     if "weighted" not in options.variants:
         return
-    weights = refined(TrellisGPTQ())
+    weights = refined(METHODS[options.code]["weighted"])
     keep("weighted", weights, {})
     if "tuned" not in options.variants:
         return
-    tuned = tune_scales(
-        model,
-        weights,
-        tokens.tokens,
-        tokens.held_out,
-        tune_settings(TrellisOmniQuant(tune_scales_steps=options.steps)),
-        seed=config.seed,
-    )
-    row["tuning"] = tuned.report.model_dump(mode="json")
-    keep("tuned", tuned.weights, tuned.vectors)
+    row["tuning"] = {}
+    for steps in options.steps:
+        tuned = tune_scales(
+            model,
+            weights,
+            tokens.tokens,
+            tokens.held_out,
+            tune_settings(TrellisOmniQuant(tune_scales_steps=steps)),
+            seed=config.seed,
+        )
+        what = f"tuned, {steps} steps"
+        row["tuning"][what] = tuned.report.model_dump(mode="json")
+        keep(what, tuned.weights, tuned.vectors)
 
 
 def table(rows: list[dict[str, Any]], peers: Mapping[str, Any]) -> str:
     """Markdown, by model and bits."""
     made = [found for row in rows for found in row["variants"].values()]
     texts = list(made[0]["excess"])
-    head = ["model", "true bits", "what", *(f"ppl {t}" for t in texts)]
+    head = ["model", "code", "true bits", "what", *(f"ppl {t}" for t in texts)]
     head += [
         *(f"excess {t}" for t in texts),
         "mean excess",
         "over exl3",
         *(f"KL {t}" for t in texts),
+        "run",
     ]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for row in sorted(rows, key=lambda row: (row["model"], row["bits"])):
+    for row in sorted(rows, key=lambda row: (row["model"], row["code"], row["bits"])):
         exl3 = [
             (peer["bits"], peer["mean_excess"])
             for name, peer in peers.get(row["model"], {}).items()
@@ -160,12 +188,13 @@ def table(rows: list[dict[str, Any]], peers: Mapping[str, Any]) -> str:
         ]
         for what, found in row["variants"].items():
             other = at_bits(exl3, found["true_bits"]) if len(exl3) > 1 else None
-            cells = [row["model"], f"{found['true_bits']:.3f}", what]
+            cells = [row["model"], row["code"], f"{found['true_bits']:.3f}", what]
             cells += [f"{found['perplexity'][text]:.2f}" for text in texts]
             cells += [f"{found['excess'][text]:.4f}" for text in texts]
             cells += [f"{found['mean_excess']:.4f}"]
             cells += [f"{found['mean_excess'] / other:.2f}" if other else ""]
             cells += [f"{found['kl'][text]:.4f}" for text in texts]
+            cells += [row["run"]]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -177,25 +206,37 @@ def main() -> None:
     action.add_argument("source", type=Path)
     action.add_argument("--model", required=True, help="name of its rows")
     action.add_argument("--bits", type=float, required=True)
+    action.add_argument("--code", choices=list(METHODS), default="trellis")
     action.add_argument("--variants", nargs="+", default=["plain", "weighted", "tuned"])
-    action.add_argument("--steps", type=int, default=100)
+    action.add_argument("--steps", type=int, nargs="+", default=[100])
+    action.add_argument("--run", default="", help="name of this run, a column of the table")
     action.add_argument("--device", default="cuda")
     action.add_argument("--out", type=Path, required=True)
     action.set_defaults(act="measure")
     action = actions.add_parser("table")
     action.add_argument("rows", type=Path, nargs="+")
     action.add_argument("--out", type=Path, required=True, help="without suffix")
+    action.add_argument("--note", type=Path, required=True, help="Markdown that stands before it")
     action.set_defaults(act="table")
     options = parser.parse_args()
     if options.act == "measure":
+        if options.code != "trellis" and "tuned" in options.variants:
+            parser.error("only trellis codes are tuned here: leave `tuned` out of --variants")
         with computing():
             measured(options)
         return
-    rows = [json.loads(path.read_text()) for path in options.rows]
+    rows = [row for path in options.rows for row in rows_of(json.loads(path.read_text()))]
     found = table([row for row in rows if row["variants"]], json.loads(PEERS.read_text()))
-    write_json(options.out.with_suffix(".json"), {"rows": rows})
-    write_bytes(options.out.with_suffix(".md"), (found + "\n").encode())
+    note = options.note.read_text()
+    write_json(options.out.with_suffix(".json"), {"note": note, "rows": rows})
+    write_bytes(options.out.with_suffix(".md"), f"{note}\n{found}\n".encode())
     print(found)
+
+
+def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of what one `measure` or an earlier `table` wrote."""
+    rows: list[dict[str, Any]] = found.get("rows", [found])
+    return rows
 
 
 if __name__ == "__main__":
