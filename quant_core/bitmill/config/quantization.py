@@ -414,7 +414,25 @@ def _known(registry: Registry[T], name: str) -> T:
 
 
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]{1,128}$")]
-Baseline = Literal["uniform", "uniform-2", "uniform-3", "uniform-4", "embeddings"]
+Baseline = Literal[
+    "uniform",
+    "uniform-2",
+    "uniform-3",
+    "uniform-4",
+    "embeddings",
+    "activations-8",
+    "activations-4",
+    "cache-8",
+    "cache-4",
+    "cache-2",
+]
+ROUNDED = {
+    name: (name.rpartition("-")[0], int(name[-1]))
+    for name in get_args(Baseline)
+    if name.startswith(("activations", "cache"))
+}
+"""Baselines that are the result with something rounded while it runs: what, and to how many bits.
+"""
 
 
 class Evaluation(Closed):
@@ -427,7 +445,9 @@ class Evaluation(Closed):
 
     baselines: also quantize and measure these: plain GPTQ in natural column order at one width,
     "uniform" at the legal width nearest to the map's mean, "uniform-3" at 3 bits; "embeddings" is
-    the result itself with its input embedding and output head packed too, at 8 bits.
+    the result itself with its input embedding and output head packed too, at 8 bits;
+    "activations-8" and "cache-4" are the result with inputs of its linears, or keys and values,
+    rounded to so many bits token by token (`evaluation/rounded.py`).
     """
 
     texts: tuple[Literal["wiki_evaluation", "handbook_evaluation"], ...] = (
@@ -439,6 +459,11 @@ class Evaluation(Closed):
     baselines: tuple[Baseline, ...] = ()
     tasks: tuple[TaskName, ...] = ()
     framing: Framing = "tokenizer"
+
+    @property
+    def refined_baselines(self) -> tuple[str, ...]:
+        """Those that are quantized too."""
+        return tuple(name for name in self.baselines if name.startswith("uniform"))
 
 
 class Stored(Closed):

@@ -23,6 +23,7 @@ from bitmill.config.quantization import Budget, Evaluation, Framing, Quantizatio
 from bitmill.config.transforms import transform_of
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
 from bitmill.evaluation.origin import check_made_from, foldable
+from bitmill.evaluation.rounded import Change
 from bitmill.evaluation.tasks import TaskSuite
 from bitmill.formats.accounting import footprint
 from bitmill.formats.codec import open_checkpoint
@@ -56,12 +57,16 @@ class Candidate:
 
 
 def from_packed(
-    model: StreamedModel, packed: Path, matrices: Mapping[str, Tensor] | None = None
+    model: StreamedModel,
+    packed: Path,
+    matrices: Mapping[str, Tensor] | None = None,
+    change: Change | None = None,
 ) -> StreamedLogits:
     """The model with the weights of a packed folder: with what it narrowed, and with norms and
     biases of blocks, into which transforms may have been folded.
 
-    matrices: f32 [V, D] instead of embeddings and heads that it keeps, by name.
+    matrices: f32 [V, D] instead of embeddings and heads that it keeps, by name. change: see
+    `with_weights`.
     """
     checkpoint = open_checkpoint(packed)
 
@@ -74,17 +79,19 @@ def from_packed(
         if checkpoint.headers[tensor.name].dtype != tensor.dtype or foldable(model.plan, tensor)
     }
     other = {f"{name}.weight": value for name, value in (matrices or {}).items()}
-    return with_weights(model, dequantized, kept | other)
+    return with_weights(model, dequantized, kept | other, change)
 
 
 def with_weights(
     model: StreamedModel,
     dequantized: Callable[[str], Tensor],
     kept: Mapping[str, Tensor] | None = None,
+    change: Change | None = None,
 ) -> StreamedLogits:
     """The model with other weights f32 [N, K] of everything that its plan quantizes, by name.
 
     kept: other values of parameters that it does not quantize, by their names in the module tree.
+    change: what else is done to each block.
     """
     kept = kept or {}
     blocks = f"{model.plan.block_prefix}."
@@ -95,6 +102,8 @@ def with_weights(
         for name, value in kept.items():
             if name.startswith(f"{blocks}{i}."):
                 block.get_parameter(name.removeprefix(f"{blocks}{i}.")).copy_(value)
+        if change is not None:
+            change(model, i, block)
 
     matrices = {matrix.name: dequantized(matrix.name) for matrix in model.plan.embeddings} | {
         name.removesuffix(".weight"): value

@@ -170,8 +170,7 @@ def _disk_bytes(plan: Plan, config: QuantizationConfig, gguf: bool) -> int:
     copies = 3 if learning is not None and learning.whole_model else 2
     baselines = sum(
         packed if name == "uniform" else _uniform_size(plan, config, int(name[-1]))
-        for name in config.evaluation.baselines
-        if name != "embeddings"
+        for name in config.evaluation.refined_baselines
     )
     converted = 4 * (plan.weights + _outside_weights(plan)) if gguf else 0
     rewritten = len(config.source_transforms) * _source_bytes(plan)

@@ -258,7 +258,8 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
             "--baselines",
             "evaluation.baselines",
             "Measure plain GPTQ too: uniform (the map's mean width), uniform-2, -3, -4; "
-            "embeddings: the result with packed ones.",
+            "embeddings: the result with packed ones; activations-8, -4, cache-8, -4, -2: the "
+            "result with these rounded.",
             comma_separated,
             "NAME,...",
         ),

@@ -52,7 +52,7 @@ def job(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
             "refinement": {"compensated_grid": False, "asymmetric": False},
             "calibration": {"text": text, "sequences": 4, "length": 64, "held_out": 2},
             "evaluation": EVALUATION
-            | {"baselines": ["uniform", "uniform-2", "uniform-3", "embeddings"]},
+            | {"baselines": ["uniform", "uniform-2", "uniform-3", "embeddings", "cache-2"]},
             "threads": 1,
         }
     )
@@ -84,6 +84,7 @@ def test_rows_carry_the_profile_s_prediction_of_their_widths(job: Result) -> Non
         "source",
         "knapsack gptq",
         "knapsack gptq, 8-bit embeddings",
+        "knapsack gptq, 2-bit cache",
         "uniform 2-bit gptq",
         "uniform 3-bit gptq",
     ]
@@ -97,6 +98,8 @@ def test_rows_carry_the_profile_s_prediction_of_their_widths(job: Result) -> Non
         row = rows[f"uniform {width}-bit gptq"]
         assert row.predicted_loss == pytest.approx(factor * profile.predicted_loss(same))
     assert rows["source"].predicted_loss is None
+    assert rows["knapsack gptq, 2-bit cache"].predicted_loss is None
+    assert rows["knapsack gptq, 2-bit cache"].texts[WIKI].kl > rows["knapsack gptq"].texts[WIKI].kl
     assert rows["knapsack gptq"].predicted_loss == job.quality.predicted_loss
     assert 0 < rows["knapsack gptq"].predicted_loss < rows["uniform 3-bit gptq"].predicted_loss
 

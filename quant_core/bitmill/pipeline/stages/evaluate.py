@@ -16,8 +16,9 @@ from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.codes import CODES
 from bitmill.config.methods import BASELINE, MethodConfig
-from bitmill.config.quantization import QuantizationConfig
+from bitmill.config.quantization import ROUNDED, QuantizationConfig
 from bitmill.evaluation.compare import Candidate, from_packed, measure, measure_tasks, with_weights
+from bitmill.evaluation.rounded import rounding
 from bitmill.formats.accounting import footprint
 from bitmill.io.atomic import write_bytes
 from bitmill.models.streamed import StreamedModel
@@ -58,7 +59,7 @@ class Baselines:
         bit_widths: BitWidthMap,
     ) -> Baselines | None:
         """The baselines asked for, each once, ascending."""
-        asked = [name for name in config.evaluation.baselines if name != "embeddings"]
+        asked = config.evaluation.refined_baselines
         if not asked:
             return None
         mean = footprint(plan, bit_widths).code_bits
@@ -94,8 +95,8 @@ class Inputs:
 
     packed: where the packed folder lies; its tensors are those of `refined` and `model`.
     outputs: of the source, where another job of the sweep may have made them (`source_outputs.py`).
-    resumed: whether the refined blocks are another job's, and so what is reported of them. notes:
-    what else the report warns of.
+    rounded: baselines of `config.quantization.ROUNDED`. resumed: whether the refined blocks are
+    another job's, and so what is reported of them. notes: what else the report warns of.
     """
 
     method: str
@@ -109,6 +110,7 @@ class Inputs:
     profile: SensitivityProfile | None
     baselines: Baselines | None
     embeddings: PackedEmbeddings | None
+    rounded: tuple[str, ...]
     begins: Mapping[str, str]
     checks: tuple[CheckedMap, ...]
     tasks: TaskRun | None
@@ -155,6 +157,7 @@ class Inputs:
                 if "embeddings" in config.evaluation.baselines
                 else None
             ),
+            rounded=tuple(name for name in config.evaluation.baselines if name in ROUNDED),
             checks=allocated.checks,
             begins={
                 "calibration": described(tokenizer, calibration.framing),
@@ -176,6 +179,11 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     if inputs.embeddings is not None:
         name = f"{inputs.method}, {EMBEDDING_WIDTH}-bit embeddings"
         candidates[name] = _with_packed_embeddings(inputs, inputs.embeddings, model)
+    for asked in inputs.rounded:
+        what, bits = ROUNDED[asked]
+        logits = from_packed(model, inputs.packed, change=rounding(asked))
+        candidate = Candidate(inputs.bit_widths, logits, inputs.plan)
+        candidates[f"{inputs.method}, {bits}-bit {what}"] = candidate
     if inputs.baselines is not None:
         for width in inputs.baselines.widths:
             baseline = _baseline(inputs, model, width, folder, run)
