@@ -12,7 +12,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 #define __shared__ static
 
 using std::max;
@@ -24,6 +24,7 @@ inline thread_local dim3 threadIdx, blockIdx, gridDim;
 inline std::unique_ptr<std::barrier<>> block_barrier;
 inline std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
 inline std::vector<float> lanes_out;
+inline std::vector<uint32_t> dynamic_shared(1 << 16);
 
 typedef _Float16 __half;
 struct __half2 {
@@ -36,6 +37,10 @@ struct float2 {
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 template <typename T>
 inline T __ldg(const T* from) {
+  return *from;
+}
+template <typename T>
+inline T __ldcg(const T* from) {
   return *from;
 }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int shift) {
@@ -51,7 +56,27 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t order) {
 inline __half2 __hadd2(__half2 a, __half2 b) {
   return {static_cast<__half>(a.x + b.x), static_cast<__half>(a.y + b.y)};
 }
+inline __half2 __hsub2(__half2 a, __half2 b) {
+  return {static_cast<__half>(a.x - b.x), static_cast<__half>(a.y - b.y)};
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  const auto one = [](__half u, __half v, __half w) {
+    return static_cast<__half>(std::fma(float(u), float(v), float(w)));
+  };
+  return {one(a.x, b.x, c.x), one(a.y, b.y, c.y)};
+}
+inline __half2 __hmin2(__half2 a, __half2 b) { return {min(a.x, b.x), min(a.y, b.y)}; }
+inline __half2 __low2half2(__half2 v) { return {v.x, v.x}; }
+inline __half2 __high2half2(__half2 v) { return {v.y, v.y}; }
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {static_cast<__half>(x), static_cast<__half>(y)};
+}
 inline float2 __half22float2(__half2 v) { return {static_cast<float>(v.x), static_cast<float>(v.y)}; }
+inline uint32_t __float_as_uint(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
 inline __half __float2half(float v) { return static_cast<__half>(v); }
 inline __half __float2half_rn(float v) { return static_cast<__half>(v); }
 inline float __half2float(__half v) { return static_cast<float>(v); }
@@ -71,13 +96,19 @@ inline float __bfloat162float(__nv_bfloat16 v) {
 }
 inline int __clz(int v) { return v ? __builtin_clz(v) : 32; }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
-inline float __shfl_xor_sync(unsigned, float v, int step) {
+template <typename T>
+inline T __shfl_xor_sync(unsigned, T v, int step) {
   const int thread = threadIdx.x, warp = thread / 32;
-  lanes_out[thread] = v;
+  std::memcpy(&lanes_out[thread], &v, 4);
   warp_barriers[warp]->arrive_and_wait();
-  const float found = lanes_out[thread ^ step];
+  T found;
+  std::memcpy(&found, &lanes_out[thread ^ step], 4);
   warp_barriers[warp]->arrive_and_wait();
   return found;
+}
+inline uint32_t __reduce_min_sync(unsigned lanes, uint32_t v) {
+  for (int step = 16; step; step /= 2) v = min(v, __shfl_xor_sync(lanes, v, step));
+  return v;
 }
 
 // The definition of mma.m16n8k16 (PTX ISA, fragments of f16 operands).

@@ -6,9 +6,10 @@ import torch
 from bitmill.inference.trellis import TrellisLinear, TrellisRuntime
 from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.trellis import TrellisTensor
-from bitmill_kernels.trellis import batch_cuda
+from bitmill_kernels.trellis import batch_cuda, group_cuda
 from bitmill_kernels.trellis.code import DEVIATION, decode_tiles, in_sequence
-from bitmill_kernels.trellis.encode import encode_reference, encode_tiles, load_cuda_library
+from bitmill_kernels.trellis.encode import encode_reference, encode_tiles
+from bitmill_kernels.trellis.group import Feedback, encode_group, encode_group_reference
 from bitmill_kernels.trellis.layout import RATES, circle_shapes
 from bitmill_kernels.trellis.product import TrellisProduct
 from bitmill_kernels.trellis.product_cuda import available
@@ -26,7 +27,7 @@ def squared_error(circles, wanted, rate):
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("count", [1, 7, 150, 1100])
 def test_searched_circles_are_as_good_as_those_of_torch(rate, count):
-    assert load_cuda_library() is not None
+    assert group_cuda.available()
     draw = torch.Generator("cuda").manual_seed(rate)
     wanted = torch.randn(count, 256, device="cuda", generator=draw) * DEVIATION[rate]
     found = encode_tiles(wanted, rate)
@@ -37,6 +38,29 @@ def test_searched_circles_are_as_good_as_those_of_torch(rate, count):
     )
     assert float(ratio.mean()) < 1.01
     assert float(ratio.amax()) < 1.10
+
+
+@pytest.mark.parametrize("rates", [(3, 3, 3), (2, 3, 4), (5, 8, 1)], ids=str)
+def test_groups_leave_the_errors_that_the_plain_version_leaves(rates):
+    draw = torch.Generator("cuda").manual_seed(0)
+    W = torch.randn(208, 100, device="cuda", generator=draw)
+    step = 0.7 + 0.2 * torch.rand(208, device="cuda", generator=draw)
+    upper = torch.eye(112, device="cuda")
+    upper += 0.2 * torch.randn(112, 112, device="cuda", generator=draw).triu(1)
+    upper[100:] = torch.eye(112, device="cuda")[100:]
+    tiles = [slice(i, i + 16) for i in range(0, 112, 16)]
+    inverses = torch.stack([torch.linalg.inv(upper[part, part]) for part in tiles])
+    feedback = Feedback(upper[:100, :100], inverses)
+    rows = [slice(0, 96), slice(96, 160), slice(160, 208)]
+    found = encode_group(W, step, feedback, rows, rates)
+    again = encode_group(W, step, feedback, rows, rates)
+    plain = encode_group_reference(W, step, feedback, rows, rates)
+    assert torch.equal(found.missed, again.missed)
+    for i, mine in enumerate(rows):
+        assert torch.equal(found.circles[i], again.circles[i])
+        assert found.circles[i].shape == plain.circles[i].shape
+        ratio = found.missed[mine].square().mean() / plain.missed[mine].square().mean()
+        assert 0.99 < float(ratio) < 1.01
 
 
 def random_weight(N, K, rates, draw):

@@ -23,7 +23,7 @@ from bitmill_kernels.hopper.schedule import (
     whole_tiles,
 )
 from bitmill_kernels.layout import GROUP_SIZE
-from bitmill_kernels.trellis.encode import built
+from bitmill_kernels.trellis.building import built
 from bitmill_kernels.trellis.layout import TILE, tile_bytes
 from bitmill_kernels.trellis.product import stored_groups
 

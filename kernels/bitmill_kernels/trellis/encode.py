@@ -2,50 +2,41 @@
 
 Viterbi's algorithm finds the best path through all states. For a circle it runs twice: over the
 steps around the seam, free at both ends, which gives the bits across the seam; then around, from
-there to there. `encode_tiles` takes the compiled kernel, `encode_reference` is the plain version.
+there to there. `encode_tiles` takes the compiled kernel, on a GPU that of `group.py`, which takes
+whole groups; `encode_reference` is the plain version.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
-import subprocess
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitmill_kernels.backend import wants_reference
-from bitmill_kernels.compiled import compiled, vector_flags
+from bitmill_kernels.compiled import vector_flags
+from bitmill_kernels.trellis import group_cuda
+from bitmill_kernels.trellis.building import built
 from bitmill_kernels.trellis.code import table, to_circles, values_per_state
-from bitmill_kernels.trellis.layout import STATE_BITS, tile_bytes
-
-SEAM = {1: 40, 2: 24, 3: 16, 4: 12, 5: 16, 6: 12, 7: 12, 8: 12}
-"""Steps on each side of the seam that are looked at to choose its bits, by rate."""
-
-SCRATCH_BYTES = 1 << 31
-"""Of choices that a search on a GPU keeps at once."""
+from bitmill_kernels.trellis.layout import SEAM, tile_bytes
 
 _NEVER = 1e30
-_LOG = logging.getLogger(__name__)
 
 
 def encode_tiles(targets: Tensor, rate: int) -> Tensor:
     """Circles u8 [T, 32 rate] for targets f32 [T, 256], in the sequence of the circle."""
     if not len(targets):
         return torch.empty(0, tile_bytes(rate), dtype=torch.uint8, device=targets.device)
-    on_cuda = targets.device.type == "cuda"
-    library = None
-    if not wants_reference("auto"):
-        library = load_cuda_library() if on_cuda else load_library()
+    if wants_reference("auto"):
+        return encode_reference(targets, rate)
+    if targets.is_cuda and group_cuda.available():
+        return group_cuda.encode_tiles(targets, rate)
+    library = load_library() if targets.device.type == "cpu" else None
     if library is None:
         return encode_reference(targets, rate)
     targets = targets.float().contiguous()
-    if on_cuda:
-        return _encode_on_cuda(library, targets, rate)
     circles = torch.empty(len(targets), tile_bytes(rate), dtype=torch.uint8)
     values = table(rate, targets.device)
     library.bitmill_trellis_encode(
@@ -57,33 +48,6 @@ def encode_tiles(targets: Tensor, rate: int) -> Tensor:
         circles.data_ptr(),
         torch.get_num_threads(),
     )
-    return circles
-
-
-def _encode_on_cuda(library: ctypes.CDLL, targets: Tensor, rate: int) -> Tensor:
-    """In pieces whose choices fit `SCRATCH_BYTES`."""
-    circles = targets.new_empty(len(targets), tile_bytes(rate), dtype=torch.uint8)
-    V, count = values_per_state(rate), len(targets)
-    processors = torch.cuda.get_device_properties(targets.device).multi_processor_count
-    together = 4 if count >= 8 * processors else 2 if count > processors else 1
-    of_tile = 256 // V << STATE_BITS - rate * V
-    most = min(SCRATCH_BYTES // of_tile, -(-count // together) * together) // together * together
-    scratch = targets.new_empty(most * of_tile, dtype=torch.uint8)
-    with torch.cuda.device(targets.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        for part, into in zip(targets.split(most), circles.split(most), strict=True):
-            error = library.bitmill_trellis_encode_cuda(
-                part.data_ptr(),
-                len(part),
-                rate,
-                SEAM[rate],
-                together,
-                scratch.data_ptr(),
-                into.data_ptr(),
-                stream,
-            )
-            if error:
-                raise RuntimeError(f"the trellis search failed with CUDA error {error}")
     return circles
 
 
@@ -146,28 +110,3 @@ def load_library() -> ctypes.CDLL | None:
         ]
         library.bitmill_trellis_encode.restype = None
     return library
-
-
-@cache
-def load_cuda_library() -> ctypes.CDLL | None:
-    """The compiled encoder for GPUs, or None where it cannot be built."""
-    library = built(
-        "viterbi_cuda.cu", "bitmill_trellis_cuda", extra_cuda_cflags=["-O3", "-std=c++17"]
-    )
-    if library is not None:
-        pointer, integer = ctypes.c_void_p, ctypes.c_int
-        library.bitmill_trellis_encode_cuda.argtypes = [
-            *(pointer, integer, integer, integer),
-            *(integer, pointer, pointer, pointer),
-        ]
-    return library
-
-
-def built(source: str, name: str, **options: Any) -> ctypes.CDLL | None:
-    """A library of a source file of this folder, or None where it cannot be built."""
-    try:
-        return ctypes.CDLL(str(compiled(name, [Path(__file__).with_name(source)], **options)))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        reason = str(error).partition("\n")[0]
-        _LOG.warning("trellis codes are left to torch, very slowly: %s", reason)
-        return None

@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from bitmill_kernels.compiled import vector_flags
 from bitmill_kernels.layout import GROUP_SIZE, group_columns
+from bitmill_kernels.trellis.building import built
 from bitmill_kernels.trellis.code import decode_tiles, positions, table, untiled
-from bitmill_kernels.trellis.encode import built
 from bitmill_kernels.trellis.layout import TILE, tile_count
 
 TILE_ELEMENTS = 1 << 18

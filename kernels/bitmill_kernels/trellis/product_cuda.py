@@ -12,7 +12,7 @@ without ever writing a weight. More tokens, or fp32: rows are decoded into a scr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from bitmill_kernels.hopper.schedule import WarpgroupShape, batch_tokens
 from bitmill_kernels.trellis import batch_cuda
-from bitmill_kernels.trellis.encode import built
+from bitmill_kernels.trellis.building import built
 from bitmill_kernels.trellis.layout import TILE, tile_count
 from bitmill_kernels.trellis.product import TrellisProduct, stored_groups
 
@@ -50,11 +50,7 @@ class CudaTrellisProduct(TrellisProduct):
         super().__init__(*linear)  # type: ignore[arg-type]
         self._order = None if order is None else order.to(self._rows.device)
         self._inputs = inputs
-        table = [
-            (circles.data_ptr(), rate, tile_count(columns))
-            for rate, columns, circles in stored_groups(self._circles, self.rates, self.K)
-        ]
-        self._table = torch.tensor(table, dtype=torch.int64).to(self._rows.device)
+        self._table = _table_of(self._circles, self.rates, self.K)
         wide = batch_cuda.available(self._rows.device)
         self._batch = (
             self.batch(batch_cuda.fitting_shapes(self.rates, self.N * self.K)) if wide else None
@@ -91,22 +87,7 @@ class CudaTrellisProduct(TrellisProduct):
             yield first, self._decoded(first, min(self.N, first + rows), dtype)
 
     def _decoded(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(end - first, self.K, dtype=dtype, device=self._rows.device)
-        _check(
-            _library().bitmill_trellis_decode_cuda(
-                self._table.data_ptr(),
-                len(self.rates),
-                first,
-                end,
-                self.K,
-                self._rows.data_ptr(),
-                self._groups.data_ptr(),
-                DTYPES[dtype],
-                out.data_ptr(),
-                torch.cuda.current_stream(out.device).cuda_stream,
-            )
-        )
-        return out
+        return _decode(self._table, self._rows, self._groups, slice(first, end), self.K, dtype)
 
     def _fused(self, x: Tensor) -> Tensor:
         groups = len(self.rates)
@@ -137,6 +118,54 @@ class CudaTrellisProduct(TrellisProduct):
 def available() -> bool:
     """Whether the kernels are there or can be compiled."""
     return load_library() is not None
+
+
+def decoded(
+    circles: Mapping[str, Tensor],
+    row_scales: Tensor,
+    group_scales: Tensor,
+    K: int,
+    rates: Sequence[int],
+) -> Tensor:
+    """Weights f32 [N, K] in packed, rotated columns.
+
+    circles: as `circle_shapes` names them, contiguous; scales f16 [N] and [G].
+    """
+    table, rows = _table_of(circles, rates, K), slice(0, len(row_scales))
+    return _decode(table, row_scales.float(), group_scales.float(), rows, K, torch.float32)
+
+
+def _table_of(circles: Mapping[str, Tensor], rates: Sequence[int], K: int) -> Tensor:
+    """`Group` of product_cuda.cu of every group, i64 [G, 3]."""
+    stored = list(stored_groups(circles, rates, K))
+    table = [(one.data_ptr(), rate, tile_count(columns)) for rate, columns, one in stored]
+    return torch.tensor(table, dtype=torch.int64).to(stored[0][2].device)
+
+
+def _decode(
+    table: Tensor,
+    row_scales: Tensor,
+    group_scales: Tensor,
+    rows: slice,
+    K: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = torch.empty(rows.stop - rows.start, K, dtype=dtype, device=row_scales.device)
+    _check(
+        _library().bitmill_trellis_decode_cuda(
+            table.data_ptr(),
+            len(table),
+            rows.start,
+            rows.stop,
+            K,
+            row_scales.data_ptr(),
+            group_scales.data_ptr(),
+            DTYPES[dtype],
+            out.data_ptr(),
+            torch.cuda.current_stream(out.device).cuda_stream,
+        )
+    )
+    return out
 
 
 def _check(error: int) -> None:

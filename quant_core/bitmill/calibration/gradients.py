@@ -75,6 +75,18 @@ class BlockObserver(Protocol):
         """A linear's input [T, K] and the loss gradient [T, N] at its output, same tokens."""
 
 
+class Together:
+    """Several observers of one block."""
+
+    def __init__(self, *observers: BlockObserver) -> None:
+        self._observers = observers
+
+    def seen(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        """See `BlockObserver`."""
+        for one in self._observers:
+            one.seen(name, x, gradient)
+
+
 class GradientPass:
     """The pass over one set of windows.
 

@@ -16,52 +16,59 @@ from torch import Tensor
 
 from bitmill.calibration.gradients import GradientPass, PassSettings
 from bitmill.models.streamed import StreamedModel
+from bitmill.plan.model_plan import Plan
 
 TINY = 1e-38
 
 
-class _Energies:
+class TokenEnergies:
     """|g|^2 of every token at the outputs of one block's linears, batch by batch."""
 
     def __init__(self) -> None:
-        self.found: dict[str, list[Tensor]] = {}
+        self._found: dict[str, list[Tensor]] = {}
 
     def seen(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        """Add one batch, gradient [T, N]."""
         norms = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
-        self.found.setdefault(name, []).append(norms.square().cpu())
+        self._found.setdefault(name, []).append(norms.square())
+
+    def weights(self, plan: Plan, block: int, shape: torch.Size) -> dict[str, Tensor]:
+        """Weights f32 [S, T] of mean 1 on the CPU, by the first of linears that read one input.
+
+        Routed experts, which see some of the tokens, and linears without any gradient have none.
+        """
+        weights = {}
+        for names in plan.siblings(block):
+            each = [
+                torch.cat(self._found[name]).cpu().view(shape)
+                for name in names
+                if name in self._found and not plan.by_name[name].routed
+            ]
+            alike = [e / e.mean() for e in each if float(e.mean()) > TINY]
+            if alike:
+                weights[names[0]] = torch.stack(alike).mean(0)
+        return weights
 
 
 def token_weights(
     model: StreamedModel, tokens: Tensor, settings: PassSettings | None = None
 ) -> dict[str, Tensor]:
-    """Weights f32 [S, T], of mean 1, by the first of linears that read one input.
+    """`TokenEnergies.weights` of all blocks, by a pass of their own.
 
-    tokens: int64 [S, T]; none, and no window of one token, has weights. Routed experts, which see
-    some of the tokens, and linears without any gradient have none either. Raises CalibrationError
+    tokens: int64 [S, T]; none, and no window of one token, has weights. Raises CalibrationError
     where gradients are not finite.
     """
     if not len(tokens) or tokens.shape[1] < 2:
         return {}
-    seen: dict[str, list[Tensor]] = {}
+    weights: dict[str, Tensor] = {}
+    watching: list[TokenEnergies] = []
 
-    def observer(i: int) -> _Energies:
-        energies = _Energies()
-        observers.append(energies)
-        return energies
+    def observer(i: int) -> TokenEnergies:
+        watching[:] = [TokenEnergies()]
+        return watching[0]
 
-    observers: list[_Energies] = []
-    GradientPass(model, tokens, settings or PassSettings()).run(observer)
-    for one in observers:
-        seen |= one.found
-    weights = {}
-    for i in range(model.block_count):
-        for names in model.plan.siblings(i):
-            each = [
-                torch.cat(seen[name]).view(tokens.shape)
-                for name in names
-                if name in seen and not model.plan.by_name[name].routed
-            ]
-            alike = [e / e.mean() for e in each if float(e.mean()) > TINY]
-            if alike:
-                weights[names[0]] = torch.stack(alike).mean(0)
+    def done(i: int, gradient: Tensor) -> None:
+        weights.update(watching[0].weights(model.plan, i, tokens.shape))
+
+    GradientPass(model, tokens, settings or PassSettings()).run(observer, on_block=done)
     return weights

@@ -571,6 +571,15 @@ class QuantizationConfig(Stored):
         """What rewrites the source model before all else."""
         return tuple(one for one in self.refinement.typed_transforms if one.of_source)
 
+    @property
+    def weighs_in_profile(self) -> bool:
+        """Whether the profile's backward pass goes over the windows whose tokens refinement
+        weighs by the gradient, on one device."""
+        calibration = self.calibration
+        alike = calibration.profiled == calibration.sequences and self.devices == 1
+        profiled = self.allocation.method == "knapsack"
+        return alike and profiled and "gradient" in self.method.needs
+
     @field_validator("refinement", mode="before")
     @classmethod
     def _of_a_method(cls, given: Any) -> Any:

@@ -200,7 +200,7 @@ def _seconds(plan: Plan, config: QuantizationConfig, machine: Machine) -> float:
         for first, *_ in plan.siblings(block):
             share = active if ".experts." in first else 1.0
             hessians += 2.0 * plan.by_name[first].columns ** 2 * tokens * share
-    passes = 3 if config.method.runs_source else 2
+    passes: float = 3 if config.method.runs_source else 2
     profiled = config.calibration.length * config.calibration.profiled / tokens
     measured = profiled * (4 * forward + hessians)
     profile = measured if config.allocation.method != "uniform" else 0.0
@@ -209,7 +209,9 @@ def _seconds(plan: Plan, config: QuantizationConfig, machine: Machine) -> float:
     head = 2.0 * plan.vocab_size * plan.hidden_size * tokens
     evaluation = (2 + len(config.evaluation.baselines)) * share * (forward + head)
     if "gradient" in config.method.needs:
-        passes += BACKWARD_PASSES
+        shared = config.weighs_in_profile  # but for what is held out
+        own = config.calibration.held_out * config.calibration.length / tokens if shared else 1
+        passes += BACKWARD_PASSES * own
     refined = passes * forward + hessians + solving
     if config.method.learning is not None:
         share = config.method.learning.tuned_windows * config.calibration.length / tokens

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bitmill.allocation.profile import ProfileOrigin, SensitivityProfile, is_of_profiles
 from bitmill.allocation.profiled import ProfiledModel
+from bitmill.calibration.kept_weights import KeptWeights
 from bitmill.calibration.windows import CalibrationSet, calibration_tokens, evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import QuantizationConfig
@@ -35,6 +36,7 @@ from bitmill.errors import (
     raise_resource_error,
     refused_memory,
 )
+from bitmill.io.atomic import sha256_json
 from bitmill.io.targets import check_apart, check_kept, check_result
 from bitmill.pipeline.admission import Admission, admit
 from bitmill.pipeline.learned_parameters import LearnedFor, LearnedParameters
@@ -42,7 +44,7 @@ from bitmill.pipeline.progress import Progress
 from bitmill.pipeline.requirements import Room, check_room, smaller_jobs
 from bitmill.pipeline.result import Result
 from bitmill.pipeline.source import Source
-from bitmill.pipeline.stage import Environment
+from bitmill.pipeline.stage import Environment, content
 from bitmill.pipeline.stages import (
     allocate,
     evaluate,
@@ -60,7 +62,11 @@ from bitmill.pipeline.stages import verify as verifying
 from bitmill.pipeline.stages.allocate import Allocated
 from bitmill.pipeline.stages.refine import Inputs as Refining
 from bitmill.pipeline.stages.refine import Refined
-from bitmill.pipeline.work_folder import is_of_a_workspace, is_of_shared_stages
+from bitmill.pipeline.work_folder import (
+    WEIGHTS_FOLDER,
+    is_of_a_workspace,
+    is_of_shared_stages,
+)
 from bitmill.pipeline.workspace import Made, Turns, Workspace
 from bitmill.plan.model_plan import Plan
 from bitmill.results import QualityReport
@@ -173,7 +179,13 @@ class Job:
         origin = ProfileOrigin(config, source.digest, tokens.digest)
         windows = tokens.tokens[: self.config.calibration.profiled]
         inputs = profile.Inputs.of(
-            source, planned, windows, origin, self.environment, self.profiles
+            source,
+            planned,
+            windows,
+            origin,
+            self.environment,
+            self.profiles,
+            self._kept_weights(source, planned, tokens),
         )
         made = profile.load(self.space.run(profile.STAGE, inputs).folder, origin)
         if self.space.group.first and self.profiles is not None:
@@ -225,7 +237,10 @@ class Job:
     ) -> Refined:
         """Codes, scales and zeros of every linear."""
         inputs = self._refining(source, planned, tokens, profiled, bit_widths)
-        return Refined.of(self.space.run(refine.STAGE, inputs).folder, planned)
+        refined = Refined.of(self.space.run(refine.STAGE, inputs).folder, planned)
+        if inputs.weights is not None:
+            inputs.weights.remove()
+        return refined
 
     def _refining(
         self,
@@ -243,7 +258,17 @@ class Job:
             profiled,
             self.config,
             self.environment,
+            self._kept_weights(source, planned, tokens),
         )
+
+    def _kept_weights(
+        self, source: Source, planned: Plan, tokens: CalibrationSet
+    ) -> KeptWeights | None:
+        """Where one backward pass serves profile and refinement; None where they are apart."""
+        if not self.config.weighs_in_profile:
+            return None
+        known = source.planned(planned), planned, tokens.tokens, self.environment
+        return KeptWeights(self.space.root / WEIGHTS_FOLDER, sha256_json(content(known)))
 
     def resume(self, planned: Plan, bit_widths: BitWidthMap, learned: LearnedParameters) -> Refined:
         """Stage `refine` of a job that takes over what an earlier one learned; trains nothing."""

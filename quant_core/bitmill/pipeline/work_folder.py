@@ -22,13 +22,15 @@ from bitmill.pipeline.progress import STAGES
 
 STAGE_FILE = "stage.json"
 """The record of a stage in its folder, which bears its name, behind `HIDDEN` while it is made."""
+WEIGHTS_FOLDER = "token-weights"
+"""Where a profile leaves the weights of tokens for refinement."""
 HIDDEN = ".partial-"
 LOCK = ".lock-"
 
 
 def is_of_a_workspace(name: str) -> bool:
     """Whether a folder of finished stages has entries of this name."""
-    return name.removeprefix(HIDDEN) in STAGES
+    return name.removeprefix(HIDDEN) in STAGES or name == WEIGHTS_FOLDER
 
 
 def is_of_shared_stages(name: str) -> bool:

@@ -20,7 +20,9 @@ from torch import Tensor
 from bitmill.errors import FormatError
 from bitmill.quant.rewrites import NO_REWRITES, Rewrites
 from bitmill.runtime.ranks import Ranks
+from bitmill_kernels.backend import wants_reference
 from bitmill_kernels.layout import GROUP_SIZE, group_columns
+from bitmill_kernels.trellis import product_cuda
 from bitmill_kernels.trellis.layout import circle_shapes
 from bitmill_kernels.trellis.product import TrellisProduct
 
@@ -106,6 +108,9 @@ class TrellisTensor:
         """w' f32 [N, K] in packed columns."""
         scales = self.row_scales, self.group_scales
         device = self.row_scales.device
+        if device.type == "cuda" and not wants_reference("auto") and product_cuda.available():
+            circles = {key: one.contiguous() for key, one in self.circles.items()}
+            return product_cuda.decoded(circles, *scales, self.K, self.widths)
         return TrellisProduct(self.circles, *scales, self.K, self.widths, device).weights(0, self.N)
 
     def dequantize(self) -> Tensor:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.calibration.hooks import run_windows
+from bitmill.calibration.kept_weights import KeptWeights
 from bitmill.calibration.replay import Replay
 from bitmill.calibration.statistics import BlockState, Stream, advance_hidden
 from bitmill.calibration.streams import HiddenStates
@@ -159,13 +160,15 @@ def refine_model(
     transforms: Sequence[TransformConfig] = (),
     group: Ranks = SINGLE,
     host_bytes: int | None = None,
+    weights: KeptWeights | None = None,
 ) -> None:
     """Quantize every linear of the map; `folder` may hold blocks of an earlier, killed run.
 
     on_unit: told blocks saved, their number, the unit and a message. transforms: rewrite linears
     after the column orders, before they are solved. group: ranks that make this
     call together. host_bytes: limit of the hidden states that this rank keeps in host memory
-    (`calibration/streams.py`); past it they wait in files of `folder`.
+    (`calibration/streams.py`); past it they wait in files of `folder`. weights: of the tokens, from
+    a profile's pass over these windows.
     """
     if group.first:
         _refine_embeddings(model, inputs, folder)
@@ -190,14 +193,16 @@ def refine_model(
         BlockSaver(folder, model.device, tell) as saver,
         graphs_kept(model.device),
     ):
-        run = _Run(model, quantized, inputs, method, transforms, folder, seed, group, states)
+        run = _Run(
+            model, quantized, inputs, method, transforms, folder, seed, group, states, weights
+        )
         for i in range(model.block_count):
             block = model.load_block(i)
             if finished[i]:
-                weights = load_block(folder, model.plan, i)
+                solved = load_block(folder, model.plan, i)
                 for name, module in model.linears(block, i).items():
-                    if name in weights:
-                        set_weight(module, weights[name].dequantize())
+                    if name in solved:
+                        set_weight(module, solved[name].dequantize())
                 restore_vectors(model, i, block, SavedBlock(folder, model.plan, i).changed)
             else:
                 refined = run.refine(i, block, saver.look)
@@ -261,11 +266,27 @@ _Refined = tuple[
 """Weights, results, what was learned and what else of the block has changed."""
 
 
-def _token_weights(model: StreamedModel, tokens: Tensor, folder: Path) -> dict[str, Tensor]:
-    """Those of an earlier run, so that a run that goes on uses the same numbers, or new ones."""
+def _token_weights(
+    model: StreamedModel,
+    tokens: Tensor,
+    held_out: Tensor,
+    folder: Path,
+    kept: KeptWeights | None,
+) -> dict[str, Tensor]:
+    """Of calibration windows and those held out behind them, each of mean 1: those of an earlier
+    run, so that a run that goes on uses the same numbers; else new ones, or for calibration those
+    that a profile left.
+    """
     path = folder / WEIGHTS_NAME
     if not path.is_file():
-        found = token_weights(model, tokens)
+        known = kept.load(model.block_count) if kept is not None else None
+        parts = known or token_weights(model, tokens), token_weights(model, held_out)
+        alike = parts[0].keys() & parts[1].keys() if len(held_out) else parts[0].keys()
+        found = {
+            name: torch.cat([part[name] for part in parts if name in part])
+            for name in parts[0]
+            if name in alike
+        }
         storage.write_bytes(path, safetensors.torch.save(found))
     return safetensors.torch.load_file(path)
 
@@ -284,19 +305,20 @@ class _Run:
         seed: int,
         group: Ranks,
         states: HiddenStates,
+        weights: KeptWeights | None,
     ) -> None:
         self.model, self.inputs, self.solver = model, inputs, solver_of(method)
         kept = [made_of(one) for one in transforms if not one.folded]
         self.transforms = ColumnOrders(inputs.orders), *kept
         self.scalings = [made_of(one) for one in transforms if one.folded]
         self.group = group
-        own = group.shard(inputs.tokens.tokens)
-        tokens = torch.cat([own, group.shard(inputs.tokens.held_out)])
+        own, held_out = group.shard(inputs.tokens.tokens), group.shard(inputs.tokens.held_out)
+        tokens = torch.cat([own, held_out])
         if not method.needs and method.learner is None:
             own = tokens = tokens[:0]  # nobody asks what the blocks make of them
         self.token_weights: Mapping[str, Tensor] = {}
         if "gradient" in method.needs:
-            self.token_weights = _token_weights(model, tokens, folder)
+            self.token_weights = _token_weights(model, own, held_out, folder, weights)
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
         self.count = len(own)
         self.hidden = states.embed(quantized, tokens, self.batch)

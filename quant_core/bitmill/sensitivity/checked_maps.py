@@ -41,6 +41,7 @@ from bitmill.plan.block_memory import BATCH_TOKENS
 from bitmill.plan.model_plan import Plan
 from bitmill.quant.rewrites import Rewrites
 from bitmill.refinement.embeddings import quantize_embeddings
+from bitmill.runtime.graphs import graphs_kept
 from bitmill.runtime.memory import free_device_bytes
 from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.runtime.timer import timed
@@ -139,9 +140,10 @@ def measure_maps(
         maps=[_map(model, tokens, own, bit_widths, batch) for bit_widths in maps.values()],
         parts=[_Part(names) for names in (parts or {}).values()],
     )
-    for i in range(model.block_count):
-        passing.block(i, stream)
-        on_unit(i + 1, model.block_count, "block", "maps on held-out windows")
+    with graphs_kept(model.device):
+        for i in range(model.block_count):
+            passing.block(i, stream)
+            on_unit(i + 1, model.block_count, "block", "maps on held-out windows")
     source = _Outputs(model, passing.source)
     found = [
         perplexity_and_kl(source, _Outputs(one.model, one.hidden), own).gathered(

@@ -46,8 +46,10 @@ from bitmill.allocation.profile import (
     ProfileOrigin,
     SensitivityProfile,
 )
-from bitmill.calibration.gradients import GradientPass, PassSettings
+from bitmill.calibration.gradients import BlockObserver, GradientPass, PassSettings, Together
 from bitmill.calibration.hessian import HessianAccumulator, all_reduce
+from bitmill.calibration.kept_weights import KeptWeights
+from bitmill.calibration.token_weights import TokenEnergies
 from bitmill.calibration.undersampled_experts import fill_squares, filled_means
 from bitmill.config.bit_width_map import DROPPED
 from bitmill.errors import CalibrationError
@@ -184,6 +186,7 @@ def profile_knapsack(
     folder: Path | None = None,
     on_block: Callable[[int, int], None] | None = None,
     group: Ranks = SINGLE,
+    weights: KeptWeights | None = None,
 ) -> SensitivityProfile:
     """The profile of a model on windows of tokens, int64 [S, T].
 
@@ -191,7 +194,7 @@ def profile_knapsack(
     block inputs) are kept; a killed run that is started again with the same arguments goes on there
     and returns the same bytes. on_block(done, total): after each of the 2 L block passes, forward
     and backward. group: ranks that make this call together: windows are divided, then the inputs
-    whose linears are measured.
+    whose linears are measured. weights: where one rank leaves those of the tokens.
 
     Raises `CalibrationError` and `NumericalError` naming the linear at fault.
     """
@@ -199,9 +202,9 @@ def profile_knapsack(
     if origin is None:
         config = ProfileConfig(kind="knapsack", widths=settings.widths, order=settings.order)
         origin = ProfileOrigin(config)
-    measurement = _Measurement(model, plan, settings, origin, folder, group)
+    measurement = _Measurement(model, plan, settings, origin, folder, group, weights)
     run = GradientPass(model, tokens, settings.gradients, scratch=folder, group=group)
-    blocks = measurement.run(run, on_block)
+    blocks = measurement.run(run, tokens.shape, on_block)
     linears = [blocks[linear.block].linear(linear.name) for linear in plan.linears]
     return SensitivityProfile(
         origin=origin,
@@ -222,28 +225,40 @@ class _Measurement:
         origin: ProfileOrigin,
         folder: Path | None,
         group: Ranks,
+        weights: KeptWeights | None,
     ) -> None:
         self._model, self._plan, self._settings = model, plan, settings
         self._origin, self._ranks = origin, group
         self._saved = ProfileCheckpoint(folder, group)
+        self._weights = weights if group.size == 1 else None
         self._moments: dict[int, BlockMoments] = {}
+        self._energies: dict[int, TokenEnergies] = {}
 
     def run(
-        self, gradients: GradientPass, on_block: Callable[[int, int], None] | None
+        self,
+        gradients: GradientPass,
+        shape: torch.Size,
+        on_block: Callable[[int, int], None] | None,
     ) -> list[SensitivityProfile]:
         count = self._plan.block_count
-        found = {i: block for i in range(count) if (block := self._saved.load(i)) is not None}
+        found = {i: block for i in range(count) if (block := self._load(i)) is not None}
 
-        def observer(i: int) -> BlockMoments | None:
+        def observer(i: int) -> BlockObserver | None:
             if i in found:
                 return None
             shapes = {li.name: (li.rows, li.columns) for li in self._plan.block_linears(i)}
             groups = self._plan.siblings(i)
             self._moments[i] = BlockMoments(groups, shapes, self._model.device)
-            return self._moments[i]
+            if self._weights is None:
+                return self._moments[i]
+            self._energies[i] = TokenEnergies()
+            return Together(self._moments[i], self._energies[i])
 
         def done(i: int, gradient: Tensor) -> None:
             if i not in found:
+                if self._weights is not None:
+                    energies = self._energies.pop(i)
+                    self._weights.save(i, energies.weights(self._plan, i, shape))
                 moments, block = self._moments.pop(i), gradients.source_block(i)
                 found[i] = self._measure(i, block, moments, gradients.predictions)
                 self._saved.save(i, found[i])
@@ -263,6 +278,12 @@ class _Measurement:
             )
         self._saved.drop_gradients()
         return [found[i] for i in range(count)]
+
+    def _load(self, i: int) -> SensitivityProfile | None:
+        """A finished block, whose weights of tokens are there too where they are wanted."""
+        if self._weights is not None and not self._weights.has(i):
+            return None
+        return self._saved.load(i)
 
     @torch.no_grad()
     def _measure(

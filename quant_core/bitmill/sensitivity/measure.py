@@ -33,6 +33,7 @@ from bitmill.allocation.profile import (
     SensitivityProfile,
 )
 from bitmill.calibration.hooks import run_windows
+from bitmill.calibration.kept_weights import KeptWeights
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.calibration.streams import HiddenStates
 from bitmill.config.bit_width_map import WIDTHS
@@ -62,14 +63,16 @@ def make_profile(
     folder: Path,
     on_unit: OnUnit,
     group: Ranks = SINGLE,
+    weights: KeptWeights | None = None,
 ) -> SensitivityProfile:
     """Measure what `origin.config.kind` names on windows of tokens, int64 [S, T].
 
     folder: where finished blocks are kept. on_unit: told done, total, the unit and a message.
-    group: ranks that make this call together; each gets the whole profile.
+    group: ranks that make this call together; each gets the whole profile. weights: where a
+    backward pass leaves those of the tokens.
     """
     if origin.config.kind == "knapsack":
-        return _knapsack(model, tokens, plan, origin, folder, on_unit, group)
+        return _knapsack(model, tokens, plan, origin, folder, on_unit, group, weights)
     blocks = _stream(model, tokens, plan, origin, folder, on_unit, group)
     base = origin.config.base
     sba = {base: {name: r for b in blocks for name, r in b.sba[base].items()}} if base else {}
@@ -94,6 +97,7 @@ def _knapsack(
     folder: Path,
     on_unit: OnUnit,
     group: Ranks,
+    weights: KeptWeights | None,
 ) -> SensitivityProfile:
     settings = SensitivitySettings(
         widths=origin.config.widths or WIDTHS,
@@ -109,6 +113,7 @@ def _knapsack(
         folder=folder,
         on_block=lambda done, total: on_unit(done, total, "block", ""),
         group=group,
+        weights=weights,
     )
     embeddings: tuple[LinearProfile, ...] = ()
     if group.first:

@@ -3,9 +3,10 @@
     for every 16 columns b, in order:  ŵ_b = the best circles for w_b,
                                        E_b = (w_b - ŵ_b) U_bb^-1,   w_k -= E_b U_bk  for k > b
 
-(arXiv 2210.17323 and, for blocks, QuIP's LDLQ, arXiv 2307.13304.) Columns are rotated inside their
-groups before (`quant/rotation.py`), which makes weights Gaussian, as the code wants them. Without
-feedback inside the 16 columns a linear of SmolLM2-135M loses 1 to 10 % of error, mostly 2.
+a group in `bitmill_kernels.trellis.group` (arXiv 2210.17323 and, for blocks, QuIP's LDLQ, arXiv
+2307.13304). Columns are rotated inside their groups before (`quant/rotation.py`), which makes
+weights Gaussian, as the code wants them. Without feedback inside the 16 columns a linear of
+SmolLM2-135M loses 1 to 10 % of error, mostly 2.
 
 A weight's scale is that of its row times that of its group. Rows' scales are fitted to the target
 before the loop, and by least squares in the metric of H after it; a group's scale is fitted when
@@ -35,8 +36,8 @@ from bitmill.solvers.gptq.settings import GptqSettings
 from bitmill.solvers.polish import rounded_step
 from bitmill.solvers.solver import Linear, Solved
 from bitmill_kernels.layout import GROUP_SIZE
-from bitmill_kernels.trellis.code import DEVIATION, decode_tiles, in_sequence, tiled, untiled
-from bitmill_kernels.trellis.encode import encode_tiles
+from bitmill_kernels.trellis.code import DEVIATION
+from bitmill_kernels.trellis.group import Feedback, encode_group
 from bitmill_kernels.trellis.layout import TILE
 
 SUPER_BLOCK = 4
@@ -142,8 +143,10 @@ def encode_siblings(
         for levels, scale in zip(of_groups, level, strict=True):
             levels.append(scale)
         spread = [s.float().expand(m.stop - m.start) for s, m in zip(level, rows, strict=True)]
-        own = None if upper is None or inverses is None else (upper[part, part], inverses[group])
-        found, missed = _encode_group(block, steps * torch.cat(spread), own, rows, rates)
+        own = None
+        if upper is not None and inverses is not None:
+            own = Feedback(upper[part, part], inverses[group])
+        found, missed = encode_group(block, steps * torch.cat(spread), own, rows, rates)
         for each, new in zip(circles, found, strict=True):
             each.append(new)
         if upper is None:
@@ -156,46 +159,6 @@ def encode_siblings(
         TrellisTensor.of_groups(circles[i], scales[i], torch.stack(of_groups[i]), K, widths[i])
         for i in range(len(targets))
     ]
-
-
-def _encode_group(
-    block: Tensor,
-    step: Tensor,
-    factor: tuple[Tensor, Tensor] | None,
-    rows: Sequence[slice],
-    rates: Sequence[int],
-) -> tuple[list[Tensor], Tensor]:
-    """Circles u8 [rows / 16, tile columns, 32 k] of each linear, and E f32 [M, c] of a group.
-
-    block: f32 [M, c]. step: f32 [M], what values are multiplied by. factor: U f32 [c, c] and the
-    inverses f32 [tile columns, 16, 16] of its tiles on the diagonal, or None for no feedback.
-    """
-    block, inverse = block.clone(), torch.where(step > 0, 1 / step, 0.0)[:, None]
-    missed = torch.zeros_like(block)
-    found: list[list[Tensor]] = [[] for _ in rows]
-    for start in range(0, block.shape[1], TILE):
-        part = slice(start, min(start + TILE, block.shape[1]))
-        width = part.stop - part.start
-        target = functional.pad(block[:, part] * inverse, (0, TILE - width))
-        values = torch.empty_like(target)
-        for rate in dict.fromkeys(rates):
-            alike = [i for i, own in enumerate(rates) if own == rate]
-            tiles = tiled(torch.cat([target[rows[i]] for i in alike]))
-            new = encode_tiles(in_sequence(tiles).flatten(0, 1), rate)
-            decoded = untiled(decode_tiles(new, rate)[:, None]).float()
-            sizes = [rows[i].stop - rows[i].start for i in alike]
-            for i, mine in zip(alike, decoded.split(sizes), strict=True):
-                values[rows[i]] = mine
-            for i, mine in zip(alike, new.split([n // TILE for n in sizes]), strict=True):
-                found[i].append(mine)
-        lost = block[:, part] - values[:, :width] * step[:, None]
-        if factor is None:
-            continue
-        upper, inverses = factor
-        lost = lost @ inverses[start // TILE, :width, :width]
-        missed[:, part] = lost
-        block[:, part.stop :] -= lost @ upper[part, part.stop :]
-    return [torch.stack(columns, 1) for columns in found], missed
 
 
 def tile_inverses(upper: Tensor) -> list[Tensor]:

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitmill.calibration.kept_weights import KeptWeights
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.calibration.token_weights import token_weights
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.methods import GPTQ, TrellisGPTQ
 from bitmill.refinement.model import WEIGHTS_NAME, RefineInputs, refine_model
+from bitmill.sensitivity.fisher import profile_knapsack
 from learning import tiny
 
 TOKENS = tiny().tokens[:3]
@@ -77,6 +79,37 @@ def test_statistics_are_means_over_weighted_tokens() -> None:
         assert not torch.allclose(found[name].H, other.H, rtol=1e-3)
 
 
+def test_a_profile_leaves_the_weights_that_a_pass_of_their_own_finds(tmp_path: Path) -> None:
+    model, expected = tiny().model, token_weights(tiny().model, TOKENS)
+    kept = KeptWeights(tmp_path / "weights", "these windows")
+
+    class Killed(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done == total - 1:
+            raise Killed
+
+    def profile(**changes):
+        return profile_knapsack(
+            model, TOKENS, model.plan, folder=tmp_path / "profile", weights=kept, **changes
+        )
+
+    with pytest.raises(Killed):
+        profile(on_block=stop)
+    assert kept.load(model.block_count) is None
+    profile()
+    found = kept.load(model.block_count)
+    assert found is not None
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    other = KeptWeights(kept.folder, "other windows")
+    assert other.load(model.block_count) is None
+    other.save(0, {})
+    assert not kept.has(0)
+    assert not other.has(1)
+
+
 def test_methods_that_ask_for_them_keep_them_for_a_run_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,15 +125,28 @@ def test_methods_that_ask_for_them_keep_them_for_a_run_that_goes_on(
     tokens = CalibrationSet(TOKENS, tiny().held_out[:1], "", "none")
     inputs = RefineInputs(tokens, BitWidthMap.uniform(model.plan.shapes, 3), {})
 
-    def reports(folder: Path, method: GPTQ) -> list[bytes]:
+    def reports(folder: Path, method: GPTQ, weights: KeptWeights | None = None) -> list[bytes]:
         folder.mkdir(exist_ok=True)
-        refine_model(model, inputs, method, folder, seed=0, on_unit=lambda *_: None)
+        refine_model(
+            model, inputs, method, folder, seed=0, on_unit=lambda *_: None, weights=weights
+        )
         return [file.read_bytes() for file in sorted(folder.glob("block-*.json"))]
 
     quick = {"compensated_grid": False, "scale_refit": False}
     whole = reports(tmp_path / "a", Weighted(**quick))
     assert (tmp_path / "a" / WEIGHTS_NAME).is_file()
     assert whole != reports(tmp_path / "plain", GPTQ(**quick))
+    kept, every = KeptWeights(tmp_path / "kept", ""), token_weights(model, TOKENS)
+    for i in range(model.block_count):
+        owners = [names[0] for names in model.plan.siblings(i)]
+        kept.save(i, {name: every[name] for name in owners})
+
+    def of_held_out(model, tokens):
+        assert not torch.equal(tokens, TOKENS)
+        return token_weights(model, tokens)
+
+    monkeypatch.setattr("bitmill.refinement.model.token_weights", of_held_out)
+    assert reports(tmp_path / "b", Weighted(**quick), kept) == whole
     (tmp_path / "a" / "block-00001.json").unlink()
     monkeypatch.setattr(
         "bitmill.refinement.model.token_weights", lambda *_: pytest.fail("made again")

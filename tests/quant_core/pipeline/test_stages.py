@@ -199,7 +199,8 @@ def test_every_stage_is_recorded_and_hashes_all_of_its_inputs(recorded: Recorded
 
 
 def test_what_decides_nothing_is_told_by_name(recorded: Recorded) -> None:
-    """Fields that may differ without another result: places, and what a profile is called by."""
+    """Fields that may differ without another result: places, what a profile is called by, and
+    weights of tokens that refinement would find itself."""
     free = {
         f"{stage.name}{name}"
         for stage, inputs in recorded.inputs
@@ -209,7 +210,7 @@ def test_what_decides_nothing_is_told_by_name(recorded: Recorded) -> None:
     places = {"folder", "known", "packed", "outputs"}
     assert {name for name in free if name.rpartition(".")[2] not in places} == {
         "profile.origin", "allocate.profile.origin", "evaluate.profile.origin",
-        "publish.profiled.profile.origin",
+        "publish.profiled.profile.origin", "profile.weights", "refine.weights",
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from bitmill.allocation.profile import (
     ProfileOrigin,
     SensitivityProfile,
 )
+from bitmill.calibration.token_weights import token_weights
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import parse_config
 from bitmill.errors import SpecError
@@ -26,6 +27,7 @@ from bitmill.formats.format import FORMATS
 from bitmill.io.manifest import check_folder
 from bitmill.pipeline.admission import admit
 from bitmill.pipeline.job import run_job
+from bitmill.pipeline.work_folder import WEIGHTS_FOLDER
 from bitmill.plan.model_plan import plan_for_map
 from tiny import tiny_llama, tiny_opt
 
@@ -191,3 +193,22 @@ def test_it_is_exported_as_plain_weights_and_refused_by_name_elsewhere(job, tmp_
         with pytest.raises(SpecError, match="no place for tensors of kind 'trellis'"):
             bitmill.export(out, name, out=tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_one_backward_pass_serves_profile_and_refinement(tmp_path, monkeypatch):
+    source = tiny_llama(tmp_path / "source")
+    windows = []
+
+    def recorded(model, tokens):
+        windows.append(len(tokens))
+        return token_weights(model, tokens)
+
+    monkeypatch.setattr("bitmill.refinement.model.token_weights", recorded)
+    packed = []
+    for name in ("profiled", "given"):
+        work, out = tmp_path / f"{name}-work", tmp_path / name
+        run_job(spec(), source, work, out, profile_folder=tmp_path / "profiles")
+        packed.append((out / "model.safetensors").read_bytes())
+        assert not (work / WEIGHTS_FOLDER).exists()
+    assert packed[0] == packed[1]
+    assert windows == [2, 4, 2]  # held out alone, where the profile's pass was the job's own

@@ -16,6 +16,7 @@ from bitmill.allocation.profile import (
     ProfileOrigin,
     SensitivityProfile,
 )
+from bitmill.calibration.kept_weights import KeptWeights
 from bitmill.config.codes import CODES
 from bitmill.config.quantization import QuantizationConfig
 from bitmill.models.dtypes import compute_dtype
@@ -29,7 +30,8 @@ from bitmill.sensitivity.measure import make_profile
 class Inputs:
     """windows: int64 [S, T]. known: a stored profile of this origin, or None.
 
-    origin: names model and calibration by all of their files and windows, and is no input.
+    origin: names model and calibration by all of their files and windows, and is no input. weights:
+    where those of the tokens are left for refinement, which it would find itself.
     """
 
     model: Model
@@ -39,6 +41,7 @@ class Inputs:
     environment: Environment
     origin: ProfileOrigin = field(compare=False)
     known: Path | None = field(compare=False)
+    weights: KeptWeights | None = field(compare=False)
 
     @classmethod
     def of(
@@ -49,12 +52,13 @@ class Inputs:
         origin: ProfileOrigin,
         environment: Environment,
         store: Path | None,
+        weights: KeptWeights | None = None,
     ) -> Inputs:
         """store: folder of profiles by id, shared between jobs, or None."""
         forward = origin.config.kind != "knapsack" and not plan.embeddings
         model = source.without_head(plan) if forward else source.planned(plan)
         known = store / origin.key / PROFILE_NAME if store else None
-        return cls(model, plan, windows, origin.config, environment, origin, known)
+        return cls(model, plan, windows, origin.config, environment, origin, known, weights)
 
 
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
@@ -72,6 +76,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         folder=folder,
         on_unit=run.on_unit,
         group=run.group,
+        weights=inputs.weights,
     )
     if run.group.first:
         made.save(folder / PROFILE_NAME)

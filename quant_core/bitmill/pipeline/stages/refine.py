@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitmill.allocation.profile import IndexArray, SensitivityProfile
+from bitmill.calibration.kept_weights import KeptWeights
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.methods import MethodConfig
@@ -43,7 +44,8 @@ class Refined:
 class Inputs:
     """orders: owner's name -> i32 [K], column order of the linears that `order_of` gives it.
 
-    watched: windows of other texts, which learning reports on.
+    watched: windows of other texts, which learning reports on. weights: of tokens, as a profile
+    left them; what refinement would find itself.
     """
 
     model: Model
@@ -57,6 +59,7 @@ class Inputs:
     seed: int
     watched: Mapping[str, Tensor]
     environment: Environment
+    weights: KeptWeights | None = field(default=None, compare=False)
 
     @classmethod
     def of(
@@ -68,6 +71,7 @@ class Inputs:
         profile: SensitivityProfile | None,
         config: QuantizationConfig,
         environment: Environment,
+        weights: KeptWeights | None = None,
     ) -> Inputs:
         """What of a job decides the refined blocks."""
         ordered = profile if profile and bit_widths.order == "activation" else None
@@ -87,6 +91,7 @@ class Inputs:
             seed=config.seed,
             watched=learner.watched(source.folder, calibration) if learner else {},
             environment=environment,
+            weights=weights,
         )
 
 
@@ -106,7 +111,8 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         on_unit=run.on_unit,
         transforms=inputs.transforms,
         group=run.group,
+        weights=inputs.weights,
     )
 
 
-STAGE = Stage("refine", work, shared=True)
+STAGE = Stage("refine", work, version=2, shared=True)

@@ -1,0 +1,113 @@
+"""The CUDA search for trellis codes, run on the host thread by thread (`cuda_on_host.h`)."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from bitmill_kernels.trellis import group_cuda
+from bitmill_kernels.trellis.code import DEVIATION, decode_tiles, in_sequence, tiled, untiled
+from bitmill_kernels.trellis.encode import encode_tiles
+from bitmill_kernels.trellis.layout import RATES, SEAM, tile_bytes
+
+CALL = """
+extern "C" void encode_{rate}(float* block, const float* steps, const float* upper,
+                                      int stride, const float* inverses, float* missed,
+                                      const int* rows, int count, int columns, int seam,
+                                      uint32_t* history, uint8_t* circles) {{
+  launch({{(count + 2 * {pairs} - 1) / (2 * {pairs})}}, Shape<{B}, {V}>::kThreads, [=] {{
+    encode<{B}, {V}, {pairs}>(block, steps, upper, stride, inverses, missed, rows, count, columns,
+                              seam, history, circles);
+  }});
+}}
+"""
+CASES = {4: 2, 8: 2}
+"""Pairs of tiles a block, by rate: those whose blocks have the fewest threads."""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The kernel as a library of the host, without what launches it on a GPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    source = Path(group_cuda.__file__).with_name("viterbi_cuda.cu").read_text()
+    kernel = source[: source.index("struct Call {")]
+    shared = Path(group_cuda.__file__).with_name("decode_cuda.h").read_text()
+    kernel = kernel.replace('#include "decode_cuda.h"', shared)
+    kernel = re.sub(r"#include <cuda.*>\n|#pragma once\n", "", kernel)
+    kernel = kernel.replace("__host__ ", "").replace(
+        "extern __shared__ uint32_t memory[];", "uint32_t* memory = dynamic_shared.data();"
+    )
+    calls = "".join(
+        CALL.format(rate=rate, pairs=pairs, B=rate * (1 + (rate < 5)), V=1 + (rate < 5))
+        for rate, pairs in CASES.items()
+    )
+    folder = tmp_path_factory.mktemp("host")
+    header = Path(__file__).with_name("cuda_on_host.h")
+    (folder / "host.cpp").write_text(f'#include "{header}"\n{kernel}}}\n{calls}')
+    command = ["g++", "-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-pthread", "-mf16c"]
+    subprocess.run([*command, "-o", folder / "host.so", folder / "host.cpp"], check=True)
+    return ctypes.CDLL(str(folder / "host.so"))
+
+
+def address(tensor):
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@pytest.mark.parametrize(("rate", "pairs"), CASES.items())
+def test_every_column_has_good_circles_for_what_earlier_ones_left(library, rate, pairs):
+    draw = torch.Generator().manual_seed(rate)
+    rows, columns = 80, 23
+    W = torch.randn(rows, columns, generator=draw) * DEVIATION[rate]
+    step = 0.5 + torch.rand(rows, generator=draw)
+    step[2] = 0
+    W *= step[:, None]
+    upper = torch.eye(32) + 0.2 * torch.randn(32, 32, generator=draw).triu(1)
+    upper[columns:] = torch.eye(32)[columns:]
+    inverses = torch.stack([upper[part, part].inverse() for part in (slice(0, 16), slice(16, 32))])
+    own = upper[:columns, :columns].contiguous()
+    tiles = torch.tensor([4, 0, 3], dtype=torch.int32)
+    circles = torch.zeros(len(tiles), 2, tile_bytes(rate), dtype=torch.uint8)
+    history = torch.empty(pairs * 4 * 256 * 256, dtype=torch.uint8)
+    block, missed = W.clone(), torch.full_like(W, torch.nan)
+    getattr(library, f"encode_{rate}")(
+        *(address(block), address(step), address(own), columns, address(inverses)),
+        *(address(missed), address(tiles), len(tiles), columns, SEAM[rate]),
+        *(address(history), address(circles)),
+    )
+    at = torch.cat([torch.arange(16 * int(i), 16 * int(i) + 16) for i in tiles])
+    others = [row for row in range(rows) if row not in at.tolist()]
+    assert torch.equal(block[others], W[others])
+    assert missed[others].isnan().all()
+    left = W[at]
+    for b, part in enumerate((slice(0, 16), slice(16, columns))):
+        width = part.stop - part.start
+        wanted = left[:, part] * torch.where(step[at] > 0, 1 / step[at], 0.0)[:, None]
+        x = in_sequence(tiled(functional.pad(wanted, (0, 16 - width)))).flatten(0, 1)
+        errors = [
+            (in_sequence(decode_tiles(found, rate)).float() - x).square().mean(1)
+            for found in (circles[:, b], encode_tiles(x, rate))
+        ]
+        assert (errors[0] < 1.02 * errors[1]).all()
+        values = untiled(decode_tiles(circles[:, b], rate)[:, None]).float()[:, :width]
+        lost = (left[:, part] - values * step[at, None]) @ inverses[b, :width, :width]
+        torch.testing.assert_close(missed[at][:, part], lost, atol=2e-5, rtol=1e-4)
+        left[:, part.stop :] -= lost @ upper[part, part.stop : columns]
+    torch.testing.assert_close(block[at][:, 16:], left[:, 16:], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tiles", [1, 36, 256, 768, 1376, 3584])
+def test_as_many_tiles_go_together_as_keep_all_processors_busy(tiles):
+    for rate in RATES:
+        kept = 1 << 16 - rate * (1 + (rate < 5))
+        pairs = group_cuda.pairs_together(tiles, rate, kept, 132)
+        assert pairs in group_cuda.PAIRS.get(rate, group_cuda.MORE_PAIRS)
+    assert group_cuda.pairs_together(256, 3, 1024, 132) == 1
+    assert group_cuda.pairs_together(768, 3, 1024, 132) == 3
+    assert group_cuda.pairs_together(1376, 3, 1024, 132) == 6
+    assert group_cuda.pairs_together(1376, 4, 256, 132) == 3
