@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from warm_python import warm_python
+
+
+def pytest_configure() -> None:
+    gc.set_threshold(10_000, 20, 20)  # what was imported is large, and never garbage
 
 
 @pytest.fixture(scope="session", autouse=True)
