@@ -17,7 +17,9 @@ Methods in order of activations, by two calibration texts, are the cells of `stu
 --rows takes patterns of MODEL/ROW. Rows run --jobs at a time, spread over the devices; those that
 are recorded in OUT.json already are left out, and refined blocks and profiles stay in WORK, so a
 run that was cut short is continued by the same command. Memory is the largest that a row's
-refinement held: of the device, or resident. Packages need what they import on --packages.
+refinement held: of the device, or resident. Packages need what they import on --packages. Small
+models are bound by Python and launches, so every row wants two or three cores to itself, and
+nothing else should run beside.
 """
 
 from __future__ import annotations
