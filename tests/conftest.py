@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from warm_python import warm_python
+from warm_python import FORKED, warm_python
+
+SESSION = "BITMILL_TEST_SESSION"
+"""Environment variable: id and folder of the process that starts those that run tests."""
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     gc.set_threshold(10_000, 20, 20)  # what was imported is large, and never garbage
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="warm-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ[SESSION] = f"{os.getpid()} {folder.name}"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_children() -> Iterator[None]:
-    """Jobs of this process start children that need not import everything."""
-    with tempfile.TemporaryDirectory(prefix="warm-") as folder, warm_python(Path(folder)):
+    """Jobs of this session start children that need not import everything."""
+    process, folder = os.environ[SESSION].split(" ", 1)
+    with warm_python(Path(folder), int(process)):
         yield
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So are the children of services and programs that the test starts."""
+    for name, value in FORKED.items():
+        monkeypatch.setenv(name, value)

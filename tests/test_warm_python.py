@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,16 +16,15 @@ import pytest
 from bitmill.errors import BitmillError
 from bitmill.runtime.child import run_child
 from stores import processes_of, wait_for
-from warm_python import warm_python
+from warm_python import FORKED, warm_python
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """With a server, once the first program has ended."""
     folder = tmp_path_factory.mktemp("warm")
-    with warm_python(folder):
+    with warm_python(folder, os.getpid()):
         end_of(folder)
-        wait_for((folder / "socket").exists, "the server")
         yield folder
         for pid in processes_of(str(folder)):
             os.kill(pid, signal.SIGKILL)
@@ -44,34 +45,70 @@ def waiting(folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment)
 
 
-def forked(folder: Path, caller: int) -> list[int]:
-    """Of a caller: the process that oversees its program, and the program."""
-    server = next(pid for pid in sorted(processes_of(str(folder))) if "serve" in words(pid))
-    return [p for p in sorted(processes_of(str(folder))) if p not in (server, caller)]
+def forked(folder: Path) -> list[int]:
+    """What the server forked: processes that oversee programs, and the programs."""
+    parents = {pid: parent(pid) for pid in processes_of(str(folder))}
+    return [pid for pid in parents if parents[pid] in parents]
 
 
-def words(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+def programs(folder: Path) -> list[int]:
+    overseers = forked(folder)
+    return [pid for pid in overseers if parent(pid) in overseers]
+
+
+def parent(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
 
 
 def test_forked_program_tells_what_a_started_one_tells(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warm = end_of(folder)
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert end_of(folder) == warm  # of Python itself: the environment is another
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert end_of(folder) == warm  # of Python itself, as ranks are
+
+
+def test_files_arrive_under_their_numbers(folder: Path) -> None:
+    """A runner that is asked for nothing says so on its pipe and in its log."""
+    (folder / "request").write_text('{"lease_s": 60}')
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "bitmill_workers.execution.runner"]
+    runner = subprocess.Popen(
+        [*command, str(folder / "request"), str(writer)],
+        pass_fds=(writer,),
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        assert json.loads(told.readline())["type"] == "error"
+    assert b"KeyError" in runner.communicate(timeout=60)[1]
+    assert runner.returncode == 1
+
+
+def test_only_programs_that_are_told_hand_the_script_on(folder: Path) -> None:
+    command = [sys.executable, "-c", "import sys, numpy; print(sys.executable)"]
+
+    def said(**more: str) -> str:
+        environment = os.environ | more
+        return subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+
+    assert said(**FORKED).strip() == sys.executable
+    assert said().strip() == str(Path(sys.prefix) / "bin" / "python")
 
 
 def test_killed_program_is_seen_as_killed(folder: Path) -> None:
     caller = waiting(folder)
-    program = wait_for(lambda: forked(folder, caller.pid)[1:], "the program")[0]
+    program = wait_for(lambda: programs(folder), "the program")[0]
     os.kill(program, signal.SIGKILL)
     assert caller.wait(60) == -signal.SIGKILL
 
 
 def test_program_ends_with_its_caller(folder: Path) -> None:
     caller = waiting(folder)
-    wait_for(lambda: forked(folder, caller.pid)[1:], "the program")
+    wait_for(lambda: programs(folder), "the program")
     caller.kill()
     caller.wait()
-    wait_for(lambda: not forked(folder, caller.pid), "its end")
+    wait_for(lambda: not forked(folder), "its end")

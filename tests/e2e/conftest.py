@@ -9,6 +9,7 @@ import pytest
 
 from bitmill_service.embedded.server import EmbeddedService
 from bitmill_service.settings import ServiceSettings
+from warm_python import FORKED
 
 
 @pytest.fixture(scope="module")
@@ -26,5 +27,8 @@ def service(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[Em
         event_poll_s=0.05,
         collect_s=1,
     )
-    with EmbeddedService(settings) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in FORKED.items():
+            patch.setenv(name, value)
+        with EmbeddedService(settings) as running:
+            yield running

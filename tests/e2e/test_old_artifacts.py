@@ -33,6 +33,7 @@ from bitmill_service.schemas import AllocationRequest, JobView
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.job_spec import BEFORE_EFFORT
 from servers import Postgres
+from warm_python import FORKED
 
 pytestmark = pytest.mark.e2e
 
@@ -195,6 +196,7 @@ def test_a_retry_keeps_the_settings_of_the_old_job(
     assert row[-1] == pytest.approx(old[-1], abs=0.1)
 
 
+@pytest.mark.usefixtures("forked")
 def test_waiting_jobs_are_finished(tmp_path: Path) -> None:
     """One goes on in an old work folder, the other packs what an old job learned."""
     folder = copy_old(tmp_path, "data")
@@ -246,7 +248,7 @@ def quantize(folder: Path, name: str, *more: str, code: int = 0) -> Path:
     """Run the fixtures' command in this folder; the folder that it made."""
     command = [sys.executable, "-P", "-m", "bitmill_service.cli.main", "quantize"]
     command += [*HASHES["commands"][name].split(), "--out", "out", *more]
-    environment = os.environ | HASHES["environment"]
+    environment = os.environ | FORKED | HASHES["environment"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     return folder / "out"

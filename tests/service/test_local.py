@@ -20,8 +20,9 @@ from bitmill.io.manifest import check_folder
 from bitmill.pipeline.progress import STAGES
 from stores import wait_for
 from tiny import tiny_llama
+from warm_python import FORKED
 
-BITMILL = [sys.executable, "-P", "-m", "bitmill_service.cli.main"]
+BITMILL = ["-P", "-m", "bitmill_service.cli.main"]
 WINDOWS = [
     *("--calibration-sequences", "2", "--calibration-length", "64", "--held-out", "1"),
     *("--evaluation-sequences", "1", "--evaluation-length", "64", "--threads", "1"),
@@ -32,7 +33,11 @@ ROUNDED = ["--bits", "4.5", "--method", "uniform", "--order", "natural", "--refi
 
 def bitmill(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*BITMILL, *map(str, arguments)], capture_output=True, text=True, check=False
+        [sys.executable, *BITMILL, *map(str, arguments)],
+        env=os.environ | FORKED,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -193,7 +198,17 @@ class Running:
         self.folder = out.parent
         self.log = self.folder / "log"
         long = ["--calibration-sequences", "2000", "--calibration-length", "256"]
-        words = [*BITMILL, "quantize", str(model), "--out", str(out), "--bits", "3", *WINDOWS]
+        words = [
+            sys.executable,
+            *BITMILL,
+            "quantize",
+            str(model),
+            "--out",
+            str(out),
+            "--bits",
+            "3",
+            *WINDOWS,
+        ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*words, *long, *options],
@@ -351,7 +366,16 @@ def test_own_files_under_the_name_of_scratch_are_not_touched(
 
 def test_a_terminal_shows_bars(model: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    words = [*BITMILL, "quantize", str(model), "--out", str(tmp_path / "out"), *ROUNDED, *WINDOWS]
+    words = [
+        sys.executable,
+        *BITMILL,
+        "quantize",
+        str(model),
+        "--out",
+        str(tmp_path / "out"),
+        *ROUNDED,
+        *WINDOWS,
+    ]
     surroundings = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=theirs, env=surroundings)
     os.close(theirs)
