@@ -28,6 +28,7 @@ from faulty_hub import FaultyHub, serving
 from native import native_stack
 from stores import wait_for
 from tiny import tiny_llama
+from warm_python import FORKED
 
 HUB_TOKEN = "hf_canaryQ7uZk2VbN4mXw9RtY1pLs8DfGh"
 HOOK_SECRET = "canary-hook-5b1f0c7de2a94836"
@@ -162,7 +163,7 @@ def test_a_run_of_the_embedded_service_leaves_no_secret(tmp_path: Path) -> None:
         hub.elsewhere = store.url
         process = subprocess.Popen(
             [*line, "--port", "0", "--data", str(data)],
-            env=os.environ | given,
+            env=os.environ | FORKED | given,
             stdout=subprocess.PIPE,
             stderr=said,
         )

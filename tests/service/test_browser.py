@@ -173,6 +173,7 @@ def test_a_downloaded_file_is_the_one_that_was_listed(
 
 
 @pytest.mark.e2e
+@pytest.mark.usefixtures("forked")
 def test_a_job_of_the_form_is_watched_to_its_end(
     browser: Browser, models: Path, tmp_path: Path, downloads: Path
 ) -> None:
