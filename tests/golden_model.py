@@ -1,4 +1,4 @@
-"""The model behind tests/golden/packed-v1 and packed-v2: every value from a formula.
+"""The model behind tests/golden/packed-v1, packed-v2 and packed-v3: every value from a formula.
 
 One Llama block of hidden size 136 (a full group and a tail of 8), with every width among its
 groups, a linear that is a tail alone, and column orders that siblings share.
@@ -15,6 +15,7 @@ from bitmill.config.bit_width_map import BitWidthMap, LinearShape
 from bitmill.formats.packed.checkpoint import write_checkpoint
 from bitmill.formats.packed.layout import stored_tensors
 from bitmill.io.safetensors import TensorInfo
+from bitmill.quant.outliers import Outliers
 from bitmill.quant.rewrites import Rewrites
 from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.tensors import QuantizedWeight
@@ -52,6 +53,8 @@ RATES = ((3, 7), (1, 5), (8, 1), (4,), (6, 6), (2, 3), (7,))
 """Widths of the same linears in trellis codes."""
 QUERY_ORDER = f"{BLOCK}.self_attn.q_proj.order"
 ORDERS = {shape.name: QUERY_ORDER for shape in SHAPES[:3]}
+OUTLIERS = {SHAPES[0].name: 2, SHAPES[3].name: 1, SHAPES[6].name: 3}
+"""Columns in 16 bits of linears with affine codes: with an order, without one, of a tail."""
 KEPT = (
     TensorInfo("model.embed_tokens.weight", "F16", (16, 136)),
     TensorInfo(f"{BLOCK}.input_layernorm.weight", "F16", (136,)),
@@ -81,6 +84,17 @@ def golden_weight(index: int) -> QuantizedWeight:
     )
 
 
+def golden_kept(index: int) -> QuantizedWeight:
+    """`golden_weight` with the outlier columns of `OUTLIERS`."""
+    weight, count = golden_weight(index), OUTLIERS.get(SHAPES[index].name, 0)
+    if not count:
+        return weight
+    columns = (weight.K - 1 - 5 * torch.arange(count)) % weight.K
+    values = (torch.arange(weight.N * count).reshape(weight.N, count) * 11 % 29 - 14) / 8
+    outliers = Outliers(columns.int(), values.half())
+    return weight.rewritten(Rewrites([*weight.rewrites, outliers]))
+
+
 def golden_trellis(index: int) -> TrellisTensor:
     """The same linear in trellis codes."""
     shape, rates = SHAPES[index], RATES[index]
@@ -104,15 +118,24 @@ def golden_tensor(name: str) -> torch.Tensor:
 
 
 def write_golden(folder: Path, source: Path, code: str = "affine") -> None:
-    """Write the packed folder; `source` is a folder for the source's config."""
-    widths, weight = {"affine": (WIDTHS, golden_weight), "trellis": (RATES, golden_trellis)}[code]
+    """Write the packed folder; `source` is a folder for the source's config. code: "outliers" is
+    affine with those of `OUTLIERS`."""
+    widths, weight = {
+        "affine": (WIDTHS, golden_weight),
+        "outliers": (WIDTHS, golden_kept),
+        "trellis": (RATES, golden_trellis),
+    }[code]
+    outliers = OUTLIERS if code == "outliers" else {}
+    code = "affine" if outliers else code
     (source / "config.json").write_text(json.dumps(CONFIG, indent=2))
     names = [shape.name for shape in SHAPES]
-    bit_widths = BitWidthMap(order="activation", linears=dict(zip(names, widths, strict=True)))
+    bit_widths = BitWidthMap(
+        order="activation", linears=dict(zip(names, widths, strict=True)), outliers=outliers
+    )
     write_checkpoint(
         folder,
         source=source,
-        tensors=stored_tensors(KEPT, SHAPES, bit_widths.linears, ORDERS, code),
+        tensors=stored_tensors(KEPT, SHAPES, bit_widths.linears, ORDERS, code, outliers),
         bit_widths=bit_widths,
         orders=ORDERS,
         code=code,

@@ -19,7 +19,9 @@ from bitmill.formats.packed.checkpoint import PackedCheckpoint
 from bitmill.quant.tensors import QuantizedWeight
 from golden_model import (
     CONFIG,
+    OUTLIERS,
     SHAPES,
+    golden_kept,
     golden_tensor,
     golden_trellis,
     golden_weight,
@@ -30,6 +32,8 @@ from weights import random_weight
 TESTS = Path(__file__).resolve().parents[1]
 GOLDEN = TESTS / "golden" / "packed-v1"
 GOLDEN_2 = TESTS / "golden" / "packed-v2"
+GOLDEN_3 = TESTS / "golden" / "packed-v3"
+DIGEST_3 = "eab0f960b7f5b95877b61b77bdda184602c5aaaab8b52142667ce215b08708eb"
 DIGEST_2 = "fd4d058afccb724e1b3711cab2f77d74b7031196a570dafaf4bf89499a5432fc"
 DIGEST = "9d00d3f3239e73f100707caaa12851a9912a5688a4c3810072905cc17d94666b"
 
@@ -46,7 +50,8 @@ def formula(weight: QuantizedWeight, K: int) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    ("code", "golden", "digest"), [("affine", GOLDEN, DIGEST), ("trellis", GOLDEN_2, DIGEST_2)]
+    ("code", "golden", "digest"),
+    [("affine", GOLDEN, DIGEST), ("trellis", GOLDEN_2, DIGEST_2), ("outliers", GOLDEN_3, DIGEST_3)],
 )
 def test_the_writer_still_writes_these_bytes(
     tmp_path: Path, code: str, golden: Path, digest: str
@@ -145,6 +150,26 @@ def test_the_reader_in_the_documentation_reads_the_golden_file() -> None:
         found = reader["read_weight"](tensors, linears[shape.name], shape.name, *size)
         assert found.dtype == np.float32
         assert np.array_equal(found, formula(golden_weight(index), shape.columns)), shape.name
+
+
+def test_outliers_are_read_back_by_us_by_transformers_and_by_the_documented_reader() -> None:
+    checkpoint, model = PackedCheckpoint.open(GOLDEN_3), bitmill.load(GOLDEN_3, dtype=torch.float32)
+    checkpoint.check_linears(SHAPES)
+    assert checkpoint.bit_widths.outliers == OUTLIERS
+    config = json.loads((GOLDEN_3 / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 3
+    reader, tensors = documented_reader(1), load_file(GOLDEN_3 / "model.safetensors")
+    for index, shape in enumerate(SHAPES):
+        plain, count = formula(golden_weight(index), shape.columns), OUTLIERS.get(shape.name, 0)
+        expected = golden_kept(index).dequantize().numpy()
+        assert (np.abs(expected - plain).max(0) > 0).sum() == count
+        assert torch.equal(checkpoint.weight(shape), torch.from_numpy(expected))
+        size, linear = (shape.rows, shape.columns), config["linears"][shape.name]
+        found = reader["read_weight"](tensors, linear, shape.name, *size)
+        np.testing.assert_array_equal(found, expected, shape.name)
+        x = torch.linspace(-1, 1, shape.columns)[None]
+        y = x.double() @ torch.from_numpy(expected).double().t()
+        assert (model.get_submodule(shape.name)(x).double() - y).norm() <= 1e-5 * y.norm()
 
 
 @pytest.mark.parametrize(

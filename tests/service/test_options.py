@@ -70,11 +70,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ),
     (
         "upload:u1 --size 120MB --no-clip-search --no-compensated-grid --no-scale-refit "
-        "--no-asymmetric --refine-settings {} --transforms []",
+        "--no-asymmetric --refine-settings {} --transforms [] --outliers 1,4",
         {
             "model.source": "upload",
             "model.upload_id": "u1",
             "budget.size": 120_000_000,
+            "allocation.outliers": [1, 4],
             "refinement.clip_search": False,
             "refinement.compensated_grid": False,
             "refinement.scale_refit": False,

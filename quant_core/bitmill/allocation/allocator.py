@@ -18,20 +18,22 @@ Given up: the rest of `uniform` and `sba` budgets stays unspent, by definition o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 
 import numpy as np
 
 from bitmill.allocation.groups import GroupTable, GroupWidths
 from bitmill.allocation.knapsack import FloatArray, IntArray, Knapsack
+from bitmill.allocation.outliers import outlier_choices, prices
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.allocation.sba import sba_swaps, sba_widths
-from bitmill.config.bit_width_map import PLANES, BitWidthMap
+from bitmill.config.bit_width_map import NO_OUTLIERS, PLANES, BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.quantization import Allocation, Budget, Kind, QuantizationConfig
 from bitmill.errors import BudgetError, SpecError
-from bitmill.formats.accounting import describe, limit, measure, order_bytes, value
+from bitmill.formats.accounting import describe, limit, measure_map, value
 from bitmill.plan.model_plan import Plan
 from bitmill.plan.serving_memory import beside_weights
 
@@ -91,27 +93,35 @@ def check_map(plan: Plan, config: QuantizationConfig, given: BitWidthMap) -> Bit
             f"{config.allocation.order!r}: set allocation.order to {given.order!r}",
             param="allocation.order",
         )
-    kind = config.budget.kind
-    taken = measure(plan, given.linears, given.order, kind)
+    taken = measure_map(plan, given, config.budget.kind)
     if taken > limit(plan, config.budget):
         raise _too_small(plan, config.budget, taken, "the given map takes")
     return given
 
 
 class Allocator:
-    """One plan and one set of constraints, maybe with a profile; serves any number of budgets."""
+    """One plan and one set of constraints, maybe with a profile; serves any number of budgets.
+
+    outliers: columns that linears keep in 16 bits in every map made here, by linear; costs are
+    those of such linears (`SensitivityProfile.keeping`).
+    """
 
     def __init__(
-        self, plan: Plan, allocation: Allocation, profile: SensitivityProfile | None = None
+        self,
+        plan: Plan,
+        allocation: Allocation,
+        profile: SensitivityProfile | None = None,
+        outliers: Mapping[str, int] = NO_OUTLIERS,
     ) -> None:
         self.plan = plan
         self.allocation = allocation
-        self.groups = GroupTable(plan, allocation)
+        self.groups = GroupTable(plan, allocation, outliers)
         self._legal: list[int] = self.groups.widths.tolist()
         self._profile = profile
         self._solvers: dict[Kind, Knapsack] = {}
         if profile is not None:
             profile.check_shapes(plan.shapes)
+            self._profile = profile.keeping(outliers)
 
     @property
     def profile(self) -> SensitivityProfile:
@@ -164,14 +174,32 @@ class Allocator:
         return self._map(self.groups.uniform(base))
 
     def knapsack(self, budget: Budget) -> BitWidthMap:
-        """The map of least predicted loss; never worse than a uniform or sba map that fits."""
+        """The map of least predicted loss; never worse than a uniform or sba map that fits, nor
+        with outliers than without."""
+        best, loss = self._knapsack(budget)
+        for outliers in self._outlier_choices():
+            other = Allocator(self.plan, self.allocation, self.profile, outliers)
+            with suppress(BudgetError):
+                found, predicted = other._knapsack(budget)
+                if predicted < loss:
+                    best, loss = found, predicted
+        return best
+
+    def _knapsack(self, budget: Budget) -> tuple[BitWidthMap, float]:
+        """Map and predicted loss with the allocator's own outliers."""
         best = self._solve_size(budget) if budget.in_bytes else self._solve(budget)
         loss = self.predicted(best)
         for flat in self._simple_maps():
             other = self.predicted(flat)
             if other < loss and self._fits(flat, budget):
                 best, loss = flat, other
-        return self._map(best)
+        return self._map(best), loss
+
+    def _outlier_choices(self) -> list[dict[str, int]]:
+        if not self.allocation.outliers:
+            return []
+        edges = self._solver("bits").edges
+        return outlier_choices(self.groups, self.profile, prices(edges.gain, edges.weight))
 
     def within_loss(self, most: float) -> BitWidthMap:
         """The smallest knapsack map whose predicted loss is at most `most` nats a token.
@@ -244,8 +272,7 @@ class Allocator:
 
     def _solve(self, budget: Budget) -> GroupWidths:
         """`code_bits` and `bits` are sums over groups."""
-        fixed = order_bytes(self.plan, self.allocation.order) if budget.kind == "bits" else 0
-        solver = self._solver(budget.kind)
+        fixed, solver = self.groups.fixed(budget.kind), self._solver(budget.kind)
         capacity = limit(self.plan, budget) - fixed
         if solver.minimum > capacity:
             raise _too_small(self.plan, budget, solver.minimum + fixed)
@@ -279,7 +306,7 @@ class Allocator:
         rest = [self.groups.measure(m, "size") - self.groups.measure(m, "bits") for m in maps]
         tensors = len(self.plan.tensors) + 5 * len(self.plan.matrices)
         slack = HEADER_SLACK_PER_TENSOR * tensors
-        return min(rest) + order_bytes(self.plan, self.allocation.order) - slack
+        return min(rest) + self.groups.fixed("bits") - slack
 
     def _simple_maps(self) -> Iterator[GroupWidths]:
         """Uniform and sba maps of every base width that the constraints allow."""
@@ -303,7 +330,11 @@ class Allocator:
         return self.groups.widths[choice][self.groups.unit]
 
     def _map(self, flat: GroupWidths) -> BitWidthMap:
-        return BitWidthMap(order=self.allocation.order, linears=self.groups.named(flat))
+        return BitWidthMap(
+            order=self.allocation.order,
+            linears=self.groups.named(flat),
+            outliers=dict(self.groups.outliers),
+        )
 
     def _fits(self, flat: GroupWidths, budget: Budget) -> bool:
         return self.groups.measure(flat, budget.kind) <= limit(self.plan, budget)

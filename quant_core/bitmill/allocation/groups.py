@@ -8,15 +8,15 @@ does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from bitmill.allocation.knapsack import BoolArray, IntArray
-from bitmill.config.bit_width_map import group_columns
+from bitmill.config.bit_width_map import NO_OUTLIERS, group_columns
 from bitmill.config.quantization import FILE_KINDS, Allocation, Kind
-from bitmill.formats.accounting import group_weight, measure, order_bytes
+from bitmill.formats.accounting import fixed, group_weight, measure
 from bitmill.plan.model_plan import Plan
 
 GroupWidths = npt.NDArray[np.int64]
@@ -26,12 +26,15 @@ GroupWidths = npt.NDArray[np.int64]
 class GroupTable:
     """The groups of one plan under one set of constraints.
 
+    outliers: columns kept in 16 bits, of the linears that have some.
     widths: int64 [B], the legal ones, ascending. unit: int64 [T], numbered in the plan's order.
     allowed: bool [T, B], which widths a group may have.
     """
 
-    def __init__(self, plan: Plan, allocation: Allocation) -> None:
-        self.plan, self.allocation = plan, allocation
+    def __init__(
+        self, plan: Plan, allocation: Allocation, outliers: Mapping[str, int] = NO_OUTLIERS
+    ) -> None:
+        self.plan, self.allocation, self.outliers = plan, allocation, outliers
         self.widths = np.array(allocation.legal_widths, dtype=np.int64)
         columns = [group_columns(linear.columns) for linear in plan.matrices]
         self.starts = np.cumsum([0, *(len(c) for c in columns)])
@@ -112,6 +115,10 @@ class GroupTable:
         """`budget.measure` of these widths."""
         order = self.allocation.order
         if kind in FILE_KINDS:
-            return measure(self.plan, self.named(flat), order, kind)
+            return measure(self.plan, self.named(flat), order, kind, self.outliers)
         groups = int(self.weights(kind)[np.arange(len(flat)), self.column(flat)].sum())
-        return groups + (order_bytes(self.plan, order) if kind == "bits" else 0)
+        return groups + self.fixed(kind)
+
+    def fixed(self, kind: Kind) -> int:
+        """What of `measure` no width changes: code bits of outliers, or stored bytes."""
+        return fixed(self.plan, self.allocation.order, kind, self.outliers)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from bitmill.config.bit_width_map import LEGAL_WIDTHS, LinearShape
+from bitmill.config.bit_width_map import LEGAL_WIDTHS, BitWidthMap, LinearShape
 from bitmill.config.closed import Closed
 from bitmill.errors import FormatError, reason
 from bitmill.io import atomic as storage
@@ -56,7 +57,8 @@ class ProfileConfig(Closed):
     departs from. keep: patterns of linears that stay in the source precision; embeddings: matrices
     that are quantized too. code: of groups, where it is not affine. sequences: windows, where not
     all of the calibration's were taken. moments: how the costs of kind "knapsack" weigh tokens;
-    None in profiles from before they did. What else is None was not recorded.
+    None in profiles from before they did. outliers: numbers of outlier columns whose costs were
+    measured too. What else is None was not recorded.
     """
 
     kind: Literal["knapsack", "sba", "orders"] | None = None
@@ -66,6 +68,7 @@ class ProfileConfig(Closed):
     widths: tuple[int, ...] | None = None
     code: str | None = None
     moments: Literal["weighted"] | None = None
+    outliers: tuple[int, ...] | None = None
     base: int | None = None
     sequences: int | None = None
     dtype: str | None = None
@@ -123,7 +126,8 @@ class LinearProfile:
 
     costs: float64 [G, B], nats per token, columns in the order of the profile's widths; [G, 0]
     where only orders or SBA records were made. order: name of the linear that owns the stored
-    column order its groups were formed in, None for the natural order.
+    column order its groups were formed in, None for the natural order. kept: float64 [C, G, B], the
+    costs with each of the profile's numbers of outlier columns; C is 0 where none were measured.
     """
 
     name: str
@@ -131,11 +135,16 @@ class LinearProfile:
     columns: int
     costs: FloatArray
     order: str | None = None
+    kept: FloatArray = field(default_factory=lambda: np.zeros((0, 0, 0)))
 
     @property
     def shape(self) -> LinearShape:
         """Name, N and K."""
         return LinearShape(self.name, self.rows, self.columns)
+
+    def scaled(self, factor: float) -> LinearProfile:
+        """The same with all costs times a factor."""
+        return replace(self, costs=self.costs * factor, kept=self.kept * factor)
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,8 @@ class SensitivityProfile:
     """Costs of all linears, in the model's order. Frozen; arrays are not to be written to.
 
     widths: the candidate widths, ascending. orders: owner's name -> int32 [K], packed column k is
-    input column order[k]. sba: base width -> linear's name -> record.
+    input column order[k]. sba: base width -> linear's name -> record. outliers: numbers of outlier
+    columns, ascending, that costs were measured with besides none.
     origin: what it was made from, no part of what was measured.
     """
 
@@ -165,6 +175,7 @@ class SensitivityProfile:
     linears: tuple[LinearProfile, ...]
     orders: Mapping[str, IndexArray] = field(default_factory=dict)
     sba: Mapping[int, Mapping[str, SbaRecord]] = field(default_factory=dict)
+    outliers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if tuple(sorted(set(self.widths))) != self.widths or not set(self.widths) <= set(
@@ -191,6 +202,12 @@ class SensitivityProfile:
             )
         if not np.isfinite(linear.costs).all() or (linear.costs < 0).any():
             raise FormatError(f"costs of {linear.name} must be finite and not negative")
+        kept = linear.kept
+        if len(kept) and (kept.shape != (len(self.outliers), *expected) or not (kept >= 0).all()):
+            raise FormatError(
+                f"costs of {linear.name} with outliers are {kept.shape}; expected "
+                f"{(len(self.outliers), *expected)}, none of them negative"
+            )
         if linear.order is None:
             return
         order = self.orders.get(linear.order)
@@ -210,8 +227,29 @@ class SensitivityProfile:
         """The same with all costs times a factor."""
         if factor == 1:
             return self
-        linears = tuple(replace(linear, costs=linear.costs * factor) for linear in self.linears)
-        return replace(self, linears=linears)
+        return replace(self, linears=tuple(linear.scaled(factor) for linear in self.linears))
+
+    def keeping(self, outliers: Mapping[str, int]) -> SensitivityProfile:
+        """The profile of the model whose linears keep so many outlier columns, none where they are
+        not named. Raises `FormatError` for a number that was not measured."""
+        if not outliers:
+            return self
+        place = {count: i for i, count in enumerate(self.outliers)}
+        linears = []
+        for linear in self.linears:
+            count = outliers.get(linear.name, 0)
+            if count and (count not in place or not len(linear.kept)):
+                raise FormatError(
+                    f"{linear.name}: {count} outlier columns were not measured; the profile has "
+                    f"{list(self.outliers)}"
+                )
+            kept = linear.kept[place[count]] if count else linear.costs
+            linears.append(replace(linear, costs=kept))
+        return replace(self, linears=tuple(linears))
+
+    def predicted(self, bit_widths: BitWidthMap) -> float:
+        """Predicted increase of the loss, nats per token, of a map; raises as `predicted_loss`."""
+        return self.keeping(bit_widths.outliers).predicted_loss(bit_widths.linears)
 
     def linear(self, name: str) -> LinearProfile:
         """The profile of one linear; raises `FormatError` where it has none."""
@@ -336,8 +374,12 @@ def _flatten(
         "orders": [[owner, len(profile.orders[owner])] for owner in owners],
         "sba": [[base, name, len(r.salience), len(r.kl)] for base, name, r in records],
     }
+    if profile.outliers:
+        header["outliers"] = list(profile.outliers)
     arrays: dict[str, npt.NDArray[np.generic]] = {
-        "costs": _concat([p.costs.ravel() for p in profile.linears], np.float64),
+        "costs": _concat(
+            [part.ravel() for p in profile.linears for part in (p.costs, p.kept)], np.float64
+        ),
         "orders": _concat([profile.orders[owner] for owner in owners], np.int32),
         "salience": _concat([r.salience for _, _, r in records], np.int32),
         "kl": _concat([r.kl for _, _, r in records], np.float64),
@@ -357,16 +399,19 @@ def _unflatten(header: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> Sensitivi
             f"profile has schema_version {version!r}; this version of bitmill reads "
             f"{SCHEMA_VERSION}: make the profile again"
         )
-    if set(header) != _HEADER_KEYS:
-        odd = sorted(set(header) ^ _HEADER_KEYS)
+    odd = sorted((set(header) - {"outliers"}) ^ _HEADER_KEYS)
+    if odd:
         raise FormatError(f"profile header has missing or unknown keys: {odd}")
-    widths = tuple(header["widths"])
+    widths, outliers = tuple(header["widths"]), tuple(header.get("outliers", ()))
+    embeddings = set(header["settings"].get("embeddings", ()))
     linears = []
     costs = _Cutter(arrays["costs"])
     for name, rows, columns, order in header["linears"]:
         groups = LinearShape(name, rows, columns).groups
         table = costs.take(groups * len(widths)).reshape(groups, len(widths))
-        linears.append(LinearProfile(name, rows, columns, table, order))
+        shape = (0 if name in embeddings else len(outliers), groups, len(widths))
+        kept = costs.take(math.prod(shape)).reshape(shape)
+        linears.append(LinearProfile(name, rows, columns, table, order, kept))
     orders = _Cutter(arrays["orders"])
     salience, kl = _Cutter(arrays["salience"]), _Cutter(arrays["kl"])
     sba: dict[int, dict[str, SbaRecord]] = {}
@@ -383,6 +428,7 @@ def _unflatten(header: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> Sensitivi
         linears=tuple(linears),
         orders={owner: orders.take(length) for owner, length in header["orders"]},
         sba=sba,
+        outliers=outliers,
     )
 
 

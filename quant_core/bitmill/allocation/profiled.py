@@ -109,7 +109,7 @@ class ProfiledModel:
             code_bits=taken.code_bits,
             bits=taken.bits,
             size=taken.size,
-            predicted_loss=self.profile.predicted_loss(found.linears) if costs else None,
+            predicted_loss=self.profile.predicted(found) if costs else None,
         )
 
     def curve(self, points: int = 32) -> list[CurvePoint]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bitmill.allocation.allocator import Allocator
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import QuantizationConfig
-from bitmill.formats.accounting import describe, footprint, limit, measure
+from bitmill.formats.accounting import describe, footprint, limit, measure_map
 from bitmill.plan.model_plan import Plan
 from bitmill.plan.serving_memory import beside_weights
 
@@ -23,7 +23,7 @@ def unspent_warning(plan: Plan, config: QuantizationConfig, chosen: BitWidthMap)
     if budget.max_loss_increase is not None:
         return None
     most = limit(plan, budget)
-    taken = measure(plan, chosen.linears, chosen.order, budget.kind)
+    taken = measure_map(plan, chosen, budget.kind)
     if taken >= (1 - UNSPENT_SHARE) * most:
         return None
     unit = " bytes" if budget.in_bytes else ""

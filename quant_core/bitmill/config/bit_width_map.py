@@ -6,6 +6,7 @@ For a linear of N rows and K columns in groups of c <= 128 columns, one width b 
     scales  2 * N bytes per group (fp16)
     zeros   ceil(N * z / 8) bytes per group, z = b, but 4 where b = 1
     order   4 * K bytes, once per distinct stored column order
+    outliers   2 * N + 4 bytes for every column that is kept in 16 bits
 
 A group of width 0 is dropped: its weights are 0 and it takes no bytes.
 
@@ -18,9 +19,19 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from bitmill.errors import FormatError, reason
 from bitmill_kernels.layout import GROUP_SIZE, PLANES, WIDTHS, group_columns, zero_bits
@@ -30,6 +41,8 @@ __all__ = [
     "GROUP_SIZE",
     "LEGAL_WIDTHS",
     "MAP_NAME",
+    "NO_OUTLIERS",
+    "OUTLIER_BITS",
     "PLANES",
     "WIDTHS",
     "BitWidthMap",
@@ -37,12 +50,17 @@ __all__ = [
     "code_bits",
     "group_bytes",
     "group_columns",
+    "outlier_bytes",
 ]
 
 DROPPED = 0
 """The width of a group that is dropped."""
 LEGAL_WIDTHS = (DROPPED, 1, 2, 3, 4, 5, 6, 7, 8)
 """Widths that some code has (`bitmill.config.codes`); `WIDTHS` are those of affine codes."""
+
+OUTLIER_BITS = 16
+"""Of a value in a column that is kept."""
+NO_OUTLIERS: Mapping[str, int] = MappingProxyType({})
 
 MAP_NAME = "bit_width_map.json"
 """File of a packed folder's bit-width map."""
@@ -71,7 +89,8 @@ class BitWidthMap(BaseModel):
     """For every quantized linear, the width of each of its groups, in packed column order.
 
     In JSON the widths are a string of digits, one per group: {"layers.0.mlp.up_proj": "33432"}.
-    order: the column order the groups were formed in.
+    order: the column order the groups were formed in. outliers: number of columns that are kept in
+    16 bits, of the linears that have some.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,6 +99,7 @@ class BitWidthMap(BaseModel):
     group_size: Literal[128] = 128
     order: Literal["natural", "activation"] = "natural"
     linears: dict[str, tuple[int, ...]]
+    outliers: dict[str, Annotated[int, Field(ge=1)]] = {}
 
     @field_validator("linears", mode="before")
     @classmethod
@@ -104,12 +124,28 @@ class BitWidthMap(BaseModel):
                 )
         return linears
 
+    @model_validator(mode="after")
+    def _outliers_of_linears(self) -> Self:
+        unknown = sorted(self.outliers.keys() - self.linears.keys())
+        if unknown:
+            raise ValueError(f"outliers of {unknown[0]}, which has no widths")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_no_outliers(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """JSON that readers from before outliers take, where there are none."""
+        found: dict[str, Any] = dump(self)
+        if not found.get("outliers"):
+            found.pop("outliers", None)
+        return found
+
     @field_serializer("linears")
     def _digits(self, linears: dict[str, tuple[int, ...]]) -> dict[str, str]:
         return {name: "".join(map(str, widths)) for name, widths in linears.items()}
 
     def check_shapes(self, shapes: Iterable[LinearShape]) -> None:
         """Raise `FormatError` unless the map covers exactly these linears, group for group."""
+        shapes = tuple(shapes)
         expected = {shape.name: shape.groups for shape in shapes}
         missing = sorted(expected.keys() - self.linears.keys())
         extra = sorted(self.linears.keys() - expected.keys())
@@ -123,6 +159,13 @@ class BitWidthMap(BaseModel):
                 raise FormatError(
                     f"bit-width map gives {len(self.linears[name])} groups to {name}, "
                     f"which has {groups}"
+                )
+        columns = {shape.name: shape.columns for shape in shapes}
+        for name, count in self.outliers.items():
+            if count >= columns[name]:
+                raise FormatError(
+                    f"bit-width map keeps {count} outlier columns of {name}, which has "
+                    f"{columns[name]}: keep fewer"
                 )
 
     @classmethod
@@ -155,6 +198,11 @@ def group_bytes(width: int, rows: int, columns: int) -> int:
         return 0
     codes = rows * width * (GROUP_SIZE // 8 if columns == GROUP_SIZE else -(-columns // 8))
     return codes + 2 * rows + -(-rows * zero_bits(width) // 8)
+
+
+def outlier_bytes(rows: int, count: int) -> int:
+    """Stored bytes of `count` columns of a linear that are kept in 16 bits, and their places."""
+    return count * (2 * rows + 4)
 
 
 def code_bits(shapes: Iterable[LinearShape], linears: Mapping[str, Sequence[int]]) -> float:

@@ -50,7 +50,8 @@ class MethodConfig(Closed):
     transformed: whether transforms other than the column order may come before it.
     folds: whether rows of its tensors may change places, so that column orders can be folded.
     grid: name of the grid that all its codes are on, for formats that hold no other; None for any.
-    drops: whether groups may have width 0, which drops them.
+    drops: whether groups may have width 0, which drops them. outliers: whether columns may be kept
+    in 16 bits beside its codes.
     """
 
     name: ClassVar[str]
@@ -62,6 +63,7 @@ class MethodConfig(Closed):
     folds: ClassVar[bool] = True
     grid: ClassVar[str | None] = None
     drops: ClassVar[bool] = False
+    outliers: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -111,6 +113,7 @@ class RTN(MethodConfig):
     name: ClassVar[str] = "rtn"
     solver: ClassVar[str] = "bitmill.solvers.rtn:RtnSolver.of"
     drops: ClassVar[bool] = True
+    outliers: ClassVar[bool] = True
 
     clip_search: bool = True
 
@@ -130,6 +133,7 @@ class GPTQ(MethodConfig):
     name: ClassVar[str] = "gptq"
     solver: ClassVar[str] = "bitmill.solvers.gptq.solve:GptqSolver.of"
     drops: ClassVar[bool] = True
+    outliers: ClassVar[bool] = True
 
     clip_search: bool = True
     compensated_grid: bool = True
@@ -152,6 +156,7 @@ class _Trellis(MethodConfig):
     """What all methods that give trellis codes have in common."""
 
     kind: ClassVar[str] = "trellis"
+    outliers: ClassVar[bool] = False
     max_devices: ClassVar[int | None] = 1
     folds: ClassVar[bool] = False
 

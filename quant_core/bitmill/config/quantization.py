@@ -38,6 +38,11 @@ FormatName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
 OF_NO_METHOD = {"method", "omniquant", "settings", "transforms"}
 """Parts of a refinement that are no method's settings by themselves."""
 ORDER = ColumnOrder.name
+ASKED_ELSEWHERE = {
+    ORDER: "allocation.order asks for column orders",
+    "outliers": "allocation.outliers asks for outlier columns",
+}
+"""Transforms that are no part of a refinement."""
 
 Part = TypeVar("Part", bound=Closed)
 T = TypeVar("T")
@@ -186,6 +191,8 @@ class BaseAllocation(Closed):
     edge_min_bits: smallest width in the first and the last decoder block.
     check: "maps" measures a knapsack's map and the uniform one of the budget on held-out windows,
     "corrected" one of corrected costs too; the best is taken. "off" measures none.
+    outliers: numbers of columns that a linear may keep in 16 bits beside its codes; "knapsack"
+    chooses one of them, or none, for each.
     embeddings: "quantize" packs the input embedding and the output head too, each with one width
     for the whole matrix (once where they are tied); every budget then counts them.
     kept_dtype: of matrices that are not quantized (embeddings, head, linears kept whole): "auto"
@@ -196,6 +203,7 @@ class BaseAllocation(Closed):
 
     method: Literal["uniform", "sba", "knapsack", "map"] = "knapsack"
     widths: tuple[int, ...] = DEFAULT_WIDTHS
+    outliers: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(default=(), max_length=8)
     order: Literal["natural", "activation"] = "activation"
     fuse_siblings: bool = False
     per_linear: bool = False
@@ -218,6 +226,19 @@ class BaseAllocation(Closed):
             )
         return tuple(sorted(set(widths)))
 
+    @field_validator("outliers")
+    @classmethod
+    def _ascending(cls, outliers: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(outliers)))
+
+    @model_serializer(mode="wrap")
+    def _without_no_outliers(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """JSON that readers from before outliers take, where none are asked for."""
+        found: dict[str, Any] = dump(self)
+        if not found.get("outliers"):
+            found.pop("outliers", None)
+        return found
+
     @model_validator(mode="after")
     def _legal_pairs(self) -> Self:
         if (self.method == "map") != (self.map is not None):
@@ -231,6 +252,11 @@ class BaseAllocation(Closed):
             raise ValueError(
                 f"widths {list(self.widths)} with method {self.method!r}: width {DROPPED} drops "
                 "groups, which only 'knapsack' can choose; leave it out"
+            )
+        if self.outliers and self.method != "knapsack":
+            raise ValueError(
+                f"outliers {list(self.outliers)} with method {self.method!r}: only 'knapsack' can "
+                "choose them, and a map has its own; leave them out"
             )
         if set(self.legal_widths) == {DROPPED}:
             raise ValueError(
@@ -304,8 +330,8 @@ class BaseRefinement(Closed):
             except ValidationError as error:
                 where, problem = first_problem(error)
                 raise ValueError(f"transforms.{i}.{where}: {problem}") from error
-            if asked["name"] == ORDER:
-                raise ValueError(f"transforms.{i}: allocation.order asks for column orders")
+            if asked["name"] in ASKED_ELSEWHERE:
+                raise ValueError(f"transforms.{i}: {ASKED_ELSEWHERE[asked['name']]}")
         of_linears = any(not one.of_source for one in self.typed_transforms)
         if of_linears and not _known(METHODS, self.method).transformed:
             raise ValueError(f"transforms with method {self.method!r}, which takes none")
@@ -535,6 +561,14 @@ class QuantizationConfig(Stored):
                 f"cannot: give one of {able}, or leave the width out",
                 param="allocation.widths" if allocation.map is None else "allocation.map",
             )
+        keeps = allocation.outliers or (allocation.map is not None and allocation.map.outliers)
+        if keeps and not method.outliers:
+            able = [name for name in METHODS.names() if METHODS[name].outliers]
+            raise SpecError(
+                f"outlier columns with refinement {method.name!r} and code {code!r}, which have no "
+                f"place for them: give one of {able} and code 'affine', or leave them out",
+                param="allocation.outliers" if allocation.outliers else "allocation.map",
+            )
         if "embeddings" in self.evaluation.baselines and allocation.embeddings == "quantize":
             raise SpecError(
                 "evaluation.baselines has 'embeddings', which this job packs already: leave it out",
@@ -627,6 +661,11 @@ def refuse_unmeasured_loss(
         raise ValueError(
             f"budget.max_loss_increase with allocation.method {allocation.method!r}: give "
             "'knapsack', which can meet any target"
+        )
+    if allocation.outliers:
+        raise ValueError(
+            f"budget.max_loss_increase with allocation.outliers {list(allocation.outliers)}: no "
+            "target of loss is searched for with outliers; give another budget, or leave them out"
         )
     if calibration.held_out < 2:
         raise ValueError(

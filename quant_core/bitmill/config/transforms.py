@@ -67,6 +67,27 @@ class Rotation(TransformConfig):
         return ()
 
 
+class Outliers(TransformConfig):
+    """`count` columns of a linear stay in 16 bits beside its codes; `allocation.outliers` asks for
+    it, and the map has the numbers."""
+
+    name: ClassVar[str] = "outliers"
+    transform: ClassVar[str] = "bitmill.transforms.outliers:OutlierColumns"
+    rewrite: ClassVar[str] = "bitmill.quant.outliers:Outliers"
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
+    count: int = 0
+
+    def stored(self, shape: LinearShape) -> tuple[TensorInfo, ...]:
+        """Packed columns and their values, of a linear that has some."""
+        if not self.count:
+            return ()
+        return (
+            TensorInfo("outlier_columns", "I32", (self.count,)),
+            TensorInfo("outliers", "F16", (shape.rows, self.count)),
+        )
+
+
 def transform_of(asked: Mapping[str, Any]) -> TransformConfig:
     """The typed settings of {"name": ..., settings}; raises `SpecError` for an unknown name,
     pydantic's `ValidationError` for settings that it has not."""
@@ -80,6 +101,7 @@ TRANSFORMS: Registry[type[TransformConfig]] = Registry(
     {
         "awq": "bitmill.transforms.awq.settings:AWQ",
         "order": "bitmill.config.transforms:ColumnOrder",
+        "outliers": "bitmill.config.transforms:Outliers",
         "quarot": "bitmill.transforms.quarot.settings:QuaRot",
         "rotation": "bitmill.config.transforms:Rotation",
     },

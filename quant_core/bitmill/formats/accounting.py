@@ -1,7 +1,7 @@
 """What a bit-width map takes of each kind of budget, in exact integers. Torch-free.
 
-    code_bits   sum(b * N * c) code bits          per sum(N * K)
-    bits        bytes of codes, scales, zeros and orders, times 8, per sum(N * K)
+    code_bits   sum(b * N * c) code bits, 16 * N of an outlier column    per sum(N * K)
+    bits        bytes of codes, scales, zeros, orders and outliers, times 8, per sum(N * K)
     size        bytes of all safetensors files, headers included
     memory      the same; what a budget of memory must hold beside them is taken off its limit
     max_loss_increase   the same, without a limit
@@ -17,9 +17,15 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from bitmill.config.bit_width_map import BitWidthMap, group_columns
+from bitmill.config.bit_width_map import (
+    NO_OUTLIERS,
+    OUTLIER_BITS,
+    BitWidthMap,
+    group_columns,
+    outlier_bytes,
+)
 from bitmill.config.quantization import FILE_KINDS, Budget, Kind
-from bitmill.formats.format import Contents, Order, Widths, format_of
+from bitmill.formats.format import Contents, Order, Outliers, Widths, format_of
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan
 from bitmill.plan.serving_memory import beside_weights
@@ -37,20 +43,29 @@ class Footprint:
     size: int
 
 
-def checkpoint_tensors(plan: Plan, widths: Widths, order: Order) -> list[TensorInfo]:
+def checkpoint_tensors(
+    plan: Plan, widths: Widths, order: Order, outliers: Outliers = NO_OUTLIERS
+) -> list[TensorInfo]:
     """Every tensor of the checkpoint in the plan's format, in the order in which it is filed."""
-    return format_of(plan).tensors(Contents(plan, widths, order))
+    return format_of(plan).tensors(Contents(plan, widths, order, outliers=outliers))
 
 
-def order_bytes(plan: Plan, order: Order) -> int:
-    """Bytes that no width changes: those of all stored column orders."""
-    return format_of(plan).fixed_bytes(plan, order)
+def fixed(plan: Plan, order: Order, kind: Kind, outliers: Outliers = NO_OUTLIERS) -> int:
+    """What no width changes: code bits of outlier columns, or stored bytes of those, of column
+    orders and of other rewrites."""
+    rows = {linear.name: linear.rows for linear in plan.linears} if outliers else {}
+    if kind == "code_bits":
+        return sum(OUTLIER_BITS * rows[name] * count for name, count in outliers.items())
+    kept = sum(outlier_bytes(rows[name], count) for name, count in outliers.items())
+    return kept + format_of(plan).fixed_bytes(plan, order)
 
 
-def measure(plan: Plan, widths: Widths, order: Order, kind: Kind) -> int:
+def measure(
+    plan: Plan, widths: Widths, order: Order, kind: Kind, outliers: Outliers = NO_OUTLIERS
+) -> int:
     """What the map takes: code bits, stored bytes or file bytes, after `kind`."""
     if kind == "code_bits":
-        return sum(
+        return fixed(plan, order, kind, outliers) + sum(
             linear.rows * sum(b * c for b, c in zip(widths[linear.name], columns, strict=True))
             for linear in plan.shapes
             for columns in [group_columns(linear.columns)]
@@ -58,8 +73,13 @@ def measure(plan: Plan, widths: Widths, order: Order, kind: Kind) -> int:
     chosen = format_of(plan)
     if kind == "bits":
         groups = (chosen.linear_bytes(shape, widths[shape.name]) for shape in plan.shapes)
-        return sum(groups) + chosen.fixed_bytes(plan, order)
-    return chosen.file_bytes(Contents(plan, widths, order))
+        return sum(groups) + fixed(plan, order, kind, outliers)
+    return chosen.file_bytes(Contents(plan, widths, order, outliers=outliers))
+
+
+def measure_map(plan: Plan, bit_widths: BitWidthMap, kind: Kind) -> int:
+    """`measure` of a map."""
+    return measure(plan, bit_widths.linears, bit_widths.order, kind, bit_widths.outliers)
 
 
 def limit(plan: Plan, budget: Budget) -> int:
@@ -96,9 +116,8 @@ def group_weight(plan: Plan, kind: Kind, rows: int, columns: int, width: int) ->
 
 def footprint(plan: Plan, bit_width_map: BitWidthMap) -> Footprint:
     """Code bits, stored bits and checkpoint bytes of a map."""
-    widths, order = bit_width_map.linears, bit_width_map.order
     return Footprint(
-        code_bits=float(value(plan, "code_bits", measure(plan, widths, order, "code_bits"))),
-        bits=float(value(plan, "bits", measure(plan, widths, order, "bits"))),
-        size=measure(plan, widths, order, "size"),
+        code_bits=float(value(plan, "code_bits", measure_map(plan, bit_width_map, "code_bits"))),
+        bits=float(value(plan, "bits", measure_map(plan, bit_width_map, "bits"))),
+        size=measure_map(plan, bit_width_map, "size"),
     )

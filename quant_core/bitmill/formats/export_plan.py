@@ -80,7 +80,7 @@ class ExportPlan:
         settings.pop("quantization_config")
         bit_widths = stored.bit_widths
         plan = plan_of(stored, settings)
-        contents = Contents(plan, bit_widths.linears, bit_widths.order, settings)
+        contents = Contents.of(plan, bit_widths, settings)
         if chosen.name == stored.format.name:
             raise SpecError(f"{folder.name} is in format {chosen.name!r} already", param="format")
         check_supported(chosen, Facts.of(contents, settings, stored.kinds, stored.rewrites))

@@ -30,23 +30,34 @@ from bitmill.registry import Registry
 
 Order = Literal["natural", "activation"]
 Widths = Mapping[str, Sequence[int]]
+Outliers = Mapping[str, int]
+"""Number of outlier columns of the linears that have some."""
 
 
 @dataclass(frozen=True)
 class Contents:
     """What is to be stored: a planned model, a width for every group of its linears, and the column
-    order that the groups were formed in. config: the model's config.json, where it is known."""
+    order that the groups were formed in. config: the model's config.json, where it is known.
+    outliers: columns that are kept in 16 bits, of the linears that have some."""
 
     plan: Plan
     widths: Widths
     order: Order = "natural"
     config: Mapping[str, Any] = field(default_factory=dict)
+    outliers: Outliers = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, plan: Plan, bit_widths: BitWidthMap, config: Mapping[str, Any] | None = None
+    ) -> Contents:
+        """A planned model with this map."""
+        return cls(plan, bit_widths.linears, bit_widths.order, config or {}, bit_widths.outliers)
 
     @property
     def bit_widths(self) -> BitWidthMap:
-        """Widths and order as a map."""
+        """Widths, order and outliers as a map."""
         widths = {name: tuple(groups) for name, groups in self.widths.items()}
-        return BitWidthMap(order=self.order, linears=widths)
+        return BitWidthMap(order=self.order, linears=widths, outliers=dict(self.outliers))
 
 
 @dataclass(frozen=True)
@@ -190,6 +201,11 @@ def _no_rewrite(name: str) -> Refusal:
         return Refusal(
             "allocation.order",
             "it has no place for column orders: quantize with allocation.order 'natural'",
+        )
+    if name == "outliers":
+        return Refusal(
+            "allocation.outliers",
+            "it has no place for columns in 16 bits: quantize without allocation.outliers",
         )
     return Refusal(name, f"it has no place for what the transform {name!r} leaves to be stored")
 

@@ -232,6 +232,7 @@ def _empty_twin(
             linear.widths,
             bias=module.bias is not None,
             order=order,
+            outliers=linear.outliers,
             dtype=dtype,
             device="meta",
         )

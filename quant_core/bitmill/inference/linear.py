@@ -26,8 +26,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from bitmill.inference.outliers import OutlierProduct
 from bitmill.inference.read_only import ReadOnlyTensor
 from bitmill.plan.architectures import sibling_key
+from bitmill.quant.outliers import Outliers
+from bitmill.quant.rewrites import Rewrites
 from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.tensors import KINDS, PackedTensor, Stored, packed_shapes
 from bitmill_kernels.matmul.linear import MixedLinear
@@ -40,11 +43,14 @@ class QuantizedLinear(nn.Module):
     widths: one bit width per group of 128 columns
     order:  None where columns keep their order, "own" where the column order is stored under
             this linear's name, "shared" where another linear stores it and `share_order` gives it
+    outliers: number of columns that are kept in 16 bits beside the codes
     Buffers are empty until a checkpoint is loaded or `fill` is called. `siblings` is the group of
     modules that read the same input, set by `join_siblings`.
     """
 
     order: Tensor | None
+    outlier_columns: Tensor | None
+    outliers: Tensor | None
     code = "affine"
     shapes = staticmethod(packed_shapes)
     """Dtype and shape of every buffer but the order, of N, K and widths."""
@@ -57,6 +63,7 @@ class QuantizedLinear(nn.Module):
         *,
         bias: bool = False,
         order: str | None = None,
+        outliers: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -68,6 +75,15 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(key, torch.empty(shape, dtype=kind, device=device))
         columns = torch.empty(in_features, dtype=torch.int32, device=device) if order else None
         self.register_buffer("order", columns, persistent=order == "own")
+        places, values = (
+            torch.empty(shape, dtype=kind, device=device) if outliers else None
+            for kind, shape in (
+                (torch.int32, (outliers,)),
+                (torch.float16, (out_features, outliers)),
+            )
+        )
+        self.register_buffer("outlier_columns", places)
+        self.register_buffer("outliers", values)
         self.bias: nn.Parameter | None = None
         if bias:
             empty = torch.empty(out_features, dtype=dtype, device=device)
@@ -75,19 +91,22 @@ class QuantizedLinear(nn.Module):
         self._dtype = dtype or torch.get_default_dtype()
         self.siblings: SiblingGroup | None = None
         self._runtime: Any = None
+        self._beside: OutlierProduct | None = None
 
     @classmethod
     def from_packed(cls, packed: Stored, *, bias: Tensor | None = None) -> Self:
         """A module that holds these tensors, on their device."""
+        beside = packed.rewrites.tensors("")
         module = cls(
             packed.K,
             packed.N,
             packed.widths,
             bias=bias is not None,
             order="own" if packed.rewrites.order is not None else None,
+            outliers=len(beside.get(".outlier_columns", ())),
             device="meta",
         )
-        module.fill(packed.tensors("") | packed.rewrites.tensors(""), bias)
+        module.fill(packed.tensors("") | beside, bias)
         return module
 
     def fill(self, tensors: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
@@ -111,6 +130,8 @@ class QuantizedLinear(nn.Module):
         keys = self.shapes(self.out_features, self.in_features, self.widths)
         tensors = {f"{name}.{key}": getattr(self, key) for key in keys}
         rewrites = packed_rewrites(self.code, self.order)
+        if self.outliers is not None and self.outlier_columns is not None:
+            rewrites = Rewrites([*rewrites, Outliers(self.outlier_columns, self.outliers)])
         return KINDS[self.code].from_tensors(
             name, tensors, self.out_features, self.in_features, self.widths, rewrites
         )
@@ -137,6 +158,15 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K], computed on the device and in the dtype of x."""
+        y = self._product(x)
+        if self.outliers is None or self.outlier_columns is None:
+            return y
+        if self._beside is None or self._beside.device != x.device:
+            self._beside = OutlierProduct(self.outlier_columns, self.outliers, self.order, x.device)
+        return self._beside(x, y)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """What the codes make of x, and the bias."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.siblings is not None and x.is_cuda:
             y = self.siblings.output(self, x)
@@ -169,7 +199,7 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, widths={widths}"
 
     def _reset(self) -> None:
-        self._runtime = None
+        self._runtime = self._beside = None
         if self.siblings is not None:
             self.siblings.reset()
 
@@ -193,7 +223,7 @@ class QuantizedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was built from the buffers: a copy builds its own."""
-        return self.__dict__ | {"_runtime": None}
+        return self.__dict__ | {"_runtime": None, "_beside": None}
 
 
 class SiblingGroup:

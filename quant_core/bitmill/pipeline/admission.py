@@ -133,12 +133,13 @@ def _facts(plan: Plan, config: QuantizationConfig, settings: dict[str, Any]) -> 
     given = allocation.map.linears.values() if allocation.map else ()
     if given:
         widths = tuple({width for groups in given for width in groups})
+    keeps = allocation.outliers or (allocation.map and allocation.map.outliers)
     return Facts(
         plan,
         kinds=frozenset({config.method.kind}),
         widths=frozenset(widths),
         mixed=any(len(set(groups)) > 1 for groups in given) or _mixes(allocation),
-        rewrites=stored_rewrites(plan, allocation.order),
+        rewrites=stored_rewrites(plan, allocation.order) | ({"outliers"} if keeps else set()),
         config=settings,
         grid=config.method.grid or "any",
     )

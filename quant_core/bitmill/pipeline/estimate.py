@@ -203,6 +203,7 @@ def _seconds(plan: Plan, config: QuantizationConfig, machine: Machine) -> float:
     passes: float = 3 if config.method.runs_source else 2
     profiled = config.calibration.length * config.calibration.profiled / tokens
     measured = profiled * (4 * forward + hessians)
+    measured *= 1 + len(config.allocation.outliers)
     profile = measured if config.allocation.method != "uniform" else 0.0
     windows = len(config.evaluation.texts) * (config.evaluation.sequences or EVALUATION_WINDOWS)
     share = windows * config.evaluation.length / tokens

@@ -31,7 +31,7 @@ from bitmill.formats.accounting import (
     describe,
     footprint,
     limit,
-    measure,
+    measure_map,
 )
 from bitmill.formats.codec import Checkpoint, open_checkpoint
 from bitmill.formats.writing import sha256_of_tensor
@@ -91,7 +91,7 @@ def verify_folder(
         bit_widths = checkpoint.bit_widths
         checkpoint.check_linears(plan.shapes)
         _check_map(bit_widths, expected_code_hashes)
-        specs = checkpoint_tensors(plan, bit_widths.linears, bit_widths.order)
+        specs = checkpoint_tensors(plan, bit_widths.linears, bit_widths.order, bit_widths.outliers)
         _check_tensors(checkpoint, specs, tensor_hashes)
         spent = _check_budget(checkpoint, bit_widths, plan, budget)
         expected = _Expected(expected_code_hashes, solved)
@@ -241,7 +241,7 @@ def _check_budget(
         raise VerificationError(
             f"safetensors files take {checkpoint.file_bytes} bytes, predicted were {spent.size}"
         )
-    measured = measure(plan, bit_widths.linears, bit_widths.order, budget.kind)
+    measured = measure_map(plan, bit_widths, budget.kind)
     if measured > limit(plan, budget):
         raise VerificationError(
             f"the checkpoint has {budget.kind} {describe(plan, budget.kind, measured)}, "

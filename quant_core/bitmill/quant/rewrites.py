@@ -29,11 +29,13 @@ from bitmill.runtime.ranks import Ranks
 class Rewrite(ABC):
     """One rewrite of one linear.
 
-    name: of its transform in `config.transforms.TRANSFORMS`; stored: names of its tensors
+    name: of its transform in `config.transforms.TRANSFORMS`; stored: names of its tensors; settles:
+    whether what is stored depends on what the solver made of the weight
     """
 
     name: ClassVar[str]
     stored: ClassVar[tuple[str, ...]]
+    settles: ClassVar[bool] = False
 
     @abstractmethod
     def weights(self, W: Tensor) -> Tensor:
@@ -42,6 +44,10 @@ class Rewrite(ABC):
     @abstractmethod
     def undo(self, W: Tensor) -> Tensor:
         """The inverse of `weights`."""
+
+    def settled(self, quantized: Tensor) -> Rewrite:
+        """What is stored, once what `weights` gave is quantized as f32 [n, K]."""
+        return self
 
     @abstractmethod
     def inputs(self, x: Tensor) -> Tensor:
@@ -155,6 +161,16 @@ class Rewrites(tuple[Rewrite, ...]):
         for one in reversed(self):
             W = one.undo(W)
         return W
+
+    def settled(self, quantized: Callable[[], Tensor]) -> Rewrites:
+        """What is stored, once what `weights` gave is quantized as f32 [n, K]."""
+        if not any(one.settles for one in self):
+            return self
+        W, found = quantized(), list[Rewrite]()
+        for one in reversed(self):
+            found.append(one.settled(W))
+            W = found[-1].undo(W)
+        return Rewrites(reversed(found))
 
     def moments(self, sums: Tensor) -> Tensor:
         """Sums [*, K] of products with x^T, of what x becomes."""

@@ -239,7 +239,7 @@ class PackedTensor:
     rewrites: Rewrites = NO_REWRITES
     kind: ClassVar[str] = "affine"
     module: ClassVar[str] = "bitmill.inference.linear:QuantizedLinear"
-    applies: ClassVar[frozenset[str]] = frozenset({"order"})
+    applies: ClassVar[frozenset[str]] = frozenset({"order", "outliers"})
 
     @property
     def order(self) -> Tensor | None:

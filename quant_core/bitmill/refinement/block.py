@@ -52,7 +52,7 @@ from bitmill.solvers.solver import (
     read_results,
     sampled_rows,
 )
-from bitmill.transforms.transform import Transform
+from bitmill.transforms.transform import Transform, together
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class RefineSettings:
     transforms: rewrite the linears before, one after the other
     batch: sequences per run of the block
     advance_source: replace the source's streams by what the block gives for them, on the way
+    alike: linears that read one input are rewritten and solved together where it says the same
     """
 
     solver: Solver
@@ -70,6 +71,7 @@ class RefineSettings:
     transforms: tuple[Transform, ...] = ()
     batch: int = 8
     advance_source: bool = False
+    alike: Callable[[str], object] = lambda _: None
 
 
 def refine_block(
@@ -174,7 +176,8 @@ class _BlockJob:
         result: dict[str, Quantized] = {}
         try:
             for group in groups:
-                result |= self._solve(group, seen, unseen)
+                for alike in together(group, self.settings.alike):
+                    result |= self._solve(alike, seen, unseen)
         finally:  # before what such inputs may have led to
             for check in checks:
                 check()
@@ -215,7 +218,8 @@ class _BlockJob:
         found = {}
         for name, weight in zip(names, solved.weights, strict=True):
             count = self.state.model.plan.by_name[name].rows
-            found[name] = weight.rewritten(rewrites[name]).gathered(self.ranks, count)
+            settled = rewrites[name].settled(weight.dequantize)
+            found[name] = weight.rewritten(settled).gathered(self.ranks, count)
         return found
 
     def _weight(self, name: str) -> Tensor:
@@ -239,10 +243,10 @@ class _BlockJob:
             return None
         judged, count = unseen, self.state.model.plan.by_name[name].rows
         sample = self._sample(count) - self.ranks.part(count).start
-        some = self._weight(name)[sample].float()
+        some, own = self._weight(name)[sample].float(), rewrites.with_rows(sample)
 
         def judge(candidate: Tensor) -> Tensor:
-            return judged.error(some - rewrites.undo(candidate))
+            return judged.error(some - own.undo(candidate))
 
         return Correction(rewrites.moments(seen.shift), sample, judge)
 

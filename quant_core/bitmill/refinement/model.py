@@ -62,6 +62,7 @@ from bitmill.runtime.graphs import graphs_kept
 from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.solvers.solver import solver_of
 from bitmill.transforms.column_order import ColumnOrders
+from bitmill.transforms.outliers import OutlierColumns
 from bitmill.transforms.transform import made_of
 
 TUNED_NAME = "tuned"
@@ -309,7 +310,8 @@ class _Run:
     ) -> None:
         self.model, self.inputs, self.solver = model, inputs, solver_of(method)
         kept = [made_of(one) for one in transforms if not one.folded]
-        self.transforms = ColumnOrders(inputs.orders), *kept
+        self.outliers = OutlierColumns(inputs.bit_widths.outliers)
+        self.transforms = ColumnOrders(inputs.orders), *kept, self.outliers
         self.scalings = [made_of(one) for one in transforms if one.folded]
         self.group = group
         own, held_out = group.shard(inputs.tokens.tokens), group.shard(inputs.tokens.held_out)
@@ -363,6 +365,7 @@ class _Run:
                 self.transforms,
                 self.batch,
                 advance_source=self.shifts,
+                alike=self.outliers.alike,
             ),
             held_out=self._streams[1] if self.shifts else None,
             on_step=on_step,

@@ -72,12 +72,12 @@ def summarize(
     mean = footprint(plan, bit_widths).code_bits
     reference = min(profile.widths, key=lambda width: (abs(width - mean), width))
     column = profile.widths.index(reference)
-    linears = {}
+    linears, own = {}, profile.keeping(bit_widths.outliers)
     for name, widths in bit_widths.linears.items():
-        costs = profile.linear(name).costs[:, column]
+        costs = own.linear(name).costs[:, column]
         linears[name] = LinearSensitivity(
             groups=tuple(_rounded(float(cost)) for cost in costs),
-            predicted_loss=_rounded(profile.predicted_loss({name: widths})),
+            predicted_loss=_rounded(own.predicted_loss({name: widths})),
         )
     return ProfileSummary(
         profile_id=profile.key,

@@ -48,6 +48,8 @@ from bitmill.runtime.timer import timed
 from bitmill.solvers.gptq.column_loop import solve_siblings
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import GptqSettings
+from bitmill.transforms.outliers import OutlierColumns
+from bitmill.transforms.transform import together
 
 CALIBRATION_TOKENS = 32768
 JUDGED_TOKENS = 16384
@@ -89,11 +91,11 @@ def corrected(
     alone: Measured,
 ) -> SensitivityProfile:
     """The profile with costs corrected by the parts of a map whose KL is `measured`."""
-    parts = parts_of(plan)
+    parts, kept = parts_of(plan), profile.keeping(bit_widths.outliers)
 
     def factor(names: frozenset[str], found: float) -> float:
         linears = {name: bit_widths.linears[name] for name in names if name in bit_widths.linears}
-        predicted = profile.predicted_loss(linears)
+        predicted = kept.predicted_loss(linears)
         return found / predicted if predicted > 0 and found > 0 else 1.0
 
     every = factor(frozenset(bit_widths.linears), measured)
@@ -104,7 +106,7 @@ def corrected(
         if linear.name not in {matrix.name for matrix in plan.embeddings}:
             block, kind = (of_part.get(part, every) for part in _parts_with(plan, linear.name))
             found = min(LARGEST_FACTOR, max(1 / LARGEST_FACTOR, block * kind / every))
-        linears.append(replace(linear, costs=linear.costs * found))
+        linears.append(linear.scaled(found))
     return replace(profile, linears=tuple(linears))
 
 
@@ -273,20 +275,23 @@ def _solve(
     bit_widths: BitWidthMap,
 ) -> dict[str, Tensor]:
     """Dequantized weights f32 [N, K] of a block's linears in the map."""
-    found = {}
+    found, outliers = {}, OutlierColumns(bit_widths.outliers)
     for names, rewrites, curvature in shared:
-        asked = [
-            (name, rewrites.weights(weights[name].float()), bit_widths.linears[name])
-            for name in names
-            if name in bit_widths.linears
-        ]
-        if not asked:
-            continue
-        mine, sources, widths = zip(*asked, strict=True)
-        with timed("solve"):
-            solved = solve_siblings(sources, curvature, widths, HASTY)
-        for name, codes in zip(mine, solved, strict=True):
-            found[name] = codes.finish().rewritten(rewrites).dequantize()
+        mine = [name for name in names if name in bit_widths.linears]
+        for alike in together(mine, outliers.alike):
+            sources = {name: rewrites.weights(weights[name].float()) for name in alike}
+            own, every = curvature, dict.fromkeys(alike, rewrites)
+            if fitted := outliers.fit(sources, curvature.H, SINGLE):
+                sources = {name: fitted[name].weights(W) for name, W in sources.items()}
+                every = {name: Rewrites([*rewrites, fitted[name]]) for name in alike}
+                own = Curvature.prepare(fitted[alike[0]].hessian(curvature.H), name=alike[0])
+            widths = [bit_widths.linears[name] for name in alike]
+            with timed("solve"):
+                solved = solve_siblings(list(sources.values()), own, widths, HASTY)
+            for name, codes in zip(alike, solved, strict=True):
+                weight = codes.finish()
+                settled = every[name].settled(weight.dequantize)
+                found[name] = weight.rewritten(settled).dequantize()
     return found
 
 

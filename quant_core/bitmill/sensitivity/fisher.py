@@ -74,6 +74,7 @@ from bitmill.sensitivity.trellis import trellis_costs
 from bitmill.solvers.factor import activation_order
 from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.grid_search import unit_rows
+from bitmill.transforms.outliers import OutlierColumns
 from bitmill_kernels.backend import resolve_backend
 from bitmill_kernels.gptq.block import gptq_block
 from bitmill_kernels.layout import group_count
@@ -98,13 +99,15 @@ class SensitivitySettings:
     """What is measured, and how.
 
     widths: candidates, ascending. rows: outputs of a linear that are quantized, see above. code:
-    of the groups (`config/codes.py`).
+    of the groups (`config/codes.py`). outliers: numbers of outlier columns that costs are measured
+    with, besides none.
     """
 
     widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     order: Literal["natural", "activation"] = "activation"
     rows: int = 512
     code: str = "affine"
+    outliers: tuple[int, ...] = ()
     gradients: PassSettings = field(default_factory=PassSettings)
 
 
@@ -211,6 +214,7 @@ def profile_knapsack(
         widths=settings.widths,
         linears=tuple(linears),
         orders={owner: order for block in blocks for owner, order in block.orders.items()},
+        outliers=settings.outliers,
     )
 
 
@@ -311,6 +315,7 @@ class _Measurement:
                 for group, (_, order) in zip(groups, measured, strict=True)
                 if order is not None
             },
+            outliers=self._settings.outliers,
         )
 
     def _columns(self, group: Sequence[str]) -> int:
@@ -331,7 +336,8 @@ class _Measurement:
         rewrites = packed_rewrites(self._settings.code, order)
         linears = []
         for name in group:
-            curvature = Curvature.prepare(rewrites.hessian(moments.weighted(name)), name=name)
+            H = rewrites.hessian(moments.weighted(name))
+            curvature = Curvature.prepare(H, name=name)
             weight = weight_of(modules[name]).detach()
             row_weight = moments.row_weight(name, predictions)
             with timed("cost"):
@@ -340,11 +346,34 @@ class _Measurement:
                     table = trellis_costs(weight, row_weight, upper, rates, rewrites)
                 else:
                     table = linear_costs(weight, row_weight, curvature, self._settings, rewrites)
-            _check_costs(name, table)
+                kept = [
+                    self._with_outliers(name, count, weight, row_weight, H, rewrites)
+                    for count in self._settings.outliers
+                ]
+            for costs in (table, *kept):
+                _check_costs(name, costs)
             linear = self._plan.by_name[name]
             owner = None if order is None else group[0]
-            linears.append(LinearProfile(name, linear.rows, linear.columns, table, owner))
+            tables = np.stack(kept) if kept else np.zeros((0, *table.shape))
+            linears.append(LinearProfile(name, linear.rows, linear.columns, table, owner, tables))
         return linears, None if order is None else _index_array(order)
+
+    def _with_outliers(
+        self,
+        name: str,
+        count: int,
+        weight: Tensor,
+        row_weight: Tensor,
+        H: Tensor,
+        rewrites: Rewrites,
+    ) -> FloatArray:
+        """Costs with so many outlier columns; H: [K, K] behind the rewrites."""
+        count = min(count, weight.shape[1] - 1)
+        packed = {name: rewrites.weights(weight.float())}
+        fitted = OutlierColumns({name: count}).fit(packed, H, SINGLE)[name]
+        curvature = Curvature.prepare(fitted.hessian(H), name=name)
+        every = Rewrites([*rewrites, fitted])
+        return linear_costs(weight, row_weight, curvature, self._settings, every)
 
 
 def _check_costs(name: str, costs: FloatArray) -> None:

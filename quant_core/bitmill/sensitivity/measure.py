@@ -103,6 +103,7 @@ def _knapsack(
         widths=origin.config.widths or WIDTHS,
         order=_order(origin.config),
         code=origin.config.code or "affine",
+        outliers=origin.config.outliers or (),
     )
     made = profile_knapsack(
         model,

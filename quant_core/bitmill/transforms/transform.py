@@ -6,7 +6,7 @@ are easier to quantize. It stays with the quantized weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -59,6 +59,14 @@ class SourceRewriting(Protocol):
     ) -> Callable[[str], Tensor]:
         """What gives a tensor of `SourceTransform.rewritten` by its name, in the dtype and shape
         said there. read: of the source's files; threads may ask at once."""
+
+
+def together(names: Sequence[str], alike: Callable[[str], object]) -> list[list[str]]:
+    """Names in lists of those of which `alike` says the same, in their sequence."""
+    found: dict[object, list[str]] = {}
+    for name in names:
+        found.setdefault(alike(name), []).append(name)
+    return list(found.values())
 
 
 def made_of(settings: TransformConfig) -> Any:

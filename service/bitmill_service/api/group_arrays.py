@@ -50,15 +50,17 @@ def job_groups(
 ) -> bytes:
     """A job's map, and what is known of its groups and linears.
 
-    widths u8 [T]; bytes i32 [T]: stored bytes of each group; error f32 [L]: relative error of the
-    refined linear on its inputs; sensitivity f32 [T]: predicted increase of the loss, nats per
-    token, with this group at `reference_width` i32 [1]; predicted_loss f32 [L]: of the linear at
-    the widths it has. NaN where one linear has none. Raises `FormatError` where the plan is of
-    another model.
+    widths u8 [T]; outliers i32 [L]: columns in 16 bits, where some linear has any; bytes i32 [T]:
+    stored bytes of each group; error f32 [L]: relative error of the refined linear on its inputs;
+    sensitivity f32 [T]: predicted increase of the loss, nats per token, with this group at
+    `reference_width` i32 [1]; predicted_loss f32 [L]: of the linear at the widths it has. NaN where
+    one linear has none. Raises `FormatError` where the plan is of another model.
     """
     names = list(found.linears)
     arrays = _layout(names, [len(widths) for widths in found.linears.values()])
     arrays["widths"] = _joined(found.linears.values(), "|u1")
+    if found.outliers:
+        arrays["outliers"] = np.array([found.outliers.get(n, 0) for n in names], dtype="<i4")
     if plan is not None:
         found.check_shapes(plan.shapes)
         shapes = {shape.name: shape for shape in plan.shapes}

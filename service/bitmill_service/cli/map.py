@@ -80,6 +80,9 @@ def show(target: MapArgument, *, url: UrlOption = None, json: JsonFlag = False) 
     counts = Counter(width for widths in found.linears.values() for width in widths)
     spread = ", ".join(f"{counts[width]} of {width} bits" for width in sorted(counts))
     typer.echo(f"{sum(counts.values())} groups in {len(rows)} linears: {spread}")
+    if found.outliers:
+        kept = ", ".join(f"{count} of {name}" for name, count in found.outliers.items())
+        typer.echo(f"{sum(found.outliers.values())} columns in 16 bits: {kept}")
 
 
 @app.command()
@@ -111,14 +114,12 @@ def diff(
 
     Example: bitmill map diff first.json second.json
     """
-    a, b = load_map(first, url).linears, load_map(second, url).linears
+    a, b = (_described(load_map(target, url)) for target in (first, second))
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
     if json:
-        print_json({name: [_digits(a.get(name)), _digits(b.get(name))] for name in names})
+        print_json({name: [a.get(name, ""), b.get(name, "")] for name in names})
         return
-    print_table(
-        ("linear", "first", "second"), [(n, _digits(a.get(n)), _digits(b.get(n))) for n in names]
-    )
+    print_table(("linear", "first", "second"), [(n, a.get(n, ""), b.get(n, "")) for n in names])
     typer.echo(f"{len(names)} of {len({**a, **b})} linears differ")
 
 
@@ -253,5 +254,10 @@ def allocate(
         typer.echo(f"  {point.budget:g}: {what}")
 
 
-def _digits(widths: tuple[int, ...] | None) -> str:
-    return "" if widths is None else "".join(map(str, widths))
+def _described(found: BitWidthMap) -> dict[str, str]:
+    """Linear -> digits of its widths, with the number of its outlier columns where it has some."""
+    beside = {name: f" + {count} columns" for name, count in found.outliers.items()}
+    return {
+        name: "".join(map(str, widths)) + beside.get(name, "")
+        for name, widths in found.linears.items()
+    }

@@ -145,6 +145,13 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
             comma_separated,
             "N,...",
         ),
+        SpecOption(
+            "--outliers",
+            "allocation.outliers",
+            "Numbers of columns that a linear may keep in 16 bits.",
+            comma_separated,
+            "N,...",
+        ),
         SpecOption("--min-bits", "allocation.min_bits", "Smallest width."),
         SpecOption("--max-bits", "allocation.max_bits", "Largest width."),
         SpecOption(

@@ -25,6 +25,7 @@ class WidthTable:
     rows: tuple[tuple[str, tuple[float | None, ...]], ...]
     linears: int
     groups: int
+    outliers: int
 
     @classmethod
     def of(cls, found: BitWidthMap, report: QualityReport) -> WidthTable:
@@ -45,6 +46,7 @@ class WidthTable:
             ),
             len(found.linears),
             sum(map(len, found.linears.values())),
+            sum(found.outliers.values()),
         )
 
 

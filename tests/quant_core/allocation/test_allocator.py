@@ -11,7 +11,7 @@ from bitmill.allocation.allocator import Allocator, allocate, check_budget, curv
 from bitmill.config.bit_width_map import BitWidthMap, code_bits
 from bitmill.config.quantization import Allocation, Budget, QuantizationConfig, parse_config
 from bitmill.errors import BudgetError, FormatError, SpecError
-from bitmill.formats.accounting import checkpoint_tensors, footprint, measure, order_bytes
+from bitmill.formats.accounting import checkpoint_tensors, fixed, footprint, measure
 from bitmill.formats.packed.format import Packed
 from bitmill.io.safetensors import checkpoint_bytes
 from plans import llama_plan, random_profile
@@ -129,7 +129,7 @@ def test_accounting_agrees_with_bits_and_layout():
     found = allocate(PLAN, job({"code_bits": 3.3}, order="activation"), PROFILE)
     taken = footprint(PLAN, found)
     owned = 3 * 416 * 3  # down_proj's order is folded
-    assert order_bytes(PLAN, "activation") == 4 * owned
+    assert fixed(PLAN, "activation", "bits") == 4 * owned
     assert taken.code_bits == pytest.approx(code_bits(PLAN.shapes, found.linears))
     groups = sum(Packed().linear_bytes(shape, found.linears[shape.name]) for shape in PLAN.shapes)
     assert taken.bits == pytest.approx(8 * (groups + 4 * owned) / PLAN.weights)

@@ -29,7 +29,8 @@ from bitmill.formats.writing import (
 )
 from bitmill.io.atomic import disk_errors, write_bytes
 from bitmill.io.safetensors import MAX_SHARD_BYTES, TensorInfo
-from bitmill.quant.rewrites import check_order
+from bitmill.quant.outliers import Outliers
+from bitmill.quant.rewrites import Rewrites, check_order
 from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.tensors import KINDS, Stored
 
@@ -60,10 +61,10 @@ def write_checkpoint(
 
     def packed_tensors(name: str) -> dict[str, Tensor]:
         weight = linear(name)
-        tensors = weight.tensors(name)
-        if config.linears[name].owns_order:
-            tensors |= weight.rewrites.tensors(name)
-        return tensors
+        beside = weight.rewrites.tensors(name)
+        if not config.linears[name].owns_order:
+            beside.pop(f"{name}.order", None)
+        return weight.tensors(name) | beside
 
     digests = write_tensors(
         folder,
@@ -135,8 +136,13 @@ class PackedCheckpoint(PackedHeaders, TensorFolder):
 
     def check_linear(self, shape: LinearShape, packed: PackedLinear) -> None:
         """Compare the headers of one linear with its shape; raises as `check_linears` does."""
-        code, owns_order = self.config.code, packed.owns_order
-        expected = linear_tensors(shape, packed.widths, owns_order=owns_order, code=code)
+        expected = linear_tensors(
+            shape,
+            packed.widths,
+            owns_order=packed.owns_order,
+            code=self.config.code,
+            outliers=packed.outliers,
+        )
         self.check_headers(expected)
         self.check_no_others(shape.name, {spec.name for spec in expected})
 
@@ -149,6 +155,9 @@ class PackedCheckpoint(PackedHeaders, TensorFolder):
         if order is not None:
             check_order(order, shape.columns, packed.order or "")
         rewrites, code = packed_rewrites(self.config.code, order), self.config.code
+        if packed.outliers:
+            beside = {key: self.tensor(f"{shape.name}.{key}") for key in Outliers.stored}
+            rewrites = Rewrites([*rewrites, Outliers.from_tensors(beside)])
         names = [spec.name for spec in linear_tensors(shape, packed.widths, code=code)]
         tensors = {name: self.tensor(name) for name in names if name in self.headers}
         return KINDS[code].from_tensors(

@@ -7,7 +7,8 @@ One digit of `widths` per group, in packed column order. `order` names the i32 [
 holds the linear's column order: its own, or that of another linear with the same input.
 
 Version 2 says the code of all its groups, with its constants, under "code"; version 1 is of affine
-codes and has no such key.
+codes and has no such key. Version 3 is version 1 where linears keep columns in 16 bits beside their
+codes: those have a key more, "outliers", their number.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from bitmill_kernels.trellis.layout import FLIPPED, KEPT, MULTIPLIER, STATE_BITS
 
 QUANT_METHOD = "bitmill"
 VERSIONS = {"affine": 1, "trellis": 2}
-"""Format version by code."""
+"""Format version by code, where no linear has outliers."""
+WITH_OUTLIERS = 3
+"""Version of affine codes with outliers."""
 TRELLIS = {
     "name": "trellis",
     "state_bits": STATE_BITS,
@@ -42,6 +45,7 @@ class PackedLinear:
     name: str
     widths: tuple[int, ...]
     order: str | None = None
+    outliers: int = 0
 
     @property
     def owns_order(self) -> bool:
@@ -67,7 +71,9 @@ class PackedConfig:
         orders = orders or {}
         return cls(
             {
-                name: PackedLinear(name, tuple(widths), orders.get(name))
+                name: PackedLinear(
+                    name, tuple(widths), orders.get(name), bit_widths.outliers.get(name, 0)
+                )
                 for name, widths in bit_widths.linears.items()
             },
             code,
@@ -78,11 +84,12 @@ class PackedConfig:
         """Read what `to_dict` made. Raises FormatError for anything else."""
         expected = {"quant_method": QUANT_METHOD, "group_size": GROUP_SIZE}
         version = data.get("format_version")
-        code = next((name for name, known in VERSIONS.items() if version == known), None)
+        versions = {known: name for name, known in VERSIONS.items()} | {WITH_OUTLIERS: "affine"}
+        code = versions.get(version) if isinstance(version, int) else None
         if code is None:
             raise FormatError(
                 f"format_version {version!r} is unknown: this release reads "
-                f"{' and '.join(map(str, VERSIONS.values()))}; update bitmill",
+                f"{', '.join(map(str, versions))}; update bitmill",
                 code="unknown_format_version",
                 param="quantization_config.format_version",
             )
@@ -97,6 +104,10 @@ class PackedConfig:
         if not isinstance(linears, Mapping) or not linears:
             raise _refusal("linears", "must name at least one quantized linear")
         parsed = {name: _parse_linear(name, entry, code) for name, entry in linears.items()}
+        if any(linear.outliers for linear in parsed.values()) != (version == WITH_OUTLIERS):
+            raise _refusal(
+                "linears", f"of version {version} say otherwise whether there are outliers"
+            )
         _check_orders(parsed)
         return cls(parsed, code)
 
@@ -104,12 +115,13 @@ class PackedConfig:
         """The JSON object that config.json holds under `quantization_config`."""
         linears = {
             name: {"widths": "".join(map(str, linear.widths)), "order": linear.order}
+            | ({"outliers": linear.outliers} if linear.outliers else {})
             for name, linear in self.linears.items()
         }
         said: dict[str, Any] = {"code": TRELLIS} if self.code == "trellis" else {}
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": VERSIONS[self.code],
+            "format_version": WITH_OUTLIERS if self.outliers else VERSIONS[self.code],
             "group_size": GROUP_SIZE,
             **said,
             "linears": linears,
@@ -121,6 +133,11 @@ class PackedConfig:
         return {name: linear.widths for name, linear in self.linears.items()}
 
     @property
+    def outliers(self) -> dict[str, int]:
+        """Number of outlier columns of the linears that have some."""
+        return {name: one.outliers for name, one in self.linears.items() if one.outliers}
+
+    @property
     def orders(self) -> dict[str, str | None]:
         """Name of the order tensor by linear, None where columns keep their order."""
         return {name: linear.order for name, linear in self.linears.items()}
@@ -129,14 +146,16 @@ class PackedConfig:
 def _parse_linear(name: str, entry: Any, code: str) -> PackedLinear:
     legal = CODES[code].legal
     where = f"linears.{name}"
-    if not isinstance(entry, Mapping) or entry.keys() != {"widths", "order"}:
-        raise _refusal(where, "must have exactly the keys widths and order")
-    widths, order = entry["widths"], entry["order"]
+    if not isinstance(entry, Mapping) or entry.keys() - {"outliers"} != {"widths", "order"}:
+        raise _refusal(where, "must have exactly the keys widths and order, and maybe outliers")
+    widths, order, outliers = entry["widths"], entry["order"], entry.get("outliers")
+    if "outliers" in entry and (type(outliers) is not int or outliers < 1):
+        raise _refusal(where, f"has outliers {outliers!r}: a number of columns, at least 1")
     if not isinstance(widths, str) or not widths or set(widths) - set(map(str, legal)):
         raise _refusal(where, f"has widths {widths!r}: one digit of {list(legal)} per group")
     if order is not None and not (isinstance(order, str) and order.endswith(".order")):
         raise _refusal(where, f"has order {order!r}: the name of a tensor `….order`, or null")
-    return PackedLinear(name, tuple(int(digit) for digit in widths), order)
+    return PackedLinear(name, tuple(int(digit) for digit in widths), order, outliers or 0)
 
 
 def _check_orders(linears: Mapping[str, PackedLinear]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from bitmill.config.codes import CODES
 from bitmill.formats.format import Contents, Facts, Format, Order, Refusal, order_owners
-from bitmill.formats.packed.config import QUANT_METHOD, VERSIONS
+from bitmill.formats.packed.config import QUANT_METHOD, VERSIONS, WITH_OUTLIERS
 from bitmill.formats.packed.layout import stored_tensors
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan
@@ -15,7 +15,8 @@ from bitmill_kernels.trellis.layout import tile_bytes, tile_count
 
 
 class Packed(Format):
-    """Version 1: bit planes of every width, in the columns' order or another that is stored.
+    """Version 1: bit planes of every width, in the columns' order or one that is stored; version
+    3 where some linears keep columns in 16 bits beside them.
 
     code: of all groups, by its name in `config.codes.CODES`.
     """
@@ -25,16 +26,18 @@ class Packed(Format):
     headers: ClassVar[str | None] = "bitmill.formats.packed.headers:PackedHeaders"
     keeps_codes: ClassVar[bool] = True
     widths: ClassVar[frozenset[int] | None] = frozenset(CODES["affine"].legal)
-    rewrites: ClassVar[frozenset[str] | None] = frozenset({"order"})
+    rewrites: ClassVar[frozenset[str] | None] = frozenset({"order", "outliers"})
     code: ClassVar[str] = "affine"
+    versions: ClassVar[tuple[int, ...]] = (VERSIONS["affine"], WITH_OUTLIERS)
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:
         """By the method and the version that its quantization_config names."""
         found = settings.get("quantization_config")
-        return isinstance(found, dict) and (
-            (found.get("quant_method"), found.get("format_version"))
-            == (QUANT_METHOD, VERSIONS[cls.code])
+        return (
+            isinstance(found, dict)
+            and found.get("quant_method") == QUANT_METHOD
+            and found.get("format_version") in cls.versions
         )
 
     def tensors(self, contents: Contents) -> list[TensorInfo]:
@@ -47,6 +50,7 @@ class Packed(Format):
             contents.widths,
             {name: f"{owner}.order" for name, owner in owners.items()},
             self.code,
+            contents.outliers,
         )
 
 
@@ -58,6 +62,7 @@ class PackedTrellis(Packed):
     widths: ClassVar[frozenset[int] | None] = frozenset(CODES["trellis"].legal)
     rewrites: ClassVar[frozenset[str] | None] = frozenset({"order", "rotation"})
     code: ClassVar[str] = "trellis"
+    versions: ClassVar[tuple[int, ...]] = (VERSIONS["trellis"],)
 
     def refusals(self, facts: Facts) -> list[Refusal]:
         """Besides: a model whose columns are not rotated."""

@@ -46,10 +46,14 @@ class PackedHeaders(HeaderFolder):
 
     @property
     def bit_widths(self) -> BitWidthMap:
-        """The map's file. Raises FormatError unless it gives the widths of config.json."""
+        """The map's file. Raises FormatError unless it gives what config.json does."""
         found = BitWidthMap.load(self.folder / MAP_NAME)
         if self.config.widths != found.linears:
             raise FormatError(f"{MAP_NAME} and {CONFIG_FILE} give different widths", param=MAP_NAME)
+        if self.config.outliers != found.outliers:
+            raise FormatError(
+                f"{MAP_NAME} and {CONFIG_FILE} give different numbers of outliers", param=MAP_NAME
+            )
         return found
 
     @property
@@ -61,6 +65,7 @@ class PackedHeaders(HeaderFolder):
     def rewrites(self) -> frozenset[str]:
         """Names of those that are stored."""
         stored = {"order"} if any(self.config.orders.values()) else set()
+        stored |= {"outliers"} if self.config.outliers else set()
         return frozenset(stored | ({"rotation"} if self.config.code == "trellis" else set()))
 
     @property

@@ -10,9 +10,11 @@ Torch-free: the service and the allocator import it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
-from bitmill.config.bit_width_map import LinearShape
+from bitmill.config.bit_width_map import NO_OUTLIERS, LinearShape
+from bitmill.config.transforms import Outliers
 from bitmill.errors import FormatError
 from bitmill.io.safetensors import TensorInfo
 from bitmill_kernels.layout import code_tensor_shapes, scale_tensor_shapes, zero_tensor_shapes
@@ -20,9 +22,15 @@ from bitmill_kernels.trellis.layout import circle_shapes
 
 
 def linear_tensors(
-    shape: LinearShape, widths: Sequence[int], *, owns_order: bool = False, code: str = "affine"
+    shape: LinearShape,
+    widths: Sequence[int],
+    *,
+    owns_order: bool = False,
+    code: str = "affine",
+    outliers: int = 0,
 ) -> list[TensorInfo]:
-    """Packed tensors of one linear, its bias excepted; `owns_order` adds the column order.
+    """Packed tensors of one linear, its bias excepted; `owns_order` adds the column order,
+    `outliers` as many columns in 16 bits.
 
     Raises FormatError unless `widths` names one legal width per group.
     """
@@ -41,7 +49,9 @@ def linear_tensors(
     scales = scale_tensor_shapes(N, widths)
     specs += [TensorInfo(f"{prefix}.{key}", "F16", size) for key, size in scales.items()]
     zeros = zero_tensor_shapes(N, widths)
-    return specs + [TensorInfo(f"{prefix}.{key}", "U8", size) for key, size in zeros.items()]
+    specs += [TensorInfo(f"{prefix}.{key}", "U8", size) for key, size in zeros.items()]
+    beside = Outliers(count=outliers).stored(shape)
+    return specs + [replace(tensor, name=f"{prefix}.{tensor.name}") for tensor in beside]
 
 
 def stored_tensors(
@@ -50,12 +60,14 @@ def stored_tensors(
     linears: Mapping[str, Sequence[int]],
     orders: Mapping[str, str | None] | None = None,
     code: str = "affine",
+    outliers: Mapping[str, int] = NO_OUTLIERS,
 ) -> list[TensorInfo]:
     """Every tensor of the packed checkpoint: the linears' in the order of `shapes`, then `kept`.
 
     kept: tensors taken over from the source as they are (biases, norms, embeddings)
     linears: widths of each linear of `shapes`
     orders: name of the tensor that holds a linear's column order, by linear; None is natural
+    outliers: number of outlier columns of the linears that have some
 
     Raises FormatError unless `linears` covers exactly `shapes`, one legal width per group.
     """
@@ -67,13 +79,14 @@ def stored_tensors(
     stored: list[TensorInfo] = []
     for shape in shapes:
         owned = orders.get(shape.name) == f"{shape.name}.order"
-        stored += _known(shape, tuple(linears[shape.name]), owned, code)
+        beside = outliers.get(shape.name, 0)
+        stored += _known(shape, tuple(linears[shape.name]), owned, code, beside)
     return stored + list(kept)
 
 
 @lru_cache(maxsize=1 << 13)
 def _known(
-    shape: LinearShape, widths: tuple[int, ...], owns_order: bool, code: str
+    shape: LinearShape, widths: tuple[int, ...], owns_order: bool, code: str, outliers: int
 ) -> list[TensorInfo]:
     """Neighbouring maps on a curve share most of their linears."""
-    return linear_tensors(shape, widths, owns_order=owns_order, code=code)
+    return linear_tensors(shape, widths, owns_order=owns_order, code=code, outliers=outliers)

@@ -72,6 +72,11 @@ class Share:
         columns = group_columns(K)
         if len(columns) != len(linear.widths):
             raise self._refusal(f"has {len(linear.widths)} widths for {K} columns")
+        if linear.outliers:
+            raise self._refusal(
+                f"keeps {linear.outliers} outlier columns in 16 bits, which engines have no place "
+                "for yet: quantize without allocation.outliers"
+            )
         if self.groups[0] >= self.groups[1]:
             raise self._refusal(
                 f"has {len(columns)} groups, too few to give every rank one: use fewer ranks"

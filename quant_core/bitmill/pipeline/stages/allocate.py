@@ -175,7 +175,10 @@ def _others(inputs: Inputs, asked: QuantizationConfig) -> Iterator[tuple[str, Bi
     """Maps that may be better than the knapsack's, where the budget has them."""
     legal = inputs.allocation.legal_widths
     kept = tuple(width for width in legal if width != DROPPED)
-    changes: dict[str, dict[str, Any]] = {"uniform": {"method": "uniform", "widths": kept}}
+    simple = {"method": "uniform", "widths": kept, "outliers": ()}
+    changes: dict[str, dict[str, Any]] = {"uniform": simple}
+    if inputs.allocation.outliers:
+        changes["knapsack without outliers"] = {"outliers": ()}
     for without in ((DROPPED,), (1,), (DROPPED, 1)):
         others = tuple(width for width in legal if width not in without)
         if set(without) <= set(legal) and any(others):
@@ -246,7 +249,7 @@ class _Checking:
             CheckedMap(
                 method=name,
                 bits=footprint(self.plan, maps[name]).bits,
-                predicted_loss=self.profile.predicted_loss(maps[name].linears),
+                predicted_loss=self.profile.predicted(maps[name]),
                 kl=quality.kl,
                 kl_se=quality.kl_se,
                 taken=name == taken,

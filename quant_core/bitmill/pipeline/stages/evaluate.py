@@ -206,13 +206,15 @@ def load(folder: Path) -> QualityReport:
 
 
 def predicted_loss(profile: SensitivityProfile | None, bit_widths: BitWidthMap) -> float | None:
-    """What the profile says of a map; None where it has no costs of the map's widths."""
+    """What the profile says of a map; None where it has no costs of its widths or numbers of
+    outliers."""
     if profile is None or not profile.widths:
         return None
     used = {width for widths in bit_widths.linears.values() for width in widths}
-    if not used <= set(profile.widths):
+    kept = set(bit_widths.outliers.values())
+    if not used <= set(profile.widths) or not kept <= set(profile.outliers):
         return None
-    return profile.predicted_loss(bit_widths.linears)
+    return profile.predicted(bit_widths)
 
 
 def _notes(config: QuantizationConfig, plan: Plan, allocated: Allocated) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
             linear=FoldedOrders(refined, plan).packed,
             other=other,
         )
-        contents = Contents(plan, widths.linears, widths.order)
+        contents = Contents.of(plan, widths)
         hashes = codec_of(format_of(plan)).write(packed, contents, supply, on_linear)
     write_json(folder / HASHES_NAME, hashes)
 

@@ -107,6 +107,7 @@ def needed(
         widths=_widths(config) if knapsack else None,
         code=config.code_name if knapsack and config.code_name != "affine" else None,
         moments="weighted" if knapsack else None,
+        outliers=allocation.outliers or None,
         base=Allocator(plan, allocation).sba_base(config.budget) if sba else None,
         sequences=config.calibration.profile_sequences,
         dtype=str(compute_dtype(torch.device(environment.device), plan)),

@@ -293,7 +293,10 @@ def _edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=3), "format_version 3 is unknown"),
+        (lambda q: q.update(format_version=4), "format_version 4 is unknown"),
+        (lambda q: q.update(format_version=3), "of version 3 say otherwise"),
+        (lambda q: q["linears"][KEY].update(outliers=2), "of version 1 say otherwise"),
+        (lambda q: q["linears"][KEY].update(outliers=0), "has outliers 0: a number of columns"),
         (lambda q: q.update(format_version=2), "code is None, expected"),
         (lambda q: q.update(code="affine"), "code is not a key of format version 1"),
         (lambda q: q.pop("format_version"), "format_version None is unknown"),

@@ -1,0 +1,140 @@
+"""Outlier columns: exact beside any codes, and the best that can stand there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitmill.errors import FormatError
+from bitmill.formats.packed.config import PackedLinear
+from bitmill.formats.packed.share import Share
+from bitmill.inference.linear import QuantizedLinear, join_siblings
+from bitmill.quant.outliers import Fitted, Outliers
+from bitmill.quant.rewrites import Rewrites
+from bitmill.runtime.ranks import SINGLE
+from bitmill.transforms.outliers import OutlierColumns, chosen_columns
+from weights import random_weight
+
+N, K, COUNT = 24, 200, 3
+HEAVY = (7, 150, 191)
+
+
+def weights() -> Tensor:
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(0))
+
+
+def hessian() -> Tensor:
+    """Mean x x^T of inputs of which three columns are heavy, and half of the others follow one."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2000, K, generator=generator) @ torch.randn(K, K, generator=generator)
+    x[:, HEAVY] *= 20
+    x[:, 8:100] += 0.1 * x[:, HEAVY[:1]]
+    return x.T @ x / len(x)
+
+
+def fitted() -> Fitted:
+    found = OutlierColumns({"a": COUNT}).fit({"a": weights()}, hessian(), SINGLE)["a"]
+    assert isinstance(found, Fitted)
+    return found
+
+
+def some_codes(W: Tensor) -> Tensor:
+    """What a solver may give for W."""
+    return (W * 2).round() / 2 + 0.1
+
+
+def error(R: Tensor, H: Tensor) -> float:
+    return float(((R.double() @ H.double()) * R.double()).sum())
+
+
+def test_columns_of_heavy_inputs_and_large_errors_are_chosen() -> None:
+    W, H = weights(), hessian()
+    assert set(chosen_columns({"a": W}, H, COUNT)[0].tolist()) == set(HEAVY)
+    W[:, HEAVY[0]] = 0  # nothing to lose there
+    assert HEAVY[0] not in chosen_columns({"a": W}, H, COUNT)[0]
+
+
+def test_what_is_kept_makes_up_for_any_codes_as_well_as_a_matrix_can() -> None:
+    W, H, rewrite = weights(), hessian(), fitted()
+    Q = some_codes(rewrite.weights(W))
+    settled = rewrite.settled(Q)
+    left = W - settled.undo(Q)
+    columns = rewrite.columns
+    best = torch.linalg.solve(
+        H[columns][:, columns].double(), (H[columns] @ (W - Q).T).double()
+    ).T  # the normal equations of S
+    least = (W - Q).double().index_add(1, columns, best, alpha=-1)
+    assert error(left, H) == pytest.approx(error(least, H), rel=1e-3)
+    assert error(left, H) < 0.9 * error((W - Q).index_fill(1, columns, 0.0), H)
+
+
+def test_a_solver_sees_the_error_that_will_be_left() -> None:
+    W, H, rewrite = weights(), hessian(), fitted()
+    Q = some_codes(rewrite.weights(W))
+    seen = error(rewrite.weights(W) - Q, rewrite.hessian(H))
+    assert seen == pytest.approx(error(W - rewrite.settled(Q).undo(Q), H), rel=1e-2)
+
+
+def test_a_rewrite_is_exact_and_a_sample_of_rows_is_that_of_all() -> None:
+    W, rewrite = weights(), fitted()
+    torch.testing.assert_close(rewrite.undo(rewrite.weights(W)), W, atol=2e-3, rtol=2e-3)
+    Q, rows = some_codes(rewrite.weights(W)), torch.tensor([5, 2])
+    settled = rewrite.settled(Q)
+    for one in (rewrite, settled):
+        assert torch.equal(one.with_rows(rows).undo(Q[rows]), one.undo(Q)[rows])
+    torch.testing.assert_close(settled.undo(settled.weights(W)), W)
+    x = torch.randn(4, K, generator=torch.Generator().manual_seed(2))
+    found = Rewrites([settled]).forward(x, lambda inner: inner @ Q.T)
+    torch.testing.assert_close(found, x @ settled.undo(Q).T, atol=1e-3, rtol=1e-4)
+
+
+def kept(weight, columns: list[int], seed: int = 0):
+    """The quantized weight with outliers in these packed columns."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(weight.N, len(columns), generator=generator).half()
+    outliers = Outliers(torch.tensor(columns, dtype=torch.int32), values)
+    return weight.rewritten(Rewrites([*weight.rewrites, outliers]))
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["natural", "ordered"])
+def test_a_packed_module_adds_them_to_its_product(ordered: bool) -> None:
+    weight = kept(random_weight(N, 300, (3, 0, 5), ordered=ordered), [299, 4, 130])
+    packed = weight.pack()
+    module = QuantizedLinear.from_packed(packed, bias=torch.ones(N))
+    assert torch.equal(module.dequantize(), weight.dequantize())
+    assert module.state_dict().keys() >= {"outliers", "outlier_columns"}
+    join_siblings([("model.layers.0.mlp.up_proj", module)])
+    x = torch.randn(2, 300, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    y = module(x)
+    expected = x.detach().double() @ weight.dequantize().double().T + 1
+    assert float((y.detach() - expected).norm() / expected.norm()) < 1e-5
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, weight.dequantize().sum(0).expand(2, -1))
+    again = QuantizedLinear.from_packed(packed.with_rows(torch.arange(N).flip(0)))
+    torch.testing.assert_close(again(x), y.flip(1) - 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"columns": torch.tensor([1, 1], dtype=torch.int32)}, "names a column twice"),
+        ({"columns": torch.tensor([1, K], dtype=torch.int32)}, f"not of 0 to {K - 1}"),
+        ({"columns": torch.tensor([1, 2])}, "int64"),
+        ({"values": torch.zeros(N - 1, 2).half()}, "expected torch.float16 of shape"),
+        ({"values": torch.full((N, 2), torch.inf).half()}, "not finite"),
+    ],
+)
+def test_damaged_ones_are_refused_by_name(change: dict[str, Tensor], message: str) -> None:
+    good = Outliers(torch.tensor([1, 0], dtype=torch.int32), torch.zeros(N, 2).half())
+    good.check("a", N, K)
+    with pytest.raises(FormatError, match=message) as refused:
+        replace(good, **change).check("a", N, K)
+    assert refused.value.param in ("a.outliers", "a.outlier_columns")
+
+
+def test_engines_refuse_them_by_name() -> None:
+    with pytest.raises(FormatError, match=r"m\.up.* 2 outlier columns.*allocation\.outliers"):
+        Share(PackedLinear("m.up", (3, 3), outliers=2), "affine", N, 256)
