@@ -18,6 +18,7 @@ from bitmill_service.client.client import Client
 from native import native_stack
 from stores import wait_for
 from tiny import tiny_llama
+from warm_python import FORKED
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="runs in a source tree")
@@ -79,7 +80,7 @@ def shell(script: str, folder: Path, url: str, timeout: float = 100) -> str:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script.replace(DEFAULT, url)],
         cwd=folder,
-        env=os.environ | {"BITMILL_URL": url},
+        env=os.environ | FORKED | {"BITMILL_URL": url},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -152,7 +153,7 @@ def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
         head_dim=64,
         intermediate_size=256,
     )
-    with embedded(tmp_path, env={"BITMILL_POLL_S": "0.1", "BITMILL_THREADS": "1"}) as url:
+    with embedded(tmp_path, env={"BITMILL_POLL_S": "0.1", "BITMILL_THREADS": "1"} | FORKED) as url:
         out = shell("\n".join(blocks), tmp_path, url, timeout=800)
     assert "all verified: packed" in out
     for made in ("packed/model.safetensors", "report.html", "map.json", "plain/config.json"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import bitmill
 from bitmill.errors import BudgetError, InputError, SpecError
 from bitmill.io.manifest import check_folder
 from tiny import tiny_llama
+from warm_python import FORKED
 
 pytestmark = pytest.mark.e2e
 
@@ -80,7 +82,13 @@ def test_the_command_line_makes_the_same_bytes(
     options += ["--evaluation-sequences", "1", "--evaluation-length", "64"]
     options += ["--evaluation-texts", "wiki_evaluation", "--out", str(tmp_path / "new" / "out")]
     command = [sys.executable, "-P", "-m", "bitmill_service.cli.main", "quantize", str(source)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [*command, *options],
+        env=os.environ | FORKED,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     assert published(tmp_path / "new" / "out") == published(packed.folder)
 

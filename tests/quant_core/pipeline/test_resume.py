@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from bitmill.io.manifest import check_folder, write_manifest
 from bitmill.pipeline.job import Result, run_job
 from bitmill.pipeline.learned_parameters import RECORD_NAME, LearnedFor
 from tiny import tiny_llama
+from warm_python import FORKED
 
 pytestmark = pytest.mark.e2e
 
@@ -110,6 +112,7 @@ def test_the_command_takes_the_folder_and_says_what_was_learned(
     arguments = [str(word) for pair in options.items() for word in pair]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "bitmill_service.cli.main", "quantize", llama, *arguments],
+        env=os.environ | FORKED,
         capture_output=True,
         text=True,
         check=False,
