@@ -128,10 +128,14 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     return Recorded(found + with_tasks)
 
 
+OTHER = {"map": BitWidthMap(linears={"another": (2,)})}
+"""What fields that are None may have instead, where it must be of a model."""
+
+
 def variants(value: Any, where: str = "") -> Iterator[tuple[str, bool, Any]]:
     """(name, whether it counts, the value) for `value` with one leaf of it changed."""
     if value is None:
-        yield where, True, "something"
+        yield where, True, OTHER.get(where.rpartition(".")[2], "something")
     elif isinstance(value, bool):
         yield where, True, not value
     elif isinstance(value, int | float):
@@ -140,8 +144,9 @@ def variants(value: Any, where: str = "") -> Iterator[tuple[str, bool, Any]]:
         yield where, True, value + "x"
     elif isinstance(value, torch.Tensor | np.ndarray):
         changed = value.clone() if isinstance(value, torch.Tensor) else value.copy()
-        changed.reshape(-1)[-1] += 1
-        yield where, True, changed
+        changed.reshape(-1)[-1:] += 1
+        if changed.size if isinstance(changed, np.ndarray) else changed.numel():
+            yield where, True, changed
         yield f"{where} shape", True, value.reshape(1, *value.shape)
     elif isinstance(value, Mapping):
         yield f"{where} more", True, {**value, "another": next(iter(value.values()), "x")}
