@@ -80,6 +80,7 @@ def test_files_arrive_under_their_numbers(folder: Path) -> None:
         pass_fds=(writer,),
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        start_new_session=True,  # a runner whose input closes kills its group
     )
     os.close(writer)
     with os.fdopen(reader) as told:

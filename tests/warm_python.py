@@ -13,28 +13,27 @@ environment do they hand the script on to their children.
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import hashlib
 import json
 import os
-import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+
+if sys.flags.no_site:  # a caller, which has no packages: `call ROOT ...`
+    sys.path.insert(0, sys.argv[2])
+
+from bitmill.runtime import forks
 
 FORKED = {"BITMILL_TEST_FORKS": "1"}
 """Environment of a program whose children are to be forked."""
 PYTHON = sys.executable
-PARENT = "BITMILL_PARENT"
 PROGRAMS = ("bitmill", "bitmill.models.skeleton", "bitmill_workers.execution.runner")
 MODULES = (
     "bitmill.pipeline.stages.verify",
@@ -53,12 +52,11 @@ module=
 [ "$1" = -m ] && module=$2
 [ "$BITMILL_TEST_FORKS $1 $2" = "1 -P -m" ] && module=$3
 [ -z "$LOCAL_RANK" ] && case "$module" in
-    {programs}) exec {python} -I -S {here} call {folder} {pid} "$@" ;;
+    {programs}) exec {python} -I -S {here} call {root} {folder} {pid} "$@" ;;
 esac
 [ "$BITMILL_TEST_FORKS" ] && exec -a {folder}/bin/python {python} "$@"
 exec {python} "$@"
 """
-_FILES = 16
 _SERVERS = 4
 """At most; each takes a few hundred megabytes."""
 
@@ -80,6 +78,7 @@ def warm_python(folder: Path, session: int) -> Iterator[None]:
             programs="|".join(PROGRAMS),
             python=PYTHON,
             here=Path(__file__).resolve(),
+            root=Path(forks.__file__).resolve().parents[2],
             folder=folder,
             pid=session,
         )
@@ -106,37 +105,13 @@ def _place(folder: Path, environment: Mapping[str, str]) -> str:
 
 def call(folder: Path, session: str, arguments: list[str]) -> None:
     """Let the server fork `python <arguments>`; see that there is one."""
-    files = [int(fd) for fd in os.listdir("/proc/self/fd")]
-    files = [fd for fd in files if _inheritable(fd)]
     place = _place(folder, os.environ)
     with socket.socket(socket.AF_UNIX) as server:
         if not _connected(server, place):
             _start_server(place, session)
             if not _connected(server, place):
                 os.execv(sys.executable, [sys.executable, *arguments])
-        asked = {
-            "arguments": arguments,
-            "environment": dict(os.environ),
-            "folder": os.getcwd(),
-            "files": files,
-        }
-        data = json.dumps(asked).encode() + b"\n"
-        sent = socket.send_fds(server, [data], files)
-        server.sendall(data[sent:])
-        with server.makefile() as answers:
-            answer = answers.readline()
-    status = int(answer or 1)
-    if status < 0:
-        with suppress(OSError):  # SIGKILL
-            signal.signal(-status, signal.SIG_DFL)
-        os.kill(os.getpid(), -status)
-    sys.exit(status)
-
-
-def _inheritable(fd: int) -> bool:
-    with suppress(OSError):
-        return os.get_inheritable(fd)
-    return False
+        forks.ask(server, arguments)
 
 
 def _connected(server: socket.socket, place: str) -> bool:
@@ -192,70 +167,12 @@ def serve(place: str, session: str, listening_fd: str) -> None:
             connection, _ = listening.accept()
             if os.fork() == 0:
                 listening.close()
-                _oversee(connection, session_end)
+                forks.oversee(connection, [session_end])
             connection.close()
-
-
-def _oversee(connection: socket.socket, session_end: int) -> None:
-    """Fork the program, end it when its caller is gone, and tell the caller how it ended."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    data, fds, _, _ = socket.recv_fds(connection, 1 << 16, _FILES)
-    while not data.endswith(b"\n"):
-        more = connection.recv(1 << 16)
-        if not more:  # the caller is gone
-            os._exit(0)
-        data += more
-    program = os.fork()
-    if program == 0:
-        connection.close()
-        _become(json.loads(data), fds)
-    for fd in fds:
-        os.close(fd)
-    end = os.pidfd_open(program)
-    ready, _, _ = select.select([connection, session_end, end], [], [])
-    if end not in ready:
-        for kill in (os.killpg, os.kill):  # it may have no group of its own yet
-            with suppress(ProcessLookupError):
-                kill(program, signal.SIGKILL)
-    _, status = os.waitpid(program, 0)
-    with suppress(OSError):
-        connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
-    os._exit(0)
-
-
-def _become(asked: dict[str, Any], fds: list[int]) -> None:
-    """Be `python -m <program> ...` with these files under the numbers that they had."""
-    os.setsid()
-    above = [fcntl.fcntl(fd, fcntl.F_DUPFD, max(asked["files"]) + 1) for fd in fds]
-    for fd in fds:
-        os.close(fd)
-    for number, fd in zip(asked["files"], above, strict=True):
-        os.dup2(fd, number)
-        os.close(fd)
-    os.chdir(asked["folder"])
-    os.environ.clear()
-    os.environ.update(asked["environment"])
-    os.environ[PARENT] = str(os.getppid())
-    tempfile.tempdir = None
-    for text in (sys.stdout, sys.stderr):
-        text.reconfigure(write_through=bool(os.environ.get("PYTHONUNBUFFERED")))
-    module, *sys.argv[1:] = asked["arguments"][asked["arguments"].index("-m") + 1 :]
-    status = 1
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-        status = 0
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:  # noqa: BLE001  (the end of the process)
-        traceback.print_exc()
-    with suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "call":
-        call(Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
+        call(Path(sys.argv[3]), sys.argv[4], sys.argv[5:])
     else:
         serve(*sys.argv[2:])

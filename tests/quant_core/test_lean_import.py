@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import bitmill
+from pace import limit
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "triton", "safetensors")
@@ -69,7 +70,8 @@ def test_editors_are_told_the_same_names() -> None:
 
 
 def test_importing_takes_no_time() -> None:
-    """The limit is 0.03 s; the best of some runs, because others use the machine too."""
+    """The limit is 0.03 s at the pace of `pace.py`; the best of some runs, because others use the
+    machine too."""
     code = (
         "import time; begin = time.perf_counter(); import bitmill; "
         "print(time.perf_counter() - begin)"
@@ -78,7 +80,7 @@ def test_importing_takes_no_time() -> None:
         float(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE).stdout)
         for _ in range(5)
     ]
-    assert min(seconds) < 0.03
+    assert min(seconds) < limit(0.03)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -36,8 +36,9 @@ from bitmill.errors import (
     out_of_memory,
     speaks_of_memory,
 )
+from bitmill.runtime.forks import PARENT
 from bitmill.runtime.lifetime import die_with_parent
-from bitmill.runtime.warm import PARENT, command
+from bitmill.runtime.warm import command
 
 _LAST_WORDS = 1 << 16
 _LAST_S = 2.0

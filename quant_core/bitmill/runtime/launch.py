@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from bitmill.errors import STOPS, BitmillError, ResourceError, as_bitmill_error, disk_full
 from bitmill.runtime.child import death
+from bitmill.runtime.forks import PARENT
 from bitmill.runtime.lifetime import die_with_parent
 from bitmill.runtime.process import environment, settle_own_process
-from bitmill.runtime.warm import PARENT
 
 if TYPE_CHECKING:
     import torch
