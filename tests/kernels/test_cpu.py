@@ -21,6 +21,14 @@ def path(request, monkeypatch):
     cpu.load_library.cache_clear()
 
 
+@pytest.fixture
+def poisoned():
+    """New memory is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("T", [1, 3, 6, cpu.FUSED_TOKENS + 1])
 @pytest.mark.parametrize(("N", "K"), [(33, 128), (70, 8 * 128 + 77), (1, 5)])
 def test_every_width_and_tail_equals_the_reference(path, T, N, K):
@@ -33,6 +41,14 @@ def test_every_width_and_tail_equals_the_reference(path, T, N, K):
     assert ((y.double() - exact).norm() / exact.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("T", range(1, cpu.FUSED_TOKENS + 1))
+def test_every_number_of_tokens_equals_the_reference(path, T):
+    weight, *parts = random_linear(5, 300, (3, 6, 4), seed=T)
+    x = torch.randn(T, 300, generator=torch.Generator().manual_seed(T))
+    exact = reference.mixed_matmul(x, *parts, (3, 6, 4))
+    assert torch.allclose(cpu.CpuProduct([weight], CPU)(x, None).double(), exact, atol=1e-4)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_tails_of_every_width(path, width):
     for columns in (1, 7, 8, 64, 100):
@@ -43,6 +59,7 @@ def test_tails_of_every_width(path, width):
         assert torch.allclose(y.double(), exact, atol=1e-4)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("widths", [(0, 3, 0, 0), (2, 0, 0, 1), (0, 0, 0, 0)])
 @pytest.mark.parametrize("T", [1, 6, cpu.FUSED_TOKENS + 1])
 def test_dropped_groups_add_nothing(path, T, widths):

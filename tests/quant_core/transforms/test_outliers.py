@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from bitmill.formats.packed.config import PackedLinear
 from bitmill.formats.packed.share import Share
 from bitmill.inference.linear import QuantizedLinear, join_siblings
 from bitmill.quant.outliers import Fitted, Outliers
-from bitmill.quant.rewrites import Rewrites
-from bitmill.runtime.ranks import SINGLE
+from bitmill.quant.rewrites import ColumnOrder, Rewrites
+from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.transforms.outliers import OutlierColumns, chosen_columns
 from weights import random_weight
 
@@ -57,6 +57,45 @@ def test_columns_of_heavy_inputs_and_large_errors_are_chosen() -> None:
     assert HEAVY[0] not in chosen_columns({"a": W}, H, COUNT)[0]
 
 
+@dataclass(frozen=True)
+class InTurn(Ranks):
+    """Ranks that are called one after the other: each gets the sum of what came so far."""
+
+    brought: list[Tensor] = field(default_factory=list)
+
+    def all_reduce(self, *sums: Tensor) -> None:
+        self.brought.append(sums[0].clone())
+        sums[0].copy_(sum(self.brought))
+
+    def gather_rows(self, rows: Tensor, count: int) -> Tensor:
+        self.brought.append(rows)
+        return torch.cat(self.brought)
+
+
+def test_ranks_of_some_rows_choose_and_gather_those_of_all() -> None:
+    W, H, half = weights(), hessian(), slice(N // 2, None)
+    W[half, HEAVY[0]] = 0
+    ranks = InTurn()
+    chosen_columns({"a": W[: N // 2]}, H, COUNT, ranks)
+    found = chosen_columns({"a": W[half]}, H, COUNT, ranks)
+    for one, whole in zip(found, chosen_columns({"a": W}, H, COUNT), strict=True):
+        assert torch.equal(one, whole)
+    outliers, ranks = fitted().settled(some_codes(W)), InTurn()
+    for rows in torch.arange(N).chunk(2):
+        gathered = outliers.with_rows(rows).gathered(ranks, N)
+    assert torch.equal(gathered.values, outliers.values)
+
+
+def test_inputs_that_are_one_and_inputs_that_are_none_have_shares() -> None:
+    H = hessian()
+    H[HEAVY[1]] = H[HEAVY[0]]
+    H[:, HEAVY[1]] = H[:, HEAVY[0]]
+    for moments in (H, torch.zeros(K, K)):
+        columns, shares = chosen_columns({"a": weights()}, moments, COUNT)
+        assert len(set(columns.tolist())) == COUNT
+        assert (shares.abs() <= 20).all()
+
+
 def test_what_is_kept_makes_up_for_any_codes_as_well_as_a_matrix_can() -> None:
     W, H, rewrite = weights(), hessian(), fitted()
     Q = some_codes(rewrite.weights(W))
@@ -74,8 +113,19 @@ def test_what_is_kept_makes_up_for_any_codes_as_well_as_a_matrix_can() -> None:
 def test_a_solver_sees_the_error_that_will_be_left() -> None:
     W, H, rewrite = weights(), hessian(), fitted()
     Q = some_codes(rewrite.weights(W))
-    seen = error(rewrite.weights(W) - Q, rewrite.hessian(H))
+    left = rewrite.hessian(H)
+    seen = error(rewrite.weights(W) - Q, left)
     assert seen == pytest.approx(error(W - rewrite.settled(Q).undo(Q), H), rel=1e-2)
+    assert not left[rewrite.columns].any()
+    assert not left[:, rewrite.columns].any()
+
+
+def test_they_are_settled_wherever_they_stand_among_rewrites() -> None:
+    W, rewrite, order = weights(), fitted(), ColumnOrder(torch.arange(K).flip(0).int())
+    Q = some_codes(rewrite.weights(W))
+    settled, _ = Rewrites([rewrite, order]).settled(lambda: order.weights(Q))
+    assert isinstance(settled, Outliers)
+    assert torch.equal(settled.values, rewrite.settled(Q).values)
 
 
 def test_a_rewrite_is_exact_and_a_sample_of_rows_is_that_of_all() -> None:
