@@ -53,9 +53,7 @@ class Fitted(Rewrite):
         return x
 
     def moments(self, sums: Tensor) -> Tensor:
-        columns = self.columns.to(sums.device)
-        left = sums - sums[:, columns] @ self.shares.to(sums).T
-        return left.index_fill_(1, columns, 0.0)
+        return sums - sums[:, self.columns.to(sums.device)] @ self.shares.to(sums).T
 
     def tensors(self) -> dict[str, Tensor]:
         raise ValueError("outliers are stored once their linear is solved: see `settled`")

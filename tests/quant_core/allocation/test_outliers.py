@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from bitmill.allocation.allocator import Allocator, allocate
-from bitmill.allocation.profile import SensitivityProfile
-from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.allocation.groups import GroupTable
+from bitmill.allocation.outliers import outlier_choices
+from bitmill.allocation.profile import LinearProfile, SensitivityProfile
+from bitmill.config.bit_width_map import BitWidthMap, group_bytes, group_columns
 from bitmill.config.quantization import Allocation, Budget, parse_config
 from bitmill.errors import FormatError, SpecError
 from bitmill.formats.accounting import checkpoint_tensors, footprint, measure_map
@@ -50,6 +52,34 @@ def test_a_map_with_outliers_costs_less_within_the_same_budget(kind: str, bits: 
     assert {name.rpartition(".")[2] for name in found.outliers} >= {"q_proj"}
     assert set(found.outliers.values()) <= set(COUNTS)
     assert PROFILE.predicted(found) < PROFILE.predicted(plain)
+
+
+@pytest.mark.parametrize("counts", [COUNTS, (1, 416)])
+def test_every_price_has_the_numbers_that_cost_least(counts: tuple[int, ...]) -> None:
+    profile = replace(PROFILE, outliers=counts)
+    asked = Allocation(widths=WIDTHS, outliers=counts)
+    column = [profile.widths.index(width) for width in WIDTHS]
+
+    def cost(linear: LinearProfile, count: int, price: float) -> float:
+        table = linear.kept[counts.index(count)] if count else linear.costs
+        weights = [
+            [group_bytes(width, linear.rows, columns) for width in WIDTHS]
+            for columns in group_columns(linear.columns)
+        ]
+        best = (table[:, column] + price * np.array(weights)).min(1).sum()
+        return float(best) + price * count * (2 * linear.rows + 4)
+
+    found = set()
+    for price in np.geomspace(1e-9, 1e-2, 15):
+        choice = {}
+        for linear in PROFILE.linears:
+            able = [count for count in (0, *counts) if count < linear.columns]
+            if best := min(able, key=lambda count: cost(linear, count, price)):
+                choice[linear.name] = best
+        chosen = outlier_choices(GroupTable(PLAN, asked), profile, [price])
+        assert chosen == [choice] * bool(choice)
+        found |= {len(choice)}
+    assert len(found) > 2
 
 
 def test_outliers_that_gain_nothing_are_not_taken() -> None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from bitmill.calibration.windows import CalibrationSet
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.methods import RTN
 from bitmill.errors import FormatError
 from bitmill.formats.packed.config import PackedLinear
 from bitmill.formats.packed.share import Share
 from bitmill.inference.linear import QuantizedLinear, join_siblings
 from bitmill.quant.outliers import Fitted, Outliers
 from bitmill.quant.rewrites import ColumnOrder, Rewrites
+from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.transforms.outliers import OutlierColumns, chosen_columns
+from learning import tiny
 from weights import random_weight
 
 N, K, COUNT = 24, 200, 3
@@ -165,6 +172,40 @@ def test_a_packed_module_adds_them_to_its_product(ordered: bool) -> None:
     torch.testing.assert_close(x.grad, weight.dequantize().sum(0).expand(2, -1))
     again = QuantizedLinear.from_packed(packed.with_rows(torch.arange(N).flip(0)))
     torch.testing.assert_close(again(x), y.flip(1) - 1)
+
+
+def test_what_was_built_for_them_is_neither_copied_nor_kept_for_others() -> None:
+    plain, x = random_weight(N, K, (3, 4)), torch.ones(1, K)
+    module = QuantizedLinear.from_packed(kept(plain, [5, 9]).pack())
+    fresh = len(pickle.dumps(module))
+    module(x)
+    assert len(pickle.dumps(module)) == fresh
+    other = kept(plain, [2, 60], seed=1)
+    packed = other.pack()
+    module.fill(packed.tensors("") | packed.rewrites.tensors(""))
+    torch.testing.assert_close(module(x), x @ other.dequantize().T, atol=1e-4, rtol=1e-4)
+
+
+def test_each_linear_keeps_as_many_as_its_map_says(tmp_path: Path) -> None:
+    """Linears that read one input may differ; those that do not keep the same columns."""
+    model, tokens = tiny().model, CalibrationSet(tiny().tokens[:2], tiny().held_out[:0], "", "none")
+    counts = {
+        f"model.layers.0.{name}_proj": count
+        for name, count in {"self_attn.q": 2, "self_attn.k": 1, "self_attn.v": 2}.items()
+    }
+    bit_widths = BitWidthMap(
+        linears=BitWidthMap.uniform(model.plan.shapes, 3).linears, outliers=counts
+    )
+    inputs = RefineInputs(tokens, bit_widths, {})
+    refine_model(model, inputs, RTN(), tmp_path, seed=0, on_unit=lambda *_: None)
+    found = {
+        one.name: RefinedModel(tmp_path, model.plan).rewrites(one.name).tensors("")
+        for one in model.plan.linears
+    }
+    columns = {name: each[".outlier_columns"] for name, each in found.items() if each}
+    assert {name: len(each) for name, each in columns.items()} == counts
+    q, _, v = columns.values()
+    assert torch.equal(q, v)
 
 
 @pytest.mark.parametrize(
