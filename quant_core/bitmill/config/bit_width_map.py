@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import not_
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
@@ -26,10 +27,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     field_serializer,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -99,7 +98,7 @@ class BitWidthMap(BaseModel):
     group_size: Literal[128] = 128
     order: Literal["natural", "activation"] = "natural"
     linears: dict[str, tuple[int, ...]]
-    outliers: dict[str, Annotated[int, Field(ge=1)]] = {}
+    outliers: dict[str, Annotated[int, Field(ge=1)]] = Field(default={}, exclude_if=not_)
 
     @field_validator("linears", mode="before")
     @classmethod
@@ -130,14 +129,6 @@ class BitWidthMap(BaseModel):
         if unknown:
             raise ValueError(f"outliers of {unknown[0]}, which has no widths")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_no_outliers(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """JSON that readers from before outliers take, where there are none."""
-        found: dict[str, Any] = dump(self)
-        if not found.get("outliers"):
-            found.pop("outliers", None)
-        return found
 
     @field_serializer("linears")
     def _digits(self, linears: dict[str, tuple[int, ...]]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
+from operator import not_
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -203,7 +204,9 @@ class BaseAllocation(Closed):
 
     method: Literal["uniform", "sba", "knapsack", "map"] = "knapsack"
     widths: tuple[int, ...] = DEFAULT_WIDTHS
-    outliers: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(default=(), max_length=8)
+    outliers: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(
+        default=(), max_length=8, exclude_if=not_
+    )
     order: Literal["natural", "activation"] = "activation"
     fuse_siblings: bool = False
     per_linear: bool = False
@@ -230,14 +233,6 @@ class BaseAllocation(Closed):
     @classmethod
     def _ascending(cls, outliers: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sorted(set(outliers)))
-
-    @model_serializer(mode="wrap")
-    def _without_no_outliers(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """JSON that readers from before outliers take, where none are asked for."""
-        found: dict[str, Any] = dump(self)
-        if not found.get("outliers"):
-            found.pop("outliers", None)
-        return found
 
     @model_validator(mode="after")
     def _legal_pairs(self) -> Self:
