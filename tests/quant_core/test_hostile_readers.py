@@ -39,7 +39,7 @@ from tiny import tiny_llama
 EXAMPLES = int(os.environ.get("BITMILL_FUZZ_EXAMPLES", "0"))
 SPEC = QuantizationConfig(budget=Budget(bits=4))
 GOLDEN = Path(__file__).parents[1] / "golden"
-_SECONDS = 2.0
+_SECONDS = 5.0
 
 tried = settings(
     max_examples=EXAMPLES or 40,

@@ -28,7 +28,7 @@ from serving import serve
 from tiny import tiny_llama
 
 CANARY = "canary-7f3a91c2-never-to-be-seen"
-_SECONDS = 2.0
+_SECONDS = 5.0
 _MEMORY = 500 << 20
 
 Broken = Callable[[Path], None]

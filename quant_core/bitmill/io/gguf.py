@@ -11,6 +11,7 @@ files, so this reader bounds every count and skips what it does not need.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ _MAX_ELEMENTS = 3 << 20
 """Of all arrays of a header: a large vocabulary, its scores, types and merges have a million."""
 _MAX_STRING = 1 << 24
 _MAX_RANK = 4
+_LENGTH = struct.Struct("<Q")
+"""Of a string, before it."""
+_PIECE = 1 << 20
 _KEPT_ARRAY = 4096
 """Arrays of numbers up to this length are kept; of longer ones and of strings, the length alone,
 unless somebody asks for them."""
@@ -146,6 +150,12 @@ class _Cursor:
     def refuse(self, problem: str) -> ModelError:
         return _unsound(self._path, problem)
 
+    def truncated(self) -> ModelError:
+        return _unsound(self._path, f"it is truncated at {self.size} bytes", TruncatedGguf)
+
+    def too_many(self, what: str, value: int, limit: int) -> ModelError:
+        return self.refuse(f"{what} is {value}, the limit is {limit}")
+
     @property
     def position(self) -> int:
         return self._handle.tell()
@@ -153,7 +163,7 @@ class _Cursor:
     def take(self, count: int) -> bytes:
         data = self._handle.read(count)
         if len(data) < count:
-            raise _unsound(self._path, f"it is truncated at {self.size} bytes", TruncatedGguf)
+            raise self.truncated()
         return data
 
     def scalar(self, form: str) -> Any:
@@ -162,7 +172,7 @@ class _Cursor:
     def count(self, what: str, limit: int) -> int:
         value: int = self.scalar("<Q")
         if value > limit:
-            raise self.refuse(f"{what} is {value}, the limit is {limit}")
+            raise self.too_many(what, value, limit)
         return value
 
     def string(self, limit: int) -> str:
@@ -201,9 +211,28 @@ class _Cursor:
             raise self.refuse(f"an array's elements have the type {inner}")
         if whole:
             return [self.string(_MAX_STRING) for _ in range(length)]
-        for _ in range(length):
-            self.take(self.count("a string's length", _MAX_STRING))
+        self.skip_strings(length)
         return Skipped(length)
+
+    def skip_strings(self, count: int) -> None:
+        """Go past so many strings, by their lengths alone.
+
+        Vocabularies have a million short ones, so the file is read by the megabyte.
+        """
+        data, place = b"", 0
+        for _ in range(count):
+            if place + _LENGTH.size > len(data):
+                self._handle.seek(place - len(data), os.SEEK_CUR)
+                data, place = self._handle.read(_PIECE), 0
+                if len(data) < _LENGTH.size:
+                    raise self.truncated()
+            (length,) = _LENGTH.unpack_from(data, place)
+            if length > _MAX_STRING:
+                raise self.too_many("a string's length", length, _MAX_STRING)
+            place += _LENGTH.size + length
+        self._handle.seek(place - len(data), os.SEEK_CUR)
+        if self.position > self.size:
+            raise self.truncated()
 
     def tensor(self, name: str) -> GgufTensor:
         """A tensor whose `begin` counts from the data's start."""

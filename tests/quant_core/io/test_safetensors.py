@@ -153,7 +153,7 @@ def test_headers_that_would_take_memory_or_time_are_refused(
     started = time.process_time()
     with pytest.raises(ModelError, match=problem):
         read_header(path)
-    assert time.process_time() - started < limit(2)
+    assert time.process_time() - started < limit(5)
 
 
 def test_an_empty_index_is_refused(tmp_path: Path) -> None:
