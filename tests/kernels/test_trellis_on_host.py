@@ -1,19 +1,15 @@
 """The CUDA product of trellis codes, run on the host thread by thread (`cuda_on_host.h`)."""
 
-import ctypes
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.trellis import TrellisTensor
-from bitmill_kernels.trellis import product_cuda
 from bitmill_kernels.trellis.layout import circle_shapes, tile_count
 from bitmill_kernels.trellis.product import stored_groups
+from cuda_on_host import FOLDER, address, host_library
 
 CALLS = """
 extern "C" void multiply(const void* x, int tokens, int K, const int* order, const float* groups,
@@ -39,24 +35,10 @@ extern "C" void decode_all(const void* table, int count, int first, int end, int
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """The kernels as a library of the host, without what launches them on a GPU."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    folder = Path(product_cuda.__file__).parent
-    source = (folder / "product_cuda.cu").read_text()
+    source = (FOLDER / "product_cuda.cu").read_text()
     kernels = source[: source.index("template <typename T>\ncudaError_t multiply_all")]
-    kernels = kernels.replace('#include "decode_cuda.h"', (folder / "decode_cuda.h").read_text())
-    kernels = re.sub(r"#include <cuda.*>\n|#pragma once\n", "", kernels)
     kernels = re.sub(r"asm volatile\(.*?;\n}", "mma(c, a, b0, b1);\n}", kernels, flags=re.DOTALL)
-    folder = tmp_path_factory.mktemp("host")
-    header = Path(__file__).with_name("cuda_on_host.h")
-    (folder / "host.cpp").write_text(f'#include "{header}"\n{kernels}}}\n{CALLS}')
-    command = ["g++", "-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-pthread", "-mf16c"]
-    subprocess.run([*command, "-o", folder / "host.so", folder / "host.cpp"], check=True)
-    return ctypes.CDLL(str(folder / "host.so"))
-
-
-def address(tensor):
-    return ctypes.c_void_p(tensor.data_ptr())
+    return host_library(kernels, CALLS, tmp_path_factory.mktemp("host"))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,5 @@
 """The CUDA search for trellis codes, run on the host thread by thread (`cuda_on_host.h`)."""
 
-import ctypes
-import re
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional
@@ -14,6 +8,7 @@ from bitmill_kernels.trellis import group_cuda
 from bitmill_kernels.trellis.code import DEVIATION, decode_tiles, in_sequence, tiled, untiled
 from bitmill_kernels.trellis.encode import encode_tiles
 from bitmill_kernels.trellis.layout import RATES, SEAM, tile_bytes
+from cuda_on_host import FOLDER, address, host_library
 
 CALL = """
 extern "C" void encode_{rate}(float* block, const float* steps, const float* upper,
@@ -33,13 +28,8 @@ CASES = {4: 2, 8: 2}
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """The kernel as a library of the host, without what launches it on a GPU."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    source = Path(group_cuda.__file__).with_name("viterbi_cuda.cu").read_text()
+    source = (FOLDER / "viterbi_cuda.cu").read_text()
     kernel = source[: source.index("struct Call {")]
-    shared = Path(group_cuda.__file__).with_name("decode_cuda.h").read_text()
-    kernel = kernel.replace('#include "decode_cuda.h"', shared)
-    kernel = re.sub(r"#include <cuda.*>\n|#pragma once\n", "", kernel)
     kernel = kernel.replace("__host__ ", "").replace(
         "extern __shared__ uint32_t memory[];", "uint32_t* memory = dynamic_shared.data();"
     )
@@ -47,16 +37,7 @@ def library(tmp_path_factory):
         CALL.format(rate=rate, pairs=pairs, B=rate * (1 + (rate < 5)), V=1 + (rate < 5))
         for rate, pairs in CASES.items()
     )
-    folder = tmp_path_factory.mktemp("host")
-    header = Path(__file__).with_name("cuda_on_host.h")
-    (folder / "host.cpp").write_text(f'#include "{header}"\n{kernel}}}\n{calls}')
-    command = ["g++", "-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-pthread", "-mf16c"]
-    subprocess.run([*command, "-o", folder / "host.so", folder / "host.cpp"], check=True)
-    return ctypes.CDLL(str(folder / "host.so"))
-
-
-def address(tensor):
-    return ctypes.c_void_p(tensor.data_ptr())
+    return host_library(kernel, calls, tmp_path_factory.mktemp("host"))
 
 
 @pytest.mark.parametrize(("rate", "pairs"), CASES.items())
