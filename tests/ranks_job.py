@@ -1,14 +1,9 @@
-"""Profiles and refined blocks of a tiny model by one rank or several: a test's job without stages.
-
-As a program, `ranks_job.py <model> <out> [rank to kill]`: one of the ranks that `run_ranks` starts;
-the rank named is killed when the last block is refined.
-"""
+"""Profiles and refined blocks of a tiny model by one rank or several: a job without stages."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +18,6 @@ from bitmill.io.atomic import write_json
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
-from bitmill.runtime.launch import as_rank
 from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.sensitivity.measure import make_profile
 
@@ -37,7 +31,10 @@ KINDS: dict[str, dict[str, Any]] = {
 def ranks_job(
     model_folder: Path, out: Path, group: Ranks = SINGLE, die: int | None = None
 ) -> RefinedModel:
-    """Profiles of every kind, a knapsack map and the refined blocks, in folders of `out`."""
+    """Profiles of every kind, a knapsack map and the refined blocks, in folders of `out`.
+
+    die: the rank that is killed when the last block is refined.
+    """
     asked: dict[str, Any] = {
         "budget": {"code_bits": 3},
         "allocation": {"widths": [2, 3, 4]},
@@ -86,9 +83,3 @@ def ranks_job(
         write_json(out / "windows.json", windows.nll.tolist())
         (out / "map.json").write_text(bit_widths.to_json())
     return refined
-
-
-if __name__ == "__main__":
-    with as_rank("cpu") as (ranks, _):
-        killed = int(sys.argv[3]) if len(sys.argv) > 3 else None
-        ranks_job(Path(sys.argv[1]), Path(sys.argv[2]), ranks, killed)

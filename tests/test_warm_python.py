@@ -16,7 +16,7 @@ import pytest
 from bitmill.errors import BitmillError
 from bitmill.runtime.child import run_child
 from stores import processes_of, wait_for
-from warm_python import FORKED, warm_python
+from warm_python import FORKED, OF_RANKS, PYTHON, warm_python
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,12 @@ def end_of(folder: Path) -> dict[str, object]:
     return ended.value.to_dict()
 
 
-def waiting(folder: Path) -> subprocess.Popen[bytes]:
+def waiting(folder: Path, *options: str, **more: str) -> subprocess.Popen[bytes]:
     """A program that reads what nobody writes."""
     if not (folder / "pipe").exists():
         os.mkfifo(folder / "pipe")
-    environment = os.environ | {"PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-m", "bitmill", "verify", str(folder / "pipe")]
+    environment = os.environ | {"PYTHONSAFEPATH": "1"} | more
+    command = [sys.executable, *options, "-m", "bitmill", "verify", str(folder / "pipe")]
     return subprocess.Popen(command, env=environment)
 
 
@@ -66,8 +66,18 @@ def test_forked_program_tells_what_a_started_one_tells(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warm = end_of(folder)
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert end_of(folder) == warm  # of Python itself, as ranks are
+    monkeypatch.setattr(sys, "executable", PYTHON)
+    assert end_of(folder) == warm
+
+
+def test_ranks_are_forked(folder: Path) -> None:
+    """As torch's launcher starts them, from the same server."""
+    rank = waiting(folder, "-P", LOCAL_RANK="0", **{OF_RANKS: "1"})
+    wait_for(lambda: programs(folder), "the rank")
+    rank.kill()
+    rank.wait()
+    wait_for(lambda: not forked(folder), "its end")
+    assert len(list(folder.glob("server-*"))) == 1
 
 
 def test_files_arrive_under_their_numbers(folder: Path) -> None:

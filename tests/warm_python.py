@@ -34,7 +34,12 @@ from bitmill.runtime import forks
 FORKED = {"BITMILL_TEST_FORKS": "1"}
 """Environment of a program whose children are to be forked."""
 PYTHON = sys.executable
-PROGRAMS = ("bitmill", "bitmill.models.skeleton", "bitmill_workers.execution.runner")
+PROGRAMS = (
+    "bitmill",
+    "bitmill.models.skeleton",
+    "bitmill_workers.execution.runner",
+    "rank_function",
+)
 MODULES = (
     "bitmill.pipeline.stages.verify",
     "bitmill.pipeline.job",
@@ -45,13 +50,15 @@ MODULES = (
 )
 READ_BY_IMPORTS = ("PYTHONPATH", "OMP_", "MKL_", "HF_", "TRANSFORMERS_", "TORCH_", "TRITON_", "LD_")
 """How the names of variables begin that must be equal in a server and in what it forks."""
+OF_RANKS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+"""What torch's launcher sets of ranks is read when they meet."""
 NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Jobs set it for their children."""
 SCRIPT = """#!/bin/bash
 module=
 [ "$1" = -m ] && module=$2
-[ "$BITMILL_TEST_FORKS $1 $2" = "1 -P -m" ] && module=$3
-[ -z "$LOCAL_RANK" ] && case "$module" in
+[ "$BITMILL_TEST_FORKS$LOCAL_RANK" ] && [ "$1 $2" = "-P -m" ] && module=$3
+case "$module" in
     {programs}) exec {python} -I -S {here} call {root} {folder} {pid} "$@" ;;
 esac
 [ "$BITMILL_TEST_FORKS" ] && exec -a {folder}/bin/python {python} "$@"
@@ -96,7 +103,11 @@ def warm_python(folder: Path, session: int) -> Iterator[None]:
 
 def _place(folder: Path, environment: Mapping[str, str]) -> str:
     """The socket of the server for this environment."""
-    read = {n: v for n, v in environment.items() if n.startswith(READ_BY_IMPORTS)} | NO_BARS
+    read = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(READ_BY_IMPORTS) and name != OF_RANKS
+    } | NO_BARS
     return str(
         folder
         / f"server-{hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:16]}"
@@ -110,6 +121,8 @@ def call(folder: Path, session: str, arguments: list[str]) -> None:
         if not _connected(server, place):
             _start_server(place, session)
             if not _connected(server, place):
+                paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+                os.environ["PYTHONPATH"] = os.pathsep.join(paths)
                 os.execv(sys.executable, [sys.executable, *arguments])
         forks.ask(server, arguments)
 
@@ -153,6 +166,7 @@ def _start_server(place: str, session: str) -> None:
 def serve(place: str, session: str, listening_fd: str) -> None:
     """Import the modules, then fork a process per connection until the test session has ended."""
     with socket.socket(fileno=int(listening_fd)) as listening:
+        sys.path.append(str(Path(__file__).parent))
         for module in MODULES:
             __import__(module)
         gc.collect()

@@ -148,13 +148,12 @@ def as_rank(device: str) -> Iterator[tuple[Ranks, torch.device]]:
     process ends here: what is left of an interpreter with gloo's threads in it may abort. Its
     errors are left for the launcher. Settings of the process come first (`process.py`).
     """
-    launcher = os.environ.get(_LAUNCHER)
-    if launcher is not None:
-        die_with_parent(parent=int(launcher))
+    if is_rank():
+        die_with_parent(parent=int(os.environ[PARENT]))
     from bitmill.runtime.ranks import PeerLost, joined
 
     settle_own_process()
-    if launcher is None:
+    if not is_rank():
         with joined(device) as found:
             yield found
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from contextlib import nullcontext
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +22,13 @@ from bitmill.allocation.profile import SensitivityProfile
 from bitmill.config.quantization import parse_config
 from bitmill.errors import CalibrationError, ProcessFailed, ResourceError, SpecError
 from bitmill.refinement.model import RefinedModel
-from bitmill.runtime.launch import check_devices, run_ranks
+from bitmill.runtime.launch import check_devices
 from bitmill.runtime.ranks import SINGLE, Ranks
+from bitmill.solvers.gptq.solve import Curvature
+from rank_function import on_ranks
 from ranks_job import ranks_job
 from tiny import tiny_llama
 
-JOB = Path(__file__).parents[2] / "ranks_job.py"
 SPEC = {"budget": {"bits": 3}}
 
 
@@ -45,12 +48,8 @@ def test_work_goes_to_the_idlest_rank() -> None:
     assert SINGLE.owners([3, 1]) == [0, 0]
 
 
-GROUP = """
-import sys, torch
-from bitmill.errors import CalibrationError
-from bitmill.solvers.gptq.solve import Curvature
-from bitmill.runtime.launch import as_rank
-with as_rank("cpu") as (group, device):
+def work_in_a_group(group: Ranks, out: str, how: str = "well") -> None:
+    """Every operation of a group, in `<rank>.json` of `out`; how: how the second rank ends."""
     part = torch.tensor([1e8, 1.0, -1e8, 0.5])[group.rank :][:1].repeat(3)
     group.all_reduce(part)
     rows = torch.arange(20.0).view(5, 4)[group.part(5)]
@@ -71,29 +70,35 @@ with as_rank("cpu") as (group, device):
         "totals": group.totals(torch.tensor([1e16, 1.0, -1e16])[group.rank :][:1].double()),
         "shared": mine.tolist(),
     }
-    if len(sys.argv) > 2 and group.rank == 1:
-        if sys.argv[2] == "refuse":
-            raise CalibrationError("bad rows", param="tokens", hint="Look at them.")
-        if sys.argv[2] == "fill":
-            open("/dev/full", "w").write("x" * 99999)
-        if sys.argv[2] == "memory":
-            class Large:
-                def __reduce__(self):
-                    return (torch.empty(1 << 48), ())
-            group.gather(Large())
-        if sys.argv[2] == "no room to say so":
-            import resource
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-        raise ValueError("no such thing")
+    if group.rank == 1 and how != "well":
+        fail(group, how)
     group.barrier()
-    import json, pathlib
-    pathlib.Path(sys.argv[1], f"{group.rank}.json").write_text(json.dumps(found))
-"""
+    Path(out, f"{group.rank}.json").write_text(json.dumps(found))
+
+
+class Large:
+    """More than a machine has, where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (torch.empty, (1 << 48,))
+
+
+def fail(group: Ranks, how: str) -> None:
+    if how == "refuse":
+        raise CalibrationError("bad rows", param="tokens", hint="Look at them.")
+    if how == "fill":
+        with open("/dev/full", "w") as full:
+            full.write("x" * 99999)
+    if how == "memory":
+        group.gather(Large())
+    if how == "no room to say so":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    raise ValueError("no such thing")
 
 
 def test_sums_are_taken_in_the_order_of_the_ranks(tmp_path: Path) -> None:
     """(1e8 + 1) - 1e8 is 0 in float32; in another order it would be 1."""
-    run_ranks(3, ["-c", GROUP, str(tmp_path)])
+    on_ranks(3, work_in_a_group, tmp_path)
     for rank in range(3):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found == {
@@ -118,7 +123,7 @@ def test_the_caller_keeps_its_signal_handlers(tmp_path: Path, ends: str) -> None
     before = [signal.getsignal(one) for one in ENDING]
     try:
         with nullcontext() if ends == "well" else pytest.raises(CalibrationError):
-            run_ranks(2, ["-c", GROUP, str(tmp_path), *(["refuse"] if ends != "well" else [])])
+            on_ranks(2, work_in_a_group, tmp_path, "well" if ends == "well" else "refuse")
         assert [signal.getsignal(one) for one in ENDING] == before
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -128,11 +133,11 @@ def test_the_caller_keeps_its_signal_handlers(tmp_path: Path, ends: str) -> None
 
 def test_the_launcher_raises_what_a_rank_raised(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="bad rows") as refused:
-        run_ranks(2, ["-c", GROUP, str(tmp_path), "refuse"])
+        on_ranks(2, work_in_a_group, tmp_path, "refuse")
     assert (refused.value.code, refused.value.param) == ("invalid_calibration", "tokens")
     assert refused.value.hint == "Look at them."
     with pytest.raises(ProcessFailed, match="ValueError: no such thing"):
-        run_ranks(2, ["-c", GROUP, str(tmp_path), "break"])
+        on_ranks(2, work_in_a_group, tmp_path, "break")
     assert not list(tmp_path.iterdir())
     assert "BITMILL_LAUNCHER" not in os.environ
 
@@ -143,7 +148,7 @@ def test_the_launcher_raises_what_a_rank_raised(tmp_path: Path) -> None:
 )
 def test_what_a_rank_lacked_is_told_as_that(tmp_path: Path, how: str, code: str) -> None:
     with pytest.raises(ResourceError) as lacking:
-        run_ranks(2, ["-c", GROUP, str(tmp_path), how])
+        on_ranks(2, work_in_a_group, tmp_path, how)
     assert lacking.value.code == code
 
 
@@ -168,11 +173,15 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return out, ranks_job(model, out)
 
 
+def job(group: Ranks, model: str, out: str, die: str | None = None) -> None:
+    ranks_job(Path(model), Path(out), group, None if die is None else int(die))
+
+
 @pytest.fixture(scope="module")
 def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks make undisturbed."""
     out = tmp_path_factory.mktemp("pair")
-    run_ranks(2, [str(JOB), str(model), str(out)])
+    on_ranks(2, job, model, out)
     return out
 
 
@@ -225,7 +234,7 @@ def test_two_ranks_do_what_one_does_and_repeat_it_byte_for_byte(
     model: Path, alone: tuple[Path, RefinedModel], pair: Path, tmp_path: Path
 ) -> None:
     assert_like_one_rank(pair, alone)
-    run_ranks(2, [str(JOB), str(model), str(tmp_path)])
+    on_ranks(2, job, model, tmp_path)
     assert bytes_of(tmp_path) == bytes_of(pair)
 
 
@@ -233,7 +242,7 @@ def test_two_ranks_do_what_one_does_and_repeat_it_byte_for_byte(
 def test_three_ranks_with_fewer_held_out_windows_than_ranks(
     model: Path, alone: tuple[Path, RefinedModel], tmp_path: Path
 ) -> None:
-    run_ranks(3, [str(JOB), str(model), str(tmp_path)])
+    on_ranks(3, job, model, tmp_path)
     assert_like_one_rank(tmp_path, alone)
 
 
@@ -242,12 +251,12 @@ def test_a_killed_rank_ends_all_and_the_next_run_goes_on_at_the_last_finished_bl
     model: Path, pair: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ResourceError, match="rank 1 of 2 was ended by signal 9") as killed:
-        run_ranks(2, [str(JOB), str(model), str(tmp_path), "1"])
+        on_ranks(2, job, model, tmp_path, 1)
     assert killed.value.code == "killed"
     assert not mentioning(str(tmp_path))
     first = tmp_path / "refine" / "block-00000.safetensors"
     written = first.stat().st_mtime_ns
-    run_ranks(2, [str(JOB), str(model), str(tmp_path)])
+    on_ranks(2, job, model, tmp_path)
     assert first.stat().st_mtime_ns == written
     assert bytes_of(tmp_path) == bytes_of(pair)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -27,12 +26,12 @@ from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.folding import fold_scales, writer_name
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.refinement.store import tensors_path
-from bitmill.runtime.launch import run_ranks
 from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.solvers.rtn import RtnSolver
 from bitmill.solvers.solver import Linear
 from bitmill.transforms.awq.scaling import AwqScaling, rounding_error
 from bitmill.transforms.awq.settings import AWQ
+from rank_function import on_ranks
 from tiny import save_tiny, tiny_llama, tiny_opt
 from tiny_architectures import tiny_config
 
@@ -239,26 +238,17 @@ def test_a_run_that_goes_on_behind_a_saved_block_gives_the_same_bytes(tmp_path: 
         assert tensors_path(whole, i).read_bytes() == tensors_path(resumed, i).read_bytes()
 
 
-RANK = """
-import sys
-from pathlib import Path
-from bitmill.runtime.launch import as_rank
-from test_awq import refine
-with as_rank("cpu") as (ranks, _):
-    refine(Path(sys.argv[1]), Path(sys.argv[2]), ranks)
-"""
+def refine_part(group: Ranks, source: str, folder: str) -> None:
+    refine(Path(source), Path(folder), group)
 
 
-def test_two_ranks_fold_the_scales_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_fold_the_scales_of_one(tmp_path: Path) -> None:
     """Each sees half of the windows; scales are found from all. The first rank stores."""
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     source, together = uneven_llama(tmp_path / "source"), tmp_path / "together"
     for folder in (tmp_path / "alone", together):
         folder.mkdir()
     expected = refine(source, tmp_path / "alone")
-    run_ranks(2, ["-c", RANK, str(source), str(together)])
+    on_ranks(2, refine_part, source, together)
     found = RefinedModel(together, expected.plan)
     assert found.changed.keys() == expected.changed.keys()
     assert len(found.changed) >= 2
