@@ -57,7 +57,7 @@ class Stack:
     def sweep(self, **grid: list[Any]) -> str:
         """Submit a sweep over these axes; its id."""
         body = {"job": spec_json(), "grid": grid}
-        answer = httpx2.post(f"{self.url}/v1/sweeps", json=body, timeout=20).raise_for_status()
+        answer = httpx2.post(f"{self.url}/v1/sweeps", json=body, timeout=60).raise_for_status()
         return str(answer.json()["id"])
 
     def running(self, **changes: Any) -> JobRecord:

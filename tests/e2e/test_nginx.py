@@ -57,7 +57,7 @@ class Proxy:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(60)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def pipelined(proxy: Proxy, path: str, count: int) -> bytes:
     No client of a busy machine sends two hundred a second one after the other.
     """
     ask = f"GET {path} HTTP/1.1\r\nHost: x\r\n"
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as link:
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=60) as link:
         link.sendall((f"{ask}\r\n" * (count - 1) + f"{ask}Connection: close\r\n\r\n").encode())
         data = b""
         while chunk := link.recv(1 << 16):

@@ -76,7 +76,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
                 yield Served(through, direct, path, f"{job.id}/{job.token}/model.safetensors")
         finally:
             nginx.terminate()
-            nginx.wait(20)
+            nginx.wait(60)
 
 
 def test_nginx_sends_the_bytes_and_the_service_none(served: Served) -> None:

@@ -53,7 +53,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[St
 
 @pytest.fixture(scope="module")
 def http(stack: Stack) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=stack.url, timeout=20) as client:
+    with httpx2.Client(base_url=stack.url, timeout=60) as client:
         yield client
 
 

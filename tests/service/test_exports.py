@@ -111,7 +111,7 @@ def test_an_export_is_a_job_with_files_of_its_own(
     assert client.export(job.id, target, idempotency_key="once").id == made.id
     assert (made.kind, made.state, made.parent_id) == ("export", "queued", job.id)
     work()
-    done = client.wait(made.id, timeout=10)
+    done = client.wait(made.id, timeout=60)
     assert done.result == told.model_dump()
     assert [one.id for one in client.list_jobs(parent_id=job.id).jobs] == [made.id]
     for page in ("/ui/jobs", f"/ui/jobs/{made.id}"):
@@ -214,7 +214,7 @@ def test_a_job_starts_the_exports_that_it_names(
     job = client.submit(spec_json(**QUICK, exports=exports, label="both"))
     assert job.spec["allocation"]["order"] == "natural"
     work()
-    done = client.wait(job.id, timeout=10)
+    done = client.wait(job.id, timeout=60)
     (made,) = client.list_jobs(parent_id=job.id).jobs
     assert (made.kind, made.state, made.label) == ("export", "succeeded", "both")
     told = [event.data for event in client.events(job.id) if event.kind == "export"]

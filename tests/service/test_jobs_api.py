@@ -263,7 +263,7 @@ def test_webhook_is_refused_where_it_cannot_be_called_and_its_delivery_is_shown(
     context = app.state.context
     upgrade(context.database)
     headers = {"Webhook-URL": "https://hook.invalid/x?token=secret"}
-    with serve(app) as url, httpx2.Client(base_url=url, timeout=20) as http:
+    with serve(app) as url, httpx2.Client(base_url=url, timeout=60) as http:
         for host in (
             "127.0.0.1",
             "[::1]",

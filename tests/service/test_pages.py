@@ -28,7 +28,7 @@ PAGES = ("/ui/jobs", "/ui/sign-in", "/ui/nothing")
 @pytest.fixture
 def pages(stack: Stack) -> Iterator[httpx2.Client]:
     """A browser of the service that asks for no key."""
-    with httpx2.Client(base_url=stack.url, timeout=20, follow_redirects=True) as client:
+    with httpx2.Client(base_url=stack.url, timeout=60, follow_redirects=True) as client:
         yield client
 
 
@@ -46,7 +46,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 def visitor(locked: Stack) -> Iterator[httpx2.Client]:
     """A browser of that service, which sends its own address as the origin of forms."""
     with httpx2.Client(
-        base_url=locked.url, timeout=20, follow_redirects=True, headers={"Origin": locked.url}
+        base_url=locked.url, timeout=60, follow_redirects=True, headers={"Origin": locked.url}
     ) as client:
         yield client
 

@@ -225,7 +225,7 @@ def test_a_job_is_pushed_and_its_token_is_nowhere(
         assert sealed(tmp_path / "data") == 1
         assert TOKEN.encode() not in everything(tmp_path / "data")
         work()
-        done = client.wait(pushed.id, timeout=10)
+        done = client.wait(pushed.id, timeout=60)
         assert done.result is not None
         assert done.result["repo_id"] == NAME
         told = [event.model_dump_json() for event in client.events(pushed.id)]

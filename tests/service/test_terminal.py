@@ -81,7 +81,7 @@ def on_terminal(command: list[str], columns: int) -> Iterator[Terminal]:
         yield terminal
     finally:
         terminal.process.kill()
-        terminal.process.wait(10)
+        terminal.process.wait(60)
         os.close(terminal.main)
 
 

@@ -161,7 +161,7 @@ def test_the_loop_outlives_any_failure_of_a_round(
     quick = reconciler.settings.model_copy(update={"reconcile_s": 0.01, "collect_s": 0.01})
     monkeypatch.setattr(reconciler, "settings", quick)
     reconciler.start()
-    assert failed.wait(20)
+    assert failed.wait(60)
     lost = claimed(store, leases)
     set_columns(database, lost.id, lease_until=0.0)
     wait_for(lambda: store.get(lost.id).state == "queued", "the lease to be expired")

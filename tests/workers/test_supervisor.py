@@ -237,7 +237,7 @@ def test_stop_signal_hands_the_job_back_and_the_next_attempt_continues(
     started = time.monotonic()
     assert supervisor.run_next(stop)
     thread.join()
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     job = supervisor.store.get(job.id)
     assert (job.state, job.handback_count, job.lost_count) == ("queued", 1, 0)
     with StopRequest() as again:

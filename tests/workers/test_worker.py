@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -92,11 +91,9 @@ def test_worker_runs_jobs_shows_itself_and_hands_back_on_sigterm(
     dispatcher.notify(second.id, second.queue)
     step(settings, second, 2)
     assert store.get(first.id).attempt == 1
-    began = time.monotonic()
     worker.terminate()
     job = wait_state(store, second, "queued")
-    assert worker.wait(timeout=20) == 0
-    assert time.monotonic() - began < 20
+    assert worker.wait(timeout=60) == 0
     assert job.handback_count == 1
     assert not processes_of(second.id)
     assert catalog.workers() == ()

@@ -139,7 +139,7 @@ class ProductionStack:
         for process in self._processes.values():
             with suppress(subprocess.TimeoutExpired):
                 if process in self._workers():
-                    process.wait(20)
+                    process.wait(60)
             end_group(process)
         self.redis_proxy.close()
         self.postgres_proxy.close()

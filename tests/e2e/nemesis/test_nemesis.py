@@ -140,7 +140,7 @@ def test_wrong_clock_of_a_worker_changes_no_lease(
         assert (done.state, done.attempt, done.lost_count) == ("succeeded", 1, 0)
     finally:
         worker.terminate()
-        worker.wait(20)
+        worker.wait(60)
         dispatcher.close()
         database.close()
         redis.kill()

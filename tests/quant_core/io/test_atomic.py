@@ -61,7 +61,7 @@ def test_a_file_is_flushed_while_it_is_written(tmp_path, monkeypatch):
     with (tmp_path / "f").open("wb") as file, Flusher(every=100) as flusher:
         flusher.wrote(file, 99)
         flusher.wrote(file, 1)
-        assert flushed.get(timeout=10) == file.fileno()
+        assert flushed.get(timeout=60) == file.fileno()
         flusher.wrote(file, 50)
     assert flushed.empty()
 
@@ -72,12 +72,12 @@ def test_flushes_that_are_asked_for_during_one_become_one(tmp_path, monkeypatch)
     def fsync(number):
         count.append(number)
         began.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
     monkeypatch.setattr("bitmill.io.atomic.os.fsync", fsync)
     with (tmp_path / "f").open("wb") as file, Flusher(every=1) as flusher:
         flusher.wrote(file, 1)
-        assert began.wait(10)
+        assert began.wait(60)
         for _ in range(5):
             flusher.wrote(file, 1)
         go_on.set()

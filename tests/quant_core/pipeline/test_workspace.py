@@ -187,16 +187,16 @@ def test_a_stage_that_travels_is_made_once_though_folders_differ(
 
     def slowly(inputs: Inputs, run: Run, folder: Path) -> None:
         begun.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
 
     stage = Stage("profile", slowly, travels=travels)
     with ThreadPoolExecutor(2) as pool:
         made = pool.submit(first.run, stage, Inputs(1))
-        assert begun.wait(20)
+        assert begun.wait(60)
         begun.clear()
         taken = pool.submit(second.run, stage, Inputs(1))
         if not travels:
-            assert begun.wait(20)
+            assert begun.wait(60)
         go_on.set()
         assert (taken.result(20) == made.result(20)) is travels
     assert watchers[0].states == ["started", "finished"]
@@ -229,11 +229,11 @@ def test_a_job_waits_while_another_makes_the_same(tmp_path: Path) -> None:
 
     def slowly(folder: Path) -> None:
         begun.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
 
     with ThreadPoolExecutor(2) as pool:
         made = pool.submit(run, first, "profile", 1, slowly)
-        assert begun.wait(20)
+        assert begun.wait(60)
         taken = pool.submit(run, second, "profile", 1, put("never"))
         wait_for(lambda: waiting.events, "the second job to say that it waits")
         assert not taken.done()

@@ -133,7 +133,7 @@ def test_tensors_are_written_one_at_a_time_and_hashed_meanwhile(
 
     def pwrite(file: int, data: memoryview, offset: int) -> int:
         assert writing.acquire(blocking=False)
-        assert offset == 0 or begun.acquire(timeout=10)
+        assert offset == 0 or begun.acquire(timeout=60)
         count = write(file, data, offset)
         writing.release()
         return count
