@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from bitmill.calibration.windows import evaluation_tokens
-from bitmill.config.quantization import ROUNDED, parse_config
+from bitmill.config.quantization import parse_config
+from bitmill.config.rounded import rounded_baselines
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
 from bitmill.evaluation.rounded import rounding
 from bitmill.io.atomic import write_json
@@ -38,8 +39,10 @@ def measured(source: Path, count: int, length: int, device: str) -> dict[str, An
     for text in TEXTS:
         windows = evaluation_tokens(text, source, length=length, sequences=count)
         plain = StreamedLogits(model, remember=True)
-        for name in ROUNDED:
-            changed = StreamedLogits(model, replace=partial(rounding(name), model))
+        for name, asked in rounded_baselines().items():
+            if asked.rule is not None:  # rules look at more than a float model has
+                continue
+            changed = StreamedLogits(model, replace=partial(rounding(asked), model))
             found = perplexity_and_kl(plain, changed, windows)
             rows.setdefault("none", {})[text] = found.source().model_dump(mode="json")
             rows.setdefault(name, {})[text] = found.candidate().model_dump(mode="json")

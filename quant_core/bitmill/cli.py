@@ -98,6 +98,7 @@ def _evaluate(file: Path, _: Tell) -> dict[str, Any]:
         device=asked.device,
         tasks=asked.tasks,
         task_folder=asked.task_folder,
+        baselines=asked.baselines,
     )
     return {"rows": [row.model_dump(mode="json") for row in rows]}
 

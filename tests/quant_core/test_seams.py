@@ -19,6 +19,7 @@ import bitmill
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.config.methods import METHODS
 from bitmill.config.quantization import DEFAULT_FORMAT, parse_config
+from bitmill.config.rounded import ACTIVATION_RULES
 from bitmill.config.transforms import TRANSFORMS
 from bitmill.errors import FormatError, SpecError
 from bitmill.formats.accounting import checkpoint_tensors, footprint
@@ -216,14 +217,15 @@ def test_no_other_file_names_a_method_or_a_format() -> None:
 
 
 def plugged_in() -> dict[str, Any]:
-    """Methods and transforms that have a folder of their own, by name."""
-    found = {
-        name: registry[name] for registry in (METHODS, TRANSFORMS) for name in registry.names()
-    }
+    """Methods and transforms that have a folder of their own, and published rules of activations,
+    by name."""
+    registries = (METHODS, TRANSFORMS, ACTIVATION_RULES)
+    found = {name: registry[name] for registry in registries for name in registry.names()}
     return {
         name: kind
         for name, kind in found.items()
         if kind.__module__ == f"bitmill.{kind.__module__.split('.')[1]}.{name}.settings"
+        or hasattr(kind, "title")
     }
 
 
@@ -245,7 +247,8 @@ def test_a_method_is_its_folder_its_test_a_registry_line_and_a_line_of_docs(name
     tests = list((ROOT / "tests").rglob(f"test_{name}.py"))
     assert len(tests) == 1
     documented = (ROOT / "docs" / "methods.md").read_text().splitlines()
-    lines = [line for line in documented if line.startswith(f"| {kind.__name__} |")]
+    title = getattr(kind, "title", kind.__name__)
+    lines = [line for line in documented if line.startswith(f"| {title} |")]
     assert len(lines) == 1
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -27,6 +28,7 @@ from bitmill.config.closed import Closed
 from bitmill.config.codes import AUTO, CODES, DEFAULT_WIDTHS, CodeName, check_widths
 from bitmill.config.effort import Effort, with_effort
 from bitmill.config.methods import METHODS, MethodConfig
+from bitmill.config.rounded import Rounded, rounded_baselines
 from bitmill.config.transforms import TRANSFORMS, ColumnOrder, TransformConfig, transform_of
 from bitmill.errors import SpecError, first_problem
 from bitmill.registry import Registry
@@ -435,25 +437,17 @@ def _known(registry: Registry[T], name: str) -> T:
 
 
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]{1,128}$")]
-Baseline = Literal[
-    "uniform",
-    "uniform-2",
-    "uniform-3",
-    "uniform-4",
-    "embeddings",
-    "activations-8",
-    "activations-4",
-    "cache-8",
-    "cache-4",
-    "cache-2",
-]
-ROUNDED = {
-    name: (name.rpartition("-")[0], int(name[-1]))
-    for name in get_args(Baseline)
-    if name.startswith(("activations", "cache"))
-}
-"""Baselines that are the result with something rounded while it runs: what, and to how many bits.
-"""
+QUANTIZED_BASELINES = ("uniform", "uniform-2", "uniform-3", "uniform-4")
+
+
+def _known_baseline(name: str) -> str:
+    known = (*QUANTIZED_BASELINES, "embeddings", *rounded_baselines())
+    if name not in known:
+        raise ValueError(f"baseline {name!r} is unknown: known are {', '.join(known)}")
+    return name
+
+
+Baseline = Annotated[str, AfterValidator(_known_baseline)]
 
 
 class Evaluation(Closed):
@@ -467,8 +461,8 @@ class Evaluation(Closed):
     baselines: also quantize and measure these: plain GPTQ in natural column order at one width,
     "uniform" at the legal width nearest to the map's mean, "uniform-3" at 3 bits; "embeddings" is
     the result itself with its input embedding and output head packed too, at 8 bits;
-    "activations-8" and "cache-4" are the result with inputs of its linears, or keys and values,
-    rounded to so many bits token by token (`evaluation/rounded.py`).
+    others are the result with inputs of its linears, or keys and values, rounded while it runs
+    (`config/rounded.py`).
     """
 
     texts: tuple[Literal["wiki_evaluation", "handbook_evaluation"], ...] = (
@@ -484,7 +478,13 @@ class Evaluation(Closed):
     @property
     def refined_baselines(self) -> tuple[str, ...]:
         """Those that are quantized too."""
-        return tuple(name for name in self.baselines if name.startswith("uniform"))
+        return tuple(name for name in self.baselines if name in QUANTIZED_BASELINES)
+
+    @property
+    def rounded(self) -> dict[str, Rounded]:
+        """Those that are the result with something rounded, by name."""
+        known = rounded_baselines()
+        return {name: known[name] for name in self.baselines if name in known}
 
 
 class Stored(Closed):

@@ -19,11 +19,13 @@ from transformers import AutoModelForCausalLM
 
 from bitmill.calibration.windows import evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.quantization import Budget, Evaluation, Framing, QuantizationConfig
+from bitmill.config.quantization import Budget, Evaluation, Framing, QuantizationConfig, parse_part
+from bitmill.config.rounded import Rounded
 from bitmill.config.transforms import transform_of
+from bitmill.errors import SpecError
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
 from bitmill.evaluation.origin import check_made_from, foldable
-from bitmill.evaluation.rounded import Change
+from bitmill.evaluation.rounded import NO_COLUMNS, Change, observing, rounding, rule_of
 from bitmill.evaluation.tasks import TaskSuite
 from bitmill.formats.accounting import footprint
 from bitmill.formats.codec import open_checkpoint
@@ -37,6 +39,7 @@ from bitmill.models.tokenizer import load_tokenizer
 from bitmill.plan.config_json import CONFIG_FILE, read_config
 from bitmill.plan.model_plan import Plan, plan_for_map
 from bitmill.plan.source_model import recorded
+from bitmill.quant.outliers import outlier_inputs
 from bitmill.results import QualityRow, TextQuality
 from bitmill.runtime.process import computing
 from bitmill.runtime.ranks import SINGLE, Ranks
@@ -80,6 +83,39 @@ def from_packed(
     }
     other = {f"{name}.weight": value for name, value in (matrices or {}).items()}
     return with_weights(model, dequantized, kept | other, change)
+
+
+def rounded_packed(
+    model: StreamedModel, packed: Path, asked: Rounded, calibration: Tensor | None = None
+) -> StreamedLogits:
+    """The model of a packed folder with something rounded while it runs.
+
+    calibration: windows i64 [S, T] that a rule observes, see `observes`. Raises `SpecError` where
+    there are none for one that does.
+    """
+    checkpoint = open_checkpoint(packed)
+
+    def outliers(name: str) -> Tensor:
+        if name not in checkpoint.bit_widths.outliers:
+            return NO_COLUMNS
+        return outlier_inputs(checkpoint.linear(model.plan.by_name[name].shape).rewrites)
+
+    ranges: dict[str, tuple[Tensor, Tensor]] = {}
+    if observes(asked):
+        if calibration is None:
+            raise SpecError(
+                f"{asked} need calibration windows, which only a job has: ask for them in its "
+                "evaluation.baselines",
+                param="baselines",
+            )
+        from_packed(model, packed, change=observing(ranges)).last_block(calibration)
+    change = rounding(asked, outliers=outliers, ranges=ranges)
+    return from_packed(model, packed, change=change)
+
+
+def observes(asked: Rounded) -> bool:
+    """Whether calibration windows are run first."""
+    return asked.rule is not None and rule_of(asked.rule).observes
 
 
 def with_weights(
@@ -238,21 +274,33 @@ def evaluate_folder(
     seed: int = 0,
     on_unit: Callable[[int, int, str, str], None] = lambda *_: None,
     framing: Framing = "tokenizer",
+    baselines: tuple[str, ...] = (),
 ) -> list[QualityRow]:
     """Measure a packed folder against its source model: rows for the source and the folder.
 
-    task_folder: a folder of task files beside the harness's own. Raises InputError where the folder
-    was made from another model. Settings of the process are the caller's again behind it.
+    baselines: rows of the folder with something rounded (`config/rounded.py`) too. task_folder: a
+    folder of task files beside the harness's own. Raises InputError where the folder was made from
+    another model, SpecError for a baseline that needs a job. Settings of the process are the
+    caller's again behind it.
     """
-    asked = Evaluation.model_validate(
+    asked = parse_part(
+        Evaluation,
         {
             "texts": texts,
             "sequences": sequences,
             "length": length,
             "tasks": tasks,
             "framing": framing,
-        }
+            "baselines": baselines,
+        },
     )
+    others = [name for name in baselines if name not in asked.rounded]
+    if others:
+        raise SpecError(
+            f"baselines {others} are quantized by a job: of a folder that was made before, only "
+            "those with something rounded can be measured",
+            param="baselines",
+        )
     suite = TaskSuite(asked.tasks, task_folder) if asked.tasks else None
     checkpoint = open_checkpoint(folder)
     bit_widths = checkpoint.bit_widths
@@ -269,6 +317,9 @@ def evaluate_folder(
         )
         check_made_from(folder, model.source, planned)
         candidates = {"packed": Candidate(bit_widths, from_packed(model, folder), planned)}
+        for one in asked.rounded.values():
+            logits = rounded_packed(model, folder, one)
+            candidates[f"packed, {one}"] = Candidate(bit_widths, logits, planned)
         windows = evaluation_windows(asked, source_folder, rows=planned.vocab_size)
         rows = measure(model, windows, candidates, on_unit)
         if suite is None:

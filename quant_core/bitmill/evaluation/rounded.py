@@ -1,9 +1,8 @@
 """A model whose activations or cached keys and values have few bits, for evaluation alone.
 
-Every token's vector x (an input of a quantized linear; a head's key behind its rotation, or value)
-is rounded to b bits on a grid of its own and goes on as what that stands for:
-
-    s = (max x - min x) / (2^b - 1)        x' = min x + s round((x - min x) / s)
+Every token's vector (an input of a quantized linear; a head's key behind its rotation, or value) is
+rounded on a min-max grid of its own (`activations/grids.py`), or as a rule of activations says, and
+goes on as what that stands for.
 
 Nothing of it is stored, and Bitmill's own kernels do not compute so: a row of a report says what a
 runtime that does would lose.
@@ -12,44 +11,95 @@ runtime that does would lose.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from bitmill.config.quantization import ROUNDED
+from bitmill.config.rounded import ACTIVATION_RULES, Rounded
 from bitmill.errors import ModelError
+from bitmill.evaluation.activations.grids import fp8_tokens, rounded_tokens
+from bitmill.evaluation.activations.rule import ActivationRule, LinearInputs
 from bitmill.models.streamed import StreamedModel
 
 _CACHES = ("past_key_values", "layer_past")
 """What blocks call the cache."""
 Change = Callable[[StreamedModel, int, nn.Module], None]
 """Changes block i of a model, which is dropped after use."""
+Ranges = Mapping[str, tuple[Tensor, Tensor]]
+"""Linear -> least and largest value of its inputs, f32 []."""
+NO_COLUMNS = torch.empty(0, dtype=torch.int64)
 
 
-def rounded_tokens(x: Tensor, bits: int) -> Tensor:
-    """x [..., C], each vector on its own grid of 2^bits values; in the dtype of x."""
-    least, most = x.float().aminmax(dim=-1, keepdim=True)
-    step = (most - least) / (2**bits - 1)
-    steps = ((x.float() - least) / step.clamp(min=1e-30)).round()
-    rounded: Tensor = (least + steps * step).to(x.dtype)
-    return rounded
+def rounding(
+    asked: Rounded,
+    *,
+    outliers: Callable[[str], Tensor] = lambda _: NO_COLUMNS,
+    ranges: Ranges = MappingProxyType({}),
+) -> Change:
+    """What is done to blocks.
+
+    outliers: input columns i64 [k] of a linear whose weights are stored in 16 bits; asked where
+    there is a rule. ranges: for a rule that observes them.
+    """
+    if asked.what == "cache":
+        return lambda _, i, block: _round_cache(i, block, asked.bits)
+    if asked.rule is None:
+        plain = fp8_tokens if asked.fp8 else lambda x: rounded_tokens(x, asked.bits)
+        return _of_inputs(lambda _: plain)
+    rule = rule_of(asked.rule)
+
+    def of_linear(name: str) -> Callable[[Tensor], Tensor]:
+        inputs = LinearInputs(outliers(name), *ranges.get(name, ()))
+        return lambda x: rule.rounded(x, asked.bits, inputs)
+
+    return _of_inputs(of_linear)
 
 
-def rounding(name: str) -> Change:
-    """What a baseline of `ROUNDED` does to blocks."""
-    what, bits = ROUNDED[name]
-    if what == "activations":
-        return lambda model, i, block: _round_inputs(model, i, block, bits)
-    return lambda _, i, block: _round_cache(i, block, bits)
+def rule_of(name: str) -> ActivationRule:
+    """The rule of this name."""
+    rule: ActivationRule = ACTIVATION_RULES[name]()
+    return rule
 
 
-def _round_inputs(model: StreamedModel, i: int, block: nn.Module, bits: int) -> None:
-    def rounded(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (rounded_tokens(args[0], bits), *args[1:])
+def observing(ranges: dict[str, tuple[Tensor, Tensor]]) -> Change:
+    """Changes nothing, and fills `ranges` with what linears read while blocks run."""
 
-    for module in model.linears(block, i).values():
-        module.register_forward_pre_hook(rounded)
+    def of_linear(name: str) -> Callable[[Tensor], Tensor]:
+        def look(x: Tensor) -> Tensor:
+            least, most = x.float().aminmax()
+            if name in ranges:
+                least, most = (
+                    torch.minimum(least, ranges[name][0]),
+                    torch.maximum(most, ranges[name][1]),
+                )
+            ranges[name] = least, most
+            return x
+
+        return look
+
+    return _of_inputs(of_linear)
+
+
+def _of_inputs(of_linear: Callable[[str], Callable[[Tensor], Tensor]]) -> Change:
+    """of_linear: full name -> what its inputs [..., T, K] become."""
+
+    def change(model: StreamedModel, i: int, block: nn.Module) -> None:
+        for name, module in model.linears(block, i).items():
+            become = of_linear(name)
+
+            def changed(
+                _: nn.Module,
+                args: tuple[Any, ...],
+                become: Callable[[Tensor], Tensor] = become,
+            ) -> tuple[Any, ...]:
+                return (become(args[0]), *args[1:])
+
+            module.register_forward_pre_hook(changed)
+
+    return change
 
 
 def _round_cache(i: int, block: nn.Module, bits: int) -> None:

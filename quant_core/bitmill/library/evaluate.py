@@ -23,6 +23,7 @@ def evaluate(
     length: int = 2048,
     tasks: tuple[str, ...] = (),
     task_folder: PathLike | None = None,
+    baselines: tuple[str, ...] = (),
     device: str = "cpu",
     progress: Watcher | bool | None = None,
 ) -> list[QualityRow]:
@@ -30,7 +31,8 @@ def evaluate(
 
     source: folder or GGUF file that it was made from. sequences: at most so many windows of
     `length` tokens of each text. tasks: of lm-evaluation-harness, by name; task_folder: files of
-    one's own for them.
+    one's own for them. baselines: rows of the folder with activations or cache rounded too, such as
+    "activations-8" (`bitmill/config/rounded.py`).
 
     Raises `InputError` where the folder was made from another model.
     """
@@ -58,6 +60,7 @@ def evaluate(
             length=length,
             tasks=tuple(tasks),
             task_folder=None if task_folder is None else Path(task_folder),
+            baselines=tuple(baselines),
             device=device,
             on_unit=on_unit,
         )

@@ -39,6 +39,7 @@ class EvaluateRequest(Request):
     """A packed folder against its source: rows of a quality report.
 
     file: GGUF file in the source's folder. sequences: at most so many windows of `length` tokens.
+    baselines: of the folder with something rounded.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class EvaluateRequest(Request):
     framing: Framing = "tokenizer"
     tasks: tuple[str, ...] = ()
     task_folder: Path | None = None
+    baselines: tuple[str, ...] = ()
 
 
 class GenerateRequest(Request):

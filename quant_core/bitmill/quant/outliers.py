@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import FormatError
-from bitmill.quant.rewrites import Rewrite
+from bitmill.quant.rewrites import Rewrite, Rewrites
 from bitmill.runtime.ranks import Ranks
 
 
@@ -130,3 +130,11 @@ class Outliers(Rewrite):
 
     def with_rows(self, rows: Tensor) -> Self:
         return replace(self, values=self.values[rows.to(self.values.device)])
+
+
+def outlier_inputs(rewrites: Rewrites) -> Tensor:
+    """The outlier columns i64 [k] of a linear, as columns of the source."""
+    found = [one.columns.long() for one in rewrites if isinstance(one, Outliers)]
+    packed = torch.cat([torch.empty(0, dtype=torch.int64), *found])
+    order = rewrites.order
+    return packed if order is None else order.long()[packed]

@@ -183,6 +183,14 @@ def evaluate(
         typer.Option(metavar="TASK,...", help="Tasks of lm-evaluation-harness to measure."),
     ] = None,
     task_folder: TaskFolderOption = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Measure it with inputs of linears or the cache rounded too: activations-8, "
+            "cache-4, as --baselines of quantize.",
+        ),
+    ] = None,
     device: DeviceOption = "cpu",
     json: JsonFlag = False,
 ) -> None:
@@ -200,6 +208,7 @@ def evaluate(
         framing=framing,
         tasks=comma_separated(tasks) if tasks else (),
         task_folder=task_folder,
+        baselines=comma_separated(baselines) if baselines else (),
         device=device,
     )
     found = run_library("evaluate", request)

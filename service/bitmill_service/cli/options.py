@@ -265,8 +265,8 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
             "--baselines",
             "evaluation.baselines",
             "Measure plain GPTQ too: uniform (the map's mean width), uniform-2, -3, -4; "
-            "embeddings: the result with packed ones; activations-8, -4, cache-8, -4, -2: the "
-            "result with these rounded.",
+            "embeddings: the result with packed ones; activations-8, -4, -fp8, cache-8, -4, -2: "
+            "the result with these rounded; activations-8-RULE: by a rule of docs/methods.md.",
             comma_separated,
             "NAME,...",
         ),

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from bitmill.config.rounded import rounded_baselines
+from bitmill.evaluation.activations.grids import fp8_tokens, rounded_tokens, symmetric_tokens
 from bitmill.evaluation.logits import StreamedLogits
-from bitmill.evaluation.rounded import rounded_tokens, rounding
+from bitmill.evaluation.rounded import rounding
 from streaming import streamed, token_windows
 from tiny import save_tiny
 from tiny_architectures import COVERED, tiny_config
@@ -30,7 +32,7 @@ class RoundedCache(DynamicCache):
 def logits(folder: Path, baseline: str | None, tokens: Tensor) -> Tensor:
     """Of all positions, block by block."""
     model = streamed(folder)
-    change = None if baseline is None else rounding(baseline)
+    change = None if baseline is None else rounding(rounded_baselines()[baseline])
 
     def replace(i: int, block: torch.nn.Module) -> None:
         if change is not None:
@@ -48,6 +50,21 @@ def test_each_token_has_a_grid_of_its_own() -> None:
     step = (x.amax(-1) - x.amin(-1)) / 255
     assert ((rounded_tokens(x, 8) - x).abs().amax(-1) <= 0.51 * step).all()
     assert rounded_tokens(x.half(), 8).dtype == torch.float16
+
+
+def test_symmetric_grids_lie_around_zero() -> None:
+    x = torch.tensor([[7.0, -3.4, 0.6, 0.4], [0.0, 0, 0, 0], [-70, 14, 6, 4]])
+    expected = torch.tensor([[7.0, -3, 1, 0], [0, 0, 0, 0], [-70, 10, 10, 0]])
+    assert torch.equal(symmetric_tokens(x, 4), expected)
+    assert symmetric_tokens(x.half(), 4).dtype == torch.float16
+
+
+def test_fp8_keeps_three_bits_behind_the_first() -> None:
+    x = torch.tensor([[448.0, 17, 1.06, 0.003, 0.0009], [0, 0, 0, 0, 0], [-44.8, 1.7, 0.1, 0, 0]])
+    expected = torch.tensor([[448, 16, 1, 2.0**-8, 0], [0, 0, 0, 0, 0], [-44.8, 1.6, 0.1, 0, 0]])
+    torch.testing.assert_close(fp8_tokens(x), expected, rtol=0.03, atol=0)
+    assert fp8_tokens(x)[:2].tolist() == expected[:2].tolist()
+    assert fp8_tokens(x.half()).dtype == torch.float16
 
 
 def test_activations_are_those_of_every_linear(tmp_path: Path) -> None:

@@ -16,9 +16,17 @@ from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.codes import CODES
 from bitmill.config.methods import BASELINE, MethodConfig
-from bitmill.config.quantization import ROUNDED, QuantizationConfig
-from bitmill.evaluation.compare import Candidate, from_packed, measure, measure_tasks, with_weights
-from bitmill.evaluation.rounded import rounding
+from bitmill.config.quantization import QuantizationConfig
+from bitmill.config.rounded import Rounded
+from bitmill.evaluation.compare import (
+    Candidate,
+    from_packed,
+    measure,
+    measure_tasks,
+    observes,
+    rounded_packed,
+    with_weights,
+)
 from bitmill.formats.accounting import footprint
 from bitmill.io.atomic import write_bytes
 from bitmill.models.streamed import StreamedModel
@@ -79,6 +87,20 @@ class PackedEmbeddings:
 
 
 @dataclass(frozen=True)
+class RoundedRows:
+    """The result with something rounded while it runs; calibration: where a rule observes it."""
+
+    asked: tuple[Rounded, ...]
+    calibration: CalibrationSet | None
+
+    @classmethod
+    def of(cls, config: QuantizationConfig, calibration: CalibrationSet) -> RoundedRows:
+        """Those asked for."""
+        asked = tuple(config.evaluation.rounded.values())
+        return cls(asked, calibration if any(map(observes, asked)) else None)
+
+
+@dataclass(frozen=True)
 class TaskRun:
     """Tasks, and what they read beside the models."""
 
@@ -95,7 +117,7 @@ class Inputs:
 
     packed: where the packed folder lies; its tensors are those of `refined` and `model`.
     outputs: of the source, where another job of the sweep may have made them (`source_outputs.py`).
-    rounded: baselines of `config.quantization.ROUNDED`. resumed: whether the refined blocks are
+    resumed: whether the refined blocks are
     another job's, and so what is reported of them. notes: what else the report warns of.
     """
 
@@ -110,7 +132,7 @@ class Inputs:
     profile: SensitivityProfile | None
     baselines: Baselines | None
     embeddings: PackedEmbeddings | None
-    rounded: tuple[str, ...]
+    rounded: RoundedRows
     begins: Mapping[str, str]
     checks: tuple[CheckedMap, ...]
     tasks: TaskRun | None
@@ -157,7 +179,7 @@ class Inputs:
                 if "embeddings" in config.evaluation.baselines
                 else None
             ),
-            rounded=tuple(name for name in config.evaluation.baselines if name in ROUNDED),
+            rounded=RoundedRows.of(config, calibration),
             checks=allocated.checks,
             begins={
                 "calibration": described(tokenizer, calibration.framing),
@@ -179,11 +201,12 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     if inputs.embeddings is not None:
         name = f"{inputs.method}, {EMBEDDING_WIDTH}-bit embeddings"
         candidates[name] = _with_packed_embeddings(inputs, inputs.embeddings, model)
-    for asked in inputs.rounded:
-        what, bits = ROUNDED[asked]
-        logits = from_packed(model, inputs.packed, change=rounding(asked))
+    observed = inputs.rounded.calibration
+    for asked in inputs.rounded.asked:
+        tokens = None if observed is None else observed.tokens
+        logits = rounded_packed(model, inputs.packed, asked, tokens)
         candidate = Candidate(inputs.bit_widths, logits, inputs.plan)
-        candidates[f"{inputs.method}, {bits}-bit {what}"] = candidate
+        candidates[f"{inputs.method}, {asked}"] = candidate
     if inputs.baselines is not None:
         for width in inputs.baselines.widths:
             baseline = _baseline(inputs, model, width, folder, run)
