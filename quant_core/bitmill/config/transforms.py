@@ -104,5 +104,6 @@ TRANSFORMS: Registry[type[TransformConfig]] = Registry(
         "outliers": "bitmill.config.transforms:Outliers",
         "quarot": "bitmill.transforms.quarot.settings:QuaRot",
         "rotation": "bitmill.config.transforms:Rotation",
+        "smoothquant": "bitmill.transforms.smoothquant.settings:SmoothQuant",
     },
 )

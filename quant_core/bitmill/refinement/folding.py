@@ -26,6 +26,8 @@ from bitmill.calibration.hooks import observe_ends
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.formats.writing import DTYPES
 from bitmill.models.streamed import StreamedModel, set_weight, weight_of
+from bitmill.runtime.ranks import Ranks
+from bitmill.transforms.channels import ChannelInputs
 from bitmill.transforms.transform import ChannelScaling
 
 TRIAL_TOKENS = 64
@@ -96,22 +98,43 @@ def fold_scales(
     groups = [group for group in groups if group[0] in writers]
     if not groups:
         return
-    state = BlockState(model, index, block, None, linears)
-    seen = collect(state, groups, stream, batch=batch, judge=False)
+    state, largest = BlockState(model, index, block, None, linears), _Largest()
+    seen = collect(state, groups, stream, batch=batch, judge=False, on_batch=largest.look)
     for group in groups:
         seen[group[0]].check()
         H, order = seen[group[0]].H, orders.get(group[0])
+        inputs = ChannelInputs(H, largest.of(group[0], H, stream.group))
         weights = {name: weight_of(linears[name]).float() for name in group}
         if order is None:
-            scales = scaling.scales(weights, widths, H, stream.group)
+            scales = scaling.scales(weights, widths, inputs, stream.group)
         else:
             order = order.to(H.device)
             ordered = {name: W[:, order] for name, W in weights.items()}
-            scales = scaling.scales(ordered, widths, H[order][:, order], stream.group)
+            scales = scaling.scales(ordered, widths, inputs.ordered(order), stream.group)
             scales = torch.empty_like(scales).scatter_(0, order, scales)
         scales = writers[group[0]].divide(scales)
         for name in group:
             set_weight(linears[name], weight_of(linears[name]).float() * scales)
+
+
+class _Largest:
+    """Largest |x| of every channel, by the first of linears that read an input."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Tensor] = {}
+
+    def look(self, _: slice, inputs: Mapping[str, Tensor]) -> None:
+        """inputs: [T, K] of one batch."""
+        for name, x in inputs.items():
+            largest = x.abs().amax(0).float()
+            known = self._found.get(name)
+            self._found[name] = largest if known is None else torch.maximum(known, largest)
+
+    def of(self, name: str, H: Tensor, ranks: Ranks) -> Tensor:
+        """f32 [K] over all ranks' windows, of which this one may have none; H of that input."""
+        own = self._found.get(name)
+        own = torch.zeros_like(H[0]) if own is None else own
+        return ranks.gather_rows(own[None], ranks.size).amax(0)
 
 
 def writer_name(

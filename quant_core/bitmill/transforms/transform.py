@@ -18,6 +18,7 @@ from bitmill.quant.rewrites import Rewrite, Rewrites
 from bitmill.quant.tensors import Stored
 from bitmill.registry import load_object
 from bitmill.runtime.ranks import Ranks
+from bitmill.transforms.channels import ChannelInputs
 
 
 class Transform(Protocol):
@@ -41,13 +42,14 @@ class ChannelScaling(Protocol):
         self,
         weights: Mapping[str, Tensor],
         widths: Mapping[str, tuple[int, ...]],
-        H: Tensor,
+        inputs: ChannelInputs,
         ranks: Ranks,
     ) -> Tensor:
         """f32 [K] > 0: what columns are multiplied by, and their input is divided by.
 
         weights: full name -> f32 [N, K] of linears that read one input, in packed columns; widths:
-        of their groups; H: f32 [K, K], mean x x^T of that input. The same on all ranks.
+        of their groups; inputs: what is known of that input, in the same columns. The same on all
+        ranks.
         """
 
 

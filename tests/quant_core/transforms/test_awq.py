@@ -31,6 +31,7 @@ from bitmill.solvers.rtn import RtnSolver
 from bitmill.solvers.solver import Linear
 from bitmill.transforms.awq.scaling import AwqScaling, rounding_error
 from bitmill.transforms.awq.settings import AWQ
+from bitmill.transforms.channels import ChannelInputs
 from rank_function import on_ranks
 from tiny import save_tiny, tiny_llama, tiny_opt
 from tiny_architectures import tiny_config
@@ -74,9 +75,11 @@ class Uneven:
     """Scales between 1/4 and 4, at random."""
 
     def scales(
-        self, weights: Mapping[str, Tensor], widths: Mapping[str, Any], H: Tensor, ranks: Any
+        self, weights: Mapping[str, Tensor], widths: Any, inputs: ChannelInputs, ranks: Any
     ) -> Tensor:
-        return torch.exp2(4 * torch.rand(len(H), generator=torch.Generator().manual_seed(1)) - 2)
+        return torch.exp2(
+            4 * torch.rand(len(inputs.H), generator=torch.Generator().manual_seed(1)) - 2
+        )
 
 
 def problem() -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]], Tensor]:
@@ -88,13 +91,18 @@ def problem() -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]], Tensor]:
     return weights, {"a": (3, 3), "b": (4, 2)}, x.T @ x / 500
 
 
+def known(H: Tensor) -> ChannelInputs:
+    """AWQ looks at second moments alone."""
+    return ChannelInputs(H, torch.full_like(H[0], torch.nan))
+
+
 def test_the_search_takes_what_leaves_least_error() -> None:
     weights, widths, H = problem()
-    found = AwqScaling(AWQ()).scales(weights, widths, H, SINGLE)
+    found = AwqScaling(AWQ()).scales(weights, widths, known(H), SINGLE)
     plain = rounding_error(weights, widths, H, torch.ones(200))
     assert rounding_error(weights, widths, H, found) < 0.75 * plain
     assert found[3::25].min() > found[4::25].max()
-    even = AwqScaling(AWQ()).scales(weights, widths, torch.eye(200), SINGLE)
+    even = AwqScaling(AWQ()).scales(weights, widths, known(torch.eye(200)), SINGLE)
     assert rounding_error(weights, widths, torch.eye(200), even) <= rounding_error(
         weights, widths, torch.eye(200), torch.ones(200)
     )
@@ -102,7 +110,7 @@ def test_the_search_takes_what_leaves_least_error() -> None:
 
 def test_scales_suit_the_clipped_grids_that_follow() -> None:
     weights, widths, H = problem()
-    found = AwqScaling(AWQ()).scales(weights, widths, H, SINGLE)
+    found = AwqScaling(AWQ()).scales(weights, widths, known(H), SINGLE)
     errors = []
     for scales in (torch.ones(200), found):
         scaled = H / scales / scales[:, None]
@@ -115,11 +123,11 @@ def test_dead_channels_and_empty_weights_take_finite_scales() -> None:
     weights, widths, H = problem()
     H[:, 7] = H[7] = 0.0
     weights["a"][:, 9] = weights["b"][:, 9] = 0.0
-    found = AwqScaling(AWQ()).scales(weights, widths, H, SINGLE)
+    found = AwqScaling(AWQ()).scales(weights, widths, known(H), SINGLE)
     assert torch.isfinite(found).all()
     assert (found > 0).all()
     nothing = {name: torch.zeros_like(W) for name, W in weights.items()}
-    assert torch.isfinite(AwqScaling(AWQ()).scales(nothing, widths, H, SINGLE)).all()
+    assert torch.isfinite(AwqScaling(AWQ()).scales(nothing, widths, known(H), SINGLE)).all()
 
 
 @pytest.mark.parametrize(

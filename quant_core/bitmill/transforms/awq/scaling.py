@@ -22,13 +22,12 @@ from bitmill.quant.codes import group_slices, row_errors
 from bitmill.quant.grid import ClipSettings, clip_search, nearest_codes, values
 from bitmill.runtime.ranks import Ranks
 from bitmill.transforms.awq.settings import AWQ
+from bitmill.transforms.channels import ChannelInputs, centred, relative
 
 SHORT = ClipSettings(0.4, 8, zero_offsets=(), least_squares=1)
 """A short search of grids."""
 ROWS = 256
 """Of each linear, evenly spaced, about so many are rounded on trial."""
-SMALLEST = 1e-4
-"""Of sizes, as a share of the largest, so that a dead channel takes no endless scale."""
 
 
 class AwqScaling:
@@ -41,10 +40,11 @@ class AwqScaling:
         self,
         weights: Mapping[str, Tensor],
         widths: Mapping[str, tuple[int, ...]],
-        H: Tensor,
+        inputs: ChannelInputs,
         ranks: Ranks,
     ) -> Tensor:
         """See `ChannelScaling`."""
+        H = inputs.H
         none = torch.ones(len(H), device=H.device)
         best, least = none, rounding_error(weights, widths, H, none)
         for scales in self._candidates(weights, H):
@@ -59,18 +59,11 @@ class AwqScaling:
         return best
 
     def _candidates(self, weights: Mapping[str, Tensor], H: Tensor) -> Iterator[Tensor]:
-        inputs = _relative(H.diagonal().sqrt())
-        sizes = _relative(channel_sizes(list(weights.values())))
+        inputs = relative(H.diagonal().sqrt())
+        sizes = relative(channel_sizes(list(weights.values())))
         for i in range(self.settings.steps + 1):
             r = i / self.settings.steps
-            scales = inputs**r / sizes ** (1 - r)
-            yield scales / (scales.amax() * scales.amin()).sqrt()
-
-
-def _relative(sizes: Tensor) -> Tensor:
-    largest = sizes.amax()
-    relative = torch.where(largest > 0, sizes / largest, torch.ones_like(sizes))
-    return relative.clamp(min=SMALLEST)
+            yield centred(inputs**r / sizes ** (1 - r))
 
 
 def channel_sizes(matrices: list[Tensor]) -> Tensor:
