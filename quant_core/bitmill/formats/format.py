@@ -222,6 +222,7 @@ FORMATS: Registry[type[Format]] = Registry(
         "gguf": "bitmill.formats.gguf.format:Gguf",
         "gptq": "bitmill.formats.gptq.format:GPTQCheckpoint",
         "mlx": "bitmill.formats.mlx.format:Mlx",
+        "w8a8": "bitmill.formats.w8a8.format:W8A8",
     },
 )
 

@@ -31,6 +31,7 @@ DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
     "I16": torch.int16,
     "I32": torch.int32,
     "U32": torch.uint32,

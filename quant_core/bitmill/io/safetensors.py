@@ -19,7 +19,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from json.encoder import encode_basestring
@@ -62,7 +62,7 @@ DTYPE_BYTES: Mapping[str, int] = {
 """Bytes of an element, in the library's `Dtype` order: a later one is written first."""
 
 READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "U32", "I16", "I8", "U8", "BOOL")
-"""Dtypes that a file may have."""
+"""Dtypes that a file may have, unless it is read as an export that has others."""
 
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BYTES)}
 NAME = re.compile(r"[\w.\-/]+")
@@ -274,17 +274,19 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**62
 
 
-def _parse_tensor(path: Path, name: str, entry: object) -> tuple[int, int, TensorInfo]:
+def _parse_tensor(
+    path: Path, name: str, entry: object, readable: Collection[str]
+) -> tuple[int, int, TensorInfo]:
     """Begin and end of one tensor's data, and the tensor."""
     if len(name) > MAX_NAME or not NAME.fullmatch(name):
         raise _refuse(path, f"tensor name {name[:100]!r} is too long or has odd characters")
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
         raise _refuse(path, f"{name} has not exactly the keys dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in READABLE:
+    if not isinstance(dtype, str) or dtype not in readable:
         raise _refuse(
             path,
-            f"{name} has dtype {str(dtype)[:20]}; accepted are {', '.join(READABLE)}",
+            f"{name} has dtype {str(dtype)[:20]}; accepted are {', '.join(readable)}",
             code="unsupported_dtype",
         )
     if not _is_counts(shape) or len(shape) > MAX_RANK:
@@ -298,8 +300,8 @@ def _parse_tensor(path: Path, name: str, entry: object) -> tuple[int, int, Tenso
     return begin, end, tensor
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensors of one safetensors file, in the order of their bytes.
+def read_header(path: Path, readable: Collection[str] = READABLE) -> dict[str, TensorInfo]:
+    """Tensors of one safetensors file, in the order of their bytes; readable: dtypes it may have.
 
     Raises `ModelError` naming the file for a header that is truncated, over 8 MiB, over 50,000
     tensors, not JSON, with a name twice, an unknown dtype, or offsets that overlap or leave gaps.
@@ -310,7 +312,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise _refuse(path, "its __metadata__ is not an object of texts")
     if len(header) > MAX_TENSORS:
         raise _refuse(path, f"it names {len(header)} tensors, the limit is {MAX_TENSORS}")
-    parsed = [_parse_tensor(path, name, entry) for name, entry in header.items()]
+    parsed = [_parse_tensor(path, name, entry, readable) for name, entry in header.items()]
     parsed.sort(key=lambda item: item[:2])
     position = 0
     for begin, end, tensor in parsed:
@@ -373,7 +375,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_headers(folder: Path) -> dict[str, TensorInfo]:
+def read_headers(folder: Path, readable: Collection[str] = READABLE) -> dict[str, TensorInfo]:
     """All tensors of a checkpoint folder, name -> header; raises `ModelError` as `read_header`.
 
     Every tensor that an index names must be in the file that it names.
@@ -381,7 +383,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     files = safetensors_files(folder)
     for path in files:
-        for name, tensor in read_header(path).items():
+        for name, tensor in read_header(path, readable).items():
             if name in tensors:
                 raise _refuse(path, f"{name} is also in {tensors[name].file}")
             tensors[name] = tensor
