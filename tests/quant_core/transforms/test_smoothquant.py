@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from bitmill.models.streamed import StreamedModel, weight_of
 from bitmill.pipeline.job import run_job
 from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.folding import fold_scales
-from bitmill.runtime.launch import run_ranks
 from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.transforms.channels import ChannelInputs
 from bitmill.transforms.smoothquant.scaling import SmoothScaling
 from bitmill.transforms.smoothquant.settings import SmoothQuant
+from rank_function import on_ranks
 from tiny import tiny_llama
 
 TEXT = {"source": "file", "path": str(Path(__file__).parents[1] / "calibration.txt")}
@@ -125,26 +124,14 @@ def test_batches_make_no_difference(tmp_path: Path) -> None:
         torch.testing.assert_close(apart[name], value, rtol=1e-5, atol=1e-6)
 
 
-RANK = """
-import sys
-from pathlib import Path
-import torch
-from bitmill.runtime.launch import as_rank
-from test_smoothquant import folded
-with as_rank("cpu") as (ranks, _):
-    found = folded(Path(sys.argv[1]), ranks)
-    torch.save(found, Path(sys.argv[2]) / f"{int(ranks.first)}.pt")
-"""
+def folded_part(group: Ranks, source: str, out: str) -> None:
+    """What one rank makes."""
+    torch.save(folded(Path(source), group), Path(out) / f"{int(group.first)}.pt")
 
 
-def test_ranks_find_the_largest_of_all_windows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+def test_ranks_find_the_largest_of_all_windows(tmp_path: Path) -> None:
     source = uneven_llama(tmp_path / "source")
-    run_ranks(2, ["-c", RANK, str(source), str(tmp_path)])
+    on_ranks(2, folded_part, source, tmp_path)
     expected = folded(source)
     for name in ("0.pt", "1.pt"):
         found = torch.load(tmp_path / name)
