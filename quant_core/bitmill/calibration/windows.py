@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,16 @@ def evaluation_tokens(
     rows: of the model's input embedding. Raises `CalibrationError` as `token_windows` does.
     """
     tokenizer = shared_tokenizer(tokenizer_folder)
+    return _bundled_windows(name, tokenizer, length, framing, rows)[:sequences].clone()
+
+
+@lru_cache(maxsize=2)
+def _bundled_windows(
+    name: str, tokenizer: Any, length: int, framing: Framing, rows: int | None
+) -> Tensor:
+    """Kept, because several jobs of a process measure on the same texts."""
     text = bundled_text(name)
-    windows = token_windows(text, tokenizer, length, framing=framing, rows=rows, param="evaluation")
-    return windows[:sequences]
+    return token_windows(text, tokenizer, length, framing=framing, rows=rows, param="evaluation")
 
 
 def evaluation_windows(

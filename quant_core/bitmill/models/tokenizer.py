@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import transformers
 
 from bitmill.errors import ModelError, raise_resource_error
+from bitmill.io.atomic import sha256_file
+from bitmill.io.companions import companions
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -32,13 +34,18 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def shared_tokenizer(folder: str | Path) -> Any:
-    """The same, not to be changed: the last one is kept while the files of its folder are."""
+    """The same, not to be changed: the last one is kept for folders with the same files of it."""
     folder = Path(folder).absolute()
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    states = ((file.name, file.stat()) for file in files)
-    return _kept(folder, tuple((name, s.st_size, s.st_mtime_ns) for name, s in states))
+    files = [*companions(folder), "config.json"] if folder.is_dir() else []
+    there = [name for name in files if (folder / name).is_file()]
+    key = tuple((name, sha256_file(folder / name)) for name in there)
+    with _LOADING:
+        if key not in _kept:
+            tokenizer = load_tokenizer(folder)
+            _kept.clear()
+            _kept[key] = tokenizer
+        return _kept[key]
 
 
-@lru_cache(maxsize=1)
-def _kept(folder: Path, _: tuple[tuple[str, int, int], ...]) -> Any:
-    return load_tokenizer(folder)
+_LOADING = Lock()
+_kept: dict[tuple[tuple[str, str], ...], Any] = {}

@@ -17,7 +17,7 @@ from bitmill.calibration.windows import (
 )
 from bitmill.config.quantization import Calibration
 from bitmill.errors import CalibrationError, ModelError
-from bitmill.models.tokenizer import load_tokenizer
+from bitmill.models.tokenizer import load_tokenizer, shared_tokenizer
 from tiny import byte_tokenizer
 
 
@@ -165,3 +165,20 @@ def test_half_of_the_held_out_windows_may_be_of_another_text(
     assert len(found.held_out) == 5
     assert all(window in mixture for window in found.held_out[3:].tolist())
     assert found.digest != plain.digest
+
+
+def test_a_tokenizer_and_its_windows_are_kept_while_its_files_are(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    first = shared_tokenizer(tmp_path / "one")
+    assert shared_tokenizer(tmp_path / "two") is first
+
+    def tokens() -> torch.Tensor:
+        return evaluation_tokens("wiki_evaluation", tmp_path / "two", length=8, sequences=1)
+
+    plain = tokens()
+    tokens().zero_()  # of a caller who changes his
+    assert tokens().equal(plain)
+    byte_tokenizer(begins=True).save_pretrained(tmp_path / "two")
+    assert shared_tokenizer(tmp_path / "two") is not first
+    assert tokens().tolist() == [[0, *plain[0, :7].tolist()]]

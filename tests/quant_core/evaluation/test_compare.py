@@ -27,7 +27,7 @@ from bitmill.plan.model_plan import plan_for_map
 from bitmill.reporting.html import write_report
 from bitmill.reporting.summary import ProfileSummary
 from bitmill.results import QualityReport
-from tiny import tiny_llama
+from tiny import CALIBRATION, tiny_llama
 
 TEXTS = Path(bitmill.__file__).parent / "texts"
 WIKI = "wiki_evaluation"
@@ -121,7 +121,12 @@ def test_the_row_with_packed_embeddings_is_what_a_job_would_make(
                 "order": widths.order,
                 "embeddings": "quantize",
             },
-            "calibration": {"sequences": 1, "length": 64, "held_out": 0},
+            "calibration": {
+                "text": {"source": "file", "path": str(CALIBRATION)},
+                "sequences": 1,
+                "length": 64,
+                "held_out": 0,
+            },
             "evaluation": EVALUATION,
             "refinement": {"method": "rtn"},
             "threads": 1,

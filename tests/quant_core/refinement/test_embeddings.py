@@ -35,10 +35,11 @@ from bitmill.pipeline.stages.verify import verify_order
 from bitmill.plan.model_plan import Plan, make_plan
 from bitmill.refinement.embeddings import head_squares, round_embedding
 from bitmill.sensitivity.measure import make_profile
-from tiny import VOCABULARY, llama_config, save_tiny, tiny_llama, tiny_opt
+from tiny import CALIBRATION, VOCABULARY, llama_config, save_tiny, tiny_llama, tiny_opt
 from weights import PackedModel, dequantized_model, pack_model
 
 TOKENS = torch.arange(2, 26)[None]
+TEXT = {"source": "file", "path": str(CALIBRATION)}
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,7 @@ def spec(
             "allocation": {"method": method, "order": "natural", "embeddings": "quantize"}
             | allocation,
             "refinement": refinement or {"method": "rtn"},
-            "calibration": {"sequences": 2, "length": 64, "held_out": 1},
+            "calibration": {"text": TEXT, "sequences": 2, "length": 64, "held_out": 1},
             "evaluation": {"texts": ["wiki_evaluation"], "sequences": 2, "length": 64},
             "threads": 1,
         }
