@@ -24,14 +24,26 @@ SEARCH = CompensatedSettings(scales=(0.9,), zero_steps=(1,), zero_scales=(1.0,),
 SCALES = CompensatedSettings(scales=(0.9, 1.1), zero_steps=(), least_squares=0)
 
 
-@pytest.fixture
-def linear():
+def made(K):
     generator = torch.Generator().manual_seed(6)
-    K = 300
     x = torch.randn(2 * K, K, generator=generator) @ torch.randn(K, K, generator=generator)
     W = torch.randn(11, K, generator=generator)
     W[2] = 0.0
     return W, Curvature.prepare(x.T @ x / len(x))
+
+
+@pytest.fixture
+def linear():
+    """Two super blocks, the first of two groups."""
+    return made(300)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Two super blocks of a group each; a launch takes as long as it has columns."""
+    for module in (column_loop, device_solve):
+        monkeypatch.setattr(module, "SUPER_BLOCK", 1)
+    return made(172)
 
 
 def both(monkeypatch, call):
@@ -100,11 +112,11 @@ def test_only_the_upper_triangle_of_the_factor_is_read(linear, monkeypatch):
     assert torch.equal(found.scales, expected.scales)
 
 
-def test_siblings_are_solved_as_each_alone(linear, monkeypatch):
+def test_siblings_are_solved_as_each_alone(narrow, monkeypatch):
     monkeypatch.setenv("BITMILL_BACKEND", "triton")
-    W, curvature = linear
+    W, curvature = narrow
     settings = GptqSettings(clip=CLIP, compensated=SCALES, rounds=1)
-    widths = [(3, 2, 1), (1, 4, 3)]
+    widths = [(3, 2), (1, 4)]
     matrices = [W[:4], W[4:]]
     together = solve_siblings(matrices, curvature, widths, settings)
     after = polished(matrices, together, curvature.H)
@@ -118,10 +130,10 @@ def test_siblings_are_solved_as_each_alone(linear, monkeypatch):
             assert two.widths == widths[i]
 
 
-def test_corrections_of_siblings_are_those_of_each_alone(linear, monkeypatch):
+def test_corrections_of_siblings_are_those_of_each_alone(narrow, monkeypatch):
     """One is moved with a ridge, one without, one stays."""
     monkeypatch.setenv("BITMILL_BACKEND", "triton")
-    W, prepared = linear
+    W, prepared = narrow
     H = prepared.H
     settings = GptqSettings(clip=CLIP, compensated=None, rounds=1)
     ridges = (0.0, 0.5)
@@ -137,7 +149,7 @@ def test_corrections_of_siblings_are_those_of_each_alone(linear, monkeypatch):
             R = candidate - target
             return ((R @ H) * R).sum(dtype=torch.float64)
 
-        return Linear(name, some, (6, 8, 6), Correction(shift, sample, judge))
+        return Linear(name, some, (6, 8), Correction(shift, sample, judge))
 
     def solved(linears):
         return GptqSolver(settings, ridges).solve_with(linears, prepared, SINGLE).read(SINGLE)
@@ -158,14 +170,14 @@ def test_corrections_of_siblings_are_those_of_each_alone(linear, monkeypatch):
         assert result.relative_error == pytest.approx(expected.relative_error, rel=1e-4)
 
 
-def test_errors_around_polishing_are_those_of_the_codes(linear, monkeypatch):
+def test_errors_around_polishing_are_those_of_the_codes(narrow, monkeypatch):
     """Towards a source that is the target of one linear and not of the other."""
     monkeypatch.setenv("BITMILL_BACKEND", "triton")
-    W, curvature = linear
+    W, curvature = narrow
     settings = GptqSettings(clip=CLIP, compensated=None)
-    widths, H = [(3, 2, 4), (2, 8, 3)], curvature.H
+    widths, H = [(3, 2), (2, 8)], curvature.H
     matrices = [W[:4], W[4:]]
-    sources = [matrices[0], matrices[1] + 0.1 * torch.randn(7, 300)]
+    sources = [matrices[0], matrices[1] + 0.1 * torch.randn(7, 172)]
     codes = solve_siblings(matrices, curvature, widths, settings)
     after, errors = polish_codes(matrices, sources, codes, H, sweeps=2)
     for when, found in zip((codes, after), errors, strict=True):
