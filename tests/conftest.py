@@ -32,6 +32,14 @@ def quick_children() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def transformers_is_not_asked() -> Iterator[None]:
+    """By services: it takes seconds a model in each; `service/test_skeleton_check.py` asks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BITMILL_SKELETON_CHECK_S", "0")
+        yield
+
+
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """So are the children of services and programs that the test starts."""

@@ -28,14 +28,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session", autouse=True)
-def transformers_is_not_asked() -> Iterator[None]:
-    """It takes seconds a model; `test_skeleton_check.py` asks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BITMILL_SKELETON_CHECK_S", "0")
-        yield
-
-
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Stack]:
     """The API of one module, serving."""

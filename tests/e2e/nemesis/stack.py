@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Protocol
 
 import httpx2
+import numpy as np
+from safetensors.numpy import save_file
 
+from bitmill.plan import parameters
 from bitmill_workers.settings import Settings
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.migrate import upgrade
@@ -25,10 +28,29 @@ _TESTS = Path(__file__).parents[2]
 
 
 def make_model(folder: Path) -> None:
-    """A Llama of one block whose headers pass admission; the acting runner never reads it."""
-    from tiny import tiny_llama
+    """A Llama of one block of zeros whose headers pass admission; the acting runner never reads it.
 
-    tiny_llama(folder)
+    Without torch, which takes longer to load than a service to start.
+    """
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 258,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+    }
+    shapes = parameters.bounded(parameters.llama(parameters.Settings(config)))
+    weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    del weights["lm_head.weight"]
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 class Stack(Protocol):
