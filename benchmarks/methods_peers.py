@@ -2,11 +2,14 @@
 
     python benchmarks/methods_peers.py hqq SOURCE TARGET --bits 4
     python benchmarks/methods_peers.py llmcompressor-awq SOURCE TARGET --bits 4 --device cuda
+    python benchmarks/methods_peers.py llmcompressor-smoothquant SOURCE TARGET --bits 8
 
 `hqq` wants the package hqq 0.2.8, the others llmcompressor 0.14, with Bitmill on PYTHONPATH for the
 calibration windows. hqq has its own default, groups of 64; the others asymmetric groups of 128, or
-64 where the model has columns that are no multiple. TARGET gets `model.safetensors` (float32) and
-`made.json`: true bits (codes, scales, zero points), seconds and memory.
+64 where the model has columns that are no multiple, `llmcompressor-smoothquant` its scheme W8A8
+(a symmetric scale for each row of the weights) behind SmoothQuant of strength 0.5. TARGET gets
+`model.safetensors` (float32) and `made.json`: true bits (codes, scales, zero points), seconds and
+memory.
 """
 
 from __future__ import annotations
@@ -60,19 +63,50 @@ def hqq(model: nn.Module, options: argparse.Namespace) -> float:
     return options.bits + 32 / 64
 
 
-def llmcompressor(model: nn.Module, options: argparse.Namespace) -> float:
-    """llm-compressor's AWQ with its default search, or its GPTQ with static activation order;
-    asymmetric, float16 scales."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+def run_llmcompressor(model: nn.Module, recipe: list[Any], options: argparse.Namespace) -> None:
+    """Apply a recipe of llm-compressor on the calibration windows."""
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
-    from llmcompressor.modifiers.transform.awq import AWQModifier
 
     count, length = options.calibration
     wanted = Calibration(sequences=count, length=length, held_out=0)
     tokens = calibration_tokens(wanted, options.source, seed=0).tokens
     rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
+    if not torch.cuda.is_available():  # it pins host memory even where there is no accelerator
+        torch.Tensor.pin_memory = lambda tensor, *_: tensor
+    oneshot(
+        model=model,
+        dataset=Dataset.from_dict(rows),
+        recipe=recipe,
+        max_seq_length=length,
+        num_calibration_samples=count,
+        pipeline="sequential",
+    )
+
+
+def smoothquant(model: nn.Module, options: argparse.Namespace) -> float:
+    """llm-compressor's SmoothQuant, then its W8A8: each row of weights rounded to 8 bits around 0,
+    activations while the model runs. Norms change too."""
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    scheme = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
+    run_llmcompressor(model, [SmoothQuantModifier(smoothing_strength=0.5), scheme], options)
+    own = linears(model).values()
+    for linear in own:
+        scale = linear.weight_scale.data.float()
+        codes = (linear.weight.data.float() / scale).round().clamp(-128, 127)
+        linear.weight.data = codes * scale
+    return 8 + 32 * sum(one.out_features for one in own) / sum(one.weight.numel() for one in own)
+
+
+def llmcompressor(model: nn.Module, options: argparse.Namespace) -> float:
+    """llm-compressor's AWQ with its default search, or its GPTQ with static activation order;
+    asymmetric, float16 scales."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
     group, learned = group_of(model), options.package == "llmcompressor-gptq"
     weights = QuantizationArgs(
         num_bits=options.bits,
@@ -83,18 +117,9 @@ def llmcompressor(model: nn.Module, options: argparse.Namespace) -> float:
         actorder="static" if learned else None,
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    if not torch.cuda.is_available():  # it pins host memory even where there is no accelerator
-        torch.Tensor.pin_memory = lambda tensor, *_: tensor
     asked: dict[str, Any] = {"config_groups": {"all": scheme}, "ignore": ["lm_head"]}
     recipe = [GPTQModifier(**asked)] if learned else [AWQModifier(), QuantizationModifier(**asked)]
-    oneshot(
-        model=model,
-        dataset=Dataset.from_dict(rows),
-        recipe=recipe,
-        max_seq_length=length,
-        num_calibration_samples=count,
-        pipeline="sequential",
-    )
+    run_llmcompressor(model, recipe, options)
     least, most = -(2 ** (options.bits - 1)), 2 ** (options.bits - 1) - 1
     for linear in linears(model).values():
         grouped = linear.weight.data.float().unflatten(1, (-1, group))
@@ -103,6 +128,14 @@ def llmcompressor(model: nn.Module, options: argparse.Namespace) -> float:
         codes = (grouped / scale + zero).round().clamp(least, most)
         linear.weight.data = (scale * (codes - zero)).flatten(1)
     return options.bits + (16 + options.bits) / group
+
+
+MAKERS = {
+    "hqq": hqq,
+    "llmcompressor-awq": llmcompressor,
+    "llmcompressor-gptq": llmcompressor,
+    "llmcompressor-smoothquant": smoothquant,
+}
 
 
 def memory(device: str) -> int:
@@ -114,7 +147,7 @@ def memory(device: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("package", choices=("hqq", "llmcompressor-awq", "llmcompressor-gptq"))
+    parser.add_argument("package", choices=MAKERS)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--bits", type=int, required=True)
@@ -125,7 +158,7 @@ def main() -> None:
     model = model.to(options.device).eval()
     started = time.perf_counter()
     with torch.no_grad():
-        bits = (hqq if options.package == "hqq" else llmcompressor)(model, options)
+        bits = MAKERS[options.package](model, options)
     taken = time.perf_counter() - started
     options.target.mkdir(parents=True, exist_ok=True)
     state = {k: v for k, v in model.state_dict().items() if not k.endswith(("_scale", "_point"))}
