@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from bitmill_workers.store.migrate import upgrade
 from faulty_hub import FaultyHub, serving
 from native import native_stack
 from stores import wait_for
-from tiny import tiny_llama
+from tiny import CALIBRATION, tiny_llama
 from warm_python import FORKED
 
 HUB_TOKEN = "hf_canaryQ7uZk2VbN4mXw9RtY1pLs8DfGh"
@@ -37,9 +38,22 @@ SPEC = {
     "budget": {"code_bits": 4},
     "allocation": {"method": "uniform", "order": "natural"},
     "refinement": {"method": "rtn"},
-    "calibration": {"sequences": 2, "length": 32, "held_out": 1},
+    "calibration": {
+        "text": {"source": "file", "path": "models/text.txt"},
+        "sequences": 2,
+        "length": 32,
+        "held_out": 1,
+    },
     "evaluation": {"sequences": 1, "length": 32},
 }
+
+
+def with_text(folder: Path) -> Path:
+    """A root of models with the text of `SPEC` in it."""
+    root = folder / "models"
+    root.mkdir()
+    shutil.copy(CALIBRATION, root / "text.txt")
+    return root
 
 
 class Listener(ThreadingHTTPServer):
@@ -153,10 +167,10 @@ def test_a_run_of_the_embedded_service_leaves_no_secret(tmp_path: Path) -> None:
     given = {
         "BITMILL_HUB_TOKEN": HUB_TOKEN,
         "BITMILL_HUB_ENDPOINT": hub.url,
+        "BITMILL_MODEL_ROOTS": json.dumps({"models": str(with_text(tmp_path))}),
         "BITMILL_WEBHOOK_SECRET": HOOK_SECRET,
         "BITMILL_WEBHOOK_PRIVATE": "true",
         "BITMILL_LOG_LEVEL": "DEBUG",
-        "BITMILL_SKELETON_CHECK_S": "0",
     }
     line = [sys.executable, "-P", "-m", "bitmill_service.cli.main", "serve", "--json"]
     with serving(hub), serving(store), listening() as other, log.open("wb") as said:
@@ -194,12 +208,11 @@ def test_a_run_of_the_embedded_service_leaves_no_secret(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 def test_a_run_of_the_production_stack_leaves_no_secret(tmp_path: Path) -> None:
-    tiny_llama(tmp_path / "models" / "tiny")
+    tiny_llama(with_text(tmp_path) / "tiny")
     given = {
         "BITMILL_HUB_TOKEN": HUB_TOKEN,
         "BITMILL_WEBHOOK_PRIVATE": "true",
         "BITMILL_LOG_LEVEL": "DEBUG",
-        "BITMILL_SKELETON_CHECK_S": "0",
     }
     with listening() as other, native_stack(tmp_path, **given) as stack:
         words = Path(f"/proc/{stack['pids']['api-0']}/environ").read_text().split("\0")

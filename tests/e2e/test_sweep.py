@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from bitmill_service.client.client import Client
 from bitmill_service.embedded.server import EmbeddedService
 from bitmill_service.schemas import SweepView
 from stores import wait_for
-from tiny import put_nan, tiny_llama
+from tiny import CALIBRATION, put_nan, tiny_llama
+from warm_python import FORKED
 
 pytestmark = pytest.mark.e2e
 COMMON = {
@@ -32,15 +34,17 @@ COMMON = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with a model, and one with a NaN in it."""
+    """A root with a model, one with a NaN in it, and a text."""
     root = tmp_path_factory.mktemp("models")
+    shutil.copy(CALIBRATION, root / "text.txt")
     tiny_llama(root / "tiny")
     put_nan(tiny_llama(root / "nan"))
     return root
 
 
 def grid(calibrations: int, methods: int, budgets: int) -> dict[str, Any]:
-    windows = [{"sequences": n, "length": 32, "held_out": 0} for n in (2, 3, 4)]
+    text = {"source": "file", "path": "models/text.txt"}
+    windows = [{"text": text, "sequences": n, "length": 32, "held_out": 0} for n in (2, 3, 4)]
     axes = {
         "calibration": windows[:calibrations],
         "refinement.method": ["rtn", "gptq"][:methods],
@@ -93,20 +97,27 @@ def test_a_failed_cell_here_stops_nothing_and_only_it_is_run_again(
     del spec["job"]["model"]
     spec["grid"] = {"model": models, "budget.code_bits": [3]}
     spec["job"]["allocation"] = {"method": "uniform", "order": "natural"}
-    spec["job"]["calibration"] = {"sequences": 2, "length": 32, "held_out": 0}
+    text = {"source": "file", "path": str(root / "text.txt")}
+    spec["job"]["calibration"] = {"text": text, "sequences": 2, "length": 32, "held_out": 0}
     file, out = tmp_path / "study.yaml", tmp_path / "study"
     file.write_text(json.dumps(spec | {"grid": spec["grid"] | {"budget.code_bits": [3, 0.5]}}))
     command = [sys.executable, "-P", "-m", "bitmill_service.cli.main", "sweep", str(file)]
-    refused = subprocess.run(
-        [*command, "--out", str(out)], capture_output=True, text=True, check=False
-    )
+
+    def sweep(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, "--out", str(out), *options],
+            env=os.environ | FORKED,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    refused = sweep()
     assert refused.returncode == 2
     assert "asked for by cell 2 (" in refused.stderr
     assert not out.exists()
     file.write_text(json.dumps(spec))
-    ended = subprocess.run(
-        [*command, "--out", str(out), "--json"], capture_output=True, text=True, check=False
-    )
+    ended = sweep("--json")
     assert ended.returncode == 3, ended.stderr
     rows = json.loads(ended.stdout)
     assert [row["state"] for row in rows] == ["failed", "succeeded"]
@@ -118,9 +129,7 @@ def test_a_failed_cell_here_stops_nothing_and_only_it_is_run_again(
     assert "<svg" in (out / "plot.svg").read_text()
     before = (out / "cell-02" / "quality.json").stat().st_mtime_ns
     shutil.copyfile(root / "tiny" / "model.safetensors", root / "nan" / "model.safetensors")
-    again = subprocess.run(
-        [*command, "--out", str(out)], capture_output=True, text=True, check=False
-    )
+    again = sweep()
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("succeeded") == 2
     assert (out / "cell-02" / "quality.json").stat().st_mtime_ns == before

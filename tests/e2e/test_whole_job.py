@@ -20,7 +20,8 @@ from bitmill_service.client.client import Client
 from bitmill_service.client.errors import JobFailed
 from bitmill_service.embedded.server import EmbeddedService
 from stores import wait_for
-from tiny import put_nan, tiny_llama
+from tiny import CALIBRATION, put_nan, tiny_llama
+from warm_python import FORKED
 
 pytestmark = pytest.mark.e2e
 BLOCKS = 4
@@ -28,7 +29,7 @@ BLOCKS = 4
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with a model, the same with a NaN in it, and a text that is too short."""
+    """A root with a model, the same with a NaN in it, a text, and one that is too short."""
     root = tmp_path_factory.mktemp("models")
     folder = tiny_llama(
         root / "tiny",
@@ -38,6 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=256,
     )
     put_nan(Path(shutil.copytree(folder, root / "nan")))
+    (root / "text.txt").write_text(3 * CALIBRATION.read_text())
     (root / "short.txt").write_text("word " * 30)
     return root
 
@@ -48,13 +50,21 @@ def client(service: EmbeddedService) -> Iterator[Client]:
         yield opened
 
 
+def windows(
+    sequences: int, length: int, held_out: int = 0, file: str = "text.txt"
+) -> dict[str, Any]:
+    """Calibration on a file of the root."""
+    text = {"source": "file", "path": f"models/{file}"}
+    return {"text": text, "sequences": sequences, "length": length, "held_out": held_out}
+
+
 def spec(model: str = "tiny", **changes: Any) -> dict[str, Any]:
     return {
         "model": {"source": "path", "path": f"models/{model}"},
         "budget": {"code_bits": 3},
         "allocation": {"method": "sba", "order": "natural", "widths": [2, 3, 4]},
         "refinement": {"method": "gptq", "asymmetric": False},
-        "calibration": {"sequences": 4, "length": 64, "held_out": 0},
+        "calibration": windows(4, 64),
         "evaluation": {"texts": ["wiki_evaluation"], "sequences": 2, "length": 64},
     } | changes
 
@@ -88,6 +98,7 @@ def test_checkpoint_is_whole_within_budget_and_generates(undisturbed: Path) -> N
     arguments = ["generate", str(undisturbed), "A mill", "--max-new-tokens", "5", "--json"]
     said = subprocess.run(
         [sys.executable, "-P", "-m", "bitmill_service.cli.main", *arguments],
+        env=os.environ | FORKED,
         capture_output=True,
         text=True,
         check=True,
@@ -101,7 +112,7 @@ def test_what_one_job_learned_another_packs_without_training(
     learning = {"epochs": 2, "batch": 2}
     asked = spec(
         refinement={"method": "omniquant", "omniquant": learning},
-        calibration={"sequences": 4, "length": 64, "held_out": 2},
+        calibration=windows(4, 64, held_out=2),
     )
     first = client.wait(client.submit(asked).id, timeout=200)
     given = {"source": "job", "job_id": first.id}
@@ -161,14 +172,7 @@ def made_blocks(work: Path) -> dict[str, int]:
     [
         (spec("nan"), "non_finite_weights", "model.layers.1.mlp.up_proj"),
         (
-            spec(
-                calibration={
-                    "text": {"source": "file", "path": "models/short.txt"},
-                    "sequences": 4,
-                    "length": 128,
-                    "held_out": 0,
-                }
-            ),
+            spec(calibration=windows(4, 128, file="short.txt")),
             "text_too_short",
             "1 sequences of 128 tokens",
         ),
@@ -192,7 +196,7 @@ def test_bad_input_fails_the_job_with_a_reason_and_leaves_nothing(
 
 
 def test_cancelled_job_stops_its_runner(client: Client, service: EmbeddedService) -> None:
-    job = client.submit(spec(calibration={"sequences": 64, "length": 128, "held_out": 0})).id
+    job = client.submit(spec(calibration=windows(64, 128))).id
     wait_for(lambda: client.get(job).stage is not None, "the runner")
     client.cancel(job)
     wait_for(lambda: client.get(job).state == "cancelled", "the cancel")

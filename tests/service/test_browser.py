@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -18,6 +19,7 @@ from browsing import THEMES, WIDTHS, Browser
 from finished import MAP, Stack
 from serving import serve
 from stores import claim, wait_for
+from tiny import CALIBRATION
 
 
 def report(stack: Stack, job_id: str, stage: str, state: str, done: int | None = None) -> None:
@@ -179,10 +181,11 @@ def test_a_job_of_the_form_is_watched_to_its_end(
 ) -> None:
     """A real worker and runner, on the tiny model, from the form to a file's digest."""
     settings = ServiceSettings(data=tmp_path, port=0, model_roots={"models": models})
+    shutil.copy(CALIBRATION, models / "text.txt")
     quick = {
         "allocation": {"order": "natural"},
         "refinement": {"method": "rtn"},
-        "calibration": {"held_out": 0},
+        "calibration": {"held_out": 0, "text": {"source": "file", "path": "models/text.txt"}},
         "evaluation": {"texts": ["wiki_evaluation"], "sequences": 1, "length": 32},
         "threads": 1,
     }

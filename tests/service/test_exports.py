@@ -23,7 +23,7 @@ from bitmill_workers.execution.supervisor import Supervisor
 from bitmill_workers.store.records import JobRecord
 from bitmill_workers.store.retention import leaving
 from finished import Stack, spec_json
-from tiny import tiny_llama
+from tiny import CALIBRATION, tiny_llama
 from weights import PackedModel, dequantized_model, pack_model
 
 TOKENS = torch.arange(3, 35)[None]
@@ -32,7 +32,12 @@ QUICK: dict[str, Any] = {
     "allocation": {"method": "uniform"},
     "refinement": {"method": "rtn"},
     "evaluation": {"texts": ["wiki_evaluation"], "sequences": 1, "length": 32},
-    "calibration": {"sequences": 1, "length": 32, "held_out": 0},
+    "calibration": {
+        "text": {"source": "file", "path": "models/text.txt"},
+        "sequences": 1,
+        "length": 32,
+        "held_out": 0,
+    },
     "threads": 1,
 }
 
@@ -42,7 +47,8 @@ EVEN = {"model": {"source": "path", "path": "models/even"}}
 
 @pytest.fixture(scope="module", autouse=True)
 def even(models: Path) -> Path:
-    """A model whose sides all formats take."""
+    """A model whose sides all formats take, beside a short text."""
+    shutil.copy(CALIBRATION, models / "text.txt")
     return tiny_llama(models / "even", hidden_size=128, head_dim=32)
 
 

@@ -19,12 +19,13 @@ import pytest
 from bitmill.io.manifest import check_folder
 from bitmill.pipeline.progress import STAGES
 from stores import wait_for
-from tiny import tiny_llama
+from tiny import CALIBRATION, tiny_llama
 from warm_python import FORKED
 
 BITMILL = ["-P", "-m", "bitmill_service.cli.main"]
 WINDOWS = [
-    *("--calibration-sequences", "2", "--calibration-length", "64", "--held-out", "1"),
+    *("--calibration-text", str(CALIBRATION), "--held-out", "1"),
+    *("--calibration-sequences", "2", "--calibration-length", "64"),
     *("--evaluation-sequences", "1", "--evaluation-length", "64", "--threads", "1"),
     *("--evaluation-texts", "wiki_evaluation"),
 ]
@@ -192,12 +193,19 @@ def test_what_the_child_refuses_is_told_in_one_line(
 
 
 class Running:
-    """A `bitmill quantize` that would take minutes, with all processes below it."""
+    """A `bitmill quantize` that would take minutes, with all processes below it.
 
-    def __init__(self, model: Path, out: Path, *options: str, until: str) -> None:
+    forked: below it is the caller of a process of the library instead of Python itself.
+    """
+
+    def __init__(self, model: Path, out: Path, *options: str, until: str, forked: bool) -> None:
         self.folder = out.parent
         self.log = self.folder / "log"
-        long = ["--calibration-sequences", "2000", "--calibration-length", "256"]
+        text = out.parent.parent / "long.txt"
+        if not text.exists():
+            text.write_text(50 * CALIBRATION.read_text())
+        long = ["--calibration-text", str(text), "--calibration-sequences", "700"]
+        long += ["--calibration-length", "256"]
         words = [
             sys.executable,
             *BITMILL,
@@ -212,6 +220,7 @@ class Running:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*words, *long, *options],
+                env=os.environ | (FORKED if forked else {}),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -239,8 +248,9 @@ class Running:
 def running(model: Path, tmp_path: Path) -> Iterator[Callable[..., Running]]:
     started: list[Running] = []
 
-    def start(*options: str, until: str = "profile: started") -> Running:
-        started.append(Running(model, tmp_path / "out", *options, until=until))
+    def start(*options: str, until: str = "profile: started", forked: bool = False) -> Running:
+        out = tmp_path / "out"
+        started.append(Running(model, out, *options, until=until, forked=forked))
         return started[-1]
 
     yield start
@@ -253,25 +263,30 @@ def running(model: Path, tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
 
 @pytest.mark.parametrize(
-    ("number", "group", "status", "until"),
+    ("number", "group", "status", "until", "forked"),
     [
-        (signal.SIGINT, True, 130, "profile: started"),
-        (signal.SIGINT, True, 130, ""),
-        (signal.SIGINT, False, 130, ""),
-        (signal.SIGTERM, False, 143, "profile: started"),
-        (signal.SIGTERM, True, 143, ""),
-        (signal.SIGHUP, True, 129, ""),
-        (signal.SIGKILL, False, -9, "profile: started"),
-        (signal.SIGKILL, False, -9, ""),
+        (signal.SIGINT, True, 130, "profile: started", False),
+        (signal.SIGINT, True, 130, "", False),
+        (signal.SIGINT, False, 130, "", False),
+        (signal.SIGTERM, False, 143, "profile: started", True),
+        (signal.SIGTERM, True, 143, "", False),
+        (signal.SIGHUP, True, 129, "", False),
+        (signal.SIGKILL, False, -9, "profile: started", False),
+        (signal.SIGKILL, False, -9, "", False),
     ],
 )
 def test_a_signal_ends_the_child_too(
-    running: Callable[..., Running], number: signal.Signals, group: bool, status: int, until: str
+    running: Callable[..., Running],
+    number: signal.Signals,
+    group: bool,
+    status: int,
+    until: str,
+    forked: bool,
 ) -> None:
     """group: to all processes of the terminal, as Ctrl-C does. until: empty as soon as the child
     is there.
     """
-    run = running(until=until)
+    run = running(until=until, forked=forked)
     assert len(run.below) == 1
     (os.killpg if group else os.kill)(run.process.pid, number)
     assert run.ended() == (status, [])
@@ -308,15 +323,17 @@ def refuse_memory(process: psutil.Process) -> None:
     process.rlimit(psutil.RLIMIT_AS, (most, psutil.RLIM_INFINITY))
 
 
+TOO_LITTLE = "bytes of host memory are free; what would fit by estimate: calibration."
+
+
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "said", "named"),
     [
-        (psutil.Process.kill, "ended by signal 9"),
-        (refuse_memory, "bytes of host memory are free; what would fit by estimate: calibration."),
+        (psutil.Process.kill, "ended by signal 9", False),
+        (refuse_memory, TOO_LITTLE, True),
     ],
-    ids=["killed", "out of memory"],
+    ids=["killed, beside the output", "out of memory, work"],
 )
-@pytest.mark.parametrize("named", [False, True], ids=["beside the output", "work"])
 def test_finished_stages_are_kept_where_the_machine_fails(
     running: Callable[..., Running],
     model: Path,
@@ -327,7 +344,7 @@ def test_finished_stages_are_kept_where_the_machine_fails(
 ) -> None:
     work = tmp_path / ("w" if named else ".out.bitmill-work")
     option = ["--work", str(work)] if named else []
-    run = running(*option, until="profile: started")
+    run = running(*option, until="profile: started", forked=fault is psutil.Process.kill)
     fault(run.below[0])
     assert run.ended() == (3, [])
     last = run.log.read_text().splitlines()[-1]
@@ -343,7 +360,7 @@ def test_finished_stages_are_kept_where_the_machine_fails(
 def test_two_runs_do_not_make_one_folder(
     running: Callable[..., Running], model: Path, tmp_path: Path
 ) -> None:
-    first = running(until="plan: finished")
+    first = running(until="plan: finished", forked=True)
     second = bitmill("quantize", model, "--out", tmp_path / "out", *ROUNDED, *WINDOWS)
     assert (second.returncode, second.stdout) == (2, "")
     assert "another job is making" in second.stderr
@@ -376,7 +393,7 @@ def test_a_terminal_shows_bars(model: Path, tmp_path: Path) -> None:
         *ROUNDED,
         *WINDOWS,
     ]
-    surroundings = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    surroundings = os.environ | FORKED | {"TERM": "xterm", "COLUMNS": "100"}
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=theirs, env=surroundings)
     os.close(theirs)
     shown = b""
