@@ -5,10 +5,11 @@
 
 Every target of TARGETS is exported (or the reason is recorded why not), then read by each of its
 runtimes in a process of its own: transformers in this environment, as well as torch for exl2, whose
-runtime needs CUDA; others in the one that `--reader` names, a virtual environment or for llama.cpp
-a folder with `node_modules/node-llama-cpp`. Readers that are not named are left out; `--only` takes
-a pattern of targets. Compared with `bitmill.load` in fp32, on three prompts of 32 tokens of
-`wiki_evaluation`:
+kernels need CUDA; others in the one that `--reader` names, a virtual environment or for llama.cpp a
+folder with `node_modules/node-llama-cpp`. exllamav2 is its own loader and model in fp16 with torch
+in place of its kernels (`export_readers/exllamav2_on_cpu.py`). Readers that are not named are left
+out; `--only` takes a pattern of targets. Compared with `bitmill.load` in fp32, on three prompts of
+32 tokens of `wiki_evaluation`:
 
     weights   how many quantized weights the runtime's own loader gives bit for bit, rounded to its
               dtype where that is not fp32
@@ -85,7 +86,7 @@ TARGETS = (
         ("gptqmodel", "vllm"),
         {"version": 1, "symmetric": True},
     ),
-    Target("exl2", "exl2", ("exl2",)),
+    Target("exl2", "exl2", ("exl2", "exllamav2")),
     Target("gguf", "gguf", ("transformers", "llama.cpp", "llama.cpp, F32")),
     Target("mlx", "mlx", ("mlx",)),
 )
@@ -106,7 +107,7 @@ COMMANDS = (
     "        --calibration-length 128 --held-out 1 --evaluation-texts wiki_evaluation \\",
     "        --evaluation-sequences 1 --evaluation-length 128",
     "    python benchmarks/exports.py PACKED --name NAME --out benchmarks/results/exports \\",
-    "        --only exl2",
+    "        --only exl2 --reader exllamav2=ENV",
 )
 """How the recorded results were made."""
 

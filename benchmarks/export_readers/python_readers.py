@@ -2,13 +2,12 @@
 
     PYTHON benchmarks/export_readers/python_readers.py LIBRARY FOLDER REQUEST OUT
 
-PYTHON has the library (transformers, compressed_tensors, gptqmodel, mlx, vllm; exl2 is read by
-torch and transformers) and numpy. REQUEST
-is JSON: `prompts`, lists of token ids of one length, and `new`, how many tokens follow greedily.
-OUT gets `tokens.json` (the tokens of each prompt), `0.f32`, `1.f32`, ... (log-probabilities [T, V]
-behind every token of a prompt, little-endian), `weights.safetensors` (quantized weights as the
-library dequantizes them, by their names in the folder; not from vLLM, which keeps none) and
-`library.txt`.
+PYTHON has the library (transformers, compressed_tensors, gptqmodel, mlx, vllm, exllamav2; exl2 is
+read by torch and transformers) and numpy. REQUEST is JSON: `prompts`, lists of token ids of one
+length, and `new`, how many tokens follow greedily. OUT gets `tokens.json` (the tokens of each
+prompt), `0.f32`, `1.f32`, ... (log-probabilities [T, V] behind every token of a prompt,
+little-endian), `weights.safetensors` (quantized weights as the library dequantizes them, by their
+names in the folder; not from vLLM, which keeps none) and `library.txt`.
 """
 
 from __future__ import annotations
@@ -109,12 +108,12 @@ def exl2(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
     stored: dict[str, Any] = {}
     for file in folder.glob("*.safetensors"):
         stored |= load_file(file)
+    stored = {name.removeprefix("language_model."): t for name, t in stored.items()}
     names = [key.removesuffix(".q_weight") for key in stored if key.endswith(".q_weight")]
     linears = {
         name: _exl2_weight(
-            *(stored.pop(f"{name}.q_{key}") for key in ("weight", "groups", "scale", "scale_max")),
-            stored.pop(f"{name}.q_invperm"),
-        )
+            *(stored.pop(f"{name}.q_{key}") for key in ("weight", "groups", "scale", "scale_max"))
+        )[:, stored.pop(f"{name}.q_invperm").long()].contiguous()
         for name in names
     }
     config = AutoConfig.from_pretrained(folder)
@@ -129,8 +128,8 @@ def exl2(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
     return tokens, scores, {name: weight.numpy() for name, weight in linears.items()}
 
 
-def _exl2_weight(words: Any, groups: Any, steps: Any, largest: Any, places: Any) -> Any:
-    """f32 [N, K] of one linear's tensors."""
+def _exl2_weight(words: Any, groups: Any, steps: Any, largest: Any) -> Any:
+    """f32 [N, K] of one linear's tensors, columns in the order of their groups."""
     import numpy as np
     import torch
 
@@ -146,7 +145,22 @@ def _exl2_weight(words: Any, groups: Any, steps: Any, largest: Any, places: Any)
         scale = (k * k).half() * (largest[group] / 256)
         found = torch.from_numpy(codes(words[starts[group] : starts[group + 1]], bits))
         parts.append(scale.float()[:, None] * (found - (1 << (bits - 1))).float())
-    return torch.cat(parts, 1)[:, places.long()].contiguous()
+    return torch.cat(parts, 1)
+
+
+def exllamav2(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
+    """exl2 folders, by exllamav2's own loader and model, in fp16 on a CPU."""
+    import torch
+    from exllamav2_on_cpu import load
+
+    logits, linears = load(folder, _exl2_weight)
+    tokens = torch.tensor(prompts)
+    scores = logits(tokens).float().log_softmax(-1)
+    with torch.no_grad():
+        while tokens.shape[1] < len(prompts[0]) + new:
+            tokens = torch.cat([tokens, logits(tokens)[:, -1:].argmax(-1)], 1)
+    found = tokens[:, len(prompts[0]) :].tolist()
+    return found, list(scores.numpy()), {name: weight.numpy() for name, weight in linears.items()}
 
 
 def mlx(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
@@ -215,6 +229,7 @@ READERS: dict[str, Callable[[Path, Sequence[list[int]], int], Read]] = {
     "compressed_tensors": compressed_tensors,
     "gptqmodel": gptqmodel,
     "exl2": exl2,
+    "exllamav2": exllamav2,
     "mlx": mlx,
     "vllm": vllm,
 }

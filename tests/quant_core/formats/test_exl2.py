@@ -17,6 +17,7 @@ from bitmill.config.quantization import parse_config
 from bitmill.errors import FormatError, SpecError
 from bitmill.formats.exl2.format import Exl2
 from bitmill.formats.export_plan import ExportTarget
+from bitmill.formats.older_settings import FULL, SLIDING
 from bitmill.pipeline.admission import admit, check_exports
 from bitmill.pipeline.export import Export
 from bitmill.quant.rewrites import Rewrites
@@ -38,9 +39,11 @@ def solved(W: Tensor, widths: tuple[int, ...], H: Tensor) -> QuantizedWeight:
     return found
 
 
-def packed_model(folder: Path, order: str = "natural", **changes: Any) -> PackedModel:
+def packed_model(
+    folder: Path, order: str = "natural", kind: str = "llama", **changes: Any
+) -> PackedModel:
     """Every linear solved on the grid."""
-    config = tiny_config("llama")
+    config = tiny_config(kind)
     for name, value in (SIZES | {"num_attention_heads": 5} | changes).items():
         setattr(config, name, value)
     source = save_tiny(folder / "source", config)
@@ -91,9 +94,66 @@ def test_a_reader_gives_the_packed_weights_in_fp16(tmp_path: Path, order: str) -
         assert torch.equal(weight_of(stored, name), weight.dequantize().half()), name
     kept = {name: t for name, t in stored.items() if ".q_" not in name}
     assert {t.dtype for t in kept.values()} == {torch.float16}
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == "exl2"
-    assert 2 < config["bits"] < 8
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "exl2"
+    assert 2 < config["quantization_config"]["bits"] < 8
+    assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_gemma_3_lies_where_the_loader_looks_for_its_text_model(tmp_path: Path) -> None:
+    packed = packed_model(tmp_path, kind="gemma3_text")
+    Export.of(packed.folder, Exl2()).write(tmp_path / "out", lambda *_: None)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in packed.weights.items():
+        assert torch.equal(weight_of(stored, f"language_model.{name}"), weight.dequantize().half())
+    before = load_file(packed.folder / "model.safetensors")
+    kept = {name: t for name, t in stored.items() if ".q_" not in name or "q_norm" in name}
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, before[name.removeprefix("language_model.")].half()), name
+    assert "language_model.model.embed_tokens.weight" in kept
+    assert "language_model.model.layers.5.post_feedforward_layernorm.weight" in kept
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["Gemma3ForConditionalGeneration"]
+    assert config["rope_theta"] == config["rope_parameters"]["full_attention"]["rope_theta"]
+    assert config["sliding_window_pattern"] == 6
+
+
+def test_rotary_settings_go_by_the_names_that_the_loader_reads(tmp_path: Path) -> None:
+    scaled = {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}
+    packed = packed_model(tmp_path, rope_parameters=scaled)
+    Export.of(packed.folder, Exl2()).write(tmp_path / "out", lambda *_: None)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == 5e4
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+ROPES = {kind: {"rope_type": "default", "rope_theta": 1e6} for kind in (FULL, SLIDING)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "problem"),
+    [
+        ("gemma2", {}, "gemma2: models of this type are not written, only gemma3_text, llama"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not what ExLlamaV2 computes"),
+        ("llama", {"rope_parameters": YARN}, "rope_type 'yarn' is not computed the same"),
+        ("llama", {"mlp_bias": True}, "mlp_bias: it moves rows of up and gate, and leaves"),
+        ("mistral", {"sliding_window": 8}, "sliding_window 8 is not applied to this type"),
+        (
+            "gemma3_text",
+            {"rope_parameters": ROPES},
+            "rope_theta 1000000.0 (default) is not read: it takes 10000",
+        ),
+        ("gemma3_text", {"layer_types": [FULL] * 6}, "layer_types have no window"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is"),
+    ],
+)
+def test_what_the_loader_would_not_compute_is_refused_by_name(
+    tmp_path: Path, kind: str, changes: dict[str, Any], problem: str
+) -> None:
+    packed = packed_model(tmp_path, kind=kind, **changes)
+    with pytest.raises(SpecError, match=re.escape(problem)):
+        Export.of(packed.folder, Exl2())
 
 
 def test_codes_on_other_grids_are_refused_by_the_linears_name(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from bitmill.config.bit_width_map import LinearShape, code_bits
 from bitmill.errors import FormatError
 from bitmill.formats.codec import Supply
-from bitmill.formats.exl2.format import OFF_GRID, QUANT_METHOD, Exl2
+from bitmill.formats.exl2.format import OFF_GRID, QUANT_METHOD, Exl2, stored_name
+from bitmill.formats.exl2.settings import prefix, settings_of
 from bitmill.formats.export_folder import ExportFolder
 from bitmill.formats.format import Contents
-from bitmill.formats.one_width import stored_as
 from bitmill.formats.one_width_codes import from_words, to_words
 from bitmill.formats.writing import CONFIG_NAME, copy_companions, write_settings, write_tensors
 from bitmill.io.atomic import disk_errors, read_json
@@ -41,7 +41,7 @@ class Exl2Folder(ExportFolder):
 
     def weight(self, shape: LinearShape) -> Tensor:
         """A linear's weight f32 [N, K]: scale * (code - 2^(b-1)), the product not rounded."""
-        name = stored_as(self.settings["model_type"], shape.name)
+        name = stored_name(self.settings["model_type"], shape.name)
         words, groups, steps, largest, places = (
             self.tensor(f"{name}.q_{key}")
             for key in ("weight", "groups", "scale", "scale_max", "invperm")
@@ -76,10 +76,10 @@ class Exl2Codec:
 
         def linear(name: str) -> dict[str, Tensor]:
             weight = affine({name: supply.linear(name).unpack()})[name]
-            return linear_tensors(stored_as(plan.model_type, name), name, weight)
+            return linear_tensors(stored_name(plan.model_type, name), name, weight)
 
         def other(name: str) -> Tensor:
-            tensor = supply.other(name)
+            tensor = supply.other(name.removeprefix(prefix(plan.model_type)))
             if tensor.dtype not in (torch.float32, torch.bfloat16):
                 return tensor
             if not torch.isfinite(half := tensor.half()).all():
@@ -98,7 +98,8 @@ class Exl2Codec:
             "bits": round(bits, 4),
             "head_bits": 16,
         }
-        write_settings(folder, dict(supply.settings) | {"quantization_config": own})
+        settings = dict(supply.settings) | settings_of(supply.settings)
+        write_settings(folder, settings | {"quantization_config": own})
         return digests
 
     def open(self, folder: Path) -> Exl2Folder:

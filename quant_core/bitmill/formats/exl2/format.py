@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from bitmill.config.bit_width_map import group_columns
 from bitmill.config.methods import METHODS
+from bitmill.formats.exl2.settings import ARCHITECTURES, prefix, unsaid
 from bitmill.formats.format import Contents, Facts, Format, Refusal
 from bitmill.formats.one_width import stored_as
 from bitmill.io.safetensors import TensorInfo
@@ -24,7 +25,6 @@ from bitmill.io.safetensors import TensorInfo
 QUANT_METHOD = GRID = "exl2"
 _SOLVE = [name for name in METHODS.names() if METHODS[name].grid == GRID]
 OFF_GRID = f"its grid holds only what was solved on it: quantize with method {' or '.join(_SOLVE)}"
-KNOWN = ("llama", "mistral", "qwen2", "qwen3")
 ALIGNED, MOST_COLUMNS = 32, 65535
 
 
@@ -43,16 +43,16 @@ class Exl2(Format):
         return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD
 
     def refusals(self, facts: Facts) -> list[Refusal]:
-        """Other methods and architectures, packed embeddings, and sides that are no multiples of
-        32, beside what is not listed."""
+        """Other methods and architectures, settings that it does not read, packed embeddings, and
+        sides that are no multiples of 32, beside what is not listed."""
         found = super().refusals(facts)
         if facts.grid not in (None, GRID):
             found.append(Refusal("refinement.method", OFF_GRID))
         kind = facts.plan.model_type
-        if kind not in KNOWN:
-            found.append(
-                Refusal(kind, f"models of this type are not written, only {', '.join(KNOWN)}")
-            )
+        if kind not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            found.append(Refusal(kind, f"models of this type are not written, only {known}"))
+        found += [Refusal("config.json", why) for why in unsaid(facts.config)]
         for matrix in facts.plan.embeddings:
             found.append(
                 Refusal(
@@ -77,7 +77,7 @@ class Exl2(Format):
         """Five of each linear, then what is kept."""
         plan, found = contents.plan, []
         for linear in plan.linears:
-            name = stored_as(plan.model_type, linear.name)
+            name = stored_name(plan.model_type, linear.name)
             widths, N, K = contents.widths[linear.name], linear.rows, linear.columns
             sizes = zip(widths, group_columns(K), strict=True)
             words = sum(width * count // 32 for width, count in sizes)
@@ -90,5 +90,11 @@ class Exl2(Format):
             ]
         for tensor in plan.tensors:
             dtype = "F16" if tensor.spec.dtype in ("F32", "BF16") else tensor.spec.dtype
-            found.append(TensorInfo(tensor.spec.name, dtype, tensor.spec.shape))
+            name = prefix(plan.model_type) + tensor.spec.name
+            found.append(TensorInfo(name, dtype, tensor.spec.shape))
         return found
+
+
+def stored_name(model_type: str, name: str) -> str:
+    """What its tensors' names begin with, of a linear."""
+    return prefix(model_type) + stored_as(model_type, name)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.errors import ModelError
+from bitmill.formats.older_settings import FULL, SLIDING, rope_of
 from bitmill.io.gguf import GgufHeader, GgufTensor
 from bitmill.plan.architectures import architecture
 from bitmill.plan.gguf_models import GGUF_ARCHITECTURES, Keys
@@ -42,20 +43,6 @@ _NEEDED = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
-
-
-def rope_of(config: Mapping[str, Any], kind: str = "full_attention") -> dict[str, Any]:
-    """`rope_parameters` of one kind of attention, from the keys of transformers 5 or before."""
-    rope = config.get("rope_parameters")
-    if rope is None:
-        theta = config.get("rope_theta", 10000.0)
-        if kind == "sliding_attention":
-            return {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq", theta)}
-        scaling = dict(config.get("rope_scaling") or {})
-        scaling.setdefault("rope_type", scaling.pop("type", "default"))
-        return {"rope_theta": theta} | scaling
-    found: dict[str, Any] = rope.get(kind, rope)
-    return found
 
 
 def head_size(config: Mapping[str, Any]) -> int:
@@ -87,7 +74,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         found["attn_logit_softcapping"] = float(config.get("attn_logit_softcapping") or 0)
         found["final_logit_softcapping"] = float(config.get("final_logit_softcapping") or 0)
     if kind == "gemma3_text":
-        found["rope.freq_base_swa"] = float(rope_of(config, "sliding_attention")["rope_theta"])
+        found["rope.freq_base_swa"] = float(rope_of(config, SLIDING)["rope_theta"])
     return found
 
 
@@ -174,9 +161,9 @@ def differences(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]
 
 
 def _rope_differences(config: Mapping[str, Any], read: Mapping[str, Any]) -> Iterator[str]:
-    for kind in ("full_attention", "sliding_attention"):
+    for kind in (FULL, SLIDING):
         asked, found = rope_of(config, kind), read.get(kind, read)
-        if kind == "sliding_attention" and kind not in read:
+        if kind == SLIDING and kind not in read:
             return
         for key in asked.keys() & found.keys():
             same = asked[key] == found[key]

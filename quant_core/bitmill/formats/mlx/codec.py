@@ -12,7 +12,7 @@ from torch import Tensor
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.formats.format import Contents
 from bitmill.formats.mlx.format import Mlx
-from bitmill.formats.mlx.settings import older_names
+from bitmill.formats.older_settings import older_names
 from bitmill.formats.one_width import group_size, stored_as
 from bitmill.formats.one_width_codes import (
     OneWidth,

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from bitmill.formats.format import Facts, Refusal
-from bitmill.formats.mlx.settings import unsaid
+from bitmill.formats.older_settings import not_granted
 from bitmill.formats.one_width import OneWidthFormat, group_size
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan, PlannedLinear
@@ -65,7 +65,7 @@ class Mlx(OneWidthFormat):
                     )
                 )
                 break
-        return found + [Refusal("config.json", why) for why in unsaid(facts.config)]
+        return found + [Refusal("config.json", why) for why in not_granted(facts.config, "mlx-lm")]
 
     def kept_tensor(self, plan: Plan, tensor: TensorInfo) -> TensorInfo:
         """Gemma's embedding in fp32 with the scales: mlx-lm keeps all activations in its dtype."""
