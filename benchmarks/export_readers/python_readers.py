@@ -188,8 +188,8 @@ def mlx(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
 
 
 def vllm(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
-    """Whatever vLLM takes, on a CPU in fp32; its GPTQ has only 16 bits. Of the
-    first prompt alone it is asked for every token's log-probability, since its answers hold them as
+    """Whatever vLLM takes, on a CPU in fp32, in bf16 what its own kernels multiply. Of the first
+    prompt alone it is asked for every token's log-probability, since its answers hold them as
     Python's own numbers."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -199,7 +199,7 @@ def vllm(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
     settings = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
     engine = LLM(
         str(folder),
-        dtype=_half(folder) if settings.get("quant_method") == "gptq" else "float32",
+        dtype="bfloat16" if settings.get("quant_method") in WNA16 else "float32",
         enforce_eager=True,
         max_model_len=256,
         max_num_seqs=4,
@@ -224,6 +224,8 @@ def vllm(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
     return tokens, scores, {}
 
 
+WNA16 = ("compressed-tensors", "gptq")
+"""Methods whose products on a CPU vLLM has in bf16 alone."""
 READERS: dict[str, Callable[[Path, Sequence[list[int]], int], Read]] = {
     "transformers": transformers,
     "compressed_tensors": compressed_tensors,

@@ -24,6 +24,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 import bitmill
 from tiny import tiny_llama
+from trellis_models import pack_trellis
 from weights import pack_model
 
 LIMIT = 1e-5
@@ -80,6 +81,13 @@ def compare(folder: Path, outputs: list[Any], name: str) -> None:
 def test_log_probabilities_are_those_of_bitmill(tmp_path: Path, name: str) -> None:
     folder = packed_model(tmp_path, **MODELS[name])
     compare(folder, generated(folder), name)
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_trellis_codes(tmp_path: Path, eager: bool) -> None:
+    source = tiny_llama(tmp_path / "source", head_dim=64, intermediate_size=448)
+    folder = pack_trellis(source, tmp_path / "packed")
+    compare(folder, generated(folder, enforce_eager=eager), f"trellis codes, eager {eager}")
 
 
 def test_compiled(tmp_path: Path) -> None:
