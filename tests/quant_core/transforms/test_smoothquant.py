@@ -62,14 +62,23 @@ def windows() -> Tensor:
     return torch.randint(2, 250, (4, 24), generator=torch.Generator().manual_seed(0))
 
 
-def folded(folder: Path, ranks: Ranks = SINGLE, batch: int = 2) -> dict[str, Tensor]:
-    """Weights of the first block with its scales folded, by name; of windows divided by ranks."""
+def folded(
+    folder: Path, ranks: Ranks = SINGLE, batch: int = 2, ordered: bool = False
+) -> dict[str, Tensor]:
+    """Weights of the first block with its scales folded, by name; of windows divided by ranks.
+
+    ordered: groups are formed in another order of columns.
+    """
     model = opened(folder)
     block = model.load_block(0)
     widths = {linear.name: (8,) * linear.shape.groups for linear in model.plan.block_linears(0)}
     stream = Stream(model.embed(ranks.shard(windows())), group=ranks)
     scaling = SmoothScaling(SmoothQuant())
-    fold_scales(model, 0, block, stream, widths, {}, scaling, batch=batch)
+    orders = {}
+    if ordered:
+        columns = {one.name: one.columns for one in model.plan.block_linears(0)}
+        orders = {name: torch.arange(K).roll(K // 3).flip(0) for name, K in columns.items()}
+    fold_scales(model, 0, block, stream, widths, orders, scaling, batch=batch)
     return {name: value.detach().clone() for name, value in block.state_dict().items()}
 
 
@@ -117,11 +126,14 @@ def test_inputs_and_weights_of_every_channel_are_equally_large_at_a_half(tmp_pat
         assert torch.allclose(ratio, ratio[0].expand(len(ratio)), rtol=1e-3), group
 
 
-def test_batches_make_no_difference(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{"batch": 1}, {"ordered": True}])
+def test_batches_and_column_orders_make_no_difference(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     folder = uneven_llama(tmp_path)
-    whole, apart = folded(folder, batch=4), folded(folder, batch=1)
-    for name, value in whole.items():
-        torch.testing.assert_close(apart[name], value, rtol=1e-5, atol=1e-6)
+    found = folded(folder, **changes)
+    for name, value in folded(folder, batch=4).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
 def folded_part(group: Ranks, source: str, out: str) -> None:
