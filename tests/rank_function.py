@@ -1,29 +1,44 @@
-"""A function of a test on several ranks, `python -m rank_function FILE NAME ARGUMENT...` each.
-
-They are forked where the session's `sys.executable` is the script of `warm_python.py`.
-"""
+"""A function of a test in a process of its own, or on ranks: `python -m rank_function FILE NAME
+ARGUMENT...`, forked where the session's `sys.executable` is the script of `warm_python.py`."""
 
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bitmill.runtime.launch import as_rank, run_ranks
+from bitmill.runtime.launch import as_rank, is_rank, run_ranks
+
+
+def in_process(
+    function: Callable[..., object], *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    """Call `function(*arguments)` in a process; arguments arrive as strings.
+
+    function: of a module's own, which is run again there.
+    """
+    command = [sys.executable, *_call(function, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 
 
 def on_ranks(count: int, function: Callable[..., object], *arguments: object) -> None:
-    """Call `function(group, *arguments)` on every rank; arguments arrive as strings.
+    """Call `function(group, *arguments)` on every rank; see above."""
+    run_ranks(count, _call(function, arguments))
 
-    function: of a module's own, which is run again in every rank.
-    """
+
+def _call(function: Callable[..., object], arguments: tuple[object, ...]) -> list[str]:
     code = function.__code__
-    command = ["-m", "rank_function", str(Path(code.co_filename).resolve()), code.co_name]
-    run_ranks(count, [*command, *map(str, arguments)])
+    file = str(Path(code.co_filename).resolve())
+    return ["-m", "rank_function", file, code.co_name, *map(str, arguments)]
 
 
 if __name__ == "__main__":
-    file, name, *texts = sys.argv[1:]
-    with as_rank("cpu") as (group, _):
-        runpy.run_path(file)[name](group, *texts)
+    path, name, *texts = sys.argv[1:]
+    called = runpy.run_path(path)[name]
+    if is_rank():
+        with as_rank("cpu") as (group, _):
+            called(group, *texts)
+    else:
+        called(*texts)

@@ -13,6 +13,7 @@ environment do they hand the script on to their children.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import json
@@ -20,6 +21,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -37,7 +39,9 @@ PYTHON = sys.executable
 PROGRAMS = (
     "bitmill",
     "bitmill.models.skeleton",
+    "bitmill.runtime.warm",
     "bitmill_workers.execution.runner",
+    "bitmill_workers.execution.rank",
     "rank_function",
 )
 MODULES = (
@@ -64,8 +68,8 @@ esac
 [ "$BITMILL_TEST_FORKS" ] && exec -a {folder}/bin/python {python} "$@"
 exec {python} "$@"
 """
-_SERVERS = 4
-"""At most; each takes a few hundred megabytes."""
+_SERVERS = 8
+"""At most; each takes 100 to 300 megabytes."""
 
 
 @contextmanager
@@ -181,8 +185,23 @@ def serve(place: str, session: str, listening_fd: str) -> None:
             connection, _ = listening.accept()
             if os.fork() == 0:
                 listening.close()
+                _join_network(connection)
                 forks.oversee(connection, [session_end])
             connection.close()
+
+
+def _join_network(connection: socket.socket) -> None:
+    """Be in the caller's network: runners have one of their own, in which their ranks meet."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    caller, _, _ = struct.unpack("3i", credentials)
+    for name in ("user", "net"):  # who is not root may join a network only as a user of its owner
+        theirs = Path(f"/proc/{caller}/ns/{name}")
+        with suppress(FileNotFoundError):  # the caller is gone
+            if not theirs.samefile(f"/proc/self/ns/{name}"):
+                fd = os.open(theirs, os.O_RDONLY)
+                if ctypes.CDLL(None, use_errno=True).setns(fd, 0) != 0:
+                    raise OSError(ctypes.get_errno(), "setns")
+                os.close(fd)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import bitmill
-from tiny import tiny_llama
+from tiny import tinier_llama
 
 pytestmark = pytest.mark.e2e
 
@@ -134,7 +134,7 @@ def call(source: str, out: str, odd: bool) -> None:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("source") / "model")
+    return tinier_llama(tmp_path_factory.mktemp("source") / "model")
 
 
 @pytest.fixture(scope="module")

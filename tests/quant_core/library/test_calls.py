@@ -17,7 +17,7 @@ import pytest
 import bitmill
 from bitmill.errors import BudgetError, InputError, SpecError
 from bitmill.io.manifest import check_folder
-from tiny import tiny_llama
+from tiny import tinier_llama
 from warm_python import FORKED
 
 pytestmark = pytest.mark.e2e
@@ -47,7 +47,7 @@ def published(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("source") / "model")
+    return tinier_llama(tmp_path_factory.mktemp("source") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_a_sweep_checks_all_budgets_first(source: Path, tmp_path: Path) -> None:
 
 def test_a_map_says_what_is_kept(source: Path, tmp_path: Path) -> None:
     """Of linears that a map does not name the packed folder holds the source's weights."""
-    name = "model.layers.0.mlp.up_proj"
+    name = "model.layers.0.mlp.down_proj"
     given = bitmill.BitWidthMap(linears={name: (3, 4)})
     asked = QUICK | {"refinement": "rtn"}
     result = bitmill.refine(source, given, out=tmp_path / "out", **asked)

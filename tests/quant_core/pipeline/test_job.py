@@ -1,20 +1,20 @@
 """Whole jobs on tiny models: every method, killed runs, reuse, refusals."""
 
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitmill.config.quantization import parse_config
+from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.errors import BudgetError, CalibrationError, Cancelled, ModelError
 from bitmill.io.manifest import check_folder
 from bitmill.pipeline.job import run_job
 from bitmill.sensitivity.measure import make_profile
+from rank_function import in_process
 from tiny import tiny_llama, tiny_opt
 
 pytestmark = pytest.mark.e2e
@@ -140,20 +140,13 @@ def test_an_opt_model_keeps_its_biases_and_a_size_budget_in_bytes(tmp_path):
     assert result.quality.row("uniform rtn").size <= whole // 2
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from bitmill.pipeline.job import run_job
-from bitmill.config.quantization import QuantizationConfig
+def killed_job(spec, model, work, out, stage):
+    def watch(event):
+        if event.kind == "progress" and (event.stage, event.done) == (stage, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def watch(event):
-    print(event.model_dump_json(), flush=True)
-    if event.kind == "progress" and (event.stage, event.done) == (sys.argv[4], 1):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-spec = QuantizationConfig.model_validate_json(Path(sys.argv[1], "spec.json").read_text())
-run_job(spec, Path(sys.argv[2]), Path(sys.argv[1], "work"), Path(sys.argv[3]), on_progress=watch)
-"""
+    asked = QuantizationConfig.model_validate_json(Path(spec).read_text())
+    run_job(asked, Path(model), Path(work), Path(out), on_progress=watch)
 
 
 @pytest.mark.parametrize("stage", ["profile", "refine"])
@@ -162,8 +155,8 @@ def test_a_killed_run_goes_on_at_the_next_block_and_gives_the_same_bytes(
 ):
     asked, _, straight, _ = sba_job
     (tmp_path / "spec.json").write_text(asked.model_dump_json())
-    command = [sys.executable, "-c", KILLED, tmp_path, llama, tmp_path / "out", stage]
-    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    places = (tmp_path / "spec.json", llama, tmp_path / "work", tmp_path / "out")
+    killed = in_process(killed_job, *places, stage)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "out").exists()
     partial = tmp_path / "work" / f".partial-{stage}"

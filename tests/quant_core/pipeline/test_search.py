@@ -13,7 +13,7 @@ from bitmill.pipeline.admission import admit
 from bitmill.pipeline.estimate import SEARCH_STEPS
 from bitmill.pipeline.job import run_job
 from bitmill.pipeline.stages.search import Step, next_aim
-from tiny import tiny_llama
+from tiny import tinier_llama
 
 TEXT = {"source": "file", "path": str(Path(__file__).parents[1] / "calibration.txt")}
 
@@ -32,7 +32,7 @@ def asked(loss, **changes):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("search") / "m", initializer_range=0.2)
+    return tinier_llama(tmp_path_factory.mktemp("search") / "m", initializer_range=0.2)
 
 
 def steps(folder):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import resource
 import threading
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import parse_config
+from bitmill.errors import ResourceError
 from bitmill.io import atomic as storage
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import Plan, make_plan
@@ -22,6 +21,7 @@ from bitmill.quant.tensors import QuantizedWeight
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.refinement.store import BlockSaver, load_block, report_path, save_block, tensors_path
 from bitmill.results import LinearResult
+from rank_function import in_process
 from tiny import tiny_llama
 from weights import random_weight
 
@@ -168,33 +168,19 @@ def test_a_block_is_told_when_saved_and_made_again_where_its_report_is_missing(
     assert again.digest == straight.digest
 
 
-LIMITED = """
-import resource, sys
-from pathlib import Path
-import test_store as tests
-from bitmill.models.streamed import StreamedModel
-from bitmill.errors import ResourceError
-from bitmill.plan.model_plan import make_plan
-source, folder = map(Path, sys.argv[1:])
-plan = make_plan(source, tests.SPEC)
-model = StreamedModel(source, plan, device=tests.CPU, dtype=tests.torch.float32)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-told = []
-try:
-    tests.refine(model, folder, told)
-except ResourceError as error:
-    print(error.code, told, error.message)
-"""
+def refine_on_a_full_disk(source: str, folder: str) -> None:
+    plan = make_plan(Path(source), SPEC)
+    model = StreamedModel(Path(source), plan, device=CPU, dtype=torch.float32)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    told: list[int] = []
+    try:
+        refine(model, Path(folder), told)
+    except ResourceError as error:
+        print(error.code, told, error.message)  # noqa: T201
 
 
 def test_a_full_disk_ends_the_refinement_at_its_block(model: StreamedModel, tmp_path: Path) -> None:
-    source = str(model.source.folder)
-    command = [sys.executable, "-c", LIMITED, source, str(tmp_path / "refine")]
-    tests = str(Path(__file__).parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([tests, *sys.path])}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=280, check=True
-    )
+    done = in_process(refine_on_a_full_disk, model.source.folder, tmp_path / "refine")
     assert done.stdout.startswith(
         "disk_full [] no space left while writing block-00000.safetensors"
     ), done.stdout

@@ -6,9 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +32,7 @@ from bitmill.io import safetensors as safetensors_module
 from bitmill.io.atomic import Flusher
 from bitmill.io.safetensors import INDEX_NAME, checkpoint_bytes
 from bitmill.quant.tensors import QuantizedWeight
+from rank_function import in_process
 from tiny import tiny_llama, tiny_opt
 from weights import PackedModel, pack_model
 
@@ -261,27 +261,17 @@ def test_a_source_that_is_quantized_already_is_refused(packed: PackedModel, tmp_
         )
 
 
-LIMITED = """
-import resource, sys
-from pathlib import Path
-from bitmill.errors import ResourceError
-from weights import pack_model
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-try:
-    pack_model(Path(sys.argv[1]), Path(sys.argv[2]))
-except ResourceError as error:
-    print(error.code)
-"""
+def pack_on_a_full_disk(source: str, folder: str) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    try:
+        pack_model(Path(source), Path(folder))
+    except ResourceError as error:
+        print(error.code)  # noqa: T201
 
 
 def test_a_full_disk_is_a_resource_error(source: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", LIMITED, str(source), str(tmp_path / "packed")]
-    tests = Path(__file__).resolve().parents[3]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(tests)])}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=280, check=True
-    )
-    assert done.stdout.strip() == "disk_full"
+    done = in_process(pack_on_a_full_disk, source, tmp_path / "packed")
+    assert done.stdout.strip() == "disk_full", done.stderr
 
 
 def _edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
