@@ -41,8 +41,9 @@ OLD = Path(__file__).parents[1] / "fixtures/made-by-7c5cfe5"
 PACKED = OLD.with_name("packed")
 HASHES = json.loads((PACKED / "hashes.json").read_text())
 STAMP = 1_790_000_000
-LEAST_EQUAL = {"llama": 0.5, "moe": 0.95}
-"""Share of equal stored values on another processor; with other instructions 0.61 and 0.97."""
+LEAST_EQUAL = {"llama": 0.5, "moe": 0.8}
+"""Share of equal stored values on another processor: 0.61 and 0.97 with other instructions of the
+same one, 0.62 and 0.86 on an Intel Xeon with AVX-512."""
 FINISHED = ("llama at 3.5 bits", "learned", "text too short")
 
 

@@ -170,7 +170,8 @@ def test_a_downloaded_file_is_the_one_that_was_listed(
     browser.open(f"/ui/jobs/{job.id}")
     browser.click("a[href$='model.safetensors']")
     file = downloads / "model.safetensors"
-    wait_for(file.exists, "the download")
+    # Chromium makes an empty file of this name before what it has loaded takes its place.
+    wait_for(lambda: file.exists() and file.stat().st_size, "the download")
     assert hashlib.sha256(file.read_bytes()).hexdigest() in browser.text("#files")
 
 
