@@ -1,25 +1,64 @@
-"""Small models in trellis codes, packed by whole jobs."""
+"""Small packed models in trellis codes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from bitmill.config.quantization import parse_config
-from bitmill.pipeline.job import run_job
+import torch
+from safetensors.torch import load_file
+
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.quantization import Budget, QuantizationConfig
+from bitmill.formats.accounting import checkpoint_tensors
+from bitmill.formats.format import order_owners
+from bitmill.formats.packed.checkpoint import write_checkpoint
+from bitmill.plan.model_plan import make_plan
+from bitmill.quant.rotation import packed_rewrites
+from bitmill.quant.trellis import TrellisTensor, trellis_shapes
+
+CYCLE = (3, 4, 2, 6, 8, 5)
 
 
 def pack_trellis(source: Path, folder: Path) -> Path:
-    """A small model in codes of mixed widths and column orders."""
-    text = {"source": "file", "path": str(Path(__file__).parent / "quant_core" / "calibration.txt")}
-    asked = parse_config(
-        {
-            "code": "trellis",
-            "budget": {"bits": 3.3},
-            "allocation": {"order": "activation"},
-            "calibration": {"text": text, "sequences": 4, "length": 64, "held_out": 2},
-            "evaluation": {"texts": ["wiki_evaluation"], "sequences": 2, "length": 64},
-            "threads": 1,
+    """The model with random codes for its linears, of mixed widths and with column orders: weights
+    of a standard deviation near 0.05."""
+    plan = make_plan(source, QuantizationConfig(budget=Budget(bits=4), code="trellis"))
+    owners = order_owners(plan, "activation")
+    generator = torch.Generator().manual_seed(0)
+    orders: dict[str, torch.Tensor] = {}
+    linears, widths = {}, {}
+    for place, linear in enumerate(plan.linears):
+        N, K, owner = linear.rows, linear.columns, owners.get(linear.name)
+        rates = tuple(CYCLE[(place + g) % len(CYCLE)] for g in range(linear.shape.groups))
+        shapes = trellis_shapes(N, K, rates)
+        circles = {
+            key: torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+            for key, (dtype, shape) in shapes.items()
+            if dtype == torch.uint8
         }
+        if owner is not None and owner not in orders:
+            orders[owner] = torch.randperm(K, generator=generator).int()
+        linears[linear.name] = TrellisTensor(
+            N,
+            K,
+            rates,
+            circles,
+            torch.full((N,), 0.05).half(),
+            torch.ones(len(rates)).half(),
+            packed_rewrites("trellis", orders.get(owner or "")),
+            linear.name,
+        )
+        widths[linear.name] = rates
+    stored = load_file(source / "model.safetensors")
+    folder.mkdir()
+    write_checkpoint(
+        folder,
+        source=source,
+        tensors=checkpoint_tensors(plan, widths, "activation"),
+        bit_widths=BitWidthMap(order="activation", linears=widths),
+        orders={name: f"{owner}.order" for name, owner in owners.items()},
+        code="trellis",
+        linear=linears.__getitem__,
+        other=stored.__getitem__,
     )
-    run_job(asked, source, folder.with_name("work"), folder)
     return folder
