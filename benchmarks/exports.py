@@ -108,6 +108,16 @@ COMMANDS = (
     "        --evaluation-sequences 1 --evaluation-length 128",
     "    python benchmarks/exports.py PACKED --name NAME --out benchmarks/results/exports \\",
     "        --only exl2 --reader exllamav2=ENV",
+    "",
+    "For vLLM's own products on a CPU, which take 4 bits alone, BITS is 4, and 3 for symmetric "
+    "exports, which take one more:",
+    "",
+    "    bitmill quantize SOURCE --file NAME.gguf --out PACKED --code-bits BITS --widths BITS \\",
+    "        --order natural --method uniform --refine rtn --check off \\",
+    "        --calibration-sequences 2 --calibration-length 128 --held-out 1 \\",
+    "        --evaluation-texts wiki_evaluation --evaluation-sequences 1 --evaluation-length 128",
+    "    python benchmarks/exports.py PACKED --name NAME --out benchmarks/results/exports \\",
+    "        --only TARGET --reader vllm=ENV",
 )
 """How the recorded results were made."""
 
