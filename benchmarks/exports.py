@@ -18,7 +18,8 @@ out; `--only` takes a pattern of targets. Compared with `bitmill.load` in fp32, 
     tokens    of 24 greedy ones how many are equal before the first that is not, and the nats by
               which the packed model prefers its own token there
 
-llama.cpp multiplies blocks by activations that it rounds to 8 bits, and F16 ones by activations in
+On a CPU with AMX vLLM rounds activations to 8 bits before it multiplies them with 4-bit weights,
+unless VLLM_CPU_INT4_W4A8 is 0, as it is for its first row of a target. llama.cpp multiplies blocks by activations that it rounds to 8 bits, and F16 ones by activations in
 F16. `llama.cpp, F32` reads the same file with all weights written out in F32 by the package gguf,
 which takes that rounding away.
 
@@ -57,6 +58,7 @@ from bitmill.pipeline.export import Export
 
 READERS = Path(__file__).parent / "export_readers"
 PROMPTS, LENGTH, NEW = 3, 32, 24
+VLLM_W4A8 = "vllm, activations in 8 bits"
 
 
 @dataclass(frozen=True)
@@ -72,18 +74,18 @@ class Target:
 TARGETS = (
     Target("packed", None, ("vllm",)),
     Target("dequantized, float32", "dequantized", ("transformers", "vllm"), {"dtype": "float32"}),
-    Target("compressed-tensors", "compressed-tensors", ("compressed_tensors", "vllm")),
+    Target("compressed-tensors", "compressed-tensors", ("compressed_tensors", "vllm", VLLM_W4A8)),
     Target(
         "compressed-tensors, symmetric",
         "compressed-tensors",
-        ("compressed_tensors", "transformers", "vllm"),
+        ("compressed_tensors", "transformers", "vllm", VLLM_W4A8),
         {"symmetric": True},
     ),
     Target("gptq, version 2", "gptq", ("gptqmodel",)),
     Target(
         "gptq, version 1, symmetric",
         "gptq",
-        ("gptqmodel", "vllm"),
+        ("gptqmodel", "vllm", VLLM_W4A8),
         {"version": 1, "symmetric": True},
     ),
     Target("exl2", "exl2", ("exl2", "exllamav2")),
@@ -204,9 +206,10 @@ def command(reader: str, places: Mapping[str, str]) -> list[str] | None:
         script = str(READERS / "llama_cpp.mjs")
         return ["node", script, places["llama.cpp"]] if "llama.cpp" in places else None
     here = reader in ("transformers", "compressed_tensors", "exl2")
-    if not here and reader not in places:
+    library = reader.partition(",")[0]
+    if not here and library not in places:
         return None
-    python = sys.executable if here else f"{places[reader]}/bin/python"
+    python = sys.executable if here else f"{places[library]}/bin/python"
     return [python, str(READERS / "python_readers.py"), reader]
 
 
@@ -300,6 +303,8 @@ def table(models: Mapping[str, Any]) -> str:
             reader = row.get("version", row["reader"])
             if row["reader"].endswith("F32"):
                 reader += ", weights in F32"
+            if row["reader"] == VLLM_W4A8 and "version" in row:
+                reader += VLLM_W4A8.removeprefix("vllm")
             begin = f"| {row['target']} | {row['bytes']:,} | {reader} |"
             if "failed" in row:
                 lines.append(f"{begin} fails: `{row['failed']}` | | | |")

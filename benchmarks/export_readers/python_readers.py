@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +188,12 @@ def mlx(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
     return mx.stack(tokens, 1).tolist(), scores, {k: np.array(v) for k, v in linears.items()}
 
 
-def vllm(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
+def vllm(folder: Path, prompts: Sequence[list[int]], new: int, *, rounds: bool = False) -> Read:
     """Whatever vLLM takes, on a CPU in fp32, in bf16 what its own kernels multiply. Of the first
     prompt alone it is asked for every token's log-probability, since its answers hold them as
-    Python's own numbers."""
+    Python's own numbers. rounds: activations to 8 bits before products with 4-bit weights, which is
+    its default on a CPU with AMX."""
+    os.environ["VLLM_CPU_INT4_W4A8"] = str(int(rounds))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     import numpy as np
@@ -234,6 +237,7 @@ READERS: dict[str, Callable[[Path, Sequence[list[int]], int], Read]] = {
     "exllamav2": exllamav2,
     "mlx": mlx,
     "vllm": vllm,
+    "vllm, activations in 8 bits": partial(vllm, rounds=True),
 }
 
 
@@ -249,7 +253,8 @@ def main(library: str, folder: str, request: str, out: str) -> None:
         from safetensors.numpy import save_file
 
         save_file(weights, made / "weights.safetensors")
-    named = f"torch {version('torch')}" if library == "exl2" else f"{library} {version(library)}"
+    distribution = "torch" if library == "exl2" else library.partition(",")[0]
+    named = f"{distribution} {version(distribution)}"
     (made / "library.txt").write_text(named)
     if tokens:
         (made / "tokens.json").write_text(json.dumps(tokens))
