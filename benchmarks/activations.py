@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,10 @@ from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.config.rounded import rounded_baselines
 from bitmill.evaluation.compare import Candidate, measure, with_weights
 from bitmill.evaluation.logits import StreamedLogits
-from bitmill.evaluation.rounded import Change, rounding
+from bitmill.evaluation.rounded import NO_COLUMNS, rounding
 from bitmill.formats.accounting import footprint
-from bitmill.formats.w8a8.codec import eight_bits
+from bitmill.formats.codec import codec_of
+from bitmill.formats.w8a8.format import W8A8
 from bitmill.io.atomic import read_json, write_json
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import make_plan
@@ -88,7 +89,7 @@ class Weights:
 
 def no_outliers(_: str) -> Tensor:
     """Of no linear."""
-    return torch.empty(0, dtype=torch.int64)
+    return NO_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -111,26 +112,26 @@ class Bench:
         asked = {"budget": {"bits": 16}, "refinement": refinement, "calibration": calibration}
         return parse_config(asked)
 
-    @cache  # noqa: B019 (one object for the whole run)
+    @cached_property
     def model(self) -> StreamedModel:
         """The float model."""
         plan = make_plan(self.source, self.config([]))
         where = torch.device(self.device)
         return StreamedModel(self.source, plan, device=where, dtype=torch.float32)
 
-    @cache  # noqa: B019
+    @cached_property
     def tokens(self) -> CalibrationSet:
         """Calibration windows."""
         return calibration_tokens(self.config([]).calibration, self.source, seed=0)
 
-    @cache  # noqa: B019
+    @cached_property
     def windows(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Evaluation windows of each text, and what the source's last block makes of them."""
         count, length = self.evaluation
         found = {}
         for name in TEXTS:
             own = evaluation_tokens(name, self.source, length=length, sequences=count)
-            found[name] = own, StreamedLogits(self.model()).last_block(own)
+            found[name] = own, StreamedLogits(self.model).last_block(own)
         return found
 
     def weights(self, name: str) -> Weights:
@@ -139,17 +140,17 @@ class Bench:
             return self._package()
         base, _, kind = name.rpartition("-")
         if kind in ("int8", "fp8"):
-            before = self.weights(base)
+            before, codec = self.weights(base), codec_of(W8A8(dtype=kind))
             return Weights(
-                lambda linear: in_rows(before.linear(linear), kind),
+                lambda linear: codec.kept(before.linear(linear)),
                 before.vectors,
                 before.outliers,
-                {"bits": 8 + 32 / mean_columns(self.model())},
+                {"bits": 8 + 32 / mean_columns(self.model)},
             )
         return self._rounded(name)
 
     def _rounded(self, name: str) -> Weights:
-        model = self.model()
+        model = self.model
         width, smooth = int(name[1]), re.search(r"smoothquant(?:-(.+))?$", name)
         alpha = float(smooth[1]) if smooth and smooth[1] else 0.5
         config = self.config([{"name": "smoothquant", "alpha": alpha}] if smooth else [])
@@ -162,7 +163,7 @@ class Bench:
         started = time.perf_counter()
         refine_model(
             model,
-            RefineInputs(self.tokens(), chosen, {}),
+            RefineInputs(self.tokens, chosen, {}),
             config.method,
             folder,
             seed=0,
@@ -187,54 +188,35 @@ class Bench:
             asked += ["--calibration", *self.calibration, "--device", self.device]
             subprocess.run([self.python, script, *map(str, asked)], check=True)
         stored = safe_open(folder / "model.safetensors", framework="pt")
-        plan = self.model().plan
+        plan = self.model.plan
         vectors = {
             tensor.module: stored.get_tensor(tensor.name)
             for tensor in plan.tensors
             if len(tensor.shape) == 1 and tensor.module.startswith(plan.block_prefix)
         }
         made = read_json(folder / "made.json")
-        linear = lambda name: stored.get_tensor(f"{name}.weight")  # noqa: E731
-        return Weights(linear, vectors, no_outliers, made)
+        return Weights(lambda one: stored.get_tensor(f"{one}.weight"), vectors, no_outliers, made)
 
     def row(self, name: str) -> Entry:
         """Figures of both texts."""
         kind, _, rounded = name.partition("/")
-        model, change = self.model(), None
+        model, change = self.model, None
         found = None if kind == "float" else self.weights(kind)
         if rounded != "none":
             outliers = no_outliers if found is None else found.outliers
             change = rounding(rounded_baselines()[rounded], outliers=outliers)
         if found is None:
-            logits = StreamedLogits(model, replace=of_blocks(model, change))
+            logits = StreamedLogits(model, replace=change and partial(change, model))
         else:
             logits = with_weights(model, found.linear, found.vectors, change)
         candidate = Candidate(BitWidthMap.uniform(model.plan.shapes, 8), logits, model.plan)
-        texts = {text: windows for text, (windows, _) in self.windows().items()}
-        known = {text: outputs for text, (_, outputs) in self.windows().items()}
+        texts = {text: windows for text, (windows, _) in self.windows.items()}
+        known = {text: outputs for text, (_, outputs) in self.windows.items()}
         whole, measured = measure(model, texts, {name: candidate}, lambda *_: None, known=known)
         entry = {} if found is None else dict(found.spent)
         entry["source"] = {t: q.model_dump(mode="json") for t, q in whole.texts.items()}
         entry["texts"] = {t: q.model_dump(mode="json") for t, q in measured.texts.items()}
         return entry
-
-
-def of_blocks(
-    model: StreamedModel, change: Change | None
-) -> Callable[[int, torch.nn.Module], None]:
-    """The change as blocks of the source are loaded."""
-
-    def replace(i: int, block: torch.nn.Module) -> None:
-        if change is not None:
-            change(model, i, block)
-
-    return replace
-
-
-def in_rows(weight: Tensor, kind: Any) -> Tensor:
-    """What export w8a8 keeps of a weight."""
-    codes, scales = eight_bits(weight, kind)
-    return codes.float() * scales
 
 
 def mean_columns(model: StreamedModel) -> float:

@@ -137,6 +137,11 @@ class Browser:
         self.driver.save_screenshot(str(place))
 
 
+def whole(*files: Path) -> Callable[[], bool]:
+    """Whether all of these have arrived: Chromium makes an empty file of each name first."""
+    return lambda: all(file.exists() and file.stat().st_size for file in files)
+
+
 @contextmanager
 def browse(url: str, downloads: Path) -> Iterator[Browser]:
     """A browser for the service at `url`. Without Chromium: skips here, fails in CI."""

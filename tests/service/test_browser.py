@@ -15,7 +15,7 @@ from bitmill_service.main import create_app
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.migrate import upgrade
-from browsing import THEMES, WIDTHS, Browser
+from browsing import THEMES, WIDTHS, Browser, whole
 from finished import MAP, Stack
 from serving import serve
 from stores import claim, wait_for
@@ -170,8 +170,7 @@ def test_a_downloaded_file_is_the_one_that_was_listed(
     browser.open(f"/ui/jobs/{job.id}")
     browser.click("a[href$='model.safetensors']")
     file = downloads / "model.safetensors"
-    # Chromium makes an empty file of this name before what it has loaded takes its place.
-    wait_for(lambda: file.exists() and file.stat().st_size, "the download")
+    wait_for(whole(file), "the download")
     assert hashlib.sha256(file.read_bytes()).hexdigest() in browser.text("#files")
 
 
@@ -212,7 +211,7 @@ def test_a_job_of_the_form_is_watched_to_its_end(
         assert "finished" in browser.text("#log")
         browser.click("a[href$='bit_width_map.json']")
         file = downloads / "bit_width_map.json"
-        wait_for(file.exists, "the download")
+        wait_for(whole(file), "the download")
         assert hashlib.sha256(file.read_bytes()).hexdigest() in browser.text("#files")
         assert browser.run("return window.same")
         browser.leave()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
@@ -21,7 +20,7 @@ from bitmill_service.settings import ServiceSettings
 from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.migrate import upgrade
 from bitmill_workers.store.records import JobRecord
-from browsing import THEMES, WIDTHS, Browser
+from browsing import THEMES, WIDTHS, Browser, whole
 from finished import Stack
 from finished_models import finish_model
 from plans import llama_plan
@@ -240,11 +239,6 @@ def open_drawn(browser: Browser, path: str) -> WebElement:
     canvas = browser.find(".map canvas")
     browser.until(canvas.is_displayed, "the map")
     return canvas
-
-
-def whole(*files: Path) -> Callable[[], bool]:
-    """Whether all of these have arrived."""
-    return lambda: all(file.exists() and file.stat().st_size for file in files)
 
 
 def test_the_slider_follows_the_hand_and_a_job_is_submitted(

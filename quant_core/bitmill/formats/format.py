@@ -25,6 +25,7 @@ from bitmill.config.closed import Closed
 from bitmill.config.transforms import transform_of
 from bitmill.errors import SpecError
 from bitmill.io.safetensors import TensorInfo, checkpoint_bytes
+from bitmill.plan.architectures import architecture
 from bitmill.plan.model_plan import Plan, PlannedLinear
 from bitmill.registry import Registry
 
@@ -194,6 +195,20 @@ class Format(Closed):
 
 def _beyond(found: frozenset[str], known: frozenset[str] | None) -> frozenset[str]:
     return frozenset() if known is None else found - known
+
+
+def packed_embeddings(facts: Facts) -> list[Refusal]:
+    """Of a format that has no place for them."""
+    why = "it has no packed embeddings: quantize with allocation.embeddings 'keep'"
+    return [Refusal(matrix.name, why) for matrix in facts.plan.embeddings]
+
+
+def transposed(facts: Facts) -> list[Refusal]:
+    """Of a format whose runtimes know no weights that lie as [K, N]."""
+    kind = facts.plan.model_type
+    if not architecture(kind).transposed:
+        return []
+    return [Refusal(kind, "its runtimes know no transposed linears")]
 
 
 def _no_rewrite(name: str) -> Refusal:

@@ -15,7 +15,14 @@ from typing import Any, ClassVar
 
 from bitmill.config.bit_width_map import DROPPED, GROUP_SIZE, WIDTHS
 from bitmill.errors import FormatError
-from bitmill.formats.format import Contents, Facts, Format, Refusal
+from bitmill.formats.format import (
+    Contents,
+    Facts,
+    Format,
+    Refusal,
+    packed_embeddings,
+    transposed,
+)
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.architectures import architecture
 from bitmill.plan.model_plan import Plan, PlannedLinear
@@ -130,13 +137,4 @@ def refusals(facts: Facts, legal: tuple[int, ...], symmetric: bool) -> list[Refu
                 "set allocation.max_bits lower",
             )
         )
-    for matrix in facts.plan.embeddings:
-        found.append(
-            Refusal(
-                matrix.name,
-                "it has no packed embeddings: quantize with allocation.embeddings 'keep'",
-            )
-        )
-    if architecture(facts.plan.model_type).transposed:
-        found.append(Refusal(facts.plan.model_type, "its runtimes know no transposed linears"))
-    return found
+    return found + packed_embeddings(facts) + transposed(facts)

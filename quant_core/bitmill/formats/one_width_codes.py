@@ -26,11 +26,9 @@ from bitmill.formats.one_width import OneWidthFormat, group_size, stored_as
 from bitmill.formats.writing import (
     CONFIG_NAME,
     DTYPES,
-    copy_companions,
-    write_settings,
-    write_tensors,
+    write_model,
 )
-from bitmill.io.atomic import disk_errors, read_json
+from bitmill.io.atomic import read_json
 from bitmill.io.safetensors import read_headers
 from bitmill.quant.tensors import QuantizedWeight, Stored, affine
 
@@ -123,11 +121,16 @@ class OneWidthCodec:
         def other(name: str) -> Tensor:
             return supply.other(name).to(dtypes[name])
 
-        digests = write_tensors(folder, tensors, bits, linear, other, on_linear=on_linear)
-        with disk_errors(folder):
-            copy_companions(supply.folder, folder)
-        write_settings(folder, dict(supply.settings) | self.settings(contents))
-        return digests
+        return write_model(
+            folder,
+            tensors,
+            bits,
+            linear,
+            other,
+            source=supply.folder,
+            settings=dict(supply.settings) | self.settings(contents),
+            on_linear=on_linear,
+        )
 
     def open(self, folder: Path) -> OneWidthFolder:
         """See `formats/codec.py`."""

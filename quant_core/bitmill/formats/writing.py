@@ -86,6 +86,25 @@ def write_tensors(
     return writer.digests
 
 
+def write_model(
+    folder: Path,
+    tensors: Sequence[TensorInfo],
+    linears: Iterable[str],
+    linear: Callable[[str], Mapping[str, Tensor]],
+    other: Callable[[str], Tensor],
+    *,
+    source: Path,
+    settings: Mapping[str, Any],
+    on_linear: Callable[[str], None],
+) -> dict[str, str]:
+    """Write tensors as `write_tensors` does, the companions of `source`, and config.json."""
+    digests = write_tensors(folder, tensors, linears, linear, other, on_linear=on_linear)
+    with disk_errors(folder):
+        copy_companions(source, folder)
+    write_settings(folder, settings)
+    return digests
+
+
 def source_settings(folder: Path) -> dict[str, Any]:
     """config.json of a source model, without keys that name code.
 

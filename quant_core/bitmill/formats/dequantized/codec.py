@@ -16,8 +16,8 @@ from bitmill.formats.codec import Supply
 from bitmill.formats.dequantized.format import Dequantized
 from bitmill.formats.export_folder import ExportFolder
 from bitmill.formats.format import Contents
-from bitmill.formats.writing import copy_companions, write_settings, write_tensors
-from bitmill.io.atomic import disk_errors, read_json
+from bitmill.formats.writing import write_model
+from bitmill.io.atomic import read_json
 from bitmill.io.safetensors import read_headers
 from bitmill.plan.architectures import architecture
 
@@ -52,19 +52,17 @@ class DequantizedCodec:
                 return tensor
             return self._finite(name, tensor.to(self._dtype))
 
-        digests = write_tensors(
+        key = "torch_dtype" if "torch_dtype" in supply.settings else "dtype"
+        return write_model(
             folder,
             self._settings.tensors(contents),
             [matrix.name for matrix in plan.matrices],
             linear,
             other,
+            source=supply.folder,
+            settings=dict(supply.settings) | {key: self._settings.dtype},
             on_linear=on_linear,
         )
-        with disk_errors(folder):
-            copy_companions(supply.folder, folder)
-        key = "torch_dtype" if "torch_dtype" in supply.settings else "dtype"
-        write_settings(folder, dict(supply.settings) | {key: self._settings.dtype})
-        return digests
 
     def open(self, folder: Path) -> DequantizedFolder:
         """See `formats/codec.py`."""

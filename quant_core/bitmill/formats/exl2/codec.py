@@ -18,8 +18,8 @@ from bitmill.formats.exl2.settings import prefix, settings_of
 from bitmill.formats.export_folder import ExportFolder
 from bitmill.formats.format import Contents
 from bitmill.formats.one_width_codes import from_words, to_words
-from bitmill.formats.writing import CONFIG_NAME, copy_companions, write_settings, write_tensors
-from bitmill.io.atomic import disk_errors, read_json
+from bitmill.formats.writing import CONFIG_NAME, write_model
+from bitmill.io.atomic import read_json
 from bitmill.io.safetensors import read_headers
 from bitmill.quant.codes import group_slices
 from bitmill.quant.exl2_grid import find_steps, row_scales
@@ -88,9 +88,6 @@ class Exl2Codec:
 
         names = [matrix.name for matrix in plan.linears]
         tensors = self._settings.tensors(contents)
-        digests = write_tensors(folder, tensors, names, linear, other, on_linear=on_linear)
-        with disk_errors(folder):
-            copy_companions(supply.folder, folder)
         bits = code_bits([one.shape for one in plan.linears], contents.widths)
         own = {
             "quant_method": QUANT_METHOD,
@@ -99,8 +96,16 @@ class Exl2Codec:
             "head_bits": 16,
         }
         settings = dict(supply.settings) | settings_of(supply.settings)
-        write_settings(folder, settings | {"quantization_config": own})
-        return digests
+        return write_model(
+            folder,
+            tensors,
+            names,
+            linear,
+            other,
+            source=supply.folder,
+            settings=settings | {"quantization_config": own},
+            on_linear=on_linear,
+        )
 
     def open(self, folder: Path) -> Exl2Folder:
         """See `formats/codec.py`."""

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from bitmill.config.bit_width_map import group_columns
 from bitmill.config.methods import METHODS
 from bitmill.formats.exl2.settings import ARCHITECTURES, prefix, unsaid
-from bitmill.formats.format import Contents, Facts, Format, Refusal
+from bitmill.formats.format import Contents, Facts, Format, Refusal, packed_embeddings
 from bitmill.formats.one_width import stored_as
 from bitmill.io.safetensors import TensorInfo
 
@@ -53,13 +53,7 @@ class Exl2(Format):
             known = ", ".join(ARCHITECTURES)
             found.append(Refusal(kind, f"models of this type are not written, only {known}"))
         found += [Refusal("config.json", why) for why in unsaid(facts.config)]
-        for matrix in facts.plan.embeddings:
-            found.append(
-                Refusal(
-                    matrix.name,
-                    "it has no packed embeddings: quantize with allocation.embeddings 'keep'",
-                )
-            )
+        found += packed_embeddings(facts)
         for linear in facts.plan.linears:
             sides = linear.rows, linear.columns
             if any(side % ALIGNED for side in sides) or linear.columns > MOST_COLUMNS:

@@ -15,8 +15,8 @@ from bitmill.formats.codec import Supply
 from bitmill.formats.export_folder import ExportFolder
 from bitmill.formats.format import Contents
 from bitmill.formats.w8a8.format import DTYPES, FORMATS, W8A8
-from bitmill.formats.writing import copy_companions, write_settings, write_tensors
-from bitmill.io.atomic import disk_errors, read_json
+from bitmill.formats.writing import write_model
+from bitmill.io.atomic import read_json
 from bitmill.io.safetensors import READABLE, read_headers
 from bitmill.plan.architectures import architecture
 
@@ -56,19 +56,16 @@ class W8A8Codec:
             place = stored(f"{name}.weight")
             return {place: codes, f"{place}_scale": scales}
 
-        digests = write_tensors(
+        return write_model(
             folder,
             self._settings.tensors(contents),
             [linear.name for linear in plan.linears],
             linear,
             supply.other,
+            source=supply.folder,
+            settings=dict(supply.settings) | {"quantization_config": self._config(contents)},
             on_linear=on_linear,
         )
-        with disk_errors(folder):
-            copy_companions(supply.folder, folder)
-        own = {"quantization_config": self._config(contents)}
-        write_settings(folder, dict(supply.settings) | own)
-        return digests
 
     def open(self, folder: Path) -> W8A8Folder:
         """See `formats/codec.py`."""

@@ -14,7 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from bitmill.formats.format import Contents, Facts, Format, Refusal
+from bitmill.formats.format import (
+    Contents,
+    Facts,
+    Format,
+    Refusal,
+    packed_embeddings,
+    transposed,
+)
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.architectures import architecture
 
@@ -42,17 +49,7 @@ class W8A8(Format):
 
     def refusals(self, facts: Facts) -> list[Refusal]:
         """Packed embeddings, and weights that lie as [K, N]."""
-        found = super().refusals(facts)
-        for matrix in facts.plan.embeddings:
-            found.append(
-                Refusal(
-                    matrix.name,
-                    "it has no packed embeddings: quantize with allocation.embeddings 'keep'",
-                )
-            )
-        if architecture(facts.plan.model_type).transposed:
-            found.append(Refusal(facts.plan.model_type, "its runtimes know no transposed linears"))
-        return found
+        return super().refusals(facts) + packed_embeddings(facts) + transposed(facts)
 
     def tensors(self, contents: Contents) -> list[TensorInfo]:
         """Two for each linear, then what is kept."""

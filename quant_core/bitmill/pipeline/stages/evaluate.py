@@ -117,8 +117,8 @@ class Inputs:
 
     packed: where the packed folder lies; its tensors are those of `refined` and `model`.
     outputs: of the source, where another job of the sweep may have made them (`source_outputs.py`).
-    resumed: whether the refined blocks are
-    another job's, and so what is reported of them. notes: what else the report warns of.
+    resumed: whether the refined blocks are another job's, and so what is reported of them. notes:
+    what else the report warns of.
     """
 
     method: str

@@ -12,10 +12,9 @@ becomes (b / g) Q. Hence
 
 S is a diagonal of signs, which follow from the number of a channel, H a symmetric orthogonal matrix
 whose first row is constant: Sylvester's for the power of two in the size, times the discrete
-Hartley transform for the odd rest. All is computed in float64 and rounded to the
-source's dtype (to halves through float32, as torch does:
-`findings/float64-to-halves-rounds-twice.sh`). Given up: random signs, and rotations that are made
-while the model runs.
+Hartley transform for the odd rest. All is computed in float64 and rounded to the source's
+dtype (to halves through float32, as torch does: `findings/float64-to-halves-rounds-twice.sh`).
+Given up: random signs, and rotations that are made while the model runs.
 """
 
 from __future__ import annotations
