@@ -75,6 +75,7 @@ class Target:
 TARGETS = (
     Target("packed", None, ("vllm",)),
     Target("dequantized, float32", "dequantized", ("transformers", "vllm"), {"dtype": "float32"}),
+    Target("dequantized, bfloat16", "dequantized", ("vllm",), {"dtype": "bfloat16"}),
     Target("compressed-tensors", "compressed-tensors", ("compressed_tensors", "vllm", VLLM_W4A8)),
     Target(
         "compressed-tensors, symmetric",

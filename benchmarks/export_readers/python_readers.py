@@ -189,20 +189,22 @@ def mlx(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
 
 
 def vllm(folder: Path, prompts: Sequence[list[int]], new: int, *, rounds: bool = False) -> Read:
-    """Whatever vLLM takes, on a CPU in fp32, in bf16 what its own kernels multiply. Of the first
-    prompt alone it is asked for every token's log-probability, since its answers hold them as
-    Python's own numbers. rounds: activations to 8 bits before products with 4-bit weights, which is
-    its default on a CPU with AMX."""
+    """Whatever vLLM takes, on a CPU in fp32, in bf16 what its own kernels multiply and what is
+    stored plainly in bf16. Of the first prompt alone it is asked for every token's log-probability,
+    since its answers hold them as Python's own numbers. rounds: activations to 8 bits before
+    products with 4-bit weights, which is its default on a CPU with AMX."""
     os.environ["VLLM_CPU_INT4_W4A8"] = str(int(rounds))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     import numpy as np
     from vllm import LLM, SamplingParams
 
-    settings = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    config = json.loads((folder / "config.json").read_text())
+    plain = config.get("torch_dtype", config.get("dtype"))
+    method = config.get("quantization_config", {}).get("quant_method", plain)
     engine = LLM(
         str(folder),
-        dtype="bfloat16" if settings.get("quant_method") in WNA16 else "float32",
+        dtype="bfloat16" if method in (*WNA16, "bfloat16") else "float32",
         enforce_eager=True,
         max_model_len=256,
         max_num_seqs=4,
