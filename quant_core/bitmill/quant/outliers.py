@@ -11,6 +11,10 @@ x - P x_O, the part of the inputs that outliers do not tell:
 
 The codes of outlier columns are found as those of columns that are 0 and that no input excites;
 whatever they became, S makes up for it.
+
+Where the output has to move too, for what the quantized prefix has lost (d = y' - y, moments
+C = d x^T), the solver answers for the part that x - P x_O tells, and S for the rest: it gains
+C_O H_OO^-1.
 """
 
 from __future__ import annotations
@@ -29,11 +33,14 @@ from bitmill.runtime.ranks import Ranks
 
 @dataclass(frozen=True, eq=False)
 class Fitted(Rewrite):
-    """Outlier columns i64 [k] of a linear W f32 [n, K] that is not solved yet, and P f32 [K, k]."""
+    """Outlier columns i64 [k] of a linear W f32 [n, K] that is not solved yet, P f32 [K, k] and
+    H_OO^-1 f32 [k, k]. moved: C_O H_OO^-1 f32 [n, k]."""
 
     columns: Tensor
     shares: Tensor
+    inverse: Tensor
     W: Tensor
+    moved: Tensor | None = None
     name: ClassVar[str] = "outliers"
     stored: ClassVar[tuple[str, ...]] = ("outlier_columns", "outliers")
     settles: ClassVar[bool] = True
@@ -47,7 +54,13 @@ class Fitted(Rewrite):
     def settled(self, quantized: Tensor) -> Outliers:
         columns = self.columns.to(quantized.device)
         values = (self.W.to(quantized) - quantized) @ self.shares.to(quantized)
+        if self.moved is not None:
+            values = values + self.moved.to(quantized)
         return Outliers(columns.int(), values.half())
+
+    def shifted(self, shift: Tensor) -> Self:
+        own = shift[:, self.columns.to(shift.device)]
+        return replace(self, moved=own @ self.inverse.to(shift))
 
     def inputs(self, x: Tensor) -> Tensor:
         return x
@@ -66,7 +79,8 @@ class Fitted(Rewrite):
         pass
 
     def with_rows(self, rows: Tensor) -> Self:
-        return replace(self, W=self.W[rows])
+        moved = None if self.moved is None else self.moved[rows]
+        return replace(self, W=self.W[rows], moved=moved)
 
 
 @dataclass(frozen=True, eq=False)

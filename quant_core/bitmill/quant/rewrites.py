@@ -49,6 +49,11 @@ class Rewrite(ABC):
         """What is stored, once what `weights` gave is quantized as f32 [n, K]."""
         return self
 
+    def shifted(self, shift: Tensor) -> Rewrite:
+        """The same, where outputs are to move by what has the moments `shift` f32 [n, K] with the
+        columns that it rewrites (`solvers/solver.py`, `Correction`)."""
+        return self
+
     @abstractmethod
     def inputs(self, x: Tensor) -> Tensor:
         """T x for x [..., K]."""
@@ -171,6 +176,14 @@ class Rewrites(tuple[Rewrite, ...]):
             found.append(one.settled(W))
             W = found[-1].undo(W)
         return Rewrites(reversed(found))
+
+    def shifted(self, shift: Tensor) -> Rewrites:
+        """Where outputs are to move by what has the moments `shift` f32 [n, K] with x."""
+        found = list[Rewrite]()
+        for one in self:
+            found.append(one.shifted(shift))
+            shift = one.moments(shift)
+        return Rewrites(found)
 
     def moments(self, sums: Tensor) -> Tensor:
         """Sums [*, K] of products with x^T, of what x becomes."""

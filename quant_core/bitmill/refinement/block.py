@@ -202,6 +202,7 @@ class _BlockJob:
                 rewrites[name] = Rewrites([*rewrites[name], rewrite])
             if fitted and H is not None:
                 H = fitted[names[0]].hessian(H)
+        rewrites = {name: _answering(one, seen.get(name)) for name, one in rewrites.items()}
         linears = [
             Linear(
                 name,
@@ -254,6 +255,11 @@ class _BlockJob:
         """Writes dequantized weights into the block."""
         for name, weight in refined.items():
             set_weight(self.state.linears[name], weight.dequantize())
+
+
+def _answering(rewrites: Rewrites, seen: InputStatistics | None) -> Rewrites:
+    """Rewrites that answer for a part of what the linear's output lacks."""
+    return rewrites if seen is None or seen.shift is None else rewrites.shifted(seen.shift)
 
 
 def _check_streams(settings: RefineSettings, stream: Stream, held_out: Stream | None) -> None:

@@ -38,8 +38,8 @@ class OutlierColumns:
         count = self.counts.get(next(iter(weights)), 0)
         if not count or H is None:
             return {}
-        columns, shares = chosen_columns(weights, H, count, ranks)
-        return {name: Fitted(columns, shares, W) for name, W in weights.items()}
+        found = chosen_columns(weights, H, count, ranks)
+        return {name: Fitted(*found, W) for name, W in weights.items()}
 
     def alike(self, name: str) -> int:
         """Linears that read one input are solved together where this is the same."""
@@ -48,9 +48,9 @@ class OutlierColumns:
 
 def chosen_columns(
     weights: Mapping[str, Tensor], H: Tensor, count: int, ranks: Ranks = SINGLE
-) -> tuple[Tensor, Tensor]:
-    """The outlier columns i64 [k] of linears f32 [n, K] that read one input, the weakest first, and
-    P f32 [K, k]. H: f32 [K, K]. ranks: each has other rows."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The outlier columns i64 [k] of linears f32 [n, K] that read one input, the weakest first,
+    P f32 [K, k] and H_OO^-1 f32 [k, k]. H: f32 [K, K]. ranks: each has other rows."""
     energy, clip = H.diagonal(), ClipSettings.min_max()
     errors = torch.zeros_like(energy, dtype=torch.float64)
     for W in weights.values():
@@ -63,6 +63,7 @@ def chosen_columns(
     columns = torch.argsort(errors * energy.double(), descending=True, stable=True)[:count]
     own = H[columns][:, columns].double()
     own.diagonal().add_(DAMPING * energy.double().mean().clamp_min(1e-30))
-    shares = torch.linalg.solve(own, H[columns].double()).T.float()
+    inverse = torch.linalg.inv(own)
+    shares = (H[:, columns].double() @ inverse).float()
     shares[columns] = torch.eye(count, device=H.device)
-    return columns, shares
+    return columns, shares, inverse.float()

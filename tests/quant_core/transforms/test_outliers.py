@@ -98,9 +98,10 @@ def test_inputs_that_are_one_and_inputs_that_are_none_have_shares() -> None:
     H[HEAVY[1]] = H[HEAVY[0]]
     H[:, HEAVY[1]] = H[:, HEAVY[0]]
     for moments in (H, torch.zeros(K, K)):
-        columns, shares = chosen_columns({"a": weights()}, moments, COUNT)
+        columns, shares, inverse = chosen_columns({"a": weights()}, moments, COUNT)
         assert len(set(columns.tolist())) == COUNT
         assert (shares.abs() <= 20).all()
+        assert inverse.isfinite().all()
 
 
 def test_what_is_kept_makes_up_for_any_codes_as_well_as_a_matrix_can() -> None:
@@ -115,6 +116,33 @@ def test_what_is_kept_makes_up_for_any_codes_as_well_as_a_matrix_can() -> None:
     least = (W - Q).double().index_add(1, columns, best, alpha=-1)
     assert error(left, H) == pytest.approx(error(least, H), rel=1e-3)
     assert error(left, H) < 0.9 * error((W - Q).index_fill(1, columns, 0.0), H)
+
+
+def test_what_the_prefix_has_lost_is_made_up_for_too() -> None:
+    W, H, order = weights(), hessian(), ColumnOrder(torch.arange(K).flip(0).int())
+    shift = torch.randn(N, K, generator=torch.Generator().manual_seed(2)) @ H / 30
+    kept = OutlierColumns({"a": COUNT})
+    fitted = kept.fit({"a": order.weights(W)}, order.hessian(H), SINGLE)["a"]
+    assert isinstance(fitted, Fitted)
+    rewrites = Rewrites([order, fitted]).shifted(shift)
+    Q = some_codes(rewrites.weights(W))
+    left = W - rewrites.settled(lambda: Q).undo(Q)
+
+    def lost(R: Tensor) -> float:
+        """Of |R x + d|^2, what depends on R: C = d x^T."""
+        return error(R, H) + 2 * float((R.double() * shift.double()).sum())
+
+    columns = order.order.long()[fitted.columns]
+    R = W - order.undo(Q)
+    best = torch.linalg.solve(
+        H[columns][:, columns].double(), (H[columns] @ R.T + shift[:, columns].T).double()
+    ).T
+    least = lost(R.double().index_add(1, columns, best, alpha=-1))
+    assert lost(left) == pytest.approx(least, rel=1e-3)
+    assert lost(left) < lost(W - Rewrites([order, fitted]).settled(lambda: Q).undo(Q)) - 1
+    sample = torch.tensor([3, 20])
+    few = rewrites.with_rows(sample).settled(lambda: Q[sample])
+    torch.testing.assert_close(W[sample] - few.undo(Q[sample]), left[sample])
 
 
 def test_a_solver_sees_the_error_that_will_be_left() -> None:
