@@ -226,13 +226,16 @@ def test_hessian_sums_match_double_precision(dtype, K):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weighted_hessian_sums_are_as_near_as_bf16_inputs(dtype, K):
     """Weights as small as squared gradients are, which fp16 could not hold."""
+    torch.manual_seed(0)
     x = torch.randn(3000, K, device=GPU).to(dtype)
     weight = 1e-12 * torch.rand(3000, device=GPU)
     H, expected = torch.zeros(K, K, device=GPU), torch.zeros(K, K, device=GPU).double()
     for part, weights in zip(x.split(2000), weight.split(2000), strict=True):
         hessian_update(H, part, weights)
     reference.hessian_update(expected, x, weight)
-    error = (H.double() - expected).triu().abs().max() / expected.diagonal().mean()
-    assert error < (1e-5 if dtype == torch.float32 else 5e-4)
+    error = (H.double() - expected)[torch.ones_like(H).triu().bool()] / expected.diagonal().mean()
+    # of eight draws at most 5.1e-5 and, the largest of 2.7 million, 4.97e-4
+    assert error.square().mean().sqrt() < (1e-6 if dtype == torch.float32 else 5.5e-5)
+    assert error.abs().max() < (1e-5 if dtype == torch.float32 else 6e-4)
     diagonal = H.diagonal().double() / expected.diagonal()
     assert (diagonal - 1).abs().max() < (1e-5 if dtype == torch.float32 else 5e-4)
