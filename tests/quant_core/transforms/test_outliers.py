@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.methods import RTN
+from bitmill.config.methods import GPTQ, RTN
 from bitmill.errors import FormatError
 from bitmill.formats.packed.config import PackedLinear
 from bitmill.formats.packed.share import Share
@@ -234,6 +235,39 @@ def test_each_linear_keeps_as_many_as_its_map_says(tmp_path: Path) -> None:
     assert {name: len(each) for name, each in columns.items()} == counts
     q, _, v = columns.values()
     assert torch.equal(q, v)
+
+
+def test_their_inputs_tell_nothing_of_what_an_output_lacks_behind_a_quantized_prefix(
+    tmp_path: Path,
+) -> None:
+    """The normal equations of S, on calibration tokens: the mean of (W x' - w x) x_O^T is 0."""
+    model, name = tiny().model, "model.layers.1.mlp.up_proj"
+    bit_widths = BitWidthMap(
+        linears=BitWidthMap.uniform(model.plan.shapes, 2).linears, outliers={name: 2}
+    )
+    tokens = CalibrationSet(tiny().tokens, tiny().held_out, "", "none")
+    inputs = RefineInputs(tokens, bit_widths, {})
+    refine_model(model, inputs, GPTQ(), tmp_path, seed=0, on_unit=lambda *_: None)
+    found = RefinedModel(tmp_path, model.plan)
+
+    def inputs_of(quantized: bool) -> Tensor:
+        whole = AutoModelForCausalLM.from_pretrained(model.source.folder)
+        seen: list[Tensor] = []
+        watched = whole.get_submodule(name)
+        watched.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+        with torch.no_grad():
+            for linear in model.plan.linears if quantized else ():
+                weight = whole.get_submodule(linear.name).weight
+                weight.copy_(found.linear(linear.name).dequantize())
+            whole(tokens.tokens)
+        return seen[0]
+
+    source, x = inputs_of(False), inputs_of(True)
+    W = AutoModelForCausalLM.from_pretrained(model.source.folder).get_submodule(name).weight
+    lacking = source @ W.detach().T - x @ found.linear(name).dequantize().T
+    told = x[:, found.rewrites(name).tensors("")[".outlier_columns"].long()]
+    scale = lacking.norm(dim=0)[:, None] * told.norm(dim=0)
+    assert ((lacking.T @ told) / scale).abs().max() < 0.02
 
 
 @pytest.mark.parametrize(
