@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from bitmill.plan.model_plan import plan_source
 from bitmill.plan.source_model import read_source
 from bitmill_service.client.client import Client
 from finished import MAP, Stack, spec_json
+from hub_server import hub_app
+from serving import serve
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -141,3 +144,49 @@ def test_the_command_finds_maps_of_the_service_and_of_a_folder(
     assert code == 0, err
     assert "fits" in out
     assert "a.json" in out
+
+
+def test_maps_that_fit_are_found_beside_others_of_the_same_shape(
+    stack: Stack, client: Client, models: Path, command: Command
+) -> None:
+    plan = plan_source(read_source(models / "tiny"), QuantizationConfig(budget=Budget(bits=8)))
+    own = Fingerprint.of_folder(models / "tiny")
+    linears = BitWidthMap.uniform(plan.shapes, 2).linears
+    embedding = {"model.embed_tokens": (8,) * len(linears["model.layers.0.self_attn.q_proj"])}
+    contents = {
+        "embedding": {**linears, **embedding},
+        "unfit": {"model.layers.0.mlp.up_proj": (5,) * 99},
+    }
+    ids = {
+        name: client.upload_map(BitWidthMap(linears=given).to_json().encode(), model=own).id
+        for name, given in contents.items()
+    }
+    code, out, err = command("map", "find", models / "tiny", "--url", stack.url, "--json")
+    assert code == 0, err
+    found = [one["file"] for one in json.loads(out)["maps"]]
+    assert f"upload:{ids['embedding']}" in found
+    assert f"upload:{ids['unfit']}" not in found
+
+
+def test_the_command_finds_maps_of_a_hub_repository_for_a_model_on_the_hub(
+    models: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(models / "tiny", tmp_path / "hub/org/model")
+    zoo = tmp_path / "hub/org/zoo"
+    zoo.mkdir()
+    plan = plan_source(read_source(models / "tiny"), QuantizationConfig(budget=Budget(bits=8)))
+    (zoo / "a.json").write_text(BitWidthMap.uniform(plan.shapes, 3).to_json())
+    own = Fingerprint.of_folder(models / "tiny").model_dump()
+    (zoo / "zoo.json").write_text(json.dumps({"maps": {"a.json": own}}))
+    (zoo / "code.py").write_text("raise SystemExit")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with serve(hub_app(tmp_path / "hub")) as url:
+        monkeypatch.setenv("BITMILL_HUB_ENDPOINT", url)
+        code, out, err = command("map", "find", "org/model", "--from", "org/zoo", "--json")
+        assert code == 0, err
+        (found,) = json.loads(out)["maps"]
+        assert (found["from"], found["file"], found["match"]) == ("org/zoo", "a.json", "shape")
+        assert not list((tmp_path / "cache").rglob("*.py"))
+        code, out, err = command("map", "find", "org/model", "--from", "org/none")
+    assert code == 2
+    assert "org/none@main does not exist, or is private" in err

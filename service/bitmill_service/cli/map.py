@@ -15,6 +15,7 @@ import typer
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Budget, QuantizationConfig, parse_part
 from bitmill.config.references import read_map
+from bitmill.errors import FormatError, ModelError
 from bitmill.io.atomic import write_bytes
 from bitmill.io.targets import check_file
 from bitmill.plan.fingerprint import Fingerprint
@@ -148,8 +149,7 @@ def find(
     Example: bitmill map find models/SmolLM2-135M --from maps
     """
     with model_folder(model) as folder:
-        config = QuantizationConfig(budget=Budget(bits=8))
-        plan = plan_source(read_source(folder), config)
+        plan = _largest_plan(folder)
         fingerprint = Fingerprint.of_folder(folder, weights=weights and folder == Path(model))
     if source:
         found = [
@@ -171,7 +171,10 @@ def _of_service(client: Client, fingerprint: Fingerprint, plan: Plan) -> list[di
     """Maps of the same weights or shape, which `--map upload:ID` names."""
     rows = []
     for one in client.maps(model=fingerprint.shape):
-        check_fits(client.stored_map(one.id), plan)
+        try:
+            check_fits(client.stored_map(one.id), plan)
+        except FormatError:
+            continue
         entry = Entry(shape=one.shape, weights=one.weights)
         total = sum(int(width) * count for width, count in one.histogram.items())
         rows.append(
@@ -184,6 +187,15 @@ def _of_service(client: Client, fingerprint: Fingerprint, plan: Plan) -> list[di
             }
         )
     return sorted(rows, key=lambda row: row["match"] != "weights")
+
+
+def _largest_plan(folder: Path) -> Plan:
+    """With embedding and head, which a map may have widths for, where the model stores them."""
+    source, config = read_source(folder), QuantizationConfig(budget=Budget(bits=8))
+    try:
+        return plan_source(source, config.packs_embeddings)
+    except ModelError:
+        return plan_source(source, config)
 
 
 @contextmanager
@@ -202,12 +214,27 @@ def model_folder(model: str) -> Iterator[Path]:
 
 
 def zoo_folder(place: str) -> Path:
-    """A folder of maps; one on the Hub is fetched into the Hub's cache, maps alone."""
+    """A folder of maps; one on the Hub is fetched into the Hub's cache, maps alone.
+
+    Raises `ModelError` for a repository that is not to be had.
+    """
     if Path(place).is_dir():
         return Path(place)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(place, allow_patterns=["*.json", "*.pt"]))
+    from bitmill_service.settings import ServiceSettings
+    from bitmill_workers.execution.fetch import hub_errors
+
+    named, settings = parse_part(HubModel, model_reference(place)), ServiceSettings()
+    with hub_errors(named):
+        found = snapshot_download(
+            named.repo_id,
+            revision=named.revision,
+            endpoint=settings.hub_endpoint,
+            token=settings.hub_token.get_secret_value() if settings.hub_token else None,
+            allow_patterns=["*.json", "*.pt"],
+        )
+    return Path(found)
 
 
 @app.command(cls=GroupedCommand)

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from bitmill.config.bit_width_map import BitWidthMap
@@ -59,6 +60,24 @@ def test_a_fingerprint_is_of_tensors_not_of_files(
     told = {"metadata": {}, "weight_map": index}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(told))
     assert Fingerprint.of_folder(tmp_path, weights=True) == one
+
+
+def test_names_dtypes_and_shapes_count_in_both_fingerprints(base: Path, tmp_path: Path) -> None:
+    one = Fingerprint.of_folder(base, weights=True)
+    tensors = load_file(base / "model.safetensors")
+    name, tensor = next(item for item in tensors.items() if item[1].ndim == 2)
+    changed = {
+        "name": {**tensors, f"{name}_": tensors[name]},
+        "dtype": {**tensors, name: tensor.view(torch.int32)},
+        "shape": {**tensors, name: tensor.reshape(-1)},
+    }
+    del changed["name"][name]
+    for what, content in changed.items():
+        (tmp_path / what).mkdir()
+        save_file(content, tmp_path / what / "model.safetensors")
+        other = Fingerprint.of_folder(tmp_path / what, weights=True)
+        assert other.shape != one.shape, what
+        assert other.weights != one.weights, what
 
 
 def test_maps_are_found_the_nearest_first(base: Path, tuned: Path, tmp_path: Path) -> None:
