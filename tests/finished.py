@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -74,6 +76,14 @@ class Stack:
         """A job with a map, a report and a weight file of these bytes."""
         return self.finish(self.running(**changes), weights)
 
+    def packed(self, folder: Path) -> JobRecord:
+        """A job that made this packed folder."""
+        job = self.running()
+        target = self.context.artifacts.attempt_folder(job.id, job.token)
+        shutil.copytree(folder, target)
+        write_manifest(target)
+        return self._publish(job, {})
+
     def profile(self, plan: Plan, profile: SensitivityProfile) -> str:
         """Put a profile into the service's store; its id."""
         folder = self.context.settings.profiles_folder / profile.key
@@ -102,8 +112,12 @@ class Stack:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
         write_manifest(folder)
+        return self._publish(job, dict(result or {"code_bits": 3.0}), profile)
+
+    def _publish(
+        self, job: JobRecord, told: dict[str, Any], profile: str | None = None
+    ) -> JobRecord:
         assert self.leases.finalize(job.id, job.token)
         files = self.context.artifacts.publish(job.id, job.token, lambda done, total: None)
-        told = dict(result or {"code_bits": 3.0})
         assert self.leases.finish(job.id, job.token, told, files, profile_id=profile)
         return self.context.jobs.get(job.id)

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import yaml
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
@@ -18,8 +19,9 @@ def hub_app(root: Path) -> FastAPI:
     """The parts of the Hub's read API that planning and fetching use, for `root/<org>/<name>`."""
     app = FastAPI()
 
+    @app.get("/api/models/{org}/{name}")
     @app.get("/api/models/{org}/{name}/revision/{revision}")
-    def info(org: str, name: str, revision: str) -> Response:
+    def info(org: str, name: str, revision: str = "main") -> Response:
         folder = root / org / name
         if not folder.is_dir():
             return _missing("RepoNotFound")
@@ -34,6 +36,7 @@ def hub_app(root: Path) -> FastAPI:
                 "gated": False,
                 "tags": [],
                 "siblings": [_sibling(file) for file in sorted(folder.iterdir())],
+                "cardData": _card(folder / "README.md"),
             }
         )
 
@@ -58,6 +61,14 @@ def hub_app(root: Path) -> FastAPI:
         return answer
 
     return app
+
+
+def _card(readme: Path) -> dict[str, Any] | None:
+    """The front matter of a card."""
+    if not readme.is_file():
+        return None
+    found: dict[str, Any] = yaml.safe_load(readme.read_text().split("---\n")[1])
+    return found
 
 
 def _sibling(file: Path) -> dict[str, Any]:

@@ -22,12 +22,13 @@ class WritableHub:
     """Repositories `root/<org>/<name>`, writable with `TOKEN`.
 
     put: digests of large files that were sent, in order. refuse_puts_after: so many are taken,
-    None for all.
+    None for all. refusals: of the next ones, so many are refused.
     """
 
     root: Path
     put: list[str] = field(default_factory=list)
     refuse_puts_after: int | None = None
+    refusals: int = 0
     stored: dict[str, bytes] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)
 
@@ -80,6 +81,9 @@ class WritableHub:
         async def put(oid: str, request: Request) -> Response:
             body = await request.body()
             if self.refuse_puts_after is not None and len(self.put) >= self.refuse_puts_after:
+                return Response(status_code=400)
+            if self.refusals:
+                self.refusals -= 1
                 return Response(status_code=400)
             assert hashlib.sha256(body).hexdigest() == oid
             self.put.append(oid)

@@ -14,13 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from bitmill.errors import SpecError
 from bitmill.formats.export_plan import ExportTarget
-from bitmill.io.manifest import write_manifest
 from bitmill.pipeline.export import Export
 from bitmill.plan.fingerprint import Fingerprint
 from bitmill_service.client.client import Client
 from bitmill_workers.execution.stop import StopRequest
 from bitmill_workers.execution.supervisor import Supervisor
-from bitmill_workers.store.records import JobRecord
 from bitmill_workers.store.retention import leaving
 from finished import Stack, spec_json
 from tiny import CALIBRATION, tiny_llama
@@ -76,22 +74,10 @@ def work(stack: Stack) -> Iterator[Callable[[], None]]:
         yield run
 
 
-def finished(stack: Stack, folder: Path) -> JobRecord:
-    """A job that made this packed folder."""
-    job = stack.running()
-    target = stack.context.artifacts.attempt_folder(job.id, job.token)
-    shutil.copytree(folder, target)
-    write_manifest(target)
-    assert stack.leases.finalize(job.id, job.token)
-    files = stack.context.artifacts.publish(job.id, job.token, lambda done, total: None)
-    assert stack.leases.finish(job.id, job.token, {}, files)
-    return stack.context.jobs.get(job.id)
-
-
 def test_a_plan_says_what_the_written_export_takes(
     stack: Stack, client: Client, packed: PackedModel
 ) -> None:
-    job, before = finished(stack, packed.folder), client.list_jobs(kind="export").jobs
+    job, before = stack.packed(packed.folder), client.list_jobs(kind="export").jobs
     for target in (
         ExportTarget(format="dequantized", settings={"dtype": "float32"}),
         ExportTarget(format="compressed-tensors"),
@@ -110,7 +96,7 @@ def test_an_export_is_a_job_with_files_of_its_own(
     tmp_path: Path,
     work: Callable[[], None],
 ) -> None:
-    job = finished(stack, packed.folder)
+    job = stack.packed(packed.folder)
     target = ExportTarget(format="dequantized", settings={"dtype": "float32"})
     told = client.plan_export(job.id, target)
     made = client.export(job.id, target, idempotency_key="once")
@@ -138,7 +124,7 @@ def test_an_export_is_a_job_with_files_of_its_own(
 def test_a_column_order_is_refused_by_name(
     name: str, stack: Stack, client: Client, ordered: PackedModel
 ) -> None:
-    job = finished(stack, ordered.folder)
+    job = stack.packed(ordered.folder)
     with pytest.raises(SpecError, match=r"allocation\.order: it has no place") as refused:
         client.export(job.id, ExportTarget(format=name))
     assert (refused.value.code, refused.value.param) == ("format_refuses", "allocation.order")
@@ -148,7 +134,7 @@ def test_a_column_order_is_refused_by_name(
 def test_what_cannot_be_exported_is_said(
     stack: Stack, http: httpx2.Client, packed: PackedModel
 ) -> None:
-    job = finished(stack, packed.folder)
+    job = stack.packed(packed.folder)
     body = {"format": "dequantized"}
     waiting = stack.queued()
     cases = {
@@ -173,7 +159,7 @@ def test_what_cannot_be_exported_is_said(
 def test_an_export_of_files_that_are_gone_fails_by_name(
     stack: Stack, client: Client, packed: PackedModel, work: Callable[[], None]
 ) -> None:
-    job = finished(stack, packed.folder)
+    job = stack.packed(packed.folder)
     made = client.export(job.id, ExportTarget(format="dequantized"))
     assert leaving(stack.context.database, None) == ()
     client.delete(job.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import sqlite3
 import subprocess
@@ -13,10 +14,13 @@ from typing import Any
 
 import httpx2
 import pytest
+from huggingface_hub import ModelCard
+from pydantic import SecretStr
 
 import bitmill
 from bitmill.config.quantization import Calibration
 from bitmill.errors import InputError, ResourceError
+from bitmill.formats.export_plan import ExportTarget
 from bitmill.io.manifest import write_manifest
 from bitmill.library.push import push
 from bitmill.results import QualityReport, QualityRow, TextQuality
@@ -36,6 +40,7 @@ from weights import pack_model
 # huggingface_hub itself uploads in a way that its HTTP client calls outdated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
+Command = Callable[..., tuple[int, str, str]]
 NAME = "org/packed"
 LOAD = """
 import sys, torch, bitmill
@@ -118,9 +123,16 @@ def test_a_pushed_folder_is_loaded_by_its_name(
         "8 windows of 256 tokens of `wiki_calibration`",
         f'bitmill.load("{NAME}")',
         f"vllm serve {NAME}",
-        "bitmill export packed",
+        "import bitmill.hf\n",
+        "bitmill export packed --format gguf",
     ):
         assert told in card, told
+    read = ModelCard(card).data  # as the Hub's client reads it
+    assert (read.base_model, read.license, read.library_name) == (
+        "org/model",
+        "apache-2.0",
+        "transformers",
+    )
     assert (there / "bit_width_map.png").read_bytes().startswith(b"\x89PNG")
     there_and_here = [sys.executable, "-c", LOAD, NAME, str(folder)]
     env = os.environ | {"HF_ENDPOINT": url, "HF_HUB_CACHE": str(tmp_path / "cache")}
@@ -162,6 +174,47 @@ def test_a_wrong_token_and_a_damaged_folder_are_refused(
     with pytest.raises(bitmill.BitmillError, match="SHA-256"):
         push(damaged, NAME, token=TOKEN, endpoint=url)
     assert not (made.root / NAME).exists()
+
+
+def test_the_licence_is_that_of_the_base_models_card(
+    folder: Path, hub: tuple[WritableHub, str]
+) -> None:
+    made, url = hub
+    for name, front in (("model", "license: gemma\n"), ("silent", "tags: [a]\n")):
+        (made.root / "org" / name).mkdir(parents=True)
+        (made.root / "org" / name / "README.md").write_text(f"---\n{front}---\n")
+    for base, line in (
+        ("org/model", 'license: "gemma"\n'),
+        ("org/silent", None),
+        ("org/none", None),
+    ):
+        push(folder, NAME, token=TOKEN, base_model=base, endpoint=url)
+        card = (made.root / NAME / "README.md").read_text()
+        assert f'base_model: "{base}"\n' in card
+        assert (line in card) if line else ("license" not in card)
+
+
+def test_the_command_pushes_a_folder(
+    folder: Path,
+    hub: tuple[WritableHub, str],
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, url = hub
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    more = ("--public", "--base-model", "org/model", "--license", "mit")
+    code, out, err = command("push", folder, NAME, *more)
+    assert code == 0, err
+    assert f"{url}/{NAME}" in out
+    assert not made.private[NAME]
+    card = (made.root / NAME / "README.md").read_text()
+    assert 'base_model: "org/model"\nbase_model_relation: "quantized"\nlicense: "mit"\n' in card
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    code, out, err = command("push", folder, NAME)
+    assert code == 2
+    assert "right to write" in err
+    assert "hf_another" not in out + err
 
 
 KEY = base64.b64encode(bytes(range(32))).decode()
@@ -262,6 +315,74 @@ def test_the_token_goes_however_a_push_ends(
     assert sealed(tmp_path / "data") == 0
     assert b"hf_another" not in everything(tmp_path / "data")
     assert not (hub[0].root / NAME).exists()
+
+
+def test_a_broken_push_of_a_job_goes_on_with_the_token_that_was_kept(
+    pushing: tuple[Stack, Callable[[], None]], hub: tuple[WritableHub, str], tmp_path: Path
+) -> None:
+    stack, work = pushing
+    made, _ = hub
+    job = stack.finish(stack.running(), b"weights", {"config.json": "{}"})
+    made.refusals = 1
+    with Client(stack.url) as client:
+        pushed = client.push(job.id, PushTarget(repo_id=NAME), TOKEN)
+        work()
+        done = client.get(pushed.id)
+        told = [event.model_dump_json() for event in client.events(pushed.id)]
+    assert (done.state, done.attempt, made.refusals) == ("succeeded", 2, 0)
+    assert any("the Hub did not take model.safetensors" in one for one in told)
+    assert TOKEN not in "".join(told)
+    assert (made.root / NAME / "model.safetensors").read_bytes() == b"weights"
+    assert sealed(tmp_path / "data") == 0
+
+
+def test_a_token_opens_under_the_key_that_it_was_sealed_with_alone(
+    pushing: tuple[Stack, Callable[[], None]], hub: tuple[WritableHub, str], tmp_path: Path
+) -> None:
+    stack, _ = pushing
+    job = stack.finish(stack.running(), b"weights", {"config.json": "{}"})
+    another = SecretStr(base64.b64encode(bytes(32)).decode())
+    settings = stack.context.settings.model_copy(update={"push_key": another})
+    with Client(stack.url) as client, StopRequest() as stop:
+        pushed = client.push(job.id, PushTarget(repo_id=NAME), TOKEN)
+        assert Supervisor(settings, stack.context.database).run_next(stop)
+        failed = client.get(pushed.id)
+    assert failed.error is not None
+    assert (failed.state, failed.error.code) == ("failed", "push_token_lost")
+    assert sealed(tmp_path / "data") == 0
+    assert not (hub[0].root / NAME).exists()
+
+
+def test_an_export_is_pushed_by_the_command_with_the_report_of_its_job(
+    pushing: tuple[Stack, Callable[[], None]],
+    hub: tuple[WritableHub, str],
+    folder: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stack, work = pushing
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    job = stack.packed(folder)
+    with Client(stack.url) as client:
+        made = client.export(job.id, ExportTarget(format="dequantized"))
+        work()
+        asked = ("push", made.id, NAME, "--base-model", "org/model", "--url", stack.url, "--json")
+        code, out, err = command(*asked)
+        assert code == 0, err
+        work()
+        done = client.get(json.loads(out)["id"])
+    assert (done.kind, done.parent_id, done.state) == ("push", made.id, "succeeded")
+    card = (hub[0].root / NAME / "README.md").read_text()
+    for told in (
+        'base_model: "org/model"',
+        "| knapsack | 3.250 | 12,345 | 9.500 ± 0.250 | 0.1250 ± 0.0000 |",
+        "64 windows of 2048 tokens of `wiki_calibration`",
+        "quantized by Bitmill and exported for other runtimes. Before the export: 3.250 bits",
+        f"vllm serve {NAME}\n",
+    ):
+        assert told in card, told
+    assert "import bitmill" not in card
+    assert "3-bit" not in card
 
 
 def test_without_a_key_no_token_is_taken(stack: Stack, http: httpx2.Client) -> None:

@@ -15,6 +15,10 @@ from typing import Any
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.quantization import Calibration
+from bitmill.errors import BitmillError
+from bitmill.formats.export_plan import ExportPlan
+from bitmill.formats.format import FORMATS
+from bitmill.formats.headers import read_packed_headers
 from bitmill.io.atomic import read_json
 from bitmill.plan.config_json import CONFIG_FILE
 from bitmill.reporting.charts import WIDTH_COLOURS
@@ -45,17 +49,16 @@ def model_card(folder: Path, repo_id: str, facts: CardFacts) -> dict[str, bytes]
     if (folder / QUALITY_NAME).is_file():
         report = QualityReport.load(folder / QUALITY_NAME)
     row = _own_row(report) if report else None
-    files, parts = {}, [_front_matter(folder, facts, row), _opening(repo_id, facts, row)]
+    files, parts = {}, [_front_matter(folder, facts, row), _opening(folder, repo_id, facts, row)]
     if report and report.rows:
         parts.append(_quality(report))
     if (folder / MAP_NAME).is_file():
         bit_widths = BitWidthMap.load(folder / MAP_NAME)
         files[PICTURE_NAME] = map_picture(bit_widths)
         parts.append(_map(bit_widths))
-    if facts.calibration is not None:
-        parts.append(_calibration(facts.calibration))
+    parts.append(_calibration(facts.calibration, report))
     parts.append(_loading(folder, repo_id))
-    return {"README.md": "\n".join(parts).encode()} | files
+    return {"README.md": "\n".join(part for part in parts if part).encode()} | files
 
 
 def map_picture(bit_widths: BitWidthMap) -> bytes:
@@ -93,11 +96,11 @@ def _own_row(report: QualityReport) -> QualityRow | None:
 
 def _front_matter(folder: Path, facts: CardFacts, row: QualityRow | None) -> str:
     tags = ["bitmill", "quantized", "mixed-precision", *_kinds(folder)]
-    if row is not None and row.code_bits is not None:
+    if row is not None and row.code_bits is not None and (folder / MAP_NAME).is_file():
         tags.append(f"{round(row.code_bits)}-bit")
     told: dict[str, Any] = {
         "pipeline_tag": "text-generation",
-        "library_name": "gguf" if "gguf" in tags else "transformers",
+        "library_name": next((kind for kind in ("gguf", "mlx") if kind in tags), "transformers"),
         "tags": tags,
     }
     if facts.base_model:
@@ -112,19 +115,31 @@ def _kinds(folder: Path) -> list[str]:
     """The format, in words of the Hub."""
     if any(folder.glob("*.gguf")):
         return ["gguf"]
-    settings = read_json(folder / CONFIG_FILE).get("quantization_config") or {}
-    method = settings.get("quant_method")
+    settings = _quantization(folder)
+    method = "mlx" if settings.get("mode") == "affine" else settings.get("quant_method")
     return ["safetensors"] + ([method] if method and method != "bitmill" else [])
 
 
-def _opening(repo_id: str, facts: CardFacts, row: QualityRow | None) -> str:
+def _quantization(folder: Path) -> dict[str, Any]:
+    """What config.json says of it; MLX has a name of its own for that."""
+    config = read_json(folder / CONFIG_FILE)
+    found: dict[str, Any] = config.get("quantization_config") or config.get("quantization") or {}
+    return found
+
+
+def _opening(folder: Path, repo_id: str, facts: CardFacts, row: QualityRow | None) -> str:
     source = facts.base_model and f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
-    what = f"{source or 'A language model'} quantized by Bitmill: every group of 128 input columns "
-    what += "of every linear has a bit width of its own."
+    what = f"{source or 'A language model'} quantized by Bitmill"
+    figures = ""
     if row is not None and row.bits is not None:
-        what += f" {row.bits:.3f} bits per quantized weight, scales included"
-        what += f", {row.size:,} bytes of weights." if row.size else "."
-    return f"# {repo_id.rpartition('/')[2]}\n{what}\n"
+        figures = f"{row.bits:.3f} bits per quantized weight, scales included"
+        figures += f", {row.size:,} bytes of weights." if row.size else "."
+    if (folder / MAP_NAME).is_file():
+        what += ": every group of 128 input columns of every linear has a bit width of its own."
+    else:
+        what += " and exported for other runtimes."
+        figures = figures and f"Before the export: {figures} Quality is of that checkpoint."
+    return f"# {repo_id.rpartition('/')[2]}\n{what} {figures}".rstrip() + "\n"
 
 
 def _quality(report: QualityReport) -> str:
@@ -158,54 +173,103 @@ def _map(bit_widths: BitWidthMap) -> str:
     )
 
 
-def _calibration(used: Calibration) -> str:
-    text = used.text.model_dump()
-    name = text.get("name") or text.get("path")
-    return f"## Calibration\n{used.sequences} windows of {used.length} tokens of `{name}`.\n"
+def _calibration(used: Calibration | None, report: QualityReport | None) -> str:
+    """Which text, or of a report alone, how much of it."""
+    seen = max((linear.tokens or 0 for linear in report.linears), default=0) if report else 0
+    if used is not None:
+        text = used.text.model_dump()
+        name = text.get("name") or text.get("path")
+        told = f"{used.sequences} windows of {used.length} tokens of `{name}`."
+    elif seen:
+        told = f"{seen:,} tokens."
+    else:
+        return ""
+    return f"## Calibration\n{told}\n"
 
 
 def _loading(folder: Path, repo_id: str) -> str:
-    method = _kinds(folder)
-    if "gguf" in method:
-        return f"## Loading\n```sh\nllama-cli -hf {repo_id}\n```\n"
+    """How each runtime that reads it does."""
     if (folder / MAP_NAME).is_file():
-        return _PACKED.replace("REPO", repo_id)
-    return _PLAIN.replace("REPO", repo_id)
+        texts = [*_PACKED, _LLAMA_CPP_EXPORT if _gguf_holds(folder) else _PLAIN_EXPORT]
+    else:
+        texts = [_RUNTIMES[name] for name in _runtimes(folder)]
+    return "\n".join(["## Loading", *texts, ""]).replace("REPO", repo_id)
 
 
-_PLAIN = """## Loading
+def _gguf_holds(folder: Path) -> bool:
+    """Whether a packed folder can be exported for llama.cpp."""
+    try:
+        stored = read_packed_headers(folder)
+        return stored is not None and bool(ExportPlan.of(folder, FORMATS["gguf"](), stored))
+    except BitmillError:
+        return False
+
+
+def _runtimes(folder: Path) -> tuple[str, ...]:
+    """Those that read an export."""
+    kinds = _kinds(folder)
+    for kind, runtime in (("gguf", "llama.cpp"), ("mlx", "mlx-lm"), ("exl2", "ExLlamaV2")):
+        if kind in kinds:
+            return (runtime,)
+    schemes = _quantization(folder).get("config_groups", {}).values()
+    if all(scheme["weights"]["symmetric"] for scheme in schemes):
+        return ("transformers", "vLLM")
+    return ("vLLM",)  # transformers cannot load zero points
+
+
+_RUNTIMES = {
+    "transformers": """transformers:
 ```python
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("REPO")
-```
+```""",
+    "vLLM": """vLLM:
 ```sh
 vllm serve REPO
-```
-"""
-
-_PACKED = """## Loading
-Bitmill, which checks every tensor:
+```""",
+    "llama.cpp": """llama.cpp:
+```sh
+llama-cli -hf REPO
+```""",
+    "mlx-lm": """mlx-lm:
+```sh
+mlx_lm.generate --model REPO --prompt "The river"
+```""",
+    "ExLlamaV2": """ExLlamaV2, in a clone of its repository:
+```sh
+hf download REPO --local-dir model
+python test_inference.py -m model -p "The river"
+```""",
+}
+_PACKED = (
+    """Bitmill, which checks every tensor:
 ```python
 import bitmill
 
 model = bitmill.load("REPO")
-```
-transformers:
+```""",
+    """transformers:
 ```python
 import bitmill.hf
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("REPO")
-```
-vLLM, with the plug-in `bitmill-vllm`:
+```""",
+    """vLLM, with the plug-in `bitmill-vllm`:
 ```sh
 vllm serve REPO --dtype float32
-```
-Others, llama.cpp among them, by an export:
+```""",
+)
+_LLAMA_CPP_EXPORT = """llama.cpp, after an export (others: `bitmill export --list`):
 ```sh
 hf download REPO --local-dir packed
-bitmill export --list
+bitmill export packed --format gguf --out gguf
+llama-cli -m gguf/model.gguf
+```"""
+_PLAIN_EXPORT = """What runs the source, after an export. GGUF, which llama.cpp reads, cannot hold
+this checkpoint; others: `bitmill export --list`.
+```sh
+hf download REPO --local-dir packed
 bitmill export packed --format dequantized --out plain
-```
-"""
+```"""

@@ -1,0 +1,69 @@
+"""The card of a pushed folder: what is told of it, and commands of runtimes that read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitmill.reporting.model_card import CardFacts, model_card
+from bitmill.results import LinearResult, QualityReport
+from tiny import tiny_llama
+from weights import pack_model
+
+ALL = ("import bitmill", "AutoModel", "vllm serve", "llama-cli -hf", "mlx_lm", "test_inference.py")
+
+
+def affine(*, symmetric: bool) -> dict[str, Any]:
+    """What compressed-tensors says of its linears."""
+    group = {"weights": {"num_bits": 4, "symmetric": symmetric}}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+
+
+@pytest.mark.parametrize(
+    ("config", "tag", "told"),
+    [
+        ({}, "safetensors", ("AutoModel", "vllm serve")),
+        ({"quantization_config": affine(symmetric=True)}, "compressed-tensors", ALL[1:3]),
+        ({"quantization_config": affine(symmetric=False)}, "compressed-tensors", ALL[2:3]),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq", ALL[1:3]),
+        ({"quantization_config": {"quant_method": "exl2"}}, "exl2", ("test_inference.py",)),
+        ({"quantization": {"mode": "affine", "bits": 4}}, "mlx", ("mlx_lm",)),
+        (None, "gguf", ("llama-cli -hf",)),
+    ],
+)
+def test_an_export_is_loaded_by_what_reads_it(
+    config: dict[str, Any] | None, tag: str, told: tuple[str, ...], tmp_path: Path
+) -> None:
+    name, content = ("model.gguf", "") if config is None else ("config.json", json.dumps(config))
+    (tmp_path / name).write_text(content)
+    card = model_card(tmp_path, "org/model", CardFacts())["README.md"].decode()
+    assert tuple(one for one in ALL if one in card) == told
+    assert f'"{tag}"' in card.partition("tags:")[2].partition("\n")[0]
+    library = tag if tag in ("gguf", "mlx") else "transformers"
+    assert f'library_name: "{library}"\n' in card
+
+
+@pytest.mark.parametrize(("order", "target"), [("natural", "gguf"), ("activation", "dequantized")])
+def test_a_packed_folder_is_exported_to_what_holds_it(
+    order: Any, target: str, tmp_path: Path
+) -> None:
+    source = tiny_llama(tmp_path / "source")
+    packed = pack_model(source, tmp_path / "packed", cycle=(3, 4), order=order)
+    card = model_card(packed.folder, "org/model", CardFacts())["README.md"].decode()
+    assert f"bitmill export packed --format {target} " in card
+    assert ("llama-cli" in card) == (target == "gguf")
+
+
+def test_a_report_alone_tells_how_many_tokens_were_calibrated_on(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    linears = tuple(
+        LinearResult(name=name, code_bits=3, relative_error=0.1, tokens=tokens)
+        for name, tokens in (("expert", 17), ("gate", 4096))
+    )
+    report = QualityReport(rows=(), linears=linears)
+    card = model_card(tmp_path, "org/model", CardFacts(report=report))["README.md"].decode()
+    assert "## Calibration\n4,096 tokens.\n" in card
+    assert "Calibration" not in model_card(tmp_path, "o/m", CardFacts())["README.md"].decode()
