@@ -18,8 +18,9 @@ out; `--only` takes a pattern of targets. Compared with `bitmill.load` in fp32, 
     tokens    of 24 greedy ones how many are equal before the first that is not, and the nats by
               which the packed model prefers its own token there
 
-On a CPU with AMX vLLM rounds activations to 8 bits before it multiplies them with 4-bit weights,
-unless VLLM_CPU_INT4_W4A8 is 0, as it is for its first row of a target. llama.cpp multiplies blocks
+On a CPU with AMX, or an AMD one with the package zentorch, vLLM rounds activations to 8 bits before
+it multiplies them with 4-bit weights, unless VLLM_CPU_INT4_W4A8 is 0, as it is for its first row of
+a target. llama.cpp multiplies blocks
 by activations that it rounds to 8 bits, and F16 ones by activations in F16. `llama.cpp, F32` reads
 the same file with all weights written out in F32 by the package gguf, which takes that rounding
 away.
@@ -59,7 +60,7 @@ from bitmill.pipeline.export import Export
 
 READERS = Path(__file__).parent / "export_readers"
 PROMPTS, LENGTH, NEW = 3, 32, 24
-VLLM_W4A8 = "vllm, activations in 8 bits"
+VLLM_W4A8 = "vllm, VLLM_CPU_INT4_W4A8=1"
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,10 @@ def _tokens(found: Sequence[float]) -> str:
     return f"{equal:.0f}" if equal == NEW else f"{equal:.0f} ({behind:.2g})"
 
 
+def _amx() -> str:
+    return "with" if "amx_tile" in Path("/proc/cpuinfo").read_text() else "without"
+
+
 def main() -> None:
     """Measure one packed folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -341,7 +346,7 @@ def main() -> None:
     widths = sorted({width for groups in bit_widths.linears.values() for width in groups})
     model = {
         "map": f"widths {', '.join(map(str, widths))}, order {bit_widths.order}",
-        "machine": f"{os.cpu_count()} CPU cores, load average {before:.1f} before and "
+        "machine": f"{os.cpu_count()} CPU cores {_amx()} AMX, load average {before:.1f} before and "
         f"{os.getloadavg()[0]:.1f} after, Python {platform.python_version()}, torch "
         f"{torch.__version__}, commit {commit}",
         "rows": rows,

@@ -191,8 +191,9 @@ def mlx(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
 def vllm(folder: Path, prompts: Sequence[list[int]], new: int, *, rounds: bool = False) -> Read:
     """Whatever vLLM takes, on a CPU in fp32, in bf16 what its own kernels multiply and what is
     stored plainly in bf16. Of the first prompt alone it is asked for every token's log-probability,
-    since its answers hold them as Python's own numbers. rounds: activations to 8 bits before
-    products with 4-bit weights, which is its default on a CPU with AMX."""
+    since its answers hold them as Python's own numbers. rounds: lets it round activations to 8 bits
+    before products with 4-bit weights, as is its default; it does so on a CPU with AMX, and on one
+    of AMD with zentorch."""
     os.environ["VLLM_CPU_INT4_W4A8"] = str(int(rounds))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -239,13 +240,14 @@ READERS: dict[str, Callable[[Path, Sequence[list[int]], int], Read]] = {
     "exllamav2": exllamav2,
     "mlx": mlx,
     "vllm": vllm,
-    "vllm, activations in 8 bits": partial(vllm, rounds=True),
+    "vllm, VLLM_CPU_INT4_W4A8=1": partial(vllm, rounds=True),
 }
 
 
 def main(library: str, folder: str, request: str, out: str) -> None:
     """Read one folder."""
     from importlib.metadata import version
+    from importlib.util import find_spec
 
     asked, made = json.loads(Path(request).read_text()), Path(out)
     tokens, scores, weights = READERS[library](Path(folder), asked["prompts"], asked["new"])
@@ -257,6 +259,8 @@ def main(library: str, folder: str, request: str, out: str) -> None:
         save_file(weights, made / "weights.safetensors")
     distribution = "torch" if library == "exl2" else library.partition(",")[0]
     named = f"{distribution} {version(distribution)}"
+    if distribution == "vllm" and find_spec("zentorch"):
+        named += f", zentorch {version('zentorch')}"
     (made / "library.txt").write_text(named)
     if tokens:
         (made / "tokens.json").write_text(json.dumps(tokens))
