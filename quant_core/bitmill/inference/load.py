@@ -29,10 +29,14 @@ from bitmill.inference.hf_quantizer import BitmillQuantizer, quantized_linears
 from bitmill.io.atomic import read_json
 from bitmill.io.safetensors import TensorInfo
 from bitmill.models.dtypes import as_dtype
+from bitmill.quant.outliers import Outliers
+from bitmill.quant.rewrites import ColumnOrder
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,95}")
 _FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICEN?E*", "NOTICE*"]
 """Nothing that runs code."""
+_COLUMNS = frozenset({ColumnOrder.stored[0], Outliers.stored[0]})
+"""What names of tensors of columns end with."""
 
 
 def load(
@@ -162,7 +166,10 @@ def check_loads(folder: Path, modules: Mapping[str, str], *, room: int) -> int:
 
 
 def stand_in(info: TensorInfo) -> Tensor:
-    """A tensor of this dtype and shape that takes the memory of one value."""
+    """A tensor of this dtype and shape that takes the memory of one value, but for columns, each
+    of which a linear has once: GPT-2 asks for its weights while it is loaded."""
+    if info.name.rpartition(".")[2] in _COLUMNS:
+        return torch.arange(*info.shape, dtype=DTYPES[info.dtype])
     return torch.zeros((), dtype=DTYPES[info.dtype]).expand(info.shape)
 
 

@@ -18,7 +18,8 @@ import bitmill
 from bitmill.errors import FormatError
 from bitmill.inference.load import check_loads, refuse_incomplete, stand_in
 from bitmill.io.safetensors import TensorInfo
-from tiny import tiny_llama
+from tiny import save_tiny, tiny_llama
+from tiny_architectures import tiny_config
 from weights import PackedModel, dequantized_model, pack_model
 
 VALUE = "model.layers.1.self_attn.v_proj"
@@ -142,6 +143,17 @@ def test_a_sound_folder_is_proved_to_load_in_any_memory(
     assert count == loads if loads else count > 2
 
 
+@pytest.mark.parametrize("room", [1 << 40, 1])
+def test_a_model_that_asks_for_weights_while_it_is_loaded_is_proved_too(
+    tmp_path: Path, room: int
+) -> None:
+    """GPT-2 initializes projections by their parents."""
+    source = save_tiny(tmp_path / "source", tiny_config("gpt2"))
+    made = pack_model(source, tmp_path / "packed", order="activation")
+    modules = {tensor.name: tensor.module for tensor in made.plan.tensors}
+    assert check_loads(made.folder, modules, room=room) > 0
+
+
 @pytest.mark.parametrize("room", [1 << 40, 1 << 16])
 @pytest.mark.parametrize(
     ("change", "name"),
@@ -184,3 +196,8 @@ def test_proving_takes_little_memory(packed: PackedModel) -> None:
     """Stand-ins hold one value each, however large the tensor."""
     big = TensorInfo("a", "U8", (1 << 20, 1 << 20))
     assert stand_in(big).untyped_storage().nbytes() == 1
+
+
+def test_stand_ins_of_columns_name_each_once() -> None:
+    assert stand_in(TensorInfo("a.order", "I32", (5,))).tolist() == [0, 1, 2, 3, 4]
+    assert stand_in(TensorInfo("a.outlier_columns", "I32", (2,))).tolist() == [0, 1]
