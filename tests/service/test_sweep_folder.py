@@ -78,3 +78,23 @@ def test_the_table_of_a_service_is_written_again_but_never_over_a_sweep_that_ran
     code, _, told = command(*show)
     assert (code, "sweep.json" in told) == (2, True)
     assert record.read_text() == '{"cell-01": {}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("job: {label: 2024-01-01}\ngrid: {seed: [1]}", "date is not JSON serializable; put dates"),
+        ("job: {}\ngrid: {label: [2024-01-01, 2024-02-01]}", "put dates in quotes"),
+        ("job: &a {budget: *a}\ngrid: {seed: [1]}", "Circular reference"),
+    ],
+    ids=["job", "grid", "circle"],
+)
+def test_yaml_that_json_has_no_place_for_is_refused(
+    command: Command, tmp_path: Path, text: str, problem: str
+) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    code, _, told = command("sweep", file, "--out", tmp_path / "out")
+    assert code == 2
+    assert problem in told
+    assert not (tmp_path / "out").exists()

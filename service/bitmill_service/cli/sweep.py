@@ -206,6 +206,12 @@ def read_sweep(file: Path) -> SweepSpec:
     except (OSError, ValueError, yaml.YAMLError) as error:
         told = " ".join(str(error).split())
         raise SpecError(f"{file} cannot be read as YAML: {told}", param="FILE") from error
+    try:
+        jsonlib.dumps(loaded)
+    except (TypeError, ValueError) as error:
+        raise SpecError(
+            f"{file} holds what JSON has no place for: {error}; put dates in quotes", param="FILE"
+        ) from error
     return parse_sweep(loaded)
 
 
