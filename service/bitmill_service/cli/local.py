@@ -338,7 +338,7 @@ def export(
             "give DIR or JOB, --format and for a folder --out; `bitmill export --list` names the "
             "formats"
         )
-    asked = json_object(settings, "--settings") if settings else {}
+    asked = json_object(settings, "--settings", '{"dtype": "fp8"}') if settings else {}
     if here:
         request = ExportRequest(
             folder=Path(target), format=format, settings=asked, out=out, dry_run=dry_run

@@ -91,12 +91,14 @@ def json_array(
     return found
 
 
-def json_object(text: str, option: str = "--refine-settings") -> dict[str, Any]:
+def json_object(
+    text: str, option: str = "--refine-settings", example: str = '{"rounds": 2}'
+) -> dict[str, Any]:
     """A JSON object given as text of an option."""
     found = _parsed(text, option)
     if not isinstance(found, dict):
         raise InputError(
-            f"{text!r} is no JSON object: give for example '{{\"rounds\": 2}}'",
+            f"{text!r} is no JSON object: give for example '{example}'",
             param=option,
         )
     return found

@@ -17,7 +17,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bitmill.errors import ModelError, SpecError
+from bitmill.errors import FormatError, ModelError, SpecError
 from bitmill.evaluation.activations.grids import fp8_tokens
 from bitmill.formats.reading import TensorFolder
 from bitmill.formats.w8a8.format import DTYPES, W8A8
@@ -154,3 +154,9 @@ def test_packed_embeddings_are_refused_by_name(tmp_path: Path) -> None:
 def test_transposed_linears_are_refused_by_name(tmp_path: Path) -> None:
     said = refused(save_tiny(tmp_path / "s", tiny_config("gpt2")), tmp_path)
     assert "gpt2: its runtimes know no transposed linears" in said
+
+
+def test_an_export_is_no_packed_folder_and_says_so(packed: PackedModel, tmp_path: Path) -> None:
+    folder = exported(packed.folder, tmp_path / "out", "int8")
+    with pytest.raises(FormatError, match="not a packed model: its quant_method is 'compressed-"):
+        Export.of(folder, W8A8())

@@ -9,7 +9,7 @@ from typing import Self
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.errors import FormatError
 from bitmill.formats.headers import HeaderFolder
-from bitmill.formats.packed.config import PackedConfig
+from bitmill.formats.packed.config import QUANT_METHOD, PackedConfig
 from bitmill.formats.packed.format import Packed, PackedTrellis
 from bitmill.io.atomic import read_json
 from bitmill.io.safetensors import TensorInfo, read_headers
@@ -35,6 +35,13 @@ class PackedHeaders(HeaderFolder):
             raise FormatError(
                 f"{folder.name} is not a packed model: {CONFIG_FILE} has no quantization_config",
                 param=CONFIG_FILE,
+            )
+        method = quantization.get("quant_method")
+        if method != QUANT_METHOD:
+            raise FormatError(
+                f"{folder.name} is not a packed model: its quant_method is {method!r}, as of an "
+                "export or of another tool; give the folder that was packed",
+                param="quantization_config.quant_method",
             )
         config = PackedConfig.from_dict(quantization)
         return cls(folder, read_headers(folder), config)
