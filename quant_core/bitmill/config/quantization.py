@@ -22,6 +22,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 from bitmill.config.bit_width_map import DROPPED, LEGAL_WIDTHS, BitWidthMap
 from bitmill.config.closed import Closed
@@ -440,14 +441,23 @@ TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]{1,128}$")]
 QUANTIZED_BASELINES = ("uniform", "uniform-2", "uniform-3", "uniform-4")
 
 
+def known_baselines() -> tuple[str, ...]:
+    """Names that `Evaluation.baselines` takes; those by rules of packages among them."""
+    return (*QUANTIZED_BASELINES, "embeddings", *rounded_baselines())
+
+
 def _known_baseline(name: str) -> str:
-    known = (*QUANTIZED_BASELINES, "embeddings", *rounded_baselines())
+    known = known_baselines()
     if name not in known:
         raise ValueError(f"baseline {name!r} is unknown: known are {', '.join(known)}")
     return name
 
 
-Baseline = Annotated[str, AfterValidator(_known_baseline)]
+def _list_baselines(schema: JsonDict) -> None:
+    schema["enum"] = [*known_baselines()]
+
+
+Baseline = Annotated[str, AfterValidator(_known_baseline), Field(json_schema_extra=_list_baselines)]
 
 
 class Evaluation(Closed):
@@ -477,8 +487,8 @@ class Evaluation(Closed):
 
     @property
     def refined_baselines(self) -> tuple[str, ...]:
-        """Those that are quantized too."""
-        return tuple(name for name in self.baselines if name in QUANTIZED_BASELINES)
+        """Those that are quantized too, each once."""
+        return tuple(name for name in QUANTIZED_BASELINES if name in self.baselines)
 
     @property
     def rounded(self) -> dict[str, Rounded]:

@@ -28,6 +28,9 @@ ACTIVATION_RULES: Registry[Any] = Registry(
 )
 """Name -> the `ActivationRule`."""
 
+OBSERVING_RULES = frozenset({"static"})
+"""Those of Bitmill for which the calibration windows are run first."""
+
 ACTIVATION_BITS, CACHE_BITS = (8, 4), (8, 4, 2)
 
 

@@ -16,7 +16,8 @@ Hidden states and block inputs move to the accelerator where its free memory has
 is not counted there, nor taken off the host's share.
 
 Time counts multiply-adds of forward and backward passes, Hessians and GPTQ against an assumed
-speed, and ignores everything else: an order of magnitude, good for choosing a queue. Of several
+speed, those of baselines too, and ignores everything else: an order of magnitude, good for choosing
+a queue. Rules of activations that packages add count as if they observed nothing. Of several
 devices each needs the accelerator's memory; what they wait for each other is not counted.
 """
 
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from bitmill.config.bit_width_map import DROPPED, LEGAL_WIDTHS, BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.quantization import FILE_KINDS, QuantizationConfig
+from bitmill.config.rounded import OBSERVING_RULES
 from bitmill.formats.accounting import footprint, limit
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.block_memory import (
@@ -208,7 +210,13 @@ def _seconds(plan: Plan, config: QuantizationConfig, machine: Machine) -> float:
     windows = len(config.evaluation.texts) * (config.evaluation.sequences or EVALUATION_WINDOWS)
     share = windows * config.evaluation.length / tokens
     head = 2.0 * plan.vocab_size * plan.hidden_size * tokens
-    evaluation = (2 + len(config.evaluation.baselines)) * share * (forward + head)
+    rows = 2 + len(set(config.evaluation.baselines))
+    evaluation = rows * share * (forward + head)
+    evaluation += len(config.evaluation.refined_baselines) * (2 * forward + hessians + solving)
+    observed = config.calibration.sequences * config.calibration.length / tokens
+    rules = [one.rule for one in config.evaluation.rounded.values()]
+    every = sum(rule in OBSERVING_RULES for rule in rules) * observed * forward
+    evaluation += every * config.devices  # each runs all windows
     if "gradient" in config.method.needs:
         shared = config.weighs_in_profile  # but for what is held out
         own = config.calibration.held_out * config.calibration.length / tokens if shared else 1

@@ -6,7 +6,7 @@ import pytest
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.methods import GPTQ, RTN, MethodConfig, OmniQuant
-from bitmill.config.quantization import QuantizationConfig, Refinement, parse_config
+from bitmill.config.quantization import Evaluation, QuantizationConfig, Refinement, parse_config
 from bitmill.errors import SpecError
 
 
@@ -177,3 +177,11 @@ def test_a_code_brings_its_widths_and_format():
 def test_what_a_code_cannot_do_is_refused(changes, message):
     with pytest.raises(SpecError, match=message):
         parse_config({"budget": {"bits": 3}} | changes)
+
+
+def test_the_schema_names_the_baselines_that_are_taken() -> None:
+    named = Evaluation.model_json_schema()["properties"]["baselines"]["items"]["enum"]
+    assert {"uniform", "uniform-2", "embeddings", "activations-8-static", "cache-2"} < {*named}
+    assert Evaluation(baselines=tuple(named)).baselines == tuple(named)
+    with pytest.raises(ValueError, match=r"'uniform-5' is unknown: known are uniform, uniform-2"):
+        Evaluation(baselines=("uniform-5",))

@@ -219,6 +219,26 @@ def test_needs_grow_with_what_is_asked() -> None:
     assert estimate(LLAMA_7B, plain, machine).host_bytes < small.host_bytes
 
 
+def test_baselines_take_the_time_of_their_work() -> None:
+    """A row each; a refinement for a quantized one, a run of calibration for a rule's ranges."""
+    machine = Machine(accelerator=True)
+
+    def seconds(*baselines: str, **changes: Any) -> float:
+        asked = spec(calibration=CALIBRATION, evaluation={"baselines": baselines}, **changes)
+        return estimate(LLAMA_7B, asked, machine).seconds
+
+    row = seconds("cache-4") - seconds()
+    plain = {"refinement": {"asymmetric": False}, "allocation": {"method": "uniform"}}
+    refined = seconds(**plain) - 2 * row
+    assert seconds("uniform") - seconds() == pytest.approx(refined + row)
+    assert seconds("uniform-3", "uniform-3") == pytest.approx(seconds("uniform"))
+    run = 2 * LLAMA_7B.weights * 128 * 2048 / 4e14
+    static = "activations-8-static", "activations-4-static"
+    assert seconds(static[0]) - seconds("cache-4") == pytest.approx(run)
+    both = seconds(*static, devices=2) - seconds("cache-4", "cache-2", devices=2)
+    assert both == pytest.approx(2 * run)
+
+
 @pytest.mark.parametrize(
     ("plan", "free", "windows", "every"),
     [

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from bitmill.config.rounded import Rounded
+from bitmill.config.rounded import ACTIVATION_RULES, OBSERVING_RULES, Rounded
 from bitmill.evaluation.activations.grids import rounded_tokens
 from bitmill.evaluation.activations.rule import LinearInputs
 from bitmill.evaluation.activations.static import Static
 from bitmill.evaluation.logits import StreamedLogits
-from bitmill.evaluation.rounded import observing, rounding
+from bitmill.evaluation.rounded import observing, rounding, rule_of
 from streaming import streamed, token_windows
 from tiny import tiny_llama
 
@@ -48,3 +48,8 @@ def test_ranges_are_those_of_all_windows_and_nothing_is_changed(tmp_path: Path) 
 
     found = StreamedLogits(model, replace=rounds).last_block(tokens)
     assert 0 < (found - plain).norm() < 0.1 * plain.norm()
+
+
+def test_estimates_know_the_rules_that_observe() -> None:
+    found = {name for name in ACTIVATION_RULES.names() if rule_of(name).observes}
+    assert found == OBSERVING_RULES
