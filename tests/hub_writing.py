@@ -23,12 +23,15 @@ class WritableHub:
 
     put: digests of large files that were sent, in order. refuse_puts_after: so many are taken,
     None for all. refusals: of the next ones, so many are refused.
+    kept_as: what a commit leaves of a file, by its path, in place of what was sent; None for
+    nothing.
     """
 
     root: Path
     put: list[str] = field(default_factory=list)
     refuse_puts_after: int | None = None
     refusals: int = 0
+    kept_as: dict[str, bytes | None] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)
 
@@ -101,6 +104,11 @@ class WritableHub:
                     (place / value["path"]).write_bytes(base64.b64decode(value["content"]))
                 elif told["key"] == "lfsFile":
                     (place / value["path"]).write_bytes(self.stored[value["oid"]])
+            for path, content in self.kept_as.items():
+                if content is None:
+                    (self.root / org / name / path).unlink()
+                else:
+                    (self.root / org / name / path).write_bytes(content)
             return JSONResponse({"commitUrl": f"{request.base_url}{org}/{name}", "commitOid": SHA})
 
         app.mount("/", hub_app(self.root))

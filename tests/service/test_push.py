@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 import bitmill
 from bitmill.config.quantization import Calibration
-from bitmill.errors import InputError, ResourceError
+from bitmill.errors import InputError, ResourceError, VerificationError
 from bitmill.formats.export_plan import ExportTarget
 from bitmill.io.manifest import write_manifest
 from bitmill.library.push import push
@@ -174,6 +174,26 @@ def test_a_wrong_token_and_a_damaged_folder_are_refused(
     with pytest.raises(bitmill.BitmillError, match="SHA-256"):
         push(damaged, NAME, token=TOKEN, endpoint=url)
     assert not (made.root / NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "problem"),
+    [
+        ("config.json", b"{}", "has other bytes"),
+        ("bit_width_map.png", None, "is not there"),
+        ("model-00001-of-00002.safetensors", b"weights", "has another SHA-256"),
+    ],
+)
+def test_what_the_hub_has_is_compared_with_the_folder(
+    folder: Path, hub: tuple[WritableHub, str], path: str, content: bytes | None, problem: str
+) -> None:
+    made, url = hub
+    made.kept_as[path] = content
+    with pytest.raises(VerificationError, match=problem) as different:
+        push(folder, NAME, token=TOKEN, endpoint=url)
+    assert different.value.param == path
+    del made.kept_as[path]
+    push(folder, NAME, token=TOKEN, endpoint=url)
 
 
 def test_the_licence_is_that_of_the_base_models_card(
