@@ -301,7 +301,8 @@ def reason(error: BaseException) -> str:
 def first_problem(error: ValidationError) -> tuple[str, str]:
     """Where pydantic found the first, dotted, and what."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return ".".join(str(part) for part in first["loc"]), first["msg"]
+    told = first["msg"].removeprefix("Value error, ")
+    return ".".join(str(part) for part in first["loc"]), told
 
 
 def printable(text: str) -> str:

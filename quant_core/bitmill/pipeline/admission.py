@@ -66,9 +66,21 @@ def admit(folder: Path, config: QuantizationConfig, *, gguf: str | None = None) 
         plan_source(source, config.packs_embeddings)
     check_format(plan, config)
     check_budget(plan, config)
+    check_outliers(plan, config)
     check_lengths(plan, config.calibration.length, config.evaluation.length)
     check_rows(plan, config.devices)
     return Admission(config, plan, gguf is not None, source)
+
+
+def check_outliers(plan: Plan, config: QuantizationConfig) -> None:
+    """Raise `SpecError` for numbers of outlier columns that no linear could keep beside others."""
+    most = max(linear.columns for linear in plan.linears) - 1
+    if vain := [count for count in config.allocation.outliers if count > most]:
+        raise SpecError(
+            f"allocation.outliers {vain}: the widest linear has {most + 1} columns, of which it "
+            f"keeps {most} at most: leave them out",
+            param="allocation.outliers",
+        )
 
 
 def embedding_bytes(

@@ -185,3 +185,10 @@ def test_the_schema_names_the_baselines_that_are_taken() -> None:
     assert Evaluation(baselines=tuple(named)).baselines == tuple(named)
     with pytest.raises(ValueError, match=r"'uniform-5' is unknown: known are uniform, uniform-2"):
         Evaluation(baselines=("uniform-5",))
+
+
+def test_a_refusal_is_told_in_its_own_words() -> None:
+    for asked in ({"evaluation": {"baselines": ["x"]}}, {"refinement": {"transforms": [{}]}}):
+        with pytest.raises(SpecError) as refusal:
+            parse_config({"budget": {"bits": 3}} | asked)
+        assert "Value error" not in refusal.value.message

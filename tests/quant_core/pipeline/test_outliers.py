@@ -102,3 +102,10 @@ def test_a_job_for_a_format_without_a_place_for_them_is_refused_before_it_runs(
     spec = {"budget": {"bits": 3}, "allocation": {"outliers": [1]}, "format": "bitmill-2"}
     with pytest.raises(SpecError, match="outlier columns with refinement"):
         admit(source, parse_config(spec))
+
+
+def test_more_outliers_than_any_linear_has_columns_are_refused(source: Path) -> None:
+    spec = {"budget": {"bits": 3}, "allocation": {"outliers": [4, 256, 300]}}
+    with pytest.raises(SpecError, match=r"outliers \[256, 300\]: the widest linear has 256 col"):
+        admit(source, parse_config(spec))
+    admit(source, parse_config(spec | {"allocation": {"outliers": [4, 255]}}))
