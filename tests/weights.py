@@ -84,6 +84,7 @@ def pack_model(
     *,
     order: Literal["natural", "activation"] = "natural",
     embeddings: Literal["keep", "quantize"] = "keep",
+    keep: tuple[str, ...] = (),
     cycle: tuple[int, ...] = (3, 4, 2, 6, 8, 5),
     quantize: Callable[..., QuantizedWeight] = rounded_weight,
     **options: Any,
@@ -94,7 +95,7 @@ def pack_model(
     """
     spec = QuantizationConfig(
         budget=Budget(code_bits=8),
-        allocation=Allocation(embeddings=embeddings, kept_dtype="source"),
+        allocation=Allocation(embeddings=embeddings, keep=keep, kept_dtype="source"),
     )
     plan = make_plan(source, spec)
     owners = order_owners(plan, order)

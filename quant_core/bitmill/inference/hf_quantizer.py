@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import Conv1D, PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import (
     HfQuantizer,
     register_quantization_config,
@@ -39,7 +40,7 @@ from bitmill.inference.linear import QuantizedLinear, join_siblings
 from bitmill.io.safetensors import read_header
 from bitmill.models.dtypes import as_dtype
 from bitmill.models.experts import unfuse_experts
-from bitmill.plan.architectures import HEAD
+from bitmill.plan.architectures import HEAD, architecture
 from bitmill.quant.tensors import KINDS
 from bitmill.registry import load_object
 
@@ -109,6 +110,15 @@ class BitmillQuantizer(HfQuantizer):
             # names in config.json.
             model._weight_conversions = []
         return model
+
+    def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> Any:
+        """Those of transformers, but experts are read one by one: kept ones lie as linears here."""
+        found = super().update_weight_conversions(weight_conversions, model)
+        renames = architecture(model.config.model_type).renames
+        if not self._has_experts() or not renames:
+            return found
+        plain = [one for one in found if isinstance(one, WeightRenaming)]
+        return plain + [WeightRenaming(*rename) for rename in renames if "experts" in rename[0]]
 
     def _has_experts(self) -> bool:
         return any(".experts." in name for name in self.quantization_config.linears)

@@ -198,6 +198,14 @@ def test_proving_takes_little_memory(packed: PackedModel) -> None:
     assert stand_in(big).untyped_storage().nbytes() == 1
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_that_are_kept_load_beside_packed_ones(tmp_path: Path, name: str) -> None:
+    source = save_tiny(tmp_path / "source", tiny_config(name))
+    made = pack_model(source, tmp_path / "packed", keep=("*.experts.1.*",))
+    modules = {tensor.name: tensor.module for tensor in made.plan.tensors}
+    assert check_loads(made.folder, modules, room=1 << 40) == 1
+
+
 def test_stand_ins_of_columns_name_each_once() -> None:
     assert stand_in(TensorInfo("a.order", "I32", (5,))).tolist() == [0, 1, 2, 3, 4]
     assert stand_in(TensorInfo("a.outlier_columns", "I32", (2,))).tolist() == [0, 1]
