@@ -31,6 +31,14 @@ from bitmill.config.quantization import Calibration
 from bitmill.io.atomic import write_json
 
 
+GEMMA_MAPPINGS = [
+    [["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"],
+    [["re:.*gate_proj", "re:.*up_proj"], "re:.*pre_feedforward_layernorm"],
+]
+"""llm-compressor's own name a norm that does not feed the MLP of Gemma 2 and 3
+(`findings/llm-compressor-smooths-the-wrong-norm-of-gemma.sh`)."""
+
+
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Those of the decoder blocks."""
     return {
@@ -90,8 +98,12 @@ def smoothquant(model: nn.Module, options: argparse.Namespace) -> float:
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
+    mappings = None
+    if any(name.endswith("pre_feedforward_layernorm") for name, _ in model.named_modules()):
+        mappings = GEMMA_MAPPINGS
+    smooth = SmoothQuantModifier(smoothing_strength=0.5, mappings=mappings)
     scheme = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
-    run_llmcompressor(model, [SmoothQuantModifier(smoothing_strength=0.5), scheme], options)
+    run_llmcompressor(model, [smooth, scheme], options)
     own = linears(model).values()
     for linear in own:
         scale = linear.weight_scale.data.float()
