@@ -30,7 +30,6 @@ from bitmill.calibration.windows import calibration_tokens
 from bitmill.config.quantization import Calibration
 from bitmill.io.atomic import write_json
 
-
 GEMMA_MAPPINGS = [
     [["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"],
     [["re:.*gate_proj", "re:.*up_proj"], "re:.*pre_feedforward_layernorm"],
