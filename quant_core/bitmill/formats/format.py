@@ -113,7 +113,7 @@ class Format(Closed):
     place of what reads a folder's headers without torch (`formats/headers.py`), which exports of
     jobs are planned by. keeps_codes: whether the quantized tensors themselves can be read back, so
     that a job can store its result in it. kinds, widths, mixed, rewrites: what it has a place for,
-    as in `Facts`; None for anything.
+    as in `Facts`; None for anything. library: what reads it, as the Hub calls it.
     """
 
     name: ClassVar[str]
@@ -124,6 +124,12 @@ class Format(Closed):
     widths: ClassVar[frozenset[int] | None] = frozenset(WIDTHS)
     mixed: ClassVar[bool] = True
     rewrites: ClassVar[frozenset[str] | None] = frozenset()
+    library: ClassVar[str] = "transformers"
+
+    @classmethod
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """How runtimes load a folder with this config.json (`formats/loading.py`)."""
+        return ()
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

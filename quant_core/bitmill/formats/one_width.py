@@ -23,6 +23,7 @@ from bitmill.formats.format import (
     packed_embeddings,
     transposed,
 )
+from bitmill.formats.loading import TRANSFORMERS, VLLM
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.architectures import architecture
 from bitmill.plan.model_plan import Plan, PlannedLinear
@@ -44,6 +45,11 @@ class OneWidthFormat(Format):
 
     symmetric: bool = False
     fused: bool = True
+
+    @classmethod
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """By transformers and vLLM."""
+        return TRANSFORMERS, VLLM
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

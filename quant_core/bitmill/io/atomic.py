@@ -27,13 +27,14 @@ _FLUSH_BYTES = 64 << 20
 
 @contextmanager
 def disk_errors(what: Path) -> Iterator[None]:
-    """Turn a full disk or an exceeded quota into a `ResourceError` that names the file."""
+    """Turn a full disk or an exceeded quota into a `ResourceError` that names the file, a
+    partial one by the name that it would get."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise disk_full(
-                f"no space left while writing {what.name}: free some disk space and run again"
+                f"no space left while writing {_final(what)}: free some disk space and run again"
             ) from error
         raise
 
@@ -99,6 +100,11 @@ def beside(target: Path, ending: str) -> Path:
 def is_temporary(name: str) -> bool:
     """Whether a file or folder of this name is what a crash may have left."""
     return name.startswith(".") and name.endswith(_PARTIAL)
+
+
+def _final(path: Path) -> str:
+    name = path.name
+    return name.removeprefix(".").removesuffix(_PARTIAL) if is_temporary(name) else name
 
 
 @contextmanager

@@ -67,9 +67,21 @@ def admit(folder: Path, config: QuantizationConfig, *, gguf: str | None = None) 
     check_format(plan, config)
     check_budget(plan, config)
     check_outliers(plan, config)
+    check_baselines(config)
     check_lengths(plan, config.calibration.length, config.evaluation.length)
     check_rows(plan, config.devices)
     return Admission(config, plan, gguf is not None, source)
+
+
+def check_baselines(config: QuantizationConfig) -> None:
+    """Raise `SpecError` for baselines that nothing would measure."""
+    asked = config.evaluation
+    if asked.baselines and not asked.texts:
+        raise SpecError(
+            f"evaluation.baselines {[*asked.baselines]} are measured on evaluation.texts, of which "
+            "there is none: name a text, or leave the baselines out",
+            param="evaluation.baselines",
+        )
 
 
 def check_outliers(plan: Plan, config: QuantizationConfig) -> None:

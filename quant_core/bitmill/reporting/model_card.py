@@ -17,7 +17,7 @@ from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.quantization import Calibration
 from bitmill.errors import BitmillError
 from bitmill.formats.export_plan import ExportPlan
-from bitmill.formats.format import FORMATS
+from bitmill.formats.format import FORMATS, Format
 from bitmill.formats.headers import read_packed_headers
 from bitmill.io.atomic import read_json
 from bitmill.plan.config_json import CONFIG_FILE
@@ -100,7 +100,7 @@ def _front_matter(folder: Path, facts: CardFacts, row: QualityRow | None) -> str
         tags.append(f"{round(row.code_bits)}-bit")
     told: dict[str, Any] = {
         "pipeline_tag": "text-generation",
-        "library_name": next((kind for kind in ("gguf", "mlx") if kind in tags), "transformers"),
+        "library_name": _format(folder).library,
         "tags": tags,
     }
     if facts.base_model:
@@ -111,20 +111,28 @@ def _front_matter(folder: Path, facts: CardFacts, row: QualityRow | None) -> str
     return "\n".join(["---", *lines, "---", ""])
 
 
+def _format(folder: Path) -> type[Format]:
+    """That of the folder."""
+    if any(folder.glob("*.gguf")):
+        return FORMATS["gguf"]
+    kinds = (FORMATS[name] for name in FORMATS.names())
+    return next((kind for kind in kinds if kind.recognizes(_settings(folder))), Format)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(folder / CONFIG_FILE)
+    return found
+
+
 def _kinds(folder: Path) -> list[str]:
     """The format, in words of the Hub."""
-    if any(folder.glob("*.gguf")):
-        return ["gguf"]
-    settings = _quantization(folder)
-    method = "mlx" if settings.get("mode") == "affine" else settings.get("quant_method")
-    return ["safetensors"] + ([method] if method and method != "bitmill" else [])
-
-
-def _quantization(folder: Path) -> dict[str, Any]:
-    """What config.json says of it; MLX has a name of its own for that."""
-    config = read_json(folder / CONFIG_FILE)
-    found: dict[str, Any] = config.get("quantization_config") or config.get("quantization") or {}
-    return found
+    kind = _format(folder)
+    if kind is FORMATS["gguf"]:
+        return [kind.library]
+    if kind.library != Format.library:
+        return ["safetensors", kind.library]
+    method = (_settings(folder).get("quantization_config") or {}).get("quant_method")
+    return ["safetensors"] + ([method] if method and not kind.keeps_codes else [])
 
 
 def _opening(folder: Path, repo_id: str, facts: CardFacts, row: QualityRow | None) -> str:
@@ -189,11 +197,11 @@ def _calibration(used: Calibration | None, report: QualityReport | None) -> str:
 
 def _loading(folder: Path, repo_id: str) -> str:
     """How each runtime that reads it does."""
+    kind = _format(folder)
+    texts = kind.loading({} if kind is FORMATS["gguf"] else _settings(folder))
     if (folder / MAP_NAME).is_file():
-        texts = [*_PACKED, _LLAMA_CPP_EXPORT if _gguf_holds(folder) else _PLAIN_EXPORT]
-    else:
-        texts = [_RUNTIMES[name] for name in _runtimes(folder)]
-    return "\n".join(["## Loading", *texts, ""]).replace("REPO", repo_id)
+        texts += (_LLAMA_CPP_EXPORT if _gguf_holds(folder) else _PLAIN_EXPORT,)
+    return "\n".join(["## Loading", *texts, ""]).replace("REPO", repo_id) if texts else ""
 
 
 def _gguf_holds(folder: Path) -> bool:
@@ -205,62 +213,6 @@ def _gguf_holds(folder: Path) -> bool:
         return False
 
 
-def _runtimes(folder: Path) -> tuple[str, ...]:
-    """Those that read an export."""
-    kinds = _kinds(folder)
-    for kind, runtime in (("gguf", "llama.cpp"), ("mlx", "mlx-lm"), ("exl2", "ExLlamaV2")):
-        if kind in kinds:
-            return (runtime,)
-    schemes = _quantization(folder).get("config_groups", {}).values()
-    if all(scheme["weights"]["symmetric"] for scheme in schemes):
-        return ("transformers", "vLLM")
-    return ("vLLM",)  # transformers cannot load zero points
-
-
-_RUNTIMES = {
-    "transformers": """transformers:
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("REPO")
-```""",
-    "vLLM": """vLLM:
-```sh
-vllm serve REPO
-```""",
-    "llama.cpp": """llama.cpp:
-```sh
-llama-cli -hf REPO
-```""",
-    "mlx-lm": """mlx-lm:
-```sh
-mlx_lm.generate --model REPO --prompt "The river"
-```""",
-    "ExLlamaV2": """ExLlamaV2, in a clone of its repository:
-```sh
-hf download REPO --local-dir model
-python test_inference.py -m model -p "The river"
-```""",
-}
-_PACKED = (
-    """Bitmill, which checks every tensor:
-```python
-import bitmill
-
-model = bitmill.load("REPO")
-```""",
-    """transformers:
-```python
-import bitmill.hf
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("REPO")
-```""",
-    """vLLM, with the plug-in `bitmill-vllm`:
-```sh
-vllm serve REPO --dtype float32
-```""",
-)
 _LLAMA_CPP_EXPORT = """llama.cpp, after an export (others: `bitmill export --list`):
 ```sh
 hf download REPO --local-dir packed

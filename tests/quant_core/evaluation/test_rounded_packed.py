@@ -12,6 +12,7 @@ from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import parse_config
 from bitmill.errors import SpecError
 from bitmill.evaluation.compare import evaluate_folder
+from bitmill.pipeline.admission import admit
 from bitmill.pipeline.job import Result, run_job
 from bitmill.plan.model_plan import make_plan
 from tiny import tiny_llama
@@ -122,3 +123,12 @@ def test_what_only_a_job_can_measure_is_refused(
             device="cpu",
             baselines=(name,),
         )
+
+
+def test_without_a_text_there_is_nothing_to_measure_them_on(source: Path) -> None:
+    spec = {"budget": {"bits": 4}, "evaluation": {"texts": [], "baselines": ["cache-8"]}}
+    with pytest.raises(
+        SpecError, match=r"\['cache-8'\] are measured on evaluation.texts"
+    ) as refused:
+        admit(source, parse_config(spec))
+    assert refused.value.param == "evaluation.baselines"

@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all."""
 
+import errno
 import json
 import resource
 import subprocess
@@ -13,6 +14,7 @@ from bitmill.errors import FormatError, ResourceError
 from bitmill.io.atomic import (
     Flusher,
     atomic_folder,
+    disk_errors,
     read_json,
     sha256_file,
     sha256_json,
@@ -27,6 +29,15 @@ def test_a_failed_folder_leaves_nothing(tmp_path):
         (folder / "a").write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_by_the_name_that_the_folder_would_have(tmp_path):
+    with (
+        pytest.raises(ResourceError, match="while writing out: free"),
+        atomic_folder(tmp_path / "out") as folder,
+        disk_errors(folder),
+    ):
+        raise OSError(errno.ENOSPC, "full")
 
 
 def test_a_folder_replaces_the_old_one_whole(tmp_path):

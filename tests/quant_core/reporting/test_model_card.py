@@ -26,6 +26,7 @@ def affine(*, symmetric: bool) -> dict[str, Any]:
     ("config", "tag", "told"),
     [
         ({}, "safetensors", ("AutoModel", "vllm serve")),
+        ({"quantization_config": {"quant_method": "plain-bytes"}}, "plain-bytes", ()),
         ({"quantization_config": affine(symmetric=True)}, "compressed-tensors", ALL[1:3]),
         ({"quantization_config": affine(symmetric=False)}, "compressed-tensors", ALL[2:3]),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq", ALL[1:3]),

@@ -12,8 +12,10 @@ The layout of 3, 5, 6 and 7 bits changed in 0.18 without another name: older rea
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+from bitmill.formats.loading import TRANSFORMERS, VLLM
 from bitmill.formats.one_width import OneWidthFormat, group_size
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import PlannedLinear
@@ -30,6 +32,13 @@ class CompressedTensors(OneWidthFormat):
     codec: ClassVar[str] = "bitmill.formats.compressed_tensors.codec:CompressedTensorsCodec"
     legal: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 7, 8)
     quant_method: ClassVar[str] = "compressed-tensors"
+
+    @classmethod
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """By vLLM; by transformers too where there are no zero points, which it cannot load."""
+        groups = settings[cls.config_key].get("config_groups", {}).values()
+        symmetric = all(group["weights"]["symmetric"] for group in groups)
+        return (TRANSFORMERS, VLLM) if symmetric else (VLLM,)
 
     def linear_tensors(self, name: str, linear: PlannedLinear, bits: int) -> list[TensorInfo]:
         """Three, and zero points unless symmetric."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from bitmill.formats.format import Contents, Format
+from bitmill.formats.loading import TRANSFORMERS, VLLM
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.architectures import architecture
 
@@ -29,9 +30,14 @@ class Dequantized(Format):
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
 
     @classmethod
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """By transformers and vLLM."""
+        return TRANSFORMERS, VLLM
+
+    @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:
         """A model without any quantization."""
-        return "quantization_config" not in settings
+        return not {"quantization_config", "quantization"} & settings.keys()
 
     def tensors(self, contents: Contents) -> list[TensorInfo]:
         """One weight for each linear and embedding, then what is kept, all in `dtype`."""

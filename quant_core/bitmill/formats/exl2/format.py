@@ -26,6 +26,11 @@ QUANT_METHOD = GRID = "exl2"
 _SOLVE = [name for name in METHODS.names() if METHODS[name].grid == GRID]
 OFF_GRID = f"its grid holds only what was solved on it: quantize with method {' or '.join(_SOLVE)}"
 ALIGNED, MOST_COLUMNS = 32, 65535
+EXLLAMAV2 = """ExLlamaV2, in a clone of its repository:
+```sh
+hf download REPO --local-dir model
+python test_inference.py -m model -p "The river"
+```"""
 
 
 class Exl2(Format):
@@ -35,6 +40,11 @@ class Exl2(Format):
     codec: ClassVar[str] = "bitmill.formats.exl2.codec:Exl2Codec"
     widths: ClassVar[frozenset[int]] = frozenset({2, 3, 4, 5, 6, 8})
     rewrites: ClassVar[frozenset[str]] = frozenset({"order"})
+
+    @classmethod
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """By ExLlamaV2 alone."""
+        return (EXLLAMAV2,)
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

@@ -34,6 +34,10 @@ TYPE_OF = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
 BLOCK = 32
 ALIGNMENT = 32
 FILE_NAME = "model.gguf"
+LLAMA_CPP = """llama.cpp:
+```sh
+llama-cli -hf REPO
+```"""
 _BLOCKS = {name: (weights, size) for name, weights, size in TYPES.values()}
 
 
@@ -60,8 +64,15 @@ class Gguf(Format):
     codec: ClassVar[str] = "bitmill.formats.gguf.codec:GgufCodec"
     widths: ClassVar[frozenset[int]] = frozenset({DROPPED, 1, 2, 3, 4, 5, 6, 7})
 
+    library: ClassVar[str] = "gguf"
+
     pretokenizer: str | None = None
     tokenizer: bool = True
+
+    @classmethod
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """By llama.cpp."""
+        return (LLAMA_CPP,)
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

@@ -23,6 +23,10 @@ from bitmill.plan.model_plan import Plan, PlannedLinear
 SIZES = (32, 64, 128)
 KNOWN = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Model types that mlx-lm computes as transformers does, by the same names."""
+MLX_LM = """mlx-lm:
+```sh
+mlx_lm.generate --model REPO --prompt "The river"
+```"""
 _STORED = {"float32": "F32", "float16": "F16"}
 
 
@@ -36,8 +40,14 @@ class Mlx(OneWidthFormat):
     codec: ClassVar[str] = "bitmill.formats.mlx.codec:MlxCodec"
     legal: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 8)
     config_key: ClassVar[str] = "quantization"
+    library: ClassVar[str] = "mlx"
 
     dtype: Literal["float32", "float16"] = "float32"
+
+    @classmethod
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """By mlx-lm alone."""
+        return (MLX_LM,)
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

@@ -13,6 +13,24 @@ from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan
 from bitmill_kernels.trellis.layout import tile_bytes, tile_count
 
+BITMILL = """Bitmill, which checks every tensor:
+```python
+import bitmill
+
+model = bitmill.load("REPO")
+```"""
+WITH_TRANSFORMERS = """transformers:
+```python
+import bitmill.hf
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("REPO")
+```"""
+WITH_VLLM = """vLLM, with the plug-in `bitmill-vllm`:
+```sh
+vllm serve REPO --dtype float32
+```"""
+
 
 class Packed(Format):
     """Version 1: bit planes of every width, in the columns' order or one that is stored; version
@@ -29,6 +47,11 @@ class Packed(Format):
     rewrites: ClassVar[frozenset[str] | None] = frozenset({"order", "outliers"})
     code: ClassVar[str] = "affine"
     versions: ClassVar[tuple[int, ...]] = (VERSIONS["affine"], WITH_OUTLIERS)
+
+    @classmethod
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """By Bitmill, and by transformers and vLLM with its plug-ins."""
+        return BITMILL, WITH_TRANSFORMERS, WITH_VLLM
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from bitmill.formats.format import (
     packed_embeddings,
     transposed,
 )
+from bitmill.formats.loading import TRANSFORMERS, VLLM
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.architectures import architecture
 
@@ -40,6 +41,11 @@ class W8A8(Format):
     rewrites: ClassVar[frozenset[str] | None] = None
 
     dtype: Literal["int8", "fp8"] = "int8"
+
+    @classmethod
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """By transformers and vLLM."""
+        return TRANSFORMERS, VLLM
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:
