@@ -113,7 +113,8 @@ class Format(Closed):
     place of what reads a folder's headers without torch (`formats/headers.py`), which exports of
     jobs are planned by. keeps_codes: whether the quantized tensors themselves can be read back, so
     that a job can store its result in it. kinds, widths, mixed, rewrites: what it has a place for,
-    as in `Facts`; None for anything. library: what reads it, as the Hub calls it.
+    as in `Facts`; None for anything. library: what reads it, as the Hub calls it. runtimes: how
+    those that read it load a folder (`formats/loading.py`).
     """
 
     name: ClassVar[str]
@@ -125,11 +126,12 @@ class Format(Closed):
     mixed: ClassVar[bool] = True
     rewrites: ClassVar[frozenset[str] | None] = frozenset()
     library: ClassVar[str] = "transformers"
+    runtimes: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """How runtimes load a folder with this config.json (`formats/loading.py`)."""
-        return ()
+        """Those of `runtimes` that load a folder with this config.json."""
+        return cls.runtimes
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

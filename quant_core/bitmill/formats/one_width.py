@@ -42,14 +42,10 @@ class OneWidthFormat(Format):
     legal: ClassVar[tuple[int, ...]]
     config_key: ClassVar[str] = "quantization_config"
     quant_method: ClassVar[str]
+    runtimes: ClassVar[tuple[str, ...]] = (TRANSFORMERS, VLLM)
 
     symmetric: bool = False
     fused: bool = True
-
-    @classmethod
-    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """By transformers and vLLM."""
-        return TRANSFORMERS, VLLM
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

@@ -95,12 +95,14 @@ def _own_row(report: QualityReport) -> QualityRow | None:
 
 
 def _front_matter(folder: Path, facts: CardFacts, row: QualityRow | None) -> str:
-    tags = ["bitmill", "quantized", "mixed-precision", *_kinds(folder)]
+    settings = _settings(folder)
+    kind = _format(folder, settings)
+    tags = ["bitmill", "quantized", "mixed-precision", *_tags(kind, settings)]
     if row is not None and row.code_bits is not None and (folder / MAP_NAME).is_file():
         tags.append(f"{round(row.code_bits)}-bit")
     told: dict[str, Any] = {
         "pipeline_tag": "text-generation",
-        "library_name": _format(folder).library,
+        "library_name": kind.library,
         "tags": tags,
     }
     if facts.base_model:
@@ -111,28 +113,27 @@ def _front_matter(folder: Path, facts: CardFacts, row: QualityRow | None) -> str
     return "\n".join(["---", *lines, "---", ""])
 
 
-def _format(folder: Path) -> type[Format]:
+def _settings(folder: Path) -> dict[str, Any]:
+    """Its config.json, which a folder of one GGUF file has not."""
+    found: dict[str, Any] = {} if any(folder.glob("*.gguf")) else read_json(folder / CONFIG_FILE)
+    return found
+
+
+def _format(folder: Path, settings: dict[str, Any]) -> type[Format]:
     """That of the folder."""
     if any(folder.glob("*.gguf")):
         return FORMATS["gguf"]
     kinds = (FORMATS[name] for name in FORMATS.names())
-    return next((kind for kind in kinds if kind.recognizes(_settings(folder))), Format)
+    return next((kind for kind in kinds if kind.recognizes(settings)), Format)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(folder / CONFIG_FILE)
-    return found
-
-
-def _kinds(folder: Path) -> list[str]:
+def _tags(kind: type[Format], settings: dict[str, Any]) -> list[str]:
     """The format, in words of the Hub."""
-    kind = _format(folder)
-    if kind is FORMATS["gguf"]:
-        return [kind.library]
+    files = [] if kind is FORMATS["gguf"] else ["safetensors"]
     if kind.library != Format.library:
-        return ["safetensors", kind.library]
-    method = (_settings(folder).get("quantization_config") or {}).get("quant_method")
-    return ["safetensors"] + ([method] if method and not kind.keeps_codes else [])
+        return [*files, kind.library]
+    method = settings.get("quantization_config", {}).get("quant_method")
+    return files + ([method] if method and not kind.keeps_codes else [])
 
 
 def _opening(folder: Path, repo_id: str, facts: CardFacts, row: QualityRow | None) -> str:
@@ -197,8 +198,8 @@ def _calibration(used: Calibration | None, report: QualityReport | None) -> str:
 
 def _loading(folder: Path, repo_id: str) -> str:
     """How each runtime that reads it does."""
-    kind = _format(folder)
-    texts = kind.loading({} if kind is FORMATS["gguf"] else _settings(folder))
+    settings = _settings(folder)
+    texts = _format(folder, settings).loading(settings)
     if (folder / MAP_NAME).is_file():
         texts += (_LLAMA_CPP_EXPORT if _gguf_holds(folder) else _PLAIN_EXPORT,)
     return "\n".join(["## Loading", *texts, ""]).replace("REPO", repo_id) if texts else ""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from bitmill.formats.loading import TRANSFORMERS, VLLM
+from bitmill.formats.loading import VLLM
 from bitmill.formats.one_width import OneWidthFormat, group_size
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import PlannedLinear
@@ -38,7 +38,7 @@ class CompressedTensors(OneWidthFormat):
         """By vLLM; by transformers too where there are no zero points, which it cannot load."""
         groups = settings[cls.config_key].get("config_groups", {}).values()
         symmetric = all(group["weights"]["symmetric"] for group in groups)
-        return (TRANSFORMERS, VLLM) if symmetric else (VLLM,)
+        return cls.runtimes if symmetric else (VLLM,)
 
     def linear_tensors(self, name: str, linear: PlannedLinear, bits: int) -> list[TensorInfo]:
         """Three, and zero points unless symmetric."""

@@ -26,13 +26,9 @@ class Dequantized(Format):
     kinds: ClassVar[frozenset[str] | None] = None
     widths: ClassVar[frozenset[int] | None] = None
     rewrites: ClassVar[frozenset[str] | None] = None
+    runtimes: ClassVar[tuple[str, ...]] = (TRANSFORMERS, VLLM)
 
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
-
-    @classmethod
-    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """By transformers and vLLM."""
-        return TRANSFORMERS, VLLM
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

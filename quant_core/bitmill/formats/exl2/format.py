@@ -40,11 +40,7 @@ class Exl2(Format):
     codec: ClassVar[str] = "bitmill.formats.exl2.codec:Exl2Codec"
     widths: ClassVar[frozenset[int]] = frozenset({2, 3, 4, 5, 6, 8})
     rewrites: ClassVar[frozenset[str]] = frozenset({"order"})
-
-    @classmethod
-    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """By ExLlamaV2 alone."""
-        return (EXLLAMAV2,)
+    runtimes: ClassVar[tuple[str, ...]] = (EXLLAMAV2,)
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

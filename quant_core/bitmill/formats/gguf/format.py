@@ -65,14 +65,10 @@ class Gguf(Format):
     widths: ClassVar[frozenset[int]] = frozenset({DROPPED, 1, 2, 3, 4, 5, 6, 7})
 
     library: ClassVar[str] = "gguf"
+    runtimes: ClassVar[tuple[str, ...]] = (LLAMA_CPP,)
 
     pretokenizer: str | None = None
     tokenizer: bool = True
-
-    @classmethod
-    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """By llama.cpp."""
-        return (LLAMA_CPP,)
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

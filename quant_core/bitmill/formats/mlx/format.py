@@ -41,13 +41,9 @@ class Mlx(OneWidthFormat):
     legal: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 8)
     config_key: ClassVar[str] = "quantization"
     library: ClassVar[str] = "mlx"
+    runtimes: ClassVar[tuple[str, ...]] = (MLX_LM,)
 
     dtype: Literal["float32", "float16"] = "float32"
-
-    @classmethod
-    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """By mlx-lm alone."""
-        return (MLX_LM,)
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

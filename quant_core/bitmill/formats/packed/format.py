@@ -45,13 +45,9 @@ class Packed(Format):
     keeps_codes: ClassVar[bool] = True
     widths: ClassVar[frozenset[int] | None] = frozenset(CODES["affine"].legal)
     rewrites: ClassVar[frozenset[str] | None] = frozenset({"order", "outliers"})
+    runtimes: ClassVar[tuple[str, ...]] = (BITMILL, WITH_TRANSFORMERS, WITH_VLLM)
     code: ClassVar[str] = "affine"
     versions: ClassVar[tuple[int, ...]] = (VERSIONS["affine"], WITH_OUTLIERS)
-
-    @classmethod
-    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """By Bitmill, and by transformers and vLLM with its plug-ins."""
-        return BITMILL, WITH_TRANSFORMERS, WITH_VLLM
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

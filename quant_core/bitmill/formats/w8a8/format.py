@@ -39,13 +39,9 @@ class W8A8(Format):
     kinds: ClassVar[frozenset[str] | None] = None
     widths: ClassVar[frozenset[int] | None] = None
     rewrites: ClassVar[frozenset[str] | None] = None
+    runtimes: ClassVar[tuple[str, ...]] = (TRANSFORMERS, VLLM)
 
     dtype: Literal["int8", "fp8"] = "int8"
-
-    @classmethod
-    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """By transformers and vLLM."""
-        return TRANSFORMERS, VLLM
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:
