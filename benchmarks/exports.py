@@ -20,10 +20,9 @@ out; `--only` takes a pattern of targets. Compared with `bitmill.load` in fp32, 
 
 On a CPU with AMX, or an AMD one with the package zentorch, vLLM rounds activations to 8 bits before
 it multiplies them with 4-bit weights, unless VLLM_CPU_INT4_W4A8 is 0, as it is for its first row of
-a target. llama.cpp multiplies blocks
-by activations that it rounds to 8 bits, and F16 ones by activations in F16. `llama.cpp, F32` reads
-the same file with all weights written out in F32 by the package gguf, which takes that rounding
-away.
+a target. llama.cpp multiplies blocks by activations that it rounds to 8 bits, and F16 ones by
+activations in F16. `llama.cpp, F32` reads the same file with all weights written out in F32 by the
+package gguf, which takes that rounding away.
 
 A run adds its model to OUT.json, replacing what an earlier run of the same name found for the same
 targets, and writes OUT.md.

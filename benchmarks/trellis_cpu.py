@@ -88,10 +88,10 @@ def main() -> None:
         }
         print(json.dumps(jobs), flush=True)
         speed = decoded(options.source, place / "trellis", options.new_tokens)
-    mean = {name: median(runs) for name, runs in speed.items()}
+    middle = {name: median(runs) for name, runs in speed.items()}
     ratio = {
         "job": round(jobs["trellis"]["seconds"] / jobs["affine"]["seconds"], 2),
-        "decode": round(mean["trellis"] / mean["fp32"], 2),
+        "decode": round(middle["trellis"] / middle["fp32"], 2),
     }
     state = {
         "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')} python "
@@ -117,7 +117,7 @@ def main() -> None:
         ),
         "",
         f"Trellis over affine: {ratio['job']}. Tokens a second, median of {RUNS}: trellis "
-        f"{mean['trellis']}, the source in fp32 {mean['fp32']}, ratio {ratio['decode']}.",
+        f"{middle['trellis']}, the source in fp32 {middle['fp32']}, ratio {ratio['decode']}.",
     ]
     write_json(options.out.with_suffix(".json"), state)
     write_bytes(options.out.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
