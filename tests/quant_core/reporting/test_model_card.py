@@ -22,6 +22,11 @@ def affine(*, symmetric: bool) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
 
 
+def gptq(**changes: Any) -> dict[str, Any]:
+    """What GPTQModel says of its linears, of which one is kept."""
+    return {"quant_method": "gptq", "bits": 4, "sym": True, "dynamic": {"-:b": {}}} | changes
+
+
 @pytest.mark.parametrize(
     ("config", "tag", "told"),
     [
@@ -29,7 +34,9 @@ def affine(*, symmetric: bool) -> dict[str, Any]:
         ({"quantization_config": {"quant_method": "plain-bytes"}}, "plain-bytes", ()),
         ({"quantization_config": affine(symmetric=True)}, "compressed-tensors", ALL[1:3]),
         ({"quantization_config": affine(symmetric=False)}, "compressed-tensors", ALL[2:3]),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq", ALL[1:3]),
+        ({"quantization_config": gptq()}, "gptq", ALL[1:3]),
+        ({"quantization_config": gptq(sym=False)}, "gptq", ALL[1:2]),
+        ({"quantization_config": gptq(dynamic={"+:a": {"bits": 2}})}, "gptq", ALL[1:2]),
         ({"quantization_config": {"quant_method": "exl2"}}, "exl2", ("test_inference.py",)),
         ({"quantization": {"mode": "affine", "bits": 4}}, "mlx", ("mlx_lm",)),
         (None, "gguf", ("llama-cli -hf",)),
@@ -56,6 +63,25 @@ def test_a_packed_folder_is_exported_to_what_holds_it(
     card = model_card(packed.folder, "org/model", CardFacts())["README.md"].decode()
     assert f"bitmill export packed --format {target} " in card
     assert ("llama-cli" in card) == (target == "gguf")
+
+
+@pytest.mark.parametrize(
+    ("version", "linear", "served"),
+    [
+        (1, "model.layers.0.mlp.up_proj", True),
+        (2, "model.layers.0.mlp.up_proj", True),
+        (3, "model.layers.0.mlp.up_proj", False),
+        (1, "model.layers.0.mlp.experts.1.w1", False),
+    ],
+)
+def test_what_the_plug_in_of_vllm_refuses_is_not_served_by_it(
+    version: int, linear: str, served: bool, tmp_path: Path
+) -> None:
+    own = {"quant_method": "bitmill", "format_version": version, "linears": {linear: {}}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": own}))
+    card = model_card(tmp_path, "org/model", CardFacts())["README.md"].decode()
+    assert "import bitmill.hf" in card
+    assert ("vllm serve" in card) == served
 
 
 def test_a_report_alone_tells_how_many_tokens_were_calibrated_on(tmp_path: Path) -> None:

@@ -11,14 +11,17 @@ that are not quantized first, because readers disagree on which of two rules win
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from bitmill.formats.format import Facts, Refusal
+from bitmill.formats.loading import VLLM
 from bitmill.formats.one_width import OneWidthFormat, group_size
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import PlannedLinear
 
 ALIGNED = 32
+VLLM_BITS = {4, 8}
 
 
 class GPTQCheckpoint(OneWidthFormat):
@@ -34,6 +37,15 @@ class GPTQCheckpoint(OneWidthFormat):
     quant_method: ClassVar[str] = "gptq"
 
     version: Literal[1, 2] = 2
+
+    @classmethod
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """Both, but vLLM takes symmetric ones of 4 and 8 bits alone."""
+        own = settings[cls.config_key]
+        rules = [own, *own.get("dynamic", {}).values()]
+        found = {rule["bits"] for rule in rules if "bits" in rule}
+        served = own.get("sym") and found <= VLLM_BITS
+        return tuple(one for one in cls.runtimes if one != VLLM or served)
 
     def refusals(self, facts: Facts) -> list[Refusal]:
         """Linears whose sides are no multiples of 32, and zero points in version 1, beside what

@@ -50,6 +50,14 @@ class Packed(Format):
     versions: ClassVar[tuple[int, ...]] = (VERSIONS["affine"], WITH_OUTLIERS)
 
     @classmethod
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """All, but vLLM's plug-in refuses outlier columns and packed experts."""
+        own = settings["quantization_config"]
+        experts = any(".experts." in name for name in own["linears"])
+        refused = own["format_version"] == WITH_OUTLIERS or experts
+        return tuple(one for one in cls.runtimes if one != WITH_VLLM or not refused)
+
+    @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:
         """By the method and the version that its quantization_config names."""
         found = settings.get("quantization_config")
