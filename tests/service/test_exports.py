@@ -108,6 +108,7 @@ def test_an_export_is_a_job_with_files_of_its_own(
     assert [one.id for one in client.list_jobs(parent_id=job.id).jobs] == [made.id]
     for page in ("/ui/jobs", f"/ui/jobs/{made.id}"):
         assert "as dequantized" in http.get(page).text
+        assert "bitmill-vllm" not in http.get(page).text  # the plug-in reads packed folders alone
     client.download(made.id, tmp_path / "plain")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     with torch.no_grad():
