@@ -3,6 +3,7 @@
     python benchmarks/decode.py                 7B shape, 3 bits on average, one H100
     python benchmarks/decode.py --layers 2      a quick look
     python benchmarks/decode.py --batch 1 8 32 64 --cache 1024   sequences a step
+    python benchmarks/decode.py --kv-heads 8    heads of keys and values, each of four queries
 
 One decode step of the whole model, a token for each sequence, is captured in a CUDA graph and
 replayed; the median of the replays counts. Both models share every line but the products: q/k/v and
@@ -42,6 +43,7 @@ class Shape:
     hidden: int = 4096
     inner: int = 11008
     heads: int = 32
+    kv_heads: int = 32
     vocabulary: int = 32000
     cache: int = 512
 
@@ -49,10 +51,14 @@ class Shape:
     def head_size(self) -> int:
         return self.hidden // self.heads
 
+    @property
+    def kv_hidden(self) -> int:
+        return self.kv_heads * self.head_size
+
     def products(self) -> dict[str, tuple[list[int], int]]:
         """Rows of the stacked linears, and columns, by name."""
         return {
-            "qkv": ([self.hidden] * 3, self.hidden),
+            "qkv": ([self.hidden, self.kv_hidden, self.kv_hidden], self.hidden),
             "o": ([self.hidden], self.hidden),
             "gate_up": ([self.inner] * 2, self.hidden),
             "down": ([self.hidden], self.inner),
@@ -98,11 +104,17 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return x * cosine + torch.cat((-second, first), dim=-1) * sine
 
 
-def attend_prefill(qkv: Tensor, heads: int, size: int, cosine: Tensor, sine: Tensor) -> Tensor:
-    q, k, v = (part.reshape(-1, heads, size).transpose(0, 1)[None] for part in qkv.chunk(3, dim=-1))
+def heads_of(qkv: Tensor, shape: Shape) -> tuple[Tensor, ...]:
+    """Queries, keys and values [n, heads, size] of qkv [n, all of them]."""
+    parts = qkv.split([shape.hidden, shape.kv_hidden, shape.kv_hidden], dim=-1)
+    return tuple(part.unflatten(-1, (-1, shape.head_size)) for part in parts)
+
+
+def attend_prefill(qkv: Tensor, shape: Shape, cosine: Tensor, sine: Tensor) -> Tensor:
+    q, k, v = (part.transpose(0, 1)[None] for part in heads_of(qkv, shape))
     q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
-    y = scaled_dot_product_attention(q, k, v, is_causal=True)
-    return y[0].transpose(0, 1).reshape(qkv.shape[0], heads * size)
+    y = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return y[0].transpose(0, 1).flatten(1)
 
 
 class Model:
@@ -117,7 +129,7 @@ class Model:
             }
             for _ in range(shape.layers)
         ]
-        size = (shape.layers, batch, shape.heads, shape.cache, shape.head_size)
+        size = (shape.layers, batch, shape.kv_heads, shape.cache, shape.head_size)
         self.keys = torch.zeros(size, device=DEVICE, dtype=HALF)
         self.values = torch.zeros(size, device=DEVICE, dtype=HALF)
         self.scale = torch.ones(shape.hidden, device=DEVICE, dtype=HALF)
@@ -128,7 +140,14 @@ class Model:
         self.cosine, self.sine = angle.cos().to(HALF), angle.sin().to(HALF)
         self.place = torch.tensor([shape.cache - 1], device=DEVICE)
         self.nothing = torch.zeros(batch, shape.hidden, device=DEVICE, dtype=HALF)
-        self.glue = Glue(shape.heads, shape.head_size, shape.cache, DEVICE, batch=batch)
+        self.glue = Glue(
+            shape.heads,
+            shape.head_size,
+            shape.cache,
+            DEVICE,
+            batch=batch,
+            kv_heads=shape.kv_heads,
+        )
 
     def step(self, token: Tensor) -> Tensor:
         """Next tokens int64 [B] of tokens int64 [B]."""
@@ -148,9 +167,7 @@ class Model:
         x = rms_norm(hidden, (self.shape.hidden,), self.scale, EPSILON)
         cosine, sine = self.cosine[: len(tokens)], self.sine[: len(tokens)]
         for layer in self.layers:
-            mixed = attend_prefill(
-                layer["qkv"](x), self.shape.heads, self.shape.head_size, cosine, sine
-            )
+            mixed = attend_prefill(layer["qkv"](x), self.shape, cosine, sine)
             hidden, x = normed(hidden, layer["o"](mixed), self.scale)
             hidden, x = normed(hidden, layer["down"](gated(layer["gate_up"](x))), self.scale)
         return linear(x[-1:], self.head)
@@ -159,23 +176,23 @@ class Model:
 def check_glue(shape: Shape, batch: int = 2) -> None:
     """Raise RuntimeError where the glue differs from torch by more than rounding."""
     size, place = shape.head_size, shape.cache - 3
-    glue = Glue(shape.heads, size, shape.cache, DEVICE, batch=batch)
+    glue = Glue(shape.heads, size, shape.cache, DEVICE, batch=batch, kv_heads=shape.kv_heads)
     hidden, added = (torch.randn(batch, shape.hidden, device=DEVICE).half() for _ in range(2))
     scale = torch.randn(shape.hidden, device=DEVICE).half()
     expected, expected_norm = normed(hidden, added, scale)
     norm = glue.add_norm(hidden, added, scale)
     gate_up = torch.randn(batch, 2 * shape.inner, device=DEVICE).half()
-    cache = (batch, shape.heads, shape.cache, size)
+    cache = (batch, shape.kv_heads, shape.cache, size)
     keys, values = (torch.randn(cache, device=DEVICE).half() for _ in range(2))
     angle = torch.rand(shape.cache, size, device=DEVICE)
     cosine, sine = angle.cos().half(), angle.sin().half()
-    qkv = torch.randn(batch, 3 * shape.hidden, device=DEVICE).half()
-    q, k, v = (part.view(batch, shape.heads, 1, size) for part in qkv.chunk(3, dim=-1))
+    qkv = torch.randn(batch, shape.hidden + 2 * shape.kv_hidden, device=DEVICE).half()
+    q, k, v = (part[:, :, None] for part in heads_of(qkv, shape))
     here = slice(place, place + 1)
     q, k = rotate(q, cosine[here], sine[here]), rotate(k, cosine[here], sine[here])
     attended = [keys.clone(), values.clone()]
     attended[0][:, :, here], attended[1][:, :, here] = k, v
-    mixed = scaled_dot_product_attention(q, *attended)
+    mixed = scaled_dot_product_attention(q, *attended, enable_gqa=True)
     found = glue.attend(qkv, keys, values, cosine, sine, torch.tensor([place], device=DEVICE))
     pairs = {
         "sum": (hidden, expected),
@@ -250,10 +267,11 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--widths", default="3243", help="widths in turn over the groups")
     parser.add_argument("--batch", nargs="*", type=int, default=[1], help="sequences a step")
+    parser.add_argument("--kv-heads", type=int, default=Shape.kv_heads)
     parser.add_argument("--cache", type=int, default=Shape.cache, help="positions of a sequence")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    shape = Shape(layers=options.layers, cache=options.cache)
+    shape = Shape(layers=options.layers, kv_heads=options.kv_heads, cache=options.cache)
     check_glue(shape)
     gpu = torch.cuda.get_device_name()
     result = {
@@ -263,11 +281,13 @@ def main() -> int:
         "python": sys.version.split()[0],
         "layers": shape.layers,
         "cache": shape.cache,
+        "kv_heads": shape.kv_heads,
         "widths": options.widths,
         "batches": [compared(shape, options.widths, batch) for batch in options.batch],
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / f"decode-{gpu.replace(' ', '-').lower()}.json"
+    fewer = "" if shape.kv_heads == shape.heads else f"-{shape.kv_heads}-kv-heads"
+    file = options.out / f"decode-{gpu.replace(' ', '-').lower()}{fewer}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -98,21 +98,23 @@ def _attend_kernel(
     out_ptr: tl.tensor,
     CACHE: tl.constexpr,
     HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
     SIZE: tl.constexpr,
     POSITIONS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
+    """HEADS of keys and values, each of SHARE queries."""
     _begin(OVERLAP)
     SPLITS: tl.constexpr = CACHE // POSITIONS
     head = tl.program_id(0)
     split = tl.program_id(1)
     first = tl.program_id(2).to(tl.int64) * HEADS  # of the sequence's heads
-    qkv_ptr += 3 * first * SIZE
+    qkv_ptr += first * (SHARE + 2) * SIZE
     keys_ptr += first * CACHE * SIZE
     values_ptr += first * CACHE * SIZE
-    partial_ptr += first * SPLITS * (SIZE + 2)
+    partial_ptr += first * SHARE * SPLITS * (SIZE + 2)
     counter_ptr += first
-    out_ptr += first * SIZE
+    out_ptr += first * SHARE * SIZE
     d = tl.arange(0, SIZE)
     position = split * POSITIONS + tl.arange(0, POSITIONS)
     at = (head * CACHE + position)[:, None] * SIZE + d[None, :]
@@ -122,33 +124,36 @@ def _attend_kernel(
     cosine = tl.load(cosine_ptr + place * SIZE + d).to(tl.float32)
     sine = tl.load(sine_ptr + place * SIZE + d).to(tl.float32)
     _wait(OVERLAP)
-    query = _rotated(qkv_ptr + head * SIZE, cosine, sine, SIZE)
-    key = _rotated(qkv_ptr + (HEADS + head) * SIZE, cosine, sine, SIZE).to(tl.float16)
-    value = tl.load(qkv_ptr + (2 * HEADS + head) * SIZE + d)
+    key = _rotated(qkv_ptr + (HEADS * SHARE + head) * SIZE, cosine, sine, SIZE).to(tl.float16)
+    value = tl.load(qkv_ptr + (HEADS * (SHARE + 1) + head) * SIZE + d)
     new = (position == place)[:, None]
     keys = tl.where(new, key[None, :], keys)
     values = tl.where(new, value[None, :], values)
     written = new & (d >= 0)[None, :]
     tl.store(keys_ptr + at, keys, mask=written)
     tl.store(values_ptr + at, values, mask=written)
-    score = tl.sum(keys.to(tl.float32) * query[None, :], axis=1) * (SIZE**-0.5)
-    largest = tl.max(score, axis=0)
-    weight = tl.exp(score - largest)
-    mixed = tl.sum(values.to(tl.float32) * weight[:, None], axis=0)
-    part = partial_ptr + (head * SPLITS + split) * (SIZE + 2)
-    tl.store(part + d, mixed)
-    tl.store(part + SIZE, largest)
-    tl.store(part + SIZE + 1, tl.sum(weight, axis=0))
+    wide_keys, wide_values = keys.to(tl.float32), values.to(tl.float32)
+    for i in tl.static_range(SHARE):
+        query = _rotated(qkv_ptr + (head * SHARE + i) * SIZE, cosine, sine, SIZE)
+        score = tl.sum(wide_keys * query[None, :], axis=1) * (SIZE**-0.5)
+        largest = tl.max(score, axis=0)
+        weight = tl.exp(score - largest)
+        mixed = tl.sum(wide_values * weight[:, None], axis=0)
+        part = partial_ptr + ((head * SHARE + i) * SPLITS + split) * (SIZE + 2)
+        tl.store(part + d, mixed)
+        tl.store(part + SIZE, largest)
+        tl.store(part + SIZE + 1, tl.sum(weight, axis=0))
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr + head, 1, sem="acq_rel")
     if arrived == SPLITS - 1:
-        parts = partial_ptr + (head * SPLITS + tl.arange(0, SPLITS)) * (SIZE + 2)
-        maxima = tl.load(parts + SIZE, cache_modifier=".cg")
-        share = tl.exp(maxima - tl.max(maxima, axis=0))
-        total = tl.sum(share * tl.load(parts + SIZE + 1, cache_modifier=".cg"), axis=0)
-        rows = tl.load(parts[:, None] + d[None, :], cache_modifier=".cg")
-        mixed = tl.sum(rows * share[:, None], axis=0) / total
-        tl.store(out_ptr + head * SIZE + d, mixed.to(tl.float16))
+        for i in tl.static_range(SHARE):
+            parts = partial_ptr + ((head * SHARE + i) * SPLITS + tl.arange(0, SPLITS)) * (SIZE + 2)
+            maxima = tl.load(parts + SIZE, cache_modifier=".cg")
+            share = tl.exp(maxima - tl.max(maxima, axis=0))
+            total = tl.sum(share * tl.load(parts + SIZE + 1, cache_modifier=".cg"), axis=0)
+            rows = tl.load(parts[:, None] + d[None, :], cache_modifier=".cg")
+            mixed = tl.sum(rows * share[:, None], axis=0) / total
+            tl.store(out_ptr + (head * SHARE + i) * SIZE + d, mixed.to(tl.float16))
         tl.atomic_xchg(counter_ptr + head, 0)
 
 
@@ -163,10 +168,13 @@ class Glue:
         device: torch.device,
         *,
         batch: int = 1,
+        kv_heads: int | None = None,
         overlap: bool = True,
     ) -> None:
-        """heads of `size`, `cache` positions, a multiple of 64, of `batch` sequences B."""
+        """heads of `size`, `cache` positions, a multiple of 64, of `batch` sequences B. kv_heads:
+        of keys and values, as many where left out."""
         self.heads, self.size, self.cache = heads, size, cache
+        self.kv_heads = kv_heads or heads
         self._overlap = overlap
         self._launch = {"launch_pdl": True} if overlap else {}
         self._partial = torch.empty(batch * heads * (cache // TILE) * (size + 2), device=device)
@@ -216,11 +224,11 @@ class Glue:
     ) -> Tensor:
         """Attention fp16 [B, heads * size] of a token's qkv of each sequence over its whole cache.
 
-        keys, values: [B, heads, cache, size], to which these tokens' are added at position `place`
+        keys, values: [B, kv_heads, cache, size], to which these tokens' are added at `place`
         [1]. cosine, sine: [cache, size].
         """
         out = qkv.new_empty(len(qkv), self.heads * self.size)
-        _attend_kernel[(self.heads, self.cache // TILE, len(qkv))](
+        _attend_kernel[(self.kv_heads, self.cache // TILE, len(qkv))](
             qkv,
             keys,
             values,
@@ -231,7 +239,8 @@ class Glue:
             self._counter,
             out,
             CACHE=self.cache,
-            HEADS=self.heads,
+            HEADS=self.kv_heads,
+            SHARE=self.heads // self.kv_heads,
             SIZE=self.size,
             POSITIONS=TILE,
             OVERLAP=self._overlap,
