@@ -71,6 +71,7 @@ TARGETS = {
     "q/k/v 12288x4096 mix 3": 2.2,
 }
 TOKENS_TIMED = (1, 16, 32)
+TOKENS_SWEPT = (1, 8, 16, 32)
 TOKENS_CHECKED = [
     (1, torch.float16),
     (2, torch.bfloat16),
@@ -81,18 +82,24 @@ TOKENS_CHECKED = [
     (150, torch.float16),
 ]
 BATCHES = (3, 8, 16, 32, 64, 128, 256, 512, 2048)
+MATRICES = (
+    (28672, 8192),
+    (11008, 4096),
+    (4096, 4096),
+    (4096, 11008),
+    (12288, 4096),
+    (8192, 28672),
+)
 BATCH_CASES: dict[str, tuple[int, int, tuple[int, ...]]] = {
     f"{N}x{K} {name}": (N, K, pattern)
-    for N, K in (
-        (28672, 8192),
-        (11008, 4096),
-        (4096, 4096),
-        (4096, 11008),
-        (12288, 4096),
-        (8192, 28672),
-    )
+    for N, K in MATRICES
     for name, pattern in (("mix 3", MIX), ("4-bit", (4,)), ("2-bit", (2,)))
 }
+SWEPT = {
+    f"{N}x{K} {name}": ([N], K, [pattern])
+    for N, K in MATRICES
+    for name, pattern in (("mix 3", MIX), *((f"{w}-bit", (w,)) for w in (2, 3, 4, 5, 6, 8)))
+} | CASES
 PREFILL = [(4096, 4096), (11008, 4096), (28672, 8192)]
 PREFILL_PATTERNS: list[tuple[int, ...]] = [(2,), (3,), (4,), (8,), MIX]
 
@@ -117,7 +124,7 @@ def spread(pattern: tuple[int, ...], K: int) -> tuple[int, ...]:
 
 
 def case_runtime(name: str) -> RuntimeWeight:
-    rows, K, patterns = CASES[name]
+    rows, K, patterns = SWEPT[name]
     weights = [
         random_packed(N, K, spread(pattern, K)) for N, pattern in zip(rows, patterns, strict=True)
     ]
@@ -340,12 +347,13 @@ def time_decoder(decoders: list[Product], N: int, K: int, T: int) -> float:
 def decode_rows(
     names: list[str], kinds: list[str], failed: set[str], *, every_shape: bool
 ) -> list[dict[str, object]]:
+    """Products of few tokens: by the shape that a linear would take, or by every one."""
     rows: list[dict[str, object]] = []
     half: dict[tuple[int, int, int], float] = {}
     for name in names:
         weights = copies(case_runtime(name))
         N, K = weights[0].N, weights[0].K
-        for T in TOKENS_TIMED:
+        for T in TOKENS_SWEPT if every_shape else TOKENS_TIMED:
             key = (N, K, T)
             half[key] = half.get(key) or time_half(*key)
             bucket = bucket_of(T)
@@ -540,7 +548,7 @@ def main() -> int:
     parser.add_argument("--sweep", action="store_true", help="time every launch shape")
     parser.add_argument("--write", action="store_true", help="record the best shapes")
     parser.add_argument("--kernels", nargs="*", default=["cuda", "triton", "prefill"])
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="*", choices=list(SWEPT), help="the table's, or all")
     parser.add_argument("--batch", nargs="*", default=list(BATCH_CASES), choices=list(BATCH_CASES))
     parser.add_argument("--tokens", nargs="*", type=int, default=list(BATCHES), help="of batches")
     parser.add_argument("--peers", action="store_true", help="time other projects' kernels too")
@@ -551,7 +559,10 @@ def main() -> int:
         failed.add("prefill")
     print(f"check done, failed: {sorted(failed) or 'none'}", flush=True)
     result: dict[str, object] = {"provenance": provenance(), "failed": sorted(failed)}
-    cases = options.cases if {"cuda", "triton"} & set(options.kernels) else []
+    usual = SWEPT if options.sweep else CASES
+    cases = list(usual) if options.cases is None else options.cases
+    if not {"cuda", "triton"} & set(options.kernels):
+        cases = []
     result["decode"] = decode_rows(cases, options.kernels, failed, every_shape=options.sweep)
     if "batch" in options.kernels:
         result["batch"] = batch_rows(

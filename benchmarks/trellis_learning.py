@@ -6,10 +6,10 @@
 `measure` profiles SOURCE (a Hugging Face folder), allocates BITS by the knapsack and makes, with
 windows as by default, each of --variants: `plain` (method gptq, every token counts alike),
 `weighted` (tokens weighted by the loss gradient) and `tuned` (what `weighted` gave, tuned for each
-number of --steps; trellis codes alone). Jobs weight tokens for trellis codes and not for affine
-ones (--code). Each is measured on both evaluation texts. Seconds are those of the process; several
-may share a device. `table` sets rows of several commands beside EXL3's of `peers.json`,
-interpolated to their bits, ln(excess) linear in bits:
+number of --steps at each of --rates; trellis codes alone). Jobs weight tokens for trellis codes and
+not for affine ones (--code). Each is measured on both evaluation texts. Seconds are those of the
+process; several may share a device. `table` sets rows of several commands beside EXL3's of
+`peers.json`, interpolated to their bits, ln(excess) linear in bits:
 
     excess = ln(perplexity / perplexity of the source), per text and their mean
 """
@@ -21,6 +21,8 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ from bitmill.plan.model_plan import make_plan
 from bitmill.quant.tensors import Quantized
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.refinement.omniquant.end_to_end import tune_scales
-from bitmill.refinement.omniquant.model import tune_settings
+from bitmill.refinement.omniquant.model import TRELLIS_RATE, tune_settings
 from bitmill.runtime.process import computing
 from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
 
@@ -101,8 +103,8 @@ def measured(options: argparse.Namespace) -> None:
         write_json(options.out, row)
         print(options.model, options.code, options.bits, part, row["seconds"][part], flush=True)
 
-    settings = SensitivitySettings(widths=config.allocation.widths, code=options.code)
-    profile = profile_knapsack(model, tokens.tokens, plan, settings)
+    sensitivity = SensitivitySettings(widths=config.allocation.widths, code=options.code)
+    profile = profile_knapsack(model, tokens.tokens, plan, sensitivity)
     bit_widths = Allocator(plan, config.allocation, profile).knapsack(config.budget)
     orders = {
         linear.name: torch.tensor(profile.orders[linear.order]).long()
@@ -153,16 +155,13 @@ def measured(options: argparse.Namespace) -> None:
     if "tuned" not in options.variants:
         return
     row["tuning"] = {}
-    for steps in options.steps:
+    for steps, rate in product(options.steps, options.rates):
+        usual = tune_settings(TrellisOmniQuant(tune_scales_steps=steps))
+        settings = replace(usual, scale_rate=rate, vector_rate=rate)
         tuned = tune_scales(
-            model,
-            weights,
-            tokens.tokens,
-            tokens.held_out,
-            tune_settings(TrellisOmniQuant(tune_scales_steps=steps)),
-            seed=config.seed,
+            model, weights, tokens.tokens, tokens.held_out, settings, seed=config.seed
         )
-        what = f"tuned, {steps} steps"
+        what = f"tuned, {steps} steps" + (f" at {rate:g}" if rate != TRELLIS_RATE else "")
         row["tuning"][what] = tuned.report.model_dump(mode="json")
         keep(what, tuned.weights, tuned.vectors)
 
@@ -209,6 +208,7 @@ def main() -> None:
     action.add_argument("--code", choices=list(METHODS), default="trellis")
     action.add_argument("--variants", nargs="+", default=["plain", "weighted", "tuned"])
     action.add_argument("--steps", type=int, nargs="+", default=[100])
+    action.add_argument("--rates", type=float, nargs="+", default=[TRELLIS_RATE], help="of tuning")
     action.add_argument("--run", default="", help="name of this run, a column of the table")
     action.add_argument("--device", default="cuda")
     action.add_argument("--out", type=Path, required=True)
