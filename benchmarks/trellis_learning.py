@@ -3,13 +3,15 @@
     python benchmarks/trellis_learning.py measure SOURCE --model NAME --bits BITS --out ROW.json
     python benchmarks/trellis_learning.py table ROW.json ... --out OUT
 
-`measure` profiles SOURCE (a Hugging Face folder), allocates BITS by the knapsack and makes, with
+`measure` profiles SOURCE (a Hugging Face folder), allocates BITS (--allocation) and makes, with
 windows as by default, each of --variants: `plain` (method gptq, every token counts alike),
-`weighted` (tokens weighted by the loss gradient) and `tuned` (what `weighted` gave, tuned for each
-number of --steps at each of --rates; trellis codes alone). Jobs weight tokens for trellis codes and
-not for affine ones (--code). Each is measured on both evaluation texts. Seconds are those of the
-process; several may share a device. `table` sets rows of several commands beside EXL3's of
-`peers.json`, interpolated to their bits, ln(excess) linear in bits:
+`weighted` (tokens weighted by the loss gradient), `uncorrected` (`weighted` without the correction
+for the quantized prefix), `bare` (neither) and `tuned` (what `weighted` gave, tuned for each number
+of --steps at each of --rates); the last three of trellis codes alone. Jobs weight tokens for
+trellis codes and not for affine ones (--code). Each is measured on both evaluation texts and on the
+held-out windows.
+Seconds are those of the process; several may share a device. `table` sets rows of several commands
+beside EXL3's of `peers.json`, interpolated to their bits, ln(excess) linear in bits:
 
     excess = ln(perplexity / perplexity of the source), per text and their mean
 """
@@ -32,7 +34,7 @@ from jobs import row_of_texts
 from peers import at_bits
 from torch import Tensor
 
-from bitmill.allocation.allocator import Allocator
+from bitmill.allocation.allocator import allocate
 from bitmill.calibration.windows import calibration_tokens, evaluation_windows
 from bitmill.config.methods import GPTQ, MethodConfig, Statistic, TrellisGPTQ, TrellisOmniQuant
 from bitmill.config.quantization import parse_config
@@ -48,6 +50,7 @@ from bitmill.refinement.omniquant.model import TRELLIS_RATE, tune_settings
 from bitmill.runtime.process import computing
 from bitmill.sensitivity.fisher import SensitivitySettings, profile_knapsack
 
+HELD_OUT = "held_out"
 PEERS = Path(__file__).with_name("results") / "peers.json"
 
 
@@ -68,14 +71,26 @@ class Weighted(GPTQ):
 
 
 METHODS: dict[str, dict[str, MethodConfig]] = {
-    "trellis": {"plain": Unweighted(), "weighted": TrellisGPTQ()},
+    "trellis": {
+        "plain": Unweighted(),
+        "weighted": TrellisGPTQ(),
+        "uncorrected": TrellisGPTQ(asymmetric=False),
+        "bare": Unweighted(asymmetric=False),
+    },
     "affine": {"plain": GPTQ(), "weighted": Weighted()},
 }
 
 
 def measured(options: argparse.Namespace) -> None:
     """The rows of one budget, written as they come."""
-    config = parse_config({"budget": {"bits": options.bits}, "code": options.code})
+    config = parse_config(
+        {
+            "budget": {"bits": options.bits},
+            "code": options.code,
+            "calibration": options.calibration,
+            "allocation": {"method": options.allocation},
+        }
+    )
     device, source = torch.device(options.device), options.source
     plan = make_plan(source, config)
     tokens = calibration_tokens(config.calibration, source, rows=plan.vocab_size)
@@ -92,6 +107,8 @@ def measured(options: argparse.Namespace) -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        "calibration": options.calibration,
+        "allocation": options.allocation,
         "seconds": {},
         "variants": {},
     }
@@ -105,7 +122,8 @@ def measured(options: argparse.Namespace) -> None:
 
     sensitivity = SensitivitySettings(widths=config.allocation.widths, code=options.code)
     profile = profile_knapsack(model, tokens.tokens, plan, sensitivity)
-    bit_widths = Allocator(plan, config.allocation, profile).knapsack(config.budget)
+    bit_widths = allocate(plan, config, profile)
+    row["predicted_loss"] = profile.predicted(bit_widths)
     orders = {
         linear.name: torch.tensor(profile.orders[linear.order]).long()
         for linear in profile.linears
@@ -117,7 +135,15 @@ def measured(options: argparse.Namespace) -> None:
         logits = with_weights(model, lambda name: weights[name].dequantize(), vectors)
         candidate = Candidate(bit_widths, logits, plan)
         first, ours = measure(model, windows, {"made": candidate}, lambda *_: None)
-        return {"true_bits": ours.bits, **row_of_texts(first, ours)}
+        held_out = {HELD_OUT: tokens.held_out}
+        _, there = measure(model, held_out, {"made": candidate}, lambda *_: None)
+        found = there.texts[HELD_OUT]
+        return {
+            "true_bits": ours.bits,
+            **row_of_texts(first, ours),
+            "held_out_kl": found.kl,
+            "held_out_kl_se": found.kl_se,
+        }
 
     def refined(method: MethodConfig) -> dict[str, Quantized]:
         with tempfile.TemporaryDirectory() as scratch:
@@ -146,15 +172,15 @@ def measured(options: argparse.Namespace) -> None:
             flush=True,
         )
 
-    if "plain" in options.variants:
-        keep("plain", refined(METHODS[options.code]["plain"]), {})
-    if "weighted" not in options.variants:
-        return
-    weights = refined(METHODS[options.code]["weighted"])
-    keep("weighted", weights, {})
+    made = {}
+    for what in options.variants:
+        if what != "tuned":
+            made[what] = refined(METHODS[options.code][what])
+            keep(what, made[what], {})
     if "tuned" not in options.variants:
         return
     row["tuning"] = {}
+    weights = made["weighted"]
     for steps, rate in product(options.steps, options.rates):
         usual = tune_settings(TrellisOmniQuant(tune_scales_steps=steps))
         settings = replace(usual, scale_rate=rate, vector_rate=rate)
@@ -206,6 +232,8 @@ def main() -> None:
     action.add_argument("--model", required=True, help="name of its rows")
     action.add_argument("--bits", type=float, required=True)
     action.add_argument("--code", choices=list(METHODS), default="trellis")
+    action.add_argument("--calibration", type=json.loads, default={}, help="its fields, as JSON")
+    action.add_argument("--allocation", default="knapsack")
     action.add_argument("--variants", nargs="+", default=["plain", "weighted", "tuned"])
     action.add_argument("--steps", type=int, nargs="+", default=[100])
     action.add_argument("--rates", type=float, nargs="+", default=[TRELLIS_RATE], help="of tuning")
