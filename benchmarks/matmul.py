@@ -4,7 +4,7 @@
     python benchmarks/matmul.py --sweep         every launch shape of the CUDA kernel
     python benchmarks/matmul.py --sweep --write also record the best shapes in tiles.json
     python benchmarks/matmul.py --kernels batch what linears run at 3 to 2048 tokens
-    python benchmarks/matmul.py --kernels batch --peers   other projects' kernels too
+    python benchmarks/matmul.py --kernels batch --peers   and those of `matmul_peers.py`
     python benchmarks/matmul.py --kernels cuda  leave Triton, batches and prefill out
 
 Every product is timed inside a CUDA graph of 40 calls, its weights rotated through copies that
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import exl2_kernels
 import matmul_peers
 import torch
 import triton
@@ -383,7 +384,7 @@ def batch_rows(
 ) -> list[dict[str, object]]:
     """Products of many tokens beside fp16, all of one case replayed in turn.
 
-    Beside a mix stand peers of its average width.
+    Beside a mix stand peers of its average width, or of its widths where a peer has mixes.
     """
     rows = []
     if with_peers:
@@ -391,7 +392,10 @@ def batch_rows(
         matmul_peers.prepare([(N, K, average(widths)) for N, K, widths in cases], token_counts)
     for name in names:
         N, K, pattern = BATCH_CASES[name]
-        peers = matmul_peers.peers(N, K, average(pattern), ROTATION_BYTES) if with_peers else []
+        peers = []
+        if with_peers:
+            bits, widths = average(pattern), spread(pattern, K)
+            peers = matmul_peers.peers(N, K, bits, widths, ROTATION_BYTES)
         peers = [peer for peer in peers if peer_is_right(peer, K)]
         packed = random_packed(N, K, spread(pattern, K))
         weights = copies(build_runtime([packed], DEVICE))
@@ -427,8 +431,10 @@ def average(pattern: tuple[int, ...]) -> int:
 
 
 def peer_is_right(peer: matmul_peers.Peer, K: int) -> bool:
+    """Of few tokens and of more, which may be different kernels."""
     x = torch.randn(48, K, device=DEVICE).to(peer.dtype)
-    error = relative_error(peer.calls[0](x), x.double() @ peer.weight().double().t())
+    exact = x.double() @ peer.weight().double().t()
+    error = max(relative_error(peer.calls[0](x[:T]), exact[:T]) for T in (3, 48))
     if not error < peer.tolerance:
         print(f"FAILED {peer.name}: relative error {error:.2e}", flush=True)
     return error < peer.tolerance
@@ -506,7 +512,8 @@ def provenance() -> dict[str, object]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
-        "peers": {name: bool(find_spec(name)) for name in ("humming", "gemlite", "hqq")},
+        "peers": {name: bool(find_spec(name)) for name in ("humming", "gemlite", "hqq")}
+        | {"exllamav2": exl2_kernels.available()},
     }
 
 

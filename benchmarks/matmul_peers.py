@@ -3,6 +3,10 @@
 - humming-kernels (PyPI): its folder on the path; it compiles with nvcc at first use, so `prepare`
   compiles what all cases need at once. Integers of one width, groups of 128, zero points.
 - tinygemm: in torch (`_weight_int4pack_mm`), 4 bits, bf16.
+- EXL2: exllamav2's kernels (`exl2_kernels.py`: its wheel's folder on the path, or
+  BITMILL_EXL2_LIBRARY), groups of 128 of one width or of the case's mix, columns in an order of
+  their own, its blocks chosen by its own timing for every case. It multiplies packed codes for up
+  to 32 tokens; for more it writes the weight out in fp16 and calls cuBLAS.
 """
 
 from __future__ import annotations
@@ -10,12 +14,14 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import exl2_kernels
 import torch
+from export_readers.exl2_layout import weight as exl2_weight
 from torch import Tensor
 
 DEVICE = torch.device("cuda")
@@ -54,10 +60,14 @@ def random_codes(N: int, K: int, bits: int) -> Codes:
     return Codes(draw((N, K)), scales, draw((N, K // GROUP)))
 
 
-def peers(N: int, K: int, bits: int, nbytes: int) -> list[Peer]:
-    """Those at hand for weights of this width, in copies of about `nbytes` together."""
+def peers(N: int, K: int, bits: int, widths: Sequence[int], nbytes: int) -> list[Peer]:
+    """Those at hand for weights of this width, in copies of about `nbytes` together.
+
+    widths: of every group, for those that have a width for each.
+    """
     found = [humming(N, K, bits, nbytes)] if find_spec("humming") else []
-    return [*found, tinygemm(N, K, nbytes)] if bits == 4 else found
+    found += [tinygemm(N, K, nbytes)] if bits == 4 else []
+    return [*found, exl2(N, widths, nbytes)] if exl2_kernels.available() else found
 
 
 def prepare(shapes: Iterable[tuple[int, int, int]], tokens: Iterable[int]) -> None:
@@ -151,6 +161,24 @@ def tinygemm(N: int, K: int, nbytes: int) -> Peer:
 
     calls = _calls(call, (packed, grid), nbytes)
     return Peer("tinygemm 4-bit", calls, weight, TINYGEMM_TOKENS, torch.bfloat16, 2e-2)
+
+
+def exl2(N: int, widths: Sequence[int], nbytes: int) -> Peer:
+    """Its sums are in fp16, by atomics across blocks."""
+    K = len(widths) * GROUP
+    scratch = torch.empty(N * K, dtype=torch.half, device=DEVICE)
+    stored = exl2_kernels.random_linear(N, widths, scratch.device)
+    first = exl2_kernels.Matrix(stored, scratch)
+    count = nbytes // first.nbytes + 1
+    matrices = [first, *(exl2_kernels.Matrix(stored, scratch) for _ in range(count))]
+    exl2_kernels.tune(matrices)
+
+    def weight() -> Tensor:
+        parts = (stored[name] for name in ("weight", "groups", "scale", "scale_max"))
+        return exl2_weight(*parts)[:, stored["invperm"].long()]
+
+    name = f"exl2 {widths[0]}-bit" if len(set(widths)) == 1 else "exl2 mix"
+    return Peer(name, [matrix.product for matrix in matrices], weight, tolerance=2e-2)
 
 
 def _calls(

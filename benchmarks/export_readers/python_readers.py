@@ -103,6 +103,7 @@ def exl2(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
     """exl2 folders, whose own runtime needs CUDA: weights by the layout of ExLlamaV2, scales in
     fp16 as its kernel has them, their products with codes in fp32; transformers computes."""
     import torch
+    from exl2_layout import weight
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -112,7 +113,7 @@ def exl2(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
     stored = {name.removeprefix("language_model."): t for name, t in stored.items()}
     names = [key.removesuffix(".q_weight") for key in stored if key.endswith(".q_weight")]
     linears = {
-        name: _exl2_weight(
+        name: weight(
             *(stored.pop(f"{name}.q_{key}") for key in ("weight", "groups", "scale", "scale_max"))
         )[:, stored.pop(f"{name}.q_invperm").long()].contiguous()
         for name in names
@@ -120,48 +121,29 @@ def exl2(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    weights = {f"{name}.weight": weight for name, weight in linears.items()}
+    weights = {f"{name}.weight": found for name, found in linears.items()}
     missing, unknown = model.load_state_dict(weights | stored, strict=False)
     assert not unknown, unknown
     assert set(missing) <= {"lm_head.weight"}, missing
     model.tie_weights()
     tokens, scores = _torch_reads(model, prompts, new)
-    return tokens, scores, {name: weight.numpy() for name, weight in linears.items()}
-
-
-def _exl2_weight(words: Any, groups: Any, steps: Any, largest: Any) -> Any:
-    """f32 [N, K] of one linear's tensors, columns in the order of their groups."""
-    import numpy as np
-    import torch
-
-    def codes(stream: Any, bits: int) -> Any:
-        """Numbers of so many bits that follow each other down the columns of i32 [W, N]: [N, c]."""
-        columns = np.ascontiguousarray(stream.numpy().astype("<i4").T).view(np.uint8)
-        ones = np.unpackbits(columns, axis=1, bitorder="little")
-        return ones.reshape(len(columns), -1, bits).astype(np.int32) @ (1 << np.arange(bits))
-
-    starts, parts = [*groups[1::2].tolist(), len(words)], []
-    for group, bits in enumerate(groups[0::2].tolist()):
-        k = torch.from_numpy(codes(steps[group][:, None], 4).reshape(-1)) + 1
-        scale = (k * k).half() * (largest[group] / 256)
-        found = torch.from_numpy(codes(words[starts[group] : starts[group + 1]], bits))
-        parts.append(scale.float()[:, None] * (found - (1 << (bits - 1))).float())
-    return torch.cat(parts, 1)
+    return tokens, scores, {name: found.numpy() for name, found in linears.items()}
 
 
 def exllamav2(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
     """exl2 folders, by exllamav2's own loader and model, in fp16 on a CPU."""
     import torch
+    from exl2_layout import weight
     from exllamav2_on_cpu import load
 
-    logits, linears = load(folder, _exl2_weight)
+    logits, linears = load(folder, weight)
     tokens = torch.tensor(prompts)
     scores = logits(tokens).float().log_softmax(-1)
     with torch.no_grad():
         while tokens.shape[1] < len(prompts[0]) + new:
             tokens = torch.cat([tokens, logits(tokens)[:, -1:].argmax(-1)], 1)
     found = tokens[:, len(prompts[0]) :].tolist()
-    return found, list(scores.numpy()), {name: weight.numpy() for name, weight in linears.items()}
+    return found, list(scores.numpy()), {name: one.numpy() for name, one in linears.items()}
 
 
 def mlx(folder: Path, prompts: Sequence[list[int]], new: int) -> Read:
