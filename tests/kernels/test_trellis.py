@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from bitmill.quant.rotation import packed_rewrites, signs
 from bitmill_kernels.trellis.code import (
     DEVIATION,
     decode_tiles,
@@ -159,7 +160,7 @@ def test_shapes_name_a_tensor_per_rate():
         circle_shapes(40, 300, (3, 9, 3))
 
 
-def random_product(N, K, rates, device=CPU):
+def random_product(N, K, rates, **source):
     draw = torch.Generator().manual_seed(N)
     circles = {
         key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
@@ -167,25 +168,72 @@ def random_product(N, K, rates, device=CPU):
     }
     rows, groups = (torch.rand(n, generator=draw).half() for n in (N, len(rates)))
     W = decode_rows(circles, rates, K, 0, N) * per_column(groups.float(), K) * rows.float()[:, None]
-    return TrellisProduct(circles, rows, groups, K, rates, device), W
+    return TrellisProduct(circles, rows, groups, K, rates, CPU, **source), W
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.fixture(params=["AVX512", "AVX2", "DEFAULT", "torch"])
+def way(request, monkeypatch):
+    """How products are made: compiled for a capability, or by torch."""
+    capabilities = ["DEFAULT", "AVX2", "AVX512"]
+    own = torch.backends.cpu.get_cpu_capability()
+    if request.param == "torch":
+        monkeypatch.setenv("BITMILL_CPU_KERNEL", "0")
+    elif own not in capabilities or capabilities.index(request.param) > capabilities.index(own):
+        pytest.skip(f"this processor has {own}")
+    else:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    product_library.cache_clear()
+    yield request.param
+    product_library.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("N", "K", "rates"),
     [(37, 300, (3, 5, 1)), (16, 128, (2,)), (1, 9, (4,)), (50, 272, (6, 7, 8))],
     ids=str,
 )
-def test_products_are_those_of_the_decoded_weights(N, K, rates, compiled, monkeypatch):
-    if not compiled:
-        monkeypatch.setenv("BITMILL_CPU_KERNEL", "0")
-    product_library.cache_clear()
+def test_products_are_those_of_the_decoded_weights(N, K, rates, way):
     product, W = random_product(N, K, rates)
     torch.testing.assert_close(product.weights(0, N), W)
     torch.testing.assert_close(product.weights(0, min(N, 20)), W[:20])
-    for tokens in (1, 2, 3, 4, 7, 20):
+    for tokens in (*range(1, 9), 20):
         x = torch.randn(tokens, K)
         torch.testing.assert_close(product(x), x @ W.T, atol=1e-4, rtol=1e-4)
         dy = torch.randn(tokens, N)
         torch.testing.assert_close(product.input_gradient(dy), dy @ W, atol=1e-4, rtol=1e-4)
-    product_library.cache_clear()
+
+
+@pytest.mark.parametrize("rates", [(1, 2, 3, 4) * 4, (5, 6, 7, 8) * 4], ids=str)
+def test_values_are_those_of_the_code_bit_for_bit(rates, way):
+    N, K = 512, 128 * len(rates)
+    draw = torch.Generator().manual_seed(0)
+    circles = {
+        key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+        for key, shape in circle_shapes(N, K, rates).items()
+    }
+    ones = [torch.ones(n, dtype=torch.float16) for n in (N, len(rates))]
+    found = TrellisProduct(circles, *ones, K, rates, CPU).weights(0, N)
+    assert torch.equal(found, decode_rows(circles, rates, K, 0, N))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("K", [9, 128, 300])
+def test_inputs_in_the_columns_of_the_source_are_ordered_and_rotated(K, ordered, dtype, way):
+    N, rates, draw = 20, (3, 6, 2)[: -(-K // 128)], torch.Generator().manual_seed(K)
+    order = torch.randperm(K, generator=draw).int() if ordered else None
+    rewrites = packed_rewrites("trellis", order)
+
+    def inputs(x):
+        for one in rewrites:
+            x = one.inputs(x)
+        return x
+
+    source = {"order": order, "signs": signs(K, CPU), "inputs": inputs}
+    product, W = random_product(N, K, rates, **source)
+    for tokens in (1, 3, 8, 9):
+        x = torch.randn(tokens, K, generator=draw).to(dtype)
+        y = product.of_source(x)
+        assert y.dtype == dtype
+        near = 1e-4 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(y.float(), inputs(x.float()) @ W.T, atol=near, rtol=near)

@@ -2,32 +2,31 @@
 
     y[t, n] = row_scale[n] * sum_k x[t, k] * group_scale[g] * value[n, k]
 
-x is in packed columns, rotated. On a CPU up to `FUSED_TOKENS` tokens multiply straight from the
-circles, in the compiled kernel (`product_cpu.cpp`). More tokens, or no compiler: a tile of rows is
-decoded into the cache, multiplied and dropped. fp32 inside.
+x is in packed columns, rotated, or in the source's. On a CPU up to `FUSED_TOKENS` tokens multiply
+straight from the circles, in the compiled kernel (`product_cpu.cpp`), which orders and rotates them
+itself. More tokens, or no compiler: a tile of rows is decoded into the cache, multiplied and
+dropped. fp32 inside.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from bitmill_kernels.compiled import vector_flags
 from bitmill_kernels.layout import GROUP_SIZE, group_columns
 from bitmill_kernels.trellis.building import built
-from bitmill_kernels.trellis.code import decode_tiles, positions, table, untiled
+from bitmill_kernels.trellis.code import decode_tiles, untiled
 from bitmill_kernels.trellis.layout import TILE, tile_count
 
 TILE_ELEMENTS = 1 << 18
 """Weights that are decoded at once."""
 FUSED_TOKENS = 8
-TOKENS_PER_CALL = 4
 
 
 class _Group(ctypes.Structure):
@@ -45,6 +44,9 @@ class TrellisProduct:
     """One linear on one device.
 
     circles: as `circle_shapes` names them; row_scales f16 [N], group_scales f16 [G].
+    inputs: brings x f32 [T, K] from the source's columns into packed, rotated ones (`of_source`).
+    order i32 [K] or None, and signs f32 [K] say the same to kernels that do so themselves; signs
+    are None where the rotation is not that of docs/format.md.
     """
 
     def __init__(
@@ -55,6 +57,10 @@ class TrellisProduct:
         K: int,
         rates: Sequence[int],
         device: torch.device,
+        *,
+        order: Tensor | None = None,
+        signs: Tensor | None = None,
+        inputs: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.N, self.K, self.rates = len(row_scales), K, tuple(rates)
         self._circles = {key: value.to(device).contiguous() for key, value in circles.items()}
@@ -63,16 +69,27 @@ class TrellisProduct:
         self._columns = per_column(self._groups, K)
         self._library = load_library() if device.type == "cpu" else None
         self._described = self._describe() if self._library is not None else None
+        self._order = None if order is None else order.to(device)
+        self._signed = None
+        if self._library is not None and signs is not None:
+            self._signed = _signed(self._order, signs)
+        self._inputs = inputs
 
     def __call__(self, x: Tensor) -> Tensor:
         """y f32 [T, N] of x f32 [T, K]."""
-        y = torch.empty(len(x), self.N, device=x.device)
         if self._library is not None and len(x) <= FUSED_TOKENS:
-            self._multiply(x, y)
-            return y
+            return self._multiply(x, None)
+        y = torch.empty(len(x), self.N, device=x.device)
         for first, tile in self._tiles():
             torch.mm(x, tile.t(), out=y[:, first : first + len(tile)])
         return y
+
+    def of_source(self, x: Tensor) -> Tensor:
+        """y [T, N] of x [T, K] in the source's columns, in the dtype of x."""
+        if self._library is not None and self._signed is not None and len(x) <= FUSED_TOKENS:
+            return self._multiply(x.float(), self._signed).to(x.dtype)
+        assert self._inputs is not None
+        return self(self._inputs(x.float())).to(x.dtype)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """dy W f32 [T, K] in packed, rotated columns of dy f32 [T, N]."""
@@ -96,7 +113,7 @@ class TrellisProduct:
                 len(self.rates),
                 first,
                 end,
-                *self._tables(),
+                self._rows.data_ptr(),
                 out.data_ptr(),
                 self.K,
                 torch.get_num_threads(),
@@ -105,27 +122,22 @@ class TrellisProduct:
         values = decode_rows(self._circles, self.rates, self.K, first, end)
         return values.mul_(self._columns).mul_(self._rows[first:end, None])
 
-    def _multiply(self, x: Tensor, y: Tensor) -> None:
+    def _multiply(self, x: Tensor, order: Tensor | None) -> Tensor:
         assert self._library is not None
-        tiles = functional.pad(x * self._columns, (0, -self.K % TILE)).unflatten(1, (-1, TILE))
-        laid = tiles[..., positions(x.device)[:32] % TILE].contiguous()
-        for start in range(0, len(x), TOKENS_PER_CALL):
-            self._library.bitmill_trellis_multiply(
-                self._described,
-                len(self.rates),
-                self.N,
-                min(TOKENS_PER_CALL, len(x) - start),
-                laid[start].data_ptr(),
-                laid[0].numel(),
-                *self._tables(),
-                y[start].data_ptr(),
-                torch.get_num_threads(),
-            )
-
-    def _tables(self) -> tuple[int, int, int]:
-        """Addresses of the values of states, in pairs and single, and of the rows' scales."""
-        cpu = torch.device("cpu")
-        return table(1, cpu).data_ptr(), table(8, cpu).data_ptr(), self._rows.data_ptr()
+        x, y = x.contiguous(), torch.empty(len(x), self.N)
+        self._library.bitmill_trellis_multiply(
+            self._described,
+            len(self.rates),
+            self.N,
+            self.K,
+            len(x),
+            x.data_ptr(),
+            None if order is None else order.data_ptr(),
+            self._rows.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y
 
     def _describe(self) -> ctypes.Array[_Group]:
         """One `Group` for each group, pointing into the stored tensors."""
@@ -152,16 +164,22 @@ def load_library() -> ctypes.CDLL | None:
     if library is not None:
         pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         library.bitmill_trellis_multiply.argtypes = [
-            *(pointer, integer, integer, integer, pointer, long),
-            *(pointer, pointer, pointer, pointer, integer),
+            *(pointer, integer, integer, integer, integer, pointer),
+            *(pointer, pointer, pointer, integer),
         ]
         library.bitmill_trellis_multiply.restype = None
         library.bitmill_trellis_decode.argtypes = [
             *(pointer, integer, integer, integer),
-            *(pointer, pointer, pointer, pointer, long, integer),
+            *(pointer, pointer, long, integer),
         ]
         library.bitmill_trellis_decode.restype = None
     return library
+
+
+def _signed(order: Tensor | None, signs: Tensor) -> Tensor:
+    """Both in one i32 [K], as the kernel takes them: ~order where the sign is negative."""
+    columns = torch.arange(len(signs), dtype=torch.int32) if order is None else order
+    return torch.where(signs < 0, ~columns, columns)
 
 
 def per_column(group_scales: Tensor, K: int) -> Tensor:

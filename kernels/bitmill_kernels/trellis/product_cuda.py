@@ -12,9 +12,10 @@ without ever writing a weight. More tokens, or fp32: rows are decoded into a scr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,20 +37,10 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class CudaTrellisProduct(TrellisProduct):
-    """One linear on one CUDA device.
+    """One linear on one CUDA device; order and inputs as `TrellisProduct` takes them."""
 
-    order: i32 [K] or None. inputs: brings x f32 [T, K] into packed, rotated columns.
-    """
-
-    def __init__(
-        self,
-        *linear: object,
-        order: Tensor | None,
-        inputs: Callable[[Tensor], Tensor],
-    ) -> None:
-        super().__init__(*linear)  # type: ignore[arg-type]
-        self._order = None if order is None else order.to(self._rows.device)
-        self._inputs = inputs
+    def __init__(self, *linear: Any, **source: Any) -> None:
+        super().__init__(*linear, **source)
         self._table = _table_of(self._circles, self.rates, self.K)
         wide = batch_cuda.available(self._rows.device)
         self._batch = (
@@ -73,6 +64,7 @@ class CudaTrellisProduct(TrellisProduct):
             return self._batch(x.contiguous())
         if x.dtype != torch.float32 and 0 < len(x) <= FUSED_TOKENS:
             return self._fused(x.contiguous())
+        assert self._inputs is not None
         inner = self._inputs(x.float()).to(x.dtype)
         parts = [functional.linear(inner, W) for _, W in self._slabs(x.dtype)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitmill.inference.linear import QuantizedLinear
-from bitmill.quant.rotation import Rotation
+from bitmill.quant.rotation import Rotation, signs
 from bitmill.quant.trellis import TrellisTensor, trellis_shapes
 from bitmill_kernels.trellis.product import TrellisProduct
 from bitmill_kernels.trellis.product_cuda import CudaTrellisProduct, available
@@ -48,14 +48,15 @@ class TrellisRuntime:
         self.device, self.rewrites = device, weight.rewrites
         scales = weight.row_scales, weight.group_scales
         linear = weight.circles, *scales, weight.K, weight.widths, device
-        self.product: TrellisProduct
-        # The CUDA kernel rotates by the signs from column 0 on.
+        # Kernels rotate by the signs from column 0 on.
         whole = Rotation() in weight.rewrites
-        if whole and device.type == "cuda" and available():
-            inputs = self._inputs
-            self.product = CudaTrellisProduct(*linear, order=weight.order, inputs=inputs)
-        else:
-            self.product = TrellisProduct(*linear)
+        on_gpu = whole and device.type == "cuda" and available()
+        self.product = (CudaTrellisProduct if on_gpu else TrellisProduct)(
+            *linear,
+            order=weight.order,
+            signs=signs(weight.K, device) if whole else None,
+            inputs=self._inputs,
+        )
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = _Product.apply(x, self)
@@ -63,9 +64,7 @@ class TrellisRuntime:
 
     def multiply(self, x: Tensor) -> Tensor:
         """y [T, N] of x [T, K] in the source's columns, in the dtype of x."""
-        if isinstance(self.product, CudaTrellisProduct):
-            return self.product.of_source(x)
-        return self.product(self._inputs(x.float())).to(x.dtype)
+        return self.product.of_source(x)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """dx f32 [T, K] of dy [T, N]."""
