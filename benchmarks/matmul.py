@@ -96,6 +96,12 @@ BATCH_CASES: dict[str, tuple[int, int, tuple[int, ...]]] = {
     for N, K in MATRICES
     for name, pattern in (("mix 3", MIX), ("4-bit", (4,)), ("2-bit", (2,)))
 }
+ASKED_CASES = BATCH_CASES | {
+    f"{N}x{K} {width}-bit": (N, K, (width,)) for N, K in MATRICES for width in (3, 5, 6, 8)
+}
+"""What `--batch` takes: other widths run only where they are named."""
+PEER_CHECKED = (3, 48)
+"""Tokens: few and more, which may be different kernels."""
 SWEPT = {
     f"{N}x{K} {name}": ([N], K, [pattern])
     for N, K in MATRICES
@@ -388,10 +394,11 @@ def batch_rows(
     """
     rows = []
     if with_peers:
-        cases = [BATCH_CASES[name] for name in names]
-        matmul_peers.prepare([(N, K, average(widths)) for N, K, widths in cases], token_counts)
+        cases = [ASKED_CASES[name] for name in names]
+        shapes = [(N, K, average(widths)) for N, K, widths in cases]
+        matmul_peers.prepare(shapes, {*token_counts, *PEER_CHECKED})
     for name in names:
-        N, K, pattern = BATCH_CASES[name]
+        N, K, pattern = ASKED_CASES[name]
         peers = []
         if with_peers:
             bits, widths = average(pattern), spread(pattern, K)
@@ -426,15 +433,14 @@ def batch_rows(
 
 
 def average(pattern: tuple[int, ...]) -> int:
-    """Bits, a whole number in all of `BATCH_CASES`."""
+    """Bits, a whole number in all of `ASKED_CASES`."""
     return sum(pattern) // len(pattern)
 
 
 def peer_is_right(peer: matmul_peers.Peer, K: int) -> bool:
-    """Of few tokens and of more, which may be different kernels."""
-    x = torch.randn(48, K, device=DEVICE).to(peer.dtype)
+    x = torch.randn(max(PEER_CHECKED), K, device=DEVICE).to(peer.dtype)
     exact = x.double() @ peer.weight().double().t()
-    error = max(relative_error(peer.calls[0](x[:T]), exact[:T]) for T in (3, 48))
+    error = max(relative_error(peer.calls[0](x[:T]), exact[:T]) for T in PEER_CHECKED)
     if not error < peer.tolerance:
         print(f"FAILED {peer.name}: relative error {error:.2e}", flush=True)
     return error < peer.tolerance
@@ -556,7 +562,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="record the best shapes")
     parser.add_argument("--kernels", nargs="*", default=["cuda", "triton", "prefill"])
     parser.add_argument("--cases", nargs="*", choices=list(SWEPT), help="the table's, or all")
-    parser.add_argument("--batch", nargs="*", default=list(BATCH_CASES), choices=list(BATCH_CASES))
+    parser.add_argument("--batch", nargs="*", default=list(BATCH_CASES), choices=list(ASKED_CASES))
     parser.add_argument("--tokens", nargs="*", type=int, default=list(BATCHES), help="of batches")
     parser.add_argument("--peers", action="store_true", help="time other projects' kernels too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
