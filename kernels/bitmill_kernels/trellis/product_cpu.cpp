@@ -10,12 +10,13 @@
 //       f(lower half of h) + f(upper half of h)
 //   value = (s + 8192 s) - 8192 s, which rounds s to the 11 bits that fp16 has
 //
-// f keeps the sign and 12 bits of a half, so its exponents are -3 to 0: a half that is the upper one
-// of a word, shifted right by 3 with the sign kept, has them where fp32 has them.
+// f keeps the sign and 12 bits of a half, so its exponents are -3 to 0: the upper half of a word,
+// shifted right by 3 with the sign kept, has them where fp32 has them.
 //
 // Vectors are the compiler's own. 32 values in a row of a circle, a run, are the same 16 columns of
 // two rows: 16 pairs, the even values of which lie in vectors, then the odd ones, and x as they do.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -41,6 +42,7 @@ typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 
 constexpr int kTile = 16, kRuns = 8, kPairs = 16, kRun = 2 * kPairs, kMaxTokens = 4;
 constexpr int kGroupTiles = 8, kGroup = kGroupTiles * kTile;
+constexpr int64_t kThreadWeights = 1 << 17;  // of fewer a thread is not worth its waiting: 10 us
 constexpr int kSlack = 64;  // bytes behind a circle that vectors may read
 
 constexpr uint32_t kMultiplier = 0x962cae47u;
@@ -224,9 +226,14 @@ void multiply_row(const Group* groups, int group_count, int tile_row, const floa
       add_group<rate, TOKENS>(groups[g], tile_row, x, x_stride, sums);
     });
   for (int t = 0; t < TOKENS; ++t) {
-    float total[kTile] = {};
-    for (int p = 0; p < kRuns; ++p)
-      for (int i = 0; i < kLanes; ++i) total[row_of(p, i)] += sums[p][t][i];
+    float total[kTile];
+    for (int p = 0; p < kRuns; ++p) {
+      float lanes[kLanes];
+      std::memcpy(lanes, &sums[p][t], sizeof lanes);
+      for (int half = kLanes / 2; half > 1; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+      for (int i = 0; i < 2; ++i) total[row_of(p, i)] = lanes[i];
+    }
     for (int r = 0; r < kTile && tile_row * kTile + r < N; ++r) {
       const int n = tile_row * kTile + r;
       y[static_cast<int64_t>(t) * N + n] = row_scales[n] * total[r];
@@ -298,6 +305,10 @@ void lay(const float* x, const int32_t* order, int count, const Group& group, fl
         *out++ = group.scale * v[c * kTile + column_of(i) + odd];
 }
 
+int useful_threads(int threads, int64_t weights) {
+  return static_cast<int>(std::clamp<int64_t>(weights / kThreadWeights, 1, threads));
+}
+
 }  // namespace
 
 // x f32 [tokens, K] in packed, rotated columns, or with an order, i32 [K], in the source's: what is
@@ -307,6 +318,7 @@ extern "C" void bitmill_trellis_multiply(const Group* groups, int group_count, i
                                          int tokens, const float* x, const int32_t* order,
                                          const float* row_scales, float* y, int threads) {
   const int rows = (N + kTile - 1) / kTile;
+  threads = useful_threads(threads, static_cast<int64_t>(N) * K);
   const int64_t stride = static_cast<int64_t>(group_count) * kGroupTiles * kRun;
   std::vector<float> laid(tokens * stride);
 #pragma omp parallel for num_threads(threads) collapse(2) if (tokens > 1)
