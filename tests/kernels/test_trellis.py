@@ -237,3 +237,17 @@ def test_inputs_in_the_columns_of_the_source_are_ordered_and_rotated(K, ordered,
         assert y.dtype == dtype
         near = 1e-4 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(y.float(), inputs(x.float()) @ W.T, atol=near, rtol=near)
+
+
+def test_inputs_near_the_largest_of_fp32_do_not_overflow_on_the_way(way):
+    K = 300
+    inputs = packed_rewrites("trellis", None)[0].inputs
+    product, W = random_product(20, K, (3, 6, 2), signs=signs(K, CPU), inputs=inputs)
+    x = signs(K, CPU)[None] * 1e37  # all of a group comes together in one column
+    expected = inputs(x.double()) @ W.double().T
+    assert float((product.of_source(x) - expected).abs().max() / expected.abs().max()) < 1e-5
+    one = torch.zeros(1, K)
+    for lost in (torch.nan, torch.inf):
+        one[0, 5] = lost
+        y, plain = product.of_source(one), inputs(one) @ W.T
+        assert torch.equal(y.isfinite(), plain.isfinite())

@@ -281,6 +281,8 @@ namespace {
 void rotate(float* v, int count) {
   for (int size = kGroup; count; v += size, count -= size) {
     while (size > count) size /= 2;
+    const float factor = 1.0f / std::sqrt(static_cast<float>(size));
+    for (int k = 0; k < size; ++k) v[k] *= factor;
     for (int step = 1; step < size; step *= 2)
       for (int i = 0; i < size; i += 2 * step)
         for (int j = i; j < i + step; ++j) {
@@ -288,8 +290,6 @@ void rotate(float* v, int count) {
           v[j] = one + other;
           v[j + step] = one - other;
         }
-    const float factor = 1.0f / std::sqrt(static_cast<float>(size));
-    for (int k = 0; k < size; ++k) v[k] *= factor;
   }
 }
 

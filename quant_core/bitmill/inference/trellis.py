@@ -64,6 +64,8 @@ class TrellisRuntime:
 
     def multiply(self, x: Tensor) -> Tensor:
         """y [T, N] of x [T, K] in the source's columns, in the dtype of x."""
+        if x.shape[-1] != self.product.K:  # kernels check no shape
+            raise ValueError(f"x has {x.shape[-1]} columns: the weight has {self.product.K}")
         return self.product.of_source(x)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
@@ -82,9 +84,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, runtime: TrellisRuntime) -> Tensor:
         ctx.runtime, ctx.dtype = runtime, x.dtype
-        return runtime.multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        y = runtime.multiply(x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], runtime.product.N)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         dx = ctx.runtime.input_gradient(dy.reshape(-1, dy.shape[-1]))
-        return dx.to(ctx.dtype).view(*dy.shape[:-1], -1), None
+        return dx.to(ctx.dtype).view(*dy.shape[:-1], ctx.runtime.product.K), None
