@@ -22,7 +22,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -89,6 +89,7 @@ def measured(options: argparse.Namespace) -> None:
             "code": options.code,
             "calibration": options.calibration,
             "allocation": {"method": options.allocation},
+            "refinement": {"method": "gptq", "transforms": options.transforms},
         }
     )
     device, source = torch.device(options.device), options.source
@@ -109,6 +110,7 @@ def measured(options: argparse.Namespace) -> None:
         },
         "calibration": options.calibration,
         "allocation": options.allocation,
+        "transforms": options.transforms,
         "seconds": {},
         "variants": {},
     }
@@ -145,7 +147,7 @@ def measured(options: argparse.Namespace) -> None:
             "held_out_kl_se": found.kl_se,
         }
 
-    def refined(method: MethodConfig) -> dict[str, Quantized]:
+    def refined(method: MethodConfig) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
         with tempfile.TemporaryDirectory() as scratch:
             refine_model(
                 model,
@@ -157,7 +159,8 @@ def measured(options: argparse.Namespace) -> None:
                 transforms=config.transforms,
             )
             found = RefinedModel(Path(scratch), plan)
-            return {name: found.linear(name) for name in bit_widths.linears}
+            vectors = {name: tensor.clone() for name, tensor in found.changed.items()}
+            return {name: found.linear(name) for name in bit_widths.linears}, vectors
 
     def keep(what: str, weights: Mapping[str, Quantized], vectors: Mapping[str, Tensor]) -> None:
         spent(what)
@@ -176,16 +179,22 @@ def measured(options: argparse.Namespace) -> None:
     for what in options.variants:
         if what != "tuned":
             made[what] = refined(METHODS[options.code][what])
-            keep(what, made[what], {})
+            keep(what, *made[what])
     if "tuned" not in options.variants:
         return
     row["tuning"] = {}
-    weights = made["weighted"]
+    weights, vectors = made["weighted"]
     for steps, rate in product(options.steps, options.rates):
         usual = tune_settings(TrellisOmniQuant(tune_scales_steps=steps))
         settings = replace(usual, scale_rate=rate, vector_rate=rate)
         tuned = tune_scales(
-            model, weights, tokens.tokens, tokens.held_out, settings, seed=config.seed
+            model,
+            weights,
+            tokens.tokens,
+            tokens.held_out,
+            settings,
+            seed=config.seed,
+            vectors=vectors,
         )
         what = f"tuned, {steps} steps" + (f" at {rate:g}" if rate != TRELLIS_RATE else "")
         row["tuning"][what] = tuned.report.model_dump(mode="json")
@@ -202,6 +211,7 @@ def table(rows: list[dict[str, Any]], peers: Mapping[str, Any]) -> str:
         "mean excess",
         "over exl3",
         *(f"KL {t}" for t in texts),
+        "KL held-out",
         "run",
     ]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -213,15 +223,26 @@ def table(rows: list[dict[str, Any]], peers: Mapping[str, Any]) -> str:
         ]
         for what, found in row["variants"].items():
             other = at_bits(exl3, found["true_bits"]) if len(exl3) > 1 else None
+            what = ", ".join([what, *_apart(row)])
             cells = [row["model"], row["code"], f"{found['true_bits']:.3f}", what]
             cells += [f"{found['perplexity'][text]:.2f}" for text in texts]
             cells += [f"{found['excess'][text]:.4f}" for text in texts]
             cells += [f"{found['mean_excess']:.4f}"]
             cells += [f"{found['mean_excess'] / other:.2f}" if other else ""]
             cells += [f"{found['kl'][text]:.4f}" for text in texts]
-            cells += [row["run"]]
+            cells += [f"{found['held_out_kl']:.4f}" if "held_out_kl" in found else "", row["run"]]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _apart(row: Mapping[str, Any]) -> Iterator[str]:
+    """What sets a row apart from others of its variant."""
+    if row.get("allocation", "knapsack") != "knapsack":
+        yield f"allocation {row['allocation']}"
+    if row.get("calibration"):
+        yield f"calibration {json.dumps(row['calibration'])}"
+    if row.get("transforms"):
+        yield f"transforms {json.dumps(row['transforms'])}"
 
 
 def main() -> None:
@@ -234,6 +255,7 @@ def main() -> None:
     action.add_argument("--code", choices=list(METHODS), default="trellis")
     action.add_argument("--calibration", type=json.loads, default={}, help="its fields, as JSON")
     action.add_argument("--allocation", default="knapsack")
+    action.add_argument("--transforms", type=json.loads, default=[], help="before, as JSON")
     action.add_argument("--variants", nargs="+", default=["plain", "weighted", "tuned"])
     action.add_argument("--steps", type=int, nargs="+", default=[100])
     action.add_argument("--rates", type=float, nargs="+", default=[TRELLIS_RATE], help="of tuning")

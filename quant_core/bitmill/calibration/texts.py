@@ -23,6 +23,7 @@ from bitmill.config.quantization import (
 )
 from bitmill.errors import CalibrationError, raise_resource_error, reason
 
+BLENDED = ("wiki_calibration", "mixture_calibration")
 MAX_TEXT_BYTES = 512 << 20
 _LINES = {".jsonl", ".ndjson"}
 
@@ -146,13 +147,16 @@ def _dataset_text(source: DatasetText, enough: int) -> str:
     return "\n\n".join(parts)
 
 
-def read_text(calibration: Calibration) -> str:
-    """The calibration text; raises `CalibrationError` where it cannot be read."""
+def read_texts(calibration: Calibration) -> list[str]:
+    """The calibration text, or the texts of a blend; raises `CalibrationError` where one cannot be
+    read."""
     match calibration.text:
+        case BundledText(name="blend_calibration"):
+            return [bundled_text(name) for name in BLENDED]
         case BundledText(name=name):
-            return bundled_text(name)
+            return [bundled_text(name)]
         case FileText() as file:
-            return _file_text(file)
+            return [_file_text(file)]
         case DatasetText() as dataset:
             windows = calibration.sequences + calibration.held_out
-            return _dataset_text(dataset, enough=windows * calibration.length * 16)
+            return [_dataset_text(dataset, enough=windows * calibration.length * 16)]

@@ -1,8 +1,8 @@
 """Texts as token windows, for calibration and for evaluation.
 
 A text becomes consecutive windows of `length` tokens (`framing.py`). Calibration takes the first
-`sequences` of a seeded permutation of the windows, held-out sequences are the next ones of it;
-evaluation takes windows in their order.
+`sequences` of a seeded permutation of the windows, held-out sequences are the next ones of it; of a
+blend each text gives its share of both, in turn. Evaluation takes windows in their order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bitmill.calibration.framing import framed
-from bitmill.calibration.texts import bundled_text, read_text
+from bitmill.calibration.texts import bundled_text, read_texts
 from bitmill.config.quantization import (
     Calibration,
     Evaluation,
@@ -30,7 +30,7 @@ from bitmill.models.tokenizer import shared_tokenizer
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
-    """Windows of one text.
+    """Windows of one text, or of a blend.
 
     tokens: int64 [S, T]; held_out: int64 [S2, T], no window of `tokens`;
     digest: hex SHA-256 of both, part of what a profile is identified by; framing: how they begin.
@@ -104,38 +104,48 @@ def calibration_tokens(
     has too few windows, or a token without a row.
     """
     tokenizer = shared_tokenizer(tokenizer_folder)
-    windows = token_windows(
-        read_text(calibration),
-        tokenizer,
-        calibration.length,
-        framing=calibration.framing,
-        rows=rows,
-        param="calibration.text",
-    )
     others = calibration.held_out // 2 if calibration.held_out_text else 0
-    first, asked = calibration.sequences, calibration.sequences + calibration.held_out - others
-    if len(windows) < asked:
-        raise CalibrationError(
-            f"the text has {len(windows)} sequences of {calibration.length} tokens, "
-            f"{calibration.sequences} for calibration and {calibration.held_out} held out are "
-            "asked for: give a longer text or lower these numbers",
-            code="text_too_short",
-            param="calibration.sequences",
-        )
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    tokens, held_out = windows[order[:first]], windows[order[first:asked]]
-    if calibration.held_out_text and others:
-        second = token_windows(
-            bundled_text(calibration.held_out_text),
+    texts = read_texts(calibration)
+
+    def windows_of(text: str, asked: int, param: str) -> Tensor:
+        """So many at least, in a seeded sequence."""
+        found = token_windows(
+            text,
             tokenizer,
             calibration.length,
             framing=calibration.framing,
             rows=rows,
-            param="calibration.held_out_text",
+            param=param,
         )
-        order = torch.randperm(len(second), generator=torch.Generator().manual_seed(seed))
-        held_out = torch.cat([held_out, second[order[:others]]])
-    return CalibrationSet(tokens, held_out, _digest(tokens, held_out), calibration.framing)
+        if len(found) < asked:
+            raise CalibrationError(
+                f"the text has {len(found)} sequences of {calibration.length} tokens, "
+                f"{calibration.sequences} for calibration and {calibration.held_out} held out are "
+                f"asked for{' of two texts together' if len(texts) > 1 else ''}: give a longer "
+                "text or lower these numbers",
+                code="text_too_short",
+                param="calibration.sequences",
+            )
+        return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))]
+
+    tokens, held_out = [], []
+    firsts = _shares(calibration.sequences, len(texts))
+    judges = _shares(calibration.held_out - others, len(texts))
+    for text, first, judge in zip(texts, firsts, judges, strict=True):
+        found = windows_of(text, first + judge, "calibration.text")
+        tokens.append(found[:first])
+        held_out.append(found[first : first + judge])
+    if calibration.held_out_text and others:
+        second = bundled_text(calibration.held_out_text)
+        held_out.append(windows_of(second, others, "calibration.held_out_text")[:others])
+    places = torch.cat([torch.arange(len(part)) for part in tokens])
+    every, judging = torch.cat(tokens)[places.argsort(stable=True)], torch.cat(held_out)
+    return CalibrationSet(every, judging, _digest(every, judging), calibration.framing)
+
+
+def _shares(count: int, parts: int) -> list[int]:
+    """Whole numbers as even as can be, the largest first, that add up to `count`."""
+    return [(count + parts - 1 - i) // parts for i in range(parts)]
 
 
 def evaluation_tokens(

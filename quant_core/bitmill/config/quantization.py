@@ -121,11 +121,11 @@ CalibrationText = Literal["wiki_calibration", "mixture_calibration"]
 
 
 class BundledText(Closed):
-    """A text that ships with the library: English Wikipedia, or a mixture of prose, code,
-    technical documents and dialogue in several languages."""
+    """A text that ships with the library: English Wikipedia, a mixture of prose, code, technical
+    documents and dialogue in several languages, or a blend: half of the windows of each."""
 
     source: Literal["bundled"] = "bundled"
-    name: CalibrationText = "wiki_calibration"
+    name: CalibrationText | Literal["blend_calibration"] = "wiki_calibration"
 
 
 class FileText(Closed):

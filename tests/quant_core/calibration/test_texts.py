@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bitmill.calibration.texts import read_text
+from bitmill.calibration.texts import read_texts
 from bitmill.calibration.windows import check_token_ids, token_windows
 from bitmill.config.quantization import Calibration
 from bitmill.errors import CalibrationError
@@ -22,7 +22,8 @@ LINES = "\n".join(map(json.dumps, RECORDS))
 
 def read(path: Path, **source: Any) -> str:
     text = {"source": "file", "path": str(path)} | source
-    return read_text(Calibration.model_validate({"text": text}))
+    (found,) = read_texts(Calibration.model_validate({"text": text}))
+    return found
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bitmill.calibration.windows import (
+    CalibrationSet,
     bundled_text,
     calibration_tokens,
     evaluation_tokens,
@@ -165,6 +166,23 @@ def test_half_of_the_held_out_windows_may_be_of_another_text(
     assert len(found.held_out) == 5
     assert all(window in mixture for window in found.held_out[3:].tolist())
     assert found.digest != plain.digest
+
+
+def test_a_blend_takes_windows_of_both_texts_in_turn(tokenizer_folder: Path) -> None:
+    def windows(name: str, **asked: int) -> CalibrationSet:
+        text = {"source": "bundled", "name": name}
+        one = Calibration.model_validate({"text": text, "length": 10, **asked})
+        return calibration_tokens(one, tokenizer_folder)
+
+    blend = windows("blend_calibration", sequences=5, held_out=3)
+    wiki = windows("wiki_calibration", sequences=3, held_out=2)
+    mixture = windows("mixture_calibration", sequences=2, held_out=1)
+    assert blend.tokens[::2].equal(wiki.tokens)
+    assert blend.tokens[1::2].equal(mixture.tokens)
+    assert blend.held_out.equal(torch.cat([wiki.held_out, mixture.held_out]))
+    one = windows("blend_calibration", sequences=1, held_out=0)
+    assert one.tokens.equal(wiki.tokens[:1])
+    assert not len(one.held_out)
 
 
 def test_a_tokenizer_and_its_windows_are_kept_while_its_files_are(tmp_path: Path) -> None:
