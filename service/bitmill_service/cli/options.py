@@ -232,7 +232,7 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
             "--calibration-text",
             "calibration.text",
             "A text or .jsonl file (of a service: below a model root), dataset:NAME of the Hub, or "
-            "bundled: and wiki_calibration, mixture_calibration or blend_calibration.",
+            "bundled:NAME (wiki_calibration, mixture_calibration, blend_calibration).",
             text_reference,
             "TEXT",
         ),
