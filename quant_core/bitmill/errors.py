@@ -144,7 +144,7 @@ class SpecError(InputError):
     """A job specification breaks a rule."""
 
     code = "invalid_spec"
-    hint = "Correct the field that `param` names."
+    hint = "Correct the specification as the message says."
 
 
 class BudgetError(InputError):

@@ -339,7 +339,8 @@ def test_options_go_over_the_file_and_replace_references_whole(parsed: Any, tmp_
     ("line", "problem"),
     [
         ("--bits 3", "name the model"),
-        ("m", "budget: Field required"),
+        ("m", "give one of --bits"),
+        ("m --spec empty.json", "give one of --bits"),
         ("m --bits 3 --size 1GB", "exactly one of code_bits, bits, size"),
         ("m --size huge", "'huge' is no size"),
         ("m --bits 3 --calibration-split test", "--calibration-text"),
@@ -361,6 +362,7 @@ def test_what_cannot_be_is_refused_by_name(
     parsed: Any, tmp_path: Path, line: str, problem: str
 ) -> None:
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "empty.json").write_text('{"budget": {}}')
     (tmp_path / "odd.json").write_text('{"calibration": 5}')
     with pytest.raises(InputError, match=problem):
         parsed(line)

@@ -65,8 +65,9 @@ def test_map_keeps_the_budget_and_its_cost_is_exact(
 
 
 def test_curve_falls_and_marks_what_is_impossible(http: httpx2.Client, url: str) -> None:
-    found = allocate(http, url, budget={"code_bits": 3}, curve=[1.5, 2.5, 3.5, 4.5]).json()
-    first, *rest = found["curve"]
+    found = allocate(http, url, budget={"code_bits": 3}, curve=[-1, 1.5, 2.5, 3.5, 4.5]).json()
+    none, first, *rest = found["curve"]
+    assert none["error"] == "code_bits: Input should be greater than 0"
     assert "cannot be met" in first["error"]
     losses = [point["predicted_loss"] for point in rest]
     assert losses == sorted(losses, reverse=True)

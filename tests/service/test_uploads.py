@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import os
+import re
+import socket
 import struct
 import threading
 from collections.abc import Callable
@@ -25,6 +28,7 @@ from bitmill_workers.messaging.reconcile import Reconciler
 from bitmill_workers.store.tables import uploads
 from bitmill_workers.store.uploads import PART_BYTES, UploadFile
 from finished import Stack, spec_json
+from stores import wait_for
 from tiny import tiny_llama
 
 
@@ -96,6 +100,26 @@ def test_a_whole_folder_is_sent_in_parts_and_checked(
     assert http.delete(f"/v1/uploads/{upload}").status_code == 204
     assert not folder.exists()
     assert code(http.get(f"/v1/uploads/{upload}")) == "upload_not_found"
+
+
+def test_a_part_that_stops_leaves_no_stack_trace_and_no_file(
+    http: httpx2.Client, stack: Stack, caplog: pytest.LogCaptureFixture
+) -> None:
+    upload = announce(http, {"model.safetensors": safetensors(5000)}).json()["id"]
+    address = http.base_url
+    head = (
+        f"PUT /v1/uploads/{upload}/files/model.safetensors?part=0 HTTP/1.1\r\n"
+        f"Host: {address.host}\r\nContent-Digest: sha-256=:{'A' * 43}=:\r\n"
+        "Content-Length: 5000\r\n\r\n"
+    )
+    counted = re.compile(r'request_seconds_count\{method="PUT",route="[^"]*",status="400"\} (\d+)')
+    with caplog.at_level(logging.WARNING):
+        with socket.create_connection((address.host, address.port)) as link:
+            link.sendall(head.encode() + b"x" * 1000)
+        wait_for(lambda: counted.search(http.get("/metrics").text), "the end of the request", 20)
+    assert [record.getMessage() for record in caplog.records] == []
+    left = stack.context.settings.uploads_folder.rglob("*")
+    assert [path for path in left if path.name.startswith(".part-")] == []
 
 
 @pytest.mark.parametrize(

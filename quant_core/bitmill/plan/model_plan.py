@@ -335,8 +335,6 @@ def _check_matrices(linears: list[PlannedLinear]) -> None:
                 f"be 1 to {1 << 24}",
                 code="bad_shape",
             )
-    if not any(linear.block >= 0 for linear in linears):
-        raise ModelError("the model has no linear to quantize", code="no_linears")
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:
@@ -366,6 +364,14 @@ def build_plan(
         else:
             tensors.append(_kept(place, allocation))
     _check_matrices(linears + embeddings)
+    if not linears and allocation.keep:
+        raise SpecError(
+            f"allocation.keep {list(allocation.keep)} leaves no linear to quantize: keep fewer",
+            code="no_linears",
+            param="allocation.keep",
+        )
+    if not linears:
+        raise ModelError("the model has no linear to quantize", code="no_linears")
     if quantize_embeddings:
         _check_embeddings(source, found)
     return Plan(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bitmill.allocation.allocator import Allocator
 from bitmill.allocation.profiled import ProfiledModel
 from bitmill.config.quantization import Budget
-from bitmill.errors import BudgetError
+from bitmill.errors import BudgetError, reason
 from bitmill.plan.serving_memory import beside_weights
 from bitmill_service import schemas
 from bitmill_service.api.context import Context
@@ -81,5 +81,5 @@ def _point(
     try:
         found = model.allocate(Budget.model_validate(budget.model_dump() | limit), allocator)
     except (BudgetError, ValueError) as error:
-        return schemas.BudgetPoint(budget=value, error=str(error))
+        return schemas.BudgetPoint(budget=value, error=reason(error))
     return schemas.BudgetPoint(budget=value, **found.model_dump(exclude={"map"}))

@@ -39,6 +39,12 @@ def build_spec(model: dict[str, Any] | None, file: str | None, given: Given) -> 
     elif "model" not in spec:
         raise SpecError("name the model: give MODEL, or --spec with one", param="model")
     put(spec, given)
+    if not spec.get("budget"):
+        raise SpecError(
+            "name a budget: give one of --bits, --code-bits, --size, --memory and --max-loss, or "
+            "--spec with one",
+            param="budget",
+        )
     part_of_text = any(path.startswith("calibration.text.") for path in given)
     if part_of_text and "source" not in spec["calibration"]["text"]:
         raise SpecError(

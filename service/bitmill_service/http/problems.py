@@ -21,6 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from bitmill.errors import BitmillError, Cancelled, InputError, ResourceError
@@ -274,6 +275,17 @@ async def _on_unstorable(request: Request, error: Exception) -> JSONResponse:
     )
 
 
+async def _on_hang_up(request: Request, error: Exception) -> JSONResponse:
+    """Nobody hears this answer: it is counted, and no fault of the server."""
+    return _respond(
+        request,
+        status=400,
+        code="malformed_request",
+        detail="the connection ended before the whole body had come",
+        hint=CODES["malformed_request"][1],
+    )
+
+
 async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
     request_id = getattr(request.state, "request_id", None)
     _log.error("request %s failed", request_id, exc_info=error)
@@ -292,6 +304,7 @@ HANDLERS: Mapping[type[Exception], Callable[[Request, Exception], Awaitable[JSON
     BitmillError: _on_bitmill_error,
     DataError: _on_unstorable,
     DBAPIError: _on_store_error,
+    ClientDisconnect: _on_hang_up,
     HTTPException: _on_http_exception,
     RequestValidationError: _on_validation_error,
     Exception: _on_surprise,

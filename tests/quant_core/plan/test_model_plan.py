@@ -208,7 +208,7 @@ def test_unfitting_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="mean the same parameter"):
         make_plan(rename(folder, tmp_path / "twice", twice), spec())
 
-    with pytest.raises(ModelError, match="no linear to quantize"):
+    with pytest.raises(SpecError, match=r"allocation.keep \['\*'\] leaves no linear"):
         make_plan(folder, spec(allocation={"keep": ["*"]}))
 
 
