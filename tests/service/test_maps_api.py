@@ -144,6 +144,14 @@ def test_the_command_finds_maps_of_the_service_and_of_a_folder(
     assert code == 0, err
     assert "fits" in out
     assert "a.json" in out
+    nowhere = tmp_path / "nowhere"
+    for wrong in ((models / "tiny", "--from", nowhere), (nowhere, "--from", tmp_path)):
+        code, out, err = command("map", "find", *wrong)
+        assert code == 2
+        assert f"there is no folder {nowhere}" in err
+    code, out, err = command("map", "show", models / "tiny")
+    assert code == 2
+    assert "holds no bit_width_map.json" in err
 
 
 def test_maps_that_fit_are_found_beside_others_of_the_same_shape(

@@ -7,6 +7,7 @@ from typing import Any
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.slim_llm import read_slim_map
+from bitmill.errors import FormatError
 
 
 def text_reference(text: str) -> dict[str, Any]:
@@ -19,6 +20,8 @@ def text_reference(text: str) -> dict[str, Any]:
 
 def read_map(path: Path) -> BitWidthMap:
     """A map from a JSON file, a packed folder, or a published SliM-LLM file (.pt)."""
-    if path.suffix == ".pt":
-        return read_slim_map(path)
-    return BitWidthMap.load(path / MAP_NAME if path.is_dir() else path)
+    if path.is_dir():
+        if not (path / MAP_NAME).is_file():
+            raise FormatError(f"{path} holds no {MAP_NAME}: give a packed folder, or a map's file")
+        return BitWidthMap.load(path / MAP_NAME)
+    return read_slim_map(path) if path.suffix == ".pt" else BitWidthMap.load(path)

@@ -15,7 +15,7 @@ import typer
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Budget, QuantizationConfig, parse_part
 from bitmill.config.references import read_map
-from bitmill.errors import FormatError, ModelError
+from bitmill.errors import FormatError, InputError, ModelError
 from bitmill.io.atomic import write_bytes
 from bitmill.io.targets import check_file
 from bitmill.plan.fingerprint import Fingerprint
@@ -32,7 +32,7 @@ from bitmill_service.cli.output import (
     print_json,
     print_table,
 )
-from bitmill_service.cli.spec import Given, model_reference, put
+from bitmill_service.cli.spec import Given, local_folder, model_reference, put
 from bitmill_service.client.client import Client
 from bitmill_service.schemas import AllocationRequest
 from bitmill_workers.job_spec import HubModel
@@ -49,9 +49,10 @@ MapArgument = Annotated[str, typer.Argument(metavar="MAP", help=_MAP_HELP)]
 def is_map(found: bytes) -> bool:
     """Whether a file holds a bit-width map."""
     try:
-        return bool(BitWidthMap.model_validate_json(found).linears)
+        BitWidthMap.model_validate_json(found)
     except ValueError:
         return False
+    return True
 
 
 def load_map(target: str, url: str | None) -> BitWidthMap:
@@ -201,8 +202,9 @@ def _largest_plan(folder: Path) -> Plan:
 @contextmanager
 def model_folder(model: str) -> Iterator[Path]:
     """The folder of a model; of one on the Hub, config and headers alone."""
-    if Path(model).is_dir():
-        yield Path(model)
+    here = _here(model)
+    if here is not None:
+        yield here
         return
     from bitmill_service.api.hub_headers import fetch_headers
     from bitmill_service.settings import ServiceSettings
@@ -213,13 +215,26 @@ def model_folder(model: str) -> Iterator[Path]:
         yield Path(scratch)
 
 
+def _here(place: str) -> Path | None:
+    """The folder of this machine that is named, or None where a repository is.
+
+    Raises `InputError` for a path that leads to no folder.
+    """
+    if Path(place).is_dir():
+        return Path(place)
+    if local_folder(place) is not None:
+        raise InputError(f"there is no folder {place}", param=place)
+    return None
+
+
 def zoo_folder(place: str) -> Path:
     """A folder of maps; one on the Hub is fetched into the Hub's cache, maps alone.
 
     Raises `ModelError` for a repository that is not to be had.
     """
-    if Path(place).is_dir():
-        return Path(place)
+    here = _here(place)
+    if here is not None:
+        return here
     from huggingface_hub import snapshot_download
 
     from bitmill_service.settings import ServiceSettings

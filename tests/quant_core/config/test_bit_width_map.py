@@ -60,7 +60,14 @@ def test_map_round_trips_through_its_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"linears": {"a": "39"}}', '{"linears": {"a": ""}}', '{"linears": {}, "x": 1}', "["]
+    "text",
+    [
+        '{"linears": {"a": "39"}}',
+        '{"linears": {"a": ""}}',
+        '{"linears": {}}',
+        '{"linears": {"a": "3"}, "x": 1}',
+        "[",
+    ],
 )
 def test_damaged_maps_are_refused(tmp_path, text):
     (tmp_path / "map.json").write_text(text)

@@ -113,6 +113,7 @@ def test_what_fits_no_linear_is_passed_over(base: Path, wider: Path, tmp_path: P
     other = BitWidthMap.uniform(planned(wider).shapes, 3)
     (tmp_path / "wider.json").write_text(other.to_json())
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "empty.json").write_text('{"linears": {}}')
     (tmp_path / "broken.pt").write_bytes(b"no pickle")
     buffer = io.BytesIO()
     pickle.dump({0: {"nothing": [2]}}, buffer, protocol=2)
