@@ -149,6 +149,7 @@ def test_what_cannot_be_exported_is_said(
     stack.context.jobs.request_cancel(waiting.id)
     unknown = http.post(f"/v1/jobs/{job.id}/exports", json={"format": "nothing"})
     assert (unknown.status_code, unknown.json()["code"]) == (422, "invalid_spec")
+    assert unknown.json()["detail"].startswith("body: format 'nothing' is unknown")
     many = http.post("/v1/jobs", json=spec_json(exports=[{"format": "gguf"}] * 17))
     assert (many.status_code, many.json()["param"]) == (422, "exports")
     made = http.post(f"/v1/jobs/{job.id}/exports", json=body).json()["id"]

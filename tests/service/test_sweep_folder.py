@@ -86,8 +86,9 @@ def test_the_table_of_a_service_is_written_again_but_never_over_a_sweep_that_ran
         ("job: {label: 2024-01-01}\ngrid: {seed: [1]}", "date is not JSON serializable; put dates"),
         ("job: {}\ngrid: {label: [2024-01-01, 2024-02-01]}", "put dates in quotes"),
         ("job: &a {budget: *a}\ngrid: {seed: [1]}", "Circular reference"),
+        ("job: {}\ngrid:\n  seed: [1, 2]\n  seed: [3]", "seed stands twice"),
     ],
-    ids=["job", "grid", "circle"],
+    ids=["job", "grid", "circle", "twice"],
 )
 def test_yaml_that_json_has_no_place_for_is_refused(
     command: Command, tmp_path: Path, text: str, problem: str

@@ -33,6 +33,15 @@ def test_a_budget_of_another_kind_takes_the_place_of_the_common_one() -> None:
     assert (cell.spec.budget.memory, cell.spec.budget.context) == (2 * 10**9, 1024)
 
 
+def test_a_part_may_stand_behind_its_whole() -> None:
+    grid: dict[str, list[Any]] = {
+        "budget": [{"memory": 10**9, "context": 64}],
+        "budget.context": [8, 16],
+    }
+    cells = parse_sweep(sweep(grid)).cells()
+    assert [cell.spec.budget.context for cell in cells] == [8, 16]
+
+
 def test_effort_fills_each_cell_and_whole_objects_are_values() -> None:
     texts = [{"source": "bundled", "name": name} for name in ("wiki_calibration",)]
     grid: dict[str, list[Any]] = {"effort": ["fast", "balanced"], "calibration.text": texts}
@@ -58,6 +67,12 @@ def test_a_sweep_names_the_jobs_that_have_no_name() -> None:
         (sweep({"seed": list(range(MAX_CELLS + 1))}), "257 cells, at most 256"),
         (sweep({"seed": [0]}) | {"cells": 3}, "cells"),
         ([], "dictionary"),
+        (sweep({"budget.bits": [3], "budget.size": [9]}), "bits and budget.size are two budgets"),
+        (sweep({"budget": [{"bits": 3}], "budget.size": [9]}), "two budgets"),
+        (
+            sweep({"calibration.length": [64], "calibration": [{"sequences": 2}]}),
+            "calibration takes the place of calibration.length",
+        ),
     ],
 )
 def test_what_is_no_grid_is_refused(bad: Any, word: str) -> None:

@@ -23,6 +23,7 @@ from bitmill.errors import SpecError
 from bitmill_workers.job_spec import JobSpec, parse_spec
 
 MAX_CELLS = 256
+_BUDGETS = frozenset(f"budget.{kind}" for kind in KINDS)
 _PROFILED = ("model", "calibration", "allocation", "code", "seed", "threads", "devices")
 """Fields of a job, with what is below them, on which its sensitivity profile depends."""
 
@@ -66,6 +67,7 @@ class SweepSpec(Closed):
             told = [value_text(value) for value in values]
             if twice := sorted({value for value in told if told.count(value) > 1}):
                 raise ValueError(f"{path} has {twice[0]} twice: give each value once")
+        _check_overlaps(list(grid))
         if (count := math.prod(map(len, grid.values()))) > MAX_CELLS:
             raise ValueError(f"the grid has {count:,} cells, at most {MAX_CELLS} may be")
         return grid
@@ -105,6 +107,20 @@ class SweepSpec(Closed):
                     part.pop(kind, None)
             part[name] = value
         return job
+
+
+def _check_overlaps(paths: Sequence[str]) -> None:
+    """Raise ValueError where an axis takes the place of what another one set."""
+    for number, path in enumerate(paths):
+        within = [earlier for earlier in paths[:number] if earlier.startswith(f"{path}.")]
+        if within:
+            raise ValueError(f"{path} takes the place of {within[0]}: give {path} before it")
+    budgets = [path for path in paths if path == "budget" or path in _BUDGETS]
+    if len(budgets) > 1:
+        raise ValueError(
+            f"{budgets[0]} and {budgets[1]} are two budgets of a job: give one axis, 'budget', "
+            "with a list of objects"
+        )
 
 
 def parse_sweep(data: object) -> SweepSpec:

@@ -202,7 +202,7 @@ def read_sweep(file: Path) -> SweepSpec:
     import yaml
 
     try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        loaded = yaml.load(file.read_text(encoding="utf-8"), _loader())  # a SafeLoader
     except (OSError, ValueError, yaml.YAMLError) as error:
         told = " ".join(str(error).split())
         raise SpecError(f"{file} cannot be read as YAML: {told}", param="FILE") from error
@@ -213,6 +213,24 @@ def read_sweep(file: Path) -> SweepSpec:
             f"{file} holds what JSON has no place for: {error}; put dates in quotes", param="FILE"
         ) from error
     return parse_sweep(loaded)
+
+
+def _loader() -> type[Any]:
+    """PyYAML's SafeLoader, which keeps the last of equal keys, refusing them."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = sorted({key for key in keys if keys.count(key) > 1})
+            if twice:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{twice[0]} stands twice", problem_mark=node.start_mark
+                )
+            return node
+
+    return Loader
 
 
 def _run_here(spec: SweepSpec, out: Path, profiles: Path | None, device: str) -> list[SweepRow]:

@@ -233,7 +233,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
         status = 422
         code = "invalid_spec" if first["loc"][0] == "body" else "invalid_request"
         where = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])
-        detail = f"{where}: {first['msg']}"
+        detail = f"{where}: {first['msg'].removeprefix('Value error, ')}"
     return _respond(
         request,
         status=status,
