@@ -87,6 +87,7 @@ def test_pickle_that_runs_code_is_refused_and_not_run(http: httpx2.Client, tmp_p
         b'{"linears": {"a": "39"}}',
         b'{"linears": {"a": ""}}',
         b'{"linears": {"a": "3"}, "colour": 1}',
+        b'{"linears": {}}',
         b"{",
         b"",
         b"\x80\x04garbage",

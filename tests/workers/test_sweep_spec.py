@@ -67,12 +67,6 @@ def test_a_sweep_names_the_jobs_that_have_no_name() -> None:
         (sweep({"seed": list(range(MAX_CELLS + 1))}), "257 cells, at most 256"),
         (sweep({"seed": [0]}) | {"cells": 3}, "cells"),
         ([], "dictionary"),
-        (sweep({"budget.bits": [3], "budget.size": [9]}), "bits and budget.size are two budgets"),
-        (sweep({"budget": [{"bits": 3}], "budget.size": [9]}), "two budgets"),
-        (
-            sweep({"calibration.length": [64], "calibration": [{"sequences": 2}]}),
-            "calibration takes the place of calibration.length",
-        ),
     ],
 )
 def test_what_is_no_grid_is_refused(bad: Any, word: str) -> None:
@@ -86,6 +80,12 @@ def test_what_is_no_grid_is_refused(bad: Any, word: str) -> None:
         ({"budget.bits": [3, -1]}, r"cell 2 \(budget.bits=-1\): budget.bits"),
         ({"allocation.metod": ["sba"]}, "allocation.metod"),
         ({"seed.first": [1]}, "seed of the job must be an object"),
+        ({"budget.bits": [3], "budget.size": [9]}, "bits and budget.size are two budgets"),
+        ({"budget": [{"bits": 3}], "budget.size": [9]}, "two budgets"),
+        (
+            {"calibration.length": [64], "calibration": [{"sequences": 2}]},
+            "calibration takes the place of calibration.length",
+        ),
     ],
 )
 def test_a_cell_that_is_no_job_is_named(grid: dict[str, list[Any]], word: str) -> None:

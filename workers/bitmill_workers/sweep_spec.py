@@ -67,7 +67,6 @@ class SweepSpec(Closed):
             told = [value_text(value) for value in values]
             if twice := sorted({value for value in told if told.count(value) > 1}):
                 raise ValueError(f"{path} has {twice[0]} twice: give each value once")
-        _check_overlaps(list(grid))
         if (count := math.prod(map(len, grid.values()))) > MAX_CELLS:
             raise ValueError(f"the grid has {count:,} cells, at most {MAX_CELLS} may be")
         return grid
@@ -78,7 +77,11 @@ class SweepSpec(Closed):
         return math.prod(map(len, self.grid.values()))
 
     def cells(self) -> tuple[Cell, ...]:
-        """Every job of the sweep, the last axis varying fastest; raises `SpecError` naming one."""
+        """Every job of the sweep, the last axis varying fastest.
+
+        Raises `SpecError` naming a cell that is no job, or axes that take one another's place.
+        """
+        _check_overlaps(list(self.grid))
         found = []
         for number, chosen in enumerate(product(*self.grid.values()), 1):
             values = dict(zip(self.grid, chosen, strict=True))
@@ -110,16 +113,19 @@ class SweepSpec(Closed):
 
 
 def _check_overlaps(paths: Sequence[str]) -> None:
-    """Raise ValueError where an axis takes the place of what another one set."""
+    """Raise `SpecError` where an axis takes the place of what another one set."""
     for number, path in enumerate(paths):
         within = [earlier for earlier in paths[:number] if earlier.startswith(f"{path}.")]
         if within:
-            raise ValueError(f"{path} takes the place of {within[0]}: give {path} before it")
+            raise SpecError(
+                f"grid: {path} takes the place of {within[0]}: give {path} before it", param="grid"
+            )
     budgets = [path for path in paths if path == "budget" or path in _BUDGETS]
     if len(budgets) > 1:
-        raise ValueError(
-            f"{budgets[0]} and {budgets[1]} are two budgets of a job: give one axis, 'budget', "
-            "with a list of objects"
+        raise SpecError(
+            f"grid: {budgets[0]} and {budgets[1]} are two budgets of a job: give one axis, "
+            "'budget', with a list of objects",
+            param="grid",
         )
 
 

@@ -115,8 +115,6 @@ class BitWidthMap(BaseModel):
     @field_validator("linears")
     @classmethod
     def _legal_widths(cls, linears: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        if not linears:
-            raise ValueError("no linear has widths")
         for name, widths in linears.items():
             illegal = sorted(set(widths) - set(LEGAL_WIDTHS))
             if illegal or not widths:

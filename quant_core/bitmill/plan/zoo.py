@@ -91,7 +91,10 @@ def match_of(model: Fingerprint, entry: Entry) -> Match:
 
 
 def check_fits(bit_widths: BitWidthMap, plan: Plan) -> None:
-    """Raise `FormatError` naming the first linear that the model has not, or not of this size."""
+    """Raise `FormatError` naming the first linear that the model has not, or not of this size, and
+    for a map of no linears."""
+    if not bit_widths.linears:
+        raise FormatError("the map has no linears")
     shapes = {shape.name: shape for shape in plan.shapes}
     for name, widths in bit_widths.linears.items():
         shape = shapes.get(name)

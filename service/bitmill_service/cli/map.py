@@ -49,10 +49,9 @@ MapArgument = Annotated[str, typer.Argument(metavar="MAP", help=_MAP_HELP)]
 def is_map(found: bytes) -> bool:
     """Whether a file holds a bit-width map."""
     try:
-        BitWidthMap.model_validate_json(found)
+        return bool(BitWidthMap.model_validate_json(found).linears)
     except ValueError:
         return False
-    return True
 
 
 def load_map(target: str, url: str | None) -> BitWidthMap:

@@ -64,6 +64,8 @@ async def upload_map(
     """
     body = await request.body()
     found = await run_in_threadpool(parse_map, body, prefix)
+    if not found.linears:
+        raise FormatError("the body has no linear with widths", param="linears")
     content = found.model_dump(mode="json")
     if weights is not None and shape is None:
         raise InputError("weights without shape: give both, or shape alone", param="shape")
