@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -43,6 +44,23 @@ metric_list:
   - metric: acc_norm
     aggregation: mean
     higher_is_better: true
+metadata:
+  version: 1.0
+"""
+
+
+WHOLE_TEXT = """
+task: text
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list:
+  - metric: bits_per_byte
 metadata:
   version: 1.0
 """
@@ -122,6 +140,28 @@ def test_a_job_and_evaluate_measure_a_task_of_one_s_own(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     measured = {row["method"]: row["tasks"] for row in json.loads(again.stdout)["rows"]}
     assert measured["packed"]["letters"] == by_method["uniform rtn"]
+
+
+@installed
+def test_likelihoods_of_a_bfloat16_model_are_added_in_float32(tmp_path: Path) -> None:
+    text = "The quick brown fox jumps over the lazy dog. " * 4
+    data = tmp_path / "text.jsonl"
+    data.write_text(json.dumps({"text": text}) + "\n")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "text.yaml").write_text(WHOLE_TEXT.format(file=data))
+    folder = tiny_llama(tmp_path / "model", dtype="bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    tokenizer = byte_tokenizer()
+
+    suite = TaskSuite(["text"], tmp_path / "tasks")
+    found = suite.measure(model, tokenizer, on_task=lambda *_: None)["text"]
+
+    tokens = tokenizer(text)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([[0, *tokens[:-1]]])).logits[0]
+    likely = logits.double().log_softmax(-1)[range(len(tokens)), tokens].sum()
+    bits = float(-likely) / math.log(2) / len(text)
+    assert found.metrics["bits_per_byte"].value == pytest.approx(bits, rel=1e-5)
 
 
 @installed
