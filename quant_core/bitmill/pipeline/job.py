@@ -169,6 +169,10 @@ class Job:
             rows=planned.vocab_size,
         )
 
+    def evaluation(self, source: Source, planned: Plan) -> Mapping[str, Tensor]:
+        """Windows int64 [S, T] of every text that is evaluated; raises as calibration does."""
+        return evaluation_windows(self.config.evaluation, source.folder, rows=planned.vocab_size)
+
     def profile(
         self, source: Source, planned: Plan, tokens: CalibrationSet
     ) -> SensitivityProfile | None:
@@ -297,9 +301,9 @@ class Job:
         packed: Made,
         refined: Refined,
         searched: str | None,
+        windows: Mapping[str, Tensor],
     ) -> QualityReport:
         """The quality report."""
-        windows = evaluation_windows(self.config.evaluation, source.folder, rows=planned.vocab_size)
         inputs = evaluate.Inputs.of(
             self.config,
             source,
@@ -459,6 +463,7 @@ def _whole(job: Job) -> Result:
     source = job.resolve()
     planned = job.plan(source)
     tokens = job.calibration(source, planned)
+    windows = job.evaluation(source, planned)  # what is wrong with them is told before the work
     learned_for = LearnedFor.of_job(job.config, model=source.digest, calibration=tokens.digest)
     learned = _learned_earlier(job.config, learned_for)
     profiled = job.profile(source, planned, tokens)
@@ -474,7 +479,9 @@ def _whole(job: Job) -> Result:
         refined = job.resume(planned, bit_widths, learned)
     packed = job.pack(source, planned, bit_widths, refined)
     job.verify(planned, packed, refined)
-    quality = job.evaluate(source, planned, tokens, profiled, allocated, packed, refined, searched)
+    quality = job.evaluate(
+        source, planned, tokens, profiled, allocated, packed, refined, searched, windows
+    )
     told = allocated.corrected(profiled)
     result = job.publish(planned, told, bit_widths, packed, quality, learned_for)
     return replace(result, fingerprint=source.fingerprint)

@@ -204,6 +204,20 @@ def test_damaged_weights_and_short_texts_are_refused(llama, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_windows_of_evaluation_that_cannot_be_are_refused_before_the_work(llama, tmp_path):
+    events = []
+    evaluation = spec().evaluation.model_dump() | {"framing": "chat"}
+    with pytest.raises(CalibrationError, match="no chat template"):
+        run_job(
+            spec(evaluation=evaluation),
+            llama,
+            tmp_path / "work",
+            tmp_path / "out",
+            on_progress=events.append,
+        )
+    assert stages(events, "finished") == ["resolve", "plan"]
+
+
 @pytest.mark.parametrize("narrow", [True, False])
 def test_a_job_that_learns_a_narrow_text_warns_of_overfitting(llama, tmp_path, narrow):
     text = TEXT

@@ -64,6 +64,16 @@ class LearnedBlock:
     report: BlockQuality
 
 
+def check_held_out(sequences: int) -> None:
+    """Raise `CalibrationError` where there are none."""
+    if not sequences:
+        raise CalibrationError(
+            "learning has no held-out sequences to choose by: set calibration.held_out above 0",
+            code="no_held_out",
+            param="calibration.held_out",
+        )
+
+
 def learn_block(
     model: StreamedModel,
     index: int,
@@ -81,12 +91,7 @@ def learn_block(
     block's fisher error, None for the plain one. Float weights are read from the model again.
     """
     began = time.perf_counter()
-    if not len(data.held_out_inputs):
-        raise CalibrationError(
-            "learning has no held-out sequences to choose by: set calibration.held_out above 0",
-            code="no_held_out",
-            param="calibration.held_out",
-        )
+    check_held_out(len(data.held_out_inputs))
     data = _resident(data, model.device)
     metric = (metric or OutputMetric()).to(model.device)
     float_block = model.load_block(index)

@@ -19,7 +19,12 @@ from bitmill.config.methods import OmniQuant
 from bitmill.io.atomic import write_bytes
 from bitmill.models.streamed import StreamedModel
 from bitmill.quant.tensors import Quantized, affine
-from bitmill.refinement.omniquant.block import BlockData, LearnedBlock, learn_block
+from bitmill.refinement.omniquant.block import (
+    BlockData,
+    LearnedBlock,
+    check_held_out,
+    learn_block,
+)
 from bitmill.refinement.omniquant.end_to_end import TunedModel, TuneSettings, tune_scales
 from bitmill.refinement.omniquant.metric import OutputMetric, fisher_metric, gradient_moments
 from bitmill.refinement.omniquant.settings import LearningSettings
@@ -43,6 +48,8 @@ class _Tuning:
         texts: Mapping[str, Tensor],
         seed: int,
     ) -> None:
+        if settings.steps:
+            check_held_out(len(tokens.held_out))
         self.model, self.tokens, self.seed = model, tokens, seed
         self._tuning, self._texts = settings, texts
 

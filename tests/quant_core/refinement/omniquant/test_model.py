@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.methods import OmniQuant
-from bitmill.refinement.omniquant.model import MOMENTS_NAME, ModelLearning
+from bitmill.errors import CalibrationError
+from bitmill.refinement.omniquant.model import MOMENTS_NAME, ModelLearning, TrellisLearning
 from learning import block_data, starts, tiny
 
 SPEC = OmniQuant(epochs=3, batch=4, tune_scales_steps=8)
@@ -36,6 +38,13 @@ def test_gradient_moments_are_measured_once(tmp_path: Path) -> None:
         if seed == 0:
             first = stored
     assert stored == first
+
+
+def test_tuning_without_held_out_sequences_is_refused_before_any_block(tmp_path: Path) -> None:
+    model, spec = tiny().model, OmniQuant(tune_scales_steps=8)
+    tokens = CalibrationSet(tiny().tokens, tiny().held_out[:0], "")
+    with pytest.raises(CalibrationError, match="no held-out sequences"):
+        TrellisLearning(model, model, tokens, spec, tmp_path, seed=0)
 
 
 def test_tuning_happens_only_where_asked(tmp_path: Path) -> None:
