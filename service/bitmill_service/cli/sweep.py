@@ -219,7 +219,7 @@ def _loader() -> type[Any]:
     """PyYAML's SafeLoader, which keeps the last of equal keys, refusing them."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         def compose_mapping_node(self, anchor: Any) -> Any:
             node = super().compose_mapping_node(anchor)
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
