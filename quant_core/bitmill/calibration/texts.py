@@ -33,8 +33,13 @@ def bundled_text(name: str) -> str:
     return (resources.files("bitmill") / "texts" / f"{name}.txt").read_text("utf-8")
 
 
+def bundled_names(name: str) -> tuple[str, ...]:
+    """The texts of a blend, or the one text of this name."""
+    return BLENDED if name == "blend_calibration" else (name,)
+
+
 def _json_lines(name: str, text: str, field: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON's strings may hold other separators
         if line.strip():
             yield _record(_parsed(line, f"{name}, line {number}", field), field, name, number)
 
@@ -47,7 +52,8 @@ def _json_array(name: str, text: str, field: str) -> Iterator[str]:
             "one object a line in a .jsonl file"
         )
     for number, record in enumerate(records, 1):
-        yield record if isinstance(record, str) else _record(record, field, name, number)
+        found = {field: record} if isinstance(record, str) else record
+        yield _record(found, field, name, number)
 
 
 def _parsed(text: str, where: str, field: str) -> Any:
@@ -68,6 +74,13 @@ def _record(record: Any, field: str, name: str, number: int) -> str:
             f"{name}, line or record {number}: field {field!r} is a {type(text).__name__}, "
             "not a string"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _bad_field(
+            f"{name}, line or record {number}: field {field!r} holds half of a surrogate pair, "
+            "which is no character"
+        ) from error
     return text
 
 
@@ -151,10 +164,8 @@ def read_texts(calibration: Calibration) -> list[str]:
     """The calibration text, or the texts of a blend; raises `CalibrationError` where one cannot be
     read."""
     match calibration.text:
-        case BundledText(name="blend_calibration"):
-            return [bundled_text(name) for name in BLENDED]
         case BundledText(name=name):
-            return [bundled_text(name)]
+            return [bundled_text(one) for one in bundled_names(name)]
         case FileText() as file:
             return [_file_text(file)]
         case DatasetText() as dataset:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from bitmill.calibration.framing import framed
-from bitmill.calibration.texts import bundled_text, read_texts
+from bitmill.calibration.texts import bundled_names, bundled_text, read_texts
 from bitmill.config.quantization import (
+    BundledText,
     Calibration,
     Evaluation,
     Framing,
@@ -105,7 +106,8 @@ def calibration_tokens(
     """
     tokenizer = shared_tokenizer(tokenizer_folder)
     others = calibration.held_out // 2 if calibration.held_out_text else 0
-    texts = read_texts(calibration)
+    texts, source = read_texts(calibration), calibration.text
+    names = bundled_names(source.name) if isinstance(source, BundledText) else ()
 
     def windows_of(text: str, asked: int, param: str) -> Tensor:
         """So many at least, in a seeded sequence."""
@@ -136,8 +138,12 @@ def calibration_tokens(
         tokens.append(found[:first])
         held_out.append(found[first : first + judge])
     if calibration.held_out_text and others:
-        second = bundled_text(calibration.held_out_text)
-        held_out.append(windows_of(second, others, "calibration.held_out_text")[:others])
+        second, taken = bundled_text(calibration.held_out_text), 0
+        if calibration.held_out_text in names:
+            place = names.index(calibration.held_out_text)
+            taken = firsts[place] + judges[place]
+        found = windows_of(second, taken + others, "calibration.held_out_text")
+        held_out.append(found[taken : taken + others])
     places = torch.cat([torch.arange(len(part)) for part in tokens])
     every, judging = torch.cat(tokens)[places.argsort(stable=True)], torch.cat(held_out)
     return CalibrationSet(every, judging, _digest(every, judging), calibration.framing)

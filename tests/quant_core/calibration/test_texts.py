@@ -47,6 +47,13 @@ def test_one_text_in_every_form_reads_alike(
     assert read(tmp_path / name) == JOINED
 
 
+def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    text = "one\u2028two\u0085three"
+    line = json.dumps({"text": text}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(line + "\n", encoding="utf-8")
+    assert read(tmp_path / "a.jsonl") == text
+
+
 @pytest.mark.parametrize(
     ("name", "content", "suffix"),
     [
@@ -81,6 +88,8 @@ def test_prose_may_begin_with_a_bracket(content: str, tmp_path: Path) -> None:
         ("a.json", '[{"other": "x"}]', "record 1"),
         ("a.json", '[{"text": ["x"]}]', "is a list"),
         ("a.jsonl", '["x"]', "record 1"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "\\ud800"}', "record 2.*surrogate"),
+        ("a.json", '["\\udfff"]', "record 1.*surrogate"),
         ("a.jsonl", "[" * 100_000, "line 1"),
     ],
 )

@@ -185,6 +185,22 @@ def test_a_blend_takes_windows_of_both_texts_in_turn(tokenizer_folder: Path) -> 
     assert not len(one.held_out)
 
 
+@pytest.mark.parametrize("text", ["wiki_calibration", "mixture_calibration", "blend_calibration"])
+@pytest.mark.parametrize("judge", ["wiki_calibration", "mixture_calibration"])
+def test_windows_held_out_of_a_text_are_none_of_its_calibration_windows(
+    tokenizer_folder: Path, text: str, judge: str
+) -> None:
+    source = {"source": "bundled", "name": text}
+    asked = Calibration.model_validate(
+        {"text": source, "length": 200, "sequences": 9, "held_out": 8, "held_out_text": judge}
+    )
+    found = calibration_tokens(asked, tokenizer_folder)
+    every = [tuple(window) for window in torch.cat([found.tokens, found.held_out]).tolist()]
+    assert len(every) == len(set(every)) == 17
+    mixture = token_windows(bundled_text(judge), load_tokenizer(tokenizer_folder), 200).tolist()
+    assert all(window in mixture for window in found.held_out[-4:].tolist())
+
+
 def test_a_tokenizer_and_its_windows_are_kept_while_its_files_are(tmp_path: Path) -> None:
     for name in ("one", "two"):
         byte_tokenizer().save_pretrained(tmp_path / name)
