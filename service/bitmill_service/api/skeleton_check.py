@@ -48,7 +48,7 @@ def ask_transformers(settings: Mapping[str, Any], seconds: float) -> str | None:
             waited, until = _late.get(key, (0.0, 0.0))
             if seconds <= waited and time.monotonic() < until:
                 return _unheard(f"it gave no answer within {waited:.0f} s a moment ago")
-            problem = _ask(settings, max(0.1, end - time.monotonic()))
+            problem = _ask(settings, max(0.001, end - time.monotonic()))
             if isinstance(problem, str):
                 _late[key] = seconds, time.monotonic() + _PAUSE_S
                 while len(_late) > _KEPT:
