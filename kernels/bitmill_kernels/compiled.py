@@ -27,6 +27,10 @@ VECTOR_FLAGS = {
 kernels may be shared by unlike machines, so each capability has its own build."""
 
 
+VECTORS = Path(__file__).with_name("vectors.h")
+"""What sources of kernels for CPUs include."""
+
+
 def vector_flags() -> tuple[str, ...]:
     """Those of this processor."""
     return VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
@@ -37,7 +41,7 @@ def compiled(
 ) -> Path:
     """The shared library `name` of these sources; options as `torch.utils.cpp_extension.load`.
 
-    headers: files beside the sources that these include.
+    headers: files that the sources include.
 
     Builds lie below TORCH_EXTENSIONS_DIR, or torch's own cache, apart by sources, options and
     torch. Raises RuntimeError, OSError or CalledProcessError where it cannot be compiled.

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitmill_kernels.compiled import compiled, vector_flags
+from bitmill_kernels.compiled import VECTORS, compiled, vector_flags
 from bitmill_kernels.layout import (
     GROUP_SIZE,
     PLANES,
@@ -211,7 +211,13 @@ def load_library() -> ctypes.CDLL | None:
 def _build() -> ctypes.CDLL:
     flags = ["-O3", *vector_flags(), "-fopenmp"]
     source = Path(__file__).with_name("cpu_kernel.cpp")
-    built = compiled("bitmill_cpu", [source], extra_cflags=flags, extra_ldflags=["-fopenmp"])
+    built = compiled(
+        "bitmill_cpu",
+        [source],
+        headers=[VECTORS],
+        extra_cflags=flags,
+        extra_ldflags=["-fopenmp"],
+    )
     library = ctypes.CDLL(str(built))
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.bitmill_multiply.argtypes = [

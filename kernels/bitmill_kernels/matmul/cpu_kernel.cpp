@@ -7,12 +7,13 @@
 // x is fp32 in packed column order, each group padded with zeros to 128 columns. A plane of w bits
 // holds, in byte i and field j, column j*L + i: 16 consecutive bytes are, field by field, 16
 // consecutive columns. A vector of codes is made once and multiplied with all tokens.
-// Vectors are the compiler's own, so one source serves AVX-512, AVX2 and NEON.
 // Rows go by blocks, a block's groups in turn, so scales and planes are read in order and the
 // block's sums stay in the first cache.
 
 #include <cstdint>
 #include <cstring>
+
+#include "../vectors.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -21,16 +22,6 @@
 #endif
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
 constexpr int kBlockRows = 32;
 constexpr int kGroupSize = 128;

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitmill_kernels.backend import wants_reference
-from bitmill_kernels.compiled import vector_flags
+from bitmill_kernels.compiled import VECTORS, vector_flags
 from bitmill_kernels.trellis import group_cuda
 from bitmill_kernels.trellis.building import built
 from bitmill_kernels.trellis.code import table, to_circles, values_per_state
@@ -99,6 +99,7 @@ def load_library() -> ctypes.CDLL | None:
     library = built(
         "viterbi_cpu.cpp",
         "bitmill_trellis",
+        headers=[VECTORS],
         extra_cflags=["-O3", *vector_flags(), "-fopenmp"],
         extra_ldflags=["-fopenmp"],
     )

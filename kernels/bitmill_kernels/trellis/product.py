@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from bitmill_kernels.compiled import vector_flags
+from bitmill_kernels.compiled import VECTORS, vector_flags
 from bitmill_kernels.layout import GROUP_SIZE, group_columns
 from bitmill_kernels.trellis.building import built
 from bitmill_kernels.trellis.code import decode_tiles, untiled
@@ -158,6 +158,7 @@ def load_library() -> ctypes.CDLL | None:
     library = built(
         "product_cpu.cpp",
         "bitmill_trellis_product",
+        headers=[VECTORS],
         extra_cflags=["-O3", *vector_flags(), "-fopenmp"],
         extra_ldflags=["-fopenmp"],
     )

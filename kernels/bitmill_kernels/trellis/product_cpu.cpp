@@ -13,8 +13,8 @@
 // f keeps the sign and 12 bits of a half, so its exponents are -3 to 0: the upper half of a word,
 // shifted right by 3 with the sign kept, has them where fp32 has them.
 //
-// Vectors are the compiler's own. 32 values in a row of a circle, a run, are the same 16 columns of
-// two rows: 16 pairs, the even values of which lie in vectors, then the odd ones, and x as they do.
+// 32 values in a row of a circle, a run, are the same 16 columns of two rows: 16 pairs, the even
+// values of which lie in vectors, then the odd ones, and x as they do.
 
 #include <algorithm>
 #include <cmath>
@@ -23,21 +23,14 @@
 #include <type_traits>
 #include <vector>
 
+#include "../vectors.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-#if defined(__AVX512BW__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 
 constexpr int kTile = 16, kRuns = 8, kPairs = 16, kRun = 2 * kPairs, kMaxTokens = 4;

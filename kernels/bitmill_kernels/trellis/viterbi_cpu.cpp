@@ -17,19 +17,12 @@
 #include <cstring>
 #include <vector>
 
+#include "../vectors.h"
+
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
 constexpr int kTogether = 4, kValues = 256, kStateBits = 16;
 constexpr float kNever = 1e30f;
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint8_t Octets __attribute__((vector_size(kLanes)));
 
 template <int B, int V>
