@@ -518,8 +518,10 @@ def provenance() -> dict[str, object]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
-        "peers": {name: bool(find_spec(name)) for name in ("humming", "gemlite", "hqq")}
-        | {"exllamav2": exl2_kernels.available()},
+        "peers": {
+            "humming": bool(find_spec("humming")),
+            "exllamav2": exl2_kernels.available(),
+        },
     }
 
 

@@ -89,7 +89,6 @@ def measured(options: argparse.Namespace) -> None:
             "code": options.code,
             "calibration": options.calibration,
             "allocation": {"method": options.allocation},
-            "refinement": {"method": "gptq", "transforms": options.transforms},
         }
     )
     device, source = torch.device(options.device), options.source
@@ -110,7 +109,6 @@ def measured(options: argparse.Namespace) -> None:
         },
         "calibration": options.calibration,
         "allocation": options.allocation,
-        "transforms": options.transforms,
         "seconds": {},
         "variants": {},
     }
@@ -147,7 +145,7 @@ def measured(options: argparse.Namespace) -> None:
             "held_out_kl_se": found.kl_se,
         }
 
-    def refined(method: MethodConfig) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
+    def refined(method: MethodConfig) -> dict[str, Quantized]:
         with tempfile.TemporaryDirectory() as scratch:
             refine_model(
                 model,
@@ -159,8 +157,7 @@ def measured(options: argparse.Namespace) -> None:
                 transforms=config.transforms,
             )
             found = RefinedModel(Path(scratch), plan)
-            vectors = {name: tensor.clone() for name, tensor in found.changed.items()}
-            return {name: found.linear(name) for name in bit_widths.linears}, vectors
+            return {name: found.linear(name) for name in bit_widths.linears}
 
     def keep(what: str, weights: Mapping[str, Quantized], vectors: Mapping[str, Tensor]) -> None:
         spent(what)
@@ -179,22 +176,16 @@ def measured(options: argparse.Namespace) -> None:
     for what in options.variants:
         if what != "tuned":
             made[what] = refined(METHODS[options.code][what])
-            keep(what, *made[what])
+            keep(what, made[what], {})
     if "tuned" not in options.variants:
         return
     row["tuning"] = {}
-    weights, vectors = made["weighted"]
+    weights = made["weighted"]
     for steps, rate in product(options.steps, options.rates):
         usual = tune_settings(TrellisOmniQuant(tune_scales_steps=steps))
         settings = replace(usual, scale_rate=rate, vector_rate=rate)
         tuned = tune_scales(
-            model,
-            weights,
-            tokens.tokens,
-            tokens.held_out,
-            settings,
-            seed=config.seed,
-            vectors=vectors,
+            model, weights, tokens.tokens, tokens.held_out, settings, seed=config.seed
         )
         what = f"tuned, {steps} steps" + (f" at {rate:g}" if rate != TRELLIS_RATE else "")
         row["tuning"][what] = tuned.report.model_dump(mode="json")
@@ -241,8 +232,6 @@ def _apart(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"allocation {row['allocation']}"
     if row.get("calibration"):
         yield f"calibration {json.dumps(row['calibration'])}"
-    if row.get("transforms"):
-        yield f"transforms {json.dumps(row['transforms'])}"
 
 
 def main() -> None:
@@ -255,7 +244,6 @@ def main() -> None:
     action.add_argument("--code", choices=list(METHODS), default="trellis")
     action.add_argument("--calibration", type=json.loads, default={}, help="its fields, as JSON")
     action.add_argument("--allocation", default="knapsack")
-    action.add_argument("--transforms", type=json.loads, default=[], help="before, as JSON")
     action.add_argument("--variants", nargs="+", default=["plain", "weighted", "tuned"])
     action.add_argument("--steps", type=int, nargs="+", default=[100])
     action.add_argument("--rates", type=float, nargs="+", default=[TRELLIS_RATE], help="of tuning")
