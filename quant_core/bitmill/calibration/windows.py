@@ -67,21 +67,23 @@ def token_windows(
     *,
     framing: Framing = "tokenizer",
     rows: int | None = None,
-    param: str = "text",
+    param: str = "calibration.text",
 ) -> Tensor:
     """int64 [windows, length] of the whole text.
 
-    Raises `CalibrationError` where the text is shorter than one window or holds a token that the
-    model's embedding of `rows` rows does not, and what `framed` raises.
+    param: field that the text is of. Raises `CalibrationError` where the text is shorter than one
+    window or holds a token that the model's embedding of `rows` rows does not, and what `framed`
+    raises.
     """
     windows = framed(text, tokenizer, length, framing)
     if not windows:
         count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        field = f"{param.partition('.')[0]}.length"
         raise CalibrationError(
             f"the text has {count} tokens, one sequence needs {length}: give a longer text or "
-            "a smaller calibration.length",
+            f"a smaller {field}",
             code="text_too_short",
-            param="calibration.length",
+            param=field,
         )
     found = torch.tensor(windows, dtype=torch.int64)
     check_token_ids([int(found.max())], tokenizer, rows, param)
@@ -109,8 +111,8 @@ def calibration_tokens(
     texts, source = read_texts(calibration), calibration.text
     names = bundled_names(source.name) if isinstance(source, BundledText) else ()
 
-    def windows_of(text: str, asked: int, param: str) -> Tensor:
-        """So many at least, in a seeded sequence."""
+    def windows_of(text: str, first: int, judge: int, param: str, count: str) -> Tensor:
+        """first + judge at least, in a seeded sequence. param, count: fields of text and number."""
         found = token_windows(
             text,
             tokenizer,
@@ -119,14 +121,13 @@ def calibration_tokens(
             rows=rows,
             param=param,
         )
-        if len(found) < asked:
+        if len(found) < first + judge:
             raise CalibrationError(
-                f"the text has {len(found)} sequences of {calibration.length} tokens, "
-                f"{calibration.sequences} for calibration and {calibration.held_out} held out are "
-                f"asked for{' of two texts together' if len(texts) > 1 else ''}: give a longer "
+                f"a text of {param} has {len(found)} sequences of {calibration.length} tokens, "
+                f"{first} for calibration and {judge} held out are asked of it: give a longer "
                 "text or lower these numbers",
                 code="text_too_short",
-                param="calibration.sequences",
+                param=count,
             )
         return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))]
 
@@ -134,16 +135,16 @@ def calibration_tokens(
     firsts = _shares(calibration.sequences, len(texts))
     judges = _shares(calibration.held_out - others, len(texts))
     for text, first, judge in zip(texts, firsts, judges, strict=True):
-        found = windows_of(text, first + judge, "calibration.text")
+        found = windows_of(text, first, judge, "calibration.text", "calibration.sequences")
         tokens.append(found[:first])
         held_out.append(found[first : first + judge])
     if calibration.held_out_text and others:
-        second, taken = bundled_text(calibration.held_out_text), 0
-        if calibration.held_out_text in names:
-            place = names.index(calibration.held_out_text)
-            taken = firsts[place] + judges[place]
-        found = windows_of(second, taken + others, "calibration.held_out_text")
-        held_out.append(found[taken : taken + others])
+        second, first, judge = calibration.held_out_text, 0, 0
+        if second in names:
+            first, judge = firsts[names.index(second)], judges[names.index(second)]
+        fields = "calibration.held_out_text", "calibration.held_out"
+        found = windows_of(bundled_text(second), first, judge + others, *fields)
+        held_out.append(found[first + judge : first + judge + others])
     places = torch.cat([torch.arange(len(part)) for part in tokens])
     every, judging = torch.cat(tokens)[places.argsort(stable=True)], torch.cat(held_out)
     return CalibrationSet(every, judging, _digest(every, judging), calibration.framing)

@@ -88,6 +88,19 @@ def test_too_few_sequences_name_all_counts(tokenizer_folder: Path, tmp_path: Pat
         calibration_tokens(calibration(path), tokenizer_folder)
 
 
+def test_a_text_that_is_too_short_is_named_by_the_field_that_it_is_of(
+    tokenizer_folder: Path,
+) -> None:
+    asked = {"held_out_text": "mixture_calibration", "held_out": 900, "length": 4096}
+    one = Calibration.model_validate({"sequences": 1, **asked})
+    with pytest.raises(CalibrationError, match="0 for calibration and 450 held out") as caught:
+        calibration_tokens(one, tokenizer_folder)
+    assert caught.value.param == "calibration.held_out"
+    with pytest.raises(CalibrationError, match=r"smaller evaluation\.length") as caught:
+        evaluation_tokens("wiki_evaluation", tokenizer_folder, length=1 << 20)
+    assert caught.value.param == "evaluation.length"
+
+
 def test_json_lines_are_joined_by_empty_lines(tokenizer_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text("\n".join(json.dumps({"body": part}) for part in ("abc", "de")) + "\n\n")
