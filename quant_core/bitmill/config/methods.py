@@ -86,6 +86,11 @@ class MethodConfig(Closed):
         return None
 
     @property
+    def judged(self) -> bool:
+        """Whether held-out windows choose what is kept of learning, which takes at least one."""
+        return False
+
+    @property
     def resumed(self) -> Path | None:
         """Folder of the parameters that are taken over instead of learned."""
         return None
@@ -230,6 +235,10 @@ class OmniQuant(MethodConfig):
         return LearningNeeds(30, self.batch or 4, bool(steps), 4 * steps)  # docs/omniquant.md
 
     @property
+    def judged(self) -> bool:
+        return self.resume_parameters is None
+
+    @property
     def resumed(self) -> Path | None:
         return self.resume_parameters
 
@@ -263,6 +272,10 @@ class TrellisOmniQuant(_Trellis, OmniQuant):
     @property
     def needs(self) -> frozenset[Statistic]:
         return self.first.needs
+
+    @property
+    def judged(self) -> bool:
+        return self.tune_scales_steps > 0
 
     @property
     def learning(self) -> LearningNeeds | None:

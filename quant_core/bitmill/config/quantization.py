@@ -574,6 +574,13 @@ class QuantizationConfig(Stored):
                 f"place for them: give one of {able} and code 'affine', or leave them out",
                 param="allocation.outliers" if allocation.outliers else "allocation.map",
             )
+        if method.judged and not self.calibration.held_out:
+            raise SpecError(
+                f"refinement {method.name!r} with calibration.held_out 0: held-out windows choose "
+                "what is kept of what it learns, so give at least 1, or method 'gptq'",
+                code="no_held_out",
+                param="calibration.held_out",
+            )
         if "embeddings" in self.evaluation.baselines and allocation.embeddings == "quantize":
             raise SpecError(
                 "evaluation.baselines has 'embeddings', which this job packs already: leave it out",

@@ -1,6 +1,7 @@
 """The configuration refuses what breaks a rule, and names it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -192,3 +193,35 @@ def test_a_refusal_is_told_in_its_own_words() -> None:
         with pytest.raises(SpecError) as refusal:
             parse_config({"budget": {"bits": 3}} | asked)
         assert "Value error" not in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"refinement": {"method": "omniquant"}},
+        {"effort": "balanced"},
+        {"effort": "best", "code": "trellis"},
+    ],
+)
+def test_learning_without_held_out_windows_is_refused(asked: dict[str, Any]) -> None:
+    spec = {"budget": {"bits": 3}, "calibration": {"held_out": 0}, **asked}
+    with pytest.raises(SpecError, match="held-out windows choose") as caught:
+        parse_config(spec)
+    assert (caught.value.code, caught.value.param) == ("no_held_out", "calibration.held_out")
+    parse_config(spec | {"calibration": {"held_out": 1}})
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"refinement": {"method": "normtweaking"}},
+        {"effort": "balanced", "code": "trellis"},
+        {"refinement": {"method": "omniquant", "omniquant": {"resume_parameters": "/kept"}}},
+    ],
+)
+def test_what_no_held_out_window_chooses_takes_none(asked: dict[str, Any]) -> None:
+    allocation = {"method": "uniform"}
+    parse_config(
+        {"budget": {"bits": 3}, "calibration": {"held_out": 0}, "allocation": allocation} | asked
+    )
