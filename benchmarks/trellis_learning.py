@@ -5,11 +5,12 @@
 
 `measure` profiles SOURCE (a Hugging Face folder), allocates BITS (--allocation) and makes, with
 windows as by default, each of --variants: `plain` (method gptq, every token counts alike),
-`weighted` (tokens weighted by the loss gradient), `uncorrected` (`weighted` without the correction
-for the quantized prefix), `bare` (neither) and `tuned` (what `weighted` gave, tuned for each number
-of --steps at each of --rates); the last three of trellis codes alone. Jobs weight tokens for
-trellis codes and not for affine ones (--code). Each is measured on both evaluation texts and on the
-held-out windows.
+`weighted` (tokens weighted by the squared loss gradient), `roots` (by the roots of these weights),
+`uncorrected` (`weighted` without the correction for the quantized prefix), `bare` (neither) and
+`tuned` (what --base gave, tuned for each number of --steps at each of --rates); the last three of
+trellis codes alone. Jobs weight tokens for trellis codes and not for affine ones (--code). Each is
+measured on both evaluation texts and on the held-out windows. --keep names a folder for profile and
+codes of one model, code, calibration and allocation: commands that follow there take them over.
 Seconds are those of the process; several may share a device. `table` sets rows of several commands
 beside EXL3's of `peers.json`, interpolated to their bits, ln(excess) linear in bits:
 
@@ -23,11 +24,13 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import transformers
 from jobs import row_of_texts
@@ -35,6 +38,7 @@ from peers import at_bits
 from torch import Tensor
 
 from bitmill.allocation.allocator import allocate
+from bitmill.calibration.token_weights import POWER, token_weights
 from bitmill.calibration.windows import calibration_tokens, evaluation_windows
 from bitmill.config.methods import GPTQ, MethodConfig, Statistic, TrellisGPTQ, TrellisOmniQuant
 from bitmill.config.quantization import parse_config
@@ -44,7 +48,7 @@ from bitmill.models.dtypes import compute_dtype
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import make_plan
 from bitmill.quant.tensors import Quantized
-from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
+from bitmill.refinement.model import WEIGHTS_NAME, RefinedModel, RefineInputs, refine_model
 from bitmill.refinement.omniquant.end_to_end import tune_scales
 from bitmill.refinement.omniquant.model import TRELLIS_RATE, tune_settings
 from bitmill.runtime.process import computing
@@ -74,15 +78,22 @@ METHODS: dict[str, dict[str, MethodConfig]] = {
     "trellis": {
         "plain": Unweighted(),
         "weighted": TrellisGPTQ(),
+        "roots": TrellisGPTQ(),
         "uncorrected": TrellisGPTQ(asymmetric=False),
         "bare": Unweighted(asymmetric=False),
     },
-    "affine": {"plain": GPTQ(), "weighted": Weighted()},
+    "affine": {"plain": GPTQ(), "weighted": Weighted(), "roots": Weighted()},
 }
 
 
 def measured(options: argparse.Namespace) -> None:
     """The rows of one budget, written as they come."""
+    with ExitStack() as stack:
+        keep = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        _measured(options, keep)
+
+
+def _measured(options: argparse.Namespace, folder: Path) -> None:
     config = parse_config(
         {
             "budget": {"bits": options.bits},
@@ -121,7 +132,7 @@ def measured(options: argparse.Namespace) -> None:
         print(options.model, options.code, options.bits, part, row["seconds"][part], flush=True)
 
     sensitivity = SensitivitySettings(widths=config.allocation.widths, code=options.code)
-    profile = profile_knapsack(model, tokens.tokens, plan, sensitivity)
+    profile = profile_knapsack(model, tokens.tokens, plan, sensitivity, folder=folder / "profile")
     bit_widths = allocate(plan, config, profile)
     row["predicted_loss"] = profile.predicted(bit_widths)
     orders = {
@@ -145,19 +156,25 @@ def measured(options: argparse.Namespace) -> None:
             "held_out_kl_se": found.kl_se,
         }
 
-    def refined(method: MethodConfig) -> dict[str, Quantized]:
-        with tempfile.TemporaryDirectory() as scratch:
-            refine_model(
-                model,
-                RefineInputs(tokens, bit_widths, orders),
-                method,
-                Path(scratch),
-                seed=config.seed,
-                on_unit=lambda *_: None,
-                transforms=config.transforms,
-            )
-            found = RefinedModel(Path(scratch), plan)
-            return {name: found.linear(name) for name in bit_widths.linears}
+    def refined(what: str) -> dict[str, Quantized]:
+        place = folder / f"{options.bits:g}" / what
+        place.mkdir(parents=True, exist_ok=True)
+        weights = place / WEIGHTS_NAME
+        if what == "roots" and not weights.is_file():
+            every = torch.cat([tokens.tokens, tokens.held_out])
+            roots = token_weights(model, every, power=POWER / 2)
+            write_bytes(weights, safetensors.torch.save(roots))
+        refine_model(
+            model,
+            RefineInputs(tokens, bit_widths, orders),
+            METHODS[options.code][what],
+            place,
+            seed=config.seed,
+            on_unit=lambda *_: None,
+            transforms=config.transforms,
+        )
+        found = RefinedModel(place, plan)
+        return {name: found.linear(name) for name in bit_widths.linears}
 
     def keep(what: str, weights: Mapping[str, Quantized], vectors: Mapping[str, Tensor]) -> None:
         spent(what)
@@ -175,19 +192,21 @@ def measured(options: argparse.Namespace) -> None:
     made = {}
     for what in options.variants:
         if what != "tuned":
-            made[what] = refined(METHODS[options.code][what])
+            made[what] = refined(what)
             keep(what, made[what], {})
     if "tuned" not in options.variants:
         return
     row["tuning"] = {}
-    weights = made["weighted"]
+    weights = made.get(options.base) or refined(options.base)
     for steps, rate in product(options.steps, options.rates):
-        usual = tune_settings(TrellisOmniQuant(tune_scales_steps=steps))
+        usual = tune_settings(TrellisOmniQuant(tune_scales_steps=steps, batch=options.batch))
         settings = replace(usual, scale_rate=rate, vector_rate=rate)
         tuned = tune_scales(
             model, weights, tokens.tokens, tokens.held_out, settings, seed=config.seed
         )
         what = f"tuned, {steps} steps" + (f" at {rate:g}" if rate != TRELLIS_RATE else "")
+        what += f" of {options.batch} windows" if options.batch else ""
+        what += f" from {options.base}" if options.base != "weighted" else ""
         row["tuning"][what] = tuned.report.model_dump(mode="json")
         keep(what, tuned.weights, tuned.vectors)
 
@@ -247,6 +266,9 @@ def main() -> None:
     action.add_argument("--variants", nargs="+", default=["plain", "weighted", "tuned"])
     action.add_argument("--steps", type=int, nargs="+", default=[100])
     action.add_argument("--rates", type=float, nargs="+", default=[TRELLIS_RATE], help="of tuning")
+    action.add_argument("--batch", type=int, help="windows of a step of tuning")
+    action.add_argument("--base", choices=list(METHODS["trellis"]), default="weighted")
+    action.add_argument("--keep", type=Path, help="where profile and codes stay")
     action.add_argument("--run", default="", help="name of this run, a column of the table")
     action.add_argument("--device", default="cuda")
     action.add_argument("--out", type=Path, required=True)

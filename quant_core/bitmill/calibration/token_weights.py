@@ -1,6 +1,6 @@
-"""How much each token counts at a linear's input: the squared loss gradient at the outputs.
+"""How much each token counts at a linear's input: a power of the loss gradient at the outputs.
 
-    a_t = mean over the linears that read one input of |g_t|^2 / mean_t |g_t|^2
+    a_t = mean over the linears that read one input of |g_t|^p / mean_t |g_t|^p;   p = 2, the square
 
 To second order a change D of a linear's weights raises the loss by the sum of (g_t^T D x_t)^2 / 2,
 so with H = sum_t a_t x_t x_t^T a solver answers for the loss instead of for its own outputs
@@ -19,18 +19,21 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import Plan
 
 TINY = 1e-38
+POWER = 2.0
+"""Of gradients; half of it gives roots of the weights."""
 
 
 class TokenEnergies:
-    """|g|^2 of every token at the outputs of one block's linears, batch by batch."""
+    """|g|^power of every token at the outputs of one block's linears, batch by batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, power: float = POWER) -> None:
+        self._power = power
         self._found: dict[str, list[Tensor]] = {}
 
     def seen(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Add one batch, gradient [T, N]."""
         norms = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
-        self._found.setdefault(name, []).append(norms.square())
+        self._found.setdefault(name, []).append(norms.pow(self._power))
 
     def weights(self, plan: Plan, block: int, shape: torch.Size) -> dict[str, Tensor]:
         """Weights f32 [S, T] of mean 1 on the CPU, by the first of linears that read one input.
@@ -51,12 +54,16 @@ class TokenEnergies:
 
 
 def token_weights(
-    model: StreamedModel, tokens: Tensor, settings: PassSettings | None = None
+    model: StreamedModel,
+    tokens: Tensor,
+    settings: PassSettings | None = None,
+    *,
+    power: float = POWER,
 ) -> dict[str, Tensor]:
     """`TokenEnergies.weights` of all blocks, by a pass of their own.
 
-    tokens: int64 [S, T]; none, and no window of one token, has weights. Raises CalibrationError
-    where gradients are not finite.
+    tokens: int64 [S, T]; none, and no window of one token, has weights. power: of gradients.
+    Raises CalibrationError where gradients are not finite.
     """
     if not len(tokens) or tokens.shape[1] < 2:
         return {}
@@ -64,7 +71,7 @@ def token_weights(
     watching: list[TokenEnergies] = []
 
     def observer(i: int) -> TokenEnergies:
-        watching[:] = [TokenEnergies()]
+        watching[:] = [TokenEnergies(power)]
         return watching[0]
 
     def done(i: int, gradient: Tensor) -> None:

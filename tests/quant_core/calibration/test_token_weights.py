@@ -42,13 +42,17 @@ def squares() -> dict[str, torch.Tensor]:
     return {name: y.grad.square().sum(-1) for name, y in outputs.items()}
 
 
-def test_weights_are_squared_gradients_over_their_mean() -> None:
-    model, found, expected = tiny().model, token_weights(tiny().model, TOKENS), squares()
+def test_weights_are_powers_of_gradients_over_their_mean() -> None:
+    model, expected = tiny().model, squares()
+    usual, roots = token_weights(model, TOKENS), token_weights(model, TOKENS, power=1)
     for i in range(model.block_count):
         for names in model.plan.siblings(i):
-            each = [expected[name] / expected[name].mean() for name in names]
-            torch.testing.assert_close(found[names[0]], sum(each) / len(each), rtol=1e-3, atol=1e-5)
-    assert len(found) == 4 * model.block_count
+            for found, power in ((usual, 1.0), (roots, 0.5)):
+                powers = [expected[name] ** power for name in names]
+                each = [one / one.mean() for one in powers]
+                mean = sum(each) / len(each)
+                torch.testing.assert_close(found[names[0]], mean, rtol=1e-3, atol=1e-5)
+    assert len(usual) == len(roots) == 4 * model.block_count
     assert not token_weights(model, TOKENS[:0])
     assert not token_weights(model, TOKENS[:, :1])
 
