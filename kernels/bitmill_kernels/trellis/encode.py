@@ -100,7 +100,13 @@ def load_library() -> ctypes.CDLL | None:
         "viterbi_cpu.cpp",
         "bitmill_trellis",
         headers=[VECTORS],
-        extra_cflags=["-O3", *vector_flags(), "-fopenmp"],
+        extra_cflags=[
+            "-O3",
+            "-ffinite-math-only",
+            "-fno-signed-zeros",
+            *vector_flags(),
+            "-fopenmp",
+        ],
         extra_ldflags=["-fopenmp"],
     )
     if library is not None:
