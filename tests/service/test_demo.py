@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ def test_model_is_found_by_what_the_folder_holds(tmp_path: Path) -> None:
 def test_job_is_the_main_one_at_the_stated_size(tmp_path: Path) -> None:
     settings = DemoSettings(out=tmp_path)
     spec = demo_spec(settings, "model.gguf")
+    assert spec.code_name == "affine"
+    assert demo_spec(replace(settings, code="trellis"), None).code_name == "trellis"
     assert (spec.budget.kind, spec.budget.value) == ("max_loss_increase", settings.max_loss)
     assert spec.allocation.method == "knapsack"
     assert (spec.refinement.method, spec.evaluation.baselines) == ("gptq", ("uniform",))

@@ -227,7 +227,7 @@ def _seconds(plan: Plan, config: QuantizationConfig, machine: Machine) -> float:
         refined += BACKWARD_PASSES * share * (forward + head)
     allocation = config.allocation
     if config.budget.max_loss_increase is not None:
-        refined *= 1 + SEARCH_STEPS
+        refined *= SEARCH_STEPS
     elif DROPPED in allocation.legal_widths and allocation.check != "off":
         refined *= 3  # the best maps with and without dropped groups, and the result
     return (refined + profile + evaluation) / speed

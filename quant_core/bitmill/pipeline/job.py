@@ -63,12 +63,14 @@ from bitmill.pipeline.stages.allocate import Allocated
 from bitmill.pipeline.stages.refine import Inputs as Refining
 from bitmill.pipeline.stages.refine import Refined
 from bitmill.pipeline.work_folder import (
+    BLOCKS_FOLDER,
     WEIGHTS_FOLDER,
     is_of_a_workspace,
     is_of_shared_stages,
 )
 from bitmill.pipeline.workspace import Made, Turns, Workspace
 from bitmill.plan.model_plan import Plan
+from bitmill.refinement.kept_blocks import KeptBlocks
 from bitmill.results import QualityReport
 from bitmill.runtime.memory import refusal
 from bitmill.runtime.process import computing
@@ -242,8 +244,9 @@ class Job:
         """Codes, scales and zeros of every linear."""
         inputs = self._refining(source, planned, tokens, profiled, bit_widths)
         refined = Refined.of(self.space.run(refine.STAGE, inputs).folder, planned)
-        if inputs.weights is not None:
-            inputs.weights.remove()
+        for kept in (inputs.weights, inputs.kept):
+            if kept is not None:
+                kept.remove()
         return refined
 
     def _refining(
@@ -263,6 +266,7 @@ class Job:
             self.config,
             self.environment,
             self._kept_weights(source, planned, tokens),
+            KeptBlocks(self.space.root / BLOCKS_FOLDER),
         )
 
     def _kept_weights(

@@ -24,13 +24,15 @@ STAGE_FILE = "stage.json"
 """The record of a stage in its folder, which bears its name, behind `HIDDEN` while it is made."""
 WEIGHTS_FOLDER = "token-weights"
 """Where a profile leaves the weights of tokens for refinement."""
+BLOCKS_FOLDER = "refined-blocks"
+"""Where a search for the map leaves its blocks for refinement."""
 HIDDEN = ".partial-"
 LOCK = ".lock-"
 
 
 def is_of_a_workspace(name: str) -> bool:
     """Whether a folder of finished stages has entries of this name."""
-    return name.removeprefix(HIDDEN) in STAGES or name == WEIGHTS_FOLDER
+    return name.removeprefix(HIDDEN) in STAGES or name in (WEIGHTS_FOLDER, BLOCKS_FOLDER)
 
 
 def is_of_shared_stages(name: str) -> bool:

@@ -85,6 +85,8 @@ def _turn(x: Tensor) -> Tensor:
     turned = []
     if full:
         groups = x[..., :full].unflatten(-1, (-1, GROUP_SIZE))
+        if x.device.type == "cpu":
+            groups = groups.contiguous()  # else a product of its own for every row
         turned.append((groups @ _hadamard(GROUP_SIZE, x.device, x.dtype)).flatten(-2))
     for part in _tail_parts(full, x.shape[-1]):
         turned.append(x[..., part] @ _hadamard(part.stop - part.start, x.device, x.dtype))

@@ -315,6 +315,8 @@ class _Run:
         self.scalings = [made_of(one) for one in transforms if one.folded]
         self.group = group
         own, held_out = group.shard(inputs.tokens.tokens), group.shard(inputs.tokens.held_out)
+        if "shift" not in method.needs and method.learner is None:
+            held_out = held_out[:0]  # only corrections and learning are judged on them
         tokens = torch.cat([own, held_out])
         if not method.needs and method.learner is None:
             own = tokens = tokens[:0]  # nobody asks what the blocks make of them

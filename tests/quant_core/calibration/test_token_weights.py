@@ -149,8 +149,14 @@ def test_methods_that_ask_for_them_keep_them_for_a_run_that_goes_on(
         assert not torch.equal(tokens, TOKENS)
         return token_weights(model, tokens)
 
+    def of_no_window(model, tokens):
+        assert not len(tokens), "held-out windows judge corrections, and here there are none"
+        return {}
+
     monkeypatch.setattr("bitmill.refinement.model.token_weights", of_held_out)
     assert reports(tmp_path / "b", Weighted(**quick), kept) == whole
+    monkeypatch.setattr("bitmill.refinement.model.token_weights", of_no_window)
+    reports(tmp_path / "c", Weighted(**quick, asymmetric=False), kept)
     (tmp_path / "a" / "block-00001.json").unlink()
     monkeypatch.setattr(
         "bitmill.refinement.model.token_weights", lambda *_: pytest.fail("made again")

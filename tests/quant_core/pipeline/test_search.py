@@ -1,6 +1,7 @@
 """Targets of loss: the smallest map whose measured loss is within them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,29 @@ def test_a_killed_search_takes_what_was_measured(source, tmp_path):
     assert record().stat().st_mtime_ns == before
     again = run_job(config, source, tmp_path / "again", tmp_path / "out2")
     assert made.quality.row("knapsack gptq") == again.quality.row("knapsack gptq")
+
+
+@pytest.mark.e2e
+def test_the_blocks_of_the_best_map_are_not_refined_again(source, tmp_path):
+    work, said = tmp_path / "work", []
+
+    def blocks():
+        folder = work / "refine"
+        return {path.name: path.read_bytes() for path in folder.glob("block-*")}
+
+    def run(out):
+        said.clear()
+        run_job(asked(0.1), source, work, tmp_path / out, on_progress=said.append)
+        return [one.done for one in said if one.stage == "refine" and one.kind == "progress"]
+
+    assert run("out") == [2]
+    assert sorted(path.name for path in work.iterdir() if not path.name.startswith(".")) == sorted(
+        one.stage for one in said if one.kind == "stage" and one.state == "finished"
+    )
+    taken = blocks()
+    shutil.rmtree(work / "refine")
+    assert run("again") == [1, 2]
+    assert blocks() == taken
 
 
 @pytest.mark.e2e

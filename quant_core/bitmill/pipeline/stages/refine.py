@@ -19,6 +19,7 @@ from bitmill.config.transforms import TransformConfig
 from bitmill.pipeline.source import Model, Source
 from bitmill.pipeline.stage import Environment, Run, Stage
 from bitmill.plan.model_plan import Plan
+from bitmill.refinement.kept_blocks import KeptBlocks
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.registry import load_object
 
@@ -45,7 +46,7 @@ class Inputs:
     """orders: owner's name -> i32 [K], column order of the linears that `order_of` gives it.
 
     watched: windows of other texts, which learning reports on. weights: of tokens, as a profile
-    left them; what refinement would find itself.
+    left them; what refinement would find itself. kept: where blocks of these inputs may be already.
     """
 
     model: Model
@@ -60,6 +61,7 @@ class Inputs:
     watched: Mapping[str, Tensor]
     environment: Environment
     weights: KeptWeights | None = field(default=None, compare=False)
+    kept: KeptBlocks | None = field(default=None, compare=False)
 
     @classmethod
     def of(
@@ -72,6 +74,7 @@ class Inputs:
         config: QuantizationConfig,
         environment: Environment,
         weights: KeptWeights | None = None,
+        kept: KeptBlocks | None = None,
     ) -> Inputs:
         """What of a job decides the refined blocks."""
         ordered = profile if profile and bit_widths.order == "activation" else None
@@ -92,11 +95,17 @@ class Inputs:
             watched=learner.watched(source.folder, calibration) if learner else {},
             environment=environment,
             weights=weights,
+            kept=kept,
         )
 
 
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
-    """Goes on behind the last block that a killed run saved."""
+    """Goes on behind the last block that a killed run saved, or takes blocks that were kept."""
+    kept = inputs.kept if run.group.first else None
+    if run.group.broadcast(kept is not None and kept.take(STAGE.digest(inputs), folder)):
+        count = inputs.plan.block_count
+        run.on_unit(count, count, "block", "refined in the search for the map")
+        return
     orders = {owner: torch.tensor(order).long() for owner, order in inputs.orders.items()}
     refine_model(
         run.open_model(inputs.model.folder, inputs.plan),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,16 @@ from bitmill.refinement.model import RefinedModel
 
 
 def refined_loss(
-    refining: refine.Inputs, bit_widths: BitWidthMap, run: Run, scratch: Path
+    refining: refine.Inputs,
+    bit_widths: BitWidthMap,
+    run: Run,
+    scratch: Path,
+    wanted: Callable[[float, float], bool] = lambda *_: False,
 ) -> tuple[float, float]:
     """Mean KL of a map on the held-out windows, and its standard error.
 
-    refining: how any map is refined; its own is not used. Goes on in `scratch` behind the last
+    refining: how any map is refined; its own is not used. wanted: told both, says whether the
+    refined blocks are kept for stage `refine`. Goes on in `scratch` behind the last
     block that a killed run saved, and takes what was measured.
     """
     record = scratch / "loss.json"
@@ -40,7 +46,10 @@ def refined_loss(
     quality = rows[1].texts["held_out"]
     run.group.barrier()
     if run.group.first:
+        if refining.kept is not None and wanted(quality.kl, quality.kl_se):
+            refining.kept.keep(blocks, refine.STAGE.digest(refining))
+        else:
+            shutil.rmtree(blocks)
         write_json(record, [quality.kl, quality.kl_se])
-        shutil.rmtree(blocks)
     run.group.barrier()
     return quality.kl, quality.kl_se

@@ -4,7 +4,7 @@ The profile predicts how the loss falls with size; what it is, is measured. A st
 smallest map whose predicted loss is within an aim, refines it as the job will and measures its KL
 on the held-out windows; the next aim follows from how far that was off (a secant in logarithms).
 What counts is the upper end of the 95 % interval over windows. Of the maps within the target the
-smallest is kept, after at most `SEARCH_STEPS` of them.
+smallest is kept, after at most `SEARCH_STEPS` of them, and its refined blocks for stage `refine`.
 """
 
 from __future__ import annotations
@@ -58,25 +58,20 @@ class Step:
 
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
     """Raises `BudgetError` where no step came within the target, with the nearest."""
-    plan = inputs.refining.plan
-    allocator = Allocator(plan, inputs.allocation, inputs.profile)
+    allocator = Allocator(inputs.refining.plan, inputs.allocation, inputs.profile)
     steps: list[Step] = []
     aim = inputs.target * MARGIN
     while len(steps) < SEARCH_STEPS:
         found = allocator.within_loss(aim)
         if any(step.bit_widths == found for step in steps):
             break
-        scratch = folder / f"measured-{len(steps)}"
-        kl, kl_se = refined_loss(inputs.refining, found, run, scratch)
-        upper = kl + CONFIDENCE * kl_se
-        steps.append(Step(aim, found, footprint(plan, found), kl, upper))
-        if CLOSE_ENOUGH * inputs.target <= upper <= inputs.target:
+        steps.append(_measured(inputs, run, folder, steps, aim, found))
+        if CLOSE_ENOUGH * inputs.target <= steps[-1].upper <= inputs.target:
             break
         aim = next_aim(steps, inputs.target)
-    within = [step for step in steps if step.upper <= inputs.target]
-    if not within:
+    best = _best(steps, inputs.target)
+    if best is None:
         raise _out_of_reach(steps, inputs.target)
-    best = min(within, key=lambda step: step.spent.size)
     if run.group.first:
         write_bytes(folder / MAP_NAME, best.bit_widths.to_json().encode())
         write_json(folder / NOTE_NAME, {"note": _note(best, steps, inputs.target)})
@@ -89,6 +84,27 @@ def load(folder: Path) -> tuple[Allocated, str]:
     """The map, and what the report says of the search."""
     note: str = read_json(folder / NOTE_NAME)["note"]
     return Allocated(BitWidthMap.load(folder / MAP_NAME), ()), note
+
+
+def _measured(
+    inputs: Inputs, run: Run, folder: Path, steps: Sequence[Step], aim: float, found: BitWidthMap
+) -> Step:
+    """The next step, behind which the blocks of the best one are kept."""
+    spent, best = footprint(inputs.refining.plan, found), _best(steps, inputs.target)
+
+    def better(kl: float, kl_se: float) -> bool:
+        within = kl + CONFIDENCE * kl_se <= inputs.target
+        return within and (best is None or spent.size < best.spent.size)
+
+    scratch = folder / f"measured-{len(steps)}"
+    kl, kl_se = refined_loss(inputs.refining, found, run, scratch, better)
+    return Step(aim, found, spent, kl, kl + CONFIDENCE * kl_se)
+
+
+def _best(steps: Sequence[Step], target: float) -> Step | None:
+    """The smallest map within the target, the first of equal ones."""
+    within = [step for step in steps if step.upper <= target]
+    return min(within, key=lambda step: step.spent.size, default=None)
 
 
 def next_aim(steps: Sequence[Step], target: float) -> float:
