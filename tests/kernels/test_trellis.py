@@ -109,14 +109,54 @@ def test_the_search_finds_the_best_circle_by_trying_all():
     assert (found - costs.amin(1)).mean() < 0.05 * costs.mean()
 
 
-@pytest.mark.parametrize("rate", [2, 5])
-def test_the_compiled_search_finds_what_the_plain_one_finds(rate):
+CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
+
+
+def take_capability(name, monkeypatch):
+    """Have kernels compiled for an older processor than this one may be."""
+    own = torch.backends.cpu.get_cpu_capability()
+    if own not in CAPABILITIES or CAPABILITIES.index(name) > CAPABILITIES.index(own):
+        pytest.skip(f"this processor has {own}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: name)
+
+
+@pytest.fixture
+def without_halves(monkeypatch):
+    """Has the search compiled for a processor without fp16 arithmetic."""
     if load_library() is None:
         pytest.skip("no C++ compiler")
+
+    def take(capability):
+        take_capability(capability, monkeypatch)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+        load_library.cache_clear()
+        assert load_library() is not None
+
+    yield take
+    load_library.cache_clear()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("rate", [1, 2, 5])
+def test_the_compiled_search_finds_what_the_plain_one_finds(rate, capability, without_halves):
+    without_halves(capability)
     wanted = targets(rate, 3)
     compiled, plain = encode_tiles(wanted, rate), encode_reference(wanted, rate)
     same = squared_error(compiled, wanted, rate).sum(1) / squared_error(plain, wanted, rate).sum(1)
     torch.testing.assert_close(same, torch.ones(3), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_costs_in_halves_of_a_word_lose_next_to_nothing(rate, without_halves):
+    if not torch.cpu.get_capabilities().get("avx512_fp16"):
+        pytest.skip("this processor does not compute in fp16")
+    wanted = targets(rate, 64)
+    halves = encode_tiles(wanted, rate)
+    without_halves("AVX512")
+    singles = encode_tiles(wanted, rate)
+    assert not torch.equal(halves, singles)
+    errors = [squared_error(found, wanted, rate).sum() for found in (halves, singles)]
+    assert errors[0] < 1.004 * errors[1]
 
 
 @pytest.mark.parametrize("rate", RATES)
@@ -126,6 +166,17 @@ def test_distortion_is_near_the_bound(rate):
     assert circles.shape == (33, tile_bytes(rate))
     error = float(squared_error(circles, wanted, rate).mean()) / DEVIATION[rate] ** 2
     assert 4.0**-rate < error < LIMITS[rate]
+
+
+@pytest.mark.parametrize("rate", [3, 8])
+def test_targets_far_from_all_values_get_the_nearest(rate):
+    """No cost of theirs overflows, nor spoils what comes behind."""
+    wanted = targets(rate, 2)
+    wanted[:, [0, 7, 100, 255]] *= 1e4
+    found = in_sequence(decode_tiles(encode_tiles(wanted, rate), rate)).float()
+    far = wanted.abs() > 100
+    assert (found[far] * wanted[far].sign() > 1.5).all()
+    assert (found - wanted)[~far].square().median() < LIMITS[rate] * DEVIATION[rate] ** 2
 
 
 def test_a_few_tiles_are_coded_as_many_are():
@@ -174,14 +225,10 @@ def random_product(N, K, rates, **source):
 @pytest.fixture(params=["AVX512", "AVX2", "DEFAULT", "torch"])
 def way(request, monkeypatch):
     """How products are made: compiled for a capability, or by torch."""
-    capabilities = ["DEFAULT", "AVX2", "AVX512"]
-    own = torch.backends.cpu.get_cpu_capability()
     if request.param == "torch":
         monkeypatch.setenv("BITMILL_CPU_KERNEL", "0")
-    elif own not in capabilities or capabilities.index(request.param) > capabilities.index(own):
-        pytest.skip(f"this processor has {own}")
     else:
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+        take_capability(request.param, monkeypatch)
     product_library.cache_clear()
     yield request.param
     product_library.cache_clear()

@@ -91,6 +91,13 @@ def _best_path(x: Tensor, values: Tensor, step: int, ends: Tensor | None) -> Ten
     return torch.stack(path[::-1], 1)
 
 
+def _half_flags() -> tuple[str, ...]:
+    """Costs in halves of a word where the processor computes in them."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return ()
+    return ("-DBITMILL_HALVES",) if torch.cpu.get_capabilities().get("avx512_fp16") else ()
+
+
 @cache
 def load_library() -> ctypes.CDLL | None:
     """The compiled encoder, or None where it cannot be built or BITMILL_CPU_KERNEL is "0"."""
@@ -101,11 +108,9 @@ def load_library() -> ctypes.CDLL | None:
         "bitmill_trellis",
         headers=[VECTORS],
         extra_cflags=[
-            "-O3",
-            "-ffinite-math-only",
-            "-fno-signed-zeros",
+            *("-O3", "-ffinite-math-only", "-fno-signed-zeros", "-fopenmp"),
             *vector_flags(),
-            "-fopenmp",
+            *_half_flags(),
         ],
         extra_ldflags=["-fopenmp"],
     )

@@ -10,9 +10,17 @@
 // across the seam; the second goes around from there to there.
 //
 // With j = new << (R - B) | read, all 2^B new bits read the same 2^B kept costs. They lie in the
-// lanes of a vector, so lanes share a kept cost, and kTiles tiles what is read of the table. Two
-// values a state cost |x|^2 + (|v|^2 - 2 x v), where |x|^2 is added to the least of them. Vectors
-// are the compiler's, so one source serves AVX-512, AVX2 and NEON.
+// lanes of a vector, so lanes share a kept cost, and kTiles tiles what is read of the table.
+//
+// With AVX-512 FP16 costs are halves of a word, less the least one of the step before; the way back
+// compares in fp32. Elsewhere they are fp32, and two values a state cost |x|^2 + (|v|^2 - 2 x v),
+// where |x|^2 is added to the least of them. Vectors are the compiler's, so one source serves
+// AVX-512, AVX2 and NEON.
+
+#if defined(BITMILL_HALVES) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
+#pragma GCC target("avx512fp16")
+#define HALVES
+#endif
 
 #include <algorithm>
 #include <cfloat>
@@ -26,61 +34,85 @@
 namespace {
 
 constexpr int kTiles = 4, kValues = 256, kStateBits = 16;
-constexpr float kNever = 1e30f;
+
+// What costs are computed in. kMost: more than any cost; kNever: that of states where no path may
+// begin; kFar: more than it takes to be far from all values.
+#ifdef HALVES
+typedef _Float16 Real;
+typedef Real Vector __attribute__((vector_size(64)));
+typedef int16_t Numbers __attribute__((vector_size(64)));
+constexpr Real kMost = 65504, kNever = 30000;
+#else
+typedef float Real;
+typedef Floats Vector;
+typedef Ints Numbers;
+constexpr Real kMost = FLT_MAX, kNever = 1e30f;
+#endif
+constexpr bool kHalved = sizeof(Real) == 2;
+constexpr int kWide = sizeof(Vector) / sizeof(Real);
+constexpr float kFar = 60.0f;
 
 template <int B, int V>
 class Search {
   static constexpr int R = kStateBits - B, kCount = 1 << R, kOlds = 1 << B, kRead = kCount >> B;
-  static constexpr int kSteps = kValues / V, kParts = V == 2 ? 3 : 1;
-  static constexpr int kReads = std::max(1, kLanes >> B);  // of `read` in the lanes of a vector
-  static constexpr int kApart = kRead / kReads;  // from one of them to the next
-  static constexpr int kVectors = kReads * kOlds / kLanes;
-  static constexpr int kTogether = std::min(kVectors, kLanes == 16 ? 4 : 2);
+  static constexpr int kSteps = kValues / V, kParts = V == 2 && !kHalved ? 3 : V;
+  static constexpr int kReads = std::max(1, kWide >> B);  // of `read` in the lanes of a vector
+  static constexpr int kApart = kRead / kReads;           // from one of them to the next
+  static constexpr int kVectors = kReads * kOlds / kWide;
+  static constexpr int kTogether = std::min(kVectors, sizeof(Vector) == 64 ? 4 : 2);
   static_assert(kRead > 0);
-  const float* table_;             // [2^16][V]
-  const Floats* laid_;             // [kApart][kVectors / kTogether][kOlds][kTogether][kParts]
-  std::unique_ptr<float[]> kept_;  // [kSteps + 1][kTiles][kCount], at place(j)
+  const float* table_;            // [2^16][V]
+  const Vector* laid_;            // [kApart][kVectors / kTogether][kOlds][kTogether][kParts]
+  std::unique_ptr<Real[]> kept_;  // [kSteps + 1][kTiles][kCount], at place(j)
+  Real least_[kTiles];            // of the last step
 
   static constexpr unsigned place(unsigned j) {
     const unsigned read = j % kRead, of = kReads == 1 ? 0 : read / kApart;
     return (read % kApart * kReads + of) << B | j / kRead;
   }
 
-  float* kept(int t, int tile) {
+  Real* kept(int t, int tile) {
     return &kept_[(static_cast<int64_t>(t) * kTiles + tile) * kCount];
   }
 
   // Kept costs of step t + 1 from those of step t, for x [kTiles][V].
   void forward(int t, const float (*x)[V]) {
-    float twice[kTiles][V], squares[kTiles];
-    const float* old[kTiles];
+    Real at[kTiles][V], last[kTiles] = {};
+    const Real* old[kTiles];
+    Vector least[kTiles];
     for (int k = 0; k < kTiles; ++k) {
       old[k] = kept(t, k);
-      squares[k] = V == 2 ? x[k][0] * x[k][0] + x[k][V - 1] * x[k][V - 1] : 0.0f;
-      for (int i = 0; i < V; ++i) twice[k][i] = -2 * x[k][i];
+      least[k] = Vector{} + kMost;
+      for (int i = 0; i < V; ++i) {
+        at[k][i] = kHalved ? std::clamp(x[k][i], -kFar, kFar) : kParts > V ? -2 * x[k][i] : x[k][i];
+        if (kParts > V) last[k] += x[k][i] * x[k][i];
+      }
+      if (kHalved) last[k] = -least_[k];
     }
-    const Floats* v = laid_;
+    const Vector* v = laid_;
     in_turn([&](int read) {
       for (int first = 0; first < kVectors; first += kTogether) {
-        Floats best[kTiles][kTogether];
+        Vector best[kTiles][kTogether];
         for (auto& of_tile : best)
-          for (Floats& one : of_tile) one = Floats{} + FLT_MAX;
+          for (Vector& one : of_tile) one = Vector{} + kMost;
         for (int o = 0; o < kOlds; ++o, v += kTogether * kParts) {
-          Floats from[kTiles];
+          Vector from[kTiles];
 #pragma GCC unroll 8
           for (int k = 0; k < kTiles; ++k) from[k] = before(old[k], read, o);
 #pragma GCC unroll 8
           for (int n = 0; n < kTogether; ++n) {
 #pragma GCC unroll 8
             for (int k = 0; k < kTiles; ++k) {
-              Floats cost;
-              if (V == 2) {
-                cost = v[3 * n + 2] + v[3 * n] * twice[k][0];
-                cost += v[3 * n + 1] * twice[k][V - 1];
+              Vector cost = from[k];
+              if (kParts > V) {
+                cost = v[3 * n + 2] + v[3 * n] * at[k][0];
+                cost += v[3 * n + 1] * at[k][V - 1];
                 cost += from[k];
               } else {
-                const Floats d = x[k][0] - v[n];
-                cost = from[k] + d * d;
+                for (int i = 0; i < V; ++i) {
+                  const Vector d = at[k][i] - v[V * n + i];
+                  cost += d * d;
+                }
               }
               best[k][n] = cost < best[k][n] ? cost : best[k][n];
             }
@@ -88,11 +120,16 @@ class Search {
         }
         for (int k = 0; k < kTiles; ++k)
           for (int n = 0; n < kTogether; ++n) {
-            const Floats next = best[k][n] + squares[k];
-            std::memcpy(kept(t + 1, k) + place(read) + (first + n) * kLanes, &next, sizeof next);
+            const Vector next = best[k][n] + last[k];
+            least[k] = next < least[k] ? next : least[k];
+            std::memcpy(kept(t + 1, k) + place(read) + (first + n) * kWide, &next, sizeof next);
           }
       }
     });
+    for (int k = 0; k < kTiles; ++k) {
+      least_[k] = least[k][0];
+      for (int l = 1; l < kWide; ++l) least_[k] = std::min(least_[k], Real(least[k][l]));
+    }
   }
 
   // The first of all that vectors hold of `read`. Those follow each other whose kept costs lie in
@@ -105,17 +142,18 @@ class Search {
   }
 
   // What the lanes read of old bits o: kOlds of them the same.
-  static Floats before(const float* kept, int read, int o) {
-    const float* first = kept + place(read << B | o);
-    if (kReads == 1) return Floats{} + *first;
-    Floats found;
-    Ints which;
+  static Vector before(const Real* kept, int read, int o) {
+    const Real* first = kept + place(read << B | o);
+    if (kReads == 1) return Vector{} + *first;
+    Vector found;
+    Numbers which;
     std::memcpy(&found, first, sizeof found);
-    for (int l = 0; l < kLanes; ++l) which[l] = l / kOlds * (kApart * kOlds / kRead);
+    for (int l = 0; l < kWide; ++l) which[l] = place((l / kOlds * kApart) << B);
     return __builtin_shuffle(found, which);
   }
 
   void run(const float* x, int first, int steps) {
+    std::fill_n(least_, kTiles, Real(0));
     for (int t = 0; t < steps; ++t) {
       float now[kTiles][V];
       for (int k = 0; k < kTiles; ++k)
@@ -126,7 +164,8 @@ class Search {
 
   // The old bits behind j at step t, for x [V].
   int old(int t, int tile, int j, const float* x) {
-    const float *from = kept(t, tile), *v = table_ + static_cast<int64_t>(j) * kOlds * V;
+    const Real* from = kept(t, tile);
+    const float* v = table_ + static_cast<int64_t>(j) * kOlds * V;
     float costs[kOlds], best = FLT_MAX;
     for (int o = 0; o < kOlds; ++o) {
       costs[o] = from[place((j << B | o) & (kCount - 1))];
@@ -137,26 +176,26 @@ class Search {
   }
 
  public:
-  Search(const float* table, const Floats* laid)
+  Search(const float* table, const Vector* laid)
       : table_(table),
         laid_(laid),
-        kept_(new float[static_cast<size_t>(kSteps + 1) * kTiles * kCount + kLanes]) {}
+        kept_(new Real[static_cast<size_t>(kSteps + 1) * kTiles * kCount + kWide]) {}
 
   // What `forward` reads of the table, in the sequence of its reading.
-  static std::vector<Floats> laid_out(const float* table) {
-    std::vector<Floats> laid;
-    laid.reserve((kParts << kStateBits) / kLanes);
+  static std::vector<Vector> laid_out(const float* table) {
+    std::vector<Vector> laid;
+    laid.reserve((kParts << kStateBits) / kWide);
     in_turn([&](int read) {
       for (int first = 0; first < kVectors; first += kTogether)
         for (int o = 0; o < kOlds; ++o)
           for (int n = first; n < first + kTogether; ++n) {
-            Floats parts[kParts];
-            for (int l = 0; l < kLanes; ++l) {
-              const int place = n * kLanes + l;
+            Vector parts[kParts];
+            for (int l = 0; l < kWide; ++l) {
+              const int place = n * kWide + l;
               const int j = place % kOlds * kRead + read + place / kOlds * kApart;
               const float* v = table + (static_cast<int64_t>(j) << B | o) * V;
               for (int i = 0; i < V; ++i) parts[i][l] = v[i];
-              if (V == 2) parts[kParts - 1][l] = v[0] * v[0] + v[V - 1] * v[V - 1];
+              if (kParts > V) parts[kParts - 1][l] = v[0] * v[0] + v[V - 1] * v[V - 1];
             }
             laid.insert(laid.end(), parts, parts + kParts);
           }
@@ -167,10 +206,10 @@ class Search {
   // x [kTiles][kValues], circles [kTiles][bytes]; seam: steps on each side of it.
   void encode(const float* x, uint8_t* const* circles, int bytes, int seam) {
     int ends[kTiles];
-    std::fill_n(kept(0, 0), kTiles * kCount, 0.0f);
+    std::fill_n(kept(0, 0), kTiles * kCount, Real(0));
     run(x, kSteps - seam, 2 * seam);
     for (int k = 0; k < kTiles; ++k) {
-      const float* last = kept(2 * seam, k);
+      const Real* last = kept(2 * seam, k);
       int j = 0;
       for (int p = 1; p < kCount; ++p)
         if (last[place(p)] < last[place(j)]) j = p;
@@ -179,7 +218,7 @@ class Search {
       ends[k] = j;
     }
     std::fill_n(kept(0, 0), kTiles * kCount, kNever);
-    for (int k = 0; k < kTiles; ++k) kept(0, k)[place(ends[k])] = 0.0f;
+    for (int k = 0; k < kTiles; ++k) kept(0, k)[place(ends[k])] = 0;
     run(x, 0, kSteps);
     for (int k = 0; k < kTiles; ++k) {
       std::memset(circles[k], 0, bytes);
@@ -196,7 +235,7 @@ class Search {
 template <int B, int V>
 void encode_all(const float* targets, int64_t count, const float* table, int bytes, int seam,
                 uint8_t* circles, int threads) {
-  static const std::vector<Floats> laid = Search<B, V>::laid_out(table);
+  static const std::vector<Vector> laid = Search<B, V>::laid_out(table);
   const int64_t blocks = (count + kTiles - 1) / kTiles;
 #pragma omp parallel num_threads(threads)
   {
