@@ -13,7 +13,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 EPSILON = 1e-5
+LOG2_E = tl.constexpr(1.4426950408889634)
 TILE = 64
+PROGRAMS = 512  # that keep an H200 busy; measured
+MOST_SPLITS = 16  # of which one program merges the answers
 GATE_BLOCK = 512
 
 
@@ -77,12 +80,40 @@ def _gate_kernel(
 
 @triton.jit
 def _rotated(
-    head_ptr: tl.tensor, cosine: tl.tensor, sine: tl.tensor, SIZE: tl.constexpr
+    heads_ptr: tl.tensor, cosine: tl.tensor, sine: tl.tensor, SIZE: tl.constexpr
 ) -> tl.tensor:
-    d = tl.arange(0, SIZE)
-    other = tl.load(head_ptr + (d + SIZE // 2) % SIZE).to(tl.float32)
+    """fp32 [n, SIZE] of heads that start at the pointers [n, 1]."""
+    d = tl.arange(0, SIZE)[None, :]
+    other = tl.load(heads_ptr + (d + SIZE // 2) % SIZE).to(tl.float32)
     turned = tl.where(d < SIZE // 2, -other, other)
-    return tl.load(head_ptr + d).to(tl.float32) * cosine + turned * sine
+    return tl.load(heads_ptr + d).to(tl.float32) * cosine + turned * sine
+
+
+@triton.jit
+def _scores(query: tl.tensor, keys: tl.tensor, stale: tl.tensor) -> tl.tensor:
+    """fp32 [rows, positions], of which `stale` [positions] count for nothing."""
+    return tl.where(stale[None, :], float("-inf"), tl.dot(query, tl.trans(keys)))
+
+
+@triton.jit
+def _fold(
+    score: tl.tensor,
+    values: tl.tensor,
+    largest: tl.tensor,
+    total: tl.tensor,
+    mixed: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The softmax of a run of positions, after `score` [rows, positions] of more of them.
+
+    Of each row its largest score, its sum of weights and its values mixed by these.
+    """
+    before = largest
+    largest = tl.maximum(before, tl.max(score, axis=1))
+    kept = tl.exp2(before - largest)
+    weight = tl.exp2(score - largest[:, None])
+    total = total * kept + tl.sum(weight, axis=1)
+    mixed = tl.dot(weight.to(tl.float16), values, mixed * kept[:, None])
+    return largest, total, mixed
 
 
 @triton.jit
@@ -94,67 +125,88 @@ def _attend_kernel(
     sine_ptr: tl.tensor,
     place_ptr: tl.tensor,
     partial_ptr: tl.tensor,
+    extent_ptr: tl.tensor,
     counter_ptr: tl.tensor,
     out_ptr: tl.tensor,
     CACHE: tl.constexpr,
     HEADS: tl.constexpr,
     SHARE: tl.constexpr,
     SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
     POSITIONS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """HEADS of keys and values, each of SHARE queries."""
+    """HEADS of keys and values, each of SHARE queries; each split of the cache is one program's.
+
+    A program takes its positions a tile of POSITIONS at a time. Scores are in powers of two.
+    """
     _begin(OVERLAP)
-    SPLITS: tl.constexpr = CACHE // POSITIONS
-    head = tl.program_id(0)
-    split = tl.program_id(1)
-    first = tl.program_id(2).to(tl.int64) * HEADS  # of the sequence's heads
-    qkv_ptr += first * (SHARE + 2) * SIZE
-    keys_ptr += first * CACHE * SIZE
-    values_ptr += first * CACHE * SIZE
-    partial_ptr += first * SHARE * SPLITS * (SIZE + 2)
-    counter_ptr += first
-    out_ptr += first * SHARE * SIZE
+    RUN: tl.constexpr = CACHE // SPLITS
+    ROWS: tl.constexpr = max(SHARE, 16)  # what a product of tiles takes; the last repeat a query
+    split = tl.program_id(0)
+    head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    own = (sequence * HEADS + head).to(tl.int64)
+    keys_ptr += own * CACHE * SIZE
+    values_ptr += own * CACHE * SIZE
+    qkv_ptr += sequence * (HEADS * (SHARE + 2) * SIZE)
+    first = split * RUN
+    i = tl.arange(0, POSITIONS)
     d = tl.arange(0, SIZE)
-    position = split * POSITIONS + tl.arange(0, POSITIONS)
-    at = (head * CACHE + position)[:, None] * SIZE + d[None, :]
-    place = tl.load(place_ptr)
-    keys = tl.load(keys_ptr + at)  # of earlier steps, like the values: no launch nearby writes them
+    row = tl.arange(0, ROWS)
+    at = (first + i)[:, None] * SIZE + d[None, :]
+    # The first tile comes before the wait: earlier steps wrote it, no launch nearby does.
+    keys = tl.load(keys_ptr + at)
     values = tl.load(values_ptr + at)
-    cosine = tl.load(cosine_ptr + place * SIZE + d).to(tl.float32)
-    sine = tl.load(sine_ptr + place * SIZE + d).to(tl.float32)
+    place = tl.load(place_ptr).to(tl.int32)
+    cosine = tl.load(cosine_ptr + place * SIZE + d).to(tl.float32)[None, :]
+    sine = tl.load(sine_ptr + place * SIZE + d).to(tl.float32)[None, :]
     _wait(OVERLAP)
+    query_ptr = qkv_ptr + (head * SHARE + tl.minimum(row, SHARE - 1))[:, None] * SIZE
+    query = _rotated(query_ptr, cosine, sine, SIZE) * (SIZE**-0.5 * LOG2_E)
+    query = query.to(tl.float16)
     key = _rotated(qkv_ptr + (HEADS * SHARE + head) * SIZE, cosine, sine, SIZE).to(tl.float16)
-    value = tl.load(qkv_ptr + (HEADS * (SHARE + 1) + head) * SIZE + d)
-    new = (position == place)[:, None]
-    keys = tl.where(new, key[None, :], keys)
-    values = tl.where(new, value[None, :], values)
-    written = new & (d >= 0)[None, :]
-    tl.store(keys_ptr + at, keys, mask=written)
-    tl.store(values_ptr + at, values, mask=written)
-    wide_keys, wide_values = keys.to(tl.float32), values.to(tl.float32)
-    for i in tl.static_range(SHARE):
-        query = _rotated(qkv_ptr + (head * SHARE + i) * SIZE, cosine, sine, SIZE)
-        score = tl.sum(wide_keys * query[None, :], axis=1) * (SIZE**-0.5)
-        largest = tl.max(score, axis=0)
-        weight = tl.exp(score - largest)
-        mixed = tl.sum(wide_values * weight[:, None], axis=0)
-        part = partial_ptr + ((head * SHARE + i) * SPLITS + split) * (SIZE + 2)
-        tl.store(part + d, mixed)
-        tl.store(part + SIZE, largest)
-        tl.store(part + SIZE + 1, tl.sum(weight, axis=0))
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counter_ptr + head, 1, sem="acq_rel")
-    if arrived == SPLITS - 1:
-        for i in tl.static_range(SHARE):
-            parts = partial_ptr + ((head * SHARE + i) * SPLITS + tl.arange(0, SPLITS)) * (SIZE + 2)
-            maxima = tl.load(parts + SIZE, cache_modifier=".cg")
-            share = tl.exp(maxima - tl.max(maxima, axis=0))
-            total = tl.sum(share * tl.load(parts + SIZE + 1, cache_modifier=".cg"), axis=0)
-            rows = tl.load(parts[:, None] + d[None, :], cache_modifier=".cg")
-            mixed = tl.sum(rows * share[:, None], axis=0) / total
-            tl.store(out_ptr + (head * SHARE + i) * SIZE + d, mixed.to(tl.float16))
-        tl.atomic_xchg(counter_ptr + head, 0)
+    value = tl.load(qkv_ptr + (HEADS * (SHARE + 1) + head) * SIZE + d)[None, :]
+    owner = (place >= first) & (place < first + RUN)
+    tl.store(keys_ptr + place * SIZE + d[None, :], key, mask=owner)
+    tl.store(values_ptr + place * SIZE + d[None, :], value, mask=owner)
+    # The new token begins its run; what the cache held in its place is stale. In other runs its
+    # score of -inf lets the first tile take it out.
+    largest = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1)
+    largest = tl.where(owner, largest, float("-inf"))
+    total = tl.full([ROWS], 1.0, tl.float32)
+    mixed = tl.zeros([ROWS, SIZE], tl.float32) + value
+    score = _scores(query, keys, first + i == place)
+    largest, total, mixed = _fold(score, values, largest, total, mixed)
+    for start in range(POSITIONS, RUN, POSITIONS):
+        keys = tl.load(keys_ptr + start * SIZE + at)
+        score = _scores(query, keys, first + start + i == place)
+        values = tl.load(values_ptr + start * SIZE + at)
+        largest, total, mixed = _fold(score, values, largest, total, mixed)
+    mixed /= total[:, None]
+    heads = own * SHARE + row
+    real = (row < SHARE)[:, None]
+    if SPLITS == 1:
+        out_ptr += heads[:, None] * SIZE + d[None, :]
+        tl.store(out_ptr, mixed.to(tl.float16), mask=real)
+    else:
+        part = heads * SPLITS + split
+        tl.store(partial_ptr + part[:, None] * SIZE + d[None, :], mixed, mask=real)
+        tl.store(extent_ptr + part, largest + tl.log2(total), mask=row < SHARE)
+        tl.debug_barrier()  # all warps have written before the count says so
+        arrived = tl.atomic_add(counter_ptr + own, 1, sem="acq_rel")
+        if arrived == SPLITS - 1:  # the last merges the splits, each by its share of the softmax
+            head_of = own * SHARE + tl.arange(0, SHARE)
+            parts = head_of[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
+            extent = tl.load(extent_ptr + parts, cache_modifier=".cg")
+            weight = tl.exp2(extent - tl.max(extent, axis=1)[:, None])
+            weight /= tl.sum(weight, axis=1)[:, None]
+            found = tl.load(
+                partial_ptr + parts[:, :, None] * SIZE + d[None, None, :], cache_modifier=".cg"
+            )
+            merged = tl.sum(found * weight[:, :, None], axis=1)
+            tl.store(out_ptr + head_of[:, None] * SIZE + d[None, :], merged.to(tl.float16))
+            tl.atomic_xchg(counter_ptr + own, 0)
 
 
 class Glue:
@@ -171,14 +223,21 @@ class Glue:
         kv_heads: int | None = None,
         overlap: bool = True,
     ) -> None:
-        """heads of `size`, `cache` positions, a multiple of 64, of `batch` sequences B. kv_heads:
-        of keys and values, as many where left out."""
+        """heads of `size`, `cache` positions, a multiple of 64, of `batch` sequences B.
+
+        kv_heads: of keys and values, as many where left out; each serves a power of two of heads.
+        """
         self.heads, self.size, self.cache = heads, size, cache
         self.kv_heads = kv_heads or heads
+        tiles = cache // TILE
+        wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS, batch * self.kv_heads))
+        self.splits = min(wanted, tiles & -tiles, MOST_SPLITS)
         self._overlap = overlap
         self._launch = {"launch_pdl": True} if overlap else {}
-        self._partial = torch.empty(batch * heads * (cache // TILE) * (size + 2), device=device)
-        self._counter = torch.zeros(batch * heads, dtype=torch.int32, device=device)
+        parts = batch * heads * self.splits
+        self._partial = torch.empty(parts * size, device=device)
+        self._extent = torch.empty(parts, device=device)
+        self._counter = torch.zeros(batch * self.kv_heads, dtype=torch.int32, device=device)
 
     def add_norm(self, hidden: Tensor, added: Tensor, scale: Tensor) -> Tensor:
         """RMS norm [B, n] of hidden + added; hidden becomes the sum. All fp16."""
@@ -193,7 +252,7 @@ class Glue:
             SIZE=n,
             BLOCK=triton.next_power_of_2(n),
             OVERLAP=self._overlap,
-            num_warps=16,
+            num_warps=4,
             **self._launch,
         )
         return out
@@ -228,7 +287,7 @@ class Glue:
         [1]. cosine, sine: [cache, size].
         """
         out = qkv.new_empty(len(qkv), self.heads * self.size)
-        _attend_kernel[(self.kv_heads, self.cache // TILE, len(qkv))](
+        _attend_kernel[(self.splits, self.kv_heads, len(qkv))](
             qkv,
             keys,
             values,
@@ -236,15 +295,18 @@ class Glue:
             sine,
             place,
             self._partial,
+            self._extent,
             self._counter,
             out,
             CACHE=self.cache,
             HEADS=self.kv_heads,
             SHARE=self.heads // self.kv_heads,
             SIZE=self.size,
+            SPLITS=self.splits,
             POSITIONS=TILE,
             OVERLAP=self._overlap,
             num_warps=4,
+            num_stages=2,
             **self._launch,
         )
         return out
