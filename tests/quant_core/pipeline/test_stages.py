@@ -201,7 +201,7 @@ def test_every_stage_is_recorded_and_hashes_all_of_its_inputs(recorded: Recorded
 
 def test_what_decides_nothing_is_told_by_name(recorded: Recorded) -> None:
     """Fields that may differ without another result: places, what a profile is called by, and
-    weights of tokens that refinement would find itself."""
+    weights of tokens and refined blocks that refinement would make itself."""
     free = {
         f"{stage.name}{name}"
         for stage, inputs in recorded.inputs
@@ -212,6 +212,7 @@ def test_what_decides_nothing_is_told_by_name(recorded: Recorded) -> None:
     assert {name for name in free if name.rpartition(".")[2] not in places} == {
         "profile.origin", "allocate.profile.origin", "evaluate.profile.origin",
         "publish.profiled.profile.origin", "profile.weights", "refine.weights",
+        "refine.kept",
     }  # fmt: skip
 
 
