@@ -1,18 +1,19 @@
-"""One real model at equal true bits: tokens alike, weighted, and tuned end to end.
+"""One real model at equal true bits: tokens alike or weighted, and tuned end to end.
 
     python benchmarks/trellis_learning.py measure SOURCE --model NAME --bits BITS --out ROW.json
     python benchmarks/trellis_learning.py table ROW.json ... --out OUT
 
 `measure` profiles SOURCE (a Hugging Face folder), allocates BITS (--allocation) and makes, with
 windows as by default, each of --variants: `plain` (method gptq, every token counts alike),
-`weighted` (tokens weighted by the squared loss gradient), `roots` (by the roots of these weights),
-`uncorrected` (`weighted` without the correction for the quantized prefix), `bare` (neither) and
+`squares` (tokens weighted by the squared loss gradient), `roots` (by the roots of these weights),
+`uncorrected` (`roots` without the correction for the quantized prefix), `bare` (neither) and
 `tuned` (what --base gave, tuned for each number of --steps at each of --rates); the last three of
-trellis codes alone. Jobs weight tokens for trellis codes and not for affine ones (--code). Each is
-measured on both evaluation texts and on the held-out windows. --keep names a folder for profile and
-codes of one model, code, calibration and allocation: commands that follow there take them over.
-Seconds are those of the process; several may share a device. `table` sets rows of several commands
-beside EXL3's of `peers.json`, interpolated to their bits, ln(excess) linear in bits:
+trellis codes alone. Jobs take roots for trellis codes and tokens alike for affine ones (--code).
+In rows made while jobs took squares, those are called `weighted`. Each is measured on both
+evaluation texts and on the held-out windows. --keep names a folder for profile and codes of one
+model, code, calibration and allocation: commands that follow there take them over. Seconds are
+those of the process; several may share a device. `table` sets rows of several commands beside
+EXL3's of `peers.json`, interpolated to their bits, ln(excess) linear in bits:
 
     excess = ln(perplexity / perplexity of the source), per text and their mean
 """
@@ -38,7 +39,7 @@ from peers import at_bits
 from torch import Tensor
 
 from bitmill.allocation.allocator import allocate
-from bitmill.calibration.token_weights import POWER, token_weights
+from bitmill.calibration.token_weights import token_weights
 from bitmill.calibration.windows import calibration_tokens, evaluation_windows
 from bitmill.config.methods import GPTQ, MethodConfig, Statistic, TrellisGPTQ, TrellisOmniQuant
 from bitmill.config.quantization import parse_config
@@ -77,12 +78,12 @@ class Weighted(GPTQ):
 METHODS: dict[str, dict[str, MethodConfig]] = {
     "trellis": {
         "plain": Unweighted(),
-        "weighted": TrellisGPTQ(),
+        "squares": TrellisGPTQ(),
         "roots": TrellisGPTQ(),
         "uncorrected": TrellisGPTQ(asymmetric=False),
         "bare": Unweighted(asymmetric=False),
     },
-    "affine": {"plain": GPTQ(), "weighted": Weighted(), "roots": Weighted()},
+    "affine": {"plain": GPTQ(), "squares": Weighted(), "roots": Weighted()},
 }
 
 
@@ -160,10 +161,10 @@ def _measured(options: argparse.Namespace, folder: Path) -> None:
         place = folder / f"{options.bits:g}" / what
         place.mkdir(parents=True, exist_ok=True)
         weights = place / WEIGHTS_NAME
-        if what == "roots" and not weights.is_file():
+        if what == "squares" and not weights.is_file():
             every = torch.cat([tokens.tokens, tokens.held_out])
-            roots = token_weights(model, every, power=POWER / 2)
-            write_bytes(weights, safetensors.torch.save(roots))
+            squares = token_weights(model, every, power=2)
+            write_bytes(weights, safetensors.torch.save(squares))
         refine_model(
             model,
             RefineInputs(tokens, bit_widths, orders),
@@ -206,7 +207,7 @@ def _measured(options: argparse.Namespace, folder: Path) -> None:
         )
         what = f"tuned, {steps} steps" + (f" at {rate:g}" if rate != TRELLIS_RATE else "")
         what += f" of {options.batch} windows" if options.batch else ""
-        what += f" from {options.base}" if options.base != "weighted" else ""
+        what += f" from {options.base}"
         row["tuning"][what] = tuned.report.model_dump(mode="json")
         keep(what, tuned.weights, tuned.vectors)
 
@@ -263,11 +264,11 @@ def main() -> None:
     action.add_argument("--code", choices=list(METHODS), default="trellis")
     action.add_argument("--calibration", type=json.loads, default={}, help="its fields, as JSON")
     action.add_argument("--allocation", default="knapsack")
-    action.add_argument("--variants", nargs="+", default=["plain", "weighted", "tuned"])
+    action.add_argument("--variants", nargs="+", default=["plain", "roots", "tuned"])
     action.add_argument("--steps", type=int, nargs="+", default=[100])
     action.add_argument("--rates", type=float, nargs="+", default=[TRELLIS_RATE], help="of tuning")
     action.add_argument("--batch", type=int, help="windows of a step of tuning")
-    action.add_argument("--base", choices=list(METHODS["trellis"]), default="weighted")
+    action.add_argument("--base", choices=list(METHODS["trellis"]), default="roots")
     action.add_argument("--keep", type=Path, help="where profile and codes stay")
     action.add_argument("--run", default="", help="name of this run, a column of the table")
     action.add_argument("--device", default="cuda")

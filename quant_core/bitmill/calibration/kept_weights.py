@@ -1,6 +1,6 @@
 """Weights of tokens that the backward pass of a profile leaves for refinement, block by block.
 
-    key.json                   what the weights follow from
+    key.json                   what the weights follow from, and their power of gradients
     block-00012.safetensors    f32 [S, T] by the first of linears that read one input
 
 Both passes go over the same windows in the same batches, so the weights are those that refinement
@@ -17,6 +17,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
+from bitmill.calibration.token_weights import POWER
 from bitmill.io.atomic import read_json, write_bytes, write_json
 
 KEY_NAME = "key.json"
@@ -35,7 +36,7 @@ class KeptWeights:
         if not self._is_ours():
             self.remove()
             self.folder.mkdir(parents=True)
-            write_json(self.folder / KEY_NAME, self.key)
+            write_json(self.folder / KEY_NAME, self._named)
         write_bytes(self._path(block), safetensors.torch.save(dict(weights)))
 
     def has(self, block: int) -> bool:
@@ -55,7 +56,11 @@ class KeptWeights:
 
     def _is_ours(self) -> bool:
         path = self.folder / KEY_NAME
-        return path.is_file() and read_json(path) == self.key
+        return path.is_file() and read_json(path) == self._named
+
+    @property
+    def _named(self) -> dict[str, str | float]:
+        return {"key": self.key, "power": POWER}
 
     def _path(self, block: int) -> Path:
         return self.folder / f"block-{block:05}.safetensors"

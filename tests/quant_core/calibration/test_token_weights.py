@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
-from bitmill.calibration.kept_weights import KeptWeights
+from bitmill.calibration.kept_weights import KEY_NAME, KeptWeights
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.calibration.token_weights import token_weights
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.methods import GPTQ, TrellisGPTQ
+from bitmill.io.atomic import write_json
 from bitmill.refinement.model import WEIGHTS_NAME, RefineInputs, refine_model
 from bitmill.sensitivity.fisher import profile_knapsack
 from learning import tiny
@@ -20,8 +22,8 @@ from learning import tiny
 TOKENS = tiny().tokens[:3]
 
 
-def squares() -> dict[str, torch.Tensor]:
-    """|dL/dy|^2 [S, T] of every linear, by one backward pass through all blocks at once."""
+def sizes() -> dict[str, torch.Tensor]:
+    """|dL/dy| [S, T] of every linear, by one backward pass through all blocks at once."""
     model, outputs = tiny().model, {}
     with torch.enable_grad():
         hidden = model.embed(TOKENS).requires_grad_()
@@ -39,20 +41,20 @@ def squares() -> dict[str, torch.Tensor]:
         torch.nn.functional.cross_entropy(
             logits, TOKENS[:, 1:].flatten(), reduction="sum"
         ).backward()
-    return {name: y.grad.square().sum(-1) for name, y in outputs.items()}
+    return {name: y.grad.square().sum(-1).sqrt() for name, y in outputs.items()}
 
 
 def test_weights_are_powers_of_gradients_over_their_mean() -> None:
-    model, expected = tiny().model, squares()
-    usual, roots = token_weights(model, TOKENS), token_weights(model, TOKENS, power=1)
+    model, expected = tiny().model, sizes()
+    usual, squares = token_weights(model, TOKENS), token_weights(model, TOKENS, power=2)
     for i in range(model.block_count):
         for names in model.plan.siblings(i):
-            for found, power in ((usual, 1.0), (roots, 0.5)):
+            for found, power in ((usual, 1), (squares, 2)):
                 powers = [expected[name] ** power for name in names]
                 each = [one / one.mean() for one in powers]
                 mean = sum(each) / len(each)
                 torch.testing.assert_close(found[names[0]], mean, rtol=1e-3, atol=1e-5)
-    assert len(usual) == len(roots) == 4 * model.block_count
+    assert len(usual) == len(squares) == 4 * model.block_count
     assert not token_weights(model, TOKENS[:0])
     assert not token_weights(model, TOKENS[:, :1])
 
@@ -114,6 +116,16 @@ def test_a_profile_leaves_the_weights_that_a_pass_of_their_own_finds(tmp_path: P
     assert not other.has(1)
 
 
+@pytest.mark.parametrize("key", ["these windows", {"key": "these windows", "power": 2.0}])
+def test_weights_that_were_left_as_squares_count_for_nothing(tmp_path: Path, key: object) -> None:
+    kept = KeptWeights(tmp_path / "weights", "these windows")
+    kept.save(0, {"a": torch.ones(1, 2)})
+    assert kept.has(0)
+    write_json(kept.folder / KEY_NAME, key)
+    assert not kept.has(0)
+    assert kept.load(1) is None
+
+
 def test_methods_that_ask_for_them_keep_them_for_a_run_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +150,9 @@ def test_methods_that_ask_for_them_keep_them_for_a_run_that_goes_on(
 
     quick = {"compensated_grid": False, "scale_refit": False}
     whole = reports(tmp_path / "a", Weighted(**quick))
-    assert (tmp_path / "a" / WEIGHTS_NAME).is_file()
+    used = safetensors.torch.load_file(tmp_path / "a" / WEIGHTS_NAME)
+    for name, size in token_weights(model, TOKENS, power=1).items():
+        torch.testing.assert_close(used[name][: len(TOKENS)], size)
     assert whole != reports(tmp_path / "plain", GPTQ(**quick))
     kept, every = KeptWeights(tmp_path / "kept", ""), token_weights(model, TOKENS)
     for i in range(model.block_count):

@@ -124,4 +124,4 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     )
 
 
-STAGE = Stage("refine", work, version=2, shared=True)
+STAGE = Stage("refine", work, version=3, shared=True)

@@ -77,7 +77,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         write_json(folder / NOTE_NAME, {"note": _note(best, steps, inputs.target)})
 
 
-STAGE = Stage("allocate", work, shared=True, travels=True)
+STAGE = Stage("allocate", work, version=2, shared=True, travels=True)
 
 
 def load(folder: Path) -> tuple[Allocated, str]:
