@@ -3,7 +3,7 @@
     PYTHONPATH=kernels python benchmarks/trellis_decode.py
 
 Every shape of the batch kernel (`--shapes`), or what a linear would run. Rates 2, 3, 4, 3 in turn
-(3 bits), and each alone. A graph holds 20 calls; weights are rotated
+(3 bits), and each alone for one token. A graph holds 20 calls; weights are rotated
 through at least 220 MB, so that no call finds its own in a cache. Both are replayed in turn;
 medians of 15.
 """
@@ -25,6 +25,7 @@ from bitmill_kernels.trellis.product_cuda import CudaTrellisProduct
 
 SHAPES = ((4096, 4096), (11008, 4096), (28672, 8192))
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)
+MIXES = {"2343": (2, 3, 4, 3), "2": (2,), "3": (3,), "4": (4,)}
 CALLS, ROTATED = 20, 220e6
 Products = list[Callable[[Tensor], Tensor]]
 
@@ -83,19 +84,22 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", action="store_true")
-    every = parser.parse_args().shapes
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--linears", nargs="+", default=[f"{N}x{K}" for N, K in SHAPES])
+    parser.add_argument("--rates", choices=list(MIXES), nargs="+", default=list(MIXES))
+    options = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__)
-    for N, K in SHAPES:
+    for N, K in [map(int, name.split("x")) for name in options.linears]:
         groups = K // 128
-        mixes = {"2343": (2, 3, 4, 3), "2": (2,), "3": (3,), "4": (4,)}
-        for name, mix in mixes.items():
+        for name in options.rates:
+            mix = MIXES[name]
             rates = (mix * groups)[:groups]
             count = max(2, int(ROTATED / (N * K * sum(mix) / len(mix) / 8)) + 1)
             ours = [linear(N, K, rates) for _ in range(min(count, CALLS))]
             dense = [torch.randn(N, K, dtype=torch.float16, device="cuda") for _ in range(4)]
-            for tokens in TOKENS if name == "2343" else (1,):
+            for tokens in options.tokens if name == "2343" else (1,):
                 x = torch.randn(tokens, K, dtype=torch.float16, device="cuda")
-                found = products(ours, tokens, every)
+                found = products(ours, tokens, options.shapes)
                 graphs = [
                     graph_of([partial(functional.linear, x, dense[i % 4]) for i in range(CALLS)]),
                     *(

@@ -14,6 +14,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
+#define __grid_constant__
+#define __host__
 
 using std::max;
 using std::min;
@@ -33,6 +35,13 @@ struct __half2 {
 struct float2 {
   float x, y;
 };
+struct uint2 {
+  uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 template <typename T>
@@ -77,6 +86,13 @@ inline uint32_t __float_as_uint(float v) {
   std::memcpy(&bits, &v, 4);
   return bits;
 }
+inline int __float_as_int(float v) { return static_cast<int>(__float_as_uint(v)); }
+inline float __int_as_float(int bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+inline float __frcp_rn(float v) { return 1.0f / v; }
 inline __half __float2half(float v) { return static_cast<__half>(v); }
 inline __half __float2half_rn(float v) { return static_cast<__half>(v); }
 inline float __half2float(__half v) { return static_cast<float>(v); }
@@ -93,6 +109,12 @@ inline float __bfloat162float(__nv_bfloat16 v) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline float2 __bfloat1622float2(__nv_bfloat162 v) {
+  return {__bfloat162float(v.x), __bfloat162float(v.y)};
 }
 inline int __clz(int v) { return v ? __builtin_clz(v) : 32; }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }

@@ -30,7 +30,17 @@ def host_library(kernels: str, calls: str, folder: Path) -> ctypes.CDLL:
     kernels = re.sub(r"#include <cuda.*>\n|#pragma once\n", "", kernels)
     header = Path(__file__).with_suffix(".h")
     (folder / "host.cpp").write_text(f'#include "{header}"\n{kernels}}}\n{calls}')
-    command = ["g++", "-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-pthread", "-mf16c"]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O2",
+        "-fno-strict-aliasing",
+        "-w",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        "-mf16c",
+    ]
     subprocess.run([*command, "-o", folder / "host.so", folder / "host.cpp"], check=True)
     return ctypes.CDLL(str(folder / "host.so"))
 

@@ -10,12 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BUFFERS: dict[tuple[str, torch.device], list[Tensor]] = {}
+_BUFFERS: dict[tuple[str, torch.device, int | None], list[Tensor]] = {}
 
 
-def workspace(purpose: str, nbytes: int, device: torch.device) -> Tensor:
-    """A buffer u8 of at least `nbytes` for a purpose on a device; its contents are undefined."""
-    buffers = _BUFFERS.setdefault((purpose, device), [])
+NOTHING = 0xFF
+"""Bytes of a sum that nobody has left yet (`hopper/sums.h`)."""
+
+
+def workspace(
+    purpose: str, nbytes: int, device: torch.device, *, fill: int | None = None
+) -> Tensor:
+    """A buffer u8 of at least `nbytes` for a purpose on a device.
+
+    fill: what all bytes of a new buffer are, where kernels count on it and leave it so; such a
+    buffer is handed to nobody who asks without. Else its contents are undefined.
+    """
+    buffers = _BUFFERS.setdefault((purpose, device, fill), [])
     if not buffers or buffers[-1].numel() < nbytes:
         buffers.append(torch.empty(nbytes, dtype=torch.uint8, device=device))
+        if fill is not None:
+            buffers[-1].fill_(fill)
     return buffers[-1]

@@ -9,6 +9,7 @@ from bitmill_kernels.hopper.schedule import (
     MAX_SHARED_BYTES,
     WarpgroupShape,
     batch_tokens,
+    decode_tokens,
     group_bytes,
     plan_rings,
     unit_table,
@@ -20,6 +21,7 @@ from bitmill_kernels.matmul.runtime import build_runtime
 from bitmill_kernels.trellis import batch_cuda as trellis
 from bitmill_kernels.trellis.layout import RATES, circle_shapes
 from bitmill_kernels.trellis.product import stored_groups
+from bitmill_kernels.workspace import NOTHING, workspace
 from kernel_cases import random_linear
 
 CPU = torch.device("cpu")
@@ -64,6 +66,8 @@ def test_rings_hold_two_units_and_a_slot_more_than_groups_or_there_is_no_plan(gr
 
 def test_large_matrices_stay_packed_longest():
     assert batch_tokens(28672 * 8192) > batch_tokens(11008 * 4096) > batch_tokens(4096 * 4096) > 32
+    assert batch_tokens(1) > decode_tokens(1) == decode_tokens(4096 * 4096) == 8
+    assert decode_tokens(11008 * 4096) == 16
 
 
 def table_of(tiles, blocks, pairs=16):
@@ -168,7 +172,10 @@ def test_a_launch_hands_over_its_tables_and_what_it_is_given(dtype):
     assert (found.unit_capacity, found.pair_count) == (3, 3)
     assert (found.stage_count, found.slot_count) == (rings.stages, rings.slots)
     assert (found.factors is not None) == bool(found.is_bf16) == (dtype == torch.bfloat16)
-    assert None not in (found.inputs, found.partial, found.counters)
+    assert None not in (found.inputs, found.partial)
+    left = workspace("batch partial", 1, CPU, fill=NOTHING)
+    assert (left == NOTHING).all()
+    assert left.numel() >= 7 * 2 * shape.rows * 64 * 4
     with pytest.raises(RuntimeError, match="64 tokens: cudaError 1"):
         launch(function, x, y, 256, 0.5, **how)
 

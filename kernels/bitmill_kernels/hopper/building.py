@@ -9,7 +9,7 @@ import torch
 HOPPER = (9, 0)
 """The only devices that have `wgmma`."""
 
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("units.h", "wgmma.h"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("units.h", "sums.h", "wgmma.h"))
 
 
 def architecture_flags() -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitmill_kernels.hopper.schedule import Arguments, Rings, WarpgroupShape, group_bytes
-from bitmill_kernels.workspace import workspace
+from bitmill_kernels.workspace import NOTHING, workspace
 
 
 class Launch:
@@ -29,8 +29,9 @@ class Launch:
         self.shape, self.rings, self.tokens = shape, rings, tokens
         self.units = torch.from_numpy(table).to(device)
         blocks = len(table)
-        self._counters = torch.zeros(blocks * 4 * shape.groups, dtype=torch.int32, device=device)
-        self._partial = workspace("batch partial", blocks * 2 * shape.rows * tokens * 4, device)
+        self._partial = workspace(
+            "batch partial", blocks * 2 * shape.rows * tokens * 4, device, fill=NOTHING
+        )
 
     def __call__(
         self,
@@ -58,7 +59,6 @@ class Launch:
             inputs=inputs.data_ptr(),
             factors=None if factors is None else factors.data_ptr(),
             partial=self._partial.data_ptr(),
-            counters=self._counters.data_ptr(),
             y=y.data_ptr(),
             tokens=len(x),
             x_stride=x.stride(0),

@@ -31,6 +31,18 @@ def batch_tokens(weights: int) -> int:
     return next(tokens for least, tokens in BATCH_TOKENS if weights >= least)
 
 
+DECODE_TOKENS = ((1 << 25, 16), (0, 8))
+"""Weights from which the decode kernel is faster than `wgmma`, up to so many tokens."""
+
+
+def decode_tokens(weights: int) -> int:
+    """Up to so many tokens the decode kernel is faster than `wgmma`, for so many weights.
+
+    Measured on an H200 (`benchmarks/matmul.py --kernels batch --sweep`).
+    """
+    return next(tokens for least, tokens in DECODE_TOKENS if weights >= least)
+
+
 WHOLE_TILES_FROM = 0.9
 """Blocks are left idle down to this part of them where tiles then end with blocks."""
 
@@ -39,13 +51,16 @@ LARGE = 1 << 27
 """Weights from which blocks of more rows pay."""
 
 
-def by_preference(shapes: Sequence[WarpgroupShape], weights: int) -> Sequence[WarpgroupShape]:
+def by_preference(
+    shapes: Sequence[WarpgroupShape], weights: int, large: int = LARGE
+) -> Sequence[WarpgroupShape]:
     """The fastest shape for so many weights first; `shapes` go from more to fewer rows.
 
-    Measured on an H200 (`benchmarks/matmul.py --kernels batch --sweep`): fewer rows mean fewer sums
-    that blocks must share, more rows that activations are read less often.
+    large: weights from which blocks of more rows pay. Measured on an H200 (`benchmarks/matmul.py
+    --kernels batch --sweep`): fewer rows mean fewer sums that blocks must share, more rows that
+    activations are read less often.
     """
-    return shapes if weights >= LARGE else shapes[::-1]
+    return shapes if weights >= large else shapes[::-1]
 
 
 class Arguments(ctypes.Structure):

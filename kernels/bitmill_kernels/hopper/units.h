@@ -57,8 +57,8 @@ extern "C" struct DecodeArguments {
   float* factors;   // what converted activations of each token are multiplied by, or null
   const float* row_scales;  // what sums of each row are multiplied by, or null
   const void* bias;
-  float* partial;
-  int* counters;
+  float* partial;   // where blocks leave sums of tiles that they share
+  int* counters;    // of the decode kernel: who has left its sums
   void* y;
   int pair_count;
   int tokens;
@@ -85,42 +85,56 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(count));
+// Barriers by pointer or by shared address, which takes fewer instructions to keep and add to.
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
 }
 
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(barrier)),
+      "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }
 
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
-                                          uint64_t* barrier, uint64_t policy) {
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint32_t barrier,
+                                          uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
+}
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int count) {
+  barrier_init(shared_address(barrier), count);
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  barrier_arrive(shared_address(barrier));
+}
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
+  barrier_expect(shared_address(barrier), bytes);
+}
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+  barrier_wait(shared_address(barrier), parity);
+}
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier,
+                                          uint64_t policy) {
+  bulk_copy(to, from, bytes, shared_address(barrier), policy);
 }
 
 struct Lane {
@@ -169,19 +183,6 @@ __device__ __forceinline__ void store_output(const DecodeArguments& p, int token
   } else {
     static_cast<__half*>(p.y)[at] = __float2half_rn(value);
   }
-}
-
-// Counts a warp that leaves its sums of a tile; how many have before it, for all of its lanes.
-__device__ __forceinline__ int arrive_at(int* counter, int thread) {
-  int arrived = 0;
-  __syncwarp();
-  if (thread == 0) {
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
-                 : "=r"(arrived)
-                 : "l"(counter)
-                 : "memory");
-  }
-  return __shfl_sync(0xffffffffu, arrived, 0);
 }
 
 __device__ __forceinline__ float load_input(const DecodeArguments& p, int64_t at) {

@@ -4,13 +4,12 @@
 
 #pragma once
 
-#include "units.h"
+#include "sums.h"
 
 namespace {
 
 constexpr int kPrologueThreads = 128, kFactorThreads = 256;
 constexpr int kBarrierBytes = 1024;  // and after these the rings
-
 
 // Bytes of one group's activations, 128 columns, for a tile of `tokens`.
 __host__ __device__ constexpr int group_bytes(int tokens) { return 256 * tokens; }
@@ -106,26 +105,27 @@ __device__ __forceinline__ uint32_t word_of(__half2 value) {
   return *reinterpret_cast<const uint32_t*>(&value);
 }
 
-// A place in a ring, as its readers go round: who has written it says `full`, who has read it
-// `empty`.
+// The barriers of a ring, by shared address, and a place in it, as its readers go round. Each place
+// has a barrier that says that it is full, and `count` further one that says that it has been read.
 struct Ring {
-  uint64_t* full;
-  uint64_t* empty;
+  uint32_t barriers;
   int count, at = 0, parity = 0;
 
   __device__ void begin(int readers) const {
     for (int i = 0; i < count; ++i) {
-      barrier_init(full + i, 1);
-      barrier_init(empty + i, readers);
+      barrier_init(full(i), 1);
+      barrier_init(empty(i), readers);
     }
   }
+  __device__ __forceinline__ uint32_t full(int place) const { return barriers + place * 8; }
+  __device__ __forceinline__ uint32_t empty(int place) const { return full(place + count); }
   __device__ __forceinline__ void next() {
     if (++at == count) at = 0, parity ^= 1;
   }
-  __device__ __forceinline__ void wait_full() const { barrier_wait(full + at, parity); }
+  __device__ __forceinline__ void wait_full() const { barrier_wait(full(at), parity); }
 };
 
-// Where a block's rings lie: weights of units, and activations of groups.
+// Where a block's rings lie: weights of units, and activations of groups, these by shared address.
 struct Memory {
   Ring stages, slots;
   uint8_t* staged;
@@ -133,19 +133,18 @@ struct Memory {
 };
 
 __device__ __forceinline__ Memory memory_of(const DecodeArguments& p, uint8_t* memory, int tokens) {
-  uint64_t* barriers = reinterpret_cast<uint64_t*>(memory);
+  const uint32_t barriers = shared_address(memory);
   Memory found;
-  found.stages = {barriers, barriers + p.stage_count, p.stage_count};
-  barriers += 2 * p.stage_count;
-  found.slots = {barriers, barriers + p.slot_count, p.slot_count};
+  found.stages = {barriers, p.stage_count};
+  found.slots = {barriers + p.stage_count * 16, p.slot_count};
   found.inputs = memory + kBarrierBytes;
   found.staged = found.inputs + p.slot_count * group_bytes(tokens);
   return found;
 }
 
 // Lets the producer write the place whose barrier this is, if there is one.
-__device__ __forceinline__ void release(uint64_t* empty, int thread) {
-  if (empty != nullptr && thread == 0) barrier_arrive(empty);
+__device__ __forceinline__ void release(uint32_t empty, int thread) {
+  if (empty != 0 && thread == 0) barrier_arrive(empty);
 }
 
 __device__ __forceinline__ uint32_t word_of(const DecodeArguments& p, float low, float high) {
@@ -205,77 +204,6 @@ __device__ __forceinline__ void store_outputs(const DecodeArguments& p, const Ta
   }
 }
 
-// Says that a warp's sums for others are there.
-__device__ __forceinline__ void leave_at(int* counter, int thread) {
-  __syncwarp();
-  if (thread == 0) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
-  }
-}
-
-// Waits until so many warps have left their sums.
-__device__ __forceinline__ void wait_for(const int* counter, int count, int thread) {
-  if (thread == 0) {
-    int found;
-    do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
-    } while (found < count);
-  }
-  __syncwarp();
-}
-
-// Exchanges sums between blocks that share a tile. Those that end with it, the takers, divide its
-// cells: each leaves its sums of the others' cells, and adds to its `own` what all others have left,
-// in block order. A block that goes on to another tile leaves all. So a block waits only for blocks
-// that do not wait before they leave their sums: all must run at once, or begin in order. A block
-// has two slots: 1 for the tile that it begins, 0 for the one that it continues. Cells of tokens
-// that are not there are left out.
-template <int WARPS, int CELLS, class Own>
-__device__ __forceinline__ void share_sums(const DecodeArguments& p, const Target& tile, int warp,
-                                           int thread, int self, const Own& own,
-                                           float (&total)[CELLS * 4]) {
-  constexpr int kAtOnce = CELLS < 2 ? CELLS : CELLS / 2;
-  const int takers = tile.ends;
-  const auto cells = [&](int block) {
-    const int slot = block == 0 ? 1 : 0;
-    return reinterpret_cast<float4*>(p.partial) +
-           (((tile.first_block + block) * 2 + slot) * WARPS + warp) * (CELLS * 32) + thread;
-  };
-  float4* mine = cells(self);
-#pragma unroll
-  for (int i = 0; i < CELLS; ++i) {
-    if (!own(i) && i * 8 < p.tokens) {
-      __stcg(mine + i * 32, make_float4(total[4 * i], total[4 * i + 1], total[4 * i + 2],
-                                        total[4 * i + 3]));
-    }
-  }
-  int* counter = p.counters + tile.first_block * WARPS + warp;
-  const bool alone = takers == 1;  // it leaves nothing
-  if (!(alone && self == 0)) leave_at(counter, thread);
-  if (self >= takers) return;
-  wait_for(counter, tile.blocks - alone, thread);
-#pragma unroll
-  for (int i = 0; i < CELLS; i += kAtOnce) {
-    if (!own(i) && !own(i + kAtOnce - 1)) continue;
-#pragma unroll 1
-    for (int b = 0; b < tile.blocks; ++b) {
-      if (b == self) continue;
-      const float4* from = cells(b) + i * 32;
-      float4 parts[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        parts[j] = own(i + j) && (i + j) * 8 < p.tokens ? __ldcg(from + j * 32) : float4{};
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        float* sum = &total[4 * (i + j)];
-        sum[0] += parts[j].x, sum[1] += parts[j].y, sum[2] += parts[j].z, sum[3] += parts[j].w;
-      }
-    }
-  }
-  if (thread == 0 && (alone || atomicAdd(counter, 1) == tile.blocks + takers - 1)) *counter = 0;
-}
-
 // Stores the outputs of a tile. Blocks that share it store a part of its cells each.
 template <int WARPS, int TOKENS>
 __device__ __forceinline__ void finish(const DecodeArguments& p, const Target& tile, int warp,
@@ -285,7 +213,9 @@ __device__ __forceinline__ void finish(const DecodeArguments& p, const Target& t
   const int takers = tile.ends;
   const auto own = [&](int cell) { return cell / kPart * takers / 4 == self; };
   if (tile.blocks > 1) {
-    share_sums<WARPS, kCells>(p, tile, warp, lane.row * 4 + lane.column, self, own, total);
+    const auto live = [&](int cell) { return cell * 8 + 2 * lane.column < p.tokens; };
+    share_sums<WARPS, kCells, kPart>(p, tile, warp, lane.row * 4 + lane.column, self, takers, own,
+                                     live, total);
   }
   if (self < takers) store_outputs<kCells>(p, tile, row, lane, total, own);
 }
@@ -295,7 +225,7 @@ __device__ __forceinline__ void finish(const DecodeArguments& p, const Target& t
 template <int GROUPS>
 constexpr int kThreads = (GROUPS + 1) * 128;
 template <int GROUPS>
-constexpr int kRegisters = GROUPS == 4 ? 96 : 128;
+constexpr int kRegisters = GROUPS == 6 ? 72 : GROUPS == 4 ? 96 : 128;
 
 // One warp streams the weights of all units into one ring, and the activations of their groups into
 // another, which it begins once the prologue kernels are done. Lane j issues the copies of every 32nd
@@ -318,9 +248,9 @@ __device__ void stream(const DecodeArguments& p, const UnitRow* units, const Mem
       const uint8_t* from = p.inputs + static_cast<size_t>(pair) * kGroups * kBytes;
       for (int n = kGroups * i; n < kGroups * (i + 1); ++n, from += kBytes) {
         const int slot = n % p.slot_count;
-        barrier_wait(memory.slots.empty + slot, (n / p.slot_count + 1) & 1);
-        barrier_expect(memory.slots.full + slot, kBytes);
-        bulk_copy(memory.inputs + slot * kBytes, from, kBytes, memory.slots.full + slot, keep);
+        barrier_wait(memory.slots.empty(slot), (n / p.slot_count + 1) & 1);
+        barrier_expect(memory.slots.full(slot), kBytes);
+        bulk_copy(memory.inputs + slot * kBytes, from, kBytes, memory.slots.full(slot), keep);
       }
     }
     __syncwarp();
@@ -332,9 +262,9 @@ __device__ void stream(const DecodeArguments& p, const UnitRow* units, const Mem
     }
     if (i % 32 == lane) {
       const int stage = i % p.stage_count;
-      barrier_wait(memory.stages.empty + stage, (i / p.stage_count + 1) & 1);
+      barrier_wait(memory.stages.empty(stage), (i / p.stage_count + 1) & 1);
       Code::template copy<ROWS>(p, source, target, memory.staged + stage * p.stage_bytes,
-                                memory.stages.full + stage, once);
+                                memory.stages.full(stage), once);
     }
     __syncwarp();
   };
@@ -350,30 +280,31 @@ __device__ void stream(const DecodeArguments& p, const UnitRow* units, const Mem
 }
 
 // A warp at work. `weights` are two batches of two products, one made while the other is read, and
-// `behind` is the slot of activations that products under way still read. `older` says whether the
-// tile has sums already.
+// `behind` is the barrier of activations that products under way still read, or 0. `older` says
+// whether the tile has sums already.
 struct Reader {
   Memory memory;
   Lane lane;
   int rows;  // the warp's first of 16
-  uint64_t* behind;
+  uint32_t behind;
   int older;
   uint32_t weights[2][2][4];
 };
 
 // The shared address of the next group's activations, once they are there.
 template <int TOKENS>
-__device__ __forceinline__ uint32_t next_inputs(Reader& reader, uint64_t** slot) {
+__device__ __forceinline__ uint32_t next_inputs(Reader& reader, uint32_t* slot) {
   Ring& ring = reader.memory.slots;
-  const uint32_t inputs = shared_address(reader.memory.inputs + ring.at * group_bytes(TOKENS));
-  *slot = ring.empty + ring.at;
+  const uint32_t inputs = shared_address(reader.memory.inputs) + ring.at * group_bytes(TOKENS);
+  *slot = ring.empty(ring.at);
   ring.wait_full();
   ring.next();
-  return inputs;
+  // The same in all lanes, which the compiler does not know: descriptors then take no vector work.
+  return __shfl_sync(0xffffffffu, inputs, 0);
 }
 
 // The place of batch `batch` of a group, once the batch before the last has been read.
-__device__ __forceinline__ uint32_t (&next_batch(Reader& reader, int batch, uint64_t* slot))[2][4] {
+__device__ __forceinline__ uint32_t (&next_batch(Reader& reader, int batch, uint32_t slot))[2][4] {
   warpgroup_wait<1>();
   if (batch == 1) {
     release(reader.behind, reader.lane.row * 4 + reader.lane.column);
@@ -394,35 +325,45 @@ __device__ __forceinline__ void multiply_batch(float (&total)[TOKENS / 2],
   warpgroup_commit();
 }
 
+// Keeps what reads sums behind the wait before it: the compiler moves arithmetic past a wait, and then
+// cannot leave products under way.
+template <int SUMS>
+__device__ __forceinline__ void hold(float (&total)[SUMS]) {
+#pragma unroll
+  for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(total[i])::"memory");
+}
+
 template <class Code, int GROUPS, int TOKENS>
 __device__ void consume(const DecodeArguments& p, const UnitRow* units, const Memory& memory,
                         int warp, int thread) {
   constexpr int kRows = GROUPS * 64, kWarps = GROUPS * 4;
   const int count = load_row(reinterpret_cast<const BlockRow*>(units - 1)).units;
-  Target next = load_row(&units->target);
+  uint4 next = load_row(reinterpret_cast<const uint4*>(&units->target));  // of the next unit, unpacked where it is needed
   float total[TOKENS / 2];
   Reader reader;
   reader.memory = memory;
   reader.lane = {thread / 4, thread % 4};
   reader.rows = warp * 16;
-  reader.behind = nullptr;
+  reader.behind = 0;
   reader.older = 0;
   Ring& stages = reader.memory.stages;
   Code code;
   for (int i = 0; i < count; ++i) {
-    const Target unit = next;
-    next = load_row(&units[min(i + 1, p.unit_capacity - 1)].target);
+    const uint4 row = next;
+    next = load_row(reinterpret_cast<const uint4*>(&units[min(i + 1, count - 1)].target));
     stages.wait_full();
     code.template add_unit<kRows, TOKENS>(
-        unit.width, memory.staged + stages.at * p.stage_bytes, reader, total);
-    release(stages.empty + stages.at, thread);  // all of it is in registers
+        row.x & 0xffff, memory.staged + stages.at * p.stage_bytes, reader, total);
+    release(stages.empty(stages.at), thread);  // all of it is in registers
     stages.next();
     reader.older = 1;
-    if (unit.ends) {
+    if (row.x > 0xffff) {
       warpgroup_wait<0>();
+      hold(total);
       release(reader.behind, thread);
-      reader.behind = nullptr;
+      reader.behind = 0;
       reader.older = 0;
+      const Target unit = *reinterpret_cast<const Target*>(&row);
       finish<kWarps, TOKENS>(p, unit, warp, reader.rows, reader.lane, total);
     }
   }
@@ -445,12 +386,12 @@ __global__ void __launch_bounds__(65536 / kRegisters<GROUPS> / 128 * 128, 1)
   const UnitRow* units = p.units + static_cast<size_t>(blockIdx.x) * (1 + p.unit_capacity) + 1;
   const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
   if (warp >= GROUPS * 4) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 4 ? 24 : 40));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS >= 4 ? 24 : 40));
     if (warp == GROUPS * 4) {
       stream<Code, GROUPS * 64, TOKENS>(p, units, memory, thread);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 4 ? 112 : 168));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 6 ? 80 : GROUPS == 4 ? 112 : 168));
     consume<Code, GROUPS, TOKENS>(p, units, memory, warp, thread);
   }
 #endif

@@ -62,7 +62,7 @@ struct Affine {
 
   template <int ROWS>
   __device__ static void copy(const DecodeArguments& p, const Source& unit, const Target& target,
-                              uint8_t* to, uint64_t* full, uint64_t policy) {
+                              uint8_t* to, uint32_t full, uint64_t policy) {
     const int low_bytes = ROWS * 32 * low_plane(target.width);
     const int high_bytes = ROWS * 32 * target.width - low_bytes;
     uint8_t* planes = to + ROWS * 8;
@@ -101,7 +101,7 @@ struct Affine {
     constexpr bool kNarrow = LOW == 1 || HIGH == 1;
     const Lane lane = reader.lane;
     const uint8_t* planes = staged + ROWS * 8;
-    uint64_t* slot[2];
+    uint32_t slot[2];
     uint32_t inputs[2];
     for (int group = 0; group < 2; ++group) {
       inputs[group] = next_inputs<TOKENS>(reader, &slot[group]);

@@ -160,6 +160,19 @@ __device__ __forceinline__ void store_outputs(const DecodeArguments& p, const Ta
   }
 }
 
+// Counts a warp that leaves its sums of a tile; how many have before it, for all of its lanes.
+__device__ __forceinline__ int arrive_at(int* counter, int thread) {
+  int arrived = 0;
+  __syncwarp();
+  if (thread == 0) {
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+                 : "=r"(arrived)
+                 : "l"(counter)
+                 : "memory");
+  }
+  return __shfl_sync(0xffffffffu, arrived, 0);
+}
+
 // Leaves this warp's sums in the workspace; the last block of the tile adds them in order.
 // Slot 1 of a block is for the tile that begins in it, slot 0 for the one it continues.
 template <int WARPS, int ROW_TILES, int TOKEN_TILES>

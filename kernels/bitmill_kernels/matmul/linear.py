@@ -4,8 +4,9 @@
 
 On CUDA, by the number of tokens T: the compiled decode kernel up to 32, Triton up to
 `DEQUANTIZE_ABOVE`, above it dequantized weights and the vendor's product. On Hopper the batch
-kernel takes more than `DECODE_UP_TO` tokens, as far as `batch_tokens` says. Where the CUDA kernels
-are not available, Triton decodes and dequantizes. fp32 activations always take the last, in fp32.
+kernel takes more tokens than `decode_tokens` says, as far as `batch_tokens` says. Where the CUDA
+kernels are not available, Triton decodes and dequantizes. fp32 activations always take the last, in
+fp32.
 On a CPU: `cpu.py`. The backend `reference`, asked for by name or by BITMILL_BACKEND, multiplies
 with a dequantized copy of the weight in the dtype of the activations and in source column order:
 as fast as the original linear, as large, and equal to it bit for bit.
@@ -45,7 +46,6 @@ from bitmill_kernels.workspace import workspace
 if TYPE_CHECKING:
     from bitmill_kernels.matmul.dequantize_triton import RowRun
 
-DECODE_UP_TO = 16
 DEQUANTIZE_ABOVE = 64
 SCRATCH_ELEMENTS = 1 << 26
 
@@ -217,7 +217,7 @@ class _AcceleratedProduct:
 
     def __init__(self, weight: RuntimeWeight) -> None:
         from bitmill_kernels.hopper.building import HOPPER
-        from bitmill_kernels.hopper.schedule import batch_tokens
+        from bitmill_kernels.hopper.schedule import batch_tokens, decode_tokens
         from bitmill_kernels.matmul import (
             batch_cuda,
             cuda_library,
@@ -238,14 +238,17 @@ class _AcceleratedProduct:
         self._narrow: decode_cuda.CudaDecoder | None = None
         compiled = properties is not None and cuda_library.available(device)
         self._batch: batch_cuda.CudaBatch | None = None
-        self._batch_tokens = 0
+        self._decode_tokens = self._batch_tokens = 0
         if properties and compiled:
             shared = properties.shared_memory_per_multiprocessor
             shapes = tiles.block_shapes(weight, properties.name, shared)
             if (properties.major, properties.minor) == HOPPER:
                 self._batch = batch_cuda.CudaBatch(weight, tiles.batch_shapes(weight))
-                self._batch_tokens = batch_tokens(weight.N * weight.K)
-                shapes = {tokens: shapes[tokens] for tokens in shapes if tokens <= DECODE_UP_TO}
+                size = weight.N * weight.K
+                self._decode_tokens, self._batch_tokens = decode_tokens(size), batch_tokens(size)
+                shapes = {
+                    tokens: shapes[tokens] for tokens in shapes if tokens <= self._decode_tokens
+                }
             self._narrow = decode_cuda.CudaDecoder(weight, shapes) if shapes else None
         _say_choice(str(device), compiled)
         runs = -(-weight.N * weight.K // SCRATCH_ELEMENTS)
@@ -258,7 +261,8 @@ class _AcceleratedProduct:
         T = x.shape[0]
         if T == 0:
             return y
-        if x.dtype != torch.float32 and self._batch and DECODE_UP_TO < T <= self._batch_tokens:
+        if x.dtype != torch.float32 and self._decode_tokens < T <= self._batch_tokens:
+            assert self._batch is not None
             self._batch(x, bias, y)
         elif x.dtype == torch.float32 or T > DEQUANTIZE_ABOVE:
             self._multiply_dequantized(x, bias, y)

@@ -15,6 +15,8 @@
 namespace {
 
 constexpr int kGroup = 128, kTile = 16, kTiles = kGroup / kTile;
+constexpr int kWarps = kPrologueThreads / 32;
+constexpr int64_t kMostRead = 1 << 22;
 constexpr float kLargestRotation = 11.3138f;  // sqrt(128), rounded up
 
 // Units are the circles of rows of one group: [rows / 16][8][32 rate].
@@ -23,7 +25,7 @@ struct Trellis {
 
   template <int ROWS>
   __device__ static void copy(const DecodeArguments&, const Source& unit, const Target& target,
-                              uint8_t* to, uint64_t* full, uint64_t policy) {
+                              uint8_t* to, uint32_t full, uint64_t policy) {
     const uint64_t from = (static_cast<uint64_t>(unit.high) << 32 | unit.low) << 4;
     const int bytes = (target.live_rows + kTile - 1) / kTile * kTiles * 32 * target.width;
     barrier_expect(full, bytes);
@@ -49,76 +51,141 @@ struct Trellis {
   __device__ __forceinline__ void add_circles(const uint8_t* staged, Reader& reader,
                                               float (&total)[TOKENS / 2]) const {
     const int lane = reader.lane.row * 4 + reader.lane.column;
-    uint64_t* slot;
+    uint32_t slot;
     const uint32_t inputs = next_inputs<TOKENS>(reader, &slot);
     const uint8_t* circles = staged + reader.rows / kTile * (kTiles * 32 * RATE);
+    Piece<RATE> pieces[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) pieces[e] = load_piece<RATE, false>(circles + e * 32 * RATE, lane);
 #pragma unroll
     for (int batch = 0; batch < 4; ++batch) {
       uint32_t(&made)[2][4] = next_batch(reader, batch, slot);
-      decode<RATE, false>(circles + batch * 64 * RATE, lane, made[0]);
-      decode<RATE, false>(circles + batch * 64 * RATE + 32 * RATE, lane, made[1]);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        decode<RATE>(pieces[e], made[e]);
+        const int next = 2 * batch + 2 + e;
+        if (next < 8) pieces[e] = load_piece<RATE, false>(circles + next * 32 * RATE, lane);
+      }
       multiply_batch<TOKENS>(total, made, inputs, 2 * batch, batch == 0 ? reader.older : 1);
     }
   }
 };
 
-// One group of one token a block of 128 threads, in the layout of wgmma.h. A block looks for the
-// token's factor itself where `finds` says so, else another kernel has.
-__global__ void __launch_bounds__(kGroup)
+// The largest absolute value of 8 activations.
+__device__ __forceinline__ float largest_of_eight(const DecodeArguments& p, uint4 words) {
+  const uint32_t each[4] = {words.x, words.y, words.z, words.w};
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = p.is_bf16
+                            ? __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&each[i]))
+                            : __half22float2(*reinterpret_cast<const __half2*>(&each[i]));
+    largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y)));
+  }
+  return largest;
+}
+
+// A thread's part of the largest absolute value of a row of activations, shared by a block.
+__device__ __forceinline__ float largest_input(const DecodeArguments& p, int64_t row, int columns) {
+  const uint16_t* x = static_cast<const uint16_t*>(p.x) + row;
+  const int eights = reinterpret_cast<uintptr_t>(x) % 16 == 0 ? columns / 8 : 0;
+  float largest = 0.0f;
+  for (int i = threadIdx.x; i < eights; i += kPrologueThreads) {
+    largest = fmaxf(largest, largest_of_eight(p, reinterpret_cast<const uint4*>(x)[i]));
+  }
+  for (int i = 8 * eights + threadIdx.x; i < columns; i += kPrologueThreads) {
+    largest = fmaxf(largest, fabsf(load_input(p, row + i)));
+  }
+  return largest;
+}
+
+__device__ __forceinline__ float largest_of_warp(float largest) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  }
+  return largest;
+}
+
+// Brings activations into the layout of wgmma.h, rotated: a warp takes a group of a token, a lane
+// four columns of it; a block's warps share the token. A block looks for the token's factor itself
+// where `finds` says so, else another kernel has. Blocks are so small that they can wait beside the
+// product before.
+__global__ void __launch_bounds__(kPrologueThreads, 16)
     arrange_kernel(const __grid_constant__ DecodeArguments p, int columns,
                    const float* group_scales, float largest_scale, int tile, int finds) {
-  __shared__ float values[kGroup];
-  __shared__ float largest_of[kGroup / 32];
-  const int g = blockIdx.x % p.pair_count, token = blockIdx.x / p.pair_count;
-  const int thread = threadIdx.x, k = g * kGroup + thread, count = min(kGroup, columns - g * kGroup);
-  const int64_t row = static_cast<int64_t>(token) * p.x_stride;
-  int start = 0, size = kGroup;  // of the power of two of columns that are rotated together
-  while (thread < count) {
-    size = 1 << (31 - __clz(count - start));
-    if (thread < start + size) break;
-    start += size;
-  }
+  __shared__ float largest_of[kWarps];
   asm volatile("griddepcontrol.launch_dependents;");
-  const int from = thread < count && p.order ? __ldg(p.order + k) : k;
+  const int parts = (p.pair_count + kWarps - 1) / kWarps;
+  const int token = blockIdx.x / parts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int g = blockIdx.x % parts * kWarps + warp, first = g * kGroup + 4 * lane;
+  const int64_t row = static_cast<int64_t>(token) * p.x_stride;
+  int from[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    from[i] = first + i < columns && p.order ? __ldg(p.order + first + i) : first + i;
+  }
   asm volatile("griddepcontrol.wait;" ::: "memory");
   float factor;
   if (finds) {
-    float largest = 0.0f;
-    for (int i = thread; i < columns; i += kGroup) largest = fmaxf(largest, fabsf(load_input(p, row + i)));
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    }
-    if (thread % 32 == 0) largest_of[thread / 32] = largest;
+    const float own = largest_of_warp(largest_input(p, row, columns));
+    if (lane == 0) largest_of[warp] = own;
     __syncthreads();
-    largest = fmaxf(fmaxf(largest_of[0], largest_of[1]), fmaxf(largest_of[2], largest_of[3]));
+    float largest = largest_of[0];
+#pragma unroll
+    for (int i = 1; i < kWarps; ++i) largest = fmaxf(largest, largest_of[i]);
     factor = factor_of(largest * largest_scale);
-    if (g == 0 && thread == 0) p.factors[token] = factor;
+    if (g == 0 && lane == 0) p.factors[token] = factor;
   } else {
     factor = __ldcg(p.factors + token);
   }
-  float own = 0.0f;
-  if (thread < count) {
-    uint32_t h = static_cast<uint32_t>(k + 1) * 0x9e3779b1u;
-    h = (h ^ (h >> 15)) * 0x85ebca77u;
-    own = load_input(p, row + from);
-    if (h >> 31) own = -own;
-  }
-  const int at = thread - start;
-  for (int step = 1; step < kGroup; step *= 2) {
-    values[thread] = own;
-    __syncthreads();
-    if (thread < count && step < size) {
-      own = at & step ? values[thread - step] - own : own + values[thread + step];
+  if (g >= p.pair_count) return;
+  const int count = min(kGroup, columns - g * kGroup);
+  int size[4];  // of the power of two of columns that are rotated together
+  float value[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int at = 4 * lane + i;
+    size[i] = kGroup;
+    if (count < kGroup) {
+      for (int start = 0; at < count; start += size[i]) {
+        size[i] = 1 << (31 - __clz(count - start));
+        if (at < start + size[i]) break;
+      }
     }
-    __syncthreads();
+    value[i] = 0.0f;
+    if (at < count) {
+      uint32_t h = static_cast<uint32_t>(first + i + 1) * 0x9e3779b1u;
+      h = (h ^ (h >> 15)) * 0x85ebca77u;
+      value[i] = load_input(p, row + from[i]);
+      if (h >> 31) value[i] = -value[i];
+    } else {
+      size[i] = 1;
+    }
   }
-  own *= group_scales[g] * rsqrtf(static_cast<float>(size)) * __frcp_rn(factor);
-  const int within = token % tile;
+#pragma unroll
+  for (int step = 1; step < kGroup; step *= 2) {
+    float other[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      other[i] = step < 4 ? value[i ^ step] : __shfl_xor_sync(0xffffffffu, value[i], step / 4);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool upper = (4 * lane + i) & step;
+      if (step < size[i]) value[i] = upper ? other[i] - value[i] : value[i] + other[i];
+    }
+  }
+  const float scale = group_scales[g], inverse = __frcp_rn(factor);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    value[i] *= scale * rsqrtf(static_cast<float>(size[i])) * inverse;
+  }
   uint8_t* to = p.inputs +
                 (static_cast<size_t>(token / tile) * p.pair_count + g) * group_bytes(tile) +
-                input_offset(tile, within, thread / 8) + thread % 8 * 2;
-  *reinterpret_cast<__half*>(to) = __float2half_rn(thread < count ? own : 0.0f);
+                input_offset(tile, token % tile, lane / 2) + lane % 2 * 8;
+  *reinterpret_cast<uint2*>(to) = make_uint2(word_of(__floats2half2_rn(value[0], value[1])),
+                                             word_of(__floats2half2_rn(value[2], value[3])));
 }
 
 }  // namespace
@@ -131,15 +198,18 @@ extern "C" int bitmill_trellis_batch(const DecodeArguments* arguments, int colum
                                      void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const float scale = largest_scale * kLargestRotation;
-  const int finds = static_cast<int64_t>(arguments->tokens) * columns <= 16384;
+  // Every block of a token reads all of it to find its factor; past some megabytes that takes longer
+  // than another kernel.
+  const int parts = (arguments->pair_count + kWarps - 1) / kWarps;
+  const int finds = static_cast<int64_t>(arguments->tokens) * parts * columns <= kMostRead;
   cudaError_t status = cudaSuccess;
   if (!finds) {
     status = launch_kernel(factor_kernel, arguments->tokens, kFactorThreads, 0, overlap, s,
                            *arguments, columns, scale);
   }
   if (status == cudaSuccess) {
-    status = launch_kernel(arrange_kernel, arguments->tokens * arguments->pair_count, kGroup, 0,
-                           overlap, s, *arguments, columns, group_scales, scale, tile, finds);
+    status = launch_kernel(arrange_kernel, arguments->tokens * parts, kPrologueThreads, 0, overlap,
+                           s, *arguments, columns, group_scales, scale, tile, finds);
   }
   if (status != cudaSuccess) return status;
 #define BITMILL_SHAPE(GROUPS, TOKENS)     \

@@ -39,8 +39,8 @@ SHAPES = {
 }
 """The shapes that are compiled, by tokens of a launch, as listed at the end of `batch_cuda.cu`."""
 
-WIDE_UP_TO = 32
-"""Tokens for which decoding takes more than sums: more warps come first."""
+WIDE_FROM = 1 << 25
+"""Weights from which blocks of more rows pay, as decoding takes more than sums."""
 
 TOKENS_A_BIT = 20
 """A unit costs as much for so many tokens as for one bit of rate."""
@@ -64,7 +64,7 @@ def fitting_shapes(rates: Sequence[int], weights: int) -> dict[int, WarpgroupSha
     return {
         tokens: shape
         for tokens, shapes in SHAPES.items()
-        for shape in reversed(shapes if tokens <= WIDE_UP_TO else by_preference(shapes, weights))
+        for shape in reversed(by_preference(shapes, weights, WIDE_FROM))
         if plan(rates, shape, tokens) is not None
     }
 

@@ -29,34 +29,86 @@ __device__ __forceinline__ uint32_t added(uint32_t a, uint32_t b) {
   return *reinterpret_cast<const uint32_t*>(&sum);
 }
 
-// The lane's four registers of a tile. GLOBAL: the circle lies in global memory.
-template <int RATE, bool GLOBAL = true>
-__device__ __forceinline__ void decode(const uint8_t* circle, int lane, uint32_t (&a)[4]) {
-  constexpr int V = RATE <= 4 ? 2 : 1, B = RATE * V, kWords = RATE <= 4 ? 2 : 3;
+template <bool GLOBAL>
+__device__ __forceinline__ uint32_t load_word(const uint32_t* from) {
+  return GLOBAL ? __ldg(from) : *from;
+}
+
+// 32 bits of a circle from bit `first` on. GLOBAL: the circle lies in global memory.
+template <int RATE, bool GLOBAL>
+__device__ __forceinline__ uint32_t load_bits(const uint8_t* circle, int first) {
   const uint32_t* words = reinterpret_cast<const uint32_t*>(circle);
-  const int first = lane * RATE, shift = (first & 3) * 8;
-  uint32_t read[kWords + 1], bits[kWords + 1];
+  const int at = first >> 5, next = at + 1;
+  return __funnelshift_r(load_word<GLOBAL>(words + at),
+                         load_word<GLOBAL>(words + (next < 8 * RATE ? next : 0)), first & 31);
+}
+
+// What a lane reads of a tile: the bits of its states.
+template <int RATE>
+struct Piece {
+  static constexpr int kWords = RATE == 3 || RATE == 4 ? 2 : RATE <= 2 ? 1 : 3;
+  uint32_t bits[kWords];
+};
+
+template <int RATE, bool GLOBAL = true>
+__device__ __forceinline__ Piece<RATE> load_piece(const uint8_t* circle, int lane) {
+  Piece<RATE> piece;
+  if constexpr (RATE <= 3) {
+    piece.bits[0] = load_bits<RATE, GLOBAL>(circle, 8 * RATE * lane);
+    // Two of a rate of 3 each have a word: all four would need 34 bits.
+    if constexpr (RATE == 3) {
+      piece.bits[1] = load_bits<RATE, GLOBAL>(circle, 8 * RATE * lane + 12);
+    }
+  } else if constexpr (RATE == 4) {
+    piece.bits[0] = load_word<GLOBAL>(reinterpret_cast<const uint32_t*>(circle) + lane);
+    const uint8_t* next = circle + (lane + 1) % 32 * 4;
+    piece.bits[1] = GLOBAL ? __ldg(next) : *next;
+  } else {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(circle);
+    const int first = lane * RATE, shift = (first & 3) * 8;
+    uint32_t read[4];
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    const int at = (first >> 2) + i;
-    const uint32_t* from = words + (at < 8 * RATE ? at : at - 8 * RATE);
-    read[i] = GLOBAL ? __ldg(from) : *from;
+    for (int i = 0; i < 3; ++i) {
+      const int at = (first >> 2) + i;
+      read[i] = load_word<GLOBAL>(words + (at < 8 * RATE ? at : at - 8 * RATE));
+    }
+    read[3] = 0;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) piece.bits[i] = __funnelshift_r(read[i], read[i + 1], shift);
   }
-  read[kWords] = 0;
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) bits[i] = __funnelshift_r(read[i], read[i + 1], shift);
-  bits[kWords] = 0;
-  auto hash = [&](int j) {
-    const int p = j * B;
-    return (__funnelshift_r(bits[p >> 5], bits[(p >> 5) + 1], p & 31) & 0xffffu) * kMultiplier;
-  };
+  return piece;
+}
+
+// The hash of state j of a piece. A permutation of bytes cuts a state out, behind a multiplication
+// where it lies across bytes: a shift and a mask would take two places in the pipeline that is
+// busiest, and products have one of their own.
+template <int RATE>
+__device__ __forceinline__ uint32_t hash_of(const Piece<RATE>& piece, int j) {
+  if constexpr (RATE <= 3) {
+    const uint32_t bits = RATE == 3 ? piece.bits[j / 2] : piece.bits[0];
+    const int p = RATE == 3 ? j % 2 * 6 : j * 2 * RATE, up = (8 - p % 8) % 8;
+    const int byte = (p + up) / 8;
+    return __byte_perm(bits << up, 0, 0x4400 | (byte + 1) << 4 | byte) * kMultiplier;
+  } else if constexpr (RATE == 4) {
+    if (j == 3) return (piece.bits[0] >> 24) * kMultiplier + piece.bits[1] * (kMultiplier << 8);
+    return __byte_perm(piece.bits[0], 0, 0x4400 | (j + 1) << 4 | j) * kMultiplier;
+  } else {
+    const int p = j * RATE;
+    const uint32_t above = p / 32 < 2 ? piece.bits[(p / 32 + 1) % 3] : 0;
+    return (__funnelshift_r(piece.bits[p / 32], above, p % 32) & 0xffffu) * kMultiplier;
+  }
+}
+
+// The lane's four registers of a tile.
+template <int RATE>
+__device__ __forceinline__ void decode(const Piece<RATE>& piece, uint32_t (&a)[4]) {
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    if (V == 2) {
-      const uint32_t h = hash(r);
+    if (RATE <= 4) {
+      const uint32_t h = hash_of(piece, r);
       a[r] = added(masked(h), masked(__byte_perm(h, 0, 0x0123)));
     } else {
-      const uint32_t one = masked(hash(2 * r)), two = masked(hash(2 * r + 1));
+      const uint32_t one = masked(hash_of(piece, 2 * r)), two = masked(hash_of(piece, 2 * r + 1));
       a[r] = added(__byte_perm(one, two, 0x5410), __byte_perm(one, two, 0x7632));
     }
   }

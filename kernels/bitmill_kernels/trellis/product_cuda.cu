@@ -38,7 +38,7 @@ __device__ __forceinline__ void add_group(const uint8_t* circle, int columns, co
 #pragma unroll 4
   for (int c = 0; c < columns; ++c) {
     uint32_t a[4];
-    decode<RATE>(circle + c * 32 * RATE, lane, a);
+    decode<RATE>(load_piece<RATE>(circle + c * 32 * RATE, lane), a);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       uint32_t b0 = 0, b1 = 0;
@@ -150,7 +150,7 @@ __device__ __forceinline__ void write_tile(const uint8_t* circle, int n, int fir
                                            T* out) {
   const int lane = threadIdx.x % 32;
   uint32_t a[4];
-  decode<RATE>(circle, lane, a);
+  decode<RATE>(load_piece<RATE>(circle, lane), a);
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const int at = n + lane / 4 + 8 * (r % 2), column = k + 2 * (lane % 4) + 8 * (r / 2);

@@ -28,10 +28,6 @@ from bitmill_kernels.trellis.layout import TILE, tile_count
 from bitmill_kernels.trellis.product import TrellisProduct, stored_groups
 
 FUSED_TOKENS = 32
-LARGE = 1 << 25
-"""Weights from which the batch kernel is the fastest for few tokens too."""
-SMALL_UP_TO = 16
-"""Tokens that smaller linears leave to the other kernel."""
 SCRATCH_ELEMENTS = 1 << 26
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -43,13 +39,10 @@ class CudaTrellisProduct(TrellisProduct):
         super().__init__(*linear, **source)
         self._table = _table_of(self._circles, self.rates, self.K)
         wide = batch_cuda.available(self._rows.device)
+        self._batched = batch_tokens(self.N * self.K)
         self._batch = (
             self.batch(batch_cuda.fitting_shapes(self.rates, self.N * self.K)) if wide else None
         )
-
-    def _suits(self, tokens: int) -> bool:
-        weights = self.N * self.K
-        return SMALL_UP_TO * (weights < LARGE) < tokens <= batch_tokens(weights)
 
     def batch(self, shapes: Mapping[int, WarpgroupShape]) -> batch_cuda.CudaTrellisBatch:
         """The kernel for Hopper, by these shapes."""
@@ -60,7 +53,7 @@ class CudaTrellisProduct(TrellisProduct):
 
     def of_source(self, x: Tensor) -> Tensor:
         """y [T, N] of x [T, K] in the source's columns, in the dtype of x."""
-        if x.dtype != torch.float32 and self._batch is not None and self._suits(len(x)):
+        if x.dtype != torch.float32 and self._batch is not None and 0 < len(x) <= self._batched:
             return self._batch(x.contiguous())
         if x.dtype != torch.float32 and 0 < len(x) <= FUSED_TOKENS:
             return self._fused(x.contiguous())

@@ -1,0 +1,98 @@
+"""How inputs of the batch kernel are arranged, run on the host (`cuda_on_host.h`)."""
+
+import ctypes
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitmill.quant.rotation import rotate
+from bitmill_kernels.hopper.schedule import Arguments, group_bytes
+from cuda_on_host import FOLDER, address, host_library
+
+CALLS = """
+extern "C" void arrange(const DecodeArguments* p, int columns, const float* scales, float largest,
+                        int tile, int finds) {
+  if (!finds) {
+    launch({p->tokens}, kFactorThreads, [=] { factor_kernel(*p, columns, largest); });
+  }
+  launch({p->tokens * ((p->pair_count + kWarps - 1) / kWarps)}, kPrologueThreads, [=] {
+    arrange_kernel(*p, columns, scales, largest, tile, finds);
+  });
+}
+"""
+
+
+def part(text, first, end):
+    """A text from one mark up to another."""
+    begin = text.index(first)
+    return text[begin : text.index(end, begin)]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The kernels as a library of the host, without their waits for other kernels."""
+    hopper = FOLDER.parent / "hopper"
+    units, wgmma = (Path(hopper, name).read_text() for name in ("units.h", "wgmma.h"))
+    batch = (FOLDER / "batch_cuda.cu").read_text()
+    structs = part(units, "// Activations are divided", "namespace {\n\ntemplate <class Row>")
+    pieces = [
+        "namespace {\n",
+        structs + "namespace {\n",
+        part(units, "__device__ __forceinline__ float load_input(", "\n}\n") + "\n}\n",
+        part(wgmma, "constexpr int kPrologueThreads", "__device__ __forceinline__ void warpgroup"),
+        part(wgmma, "__device__ __forceinline__ int input_offset", "\n}\n") + "\n}\n",
+        part(wgmma, "__device__ __forceinline__ uint32_t word_of(__half2", "\n}\n") + "\n}\n",
+        part(wgmma, "// The power of two that brings `largest`", "// All tokens, `TOKENS` in a"),
+        part(batch, "constexpr int kGroup", "// Units are the circles"),
+        part(batch, "// The largest absolute value of 8", "}  // namespace"),
+    ]
+    kernels = re.sub(r"asm volatile\(.*?;", "", "".join(pieces), flags=re.DOTALL)
+    kernels = kernels.replace('" ::: "memory");', "").replace('");', "")
+    return host_library(kernels, CALLS, tmp_path_factory.mktemp("host"))
+
+
+def in_layout(inputs, tile, tokens, groups):
+    """Rows [tokens, 128 groups] of what lies in the swizzle of wgmma.h."""
+    blocks = inputs.view(torch.float16).view(-1, groups, 2, tile, 8, 8)
+    rows = torch.empty(blocks.shape[0], tile, groups, 2, 8, 8, dtype=torch.float16)
+    for token in range(tile):
+        for eighth in range(8):
+            rows[:, token, :, :, eighth] = blocks[:, :, :, token, eighth ^ token % 8]
+    return rows.reshape(-1, 128 * groups)[:tokens]
+
+
+@pytest.mark.parametrize("finds", [True, False])
+@pytest.mark.parametrize(("K", "tokens", "tile"), [(300, 3, 8), (1127, 1, 8), (640, 19, 16)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_inputs_are_ordered_rotated_and_kept_in_range(library, K, tokens, tile, dtype, finds):
+    draw = torch.Generator().manual_seed(K)
+    sizes = 10.0 ** (torch.arange(tokens) % 9 - 4)
+    x = (torch.randn(tokens, K, generator=draw) * sizes[:, None]).to(dtype)
+    order = torch.randperm(K, generator=draw).int()
+    groups = -(-K // 128)
+    scales = torch.rand(groups, generator=draw)
+    inputs = torch.zeros(-(-tokens // tile) * groups * group_bytes(tile), dtype=torch.uint8)
+    factors = torch.zeros(tokens)
+    arguments = Arguments(
+        x=x.data_ptr(),
+        order=order.data_ptr(),
+        inputs=inputs.data_ptr(),
+        factors=factors.data_ptr(),
+        pair_count=groups,
+        tokens=tokens,
+        x_stride=K,
+        is_bf16=int(dtype == torch.bfloat16),
+    )
+    largest = float(scales.max()) * 11.3138
+    pointer = ctypes.byref(arguments)
+    library.arrange(pointer, K, address(scales), ctypes.c_float(largest), tile, int(finds))
+    wanted = rotate(x.float()[:, order.long()]) * scales.repeat_interleave(128)[:K]
+    found = in_layout(inputs, tile, tokens, groups).float() * factors[:, None]
+    errors = (found[:, :K] - wanted).norm(dim=1) / wanted.norm(dim=1)
+    assert (errors < 5e-4).all()
+    assert (found[:, K:] == 0).all()
+    assert torch.equal(factors.log2(), factors.log2().round())
+    most = in_layout(inputs, tile, tokens, groups).float().abs().amax(1)
+    assert (most < 2**15).all()
