@@ -2,7 +2,8 @@
 
 CUDA graphs bake pointers in: a buffer that was handed out keeps its address, and a larger demand
 gets a new buffer. Kernels on one stream run one after the other, so they can share; running two
-linears of one device on two streams at once is not supported.
+linears of one device on two streams at once is not supported. Sums that two streams mix up in a
+buffer that is kept filled stay there, and later products take them.
 """
 
 from __future__ import annotations
