@@ -149,6 +149,18 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     (
+        "m --bits 3 --code trellis --effort best",
+        {
+            "code": "trellis",
+            "format": "bitmill-2",
+            "allocation.widths": [1, 2, 3, 4, 5, 6, 7, 8],
+            "effort": "best",
+            "refinement.method": "omniquant",
+            "refinement.omniquant.tune_scales_steps": 100,
+            "calibration.sequences": 160,
+        },
+    ),
+    (
         "m --bits 3 --exports gguf,dequantized",
         {
             "exports": [

@@ -403,6 +403,14 @@ def test_a_clone_asks_for_the_same(pages: httpx2.Client, stack: Stack) -> None:
     assert clone.model_dump(mode="json") == job.spec
 
 
+def test_a_form_without_windows_takes_those_of_the_effort() -> None:
+    def asked(**fields: str) -> int:
+        form = {**DEFAULTS, **filled(**{"code": "trellis", "effort": "best", **fields})}
+        return parse_spec(specification(form)).calibration.sequences
+
+    assert (asked(), asked(effort="fast"), asked(sequences="64")) == (160, 64, 64)
+
+
 def test_an_export_has_a_page_and_no_clone(pages: httpx2.Client, stack: Stack) -> None:
     made = stack.succeeded()
     spec = ExportSpec(

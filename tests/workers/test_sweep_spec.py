@@ -49,6 +49,15 @@ def test_effort_fills_each_cell_and_whole_objects_are_values() -> None:
     assert [cell.spec.refinement.method for cell in cells] == ["gptq", "omniquant"]
 
 
+def test_cells_take_the_windows_of_their_effort_and_profiles_of_their_own() -> None:
+    grid: dict[str, list[Any]] = {"effort": ["fast", "best"], "budget.bits": [3, 4]}
+    cells = parse_sweep(sweep(grid, code="trellis")).cells()
+    assert [cell.spec.calibration.sequences for cell in cells] == [64, 64, 160, 160]
+    assert [cell.number for cell in in_turn(cells)] == [1, 3, 2, 4]
+    same = parse_sweep(sweep(grid)).cells()
+    assert [cell.number for cell in in_turn(same)] == [1, 2, 3, 4]
+
+
 def test_a_sweep_names_the_jobs_that_have_no_name() -> None:
     named = sweep({"seed": [0]}) | {"label": "study"}
     assert parse_sweep(named).cells()[0].spec.label == "study"

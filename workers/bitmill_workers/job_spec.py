@@ -147,8 +147,8 @@ JobKind = Literal["quantize", "export", "push"]
 class JobSpec(Stored):
     """Everything that determines a job's result, besides the model's own files.
 
-    effort: how much is done for quality where `refinement` leaves it open
-    (`bitmill.config.effort`).
+    effort: how much is done for quality where `refinement` and the number of calibration windows
+    leave it open (`bitmill.config.effort`).
     threads: CPU threads of the runner (part of the result's identity: sums depend on it).
     devices: accelerators that work on the job together, of one machine (part of its identity too).
     format: in which the result is stored. code: of its groups.

@@ -141,8 +141,8 @@ def in_turn(cells: Sequence[Cell]) -> Iterator[Cell]:
     """
     groups: defaultdict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
-        told = {path: v for path, v in cell.values.items() if path.partition(".")[0] in _PROFILED}
-        groups[value_text(told)].append(cell)
+        spec = cell.spec.model_dump(mode="json")
+        groups[value_text({name: spec.get(name) for name in _PROFILED})].append(cell)
     for turn in zip_longest(*groups.values()):
         yield from (cell for cell in turn if cell is not None)
 

@@ -526,7 +526,8 @@ class Stored(Closed):
 class QuantizationConfig(Stored):
     """Everything that determines a result, besides the model's own files.
 
-    effort: how much is done for quality where `refinement` leaves it open (`config/effort.py`).
+    effort: how much is done for quality where `refinement` and the number of calibration windows
+    leave it open (`config/effort.py`).
     threads: CPU threads (part of the result's identity: sums depend on it).
     devices: accelerators that work on it together, of one machine (part of its identity too).
     format: in which the result is stored (`bitmill.formats.format`), one that keeps codes.

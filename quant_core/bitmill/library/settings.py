@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from bitmill.config.closed import Closed
+from bitmill.config.effort import with_effort
 from bitmill.config.methods import MethodConfig
 from bitmill.config.quantization import (
     KINDS,
@@ -48,10 +49,18 @@ def configuration(
     """
     asked = {} if base is None else _json(base)
     if base is not None and "effort" in settings:
-        left = {name: part for name, part in asked.items() if name != "refinement"}
-        if parse_config(left).refinement == base.refinement:
-            asked = left  # it is what the other effort stood for
+        asked = _undecided(base, asked)
     return parse_config(gathered(settings, QuantizationConfig.model_fields, asked))
+
+
+def _undecided(base: QuantizationConfig, asked: dict[str, Any]) -> dict[str, Any]:
+    """The JSON `asked` of `base` without what its effort stood for."""
+    left = {name: part for name, part in asked.items() if name != "refinement"}
+    if parse_config(left).refinement == base.refinement:
+        asked = left
+    given = asked.get("calibration", {})
+    left = {**asked, "calibration": {k: v for k, v in given.items() if k != "sequences"}}
+    return left if with_effort(left)["calibration"] == given else asked
 
 
 def gathered(

@@ -239,7 +239,11 @@ GROUPS: dict[str, tuple[SpecOption, ...]] = {
         SpecOption("--calibration-field", "calibration.text.field", "Field of a record's text."),
         SpecOption("--calibration-config", "calibration.text.config", "Configuration of the set."),
         SpecOption("--calibration-split", "calibration.text.split", "Split of the data set."),
-        SpecOption("--calibration-sequences", "calibration.sequences", "Windows."),
+        SpecOption(
+            "--calibration-sequences",
+            "calibration.sequences",
+            "Windows; 160 by --effort best in trellis codes (docs/quality.md).",
+        ),
         SpecOption("--calibration-length", "calibration.length", "Tokens of a window."),
         SpecOption("--calibration-framing", "calibration.framing", "How windows begin."),
         SpecOption("--held-out", "calibration.held_out", "Further windows, for decisions alone."),

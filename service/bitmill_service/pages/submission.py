@@ -54,13 +54,13 @@ DEFAULTS = {
     "code": "auto",
     "method": "knapsack",
     "embeddings": "keep",
-    "sequences": "64",
+    "sequences": "",
     "length": "2048",
     "label": "",
     "priority": "0",
     "more": "",
 }
-"""Fields and what they hold at first."""
+"""Fields and what they hold at first; without `sequences` there are as many as by the effort."""
 
 _ONCE = re.compile(r"[0-9a-f]{32}")
 
@@ -122,18 +122,17 @@ def specification(fields: Mapping[str, str]) -> dict[str, Any]:
     budget: dict[str, Any] = {kind: _amount(fields)}
     if kind == "memory":
         budget["context"] = _whole(fields, "context")
-    asked = {
+    asked: dict[str, Any] = {
         "model": model,
         "budget": budget,
         "effort": fields["effort"],
         "code": fields["code"],
         "allocation": {"method": fields["method"], "embeddings": fields["embeddings"]},
-        "calibration": {
-            "sequences": _whole(fields, "sequences"),
-            "length": _whole(fields, "length"),
-        },
+        "calibration": {"length": _whole(fields, "length")},
         "label": fields["label"] or None,
     }
+    if fields["sequences"]:
+        asked["calibration"]["sequences"] = _whole(fields, "sequences")
     return merged(asked, _more(fields["more"]))
 
 

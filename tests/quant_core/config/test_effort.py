@@ -1,10 +1,16 @@
-"""One word for the settings of refinement that are left open, resolved where it is read."""
+"""One word for what is left open of refinement and calibration, resolved where it is read."""
 
 import pytest
 
-from bitmill.config.effort import CODED, EFFORTS
+from bitmill.config.effort import CODED, EFFORTS, HELD_OUT, LONGEST, WINDOWS, with_effort
 from bitmill.config.methods import GPTQ, RTN, OmniQuant
-from bitmill.config.quantization import QuantizationConfig, Refinement, parse_config
+from bitmill.config.quantization import (
+    BundledText,
+    Calibration,
+    QuantizationConfig,
+    Refinement,
+    parse_config,
+)
 from bitmill.errors import SpecError
 from bitmill_workers.job_spec import JobSpec, parse_spec
 
@@ -57,6 +63,108 @@ def test_another_code_takes_what_it_has(stored):
     assert (fast.method.kind, fast.method.name) == ("trellis", "gptq")
 
 
+def windows(calibration=None, **changes):
+    """Calibration windows of a job in trellis codes by effort best, with these changes."""
+    given = {} if calibration is None else {"calibration": calibration}
+    best = {"budget": {"bits": 3}, "code": "trellis", "effort": "best"}
+    return parse_config(best | given | changes).calibration.sequences
+
+
+DEFAULT = Calibration().sequences
+BUNDLED = {"source": "bundled", "name": "wiki_calibration"}
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        None,
+        {},
+        {"text": BUNDLED},
+        {"text": {"source": "bundled"}},
+        {"text": BundledText()},
+        {"length": LONGEST},
+        {"length": 512, "framing": "none"},
+        {"held_out": 48},
+        {"held_out_text": "mixture_calibration", "profile_sequences": WINDOWS},
+    ],
+    ids=str,
+)
+def test_the_best_trellis_codes_take_more_windows(calibration):
+    assert windows(calibration) == WINDOWS > DEFAULT
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        {"sequences": DEFAULT},
+        {"text": BUNDLED | {"name": "mixture_calibration"}},
+        {"text": BUNDLED | {"name": "blend_calibration"}},
+        {"text": {"source": "file", "path": "text.txt"}},
+        {"text": {"source": "dataset", "name": "org/set"}},
+        {"length": LONGEST + 1},
+        {"held_out": 49},
+        {"framing": "chat"},
+        Calibration(length=512),
+    ],
+    ids=str,
+)
+def test_a_calibration_that_may_lack_them_or_says_a_number_keeps_its_own(calibration):
+    assert windows(calibration) == DEFAULT
+    if isinstance(calibration, dict) and "sequences" not in calibration:
+        assert windows(calibration | {"sequences": 9}) == 9
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"effort": "balanced"},
+        {"effort": "fast"},
+        {"code": "affine"},
+        {"code": "auto"},
+        {"refinement": {"method": "gptq"}},
+        {"refinement": Refinement()},
+    ],
+    ids=str,
+)
+def test_other_jobs_keep_the_usual_windows(changes):
+    assert windows(**changes) == DEFAULT
+
+
+def test_several_devices_take_the_usual_windows():
+    asked = {"budget": {"bits": 3}, "code": "trellis", "effort": "best"}
+    assert with_effort(asked)["calibration"] == {"sequences": WINDOWS}
+    assert "calibration" not in with_effort(asked | {"devices": 2})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"code": "auto", "format": "bitmill-2"},
+        {"refinement": {"method": "omniquant"}},
+        {"refinement": {"omniquant": {"tune_scales_steps": 7}}},
+        {"budget": {"max_loss_increase": 0.1}},
+    ],
+    ids=str,
+)
+def test_windows_are_many_whichever_way_the_best_trellis_codes_are_asked_for(changes):
+    assert windows(**changes) == WINDOWS
+
+
+def test_what_it_takes_for_granted_of_calibration_is_so():
+    usual = Calibration()
+    assert (usual.length, usual.held_out) == (LONGEST, HELD_OUT)
+    assert usual.text == BundledText.model_validate(BUNDLED)
+
+
+@pytest.mark.parametrize("wrong", [None, [], 3, "text", {"text": None}, {"length": "x"}])
+def test_a_calibration_that_is_none_is_left_to_the_parser(wrong):
+    with pytest.raises(SpecError) as error:
+        parse_config(
+            {"budget": {"bits": 3}, "code": "trellis", "effort": "best"} | {"calibration": wrong}
+        )
+    assert error.value.param.startswith("calibration")
+
+
 def test_parameters_are_not_resumed_in_another_code():
     learned = {"method": "omniquant", "omniquant": {"resume_parameters": "folder"}}
     with pytest.raises(SpecError) as error:
@@ -79,11 +187,25 @@ def test_what_is_stored_is_resolved(parse, monkeypatch):
     assert parse(stored) == made
 
 
+@pytest.mark.parametrize("parse", [parse_config, lambda data: parse_spec(MODEL | data)])
+def test_stored_windows_are_resolved(parse, monkeypatch):
+    stored = parse({"budget": {"bits": 3}, "code": "trellis", "effort": "best"}).model_dump(
+        mode="json"
+    )
+    assert stored["calibration"]["sequences"] == WINDOWS
+    monkeypatch.setattr("bitmill.config.effort.WINDOWS", 7)
+    assert parse(stored).calibration.sequences == WINDOWS
+    stored["calibration"]["sequences"] = DEFAULT  # from before effort filled it
+    assert parse(stored).calibration.sequences == DEFAULT
+
+
 def test_a_job_hands_on_what_it_stored():
     spec = parse_spec(MODEL | {"budget": {"bits": 3}, "effort": "balanced"})
     assert isinstance(spec, JobSpec)
     assert spec.config().method == method(effort="balanced")
     assert spec.config().effort == "balanced"
+    best = {"budget": {"bits": 3}, "effort": "best", "code": "trellis"}
+    assert parse_spec(MODEL | best).config() == parse_config(best)
 
 
 @pytest.mark.parametrize("wrong", ["worst", "", None, 3, ["best"], {}])

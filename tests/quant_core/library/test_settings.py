@@ -136,6 +136,25 @@ def test_effort_decides_what_nobody_decided() -> None:
     assert configuration(best, {"seed": 1}).refinement == best.refinement
 
 
+def test_effort_decides_how_many_windows_where_nobody_did() -> None:
+    def made(**settings: Any) -> QuantizationConfig:
+        return configuration(None, {"bits": 3, "code": "trellis"} | settings)
+
+    fast, best = made(), made(effort="best")
+    assert (fast.calibration.sequences, best.calibration.sequences) == (64, 160)
+    assert configuration(fast, {"effort": "best"}) == best
+    assert configuration(best, {"effort": "fast"}) == fast
+    assert configuration(best, {"seed": 1}).calibration == best.calibration
+    short = made(effort="best", calibration=Calibration(length=128), held_out=2)
+    assert (short.calibration.sequences, short.calibration.length) == (160, 128)
+    assert configuration(short, {"effort": "fast"}).calibration.length == 128
+    assert configuration(short, {"effort": "fast"}).calibration.sequences == 64
+    given = made(calibration_sequences=64, profile_sequences=64)
+    assert configuration(given, {"effort": "best"}).calibration == given.calibration
+    many = made(effort="best", calibration_sequences=196, profile_sequences=196)
+    assert configuration(many, {"effort": "fast"}).calibration == many.calibration
+
+
 def test_a_budget_is_needed() -> None:
     with pytest.raises(SpecError, match="budget") as caught:
         configuration(None, {"order": "natural"})

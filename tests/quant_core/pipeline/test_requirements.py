@@ -90,6 +90,24 @@ def test_the_largest_setting_that_fits_is_proposed() -> None:
         refusal(spec(calibration=calibration | {name: 2 * value}), room)
 
 
+def test_windows_that_effort_filled_in_are_counted_and_fewer_proposed() -> None:
+    best = {"code": "trellis", "effort": "best"}
+    asked = spec(**best)
+    machine = Machine(accelerator=True)
+    assert estimate(PLAN, asked, machine) == estimate(
+        PLAN, spec(**best, calibration={"sequences": 160}), machine
+    )
+    room = replace(AMPLE, accelerator=24 * GB, host=8 * GB)
+    spilled = stream_bytes(PLAN, asked, machine) - room.host // 2
+    room = replace(room, disk=estimate(PLAN, asked, machine).disk_bytes + int(0.9 * spilled))
+    error = refusal(asked, room)
+    assert error.param == "calibration.sequences"
+    assert "what would fit: calibration.sequences 80" in error.message
+    check_room(PLAN, spec(**best, calibration={"sequences": 64}), room)
+    told = smaller_jobs(PLAN, asked, accelerator=True, less=2 * GB)
+    assert told.startswith("what would fit by estimate: calibration.sequences 80")
+
+
 def test_each_rank_needs_host_memory_and_fewer_devices_are_proposed() -> None:
     asked = spec(devices=8)
     room = replace(AMPLE, host=30 * GB)
