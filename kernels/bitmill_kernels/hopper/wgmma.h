@@ -125,7 +125,7 @@ struct Ring {
   __device__ __forceinline__ void wait_full() const { barrier_wait(full(at), parity); }
 };
 
-// Where a block's rings lie: weights of units, and activations of groups, these by shared address.
+// Where a block's rings lie: weights of units, and activations of groups.
 struct Memory {
   Ring stages, slots;
   uint8_t* staged;
