@@ -10,7 +10,8 @@ Memory and disk are sums of the tensors that the stages hold at once, so they ar
                  per rank of a job on several devices; block inputs of a backward pass wait in files
                  where memory is short and are not counted
     disk         converted source (GGUF), rewritten source (transforms of it), refined blocks, of
-                 baselines too, and the packed checkpoint, as large as the budget allows
+                 baselines too, and the packed checkpoint, as large as the budget allows; or blocks
+                 of two maps while a search compares them
 
 Hidden states and block inputs move to the accelerator where its free memory has room for them; that
 is not counted there, nor taken off the host's share.
@@ -169,7 +170,9 @@ def packed_bytes(plan: Plan, config: QuantizationConfig) -> int:
 def _disk_bytes(plan: Plan, config: QuantizationConfig, gguf: bool) -> int:
     packed = packed_bytes(plan, config)
     learning = config.method.learning
-    copies = 3 if learning is not None and learning.whole_model else 2
+    refined = 2 if learning is not None and learning.whole_model else 1
+    searches = config.budget.max_loss_increase is not None
+    copies = refined + (refined if searches else 1)  # a search has the best blocks and the next
     baselines = sum(
         packed if name == "uniform" else _uniform_size(plan, config, int(name[-1]))
         for name in config.evaluation.refined_baselines

@@ -28,7 +28,7 @@ class KeptBlocks:
 
     def take(self, key: str, target: Path) -> bool:
         """Move blocks of this key into a folder; whether they were there. Goes on where it was
-        killed."""
+        killed; where that folder was emptied since, the blocks moved before are missing."""
         path = self.folder / KEY_NAME
         if not path.is_file() or read_json(path) != key:
             return False

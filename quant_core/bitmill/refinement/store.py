@@ -51,6 +51,11 @@ def report_path(folder: Path, i: int) -> Path:
     return folder / f"{_part_name(i)}.json"
 
 
+def is_whole(folder: Path, plan: Plan) -> bool:
+    """Whether every part is finished."""
+    return all(report_path(folder, i).is_file() for i in parts_of(plan))
+
+
 def _part_name(i: int) -> str:
     return "embeddings" if i == EMBEDDINGS else f"block-{i:05}"
 

@@ -141,6 +141,17 @@ def test_baselines_and_tuned_blocks_are_kept_on_disk() -> None:
     assert refusal(spec(refinement=tuned), room).param == "refinement.omniquant.tune_scales_steps"
 
 
+def test_a_search_keeps_tuned_blocks_of_two_maps() -> None:
+    def copies(**changes: Any) -> float:
+        asked = spec(**changes)
+        return estimate(PLAN, asked, Machine()).disk_bytes / packed_bytes(PLAN, asked)
+
+    tuned = {"method": "omniquant", "omniquant": {"tune_scales_steps": 4}}
+    loss = {"max_loss_increase": 0.1}
+    assert (copies(), copies(refinement=tuned)) == (2, 3)
+    assert (copies(budget=loss), copies(budget=loss, refinement=tuned)) == (2, 4)
+
+
 def test_ranks_have_the_smallest_device_of_theirs() -> None:
     rooms = [replace(AMPLE, accelerator=size * GB) for size in (80, 24, 80)]
     assert Room.of_ranks(rooms).accelerator == 24 * GB

@@ -110,6 +110,25 @@ def test_the_blocks_of_the_best_map_are_not_refined_again(source, tmp_path):
 
 
 @pytest.mark.e2e
+def test_kept_blocks_of_which_some_are_gone_are_refined_again(source, tmp_path):
+    """As after a kill while they were moved into a folder that another job emptied then."""
+    work, kept = tmp_path / "work", tmp_path / "work" / "refined-blocks"
+    with pytest.raises(Cancelled):
+        run_job(
+            asked(0.1),
+            source,
+            work,
+            tmp_path / "out",
+            should_stop=(work / "allocate").is_dir,
+        )
+    wanted = {path.name: path.read_bytes() for path in kept.glob("block-*")}
+    for path in kept.glob("block-00000.*"):
+        path.unlink()
+    run_job(asked(0.1), source, work, tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in (work / "refine").glob("block-*")} == wanted
+
+
+@pytest.mark.e2e
 def test_what_no_width_reaches_is_refused_with_the_nearest(source, tmp_path):
     config = asked(1e-7, allocation={"order": "natural", "widths": [2, 3]})
     with pytest.raises(BudgetError, match="nearest of") as error:

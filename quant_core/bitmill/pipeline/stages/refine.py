@@ -21,6 +21,7 @@ from bitmill.pipeline.stage import Environment, Run, Stage
 from bitmill.plan.model_plan import Plan
 from bitmill.refinement.kept_blocks import KeptBlocks
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
+from bitmill.refinement.store import is_whole
 from bitmill.registry import load_object
 
 
@@ -102,7 +103,8 @@ class Inputs:
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
     """Goes on behind the last block that a killed run saved, or takes blocks that were kept."""
     kept = inputs.kept if run.group.first else None
-    if run.group.broadcast(kept is not None and kept.take(STAGE.digest(inputs), folder)):
+    taken = kept is not None and kept.take(STAGE.digest(inputs), folder)
+    if run.group.broadcast(taken and is_whole(folder, inputs.plan)):
         count = inputs.plan.block_count
         run.on_unit(count, count, "block", "refined in the search for the map")
         return
