@@ -23,7 +23,7 @@ class KeptBlocks:
     def keep(self, blocks: Path, key: str) -> None:
         """Put a finished folder of `refine_model` in the place of what was kept before."""
         self.remove()
-        blocks.rename(self.folder)
+        shutil.move(blocks, self.folder)  # a shared stage may lie on another file system
         write_json(self.folder / KEY_NAME, key)
 
     def take(self, key: str, target: Path) -> bool:
