@@ -31,15 +31,16 @@ CALLS = """
 extern "C" void share(const DecodeArguments* p, int blocks, int takers, float* sums) {
   constexpr int kCells = CELLS, kPart = kCells < 4 ? kCells : kCells / 4;
   Target tile = {};
-  tile.blocks = blocks, tile.first_block = 1;
+  tile.blocks = blocks, tile.first_block = 1, tile.ends = takers;
   std::vector<std::thread> all;
   for (int thread = 0; thread < 32; ++thread)
     for (int self = 0; self < blocks; ++self)
       all.emplace_back([=] {
         const auto own = [&](int cell) { return cell / kPart * takers / 4 == self; };
         const auto live = [&](int cell) { return cell * 8 + 2 * (thread % 4) < p->tokens; };
-        share_sums<1, kCells, kPart>(*p, tile, 0, thread, self, takers, own, live,
-                                     sums + (self * 32 + thread) * 4 * kCells);
+        auto& total =
+            *reinterpret_cast<float(*)[4 * kCells]>(sums + (self * 32 + thread) * 4 * kCells);
+        share_sums<1, kCells, kPart>(*p, tile, 0, thread, self, own, live, total);
       });
   for (std::thread& one : all) one.join();
 }

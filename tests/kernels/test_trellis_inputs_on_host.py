@@ -46,7 +46,7 @@ def library(tmp_path_factory):
         part(wgmma, "__device__ __forceinline__ uint32_t word_of(__half2", "\n}\n") + "\n}\n",
         part(wgmma, "// The power of two that brings `largest`", "// All tokens, `TOKENS` in a"),
         part(batch, "constexpr int kGroup", "// Units are the circles"),
-        part(batch, "// The largest absolute value of 8", "}  // namespace"),
+        part(batch, "// Brings activations into the layout", "}  // namespace"),
     ]
     kernels = re.sub(r"asm volatile\(.*?;", "", "".join(pieces), flags=re.DOTALL)
     kernels = kernels.replace('" ::: "memory");', "").replace('");', "")

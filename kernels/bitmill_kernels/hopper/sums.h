@@ -37,16 +37,17 @@ __device__ __forceinline__ bool is_whole(uint4 words) {
   return words.x != kNothing && words.y != kNothing && words.z != kNothing && words.w != kNothing;
 }
 
-// Exchanges sums of a warp between blocks that share a tile, `self` among them in their order. The
-// first `takers` divide its cells of four sums a lane, `at_once` neighbours always to one block: each
-// leaves its sums of the others' cells, and adds to its `own` what all others have left. A block past
-// the takers leaves all. So a block waits only for blocks that do not wait before they leave their
-// sums: all must run at once, or begin in order. A block has two slots: 1 for the tile that it begins,
-// 0 for the one that it continues. Cells that are not `live` in this lane are left out.
+// Exchanges sums of a warp between blocks that share a tile, `self` among them in their order. Those
+// that end with the tile, the takers, divide its cells of four sums a lane, AT_ONCE neighbours always
+// to one block: each leaves its sums of the others' cells, and adds to its `own` what all others have
+// left. A block that goes on to another tile leaves all. So a block waits only for blocks that do not
+// wait before they leave their sums: all must run at once, or begin in order. A block has two slots:
+// 1 for the tile that it begins, 0 for the one that it continues. Cells that are not `live` in this
+// lane are left out.
 template <int WARPS, int CELLS, int AT_ONCE, class Own, class Live>
 __device__ __forceinline__ void share_sums(const DecodeArguments& p, const Target& tile, int warp,
-                                           int thread, int self, int takers, const Own& own,
-                                           const Live& live, float* total) {
+                                           int thread, int self, const Own& own,
+                                           const Live& live, float (&total)[CELLS * 4]) {
   constexpr int kBlocks = AT_ONCE < 2 ? 4 : 2;  // whose sums are fetched together
   const auto cells = [&](int block) {
     const int slot = block == 0 ? 1 : 0;
@@ -57,11 +58,11 @@ __device__ __forceinline__ void share_sums(const DecodeArguments& p, const Targe
 #pragma unroll
   for (int i = 0; i < CELLS; ++i) {
     if (own(i) || !live(i)) continue;
-    const float* sums = total + 4 * i;
+    const float* sums = &total[4 * i];
     put(mine + i * 32, make_uint4(word_of_sum(sums[0]), word_of_sum(sums[1]), word_of_sum(sums[2]),
                                   word_of_sum(sums[3])));
   }
-  if (self >= takers) return;
+  if (self >= tile.ends) return;
 #pragma unroll
   for (int i = 0; i < CELLS; i += AT_ONCE) {
     if (!own(i)) continue;
@@ -91,7 +92,7 @@ __device__ __forceinline__ void share_sums(const DecodeArguments& p, const Targe
       for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
-          float* sum = total + 4 * (i + j);
+          float* sum = &total[4 * (i + j)];
           sum[0] += __uint_as_float(parts[b][j].x), sum[1] += __uint_as_float(parts[b][j].y);
           sum[2] += __uint_as_float(parts[b][j].z), sum[3] += __uint_as_float(parts[b][j].w);
           if (wanted(b, j)) {

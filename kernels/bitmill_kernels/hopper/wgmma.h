@@ -214,8 +214,8 @@ __device__ __forceinline__ void finish(const DecodeArguments& p, const Target& t
   const auto own = [&](int cell) { return cell / kPart * takers / 4 == self; };
   if (tile.blocks > 1) {
     const auto live = [&](int cell) { return cell * 8 + 2 * lane.column < p.tokens; };
-    share_sums<WARPS, kCells, kPart>(p, tile, warp, lane.row * 4 + lane.column, self, takers, own,
-                                     live, total);
+    share_sums<WARPS, kCells, kPart>(p, tile, warp, lane.row * 4 + lane.column, self, own, live,
+                                     total);
   }
   if (self < takers) store_outputs<kCells>(p, tile, row, lane, total, own);
 }
@@ -225,7 +225,7 @@ __device__ __forceinline__ void finish(const DecodeArguments& p, const Target& t
 template <int GROUPS>
 constexpr int kThreads = (GROUPS + 1) * 128;
 template <int GROUPS>
-constexpr int kRegisters = GROUPS == 6 ? 72 : GROUPS == 4 ? 96 : 128;
+constexpr int kRegisters = GROUPS == 4 ? 96 : 128;
 
 // One warp streams the weights of all units into one ring, and the activations of their groups into
 // another, which it begins once the prologue kernels are done. Lane j issues the copies of every 32nd
@@ -325,8 +325,8 @@ __device__ __forceinline__ void multiply_batch(float (&total)[TOKENS / 2],
   warpgroup_commit();
 }
 
-// Keeps what reads sums behind the wait before it: the compiler moves arithmetic past a wait, and then
-// cannot leave products under way.
+// Keeps what reads sums behind the wait before it: the compiler moves arithmetic past a wait, and
+// then cannot leave products under way.
 template <int SUMS>
 __device__ __forceinline__ void hold(float (&total)[SUMS]) {
 #pragma unroll
@@ -338,7 +338,8 @@ __device__ void consume(const DecodeArguments& p, const UnitRow* units, const Me
                         int warp, int thread) {
   constexpr int kRows = GROUPS * 64, kWarps = GROUPS * 4;
   const int count = load_row(reinterpret_cast<const BlockRow*>(units - 1)).units;
-  uint4 next = load_row(reinterpret_cast<const uint4*>(&units->target));  // of the next unit, unpacked where it is needed
+  // Rows of units, as they lie: most units need no more than the width.
+  uint4 next = load_row(reinterpret_cast<const uint4*>(&units->target));
   float total[TOKENS / 2];
   Reader reader;
   reader.memory = memory;
@@ -386,12 +387,12 @@ __global__ void __launch_bounds__(65536 / kRegisters<GROUPS> / 128 * 128, 1)
   const UnitRow* units = p.units + static_cast<size_t>(blockIdx.x) * (1 + p.unit_capacity) + 1;
   const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
   if (warp >= GROUPS * 4) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS >= 4 ? 24 : 40));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 4 ? 24 : 40));
     if (warp == GROUPS * 4) {
       stream<Code, GROUPS * 64, TOKENS>(p, units, memory, thread);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 6 ? 80 : GROUPS == 4 ? 112 : 168));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 4 ? 112 : 168));
     consume<Code, GROUPS, TOKENS>(p, units, memory, warp, thread);
   }
 #endif
@@ -402,15 +403,34 @@ __device__ __forceinline__ float factor_of(float largest) {
   return __int_as_float((max(__float_as_int(largest) >> 23, kMinimumExponent) - 14) << 23);
 }
 
-// The power of two, for each token, that brings `scale` times its largest activation below 2^15.
-__global__ void __launch_bounds__(kFactorThreads)
-    factor_kernel(const __grid_constant__ DecodeArguments p, int columns, float scale) {
-  __shared__ float largest_of[kFactorThreads / 32];
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+// The largest absolute value of 8 activations.
+__device__ __forceinline__ float largest_of_eight(const DecodeArguments& p, uint4 words) {
+  const uint32_t each[4] = {words.x, words.y, words.z, words.w};
   float largest = 0.0f;
-  for (int k = threadIdx.x; k < columns; k += kFactorThreads) {
-    largest = fmaxf(largest, fabsf(load_input(p, static_cast<int64_t>(blockIdx.x) * p.x_stride + k)));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = p.is_bf16
+                            ? __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&each[i]))
+                            : __half22float2(*reinterpret_cast<const __half2*>(&each[i]));
+    largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y)));
+  }
+  return largest;
+}
+
+// The power of two that brings `scale` times a row's largest activation below 2^15, for all of a
+// block of so many threads.
+template <int THREADS>
+__device__ __forceinline__ float token_factor(const DecodeArguments& p, int64_t row, int columns,
+                                              float scale) {
+  __shared__ float largest_of[THREADS / 32];
+  const uint16_t* x = static_cast<const uint16_t*>(p.x) + row;
+  const int eights = reinterpret_cast<uintptr_t>(x) % 16 == 0 ? columns / 8 : 0;
+  float largest = 0.0f;
+  for (int i = threadIdx.x; i < eights; i += THREADS) {
+    largest = fmaxf(largest, largest_of_eight(p, reinterpret_cast<const uint4*>(x)[i]));
+  }
+  for (int i = 8 * eights + threadIdx.x; i < columns; i += THREADS) {
+    largest = fmaxf(largest, fabsf(load_input(p, row + i)));
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
@@ -418,9 +438,19 @@ __global__ void __launch_bounds__(kFactorThreads)
   }
   if (threadIdx.x % 32 == 0) largest_of[threadIdx.x / 32] = largest;
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (float other : largest_of) largest = fmaxf(largest, other);
-  p.factors[blockIdx.x] = factor_of(largest * scale);
+#pragma unroll
+  for (int i = 0; i < THREADS / 32; ++i) largest = fmaxf(largest, largest_of[i]);
+  return factor_of(largest * scale);
+}
+
+// `token_factor` of each token.
+__global__ void __launch_bounds__(kFactorThreads)
+    factor_kernel(const __grid_constant__ DecodeArguments p, int columns, float scale) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * p.x_stride;
+  const float factor = token_factor<kFactorThreads>(p, row, columns, scale);
+  if (threadIdx.x == 0) p.factors[blockIdx.x] = factor;
 }
 
 // All tokens, `TOKENS` in a launch.

@@ -71,42 +71,6 @@ struct Trellis {
   }
 };
 
-// The largest absolute value of 8 activations.
-__device__ __forceinline__ float largest_of_eight(const DecodeArguments& p, uint4 words) {
-  const uint32_t each[4] = {words.x, words.y, words.z, words.w};
-  float largest = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = p.is_bf16
-                            ? __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&each[i]))
-                            : __half22float2(*reinterpret_cast<const __half2*>(&each[i]));
-    largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y)));
-  }
-  return largest;
-}
-
-// A thread's part of the largest absolute value of a row of activations, shared by a block.
-__device__ __forceinline__ float largest_input(const DecodeArguments& p, int64_t row, int columns) {
-  const uint16_t* x = static_cast<const uint16_t*>(p.x) + row;
-  const int eights = reinterpret_cast<uintptr_t>(x) % 16 == 0 ? columns / 8 : 0;
-  float largest = 0.0f;
-  for (int i = threadIdx.x; i < eights; i += kPrologueThreads) {
-    largest = fmaxf(largest, largest_of_eight(p, reinterpret_cast<const uint4*>(x)[i]));
-  }
-  for (int i = 8 * eights + threadIdx.x; i < columns; i += kPrologueThreads) {
-    largest = fmaxf(largest, fabsf(load_input(p, row + i)));
-  }
-  return largest;
-}
-
-__device__ __forceinline__ float largest_of_warp(float largest) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-  }
-  return largest;
-}
-
 // Brings activations into the layout of wgmma.h, rotated: a warp takes a group of a token, a lane
 // four columns of it; a block's warps share the token. A block looks for the token's factor itself
 // where `finds` says so, else another kernel has. Blocks are so small that they can wait beside the
@@ -114,7 +78,6 @@ __device__ __forceinline__ float largest_of_warp(float largest) {
 __global__ void __launch_bounds__(kPrologueThreads, 16)
     arrange_kernel(const __grid_constant__ DecodeArguments p, int columns,
                    const float* group_scales, float largest_scale, int tile, int finds) {
-  __shared__ float largest_of[kWarps];
   asm volatile("griddepcontrol.launch_dependents;");
   const int parts = (p.pair_count + kWarps - 1) / kWarps;
   const int token = blockIdx.x / parts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -128,13 +91,7 @@ __global__ void __launch_bounds__(kPrologueThreads, 16)
   asm volatile("griddepcontrol.wait;" ::: "memory");
   float factor;
   if (finds) {
-    const float own = largest_of_warp(largest_input(p, row, columns));
-    if (lane == 0) largest_of[warp] = own;
-    __syncthreads();
-    float largest = largest_of[0];
-#pragma unroll
-    for (int i = 1; i < kWarps; ++i) largest = fmaxf(largest, largest_of[i]);
-    factor = factor_of(largest * largest_scale);
+    factor = token_factor<kPrologueThreads>(p, row, columns, largest_scale);
     if (g == 0 && lane == 0) p.factors[token] = factor;
   } else {
     factor = __ldcg(p.factors + token);
