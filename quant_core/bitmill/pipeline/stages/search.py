@@ -90,15 +90,17 @@ def _measured(
     inputs: Inputs, run: Run, folder: Path, steps: Sequence[Step], aim: float, found: BitWidthMap
 ) -> Step:
     """The next step, behind which the blocks of the best one are kept."""
-    spent, best = footprint(inputs.refining.plan, found), _best(steps, inputs.target)
+    spent = footprint(inputs.refining.plan, found)
 
-    def better(kl: float, kl_se: float) -> bool:
-        within = kl + CONFIDENCE * kl_se <= inputs.target
-        return within and (best is None or spent.size < best.spent.size)
+    def step_of(kl: float, kl_se: float) -> Step:
+        return Step(aim, found, spent, kl, kl + CONFIDENCE * kl_se)
+
+    def is_best(kl: float, kl_se: float) -> bool:
+        step = step_of(kl, kl_se)
+        return _best([*steps, step], inputs.target) is step
 
     scratch = folder / f"measured-{len(steps)}"
-    kl, kl_se = refined_loss(inputs.refining, found, run, scratch, better)
-    return Step(aim, found, spent, kl, kl + CONFIDENCE * kl_se)
+    return step_of(*refined_loss(inputs.refining, found, run, scratch, is_best))
 
 
 def _best(steps: Sequence[Step], target: float) -> Step | None:
