@@ -52,7 +52,8 @@ def compiled(
     for source in (*sources, *headers):
         digest.update(source.read_bytes())
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    name = f"{name}_{digest.hexdigest()[:12]}"  # torch renames what one process builds by one name
+    # torch renames the second of one name in a process (findings/torch-renames-a-second-build.sh).
+    name = f"{name}_{digest.hexdigest()[:12]}"
     folder = root / name
     library = folder / f"{name}.so"
     if (folder / _DONE).exists() and library.exists():

@@ -325,8 +325,8 @@ __device__ __forceinline__ void multiply_batch(float (&total)[TOKENS / 2],
   warpgroup_commit();
 }
 
-// Keeps what reads sums behind the wait before it: the compiler moves arithmetic past a wait, and
-// then cannot leave products under way.
+// Keeps what reads sums behind the wait before it: the compiler moves such reads in front of a wait,
+// and then cannot leave products under way.
 template <int SUMS>
 __device__ __forceinline__ void hold(float (&total)[SUMS]) {
 #pragma unroll
