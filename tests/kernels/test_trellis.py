@@ -168,12 +168,16 @@ def test_distortion_is_near_the_bound(rate):
     assert 4.0**-rate < error < LIMITS[rate]
 
 
+@pytest.mark.parametrize("encode", [*CAPABILITIES, "usual", "plain"])
 @pytest.mark.parametrize("rate", [3, 8])
-def test_targets_far_from_all_values_get_the_nearest(rate):
+def test_targets_far_from_all_values_get_the_nearest(rate, encode, without_halves):
     """No cost of theirs overflows, nor spoils what comes behind."""
+    if encode in CAPABILITIES:
+        without_halves(encode)
     wanted = targets(rate, 2)
     wanted[:, [0, 7, 100, 255]] *= 1e4
-    found = in_sequence(decode_tiles(encode_tiles(wanted, rate), rate)).float()
+    circles = (encode_reference if encode == "plain" else encode_tiles)(wanted, rate)
+    found = in_sequence(decode_tiles(circles, rate)).float()
     far = wanted.abs() > 100
     assert (found[far] * wanted[far].sign() > 1.5).all()
     assert (found - wanted)[~far].square().median() < LIMITS[rate] * DEVIATION[rate] ** 2

@@ -20,7 +20,7 @@ from bitmill_kernels.compiled import VECTORS, vector_flags
 from bitmill_kernels.trellis import group_cuda
 from bitmill_kernels.trellis.building import built
 from bitmill_kernels.trellis.code import table, to_circles, values_per_state
-from bitmill_kernels.trellis.layout import SEAM, tile_bytes
+from bitmill_kernels.trellis.layout import LARGEST, SEAM, tile_bytes
 
 _NEVER = 1e30
 
@@ -36,7 +36,7 @@ def encode_tiles(targets: Tensor, rate: int) -> Tensor:
     library = load_library() if targets.device.type == "cpu" else None
     if library is None:
         return encode_reference(targets, rate)
-    targets = targets.float().contiguous()
+    targets = targets.float().clamp(-LARGEST, LARGEST).contiguous()
     circles = torch.empty(len(targets), tile_bytes(rate), dtype=torch.uint8)
     values = table(rate, targets.device)
     library.bitmill_trellis_encode(
@@ -55,7 +55,8 @@ def encode_reference(targets: Tensor, rate: int) -> Tensor:
     """`encode_tiles` in plain torch."""
     V = values_per_state(rate)
     values = table(rate, targets.device)
-    return to_circles(best_circle(targets, values, rate * V, SEAM[rate]), rate)
+    near = targets.clamp(-LARGEST, LARGEST)
+    return to_circles(best_circle(near, values, rate * V, SEAM[rate]), rate)
 
 
 def best_circle(targets: Tensor, values: Tensor, step: int, seam: int) -> Tensor:
@@ -81,6 +82,7 @@ def _best_path(x: Tensor, values: Tensor, step: int, ends: Tensor | None) -> Ten
         cost = (x[:, t, None] - values).square().sum(-1)
         cost += kept.repeat(1, 1 << step)
         kept, old = cost.view(len(x), count, 1 << step).min(-1)
+        kept -= kept.amin(1, keepdim=True)  # or one far target would take their precision
         olds.append(old)
     j = kept.argmin(1) if ends is None else ends
     path = []

@@ -20,6 +20,8 @@ STATE_BITS = 16
 RATES = (1, 2, 3, 4, 5, 6, 7, 8)
 TILE = 16
 """Rows, and columns, of a tile."""
+LARGEST = 16.0
+"""Targets beyond it, plus or minus, are searched for as if they were there: values end below 4."""
 SEAM = {1: 40, 2: 24, 3: 16, 4: 12, 5: 16, 6: 12, 7: 12, 8: 12}
 """Steps on each side of the seam that are looked at to choose its bits, by rate."""
 

@@ -12,10 +12,10 @@
 // With j = new << (R - B) | read, all 2^B new bits read the same 2^B kept costs. They lie in the
 // lanes of a vector, so lanes share a kept cost, and kTiles tiles what is read of the table.
 //
-// With AVX-512 FP16 costs are halves of a word, less the least one of the step before; the way back
-// compares in fp32. Elsewhere they are fp32, and two values a state cost |x|^2 + (|v|^2 - 2 x v),
-// where |x|^2 is added to the least of them. Vectors are the compiler's, so one source serves
-// AVX-512, AVX2 and NEON.
+// Costs are less the least one of the step before, so that one far target takes no precision from
+// those behind it. With AVX-512 FP16 they are halves of a word, and the way back compares in fp32.
+// Elsewhere they are fp32, and two values a state cost |x|^2 + (|v|^2 - 2 x v), where |x|^2 is added
+// to the least of them. Vectors are the compiler's, so one source serves AVX-512, AVX2 and NEON.
 
 #if defined(BITMILL_HALVES) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
 #pragma GCC target("avx512fp16")
@@ -36,7 +36,7 @@ namespace {
 constexpr int kTiles = 4, kValues = 256, kStateBits = 16;
 
 // What costs are computed in. kMost: more than any cost; kNever: that of states where no path may
-// begin; kFar: more than it takes to be far from all values.
+// begin.
 #ifdef HALVES
 typedef _Float16 Real;
 typedef Real Vector __attribute__((vector_size(64)));
@@ -50,7 +50,6 @@ constexpr Real kMost = FLT_MAX, kNever = 1e30f;
 #endif
 constexpr bool kHalved = sizeof(Real) == 2;
 constexpr int kWide = sizeof(Vector) / sizeof(Real);
-constexpr float kFar = 60.0f;
 
 template <int B, int V>
 class Search {
@@ -84,10 +83,10 @@ class Search {
       old[k] = kept(t, k);
       least[k] = Vector{} + kMost;
       for (int i = 0; i < V; ++i) {
-        at[k][i] = kHalved ? std::clamp(x[k][i], -kFar, kFar) : kParts > V ? -2 * x[k][i] : x[k][i];
+        at[k][i] = kParts > V ? -2 * x[k][i] : x[k][i];
         if (kParts > V) last[k] += x[k][i] * x[k][i];
       }
-      if (kHalved) last[k] = -least_[k];
+      last[k] -= least_[k];
     }
     const Vector* v = laid_;
     in_turn([&](int read) {
@@ -258,7 +257,7 @@ void encode_all(const float* targets, int64_t count, const float* table, int byt
 
 }  // namespace
 
-// targets f32 [count, 256] in the sequence of the circle, table f32 [2^16, V] of the rate,
+// targets f32 [count, 256] in the sequence of the circle, at most 16 in size, table f32 [2^16, V] of the rate,
 // circles u8 [count, 32 rate].
 extern "C" void bitmill_trellis_encode(const float* targets, int64_t count, const float* table,
                                        int rate, int seam, uint8_t* circles, int threads) {

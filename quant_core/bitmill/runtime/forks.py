@@ -42,9 +42,10 @@ def ask(server: socket.socket, arguments: Sequence[str]) -> NoReturn:
         "files": files,
     }
     data = json.dumps(asked).encode() + b"\n"
-    sent = socket.send_fds(server, [data], files)
-    server.sendall(data[sent:])
-    with server.makefile() as answers:
+    answer = ""
+    with suppress(ConnectionError), server.makefile() as answers:  # the overseer may be killed
+        sent = socket.send_fds(server, [data], files)
+        server.sendall(data[sent:])
         answer = answers.readline()
     status = int(answer or -signal.SIGKILL)
     if status < 0:

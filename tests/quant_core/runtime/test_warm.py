@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import psutil
 import pytest
 
 from bitmill.errors import BitmillError
+from bitmill.runtime import forks
 from bitmill.runtime.child import run_child
 from bitmill.runtime.warm import WARM, command, warm_library
 from stores import wait_for
@@ -21,9 +25,11 @@ from stores import wait_for
 def server() -> Iterator[psutil.Process]:
     """The one that `run_child` finds meanwhile."""
     with warm_library():
-        yield next(
-            one for one in psutil.Process().children() if "bitmill.runtime.warm" in told(one)
-        )
+        own = psutil.Process()
+        yield wait_for(
+            lambda: [one for one in own.children() if "bitmill.runtime.warm" in told(one)],
+            "the server",
+        )[0]
 
 
 def told(process: psutil.Process) -> list[str]:
@@ -43,7 +49,7 @@ def waiting(server: psutil.Process, folder: Path) -> tuple[subprocess.Popen[byte
     """A caller, and its program, which reads what nobody writes."""
     os.mkfifo(folder / "pipe")
     caller = subprocess.Popen(command(["-m", "bitmill", "verify", str(folder / "pipe")]))
-    programs = wait_for(lambda: server.children(recursive=True)[1:], "the program")
+    programs = wait_for(lambda: [own for one in server.children() for own in one.children()], "it")
     return caller, programs[0]
 
 
@@ -60,6 +66,26 @@ def test_killed_program_is_seen_as_killed(server: psutil.Process, tmp_path: Path
     caller, program = waiting(server, tmp_path)
     program.kill()
     assert caller.wait(60) == -signal.SIGKILL
+
+
+def test_a_server_killed_before_it_has_read_is_seen_as_killed(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        listening.listen()
+        asked = [
+            sys.executable,
+            "-I",
+            "-S",
+            forks.__file__,
+            str(tmp_path / "socket"),
+            "-m",
+            "bitmill",
+        ]
+        caller = subprocess.Popen(asked)
+        connection, _ = listening.accept()
+        select.select([connection], [], [])
+        connection.close()
+        assert caller.wait(60) == -signal.SIGKILL
 
 
 def test_program_ends_with_its_caller(server: psutil.Process, tmp_path: Path) -> None:
