@@ -123,28 +123,34 @@ def with_weights(
     dequantized: Callable[[str], Tensor],
     kept: Mapping[str, Tensor] | None = None,
     change: Change | None = None,
+    *,
+    blocks: int | None = None,
 ) -> StreamedLogits:
     """The model with other weights f32 [N, K] of everything that its plan quantizes, by name.
 
     kept: other values of parameters that it does not quantize, by their names in the module tree.
-    change: what else is done to each block.
+    change: what else is done to each block. blocks: the first so many have other weights, None for
+    all.
     """
     kept = kept or {}
-    blocks = f"{model.plan.block_prefix}."
+    prefix = f"{model.plan.block_prefix}."
+    count = model.block_count if blocks is None else blocks
 
     def replace(i: int, block: nn.Module) -> None:
+        if i >= count:
+            return
         for name, module in model.linears(block, i).items():
             set_weight(module, dequantized(name))
         for name, value in kept.items():
-            if name.startswith(f"{blocks}{i}."):
-                block.get_parameter(name.removeprefix(f"{blocks}{i}.")).copy_(value)
+            if name.startswith(f"{prefix}{i}."):
+                block.get_parameter(name.removeprefix(f"{prefix}{i}.")).copy_(value)
         if change is not None:
             change(model, i, block)
 
     matrices = {matrix.name: dequantized(matrix.name) for matrix in model.plan.embeddings} | {
         name.removesuffix(".weight"): value
         for name, value in kept.items()
-        if not name.startswith(blocks)
+        if not name.startswith(prefix)
     }
     return StreamedLogits(model.with_matrices(matrices), replace=replace)
 

@@ -80,10 +80,11 @@ class RefineInputs:
 
 
 class RefinedModel:
-    """The folder that `refine_model` filled."""
+    """The folder that `refine_model` filled. blocks: as it was told."""
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
+    def __init__(self, folder: Path, plan: Plan, blocks: int | None = None) -> None:
         tuned = folder / TUNED_NAME
+        self._count = plan.block_count if blocks is None else blocks
         self.folder, self.plan = tuned if tuned.is_dir() else folder, plan
         self._blocks: dict[int, SavedBlock] = {}
 
@@ -109,7 +110,7 @@ class RefinedModel:
         """Parameters beside linears that are no longer the source's, by their names in the module
         tree."""
         found: dict[str, Tensor] = {}
-        for i in range(self.plan.block_count):
+        for i in range(self._count):
             found |= SavedBlock(self.folder, self.plan, i).changed
         return found
 
@@ -162,6 +163,7 @@ def refine_model(
     group: Ranks = SINGLE,
     host_bytes: int | None = None,
     weights: KeptWeights | None = None,
+    blocks: int | None = None,
 ) -> None:
     """Quantize every linear of the map; `folder` may hold blocks of an earlier, killed run.
 
@@ -169,11 +171,13 @@ def refine_model(
     after the column orders, before they are solved. group: ranks that make this
     call together. host_bytes: limit of the hidden states that this rank keeps in host memory
     (`calibration/streams.py`); past it they wait in files of `folder`. weights: of the tokens, from
-    a profile's pass over these windows.
+    a profile's pass over these windows. blocks: end behind so many, None for all; another call goes
+    on there.
     """
     if group.first:
         _refine_embeddings(model, inputs, folder)
-    finished = group.broadcast([report_path(folder, i).is_file() for i in range(model.block_count)])
+    count = model.block_count if blocks is None else blocks
+    finished = group.broadcast([report_path(folder, i).is_file() for i in range(count)])
     embeddings = _load_embeddings(folder, model.plan)
     matrices = {name: weight.dequantize() for name, weight in embeddings.items()}
     quantized = model.with_matrices(matrices)
@@ -197,7 +201,7 @@ def refine_model(
         run = _Run(
             model, quantized, inputs, method, transforms, folder, seed, group, states, weights
         )
-        for i in range(model.block_count):
+        for i in range(count):
             block = model.load_block(i)
             if finished[i]:
                 solved = load_block(folder, model.plan, i)
@@ -210,13 +214,13 @@ def refine_model(
                 if group.first:
                     saver.save(i, *refined)
                 del refined  # the saver drops it when the block is saved
-            if i + 1 < model.block_count:
+            if i + 1 < count:
                 run.advance(i, block)
             if finished[i] or not group.first:
                 saver.wait()
                 tell(i)
         saver.wait()
-    if run.learning is not None:
+    if run.learning is not None and count == model.block_count:
         _tune(run.learning, model.plan, folder)
     group.barrier()
 

@@ -13,6 +13,7 @@ from bitmill.formats.accounting import Footprint
 from bitmill.pipeline.admission import admit
 from bitmill.pipeline.estimate import SEARCH_STEPS
 from bitmill.pipeline.job import run_job
+from bitmill.pipeline.stages import search
 from bitmill.pipeline.stages.search import Step, next_aim
 from tiny import tinier_llama
 
@@ -126,6 +127,52 @@ def test_kept_blocks_of_which_some_are_gone_are_refined_again(source, tmp_path):
         path.unlink()
     run_job(asked(0.1), source, work, tmp_path / "out")
     assert {p.name: p.read_bytes() for p in (work / "refine").glob("block-*")} == wanted
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Twelve blocks, of which a search looks at the first four."""
+    folder = tmp_path_factory.mktemp("search") / "deep"
+    return tinier_llama(folder, initializer_range=0.2, num_hidden_layers=12)
+
+
+def parts_of_search(loss, source, folder):
+    """Blocks told while maps were searched for, and the map's aim behind the first four."""
+    said = []
+    run_job(asked(loss), source, folder / "work", folder / "out", on_progress=said.append)
+    told = [
+        one.done
+        for one in said
+        if one.stage == "allocate" and one.kind == "progress" and one.unit == "block"
+    ]
+    (record,) = folder.glob("work/allocate/first-aim.json")
+    return told, json.loads(record.read_text())
+
+
+@pytest.mark.e2e
+def test_a_first_map_that_is_far_off_ends_behind_a_third_of_its_blocks(deep, tmp_path, monkeypatch):
+    told, aim = parts_of_search(0.3, deep, tmp_path / "whole")
+    assert aim == pytest.approx(0.95 * 0.3)
+    assert told[:5] == [1, 2, 3, 4, 1]  # the finished ones are told again
+    assert told[4:16] == list(range(1, 13))
+    monkeypatch.setattr(search, "HOPELESS", 1e-3)
+    told, less = parts_of_search(0.3, deep, tmp_path / "less")
+    assert 0 < less < aim
+    assert told[4:16] == list(range(1, 13))
+
+
+@pytest.mark.e2e
+def test_blocks_that_were_looked_at_are_those_of_the_whole_map(deep, tmp_path, monkeypatch):
+    """The same map, with a look at its first blocks and without."""
+    run_job(asked(0.3), deep, tmp_path / "work", tmp_path / "out")
+    monkeypatch.setattr(search, "FEWEST_BLOCKS", 99)
+    run_job(asked(0.3), deep, tmp_path / "other", tmp_path / "out2")
+    found = [
+        {path.name: path.read_bytes() for path in folder.glob("block-*.safetensors")}
+        for folder in (tmp_path / "work" / "refine", tmp_path / "other" / "refine")
+    ]
+    assert len(found[0]) == 12
+    assert found[0] == found[1]
 
 
 @pytest.mark.e2e

@@ -100,9 +100,12 @@ class Inputs:
         )
 
 
-def work(inputs: Inputs, run: Run, folder: Path) -> None:
-    """Goes on behind the last block that a killed run saved, or takes blocks that were kept."""
-    kept = inputs.kept if run.group.first else None
+def work(inputs: Inputs, run: Run, folder: Path, *, blocks: int | None = None) -> None:
+    """Goes on behind the last block that a killed run saved, or takes blocks that were kept.
+
+    blocks: end behind so many of them, and take none, see `refine_model`.
+    """
+    kept = inputs.kept if run.group.first and blocks is None else None
     taken = kept is not None and kept.take(STAGE.digest(inputs), folder)
     if run.group.broadcast(taken and is_whole(folder, inputs.plan)):
         count = inputs.plan.block_count
@@ -123,6 +126,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         transforms=inputs.transforms,
         group=run.group,
         weights=inputs.weights,
+        blocks=blocks,
     )
 
 

@@ -33,23 +33,47 @@ def refined_loss(
         kl, kl_se = read_json(record)
         return kl, kl_se
     refining = replace(refining, bit_widths=bit_widths)
-    blocks = scratch / "blocks"
-    blocks.mkdir(parents=True, exist_ok=True)  # any rank may come first
-    refine.work(refining, run, blocks)
-    plan = refining.plan
-    model = run.open_model(refining.model.folder, plan)
-    refined = RefinedModel(blocks, plan)
-    logits = with_weights(model, lambda name: refined.linear(name).dequantize(), refined.changed)
-    candidates = {"map": Candidate(bit_widths, logits, plan)}
-    windows = {"held_out": refining.calibration.held_out}
-    rows = measure(model, windows, candidates, run.on_unit, group=run.group)
-    quality = rows[1].texts["held_out"]
-    run.group.barrier()
+    kl, kl_se = _loss(refining, run, scratch)
+    blocks = _blocks(scratch)
     if run.group.first:
-        if refining.kept is not None and wanted(quality.kl, quality.kl_se):
+        if refining.kept is not None and wanted(kl, kl_se):
             refining.kept.keep(blocks, refine.STAGE.digest(refining))
         else:
             shutil.rmtree(blocks)
-        write_json(record, [quality.kl, quality.kl_se])
+        write_json(record, [kl, kl_se])
+    run.group.barrier()
+    return kl, kl_se
+
+
+def first_loss(
+    refining: refine.Inputs, bit_widths: BitWidthMap, run: Run, scratch: Path, blocks: int
+) -> tuple[float, float]:
+    """`refined_loss` of the first so many blocks in an otherwise float model.
+
+    They stay in `scratch`, where `refined_loss` of that map goes on behind them.
+    """
+    return _loss(replace(refining, bit_widths=bit_widths), run, scratch, blocks)
+
+
+def _blocks(scratch: Path) -> Path:
+    return scratch / "blocks"
+
+
+def _loss(
+    refining: refine.Inputs, run: Run, scratch: Path, count: int | None = None
+) -> tuple[float, float]:
+    blocks = _blocks(scratch)
+    blocks.mkdir(parents=True, exist_ok=True)  # any rank may come first
+    refine.work(refining, run, blocks, blocks=count)
+    plan = refining.plan
+    model = run.open_model(refining.model.folder, plan)
+    refined = RefinedModel(blocks, plan, count)
+    logits = with_weights(
+        model, lambda name: refined.linear(name).dequantize(), refined.changed, blocks=count
+    )
+    candidates = {"map": Candidate(refining.bit_widths, logits, plan)}
+    windows = {"held_out": refining.calibration.held_out}
+    rows = measure(model, windows, candidates, run.on_unit, group=run.group)
+    quality = rows[1].texts["held_out"]
     run.group.barrier()
     return quality.kl, quality.kl_se

@@ -3,6 +3,8 @@
 The profile predicts how the loss falls with size; what it is, is measured. A step takes the
 smallest map whose predicted loss is within an aim, refines it as the job will and measures its KL
 on the held-out windows; the next aim follows from how far that was off (a secant in logarithms).
+Where few windows were profiled the first prediction may be several times too low, so the first map
+is looked at behind a third of its blocks and, if it is far off, replaced.
 What counts is the upper end of the 95 % interval over windows. Of the maps within the target the
 smallest is kept, after at most `SEARCH_STEPS` of them, and its refined blocks for stage `refine`.
 """
@@ -10,6 +12,7 @@ smallest is kept, after at most `SEARCH_STEPS` of them, and its refined blocks f
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +28,20 @@ from bitmill.pipeline.estimate import SEARCH_STEPS
 from bitmill.pipeline.stage import Run, Stage
 from bitmill.pipeline.stages import refine
 from bitmill.pipeline.stages.allocate import Allocated
-from bitmill.pipeline.stages.refined_loss import refined_loss
+from bitmill.pipeline.stages.refined_loss import first_loss, refined_loss
 
 CLOSE_ENOUGH = 0.85
 """Share of the target from which on a smaller map is not looked for."""
 MARGIN = 0.95
 """Share of the target that a step aims at."""
+FIRST_PART = 3
+"""The first map is looked at behind one of so many parts of the blocks."""
+FEWEST_BLOCKS = 4
+"""In that part; of fewer, whole maps are measured."""
+HOPELESS = 2.0
+"""Times the target from which on a first map is given up."""
 CONFIDENCE = 1.96
+AIM_NAME = "first-aim.json"
 NOTE_NAME = "search.json"
 
 
@@ -60,7 +70,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     """Raises `BudgetError` where no step came within the target, with the nearest."""
     allocator = Allocator(inputs.refining.plan, inputs.allocation, inputs.profile)
     steps: list[Step] = []
-    aim = inputs.target * MARGIN
+    aim = _first_aim(inputs, run, folder, allocator)
     while len(steps) < SEARCH_STEPS:
         found = allocator.within_loss(aim)
         if any(step.bit_widths == found for step in steps):
@@ -77,13 +87,44 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         write_json(folder / NOTE_NAME, {"note": _note(best, steps, inputs.target)})
 
 
-STAGE = Stage("allocate", work, version=2, shared=True, travels=True)
+STAGE = Stage("allocate", work, version=3, shared=True, travels=True)
 
 
 def load(folder: Path) -> tuple[Allocated, str]:
     """The map, and what the report says of the search."""
     note: str = read_json(folder / NOTE_NAME)["note"]
     return Allocated(BitWidthMap.load(folder / MAP_NAME), ()), note
+
+
+def _first_aim(inputs: Inputs, run: Run, folder: Path, allocator: Allocator) -> float:
+    """The predicted loss that the first map may have: the target, or less where the first blocks of
+    such a map have lost so much more than predicted that the whole would be hopeless."""
+    aim, plan = inputs.target * MARGIN, inputs.refining.plan
+    count = plan.block_count // FIRST_PART
+    if count < FEWEST_BLOCKS:
+        return aim
+    record = folder / AIM_NAME
+    if run.group.broadcast(record.is_file()):
+        return float(read_json(record))
+    found, scratch = allocator.within_loss(aim), _scratch(folder, 0)
+    kl, kl_se = first_loss(inputs.refining, found, run, scratch, count)
+    costs = inputs.profile.keeping(found.outliers)
+    first = {name: own for name, own in found.linears.items() if plan.by_name[name].block < count}
+    share = costs.predicted_loss(first) / costs.predicted_loss(found.linears)
+    expected = (kl + CONFIDENCE * kl_se) / share if share else 0.0
+    hopeless = expected > HOPELESS * inputs.target
+    if hopeless:
+        aim *= MARGIN * inputs.target / expected
+    if run.group.first:
+        if hopeless:
+            shutil.rmtree(scratch)
+        write_json(record, aim)
+    run.group.barrier()
+    return aim
+
+
+def _scratch(folder: Path, step: int) -> Path:
+    return folder / f"measured-{step}"
 
 
 def _measured(
@@ -99,7 +140,7 @@ def _measured(
         step = step_of(kl, kl_se)
         return _best([*steps, step], inputs.target) is step
 
-    scratch = folder / f"measured-{len(steps)}"
+    scratch = _scratch(folder, len(steps))
     return step_of(*refined_loss(inputs.refining, found, run, scratch, is_best))
 
 
