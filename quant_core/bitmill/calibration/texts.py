@@ -15,12 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from bitmill.config.quantization import (
-    BundledText,
-    Calibration,
-    DatasetText,
-    FileText,
-)
+from bitmill.config.quantization import DatasetText, FileText
 from bitmill.errors import CalibrationError, raise_resource_error, reason
 
 BLENDED = ("wiki_calibration", "mixture_calibration")
@@ -160,14 +155,9 @@ def _dataset_text(source: DatasetText, enough: int) -> str:
     return "\n\n".join(parts)
 
 
-def read_texts(calibration: Calibration) -> list[str]:
-    """The calibration text, or the texts of a blend; raises `CalibrationError` where one cannot be
-    read."""
-    match calibration.text:
-        case BundledText(name=name):
-            return [bundled_text(one) for one in bundled_names(name)]
-        case FileText() as file:
-            return [_file_text(file)]
-        case DatasetText() as dataset:
-            windows = calibration.sequences + calibration.held_out
-            return [_dataset_text(dataset, enough=windows * calibration.length * 16)]
+def read_text(source: FileText | DatasetText, enough: int) -> str:
+    """A file's text, or `enough` characters of a data set; raises `CalibrationError` where it
+    cannot be read."""
+    if isinstance(source, FileText):
+        return _file_text(source)
+    return _dataset_text(source, enough)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bitmill.calibration.framing import framed
-from bitmill.calibration.texts import bundled_names, bundled_text, read_texts
+from bitmill.calibration.texts import bundled_names, bundled_text, read_text
 from bitmill.config.quantization import (
     BundledText,
     Calibration,
@@ -108,42 +108,43 @@ def calibration_tokens(
     """
     tokenizer = shared_tokenizer(tokenizer_folder)
     others = calibration.held_out // 2 if calibration.held_out_text else 0
-    texts, source = read_texts(calibration), calibration.text
-    names = bundled_names(source.name) if isinstance(source, BundledText) else ()
+    source, asked = calibration.text, (calibration.length, calibration.framing, rows)
+    names: tuple[str, ...] = ()
+    if isinstance(source, BundledText):
+        names = bundled_names(source.name)
+        texts = [_bundled_windows(name, tokenizer, *asked, "calibration.text") for name in names]
+    else:
+        count = calibration.sequences + calibration.held_out
+        text = read_text(source, count * calibration.length * 16)
+        framing = calibration.framing
+        texts = [token_windows(text, tokenizer, calibration.length, framing=framing, rows=rows)]
 
-    def windows_of(text: str, first: int, judge: int, param: str, count: str) -> Tensor:
-        """first + judge at least, in a seeded sequence. param, count: fields of text and number."""
-        found = token_windows(
-            text,
-            tokenizer,
-            calibration.length,
-            framing=calibration.framing,
-            rows=rows,
-            param=param,
-        )
-        if len(found) < first + judge:
+    def seeded(windows: Tensor, first: int, judge: int, param: str, count: str) -> Tensor:
+        """In a seeded sequence, of first + judge at least. param, count: fields of text, number."""
+        if len(windows) < first + judge:
             raise CalibrationError(
-                f"a text of {param} has {len(found)} sequences of {calibration.length} tokens, "
+                f"a text of {param} has {len(windows)} sequences of {calibration.length} tokens, "
                 f"{first} for calibration and {judge} held out are asked of it: give a longer "
                 "text or lower these numbers",
                 code="text_too_short",
                 param=count,
             )
-        return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))]
+        return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
 
     tokens, held_out = [], []
     firsts = _shares(calibration.sequences, len(texts))
     judges = _shares(calibration.held_out - others, len(texts))
-    for text, first, judge in zip(texts, firsts, judges, strict=True):
-        found = windows_of(text, first, judge, "calibration.text", "calibration.sequences")
+    for windows, first, judge in zip(texts, firsts, judges, strict=True):
+        found = seeded(windows, first, judge, "calibration.text", "calibration.sequences")
         tokens.append(found[:first])
         held_out.append(found[first : first + judge])
     if calibration.held_out_text and others:
         second, first, judge = calibration.held_out_text, 0, 0
+        fields = "calibration.held_out_text", "calibration.held_out"
         if second in names:
             first, judge = firsts[names.index(second)], judges[names.index(second)]
-        fields = "calibration.held_out_text", "calibration.held_out"
-        found = windows_of(bundled_text(second), first, judge + others, *fields)
+        windows = _bundled_windows(second, tokenizer, *asked, fields[0])
+        found = seeded(windows, first, judge + others, *fields)
         held_out.append(found[first + judge : first + judge + others])
     places = torch.cat([torch.arange(len(part)) for part in tokens])
     every, judging = torch.cat(tokens)[places.argsort(stable=True)], torch.cat(held_out)
@@ -169,16 +170,23 @@ def evaluation_tokens(
     rows: of the model's input embedding. Raises `CalibrationError` as `token_windows` does.
     """
     tokenizer = shared_tokenizer(tokenizer_folder)
-    return _bundled_windows(name, tokenizer, length, framing, rows)[:sequences].clone()
+    found = _bundled_windows(name, tokenizer, length, framing, rows, "evaluation")
+    return found[:sequences].clone()
 
 
-@lru_cache(maxsize=2)
 def _bundled_windows(
-    name: str, tokenizer: Any, length: int, framing: Framing, rows: int | None
+    name: str, tokenizer: Any, length: int, framing: Framing, rows: int | None, param: str
 ) -> Tensor:
-    """Kept, because several jobs of a process measure on the same texts."""
-    text = bundled_text(name)
-    return token_windows(text, tokenizer, length, framing=framing, rows=rows, param="evaluation")
+    """int64 [windows, length] of a whole bundled text, not to be changed."""
+    found = _kept_windows(name, tokenizer, length, framing, param.partition(".")[0])
+    check_token_ids([int(found.max())], tokenizer, rows, param)
+    return found
+
+
+@lru_cache(maxsize=4)
+def _kept_windows(name: str, tokenizer: Any, length: int, framing: Framing, section: str) -> Tensor:
+    """Kept, because several jobs of a process take the same texts. section: that asks for them."""
+    return token_windows(bundled_text(name), tokenizer, length, framing=framing, param=section)
 
 
 def evaluation_windows(

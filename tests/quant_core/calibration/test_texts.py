@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from bitmill.calibration.texts import read_texts
+from bitmill.calibration.texts import read_text
 from bitmill.calibration.windows import check_token_ids, token_windows
-from bitmill.config.quantization import Calibration
+from bitmill.config.quantization import FileText
 from bitmill.errors import CalibrationError
 from tiny import byte_tokenizer
 
@@ -21,9 +21,7 @@ LINES = "\n".join(map(json.dumps, RECORDS))
 
 
 def read(path: Path, **source: Any) -> str:
-    text = {"source": "file", "path": str(path)} | source
-    (found,) = read_texts(Calibration.model_validate({"text": text}))
-    return found
+    return read_text(FileText.model_validate({"source": "file", "path": str(path)} | source), 0)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from bitmill.calibration.texts import BLENDED
 from bitmill.calibration.windows import (
     CalibrationSet,
     bundled_text,
@@ -21,12 +22,22 @@ from bitmill.errors import CalibrationError, ModelError
 from bitmill.models.tokenizer import load_tokenizer, shared_tokenizer
 from tiny import byte_tokenizer
 
+LENGTH = 600
+"""Of all windows of bundled texts that are held against each other: their tokens are kept."""
+
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def every_window(tokenizer_folder: Path) -> dict[str, list[list[int]]]:
+    """All windows of both calibration texts."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    return {name: token_windows(bundled_text(name), tokenizer, LENGTH).tolist() for name in BLENDED}
 
 
 def calibration(path: Path, **changes: Any) -> Calibration:
@@ -91,9 +102,9 @@ def test_too_few_sequences_name_all_counts(tokenizer_folder: Path, tmp_path: Pat
 def test_a_text_that_is_too_short_is_named_by_the_field_that_it_is_of(
     tokenizer_folder: Path,
 ) -> None:
-    asked = {"held_out_text": "mixture_calibration", "held_out": 900, "length": 4096}
+    asked = {"held_out_text": "mixture_calibration", "held_out": 4096, "length": LENGTH}
     one = Calibration.model_validate({"sequences": 1, **asked})
-    with pytest.raises(CalibrationError, match="0 for calibration and 450 held out") as caught:
+    with pytest.raises(CalibrationError, match="0 for calibration and 2048 held out") as caught:
         calibration_tokens(one, tokenizer_folder)
     assert caught.value.param == "calibration.held_out"
     with pytest.raises(CalibrationError, match=r"smaller evaluation\.length") as caught:
@@ -165,17 +176,25 @@ def test_bundled_texts_are_whole_and_evaluation_keeps_their_order(tokenizer_fold
     assert tokens.flatten().tolist() == start[: 3 * 64]
 
 
+def test_a_kept_text_is_held_against_each_model(tokenizer_folder: Path) -> None:
+    evaluation_tokens("wiki_evaluation", tokenizer_folder, length=64, rows=258)
+    with pytest.raises(CalibrationError, match="the model's embedding has 99 rows") as caught:
+        evaluation_tokens("wiki_evaluation", tokenizer_folder, length=64, rows=99)
+    assert (caught.value.code, caught.value.param) == ("token_beyond_embedding", "evaluation")
+
+
 def test_half_of_the_held_out_windows_may_be_of_another_text(
-    tokenizer_folder: Path, tmp_path: Path
+    tokenizer_folder: Path, every_window: dict[str, list[list[int]]], tmp_path: Path
 ) -> None:
-    path, _ = write_text(tmp_path, 129)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    plain = calibration_tokens(calibration(path, held_out=3), tokenizer_folder)
-    asked = calibration(path, held_out=5, held_out_text="mixture_calibration")
+    path, _ = write_text(tmp_path, 12 * LENGTH + 9)
+    asked = calibration(path, length=LENGTH, held_out=3)
+    plain = calibration_tokens(asked, tokenizer_folder)
+    changes = {"held_out": 5, "held_out_text": "mixture_calibration"}
+    asked = calibration(path, length=LENGTH, **changes)
     found = calibration_tokens(asked, tokenizer_folder)
     assert torch.equal(found.tokens, plain.tokens)
     assert torch.equal(found.held_out[:3], plain.held_out)
-    mixture = token_windows(bundled_text("mixture_calibration"), tokenizer, 10).tolist()
+    mixture = every_window["mixture_calibration"]
     assert len(found.held_out) == 5
     assert all(window in mixture for window in found.held_out[3:].tolist())
     assert found.digest != plain.digest
@@ -184,7 +203,7 @@ def test_half_of_the_held_out_windows_may_be_of_another_text(
 def test_a_blend_takes_windows_of_both_texts_in_turn(tokenizer_folder: Path) -> None:
     def windows(name: str, **asked: int) -> CalibrationSet:
         text = {"source": "bundled", "name": name}
-        one = Calibration.model_validate({"text": text, "length": 10, **asked})
+        one = Calibration.model_validate({"text": text, "length": LENGTH, **asked})
         return calibration_tokens(one, tokenizer_folder)
 
     blend = windows("blend_calibration", sequences=5, held_out=3)
@@ -201,17 +220,16 @@ def test_a_blend_takes_windows_of_both_texts_in_turn(tokenizer_folder: Path) -> 
 @pytest.mark.parametrize("text", ["wiki_calibration", "mixture_calibration", "blend_calibration"])
 @pytest.mark.parametrize("judge", ["wiki_calibration", "mixture_calibration"])
 def test_windows_held_out_of_a_text_are_none_of_its_calibration_windows(
-    tokenizer_folder: Path, text: str, judge: str
+    tokenizer_folder: Path, every_window: dict[str, list[list[int]]], text: str, judge: str
 ) -> None:
     source = {"source": "bundled", "name": text}
     asked = Calibration.model_validate(
-        {"text": source, "length": 200, "sequences": 9, "held_out": 8, "held_out_text": judge}
+        {"text": source, "length": LENGTH, "sequences": 9, "held_out": 8, "held_out_text": judge}
     )
     found = calibration_tokens(asked, tokenizer_folder)
     every = [tuple(window) for window in torch.cat([found.tokens, found.held_out]).tolist()]
     assert len(every) == len(set(every)) == 17
-    mixture = token_windows(bundled_text(judge), load_tokenizer(tokenizer_folder), 200).tolist()
-    assert all(window in mixture for window in found.held_out[-4:].tolist())
+    assert all(window in every_window[judge] for window in found.held_out[-4:].tolist())
 
 
 def test_a_tokenizer_and_its_windows_are_kept_while_its_files_are(tmp_path: Path) -> None:
