@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.config.quantization import parse_part
-from bitmill.errors import STOPS
+from bitmill.errors import STOPS, BitmillError
+from bitmill.evaluation.tasks import check_harness
 from bitmill.formats.format import FORMATS
 from bitmill.io.atomic import read_json
 from bitmill.pipeline.progress import Progress
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     with as_child() as tell:
         try:
             tell(result=_COMMANDS[argv[0]](Path(argv[1]), tell))
-        except STOPS:
+        except (BitmillError, *STOPS):
             raise
         except BaseException as error:
             from bitmill.runtime.memory import raise_refusal
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> int:
 
 def _quantize(file: Path, tell: Tell) -> dict[str, Any]:
     request = parse_part(QuantizeRequest, read_json(file))
+    check_harness(request.config.evaluation.tasks)
     settle_own_process()
     devices = request.config.devices
     if devices > 1 and not is_rank():
@@ -84,9 +86,10 @@ def _quantize(file: Path, tell: Tell) -> dict[str, Any]:
 
 
 def _evaluate(file: Path, _: Tell) -> dict[str, Any]:
+    asked = parse_part(EvaluateRequest, read_json(file))
+    check_harness(asked.tasks)
     from bitmill.evaluation.compare import evaluate_folder
 
-    asked = parse_part(EvaluateRequest, read_json(file))
     rows = evaluate_folder(
         asked.folder,
         asked.source,
@@ -104,9 +107,9 @@ def _evaluate(file: Path, _: Tell) -> dict[str, Any]:
 
 
 def _export(file: Path, tell: Tell) -> dict[str, Any]:
+    asked = parse_part(ExportRequest, read_json(file))
     from bitmill.pipeline.export import Export
 
-    asked = parse_part(ExportRequest, read_json(file))
     export = Export.of(asked.folder, parse_part(FORMATS[asked.format], asked.settings))
     if asked.dry_run or asked.out is None:
         return export.report().model_dump(mode="json")
@@ -117,18 +120,19 @@ def _export(file: Path, tell: Tell) -> dict[str, Any]:
 
 
 def _generate(file: Path, tell: Tell) -> dict[str, Any]:
+    asked = parse_part(GenerateRequest, read_json(file))
     from bitmill.inference.generate import stream
 
-    asked = parse_part(GenerateRequest, read_json(file))
     for piece in stream(**dict(asked)):
         tell(text=piece)
     return {}
 
 
 def _bench(file: Path, _: Tell) -> dict[str, Any]:
+    asked = parse_part(BenchRequest, read_json(file))
     from bitmill.inference.bench import bench
 
-    return bench(**dict(parse_part(BenchRequest, read_json(file))))
+    return bench(**dict(asked))
 
 
 def _verify(file: Path, _: Tell) -> dict[str, Any]:

@@ -28,6 +28,17 @@ BATCH = 8
 """Requests that run through the model at once."""
 
 
+def check_harness(names: Sequence[str]) -> None:
+    """Raise `InputError` where there are tasks and no harness."""
+    if names and find_spec("lm_eval") is None:
+        raise InputError(
+            f"tasks {', '.join(names)} need the package lm-eval, which is not installed: run "
+            'pip install "bitmill[eval]", or leave the tasks out',
+            code="missing_extra",
+            param="evaluation.tasks",
+        )
+
+
 class TaskSuite:
     """Tasks by name, with their data sets at hand.
 
@@ -36,13 +47,7 @@ class TaskSuite:
     """
 
     def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:
-        if find_spec("lm_eval") is None:
-            raise InputError(
-                f"tasks {', '.join(names)} need the package lm-eval, which is not installed: run "
-                'pip install "bitmill[eval]", or leave the tasks out',
-                code="missing_extra",
-                param="evaluation.tasks",
-            )
+        check_harness(names)
         if folder is not None and not folder.is_dir():
             raise InputError(f"there is no folder of tasks {folder}", param="--task-folder")
         self.names = tuple(dict.fromkeys(names))

@@ -186,8 +186,13 @@ def test_a_specification_names_tasks_and_never_files() -> None:
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
-def test_a_missing_harness_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_a_missing_harness_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_llama(tmp_path / "model")
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch is loaded')")
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     with pytest.raises(InputError, match=r"bitmill\[eval\]") as refused:
         TaskSuite(["piqa"])
     assert (refused.value.code, refused.value.param) == ("missing_extra", "evaluation.tasks")
