@@ -20,6 +20,7 @@ import torch
 
 import bitmill
 from tiny import tinier_llama
+from warm_python import FORKED, PYTHON
 
 pytestmark = pytest.mark.e2e
 
@@ -146,11 +147,15 @@ def plain(source: Path, tmp_path_factory: pytest.TempPathFactory) -> bitmill.Res
 def test_a_call_changes_nothing_and_nothing_changes_it(
     odd: bool, source: Path, plain: bitmill.Result, tmp_path: Path
 ) -> None:
-    paths = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     arguments = f"{str(source)!r}, {str(tmp_path / 'out')!r}, {odd}"
+    program = (
+        f"import sys; sys.executable = {sys.executable!r}\n"  # forks the process that verifies
+        f"sys.path += {[str(HERE), str(HERE.parents[1])]}\n"
+        f"from test_callers_process import call; call({arguments})"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", f"from test_callers_process import call; call({arguments})"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        [PYTHON, "-c", program],
+        env=os.environ | FORKED,
         capture_output=True,
         text=True,
         timeout=280,

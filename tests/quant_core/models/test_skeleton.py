@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from bitmill.errors import ModelError
 from bitmill.models.skeleton import check_generation, check_skeleton
 from tiny import llama_config
+from warm_python import FORKED
 
 CONFIG: dict[str, Any] = llama_config().to_dict()
 
@@ -88,7 +90,7 @@ def test_another_process_answers_in_json() -> None:
             capture_output=True,
             text=True,
             check=False,
-            env={"PYTHONPATH": ":".join(sys.path)},
+            env=os.environ | FORKED,
         )
         return done.returncode, done.stdout
 
