@@ -41,7 +41,11 @@ struct uint2 {
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct int4 {
+  int x, y, z, w;
+};
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 template <typename T>
@@ -116,6 +120,7 @@ struct __nv_bfloat162 {
 inline float2 __bfloat1622float2(__nv_bfloat162 v) {
   return {__bfloat162float(v.x), __bfloat162float(v.y)};
 }
+inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(v) : 32; }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 template <typename T>
@@ -127,6 +132,15 @@ inline T __shfl_xor_sync(unsigned, T v, int step) {
   std::memcpy(&found, &lanes_out[thread ^ step], 4);
   warp_barriers[warp]->arrive_and_wait();
   return found;
+}
+template <typename T>
+inline T __shfl_sync(unsigned lanes, T v, int lane) {
+  return __shfl_xor_sync(lanes, v, threadIdx.x % 32 ^ lane);
+}
+inline bool __all_sync(unsigned lanes, bool v) {
+  int all = v;
+  for (int step = 16; step; step /= 2) all &= __shfl_xor_sync(lanes, all, step);
+  return all;
 }
 inline uint32_t __reduce_min_sync(unsigned lanes, uint32_t v) {
   for (int step = 16; step; step /= 2) v = min(v, __shfl_xor_sync(lanes, v, step));

@@ -14,7 +14,6 @@ from cuda_on_host import FOLDER, address, host_library
 WORDS = """
 #include <atomic>
 inline void __syncwarp() {}
-inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float __uint_as_float(uint32_t word) { return __int_as_float(word); }
 inline uint4 look(const uint4* from) {
   const auto* words = reinterpret_cast<const std::atomic<uint32_t>*>(from);

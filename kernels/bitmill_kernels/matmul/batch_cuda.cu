@@ -14,14 +14,18 @@
 //   is the only one before the sums, which are fp32.
 //
 // The prologue kernel writes activations in the order in which fields are read: for each pair of
-// groups 16 products of 16 columns, in the layout of wgmma.h. bf16 activations are divided by a
-// power of two for each token, which another kernel finds; fp16 ones stay as they are.
+// groups 16 products of 16 columns, in the layout of wgmma.h. Four lanes read 32 neighbouring columns
+// of a group and exchange words, which makes whole eighths of its products. bf16 activations are
+// divided by a power of two for each token, which another kernel finds; fp16 ones stay as they are.
 
 #include "../hopper/wgmma.h"
 
 namespace {
 
-constexpr int kProducts = 16;  // of a pair: 16 columns each
+// Moved columns are picked out of rows in shared memory, from so many activations on and up to so
+// many bytes of a row.
+constexpr int kRowThreads = 512, kMostRowBytes = 200 << 10;
+constexpr int64_t kLeastByRows = 1 << 18;
 
 // word & mask | others, in one instruction.
 __device__ __forceinline__ uint32_t select(uint32_t word, uint32_t mask, uint32_t others) {
@@ -160,64 +164,182 @@ struct Affine {
   }
 };
 
-// Two columns of a row of activations; from one word where they lie in one.
-__device__ __forceinline__ float2 load_inputs(const DecodeArguments& p, int64_t row, int first,
-                                              int second, bool in_words) {
-  if (in_words && second == first + 1) {
-    const uint16_t* at = static_cast<const uint16_t*>(p.x) + row + first;
-    const uint32_t both = *reinterpret_cast<const uint32_t*>(at);
-    return p.is_bf16 ? __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&both))
-                     : __half22float2(*reinterpret_cast<const __half2*>(&both));
+// bf16 activations as halves, divided by a token's power of two.
+__device__ __forceinline__ uint4 halves_of(uint4 words, float factor) {
+  const float inverse = __int_as_float((254 << 23) - __float_as_int(factor));
+  uint32_t* each = reinterpret_cast<uint32_t*>(&words);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&each[i]));
+    each[i] = word_of(__floats2half2_rn(pair.x * inverse, pair.y * inverse));
   }
-  return make_float2(first < 0 ? 0.0f : load_input(p, row + first),
-                     second < 0 ? 0.0f : load_input(p, row + second));
+  return words;
 }
 
-// Brings the activations of every pair into the order and layout of the products: a thread writes
-// 8 columns of one token, neighbours in threads are neighbours in tokens. It finds the columns before
-// it waits for the activations; blocks are so small that they can wait beside the product before.
-__global__ void __launch_bounds__(kPrologueThreads, 16)
-    arrange_kernel(const __grid_constant__ DecodeArguments p, int tile) {
-  asm volatile("griddepcontrol.launch_dependents;");
-  constexpr int kPieces = kProducts * 2;
-  const int items = (p.tokens + 7) / 8 * 8 * p.pair_count * kPieces;
-  const bool in_words = ((reinterpret_cast<uintptr_t>(p.x) >> 1 | p.x_stride) & 1) == 0;
-  bool waited = false;
-  for (int item = blockIdx.x * kPrologueThreads + threadIdx.x; item < items;
-       item += gridDim.x * kPrologueThreads) {
-    const int token = item % 8 + item / (p.pair_count * kPieces * 8) * 8;
-    const int piece = item / 8 % (p.pair_count * kPieces);
-    const PairRow pair = p.pairs[piece / kPieces];
-    const int product = piece / 2 % 8, group = piece / 16 % 2, part = piece % 2;
-    const int low = low_plane(pair.width), j = product / low, step = product % low;
-    const bool narrow = pair.width == 1 || pair.width == 3 || pair.width == 5;
-    int from[8];
+// Four lanes hold four words of two columns each, in the order of a group; each gets the words of
+// one piece of the products. Narrow pieces are words 0, 2, 4, 6 or 1, 3, 5, 7 of two lanes, others one
+// word of each lane.
+__device__ __forceinline__ uint4 exchange(uint4 words, int lane, bool narrow) {
+  const bool odd = lane & 1, upper = lane & 2;
+  if (!narrow) {
+    const uint32_t x = __shfl_xor_sync(0xffffffffu, upper ? words.x : words.z, 2);
+    const uint32_t y = __shfl_xor_sync(0xffffffffu, upper ? words.y : words.w, 2);
+    words = upper ? make_uint4(x, y, words.z, words.w) : make_uint4(words.x, words.y, x, y);
+  }
+  const uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? words.x : words.y, 1);
+  const uint32_t z = __shfl_xor_sync(0xffffffffu, odd ? words.z : words.w, 1);
+  words = odd ? make_uint4(x, words.y, z, words.w) : make_uint4(words.x, x, words.z, z);
+  return narrow ? make_uint4(words.x, words.z, words.y, words.w) : words;
+}
+
+// What a lane has of a pair: 8 neighbouring columns of one of its groups, and the 8 columns of a
+// product that four lanes exchange them for.
+struct Part {
+  int group, piece;
+  bool narrow;
+  int from[8];  // columns of x, -1 where there are none
+};
+
+__device__ __forceinline__ Part part_of(const DecodeArguments& p, int index, int lane) {
+  Part part;
+  const int chunk = lane % 16;
+  part.group = lane / 16;
+  const PairRow pair = p.pairs[index];
+  // The same in all lanes, which the compiler does not know.
+  const int width = __shfl_sync(0xffffffffu, pair.width, 0), low = low_plane(width);
+  part.narrow = width == 1 || width == 3 || width == 5;
+  const int field = chunk >> __ffs(low), at = chunk & (2 * low - 1);
+  const int step = part.narrow ? at / 2 : at / 4 * 2 + lane % 4 / 2;
+  part.piece = 2 * (field * low + step) + lane % 2;
+  const int first = pair.first[part.group] + 8 * chunk, live = pair.live[part.group] - 8 * chunk;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) part.from[i] = i < live ? first + i : -1;
+  if (p.order && live >= 8 && reinterpret_cast<uintptr_t>(p.order) % 16 == 0) {
+    const int4* order = reinterpret_cast<const int4*>(p.order + first);
+    const int4 low_half = order[0], high_half = order[1];
+    part.from[0] = low_half.x, part.from[1] = low_half.y;
+    part.from[2] = low_half.z, part.from[3] = low_half.w;
+    part.from[4] = high_half.x, part.from[5] = high_half.y;
+    part.from[6] = high_half.z, part.from[7] = high_half.w;
+  } else if (p.order) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int column = i / 2;
-      const int word = narrow ? 8 * step + 2 * column + part
-                              : 16 * (step / 2) + 4 * column + 2 * (step % 2) + part;
-      const int c = j * 16 * low + 2 * word + i % 2, k = pair.first[group] + c;
-      from[i] = c >= pair.live[group] ? -1 : p.order ? __ldg(p.order + k) : k;
+      if (i < live) part.from[i] = p.order[first + i];
     }
-    if (!waited) asm volatile("griddepcontrol.wait;" ::: "memory");
-    waited = true;
-    if (token >= p.tokens) continue;
-    const float inverse = p.factors ? __frcp_rn(__ldcg(p.factors + token)) : 1.0f;
-    const int64_t row = static_cast<int64_t>(token) * p.x_stride;
-    uint4 out;
-    __half2* halves = reinterpret_cast<__half2*>(&out);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool words = in_words && from[2 * i] >= 0 && from[2 * i] % 2 == 0;
-      const float2 value = load_inputs(p, row, from[2 * i], from[2 * i + 1], words);
-      halves[i] = __floats2half2_rn(value.x * inverse, value.y * inverse);
-    }
-    const int within = token % tile, eighth = piece % kPieces;
-    const size_t before = static_cast<size_t>(token / tile) * p.pair_count + piece / kPieces;
-    uint8_t* to = p.inputs + (before * 2 + eighth / 16) * group_bytes(tile);
-    *reinterpret_cast<uint4*>(to + input_offset(tile, within, eighth % 16)) = out;
   }
+  return part;
+}
+
+template <bool BF16>
+__device__ __forceinline__ void store_part(const DecodeArguments& p, int tile, int token, int index,
+                                           int lane, const Part& part, uint4 words) {
+  if constexpr (BF16) words = halves_of(words, __ldcg(p.factors + token));
+  const int bits = 31 - __clz(tile);
+  const size_t before = static_cast<size_t>(token >> bits) * p.pair_count + index;
+  uint8_t* to = p.inputs + ((before * 2 + part.group) << bits) * group_bytes(1);
+  *reinterpret_cast<uint4*>(to + input_offset(tile, token & (tile - 1), part.piece)) =
+      exchange(words, lane, part.narrow);
+}
+
+// Columns of a row, one by one.
+__device__ __forceinline__ uint4 gather(const uint16_t* row, const int (&from)[8]) {
+  uint16_t each[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) each[i] = from[i] < 0 ? 0 : row[from[i]];
+  return make_uint4(each[0] | each[1] << 16, each[2] | each[3] << 16, each[4] | each[5] << 16,
+                    each[6] | each[7] << 16);
+}
+
+// Brings the activations of every pair into the order and layout of the products. A warp takes a
+// pair of every `slices`-th token: a lane reads 8 neighbouring columns of a token at once where x has
+// them so. It finds the columns before it waits for the activations; blocks are so small that they
+// can wait beside the product before.
+template <bool BF16>
+__global__ void __launch_bounds__(kPrologueThreads, 16)
+    arrange_kernel(const __grid_constant__ DecodeArguments p, int tile, int slices) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  const int warp = blockIdx.x * (kPrologueThreads / 32) +
+                   __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  const int lane = threadIdx.x % 32, index = warp % p.pair_count, first = warp / p.pair_count;
+  if (first >= slices) return;
+  const Part part = part_of(p, index, lane);
+  bool whole = ((reinterpret_cast<uintptr_t>(p.x) >> 1 | p.x_stride | part.from[0]) & 7) == 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) whole = whole && part.from[i] == part.from[0] + i;
+  whole = __all_sync(0xffffffffu, whole && part.from[0] >= 0);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const uint16_t* x = static_cast<const uint16_t*>(p.x);
+  if (whole) {
+    constexpr int kAtOnce = BF16 ? 2 : 4;  // more would spill
+    for (int token = first; token < p.tokens; token += kAtOnce * slices) {
+      uint4 words[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int one = min(token + i * slices, p.tokens - 1);
+        const uint16_t* row = x + static_cast<int64_t>(one) * p.x_stride;
+        words[i] = *reinterpret_cast<const uint4*>(row + part.from[0]);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int one = token + i * slices;
+        if (one < p.tokens) store_part<BF16>(p, tile, one, index, lane, part, words[i]);
+      }
+    }
+  } else {
+    for (int token = first; token < p.tokens; token += slices) {
+      const uint16_t* row = x + static_cast<int64_t>(token) * p.x_stride;
+      store_part<BF16>(p, tile, token, index, lane, part, gather(row, part.from));
+    }
+  }
+}
+
+// The same where columns are moved: a block brings a token's row into shared memory first, and
+// arranges every `parts`-th pair of it for each of its warps.
+template <bool BF16>
+__global__ void __launch_bounds__(kRowThreads)
+    arrange_row_kernel(const __grid_constant__ DecodeArguments p, int columns, int tile, int parts) {
+  extern __shared__ __align__(16) uint16_t row[];
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const int token = blockIdx.x / parts, lane = threadIdx.x % 32;
+  const uint16_t* x = static_cast<const uint16_t*>(p.x) + static_cast<int64_t>(token) * p.x_stride;
+  const int eights = reinterpret_cast<uintptr_t>(x) % 16 == 0 ? columns / 8 : 0;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < eights; i += kRowThreads) {
+    reinterpret_cast<uint4*>(row)[i] = reinterpret_cast<const uint4*>(x)[i];
+  }
+  for (int i = 8 * eights + threadIdx.x; i < columns; i += kRowThreads) row[i] = x[i];
+  __syncthreads();
+  constexpr int kWarps = kRowThreads / 32;
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  for (int index = blockIdx.x % parts * kWarps + warp; index < p.pair_count;
+       index += parts * kWarps) {
+    const Part part = part_of(p, index, lane);
+    store_part<BF16>(p, tile, token, index, lane, part, gather(row, part.from));
+  }
+}
+
+// Both for a product of so many `blocks`, which take a multiprocessor each.
+cudaError_t arrange(const DecodeArguments& p, int tile, int blocks, bool overlap, cudaStream_t s) {
+  constexpr int kWarps = kPrologueThreads / 32;
+  const int most = min(p.tokens, max(1, 4 * blocks * kWarps / p.pair_count));
+  const int each = (p.tokens + most - 1) / most, slices = (p.tokens + each - 1) / each;
+  const auto kernel = p.is_bf16 ? arrange_kernel<true> : arrange_kernel<false>;
+  return launch_kernel(kernel, (slices * p.pair_count + kWarps - 1) / kWarps, kPrologueThreads, 0,
+                       overlap, s, p, tile, slices);
+}
+
+cudaError_t arrange_rows(const DecodeArguments& p, int columns, int tile, int blocks, bool overlap,
+                         cudaStream_t s) {
+  constexpr int kWarps = kRowThreads / 32;
+  const int most = (p.pair_count + kWarps - 1) / kWarps;
+  const int parts = max(1, min(most, blocks / p.tokens));
+  const auto kernel = p.is_bf16 ? arrange_row_kernel<true> : arrange_row_kernel<false>;
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostRowBytes);
+  if (status != cudaSuccess) return status;
+  return launch_kernel(kernel, p.tokens * parts, kRowThreads, (2 * columns + 15) / 16 * 16, overlap,
+                       s, p, columns, tile, parts);
 }
 
 }  // namespace
@@ -235,10 +357,11 @@ extern "C" int bitmill_batch(const DecodeArguments* arguments, int columns, int 
                            *arguments, columns, 1.0f);
   }
   if (status == cudaSuccess) {
-    const int items = (arguments->tokens + 7) / 8 * 8 * arguments->pair_count * kProducts * 2;
-    const int most = (items + kPrologueThreads - 1) / kPrologueThreads;
-    status = launch_kernel(arrange_kernel, min(most, 4 * blocks), kPrologueThreads, 0, overlap, s,
-                           *arguments, tile);
+    const bool by_rows = arguments->order && 2 * columns <= kMostRowBytes &&
+                         static_cast<int64_t>(arguments->tokens) * columns >= kLeastByRows;
+    status = by_rows
+                 ? arrange_rows(*arguments, columns, tile, blocks, overlap, s)
+                 : arrange(*arguments, tile, blocks, overlap, s);
   }
   if (status != cudaSuccess) return status;
 #define BITMILL_SHAPE(GROUPS, TOKENS)       \
