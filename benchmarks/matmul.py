@@ -451,15 +451,12 @@ def batch_products(weights: list[RuntimeWeight], T: int) -> dict[str, list[Produ
     found: dict[str, list[Product]] = {}
     for weight in weights:
         for kernel, product in products_of(weight, ["cuda", "batch"], T).items():
-            if not kernel.startswith("batch") or suits(kernel, T):
-                found.setdefault(kernel, []).append(product)
-    return found
-
-
-def suits(kernel: str, T: int) -> bool:
-    """Whether a launch of this kernel is neither twice too wide nor narrower than need be."""
-    tile = int(kernel.split()[-1].rstrip("t"))
-    return tile == next((one for one in batch_cuda.SHAPES if one >= T), max(batch_cuda.SHAPES))
+            found.setdefault(kernel, []).append(product)
+    launches = {kernel: int(kernel.split()[-1][:-1]) for kernel in found if "batch" in kernel}
+    # Neither twice too wide nor narrower than need be.
+    sizes = sorted({*launches.values()})
+    wanted = next((size for size in sizes if size >= T), max(sizes, default=0))
+    return {kernel: own for kernel, own in found.items() if launches.get(kernel, wanted) == wanted}
 
 
 def row(

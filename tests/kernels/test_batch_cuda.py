@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitmill_kernels.hopper.launch import Launch, launch_for
+from bitmill_kernels.hopper.launch import Launch, launches_for
 from bitmill_kernels.hopper.schedule import (
     MAX_SHARED_BYTES,
     WarpgroupShape,
@@ -18,6 +18,7 @@ from bitmill_kernels.hopper.schedule import (
 from bitmill_kernels.layout import WIDTHS
 from bitmill_kernels.matmul import batch_cuda, tiles
 from bitmill_kernels.matmul.runtime import build_runtime
+from bitmill_kernels.matmul.units import build_schedule
 from bitmill_kernels.trellis import batch_cuda as trellis
 from bitmill_kernels.trellis.layout import RATES, circle_shapes
 from bitmill_kernels.trellis.product import stored_groups
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 def test_every_weight_gets_a_shape_for_every_number_of_tokens(width, N):
     weight = build_runtime([random_linear(N, 512, (width,) * 4)[0]], CPU)
     shapes = tiles.batch_shapes(weight)
-    assert list(shapes) == list(batch_cuda.SHAPES)
+    assert list(shapes) == [32, 64, 128, 256][: 4 if width <= 4 else 3]
     for tokens, shape in shapes.items():
         rings = batch_cuda.plan(weight, shape, tokens)
         assert rings is not None
@@ -40,10 +41,21 @@ def test_every_weight_gets_a_shape_for_every_number_of_tokens(width, N):
         assert weight.members[0].rows % shape.rows == 0
 
 
+@pytest.mark.parametrize(
+    ("N", "groups"), [(1024, (2, 2, 2, 2)), (4096, (4, 2, 2, 2)), (8192, (4, 4, 2, 2))]
+)
+def test_blocks_take_more_rows_where_few_of_them_share_a_tile(N, groups):
+    weight = build_runtime([random_linear(N, 256, (3, 2))[0]], CPU)
+    assert tuple(shape.groups for shape in tiles.batch_shapes(weight).values()) == groups
+
+
 @pytest.mark.parametrize("rate", RATES)
 def test_every_rate_of_a_trellis_gets_a_shape_for_every_number_of_tokens(rate):
     shapes = trellis.fitting_shapes((rate, 1), 1 << 20)
     assert list(shapes) == list(trellis.SHAPES)
+    assert {shape.groups for shape in shapes.values()} == {2}
+    wide = [shape.groups for shape in trellis.fitting_shapes((rate, 1), 1 << 25).values()]
+    assert wide == [4, 4, 4, 4, 2, 2]
     for tokens, shape in shapes.items():
         rings = trellis.plan((rate, 1), shape, tokens)
         assert rings is not None
@@ -53,7 +65,7 @@ def test_every_rate_of_a_trellis_gets_a_shape_for_every_number_of_tokens(rate):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_rings_hold_two_units_and_a_slot_more_than_groups_or_there_is_no_plan(groups):
     for stage_bytes in range(1024, 120_000, 1024):
-        for tokens in (8, 32, 64, 128):
+        for tokens in (8, 32, 64, 128, 256):
             rings = plan_rings(stage_bytes, tokens, groups)
             least = 2 * stage_bytes + (groups + 1) * group_bytes(tokens) + 1024
             assert (rings is not None) == (least <= MAX_SHARED_BYTES)
@@ -65,9 +77,10 @@ def test_rings_hold_two_units_and_a_slot_more_than_groups_or_there_is_no_plan(gr
 
 
 def test_large_matrices_stay_packed_longest():
-    assert batch_tokens(28672 * 8192) > batch_tokens(11008 * 4096) > batch_tokens(4096 * 4096) > 32
-    assert batch_tokens(1) > decode_tokens(1) == decode_tokens(4096 * 4096) == 8
-    assert decode_tokens(11008 * 4096) == 16
+    large, middle, small = 28672 * 8192, 11008 * 4096, 4096 * 4096
+    assert [batch_tokens(size, 128) for size in (large, middle, small, 1)] == [512, 256, 128, 128]
+    assert [batch_tokens(size, 256) for size in (large, middle, small, 1)] == [1024, 256, 256, 128]
+    assert [decode_tokens(size) for size in (large, middle, small, 1)] == [16, 8, 8, 8]
 
 
 def table_of(tiles, blocks, pairs=16):
@@ -102,7 +115,16 @@ def test_tiles_end_with_blocks_where_few_blocks_are_left_idle():
     assert (aligned[:, 0, 0] == 4).all()
     shared = aligned[:, 1, 5] >> 16
     assert (shared == 4).all()
-    assert whole_tiles(86, 132) == whole_tiles(300, 132) == 132
+    assert whole_tiles(43, 132) == 129
+    assert whole_tiles(20, 132) == whole_tiles(86, 132) == whole_tiles(300, 132) == 132
+
+
+def test_blocks_of_the_batch_kernel_take_as_many_units_whatever_their_width():
+    weight = build_runtime([random_linear(512, 4096, (1, 8, 2, 4) * 8)[0]], CPU)
+    schedule = build_schedule(weight, 128, 16, None)
+    assert schedule.units[:, 0, 0].tolist() == [4] * 16
+    by_bytes = build_schedule(weight, 128, 16, 1.0).units[:, 0, 0]
+    assert len(set(by_bytes.tolist())) > 1
 
 
 @pytest.mark.parametrize(("tiles", "blocks"), [(32, 128), (86, 132), (7, 40), (3, 132), (40, 8)])
@@ -134,7 +156,8 @@ def test_units_of_a_trellis_are_the_circles_of_their_rows(rows):
     }
     stored = [one for _, _, one in stored_groups(circles, rates, K)]
     bases = [index * (1 << 36) for index in range(len(rates))]
-    table = trellis.schedule(bases, N, rates, rows, 7, 32)
+    table = trellis.schedule(bases, N, rates, rows, 7)
+    assert np.ptp(table[:, 0, 0]) <= 1
     seen = []
     for block in table.view(np.uint32):
         for low, high, _, group, width, live, output, *_ in block[1 : 1 + block[0, 0]].tolist():
@@ -160,9 +183,7 @@ def test_a_launch_hands_over_its_tables_and_what_it_is_given(dtype):
         seen.append((arguments._obj, rest))
         return len(seen) - 1
 
-    launch = launch_for(launches, 70)
-    assert launch is launches[64]
-    assert launch_for(launches, 32) is launches[32]
+    launch = launches[64]
     how = {"groups": 3, "scaled": dtype == torch.bfloat16, "overlap": True, "pair_count": 3}
     launch(function, x, y, 256, 0.5, **how)
     ((found, rest),) = seen
@@ -178,6 +199,23 @@ def test_a_launch_hands_over_its_tables_and_what_it_is_given(dtype):
     assert left.numel() >= 7 * 2 * shape.rows * 64 * 4
     with pytest.raises(RuntimeError, match="64 tokens: cudaError 1"):
         launch(function, x, y, 256, 0.5, **how)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wanted"),
+    [
+        (1, [(0, 1, 32)]),
+        (32, [(0, 32, 32)]),
+        (33, [(0, 33, 64)]),
+        (128, [(0, 128, 128)]),
+        (300, [(0, 256, 128), (256, 300, 64)]),
+        (384, [(0, 384, 128)]),
+    ],
+)
+def test_tokens_beyond_full_launches_take_the_smallest_that_holds_them(tokens, wanted):
+    launches = {size: size for size in (32, 64, 128)}
+    found = [(rows.start, rows.stop, size) for rows, size in launches_for(launches, tokens)]
+    assert found == wanted
 
 
 def test_circles_are_copied_only_where_a_short_group_is_filled_up():

@@ -160,7 +160,7 @@ def test_the_stored_table_names_compiled_shapes():
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
 @pytest.mark.parametrize(
     ("source", "kernels", "most_spilled"),
-    [("decode_cuda.cu", 9, 300), ("batch_cuda.cu", 10, 40), ("dequantize_cuda.cu", 3, 0)],
+    [("decode_cuda.cu", 9, 300), ("batch_cuda.cu", 11, 16), ("dequantize_cuda.cu", 3, 0)],
 )
 def test_the_kernels_compile_for_sm_90_with_few_spills(source, kernels, most_spilled, tmp_path):
     path = Path(decode_cuda.__file__).with_name(source)

@@ -10,7 +10,7 @@ from bitmill_kernels.gptq.block import gptq_block
 from bitmill_kernels.hopper.building import HOPPER
 from bitmill_kernels.layout import WIDTHS
 from bitmill_kernels.linalg.hessian import hessian_update
-from bitmill_kernels.matmul import batch_cuda, cuda_library
+from bitmill_kernels.matmul import batch_cuda, cuda_library, tiles
 from bitmill_kernels.matmul.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder
 from bitmill_kernels.matmul.linear import MixedLinear
 from bitmill_kernels.matmul.runtime import PackedWeight, build_runtime, dequantize_runtime
@@ -23,6 +23,7 @@ pytestmark = [
 ]
 GPU = torch.device("cuda")
 MIXED = (3, 2, 4, 8, 1, 3, 6, 5, 3)
+NARROW = (3, 2, 4, 4, 1, 3, 3, 2, 3)
 
 
 def exact(x, weight, bias=None):
@@ -71,11 +72,12 @@ def test_every_launch_shape_is_right_and_repeatable(compiled, T, dtype):
 
 
 @pytest.mark.parametrize("T", [1, 16, 17, 64, 65, 128, 300])
+@pytest.mark.parametrize("widths", [MIXED, NARROW], ids=["mixed", "narrow"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_every_shape_for_batches_is_right_and_repeatable(compiled, T, dtype):
+def test_every_shape_for_batches_is_right_and_repeatable(compiled, T, widths, dtype):
     if torch.cuda.get_device_capability() != HOPPER:
         pytest.skip("wgmma needs Hopper")
-    weight = build_runtime([random_planes(1000, 1100, MIXED, GPU, ordered=True)], GPU)
+    weight = build_runtime([random_planes(1000, 1100, widths, GPU, ordered=True)], GPU)
     x = (torch.randn(T, 1100, device=GPU) + 0.5).to(dtype)
     bias = torch.randn(1000, device=GPU).to(dtype)
     expected = exact(x, weight, bias)
@@ -92,6 +94,27 @@ def test_every_shape_for_batches_is_right_and_repeatable(compiled, T, dtype):
             limit = 6e-4 if dtype == torch.float16 else 5e-3
             assert relative_error(results[0], expected) < limit, (shape, tokens)
             assert all(torch.equal(results[0], y) for y in results)
+
+
+@pytest.mark.parametrize("T", [257, 300, 511, 900])
+@pytest.mark.parametrize("ordered", [False, True], ids=["source", "moved"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_batches_larger_than_a_launch(compiled, T, ordered, dtype):
+    if torch.cuda.get_device_capability() != HOPPER:
+        pytest.skip("wgmma needs Hopper")
+    weight = build_runtime([random_planes(1000, 1100, NARROW, GPU, ordered=ordered)], GPU)
+    product = batch_cuda.CudaBatch(weight, tiles.batch_shapes(weight))
+    whole = (torch.randn(T, 1101, device=GPU) + 0.5).to(dtype)
+    bias = torch.randn(1000, device=GPU).to(dtype)
+    for x in (whole[:, :1100], whole[:, 1:]):  # the second is not aligned
+        results = []
+        for _ in range(5):
+            y = torch.full((T, 1000), float("nan"), dtype=dtype, device=GPU)
+            product(x, bias, y)
+            results.append(y)
+        limit = 6e-4 if dtype == torch.float16 else 5e-3
+        assert relative_error(results[0], exact(x, weight, bias)) < limit
+        assert all(torch.equal(results[0], y) for y in results)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -87,9 +87,16 @@ class Launch:
             )
 
 
-def launch_for(launches: Mapping[int, Launch], tokens: int) -> Launch:
-    """The smallest launch that holds so many tokens, or the largest."""
-    return launches[next((size for size in launches if size >= tokens), max(launches))]
+def launches_for(launches: Mapping[int, Launch], tokens: int) -> Iterator[tuple[slice, Launch]]:
+    """Rows of x and what multiplies them: the largest launch as long as it is filled, for the rest
+    the smallest that holds it. `launches` by their tokens, ascending."""
+    largest = max(launches)
+    full = tokens // largest * largest
+    if full:
+        yield slice(0, full), launches[largest]
+    if full < tokens:
+        size = next(size for size in launches if size >= tokens - full)
+        yield slice(full, tokens), launches[size]
 
 
 def stream_of(device: torch.device) -> int | None:

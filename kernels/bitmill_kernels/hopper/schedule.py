@@ -7,7 +7,7 @@ block, of equal cost.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,19 +19,23 @@ MAX_STAGES = 6
 MAX_SLOTS = 16
 BARRIER_BYTES = 1024
 
-BATCH_TOKENS = ((1 << 27, 512), (1 << 25, 256), (0, 128))
-"""Weights from which `wgmma` is faster than a dequantized weight, up to so many tokens."""
+BATCH_TOKENS = {
+    128: ((1 << 27, 512), (1 << 25, 256), (0, 128)),
+    256: ((1 << 27, 1024), (1 << 24, 256), (0, 128)),
+}
+"""By most tokens of a launch, weights from which `wgmma` is faster than a dequantized weight, up to
+so many tokens."""
 
 
-def batch_tokens(weights: int) -> int:
+def batch_tokens(weights: int, launch: int) -> int:
     """Up to so many tokens `wgmma` is faster than a dequantized weight, for so many weights.
 
-    Measured on an H100 and an H200 (`benchmarks/matmul.py --kernels batch`).
+    launch: most tokens of a launch, a key of `BATCH_TOKENS`. Measured on an H200.
     """
-    return next(tokens for least, tokens in BATCH_TOKENS if weights >= least)
+    return next(tokens for least, tokens in BATCH_TOKENS[launch] if weights >= least)
 
 
-DECODE_TOKENS = ((1 << 25, 16), (0, 8))
+DECODE_TOKENS = ((1 << 27, 16), (0, 8))
 """Weights from which the decode kernel is faster than `wgmma`, up to so many tokens."""
 
 
@@ -43,24 +47,8 @@ def decode_tokens(weights: int) -> int:
     return next(tokens for least, tokens in DECODE_TOKENS if weights >= least)
 
 
-WHOLE_TILES_FROM = 0.9
+WHOLE_TILES_FROM = 0.95
 """Blocks are left idle down to this part of them where tiles then end with blocks."""
-
-
-LARGE = 1 << 27
-"""Weights from which blocks of more rows pay."""
-
-
-def by_preference(
-    shapes: Sequence[WarpgroupShape], weights: int, large: int = LARGE
-) -> Sequence[WarpgroupShape]:
-    """The fastest shape for so many weights first; `shapes` go from more to fewer rows.
-
-    large: weights from which blocks of more rows pay. Measured on an H200 (`benchmarks/matmul.py
-    --kernels batch --sweep`): fewer rows mean fewer sums that blocks must share, more rows that
-    activations are read less often.
-    """
-    return shapes if weights >= large else shapes[::-1]
 
 
 class Arguments(ctypes.Structure):
@@ -151,8 +139,9 @@ def unit_table(unit: Mapping[str, np.ndarray], cost: np.ndarray, block_count: in
     """Rows i32 [blocks, 1 + capacity, 12]: for each block a `BlockRow` and its `UnitRow`s.
 
     unit: for each unit in turn low, high, grid (offsets in 16 bytes), pair, width, live_rows,
-    output, tile, first [2] and live [2] (columns of its groups). The second number of a `BlockRow`
-    is left 0. There are fewer blocks than `block_count` if units are fewer.
+    output, tile, first [2] and live [2] (columns of its groups). cost: of each, in any measure. The
+    second number of a `BlockRow` is left 0. There are fewer blocks than `block_count` if units are
+    fewer.
     """
     starts = equal_runs(cost, block_count)
     count = len(cost)

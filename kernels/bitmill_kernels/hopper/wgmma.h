@@ -50,6 +50,12 @@ __device__ __forceinline__ void warpgroup_wait() {
   BITMILL_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
                    "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "   \
                    "%60, %61, %62, %63"
+#define BITMILL_NAMES_128                                                                     \
+  BITMILL_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "  \
+                   "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "    \
+                   "%92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, "    \
+                   "%105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "  \
+                   "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint64_t inputs,
                                          int adds) {
@@ -83,6 +89,14 @@ __device__ __forceinline__ void multiply(float (&d)[64], const uint32_t (&a)[4],
                                          int adds) {
   asm volatile(BITMILL_WGMMA(128, BITMILL_NAMES_64, "%64", "%65", "%66", "%67", "%68", "%69")
                : BITMILL_SUMS_32(d, 0), BITMILL_SUMS_32(d, 32)
+               : BITMILL_WORDS(a, inputs, adds));
+}
+
+__device__ __forceinline__ void multiply(float (&d)[128], const uint32_t (&a)[4], uint64_t inputs,
+                                         int adds) {
+  asm volatile(BITMILL_WGMMA(256, BITMILL_NAMES_128, "%128", "%129", "%130", "%131", "%132", "%133")
+               : BITMILL_SUMS_32(d, 0), BITMILL_SUMS_32(d, 32), BITMILL_SUMS_32(d, 64),
+                 BITMILL_SUMS_32(d, 96)
                : BITMILL_WORDS(a, inputs, adds));
 }
 
@@ -224,8 +238,12 @@ __device__ __forceinline__ void finish(const DecodeArguments& p, const Target& t
 // block begins with so few that blocks of a prologue kernel can wait beside it.
 template <int GROUPS>
 constexpr int kThreads = (GROUPS + 1) * 128;
-template <int GROUPS>
-constexpr int kRegisters = GROUPS == 4 ? 96 : 128;
+template <int GROUPS, int TOKENS>
+constexpr int kRegisters = TOKENS == 256 ? 168 : GROUPS == 4 ? 96 : 128;
+template <int GROUPS, int TOKENS>
+constexpr int kStreamRegisters = TOKENS == 256 || GROUPS == 4 ? 24 : 40;
+template <int GROUPS, int TOKENS>
+constexpr int kReadRegisters = TOKENS == 256 ? 240 : GROUPS == 4 ? 112 : 168;
 
 // One warp streams the weights of all units into one ring, and the activations of their groups into
 // another, which it begins once the prologue kernels are done. Lane j issues the copies of every 32nd
@@ -273,9 +291,14 @@ __device__ void stream(const DecodeArguments& p, const UnitRow* units, const Mem
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("fence.proxy.async;" ::: "memory");  // the prologue wrote by ordinary stores
   for (int i = 0; i < slots; ++i) copy_inputs(i);
-  for (int i = 0; i < count; ++i) {  // both wait until unit i has been read
+  // Weights wait until unit i has been read, activations until its last group has, or, where units do
+  // not fill the slots, the group before: then they come first.
+  const bool inputs_first = p.slot_count % kGroups != 0;
+  for (int i = 0; i < count; ++i) {
+    const bool inputs = i + slots < count;
+    if (inputs_first && inputs) copy_inputs(i + slots);
     if (i + stages < count) copy_weights(i + stages);
-    if (i + slots < count) copy_inputs(i + slots);
+    if (!inputs_first && inputs) copy_inputs(i + slots);
   }
 }
 
@@ -372,7 +395,7 @@ __device__ void consume(const DecodeArguments& p, const UnitRow* units, const Me
 }
 
 template <class Code, int GROUPS, int TOKENS>
-__global__ void __launch_bounds__(65536 / kRegisters<GROUPS> / 128 * 128, 1)
+__global__ void __launch_bounds__(65536 / kRegisters<GROUPS, TOKENS> / 128 * 128, 1)
     batch_kernel(const __grid_constant__ DecodeArguments p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -387,12 +410,12 @@ __global__ void __launch_bounds__(65536 / kRegisters<GROUPS> / 128 * 128, 1)
   const UnitRow* units = p.units + static_cast<size_t>(blockIdx.x) * (1 + p.unit_capacity) + 1;
   const int warp = threadIdx.x / 32, thread = threadIdx.x % 32;
   if (warp >= GROUPS * 4) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 4 ? 24 : 40));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kStreamRegisters<GROUPS, TOKENS>));
     if (warp == GROUPS * 4) {
       stream<Code, GROUPS * 64, TOKENS>(p, units, memory, thread);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 4 ? 112 : 168));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kReadRegisters<GROUPS, TOKENS>));
     consume<Code, GROUPS, TOKENS>(p, units, memory, warp, thread);
   }
 #endif

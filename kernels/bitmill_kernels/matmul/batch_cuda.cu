@@ -1,4 +1,4 @@
-// Product of many tokens on Hopper: y = x W^T for up to 128 tokens a launch, W in the runtime
+// Product of many tokens on Hopper: y = x W^T for up to 256 tokens a launch, W in the runtime
 // layout and never written to memory.
 //
 //   y[t, n] = factor[t] * sum_k half(scale[n, g] * (code[n, k] - zero[n, g])) * x[t, k] + bias[n]
@@ -107,11 +107,14 @@ struct Affine {
     const uint8_t* planes = staged + ROWS * 8;
     uint32_t slot[2];
     uint32_t inputs[2];
-    for (int group = 0; group < 2; ++group) {
+    constexpr bool kBothAtOnce = TOKENS <= 128;  // else registers are too few
+#pragma unroll
+    for (int group = 0; kBothAtOnce && group < 2; ++group) {
       inputs[group] = next_inputs<TOKENS>(reader, &slot[group]);
     }
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
+      if constexpr (!kBothAtOnce) inputs[group] = next_inputs<TOKENS>(reader, &slot[group]);
       const int first = reader.rows;
       const uint8_t* low = planes + first * 32 * LOW;
       const uint8_t* high = planes + ROWS * 32 * LOW + first * 32 * HIGH;
@@ -372,6 +375,7 @@ extern "C" int bitmill_batch(const DecodeArguments* arguments, int columns, int 
   BITMILL_SHAPE(2, 64)
   BITMILL_SHAPE(2, 128)
   BITMILL_SHAPE(4, 64)
+  BITMILL_SHAPE(2, 256)
 #undef BITMILL_SHAPE
   return -1;
 }

@@ -243,9 +243,11 @@ class _AcceleratedProduct:
             shared = properties.shared_memory_per_multiprocessor
             shapes = tiles.block_shapes(weight, properties.name, shared)
             if (properties.major, properties.minor) == HOPPER:
-                self._batch = batch_cuda.CudaBatch(weight, tiles.batch_shapes(weight))
+                launches = tiles.batch_shapes(weight)
+                self._batch = batch_cuda.CudaBatch(weight, launches)
                 size = weight.N * weight.K
-                self._decode_tokens, self._batch_tokens = decode_tokens(size), batch_tokens(size)
+                self._decode_tokens = decode_tokens(size)
+                self._batch_tokens = batch_tokens(size, max(launches))
                 shapes = {
                     tokens: shapes[tokens] for tokens in shapes if tokens <= self._decode_tokens
                 }

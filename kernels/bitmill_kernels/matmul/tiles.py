@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bitmill_kernels.hopper.schedule import WarpgroupShape, by_preference
+from bitmill_kernels.hopper.schedule import WarpgroupShape
 from bitmill_kernels.layout import WIDTHS
 from bitmill_kernels.matmul import batch_cuda
 from bitmill_kernels.matmul.decode_cuda import SHAPES, BlockShape, plan_shared
@@ -51,11 +51,10 @@ def block_shapes(weight: RuntimeWeight, gpu: str, per_processor: int) -> dict[in
 
 def batch_shapes(weight: RuntimeWeight) -> dict[int, WarpgroupShape]:
     """Shapes of the batch kernel by tokens of a launch: the fastest that fits of each."""
-    weights = weight.N * weight.K
     return {
         tokens: shape
-        for tokens, shapes in batch_cuda.SHAPES.items()
-        for shape in reversed(by_preference(shapes, weights))
+        for tokens in batch_cuda.SHAPES
+        for shape in reversed(batch_cuda.by_preference(weight.N, tokens))
         if batch_cuda.plan(weight, shape, tokens) is not None
     }
 

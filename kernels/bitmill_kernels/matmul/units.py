@@ -1,6 +1,7 @@
 """Units of the CUDA kernels that multiply planes: a tile of rows of one pair of groups each.
 
-A unit's cost is its bytes plus a constant for the work that does not depend on its width.
+Units of the decode kernel cost their bytes plus a constant for the work that does not depend on
+their width. Those of `wgmma` all cost the same: products take longer than decoding, at any width.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ class Schedule:
 
 
 def build_schedule(
-    weight: RuntimeWeight, rows: int, block_count: int, unit_cost: float
+    weight: RuntimeWeight, rows: int, block_count: int, unit_cost: float | None
 ) -> Schedule:
     """Share the units of all members out among `block_count` blocks, fewer if units are fewer.
 
-    unit_cost: what a unit costs beside its bytes, in bits of width.
+    unit_cost: what a unit costs beside its bytes, in bits of width; None where all cost the same.
     """
     columns = group_columns(weight.K)
     pairs = np.array(
@@ -56,7 +57,8 @@ def build_schedule(
     unit = _units(weight, rows)
     own = pairs[unit["pair"]].T
     unit |= {"width": own[0], "first": own[1:3], "live": own[3:5]}
-    table = unit_table(unit, own[0] + unit_cost, block_count)
+    cost = np.ones(len(own[0])) if unit_cost is None else own[0] + unit_cost
+    table = unit_table(unit, cost, block_count)
     lengths = table[:, 0, 0]
     starts = np.cumsum(lengths) - lengths
     table[:, 0, 1] = _chunks(weight, unit["member"], starts, lengths)

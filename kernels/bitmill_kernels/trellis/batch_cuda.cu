@@ -181,6 +181,7 @@ extern "C" int bitmill_trellis_batch(const DecodeArguments* arguments, int colum
   BITMILL_SHAPE(4, 64)
   BITMILL_SHAPE(2, 64)
   BITMILL_SHAPE(2, 128)
+  BITMILL_SHAPE(2, 256)
 #undef BITMILL_SHAPE
   return -1;
 }

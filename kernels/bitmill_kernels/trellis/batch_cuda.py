@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitmill_kernels.hopper.building import HEADERS, HOPPER, architecture_flags
-from bitmill_kernels.hopper.launch import Launch, launch_for
+from bitmill_kernels.hopper.launch import Launch, launches_for
 from bitmill_kernels.hopper.schedule import (
     Rings,
     WarpgroupShape,
-    by_preference,
     plan_rings,
     unit_table,
     whole_tiles,
@@ -36,17 +35,12 @@ SHAPES = {
     32: (_WIDE, _NARROW),
     64: (_WIDE, _NARROW),
     128: (_NARROW,),
+    256: (_NARROW,),
 }
 """The shapes that are compiled, by tokens of a launch, as listed at the end of `batch_cuda.cu`."""
 
 WIDE_FROM = 1 << 25
 """Weights from which blocks of more rows pay, as decoding takes more than sums."""
-
-TOKENS_A_BIT = 20
-"""A unit costs as much for so many tokens as for one bit of rate."""
-
-UNIT_COST_IN_RATES = 2.0
-"""What a unit costs beside, as decoding hardly depends on the rate."""
 
 
 def available(device: torch.device) -> bool:
@@ -64,7 +58,7 @@ def fitting_shapes(rates: Sequence[int], weights: int) -> dict[int, WarpgroupSha
     return {
         tokens: shape
         for tokens, shapes in SHAPES.items()
-        for shape in reversed(by_preference(shapes, weights, WIDE_FROM))
+        for shape in (reversed(shapes) if weights >= WIDE_FROM else shapes)
         if plan(rates, shape, tokens) is not None
     }
 
@@ -105,7 +99,7 @@ class CudaTrellisBatch:
             if rings is None:
                 raise ValueError(f"{shape} cannot run {tokens} tokens: no place in shared memory")
             blocks = whole_tiles(-(-self.N // shape.rows), processors)
-            table = schedule(addresses, self.N, rates, shape.rows, blocks, tokens)
+            table = schedule(addresses, self.N, rates, shape.rows, blocks)
             self._launches[tokens] = Launch(table, shape, rings, tokens, device)
 
     def __call__(self, x: Tensor, *, overlap: bool = True) -> Tensor:
@@ -114,20 +108,21 @@ class CudaTrellisBatch:
         overlap: let the launch begin while the one before it on the stream drains.
         """
         y = torch.empty(len(x), self.N, dtype=x.dtype, device=x.device)
-        launch_for(self._launches, len(x))(
-            self._library.bitmill_trellis_batch,
-            x,
-            y,
-            self.K,
-            self._groups.data_ptr(),
-            self._largest,
-            groups=len(self._rates),
-            scaled=True,
-            overlap=overlap,
-            order=None if self._order is None else self._order.data_ptr(),
-            row_scales=self._rows.data_ptr(),
-            pair_count=len(self._rates),
-        )
+        for rows, launch in launches_for(self._launches, len(x)):
+            launch(
+                self._library.bitmill_trellis_batch,
+                x[rows],
+                y[rows],
+                self.K,
+                self._groups.data_ptr(),
+                self._largest,
+                groups=len(self._rates),
+                scaled=True,
+                overlap=overlap,
+                order=None if self._order is None else self._order.data_ptr(),
+                row_scales=self._rows.data_ptr(),
+                pair_count=len(self._rates),
+            )
         return y
 
 
@@ -137,7 +132,6 @@ def schedule(
     rates: Sequence[int],
     rows: int,
     block_count: int,
-    tokens: int,
 ) -> np.ndarray:
     """The table of units, (tile of `rows` rows, group), as `unit_table` gives it.
 
@@ -161,8 +155,7 @@ def schedule(
         "first": np.stack((nothing, nothing)),
         "live": np.stack((nothing, nothing)),
     }
-    cost = rate + UNIT_COST_IN_RATES + tokens / TOKENS_A_BIT
-    return unit_table(unit, cost, block_count)
+    return unit_table(unit, np.ones(len(rate)), block_count)  # decoding hardly depends on the rate
 
 
 def full_circles(circles: Tensor) -> Tensor:
