@@ -232,6 +232,8 @@ def run(options: argparse.Namespace, group: Ranks, device: torch.device) -> dict
         peak = memory.peak
         group.barrier()
     measured = {stage: seconds_of(stage, watch.units, options, shape) for stage in STAGES}
+    if "gradient" in spec.method.needs:
+        pass_of_weights(measured["refine"], watch.units, options, shape)
     forward = measured["profile"]["phases"].get("profile forward", 0.0)
     full = replace_blocks(planned, shape.blocks)
     again = runs_again(options, full, device) * shape.blocks * forward
@@ -370,6 +372,18 @@ def seconds_of(
     }
 
 
+def pass_of_weights(
+    refine: dict[str, Any], units: list[Unit], options: argparse.Namespace, shape: Shape
+) -> None:
+    """Grows what refinement does before its first block, a pass over all blocks for the tokens'
+    weights, with the blocks; what is in it once, as the head, too."""
+    first = next(unit for unit in units if unit.stage == "refine" and unit.number == 1)
+    before = max(0.0, first.total - refine["block"])
+    missing = shape.blocks - options.blocks
+    refine["weights_pass"] = round(before, 3)
+    refine["all_blocks"] = round(refine["all_blocks"] + before * missing / options.blocks, 2)
+
+
 def averaged(parts: list[dict[str, float]]) -> dict[str, float]:
     return {name: seconds / len(parts) for name, seconds in added(parts).items()}
 
@@ -453,6 +467,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     for name, part in result["stages"].items():
         parts = ", ".join(f"{k} {v:.3f}" for k, v in part["block_parts"].items() if v >= 0.0005)
+        if "weights_pass" in part:
+            parts += f"; before the first block, of all blocks {part['weights_pass']:.1f}"
         lines.append(
             f"| {name} | {part['measured']:.2f} | {part['block']:.3f} | {part['all_blocks']:.1f} "
             f"| {parts} |"

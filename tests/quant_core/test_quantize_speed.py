@@ -56,3 +56,12 @@ def test_missing_blocks_cost_the_median_of_whole_ones(
     assert found["measured"] == 13
     assert found["block"] == block
     assert found["all_blocks"] == 13 + block
+
+
+def test_the_pass_before_the_first_block_grows_with_the_blocks(speed: ModuleType) -> None:
+    units = [speed.Unit("refine", i + 1, {"other": seconds}) for i, seconds in enumerate((9, 1, 1))]
+    options = Namespace(blocks=2)
+    found = {"block": 1.0, "all_blocks": 13.0}
+    speed.pass_of_weights(found, units, options, speed.SHAPES["tiny"])
+    assert found["weights_pass"] == 8
+    assert found["all_blocks"] == 21

@@ -190,6 +190,10 @@ __device__ __forceinline__ float load_input(const DecodeArguments& p, int64_t at
                    : __half2float(static_cast<const __half*>(p.x)[at]);
 }
 
+// Room of a pair's activations in a stage of the ring: what lies behind begins with a line of 128
+// bytes, however many tokens there are.
+__device__ __forceinline__ int staged_bytes(int x_bytes) { return (x_bytes + 127) / 128 * 128; }
+
 // Streams the planes and scales of all units into the ring, and the activations where a prologue
 // kernel converted them: `x_bytes` of each pair, 0 where blocks convert their own. Lane j works out
 // the addresses of every 32nd unit and issues its copies.
@@ -213,7 +217,7 @@ __device__ void produce(const DecodeArguments& p, const UnitRow* units, uint64_t
     const uint8_t* grid = p.grid + (static_cast<size_t>(unit.grid) << 4);
     const uint8_t* inputs = p.inputs + static_cast<size_t>(unit.pair) * x_bytes;
     uint8_t* staged = ring + stage * p.stage_bytes;
-    uint8_t* scales = staged + x_bytes;
+    uint8_t* scales = staged + staged_bytes(x_bytes);
     uint8_t* planes = scales + ROWS * 8;
     for (int i = base; i < min(base + 32, count); ++i) {
       if (i - base == lane) {

@@ -277,7 +277,7 @@ __device__ void consume(const DecodeArguments& p, const UnitRow* units, uint64_t
   constexpr int kRows = WARPS * ROW_TILES * 16;
   const Lane lane = {thread / 4, thread % 4};
   const int warp_row = warp * ROW_TILES * 16;
-  const int x_bytes = input_bytes(p.tokens), staged_bytes = p.inputs ? x_bytes : 0;
+  const int x_bytes = input_bytes(p.tokens);
   const BlockRow block = load_row(reinterpret_cast<const BlockRow*>(units - 1));
   Target next = load_row(&units->target);
   if (!p.inputs) {
@@ -298,8 +298,9 @@ __device__ void consume(const DecodeArguments& p, const UnitRow* units, uint64_t
     next = load_row(&units[min(i + 1, p.unit_capacity - 1)].target);
     const uint8_t* staged = ring + stage * p.stage_bytes;
     const uint8_t* inputs = p.inputs ? staged : chunks + chunk * x_bytes;
-    const uint8_t* scales = staged + staged_bytes + warp_row * 8;
-    const uint8_t* planes = staged + staged_bytes + kRows * 8;
+    const uint8_t* grid = staged + (p.inputs ? staged_bytes(x_bytes) : 0);
+    const uint8_t* scales = grid + warp_row * 8;
+    const uint8_t* planes = grid + kRows * 8;
     if (++chunk == block.chunks) chunk = 0;
     barrier_wait(full + stage, parity);
     switch (unit.width) {
