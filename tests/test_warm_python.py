@@ -113,6 +113,16 @@ def test_only_programs_that_are_told_hand_the_script_on(folder: Path) -> None:
     assert said().strip() == str(Path(sys.prefix) / "bin" / "python")
 
 
+def test_such_a_program_sees_the_packages_that_others_see(folder: Path) -> None:
+    program = "import os, sys; print([os.path.realpath(path) for path in sys.path])"
+
+    def seen(python: str) -> str:
+        command = [python, "-P", "-c", program]
+        return subprocess.check_output(command, env=os.environ | FORKED, text=True)
+
+    assert seen(sys.executable) == seen(PYTHON)
+
+
 def test_killed_program_is_seen_as_killed(folder: Path) -> None:
     caller = waiting(folder)
     program = wait_for(lambda: programs(folder), "the program")[0]

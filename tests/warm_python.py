@@ -84,7 +84,9 @@ def warm_python(folder: Path, session: int) -> Iterator[None]:
         own = folder / f"new-{os.getpid()}"
         (own / "bin").mkdir(parents=True)
         (own / "lib").symlink_to(Path(sys.prefix) / "lib")
-        (own / "pyvenv.cfg").write_text(f"home = {Path(sys.base_prefix) / 'bin'}\n")
+        settings = Path(sys.prefix) / "pyvenv.cfg"  # whether the base's packages are seen too
+        home = f"home = {Path(sys.base_prefix) / 'bin'}\n"
+        (own / "pyvenv.cfg").write_text(settings.read_text() if settings.exists() else home)
         text = SCRIPT.format(
             programs="|".join(PROGRAMS),
             python=PYTHON,

@@ -20,7 +20,7 @@ import torch
 
 import bitmill
 from tiny import tinier_llama
-from warm_python import FORKED, PYTHON
+from warm_python import FORKED
 
 pytestmark = pytest.mark.e2e
 
@@ -149,12 +149,11 @@ def test_a_call_changes_nothing_and_nothing_changes_it(
 ) -> None:
     arguments = f"{str(source)!r}, {str(tmp_path / 'out')!r}, {odd}"
     program = (
-        f"import sys; sys.executable = {sys.executable!r}\n"  # forks the process that verifies
-        f"sys.path += {[str(HERE), str(HERE.parents[1])]}\n"
+        f"import sys; sys.path += {[str(HERE), str(HERE.parents[1])]}\n"
         f"from test_callers_process import call; call({arguments})"
     )
     done = subprocess.run(
-        [PYTHON, "-c", program],
+        [sys.executable, "-c", program],
         env=os.environ | FORKED,
         capture_output=True,
         text=True,
