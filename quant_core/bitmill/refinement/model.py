@@ -50,6 +50,7 @@ from bitmill.refinement.store import (
     EMBEDDINGS,
     BlockSaver,
     SavedBlock,
+    is_finished,
     load_block,
     parts_of,
     report_path,
@@ -177,7 +178,7 @@ def refine_model(
     if group.first:
         _refine_embeddings(model, inputs, folder)
     count = model.block_count if blocks is None else blocks
-    finished = group.broadcast([report_path(folder, i).is_file() for i in range(count)])
+    finished = group.broadcast([is_finished(folder, i) for i in range(count)])
     embeddings = _load_embeddings(folder, model.plan)
     matrices = {name: weight.dequantize() for name, weight in embeddings.items()}
     quantized = model.with_matrices(matrices)
@@ -255,7 +256,7 @@ def _tune(learning: Learner, plan: Plan, folder: Path) -> None:
 
 def _refine_embeddings(model: StreamedModel, inputs: RefineInputs, folder: Path) -> None:
     """Quantize embeddings and heads, where the plan does."""
-    if model.plan.embeddings and not report_path(folder, EMBEDDINGS).is_file():
+    if model.plan.embeddings and not is_finished(folder, EMBEDDINGS):
         widths = inputs.bit_widths.linears
         weights, reports = quantize_embeddings(model, inputs.tokens.tokens, widths)
         save_block(folder, EMBEDDINGS, weights, reports, None)

@@ -1,8 +1,8 @@
 """Refined blocks on disk, and a thread that saves one while the caller goes on.
 
 A finished block is one `block-00012.safetensors` of packed tensors beside a `block-00012.json` of
-reports and hashes, which is written last: a block is finished where it exists. Embeddings and heads
-that are quantized too are the part before the first block, `embeddings.safetensors`.
+reports and hashes, which is written last: a block is finished where both exist. Embeddings and
+heads that are quantized too are the part before the first block, `embeddings.safetensors`.
 """
 
 from __future__ import annotations
@@ -51,9 +51,14 @@ def report_path(folder: Path, i: int) -> Path:
     return folder / f"{_part_name(i)}.json"
 
 
+def is_finished(folder: Path, i: int) -> bool:
+    """Whether block i is there. A kill while a folder was removed may leave its report alone."""
+    return report_path(folder, i).is_file() and tensors_path(folder, i).is_file()
+
+
 def is_whole(folder: Path, plan: Plan) -> bool:
     """Whether every part is finished."""
-    return all(report_path(folder, i).is_file() for i in parts_of(plan))
+    return all(is_finished(folder, i) for i in parts_of(plan))
 
 
 def _part_name(i: int) -> str:

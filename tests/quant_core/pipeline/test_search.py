@@ -111,7 +111,8 @@ def test_the_blocks_of_the_best_map_are_not_refined_again(source, tmp_path):
 
 
 @pytest.mark.e2e
-def test_kept_blocks_of_which_some_are_gone_are_refined_again(source, tmp_path):
+@pytest.mark.parametrize("gone", ["block-00000.*", "block-00000.safetensors"])
+def test_kept_blocks_of_which_some_are_gone_are_refined_again(source, tmp_path, gone):
     """As after a kill while they were moved into a folder that another job emptied then."""
     work, kept = tmp_path / "work", tmp_path / "work" / "refined-blocks"
     with pytest.raises(Cancelled):
@@ -123,7 +124,7 @@ def test_kept_blocks_of_which_some_are_gone_are_refined_again(source, tmp_path):
             should_stop=(work / "allocate").is_dir,
         )
     wanted = {path.name: path.read_bytes() for path in kept.glob("block-*")}
-    for path in kept.glob("block-00000.*"):
+    for path in kept.glob(gone):
         path.unlink()
     run_job(asked(0.1), source, work, tmp_path / "out")
     assert {p.name: p.read_bytes() for p in (work / "refine").glob("block-*")} == wanted
