@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Budget, parse_config
@@ -174,6 +175,18 @@ def test_blocks_that_were_looked_at_are_those_of_the_whole_map(deep, tmp_path, m
     ]
     assert len(found[0]) == 12
     assert found[0] == found[1]
+
+
+@pytest.mark.e2e
+def test_first_blocks_that_lose_nothing_are_not_looked_at(tmp_path):
+    deep = tinier_llama(tmp_path / "m", num_hidden_layers=12)
+    file = deep / "model.safetensors"
+    zeros = {k: v * ("_proj" not in k) for k, v in load_file(file).items()}
+    save_file(zeros, file, metadata={"format": "pt"})
+    config = asked(0.3, refinement={"method": "rtn"})
+    made = run_job(config, deep, tmp_path / "work", tmp_path / "out")
+    assert made.quality.row("knapsack rtn").texts["wiki_evaluation"].kl == 0
+    assert not list(tmp_path.glob("work/allocate/first-aim.json"))
 
 
 @pytest.mark.e2e

@@ -107,11 +107,12 @@ def _first_aim(inputs: Inputs, run: Run, folder: Path, allocator: Allocator) -> 
     if run.group.broadcast(record.is_file()):
         return float(read_json(record))
     found, scratch = allocator.within_loss(aim), _scratch(folder, 0)
-    kl, kl_se = first_loss(inputs.refining, found, run, scratch, count)
-    costs = inputs.profile.keeping(found.outliers)
     first = {name: own for name, own in found.linears.items() if plan.by_name[name].block < count}
-    share = costs.predicted_loss(first) / costs.predicted_loss(found.linears)
-    expected = (kl + CONFIDENCE * kl_se) / share if share else 0.0
+    part, whole = map(inputs.profile.predicted_loss, (first, found.linears))
+    if not part:
+        return aim
+    kl, kl_se = first_loss(inputs.refining, found, run, scratch, count)
+    expected = (kl + CONFIDENCE * kl_se) * whole / part
     hopeless = expected > HOPELESS * inputs.target
     if hopeless:
         aim *= MARGIN * inputs.target / expected
