@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Budget, parse_config
 from bitmill.errors import BudgetError, Cancelled, SpecError
-from bitmill.formats.accounting import Footprint
 from bitmill.pipeline.admission import admit
 from bitmill.pipeline.estimate import SEARCH_STEPS
 from bitmill.pipeline.job import run_job
 from bitmill.pipeline.stages import search
-from bitmill.pipeline.stages.search import Step, next_aim
+from bitmill.pipeline.stages.search import Point, next_aim
 from tiny import tinier_llama
 
 TEXT = {"source": "file", "path": str(Path(__file__).parents[1] / "calibration.txt")}
@@ -139,7 +137,7 @@ def deep(tmp_path_factory):
 
 
 def parts_of_search(loss, source, folder):
-    """Blocks told while maps were searched for, and the map's aim behind the first four."""
+    """Blocks told while maps were searched for, and the first map where it was given up."""
     said = []
     run_job(asked(loss), source, folder / "work", folder / "out", on_progress=said.append)
     told = [
@@ -147,20 +145,31 @@ def parts_of_search(loss, source, folder):
         for one in said
         if one.stage == "allocate" and one.kind == "progress" and one.unit == "block"
     ]
-    (record,) = folder.glob("work/allocate/first-aim.json")
+    (record,) = folder.glob("work/allocate/first-look.json")
     return told, json.loads(record.read_text())
 
 
 @pytest.mark.e2e
 def test_a_first_map_that_is_far_off_ends_behind_a_third_of_its_blocks(deep, tmp_path, monkeypatch):
-    told, aim = parts_of_search(0.3, deep, tmp_path / "whole")
-    assert aim == pytest.approx(0.95 * 0.3)
+    told, given_up = parts_of_search(0.3, deep, tmp_path / "whole")
+    assert not given_up
     assert told[:5] == [1, 2, 3, 4, 1]  # the finished ones are told again
     assert told[4:16] == list(range(1, 13))
+    known = []
+
+    def watched(points, target):
+        known.append([(point.aim, point.upper) for point in points])
+        return next_aim(points, target)
+
+    monkeypatch.setattr(search, "next_aim", watched)
     monkeypatch.setattr(search, "HOPELESS", 1e-3)
-    told, less = parts_of_search(0.3, deep, tmp_path / "less")
-    assert 0 < less < aim
+    monkeypatch.setattr(search, "CLOSE_ENOUGH", 1.0)
+    told, (point,) = parts_of_search(0.3, deep, tmp_path / "less")
+    assert point[0] == pytest.approx(0.95 * 0.3)
     assert told[4:16] == list(range(1, 13))
+    assert known[0] == [tuple(point)]
+    assert all(points[0] == tuple(point) for points in known)
+    assert known[1][1][0] == next_aim([Point(*point)], 0.3)
 
 
 @pytest.mark.e2e
@@ -186,7 +195,7 @@ def test_first_blocks_that_lose_nothing_are_not_looked_at(tmp_path):
     config = asked(0.3, refinement={"method": "rtn"})
     made = run_job(config, deep, tmp_path / "work", tmp_path / "out")
     assert made.quality.row("knapsack rtn").texts["wiki_evaluation"].kl == 0
-    assert not list(tmp_path.glob("work/allocate/first-aim.json"))
+    assert not list(tmp_path.glob("work/allocate/first-look.json"))
 
 
 @pytest.mark.e2e
@@ -199,16 +208,12 @@ def test_what_no_width_reaches_is_refused_with_the_nearest(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def _step(aim, upper):
-    return Step(aim, BitWidthMap(linears={"a": (2,)}), Footprint(2, 2, 2), upper, upper)
-
-
 @pytest.mark.parametrize("power", [0.7, 1.0, 1.6])
 def test_the_aim_finds_the_target_of_a_power_law(power):
-    tried = [_step(0.1, 3 * 0.1**power)]
+    tried = [Point(0.1, 3 * 0.1**power)]
     for _ in range(3):
         aim = next_aim(tried, 0.02)
-        tried.append(_step(aim, 3 * aim**power))
+        tried.append(Point(aim, 3 * aim**power))
     assert tried[-1].upper == pytest.approx(0.95 * 0.02, rel=0.02)
 
 

@@ -41,7 +41,7 @@ FEWEST_BLOCKS = 4
 HOPELESS = 2.0
 """Times the target from which on a first map is given up."""
 CONFIDENCE = 1.96
-AIM_NAME = "first-aim.json"
+LOOK_NAME = "first-look.json"
 NOTE_NAME = "search.json"
 
 
@@ -56,21 +56,28 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Step:
-    """A measured map. aim: the predicted loss that was allowed; upper: end of its KL's interval."""
+class Point:
+    """aim: the predicted loss that a map was allowed; upper: end of the interval of its KL."""
 
     aim: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Step(Point):
+    """A measured map."""
+
     bit_widths: BitWidthMap
     spent: Footprint
     kl: float
-    upper: float
 
 
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
     """Raises `BudgetError` where no step came within the target, with the nearest."""
     allocator = Allocator(inputs.refining.plan, inputs.allocation, inputs.profile)
     steps: list[Step] = []
-    aim = _first_aim(inputs, run, folder, allocator)
+    given_up = _given_up(inputs, run, folder, allocator)
+    aim = next_aim(given_up, inputs.target) if given_up else inputs.target * MARGIN
     while len(steps) < SEARCH_STEPS:
         found = allocator.within_loss(aim)
         if any(step.bit_widths == found for step in steps):
@@ -78,7 +85,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         steps.append(_measured(inputs, run, folder, steps, aim, found))
         if CLOSE_ENOUGH * inputs.target <= steps[-1].upper <= inputs.target:
             break
-        aim = next_aim(steps, inputs.target)
+        aim = next_aim([*given_up, *steps], inputs.target)
     best = _best(steps, inputs.target)
     if best is None:
         raise _out_of_reach(steps, inputs.target)
@@ -96,32 +103,31 @@ def load(folder: Path) -> tuple[Allocated, str]:
     return Allocated(BitWidthMap.load(folder / MAP_NAME), ()), note
 
 
-def _first_aim(inputs: Inputs, run: Run, folder: Path, allocator: Allocator) -> float:
-    """The predicted loss that the first map may have: the target, or less where the first blocks of
-    such a map have lost so much more than predicted that the whole would be hopeless."""
-    aim, plan = inputs.target * MARGIN, inputs.refining.plan
+def _given_up(inputs: Inputs, run: Run, folder: Path, allocator: Allocator) -> list[Point]:
+    """The first map, where its first blocks have lost so much more than predicted that the whole
+    would be hopeless, with what the whole would lose; else none."""
+    plan = inputs.refining.plan
     count = plan.block_count // FIRST_PART
     if count < FEWEST_BLOCKS:
-        return aim
-    record = folder / AIM_NAME
+        return []
+    record = folder / LOOK_NAME
     if run.group.broadcast(record.is_file()):
-        return float(read_json(record))
-    found, scratch = allocator.within_loss(aim), _scratch(folder, 0)
+        return [Point(*point) for point in read_json(record)]
+    aim, scratch = inputs.target * MARGIN, _scratch(folder, 0)
+    found = allocator.within_loss(aim)
     first = {name: own for name, own in found.linears.items() if plan.by_name[name].block < count}
     part, whole = map(inputs.profile.predicted_loss, (first, found.linears))
     if not part:
-        return aim
+        return []
     kl, kl_se = first_loss(inputs.refining, found, run, scratch, count)
     expected = (kl + CONFIDENCE * kl_se) * whole / part
-    hopeless = expected > HOPELESS * inputs.target
-    if hopeless:
-        aim *= MARGIN * inputs.target / expected
+    points = [Point(aim, expected)] if expected > HOPELESS * inputs.target else []
     if run.group.first:
-        if hopeless:
+        if points:
             shutil.rmtree(scratch)
-        write_json(record, aim)
+        write_json(record, [[point.aim, point.upper] for point in points])
     run.group.barrier()
-    return aim
+    return points
 
 
 def _scratch(folder: Path, step: int) -> Path:
@@ -135,7 +141,7 @@ def _measured(
     spent = footprint(inputs.refining.plan, found)
 
     def step_of(kl: float, kl_se: float) -> Step:
-        return Step(aim, found, spent, kl, kl + CONFIDENCE * kl_se)
+        return Step(aim, kl + CONFIDENCE * kl_se, found, spent, kl)
 
     def is_best(kl: float, kl_se: float) -> bool:
         step = step_of(kl, kl_se)
@@ -151,7 +157,7 @@ def _best(steps: Sequence[Step], target: float) -> Step | None:
     return min(within, key=lambda step: step.spent.size, default=None)
 
 
-def next_aim(steps: Sequence[Step], target: float) -> float:
+def next_aim(steps: Sequence[Point], target: float) -> float:
     """The predicted loss to allow next: where ln(upper), linear in ln(aim), meets the target."""
     last = steps[-1]
     slope = 1.0
