@@ -359,6 +359,8 @@ class _Run:
         for scaling in self.scalings:
             stream, orders = self._streams[0], self.inputs.orders
             fold_scales(self.model, i, block, stream, widths, orders, scaling, batch=self.batch)
+        # A folded block rounds otherwise than the source's, which a run that goes on has.
+        advances = self.shifts and not self.scalings
         weights: Mapping[str, Quantized]
         weights, results = refine_block(
             self.model,
@@ -371,14 +373,14 @@ class _Run:
                 self.needs,
                 self.transforms,
                 self.batch,
-                advance_source=self.shifts,
+                advance_source=advances,
                 alike=self.outliers.alike,
             ),
             held_out=self._streams[1] if self.shifts else None,
             on_step=on_step,
             replay=self._replay if self.learning is None else None,
         )
-        if self.shifts and names:
+        if advances and names:
             self._source_is_behind = i
         report = None
         if self.learning is not None and self.source is not None and names:

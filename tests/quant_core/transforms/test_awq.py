@@ -25,7 +25,6 @@ from bitmill.pipeline.job import run_job
 from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.folding import fold_scales, writer_name
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
-from bitmill.refinement.store import tensors_path
 from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.solvers.rtn import RtnSolver
 from bitmill.solvers.solver import Linear
@@ -33,7 +32,7 @@ from bitmill.transforms.awq.scaling import AwqScaling, rounding_error
 from bitmill.transforms.awq.settings import AWQ
 from bitmill.transforms.channels import ChannelInputs
 from rank_function import on_ranks
-from tiny import save_tiny, tiny_llama, tiny_opt
+from tiny import save_tiny, tinier_llama, tiny_llama, tiny_opt
 from tiny_architectures import tiny_config
 
 TEXT = {"source": "file", "path": str(Path(__file__).parents[1] / "calibration.txt")}
@@ -217,9 +216,10 @@ def test_a_job_folds_stores_and_measures_the_same_model(tmp_path: Path) -> None:
     assert torch.allclose(found.float(), expected.float(), atol=2e-3)
 
 
-def refine(source: Path, folder: Path, ranks: Ranks = SINGLE) -> RefinedModel:
+def refine(source: Path, folder: Path, ranks: Ranks = SINGLE, method: str = "rtn") -> RefinedModel:
     """The blocks with folded scales, at 3 bits, into an empty folder or one with blocks."""
-    asked, model = config(), opened(source)
+    asked = config(refinement={"method": method, "transforms": [{"name": "awq"}]})
+    model = opened(source)
     calibration = calibration_tokens(asked.calibration, source, seed=0)
     refine_model(
         model,
@@ -234,16 +234,22 @@ def refine(source: Path, folder: Path, ranks: Ranks = SINGLE) -> RefinedModel:
     return RefinedModel(folder, model.plan)
 
 
-def test_a_run_that_goes_on_behind_a_saved_block_gives_the_same_bytes(tmp_path: Path) -> None:
-    source, whole, resumed = tiny_llama(tmp_path / "source"), tmp_path / "1", tmp_path / "2"
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_run_that_goes_on_behind_a_saved_block_gives_the_same_bytes(
+    tmp_path: Path, method: str
+) -> None:
+    """The source that runs beside `gptq` does not depend on what was folded either."""
+    source = tinier_llama(tmp_path / "source", num_hidden_layers=4)
+    whole, resumed = tmp_path / "1", tmp_path / "2"
     for folder in (whole, resumed):
         folder.mkdir()
         if folder == resumed:
             for file in whole.glob("block-00000.*"):
                 shutil.copy(file, folder)
-        refine(source, folder)
-    for i in range(2):
-        assert tensors_path(whole, i).read_bytes() == tensors_path(resumed, i).read_bytes()
+        refine(source, folder, method=method)
+    found = [{p.name: p.read_bytes() for p in at.glob("block-*")} for at in (whole, resumed)]
+    assert len(found[0]) == 8
+    assert found[0] == found[1]
 
 
 def refine_part(group: Ranks, source: str, folder: str) -> None:
