@@ -42,6 +42,15 @@ SHAPES = {
 WIDE_FROM = 1 << 25
 """Weights from which blocks of more rows pay, as decoding takes more than sums."""
 
+MOST_TOKENS = ((1 << 27, 1024), (1 << 24, 512), (0, 128))
+"""Weights from which this is faster than decoded weights, up to so many tokens. Up to 256 tokens
+measured on an H200; beyond by launches of 256 and what decoding took there."""
+
+
+def most_tokens(weights: int) -> int:
+    """Up to so many tokens this is faster than decoded weights, for so many weights."""
+    return next(tokens for least, tokens in MOST_TOKENS if weights >= least)
+
 
 def available(device: torch.device) -> bool:
     """Whether this device has `wgmma` and the kernel is there or can be compiled."""

@@ -2,7 +2,7 @@
 
     y[t, n] = sum_k x[t, k] w[n, k],   x in the source's columns
 
-On Hopper, as far as `batch_tokens` says, tokens of half precision: `batch_cuda.py`. Elsewhere up to
+On Hopper, as far as `most_tokens` says, tokens of half precision: `batch_cuda.py`. Elsewhere up to
 `FUSED_TOKENS` tokens of half precision: the order, the rotation and the scales of groups are
 applied to x in a first launch, and a second one multiplies from the circles by tensor cores,
 without ever writing a weight. More tokens, or fp32: rows are decoded into a scratch of at most
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bitmill_kernels.hopper.schedule import WarpgroupShape, batch_tokens
+from bitmill_kernels.hopper.schedule import WarpgroupShape
 from bitmill_kernels.trellis import batch_cuda
 from bitmill_kernels.trellis.building import built
 from bitmill_kernels.trellis.layout import TILE, tile_count
@@ -39,8 +39,7 @@ class CudaTrellisProduct(TrellisProduct):
         super().__init__(*linear, **source)
         self._table = _table_of(self._circles, self.rates, self.K)
         wide = batch_cuda.available(self._rows.device)
-        # A launch for 256 tokens decodes about as long as two for 128 of the other code.
-        self._batched = batch_tokens(self.N * self.K, 128)
+        self._batched = batch_cuda.most_tokens(self.N * self.K)
         self._batch = (
             self.batch(batch_cuda.fitting_shapes(self.rates, self.N * self.K)) if wide else None
         )
