@@ -26,6 +26,17 @@ MIXED = (3, 2, 4, 8, 1, 3, 6, 5, 3)
 NARROW = (3, 2, 4, 4, 1, 3, 3, 2, 3)
 
 
+def the_same_again(product, x, bias, times):
+    """y [T, N] of a product that gives the same bits so many times, into memory that holds NaN."""
+    results = []
+    for _ in range(times):
+        y = torch.full((len(x), len(bias)), float("nan"), dtype=x.dtype, device=GPU)
+        product(x, bias, y)
+        results.append(y)
+    assert all(torch.equal(results[0], y) for y in results)
+    return results[0]
+
+
 def exact(x, weight, bias=None):
     inputs = x.double() if weight.order is None else x.double()[:, weight.order.long()]
     y = inputs @ dequantize_runtime(weight).double().t()
@@ -62,13 +73,8 @@ def test_every_launch_shape_is_right_and_repeatable(compiled, T, dtype):
     bias = torch.randn(1000, device=GPU).to(dtype)
     expected = exact(x, weight, bias)
     for decoder in decoders(weight, T):
-        results = []
-        for _ in range(20):
-            y = torch.full((T, 1000), float("nan"), dtype=dtype, device=GPU)
-            decoder(x, bias, y)
-            results.append(y)
-        assert relative_error(results[0], expected) < (1e-3 if dtype == torch.float16 else 5e-3)
-        assert all(torch.equal(results[0], y) for y in results)
+        y = the_same_again(decoder, x, bias, times=20)
+        assert relative_error(y, expected) < (1e-3 if dtype == torch.float16 else 5e-3)
 
 
 @pytest.mark.parametrize("T", [1, 16, 17, 64, 65, 128, 300])
@@ -86,14 +92,9 @@ def test_every_shape_for_batches_is_right_and_repeatable(compiled, T, widths, dt
             if batch_cuda.plan(weight, shape, tokens) is None:
                 continue
             product = batch_cuda.CudaBatch(weight, {tokens: shape})
-            results = []
-            for _ in range(10):
-                y = torch.full((T, 1000), float("nan"), dtype=dtype, device=GPU)
-                product(x, bias, y)
-                results.append(y)
+            y = the_same_again(product, x, bias, times=10)
             limit = 6e-4 if dtype == torch.float16 else 5e-3
-            assert relative_error(results[0], expected) < limit, (shape, tokens)
-            assert all(torch.equal(results[0], y) for y in results)
+            assert relative_error(y, expected) < limit, (shape, tokens)
 
 
 @pytest.mark.parametrize("T", [257, 300, 511, 900])
@@ -107,14 +108,9 @@ def test_batches_larger_than_a_launch(compiled, T, ordered, dtype):
     whole = (torch.randn(T, 1101, device=GPU) + 0.5).to(dtype)
     bias = torch.randn(1000, device=GPU).to(dtype)
     for x in (whole[:, :1100], whole[:, 1:]):  # the second is not aligned
-        results = []
-        for _ in range(5):
-            y = torch.full((T, 1000), float("nan"), dtype=dtype, device=GPU)
-            product(x, bias, y)
-            results.append(y)
+        y = the_same_again(product, x, bias, times=5)
         limit = 6e-4 if dtype == torch.float16 else 5e-3
-        assert relative_error(results[0], exact(x, weight, bias)) < limit
-        assert all(torch.equal(results[0], y) for y in results)
+        assert relative_error(y, exact(x, weight, bias)) < limit
 
 
 @pytest.mark.parametrize("width", WIDTHS)
