@@ -7,7 +7,7 @@ block, of equal cost.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,12 +27,17 @@ BATCH_TOKENS = {
 so many tokens."""
 
 
+def tokens_of(limits: Sequence[tuple[int, int]], weights: int) -> int:
+    """The tokens that stand beside the first number of weights that is reached; the last is 0."""
+    return next(tokens for least, tokens in limits if weights >= least)
+
+
 def batch_tokens(weights: int, launch: int) -> int:
     """Up to so many tokens `wgmma` is faster than a dequantized weight, for so many weights.
 
     launch: most tokens of a launch, a key of `BATCH_TOKENS`. Measured on an H200.
     """
-    return next(tokens for least, tokens in BATCH_TOKENS[launch] if weights >= least)
+    return tokens_of(BATCH_TOKENS[launch], weights)
 
 
 DECODE_TOKENS = ((1 << 27, 16), (0, 8))
@@ -44,7 +49,7 @@ def decode_tokens(weights: int) -> int:
 
     Measured on an H200 (`benchmarks/matmul.py --kernels batch --sweep`).
     """
-    return next(tokens for least, tokens in DECODE_TOKENS if weights >= least)
+    return tokens_of(DECODE_TOKENS, weights)
 
 
 WHOLE_TILES_FROM = 0.95

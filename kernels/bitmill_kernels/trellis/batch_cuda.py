@@ -18,6 +18,7 @@ from bitmill_kernels.hopper.schedule import (
     Rings,
     WarpgroupShape,
     plan_rings,
+    tokens_of,
     unit_table,
     whole_tiles,
 )
@@ -49,7 +50,7 @@ measured on an H200; beyond by launches of 256 and what decoding took there."""
 
 def most_tokens(weights: int) -> int:
     """Up to so many tokens this is faster than decoded weights, for so many weights."""
-    return next(tokens for least, tokens in MOST_TOKENS if weights >= least)
+    return tokens_of(MOST_TOKENS, weights)
 
 
 def available(device: torch.device) -> bool:
