@@ -13,7 +13,7 @@ from bitmill_kernels.hopper import schedule as hopper_schedule
 from bitmill_kernels.hopper.building import HEADERS
 from bitmill_kernels.layout import PLANES, WIDTHS, group_columns
 from bitmill_kernels.matmul import decode_cuda, tiles
-from bitmill_kernels.matmul.decode_cuda import SHAPES, BlockShape, plan_shared
+from bitmill_kernels.matmul.decode_cuda import SHAPES, BlockShape, fused_tokens, plan_shared
 from bitmill_kernels.matmul.runtime import build_runtime
 from bitmill_kernels.matmul.units import build_schedule
 from kernel_cases import random_linear, random_planes
@@ -149,6 +149,14 @@ def test_a_shape_that_does_not_fit_is_recognized():
     weight, *_ = random_linear(128, 512, (8,) * 4)
     runtime = build_runtime([weight], CPU)
     assert plan_shared(runtime, BlockShape(4, 2, 3), 16, 0, H100_SHARED) is None
+
+
+@pytest.mark.parametrize(
+    ("bucket", "chunks", "tokens"),
+    [(2, 15, 2), (2, 16, 0), (8, 3, 8), (8, 4, 4), (8, 9, 2), (8, 16, 0), (16, 1, 0)],
+)
+def test_blocks_convert_few_tokens_of_few_pairs(bucket, chunks, tokens):
+    assert fused_tokens({2: 15, 4: 8, 8: 3}, bucket, chunks) == tokens
 
 
 def test_the_stored_table_names_compiled_shapes():

@@ -47,13 +47,13 @@ def relative_error(y, expected):
     return ((y.double() - expected).norm() / expected.norm()).item()
 
 
-def decoders(weight, T):
+def decoders(weight, T, **options):
     bucket = next(bucket for bucket in TOKEN_BUCKETS if bucket >= T)
     found = []
     for shape in SHAPES[bucket]:
         if all(member.rows % shape.rows == 0 for member in weight.members):
             with suppress(ValueError):
-                found.append(CudaDecoder(weight, {bucket: shape}))
+                found.append(CudaDecoder(weight, {bucket: shape}, **options))
     assert found
     return found
 
@@ -75,6 +75,24 @@ def test_every_launch_shape_is_right_and_repeatable(compiled, T, dtype):
     for decoder in decoders(weight, T):
         y = the_same_again(decoder, x, bias, times=20)
         assert relative_error(y, expected) < (1e-3 if dtype == torch.float16 else 5e-3)
+
+
+@pytest.mark.parametrize("T", range(1, 9))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("ordered", [False, True], ids=["source", "moved"])
+def test_blocks_that_convert_for_themselves_give_the_bits_of_the_prologue(
+    compiled, T, dtype, ordered
+):
+    weight = build_runtime([random_planes(1000, 1100, MIXED, GPU, ordered=ordered)], GPU)
+    whole = (torch.randn(T, 1104, device=GPU) + 0.5).to(dtype)
+    bias = torch.randn(1000, device=GPU).to(dtype)
+    for x in (whole[:, :1100], whole[:, 3:1103]):  # the second is not aligned
+        expected = exact(x, weight, bias)
+        ways = decoders(weight, T, fused={8: 1000}), decoders(weight, T, fused={})
+        for own, once in zip(*ways, strict=True):
+            y = the_same_again(own, x, bias, times=10)
+            assert torch.equal(y, the_same_again(once, x, bias, times=2))
+            assert relative_error(y, expected) < (1e-3 if dtype == torch.float16 else 5e-3)
 
 
 @pytest.mark.parametrize("T", [1, 16, 17, 64, 65, 128, 300])

@@ -17,8 +17,8 @@
 //   that this reading gives: vectors of 16 bytes, [group][4][token][lane % 4], then for each
 //   group and token the power of two they were divided by (times 2^24) and their sum.
 //
-// One or two tokens are converted by every block for the pairs it needs. More tokens are
-// converted once, by the prologue kernel, and travel with the weights.
+// Where a block needs few pairs, it converts their activations itself. Else they are converted
+// once, by the prologue kernel, and travel with the weights.
 //
 // Where a tile is shared by several blocks, each warp leaves its partial sums in the workspace
 // and the last to arrive adds them in block order: bitwise the same result on every launch. No
@@ -30,6 +30,7 @@
 namespace {
 
 constexpr int kPrologueWarps = 2;
+constexpr int kTokensAtOnce = 4;  // that a warp converts of several, so that loads overlap
 
 __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                          uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -211,9 +212,49 @@ __device__ __forceinline__ bool reduce(const DecodeArguments& p, const Target& t
 // Bytes of one pair's activations: 8 vectors of 4 x 16 bytes a token, then (scale, sum) twice.
 __device__ __forceinline__ int input_bytes(int tokens) { return 528 * tokens; }
 
-// Converts one token of one pair: a warp, a half of it for each group. Each group is divided by a
-// power of two that brings it below 2^15, and each field by its place value.
-template <class Row>
+// Two activations of a word.
+__device__ __forceinline__ float2 values_of(uint32_t word, bool is_bf16) {
+  if (is_bf16) return {__int_as_float(word << 16), __int_as_float(word & 0xffff0000u)};
+  return __half22float2(*reinterpret_cast<const __half2*>(&word));
+}
+
+// Loads what a lane converts of some tokens of a pair: of each, words of four columns from
+// `columns` of a group of `live` columns from `first` on.
+template <int TOKENS>
+__device__ __forceinline__ void load_values(const DecodeArguments& p, const int (&columns)[2],
+                                            int first, int live, bool whole,
+                                            const int64_t (&at)[TOKENS],
+                                            float2 (&values)[TOKENS][4]) {
+  if (whole) {
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+      const uint16_t* row = static_cast<const uint16_t*>(p.x) + at[t] + first;
+      const uint2 words[2] = {*reinterpret_cast<const uint2*>(row + columns[0]),
+                              *reinterpret_cast<const uint2*>(row + columns[1])};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        values[t][2 * i] = values_of(words[i].x, p.is_bf16);
+        values[t][2 * i + 1] = values_of(words[i].y, p.is_bf16);
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int c = columns[i / 4] + i % 4;
+    const int k = c >= live ? -1 : p.order ? p.order[first + c] : first + c;
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+      const float value = k < 0 ? 0.0f : load_input(p, at[t] + k);
+      (i % 2 ? values[t][i / 2].y : values[t][i / 2].x) = value;
+    }
+  }
+}
+
+// Converts TOKENS tokens of one pair from `token` on, as far as there are so many: a warp, a half
+// of it for each group. Each group is divided by a power of two that brings it below 2^15, and
+// each field by its place value.
+template <int TOKENS, class Row>
 __device__ __forceinline__ void convert(const DecodeArguments& p, const Row& pair, int token,
                                         int thread, uint8_t* to) {
   const int group = thread / 16, vector = thread % 16 / 4, column = thread % 4;
@@ -221,52 +262,89 @@ __device__ __forceinline__ void convert(const DecodeArguments& p, const Row& pai
   const bool narrow = pair.width == 1 || pair.width == 3 || pair.width == 5;
   const int first = group ? pair.first[1] : pair.first[0];
   const int live = group ? pair.live[1] : pair.live[0];
-  float values[4][2];
-  float largest = 0.0f;
+  int columns[2], shifts[2];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int product = 2 * vector + i / 2;
+  for (int i = 0; i < 2; ++i) {
+    const int product = 2 * vector + i;
     const int j = product / low, step = product % low;
-    const int word = narrow ? 8 * step + 2 * column + i % 2
-                            : 16 * (step / 2) + 4 * column + 2 * (step % 2) + i % 2;
+    const int word = narrow ? 8 * step + 2 * column : 16 * (step / 2) + 4 * column + 2 * (step % 2);
+    columns[i] = j * 16 * low + 2 * word;
+    shifts[i] = low * j;
+  }
+  // Words of four columns lie together where none are moved and none are missing.
+  const bool whole = p.order == nullptr && pair.live[0] == 128 && pair.live[1] == 128 &&
+                     (reinterpret_cast<uintptr_t>(p.x) | 2 * p.x_stride) % 8 == 0;
+  int64_t at[TOKENS];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int c = j * 16 * low + 2 * word + h;
-      float value = 0.0f;
-      if (c < live) {
-        const int k = first + c;
-        value = load_input(p, static_cast<int64_t>(token) * p.x_stride + (p.order ? p.order[k] : k));
-      }
-      values[i][h] = value;
-      largest = fmaxf(largest, fabsf(value));
+  for (int t = 0; t < TOKENS; ++t) {
+    at[t] = static_cast<int64_t>(min(token + t, p.tokens - 1)) * p.x_stride;
+  }
+  float2 values[TOKENS][4];
+  load_values(p, columns, first, live, whole, at, values);
+  float largest[TOKENS], total[TOKENS];
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t) {
+    largest[t] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      largest[t] = fmaxf(largest[t], fmaxf(fabsf(values[t][i].x), fabsf(values[t][i].y)));
     }
   }
 #pragma unroll
   for (int step = 8; step > 0; step /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-  }
-  const int exponent = max(__float_as_int(largest) >> 23, kMinimumExponent) - 14;
-  const float inverse = __int_as_float((254 - exponent) << 23);
-  const float scale = __int_as_float(exponent << 23);
-  uint4 out;
-  __half2* halves = reinterpret_cast<__half2*>(&out);
-  float total = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int shift = low * ((2 * vector + i / 2) / low);
-    const float down = inverse * __int_as_float((127 - shift) << 23);
-    halves[i] = __floats2half2_rn(values[i][0] * down, values[i][1] * down);
-    const float2 seen = __half22float2(halves[i]);
-    total += (seen.x + seen.y) * __int_as_float((127 + shift) << 23);
+    for (int t = 0; t < TOKENS; ++t) {
+      largest[t] = fmaxf(largest[t], __shfl_xor_sync(0xffffffffu, largest[t], step));
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t) {
+    const int exponent = max(__float_as_int(largest[t]) >> 23, kMinimumExponent) - 14;
+    const float inverse = __int_as_float((254 - exponent) << 23);
+    uint4 out;
+    __half2* halves = reinterpret_cast<__half2*>(&out);
+    total[t] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float down = inverse * __int_as_float((127 - shifts[i / 2]) << 23);
+      halves[i] = __floats2half2_rn(values[t][i].x * down, values[t][i].y * down);
+      const float2 seen = __half22float2(halves[i]);
+      total[t] += (seen.x + seen.y) * __int_as_float((127 + shifts[i / 2]) << 23);
+    }
+    if (token + t < p.tokens) {
+      uint8_t* vectors = to + ((group * 4 + vector) * p.tokens + token + t) * 64;
+      *reinterpret_cast<uint4*>(vectors + column * 16) = out;
+    }
   }
 #pragma unroll
   for (int step = 8; step > 0; step /= 2) {
-    total += __shfl_xor_sync(0xffffffffu, total, step);
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) total[t] += __shfl_xor_sync(0xffffffffu, total[t], step);
   }
-  *reinterpret_cast<uint4*>(to + ((group * 4 + vector) * p.tokens + token) * 64 + column * 16) = out;
   if (thread % 16 == 0) {
-    float2* tails = reinterpret_cast<float2*>(to + 512 * p.tokens);
-    tails[group * p.tokens + token] = make_float2(scale * 16777216.0f, total * scale);
+    float2* tails = reinterpret_cast<float2*>(to + 512 * p.tokens) + group * p.tokens;
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+      const int exponent = max(__float_as_int(largest[t]) >> 23, kMinimumExponent) - 14;
+      const float scale = __int_as_float(exponent << 23);
+      if (token + t < p.tokens) tails[token + t] = {scale * 16777216.0f, total[t] * scale};
+    }
+  }
+}
+
+// Converts the activations of a block's first `count` units, one of each pair it needs: its warps
+// take turns at TOKENS tokens of a pair.
+template <int WARPS, int TOKENS>
+__device__ __forceinline__ void convert_own(const DecodeArguments& p, const UnitRow* units,
+                                            int count, int warp, int thread, uint8_t* chunks) {
+  const int turns = (p.tokens + TOKENS - 1) / TOKENS;
+  Columns next = load_row(&units[min(warp / turns, count - 1)].columns);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  for (int turn = warp; turn < count * turns; turn += WARPS) {
+    const Columns columns = next;
+    next = load_row(&units[min((turn + WARPS) / turns, count - 1)].columns);
+    convert<TOKENS>(p, columns, turn % turns * TOKENS, thread,
+                    chunks + turn / turns * input_bytes(p.tokens));
   }
 }
 
@@ -280,12 +358,12 @@ __device__ void consume(const DecodeArguments& p, const UnitRow* units, uint64_t
   const int x_bytes = input_bytes(p.tokens);
   const BlockRow block = load_row(reinterpret_cast<const BlockRow*>(units - 1));
   Target next = load_row(&units->target);
-  if (!p.inputs) {
-    Columns columns = load_row(&units[min(warp, p.unit_capacity - 1)].columns);
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    for (int c = warp; c < block.chunks; c += WARPS) {
-      if (c > warp) columns = load_row(&units[c].columns);
-      for (int t = 0; t < p.tokens; ++t) convert(p, columns, t, thread, chunks + c * x_bytes);
+  const bool own = p.inputs == nullptr;
+  if (TOKEN_TILES == 1 && own) {  // what is compiled for more tokens never converts
+    if (p.tokens == 1) {
+      convert_own<WARPS, 1>(p, units, block.chunks, warp, thread, chunks);
+    } else {
+      convert_own<WARPS, kTokensAtOnce>(p, units, block.chunks, warp, thread, chunks);
     }
     asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
   }
@@ -297,8 +375,8 @@ __device__ void consume(const DecodeArguments& p, const UnitRow* units, uint64_t
     const Target unit = next;
     next = load_row(&units[min(i + 1, p.unit_capacity - 1)].target);
     const uint8_t* staged = ring + stage * p.stage_bytes;
-    const uint8_t* inputs = p.inputs ? staged : chunks + chunk * x_bytes;
-    const uint8_t* grid = staged + (p.inputs ? staged_bytes(x_bytes) : 0);
+    const uint8_t* inputs = own ? chunks + chunk * x_bytes : staged;
+    const uint8_t* grid = staged + (own ? 0 : staged_bytes(x_bytes));
     const uint8_t* scales = grid + warp_row * 8;
     const uint8_t* planes = grid + kRows * 8;
     if (++chunk == block.chunks) chunk = 0;
@@ -372,8 +450,8 @@ __global__ void __launch_bounds__(kPrologueWarps * 32)
   const int pair = item / p.tokens;
   const PairRow row = p.pairs[pair];
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  convert(p, row, item % p.tokens, threadIdx.x % 32,
-          p.inputs + static_cast<size_t>(pair) * input_bytes(p.tokens));
+  convert<1>(p, row, item % p.tokens, threadIdx.x % 32,
+             p.inputs + static_cast<size_t>(pair) * input_bytes(p.tokens));
 }
 
 template <int WARPS, int ROW_TILES, int TOKEN_TILES, int BLOCKS>

@@ -23,10 +23,13 @@ from bitmill_kernels.workspace import workspace
 TOKEN_BUCKETS = (2, 8, 16, 32)
 """A launch shape is chosen for the smallest bucket that holds the tokens."""
 
-FUSED_TOKENS = 2
-"""So many tokens are converted by every block for itself, more by the prologue kernel."""
+FUSED_CHUNKS = {2: 15, 8: 0}
+"""By most tokens, up to how many pairs every block converts the activations of for itself. More of
+either are converted by the prologue kernel."""
 
-MAX_CHUNK_BYTES = 16 * 1024
+MAX_FUSED_TOKENS = 8
+"""Launch shapes for more tokens have no code to convert."""
+
 MAX_STAGES = 8
 UNIT_COST_IN_WIDTHS = 1.0
 """What a unit costs beside its bytes."""
@@ -80,17 +83,26 @@ def plan_shared(
 class CudaDecoder:
     """y [T, N] = x W^T for 1 to 32 tokens with the compiled kernel; raises where it cannot load."""
 
-    def __init__(self, weight: RuntimeWeight, shapes: Mapping[int, BlockShape]) -> None:
+    def __init__(
+        self,
+        weight: RuntimeWeight,
+        shapes: Mapping[int, BlockShape],
+        *,
+        fused: Mapping[int, int] = FUSED_CHUNKS,
+    ) -> None:
         """shapes: by token bucket, ascending; all tables and workspaces are built here.
 
-        Raises ValueError for a shape that cannot run the weight.
+        fused: by most tokens, at most `MAX_FUSED_TOKENS`, up to how many pairs blocks convert the
+        activations of for themselves. Raises ValueError for a shape that cannot run the weight.
         """
         self._library = load_library()
         self._weight = weight
         self._planes = weight.planes.data_ptr()
         self._grid = weight.grid.data_ptr()
         self._order = None if weight.order is None else weight.order.data_ptr()
-        self._launches = {tokens: _Launch(weight, shapes[tokens], tokens) for tokens in shapes}
+        self._launches = {
+            tokens: _Launch(weight, shapes[tokens], tokens, fused) for tokens in shapes
+        }
         self.max_tokens = max(shapes)
 
     def __call__(self, x: Tensor, bias: Tensor | None, y: Tensor, *, overlap: bool = True) -> None:
@@ -112,14 +124,14 @@ class CudaDecoder:
             output_stride=y.stride(0),
             is_bf16=int(x.dtype == torch.bfloat16),
         )
-        launch.fill(arguments)
+        plan = launch.fill(arguments)
         status = self._library.bitmill_decode(
             ctypes.byref(arguments),
             launch.shape.warps,
             launch.shape.row_tiles,
             launch.shape.blocks,
             launch.block_count,
-            launch.shared_bytes,
+            plan.total_bytes,
             int(overlap),
             torch.cuda.current_stream(x.device).cuda_stream,
         )
@@ -130,9 +142,14 @@ class CudaDecoder:
 
 
 class _Launch:
-    """Tables, workspace and shared memory of one block shape and token bucket."""
+    """Tables, workspace and shared memory of one block shape and token bucket.
 
-    def __init__(self, weight: RuntimeWeight, shape: BlockShape, tokens: int) -> None:
+    Blocks convert up to `fused_tokens` for themselves.
+    """
+
+    def __init__(
+        self, weight: RuntimeWeight, shape: BlockShape, tokens: int, fused: Mapping[int, int]
+    ) -> None:
         device = weight.planes.device
         properties = torch.cuda.get_device_properties(device)
         self.shape = shape
@@ -151,34 +168,45 @@ class _Launch:
         cells = shape.rows * 8 * -(-tokens // 8)
         self._partial = workspace("decode partial", self.block_count * 2 * cells * 4, device)
         shared = properties.shared_memory_per_multiprocessor
-        self._chunks = schedule.chunks if tokens <= FUSED_TOKENS else 0
-        plan = None
-        if 0 < self._chunks * _input_bytes(tokens) <= MAX_CHUNK_BYTES:
-            plan = plan_shared(weight, shape, tokens, self._chunks, shared)
-        if plan is None:
-            self._chunks = 0
-            plan = plan_shared(weight, shape, tokens, 0, shared)
-        if plan is None or not divides_rows(weight, shape.rows):
+        self._chunks = schedule.chunks
+        self.fused_tokens = fused_tokens(fused, tokens, self._chunks)
+        self._fused: SharedPlan | None = None
+        if self.fused_tokens:
+            self._fused = plan_shared(weight, shape, self.fused_tokens, self._chunks, shared)
+        if self._fused is None:
+            self.fused_tokens = 0
+        staged = plan_shared(weight, shape, tokens, 0, shared)
+        if staged is None or not divides_rows(weight, shape.rows):
             raise ValueError(
                 f"{shape} cannot run {tokens} tokens of N={weight.N}, K={weight.K}: two stages do "
                 "not fit shared memory, or its tiles do not divide the padded rows"
             )
-        self._plan = plan
-        self.shared_bytes = plan.total_bytes
+        self._staged = staged
         self._inputs: Tensor | None = None
-        if not self._chunks:
+        if self.fused_tokens < tokens:
             size = weight.pair_count * _input_bytes(tokens)
             self._inputs = workspace("decode inputs", size, device)
 
-    def fill(self, arguments: Arguments) -> None:
+    def fill(self, arguments: Arguments) -> SharedPlan:
+        """Set what the launch knows, for `arguments.tokens`; its use of shared memory."""
+        own = self._fused if arguments.tokens <= self.fused_tokens else None
+        plan = own or self._staged
         arguments.pairs, arguments.units = self._pairs.data_ptr(), self._units.data_ptr()
         arguments.partial, arguments.counters = self._partial.data_ptr(), self._counters.data_ptr()
-        arguments.inputs = None if self._inputs is None else self._inputs.data_ptr()
+        arguments.inputs = None if own or self._inputs is None else self._inputs.data_ptr()
         arguments.pair_count = self._pairs.shape[0]
-        arguments.chunk_capacity = self._chunks
+        arguments.chunk_capacity = self._chunks if own else 0
         arguments.unit_capacity = self._capacity
-        arguments.stage_count = self._plan.stages
-        arguments.stage_bytes = self._plan.stage_bytes
+        arguments.stage_count = plan.stages
+        arguments.stage_bytes = plan.stage_bytes
+        return plan
+
+
+def fused_tokens(fused: Mapping[int, int], bucket: int, chunks: int) -> int:
+    """Up to so many tokens of a bucket blocks that need `chunks` pairs convert for themselves."""
+    if bucket > MAX_FUSED_TOKENS:
+        return 0
+    return max((t for t, most in fused.items() if t <= bucket and chunks <= most), default=0)
 
 
 def _input_bytes(tokens: int) -> int:
