@@ -3,13 +3,16 @@
     python benchmarks/decode.py                 7B shape, 3 bits on average, one H100
     python benchmarks/decode.py --layers 2      a quick look
     python benchmarks/decode.py --batch 1 8 32 64 --cache 1024   sequences a step
+    python benchmarks/decode.py --step 1 4 8 --cache 1024   drafted tokens verified in a step
     python benchmarks/decode.py --kv-heads 8    heads of keys and values, each of four queries
 
-One decode step of the whole model, a token for each sequence, is captured in a CUDA graph and
-replayed; the median of the replays counts. Both models share every line but the products: q/k/v and
-gate/up are one product each in both. What lies between the products is in `decode_glue.py`. The KV
-cache is static and full. Embedding and head stay fp16. Prefill is timed eagerly. Peak memory is
-that of building and running the model, of weights made on the device.
+One decode step of the whole model is captured in a CUDA graph and replayed; the median of the
+replays counts. A step takes a token of each sequence or, as speculative decoding does to verify a
+draft, several that follow each other: each attends to the cache and to those of its step up to
+itself. All of them count as tokens, as if every draft were right. Both models share every line but
+the products: q/k/v and gate/up are one product each in both. What lies between the products is in
+`decode_glue.py`. The KV cache is static and full. Embedding and head stay fp16. Prefill is timed
+eagerly. Peak memory is that of building and running the model, of weights made on the device.
 """
 
 from __future__ import annotations
@@ -118,9 +121,14 @@ def attend_prefill(qkv: Tensor, shape: Shape, cosine: Tensor, sine: Tensor) -> T
 
 
 class Model:
-    """The decoder of one shape; `pattern` None means fp16."""
+    """The decoder of one shape for `batch` sequences B of `step` tokens S a step.
 
-    def __init__(self, shape: Shape, pattern: tuple[int, ...] | None, batch: int) -> None:
+    `pattern` None means fp16.
+    """
+
+    def __init__(
+        self, shape: Shape, pattern: tuple[int, ...] | None, batch: int, step: int
+    ) -> None:
         self.shape = shape
         self.layers = [
             {
@@ -138,19 +146,20 @@ class Model:
         self.head = torch.empty(table, device=DEVICE, dtype=HALF).normal_(std=0.02)
         angle = torch.rand(shape.cache, shape.head_size, device=DEVICE)
         self.cosine, self.sine = angle.cos().to(HALF), angle.sin().to(HALF)
-        self.place = torch.tensor([shape.cache - 1], device=DEVICE)
-        self.nothing = torch.zeros(batch, shape.hidden, device=DEVICE, dtype=HALF)
+        self.place = torch.tensor([shape.cache - step], device=DEVICE)
+        self.nothing = torch.zeros(batch * step, shape.hidden, device=DEVICE, dtype=HALF)
         self.glue = Glue(
             shape.heads,
             shape.head_size,
             shape.cache,
             DEVICE,
             batch=batch,
+            step=step,
             kv_heads=shape.kv_heads,
         )
 
     def step(self, token: Tensor) -> Tensor:
-        """Next tokens int64 [B] of tokens int64 [B]."""
+        """Next tokens int64 [B * S] of tokens int64 [B * S], those of a sequence in turn."""
         glue = self.glue
         hidden = embedding(token, self.embedding)
         x = glue.add_norm(hidden, self.nothing, self.scale)
@@ -173,26 +182,32 @@ class Model:
         return linear(x[-1:], self.head)
 
 
-def check_glue(shape: Shape, batch: int = 2) -> None:
+def check_glue(shape: Shape, step: int, batch: int = 2) -> None:
     """Raise RuntimeError where the glue differs from torch by more than rounding."""
-    size, place = shape.head_size, shape.cache - 3
-    glue = Glue(shape.heads, size, shape.cache, DEVICE, batch=batch, kv_heads=shape.kv_heads)
-    hidden, added = (torch.randn(batch, shape.hidden, device=DEVICE).half() for _ in range(2))
+    size, place = shape.head_size, shape.cache - step - 2
+    glue = Glue(
+        shape.heads, size, shape.cache, DEVICE, batch=batch, step=step, kv_heads=shape.kv_heads
+    )
+    rows = batch * step
+    hidden, added = (torch.randn(rows, shape.hidden, device=DEVICE).half() for _ in range(2))
     scale = torch.randn(shape.hidden, device=DEVICE).half()
     expected, expected_norm = normed(hidden, added, scale)
     norm = glue.add_norm(hidden, added, scale)
-    gate_up = torch.randn(batch, 2 * shape.inner, device=DEVICE).half()
+    gate_up = torch.randn(rows, 2 * shape.inner, device=DEVICE).half()
     cache = (batch, shape.kv_heads, shape.cache, size)
     keys, values = (torch.randn(cache, device=DEVICE).half() for _ in range(2))
     angle = torch.rand(shape.cache, size, device=DEVICE)
     cosine, sine = angle.cos().half(), angle.sin().half()
-    qkv = torch.randn(batch, shape.hidden + 2 * shape.kv_hidden, device=DEVICE).half()
-    q, k, v = (part[:, :, None] for part in heads_of(qkv, shape))
-    here = slice(place, place + 1)
+    qkv = torch.randn(rows, shape.hidden + 2 * shape.kv_hidden, device=DEVICE).half()
+    parts = (part.unflatten(0, (batch, step)) for part in heads_of(qkv, shape))
+    q, k, v = (part.transpose(1, 2) for part in parts)
+    here = slice(place, place + step)
     q, k = rotate(q, cosine[here], sine[here]), rotate(k, cosine[here], sine[here])
     attended = [keys.clone(), values.clone()]
     attended[0][:, :, here], attended[1][:, :, here] = k, v
-    mixed = scaled_dot_product_attention(q, *attended, enable_gqa=True)
+    seen = torch.ones(step, shape.cache, device=DEVICE, dtype=torch.bool)
+    seen[:, here] = seen[:, here].tril()
+    mixed = scaled_dot_product_attention(q, *attended, attn_mask=seen, enable_gqa=True)
     found = glue.attend(qkv, keys, values, cosine, sine, torch.tensor([place], device=DEVICE))
     pairs = {
         "sum": (hidden, expected),
@@ -200,7 +215,7 @@ def check_glue(shape: Shape, batch: int = 2) -> None:
         "gate": (glue.gate(gate_up), gated(gate_up)),
         "keys": (keys, attended[0]),
         "values": (values, attended[1]),
-        "attention": (found, mixed.reshape(batch, -1)),
+        "attention": (found, mixed.transpose(1, 2).reshape(rows, -1)),
     }
     for name, (got, wanted) in pairs.items():
         if not torch.allclose(got, wanted, rtol=1e-2, atol=5e-3):
@@ -219,13 +234,15 @@ def milliseconds(call: Callable[[], object], repeats: int) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def measure(shape: Shape, pattern: tuple[int, ...] | None, batch: int) -> dict[str, float]:
+def measure(
+    shape: Shape, pattern: tuple[int, ...] | None, batch: int, step: int
+) -> dict[str, float]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.inference_mode():
-        model = Model(shape, pattern, batch)
-        token = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+        model = Model(shape, pattern, batch, step)
+        token = torch.zeros(batch * step, dtype=torch.int64, device=DEVICE)
         for _ in range(3):
             model.step(token)
         torch.cuda.synchronize()
@@ -240,19 +257,20 @@ def measure(shape: Shape, pattern: tuple[int, ...] | None, batch: int) -> dict[s
             raise RuntimeError("the logits are not finite")
         prefill = milliseconds(lambda: model.prefill(tokens), 5)
     return {
-        "decode_tokens_per_second": round(batch * 1e3 / decode, 1),
+        "decode_tokens_per_second": round(batch * step * 1e3 / decode, 1),
         "decode_milliseconds": round(decode, 3),
         "prefill_tokens_per_second": round(PREFILL_TOKENS * 1e3 / prefill, 0),
         "peak_gigabytes": round((torch.cuda.max_memory_allocated() - before) / 1e9, 2),
     }
 
 
-def compared(shape: Shape, widths: str, batch: int) -> dict[str, object]:
+def compared(shape: Shape, widths: str, batch: int, step: int) -> dict[str, object]:
     """What `measure` finds of the packed model and of fp16, and their ratios."""
-    packed = measure(shape, tuple(int(width) for width in widths), batch)
-    half = measure(shape, None, batch)
+    packed = measure(shape, tuple(int(width) for width in widths), batch, step)
+    half = measure(shape, None, batch, step)
     found = {
         "batch": batch,
+        "step": step,
         "packed": packed,
         "fp16": half,
         "decode_speedup": round(half["decode_milliseconds"] / packed["decode_milliseconds"], 3),
@@ -267,12 +285,14 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--widths", default="3243", help="widths in turn over the groups")
     parser.add_argument("--batch", nargs="*", type=int, default=[1], help="sequences a step")
+    parser.add_argument("--step", nargs="*", type=int, default=[1], help="tokens of a sequence")
     parser.add_argument("--kv-heads", type=int, default=Shape.kv_heads)
     parser.add_argument("--cache", type=int, default=Shape.cache, help="positions of a sequence")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     shape = Shape(layers=options.layers, kv_heads=options.kv_heads, cache=options.cache)
-    check_glue(shape)
+    for step in options.step:
+        check_glue(shape, step)
     gpu = torch.cuda.get_device_name()
     result = {
         "gpu": gpu,
@@ -283,7 +303,11 @@ def main() -> int:
         "cache": shape.cache,
         "kv_heads": shape.kv_heads,
         "widths": options.widths,
-        "batches": [compared(shape, options.widths, batch) for batch in options.batch],
+        "batches": [
+            compared(shape, options.widths, batch, step)
+            for batch in options.batch
+            for step in options.step
+        ],
     }
     options.out.mkdir(parents=True, exist_ok=True)
     fewer = "" if shape.kv_heads == shape.heads else f"-{shape.kv_heads}-kv-heads"

@@ -17,6 +17,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 TILE = 64
 PROGRAMS = 512  # that keep an H200 busy; measured
 MOST_SPLITS = 16  # of which one program merges the answers
+LEAST_ROWS = 16  # of a product of tiles
 GATE_BLOCK = 512
 
 
@@ -90,9 +91,15 @@ def _rotated(
 
 
 @triton.jit
-def _scores(query: tl.tensor, keys: tl.tensor, stale: tl.tensor) -> tl.tensor:
-    """fp32 [rows, positions], of which `stale` [positions] count for nothing."""
-    return tl.where(stale[None, :], float("-inf"), tl.dot(query, tl.trans(keys)))
+def _within(position: tl.tensor, first: tl.tensor, COUNT: tl.constexpr) -> tl.tensor:
+    """Whether positions are of so many from the first on."""
+    return (position >= first) & (position < first + COUNT)
+
+
+@triton.jit
+def _scores(query: tl.tensor, keys: tl.tensor, counted: tl.tensor) -> tl.tensor:
+    """fp32 [rows, positions], of which those that are not `counted` are -inf."""
+    return tl.where(counted, tl.dot(query, tl.trans(keys)), float("-inf"))
 
 
 @triton.jit
@@ -131,81 +138,104 @@ def _attend_kernel(
     CACHE: tl.constexpr,
     HEADS: tl.constexpr,
     SHARE: tl.constexpr,
+    STEP: tl.constexpr,
     SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     POSITIONS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP_ROWS: tl.constexpr,
+    MERGED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """HEADS of keys and values, each of SHARE queries; each split of the cache is one program's.
+    """HEADS of keys and values, each of SHARE queries of STEP tokens; a split is one program's.
 
-    A program takes its positions a tile of POSITIONS at a time. Scores are in powers of two.
+    A program takes its positions a tile of POSITIONS at a time. Scores are in powers of two. ROWS,
+    STEP_ROWS and MERGED are queries, tokens and queries in the sizes that tiles may have: what is
+    more than there are repeats the last.
     """
     _begin(OVERLAP)
     RUN: tl.constexpr = CACHE // SPLITS
-    ROWS: tl.constexpr = max(SHARE, 16)  # what a product of tiles takes; the last repeat a query
+    QUERIES: tl.constexpr = SHARE * STEP
+    ALL: tl.constexpr = HEADS * (SHARE + 2) * SIZE  # of a token's queries, keys and values
     split = tl.program_id(0)
     head = tl.program_id(1)
     sequence = tl.program_id(2)
     own = (sequence * HEADS + head).to(tl.int64)
     keys_ptr += own * CACHE * SIZE
     values_ptr += own * CACHE * SIZE
-    qkv_ptr += sequence * (HEADS * (SHARE + 2) * SIZE)
+    qkv_ptr += sequence * STEP * ALL
     first = split * RUN
     i = tl.arange(0, POSITIONS)
-    d = tl.arange(0, SIZE)
-    row = tl.arange(0, ROWS)
-    at = (first + i)[:, None] * SIZE + d[None, :]
+    d = tl.arange(0, SIZE)[None, :]
+    row = tl.minimum(tl.arange(0, ROWS), QUERIES - 1)
+    token = row // SHARE
+    later = tl.minimum(tl.arange(0, STEP_ROWS), STEP - 1)
+    at = (first + i)[:, None] * SIZE + d
     # The first tile comes before the wait: earlier steps wrote it, no launch nearby does.
     keys = tl.load(keys_ptr + at)
     values = tl.load(values_ptr + at)
     place = tl.load(place_ptr).to(tl.int32)
-    cosine = tl.load(cosine_ptr + place * SIZE + d).to(tl.float32)[None, :]
-    sine = tl.load(sine_ptr + place * SIZE + d).to(tl.float32)[None, :]
+    turn = (place + token)[:, None] * SIZE + d
+    cosine = tl.load(cosine_ptr + turn).to(tl.float32)
+    sine = tl.load(sine_ptr + turn).to(tl.float32)
+    here = place + later
+    written = here[:, None] * SIZE + d
+    own_cosine = tl.load(cosine_ptr + written).to(tl.float32)
+    own_sine = tl.load(sine_ptr + written).to(tl.float32)
     _wait(OVERLAP)
-    query_ptr = qkv_ptr + (head * SHARE + tl.minimum(row, SHARE - 1))[:, None] * SIZE
+    query_ptr = qkv_ptr + (token * ALL + (head * SHARE + row % SHARE) * SIZE)[:, None]
     query = _rotated(query_ptr, cosine, sine, SIZE) * (SIZE**-0.5 * LOG2_E)
     query = query.to(tl.float16)
-    key = _rotated(qkv_ptr + (HEADS * SHARE + head) * SIZE, cosine, sine, SIZE).to(tl.float16)
-    value = tl.load(qkv_ptr + (HEADS * (SHARE + 1) + head) * SIZE + d)[None, :]
-    owner = (place >= first) & (place < first + RUN)
-    tl.store(keys_ptr + place * SIZE + d[None, :], key, mask=owner)
-    tl.store(values_ptr + place * SIZE + d[None, :], value, mask=owner)
-    # The new token begins its run; what the cache held in its place is stale. In other runs its
-    # score of -inf lets the first tile take it out.
-    largest = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1)
-    largest = tl.where(owner, largest, float("-inf"))
-    total = tl.full([ROWS], 1.0, tl.float32)
-    mixed = tl.zeros([ROWS, SIZE], tl.float32) + value
-    score = _scores(query, keys, first + i == place)
+    key_ptr = qkv_ptr + (later * ALL + (HEADS * SHARE + head) * SIZE)[:, None]
+    own_keys = _rotated(key_ptr, own_cosine, own_sine, SIZE).to(tl.float16)
+    own_values = tl.load(key_ptr + HEADS * SIZE + d)
+    inside = _within(here, first, RUN) & (tl.arange(0, STEP_ROWS) < STEP)
+    inside = inside[:, None]
+    tl.store(keys_ptr + written, own_keys, mask=inside)
+    tl.store(values_ptr + written, own_values, mask=inside)
+    # What the cache held in the step's places is stale, and less than a tile. The tokens of the
+    # step count in the run where they begin, each for itself and those behind it.
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, SIZE], tl.float32)
+    score = _scores(query, keys, ~_within(first + i, place, STEP)[None, :])
     largest, total, mixed = _fold(score, values, largest, total, mixed)
+    j = tl.arange(0, STEP_ROWS)[None, :]
+    counted = (j <= token[:, None]) & _within(place, first, RUN)
+    own_score = _scores(query, own_keys, counted)
+    largest, total, mixed = _fold(own_score, own_values, largest, total, mixed)
     for start in range(POSITIONS, RUN, POSITIONS):
         keys = tl.load(keys_ptr + start * SIZE + at)
-        score = _scores(query, keys, first + start + i == place)
+        score = _scores(query, keys, ~_within(first + start + i, place, STEP)[None, :])
         values = tl.load(values_ptr + start * SIZE + at)
         largest, total, mixed = _fold(score, values, largest, total, mixed)
     mixed /= total[:, None]
-    heads = own * SHARE + row
-    real = (row < SHARE)[:, None]
+    real = tl.arange(0, ROWS) < QUERIES
+    out_ptr += (sequence * STEP * HEADS + head) * SHARE * SIZE
     if SPLITS == 1:
-        out_ptr += heads[:, None] * SIZE + d[None, :]
-        tl.store(out_ptr, mixed.to(tl.float16), mask=real)
+        answer = (token * HEADS * SHARE + row % SHARE)[:, None]
+        tl.store(out_ptr + answer * SIZE + d, mixed.to(tl.float16), mask=real[:, None])
     else:
-        part = heads * SPLITS + split
-        tl.store(partial_ptr + part[:, None] * SIZE + d[None, :], mixed, mask=real)
-        tl.store(extent_ptr + part, largest + tl.log2(total), mask=row < SHARE)
+        part = (own * QUERIES + row) * SPLITS + split
+        tl.store(partial_ptr + part[:, None] * SIZE + d, mixed, mask=real[:, None])
+        tl.store(extent_ptr + part, largest + tl.log2(total), mask=real)
         tl.debug_barrier()  # all warps have written before the count says so
         arrived = tl.atomic_add(counter_ptr + own, 1, sem="acq_rel")
         if arrived == SPLITS - 1:  # the last merges the splits, each by its share of the softmax
-            head_of = own * SHARE + tl.arange(0, SHARE)
-            parts = head_of[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
-            extent = tl.load(extent_ptr + parts, cache_modifier=".cg")
-            weight = tl.exp2(extent - tl.max(extent, axis=1)[:, None])
-            weight /= tl.sum(weight, axis=1)[:, None]
-            found = tl.load(
-                partial_ptr + parts[:, :, None] * SIZE + d[None, None, :], cache_modifier=".cg"
-            )
-            merged = tl.sum(found * weight[:, :, None], axis=1)
-            tl.store(out_ptr + head_of[:, None] * SIZE + d[None, :], merged.to(tl.float16))
+            query_of = tl.minimum(tl.arange(0, MERGED), QUERIES - 1)
+            parts = (own * QUERIES + query_of) * SPLITS
+            extents = extent_ptr + parts[:, None] + tl.arange(0, SPLITS)[None, :]
+            top = tl.max(tl.load(extents, cache_modifier=".cg"), axis=1)
+            weights = tl.zeros([MERGED], tl.float32)
+            merged = tl.zeros([MERGED, SIZE], tl.float32)
+            for s in tl.static_range(SPLITS):
+                weight = tl.exp2(tl.load(extent_ptr + parts + s, cache_modifier=".cg") - top)
+                found_ptr = partial_ptr + (parts + s)[:, None] * SIZE + d
+                weights += weight
+                merged += tl.load(found_ptr, cache_modifier=".cg") * weight[:, None]
+            merged /= weights[:, None]
+            answer = (query_of // SHARE * HEADS * SHARE + query_of % SHARE)[:, None]
+            tl.store(out_ptr + answer * SIZE + d, merged.to(tl.float16))
             tl.atomic_xchg(counter_ptr + own, 0)
 
 
@@ -220,21 +250,23 @@ class Glue:
         device: torch.device,
         *,
         batch: int = 1,
+        step: int = 1,
         kv_heads: int | None = None,
         overlap: bool = True,
     ) -> None:
         """heads of `size`, `cache` positions, a multiple of 64, of `batch` sequences B.
 
-        kv_heads: of keys and values, as many where left out; each serves a power of two of heads.
+        step: tokens S of each sequence in a step, at most 32. kv_heads: of keys and values, as
+        many as heads where left out.
         """
-        self.heads, self.size, self.cache = heads, size, cache
+        self.heads, self.size, self.cache, self.step = heads, size, cache, step
         self.kv_heads = kv_heads or heads
         tiles = cache // TILE
         wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS, batch * self.kv_heads))
         self.splits = min(wanted, tiles & -tiles, MOST_SPLITS)
         self._overlap = overlap
         self._launch = {"launch_pdl": True} if overlap else {}
-        parts = batch * heads * self.splits
+        parts = batch * step * heads * self.splits
         self._partial = torch.empty(parts * size, device=device)
         self._extent = torch.empty(parts, device=device)
         self._counter = torch.zeros(batch * self.kv_heads, dtype=torch.int32, device=device)
@@ -281,13 +313,16 @@ class Glue:
         sine: Tensor,
         place: Tensor,
     ) -> Tensor:
-        """Attention fp16 [B, heads * size] of a token's qkv of each sequence over its whole cache.
+        """Attention fp16 [B * S, heads * size] of qkv of S tokens of each sequence in turn.
 
-        keys, values: [B, kv_heads, cache, size], to which these tokens' are added at `place`
-        [1]. cosine, sine: [cache, size].
+        Each token attends to the whole cache, and of its step to itself and those before it.
+        keys, values: [B, kv_heads, cache, size], to which these tokens' are added from `place` [1]
+        on. cosine, sine: [cache, size].
         """
         out = qkv.new_empty(len(qkv), self.heads * self.size)
-        _attend_kernel[(self.splits, self.kv_heads, len(qkv))](
+        share = self.heads // self.kv_heads
+        queries = triton.next_power_of_2(share * self.step)
+        _attend_kernel[(self.splits, self.kv_heads, len(qkv) // self.step)](
             qkv,
             keys,
             values,
@@ -300,10 +335,14 @@ class Glue:
             out,
             CACHE=self.cache,
             HEADS=self.kv_heads,
-            SHARE=self.heads // self.kv_heads,
+            SHARE=share,
+            STEP=self.step,
             SIZE=self.size,
             SPLITS=self.splits,
             POSITIONS=TILE,
+            ROWS=max(queries, LEAST_ROWS),
+            STEP_ROWS=max(triton.next_power_of_2(self.step), LEAST_ROWS),
+            MERGED=queries,
             OVERLAP=self._overlap,
             num_warps=4,
             num_stages=2,

@@ -31,13 +31,18 @@ def rotated(x, cosine, sine):
 
 def attended(qkv, keys, values, cosine, sine, place):
     """What torch attends; keys and values become those with the tokens' own, in fp32."""
-    kv_heads = keys.shape[1]
-    heads = qkv.unflatten(-1, (-1, SIZE)).float()
+    batch, kv_heads, cache, _ = keys.shape
+    heads = qkv.float().view(batch, -1, qkv.shape[1] // SIZE, SIZE).transpose(1, 2)
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-    angles = cosine[place].float(), sine[place].float()
-    keys[:, :, place], values[:, :, place] = rotated(k, *angles), v
-    y = scaled_dot_product_attention(rotated(q, *angles)[:, :, None], keys, values, enable_gqa=True)
-    return y.flatten(1)
+    step = q.shape[2]
+    here = slice(place, place + step)
+    angles = cosine[here].float(), sine[here].float()
+    keys[:, :, here], values[:, :, here] = rotated(k, *angles), v
+    seen = torch.ones(step, cache, dtype=torch.bool)
+    seen[:, here] = torch.ones(step, step, dtype=torch.bool).tril()
+    q = rotated(q, *angles)
+    y = scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=True)
+    return y.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -51,14 +56,16 @@ def attended(qkv, keys, values, cosine, sine, place):
     ],
     ids=["a tile", "one run", "a tile each", "runs", "many queries"],
 )
+@pytest.mark.parametrize("step", [1, 5, 8])
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
-def test_attention_is_that_of_torch(heads, kv_heads, batch, cache, splits, where):
-    place = {"first": 0, "middle": cache // 2 + 5, "last": cache - 1}[where]
-    kernels = glue(heads, cache, batch=batch, kv_heads=kv_heads)
+def test_attention_is_that_of_torch(heads, kv_heads, batch, cache, splits, where, step):
+    # From the middle on a step lies on both sides of where tiles, and runs, meet.
+    place = {"first": 0, "middle": cache // 2 - step // 2, "last": cache - step}[where]
+    kernels = glue(heads, cache, batch=batch, step=step, kv_heads=kv_heads)
     assert kernels.splits == splits
-    qkv = random(1, batch, (heads + 2 * kv_heads) * SIZE)
+    qkv = random(1, batch * step, (heads + 2 * kv_heads) * SIZE)
     keys, values = (random(seed, batch, kv_heads, cache, SIZE) for seed in (2, 3))
-    keys[:, :, place] *= 100  # what was in the place before must not count
+    keys[:, :, place : place + step] *= 100  # what was there before must not count
     angle = torch.rand(cache, SIZE, generator=torch.Generator().manual_seed(4))
     cosine, sine = angle.cos().half(), angle.sin().half()
     wide = keys.float(), values.float()
