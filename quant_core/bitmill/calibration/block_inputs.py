@@ -47,6 +47,9 @@ def choose_every(blocks: int, bytes_of_input: int, limit: int) -> int:
 class HostMemory:
     """Allocates tensors: in memory up to `limit` bytes, past it in files below `scratch`.
 
+    The last one given back is handed out again: memory that was in use before takes a copy at once,
+    while the system has yet to find the pages of new memory.
+
     device: whose memory the limit counts; files are mapped on the host. A context manager; leaving
     it removes the files.
     """
@@ -63,6 +66,7 @@ class HostMemory:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._files = 0
         self._resident: dict[int, int] = {}
+        self._spare: Tensor | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -79,6 +83,11 @@ class HostMemory:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialized tensor; raises `ResourceError` where the disk is full."""
         size = math.prod(shape) * dtype.itemsize
+        spare = self._take_spare()
+        if spare is not None and spare.shape == shape and spare.dtype == dtype:
+            self._used += size
+            self._resident[spare.data_ptr()] = size
+            return spare
         if self._used + size <= self._limit:
             self._used += size
             tensor = torch.empty(shape, dtype=dtype, device=self._device)
@@ -88,7 +97,18 @@ class HostMemory:
 
     def free(self, tensor: Tensor) -> None:
         """Give the memory of a tensor from `empty` back; the caller drops it."""
-        self._used -= self._resident.pop(tensor.data_ptr(), 0)
+        size = self._resident.pop(tensor.data_ptr(), 0)
+        if not size or tensor.device.type != "cpu":
+            self._used -= size
+            return
+        self._take_spare()
+        self._spare = tensor
+
+    def _take_spare(self) -> Tensor | None:
+        """The tensor given back last, whose memory no longer counts."""
+        spare, self._spare = self._spare, None
+        self._used -= 0 if spare is None else spare.nbytes
+        return spare
 
     def _mapped(self, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
         if self._folder is None:

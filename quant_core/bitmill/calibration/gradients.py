@@ -200,17 +200,16 @@ class GradientPass:
 
     def _head_gradient(self, output: Tensor, gradient: Tensor) -> None:
         """Write dL/d(output) [S, T, D]; the last position of a window predicts nothing."""
-        tokens = self._tokens.to(self._model.device)
+        tokens, transfers = self._tokens.to(self._model.device), self._model.transfers
         length = tokens.shape[1]
-        for part in self._parts():
-            targets = tokens[part]
+        for part, (x,) in transfers.batches([output], self._parts()):
+            targets, found = tokens[part], torch.zeros_like(x)
             span = max(1, LOGIT_VALUES // (len(targets) * self._model.plan.vocab_size))
-            gradient[part, -1] = 0
             for start in range(0, length - 1, span):
                 place = slice(start, min(start + span, length - 1))
                 labels = targets[:, place.start + 1 : place.stop + 1]
-                x = output[part, place].to(self._model.device)
-                gradient[part, place] = self._slice_gradient(x, labels).to(gradient.device)
+                found[:, place] = self._slice_gradient(x[:, place], labels)
+            transfers.store(gradient[part], found)
 
     def _slice_gradient(self, x: Tensor, labels: Tensor) -> Tensor:
         """dL/dx [B, T, D] of x [B, T, D] at the labels int64 [B, T]."""
@@ -230,16 +229,16 @@ class GradientPass:
         block = self._model.load_block(i).requires_grad_(False)
         modules = self._model.linears(block, i)
         largest = torch.zeros((), device=self._model.device)
-        for part in self._parts():
-            x = inputs[part].to(self._model.device, non_blocking=True).detach().requires_grad_()
+        transfers = self._model.transfers
+        for part, (given, received) in transfers.batches([inputs, gradient], self._parts()):
+            x = given.detach().requires_grad_()
             with _watching(modules, observer), torch.enable_grad():
                 y = self._model.run_block(i, block, x)
-                received = gradient[part].to(self._model.device, y.dtype, non_blocking=True)
                 with timed("backward"):
-                    torch.autograd.backward(y, received)
+                    torch.autograd.backward(y, received.to(y.dtype))
             assert x.grad is not None
             largest = torch.maximum(largest, torch.linalg.vector_norm(x.grad, ord=math.inf))
-            gradient[part].copy_(x.grad, non_blocking=True)
+            transfers.store(gradient[part], x.grad)
         if not math.isfinite(float(largest)):
             raise CalibrationError(
                 f"the loss gradient at the input of block {i} is not finite: the calibration "

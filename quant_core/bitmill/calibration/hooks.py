@@ -49,7 +49,8 @@ def embed_windows(
     if out is None:
         out = torch.empty((*tokens.shape, model.plan.hidden_size), dtype=model.dtype)
     for part in batches(len(tokens), batch):
-        out[part].copy_(model.embed(tokens[part]), non_blocking=True)
+        model.transfers.store(out[part], model.embed(tokens[part]))
+    model.transfers.finish()
     return out
 
 
@@ -66,11 +67,11 @@ def run_windows(
     """The outputs [S, T, D] of block `index` for its inputs [S, T, D].
 
     out: where they go, `hidden` itself for example; else a tensor of its device and dtype. Copies
-    into page-locked memory are under way when it returns.
+    into memory that is page-locked itself are under way when it returns.
     """
     out = torch.empty_like(hidden) if out is None else out
-    for part in batches(len(hidden), batch):
-        out[part].copy_(model.run_block(index, block, hidden[part]), non_blocking=True)
+    for part, (x,) in model.transfers.batches([hidden], batches(len(hidden), batch)):
+        model.transfers.store(out[part], model.run_block(index, block, x))
     return out
 
 

@@ -182,21 +182,26 @@ def collect(
     every group.
     """
     shifts = state.source is not None and stream.source is not None
-    collector = _Collector(state, groups, shifts, advance, advance_source, judge)
+    collector = _Collector(state, groups, stream, shifts, advance, advance_source, judge)
     if sum(map(len, groups)) < len(state.linears):
         state.replay.look(state.model, state.index, state.current, state.linears, stream.hidden[:1])
-    for part in batches(len(stream.hidden), batch):
-        on_batch(part, collector.add(stream, part))
+    tensors = [stream.hidden]
+    if collector.runs_source and stream.source is not None:
+        tensors.append(stream.source)
+    parts = batches(len(stream.hidden), batch)
+    for part, (hidden, *source) in state.model.transfers.batches(tensors, parts):
+        on_batch(part, collector.add(part, hidden, *source))
     return collector.finish(stream.group, rows)
 
 
 @torch.no_grad()
 def advance_hidden(state: BlockState, stream: Stream, *, batch: int) -> None:
     """Replaces stream.hidden by what the block gives for it, the bytes of running it all."""
-    for part in batches(len(stream.hidden), batch):
+    transfers, parts = state.model.transfers, batches(len(stream.hidden), batch)
+    for part, (hidden,) in transfers.batches([stream.hidden], parts):
         with state.replay.resumed(state.current, state.linears, (stream, part.start), last=True):
-            output = state.model.run_block(state.index, state.current, stream.hidden[part])
-        stream.hidden[part].copy_(output, non_blocking=True)
+            output = state.model.run_block(state.index, state.current, hidden)
+        transfers.store(stream.hidden[part], output)
 
 
 class _Collector:
@@ -204,11 +209,13 @@ class _Collector:
         self,
         state: BlockState,
         groups: Sequence[Sequence[str]],
+        stream: Stream,
         shifts: bool,
         advance: bool,
         advance_source: bool,
         judge: bool,
     ) -> None:
+        self.stream = stream
         self.advance, self.advance_source = advance, advance_source
         self.source_linears: dict[str, nn.Module] = {}
         if state.source is not None:
@@ -233,15 +240,27 @@ class _Collector:
             elif owner not in self.drifts:
                 energy = "squares" if judge else None
                 self.drifts[owner] = _Sums(linear.columns, linear.columns, device, energy)
+        self.weights = {
+            owner: weight.to(device)
+            for owner, weight in stream.weights.items()
+            if owner in self.hessians
+        }
         places = [state.writers.index(name) for name in self.shifts]
         self.writers = state.writers[: max(places, default=-1) + 1]
         self.left_out = self.writers[-1] if self.writers and not judge else None
 
-    def add(self, stream: Stream, part: slice) -> dict[str, Tensor]:
-        """One batch of windows; returns inputs [T, K] of the first linear of every group."""
-        state = self.state
-        # A copy where outputs take the inputs' place: a linear may read the block's input itself.
-        hidden = stream.hidden[part].to(state.model.device, non_blocking=True, copy=self.advance)
+    @property
+    def runs_source(self) -> bool:
+        """Whether the source's block runs beside."""
+        wanted = self.drifts or self.shifts or self.advance_source
+        return self.state.source is not None and bool(wanted)
+
+    def add(self, part: slice, hidden: Tensor, source: Tensor | None = None) -> dict[str, Tensor]:
+        """One batch of windows, on the device, with the source's where it runs beside; returns
+        inputs [T, K] of the first linear of every group."""
+        state, stream = self.state, self.stream
+        if self.advance:  # outputs take its place, and a linear may read the block's input itself
+            hidden = hidden.clone()
         written = [name for name in self.writers if name != self.left_out]
         batch = (stream, part.start)
         read = self.hessians
@@ -250,21 +269,14 @@ class _Collector:
                 state.current, state.linears, read, written, hidden, whole=self.advance
             )
         if output is not None:
-            stream.hidden[part].copy_(output, non_blocking=True)
-        weights = {
-            owner: weight[part].flatten().to(hidden.device)
-            for owner, weight in stream.weights.items()
-            if owner in self.hessians
-        }
+            state.model.transfers.store(stream.hidden[part], output)
+        weights = {owner: weight[part].flatten() for owner, weight in self.weights.items()}
         for owner, hessian in self.hessians.items():
             if owner in x:
                 hessian.add(x[owner], weights.get(owner))
         whole = self.advance_source
-        if state.source is None or stream.source is None:
+        if state.source is None or stream.source is None or source is None:
             return x
-        if not (self.drifts or self.shifts or whole):
-            return x
-        source = stream.source[part].to(state.model.device, non_blocking=True)
         with state.replay.resumed(
             state.source,
             self.source_linears,
@@ -292,7 +304,7 @@ class _Collector:
                     owner = self.owner[name]
                     self.shifts[name].add(drift, x[owner], weights.get(owner))
         if behind is not None:
-            stream.source[part].copy_(behind, non_blocking=True)
+            state.model.transfers.store(stream.source[part], behind)
         return x
 
     def _observe(

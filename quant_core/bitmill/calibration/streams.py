@@ -4,8 +4,8 @@ On the accelerator where they are a sixth of its free memory or less and what a 
 is left; else on the host, page-locked, which lets the accelerator copy at the bus's full speed;
 past a limit in memory-mapped files.
 
-Whoever moves them to and fro does so without waiting, by copies into the place itself: the stream
-orders what it copies, so only a reader on the host has to wait for it.
+They move to and fro by `runtime/transfers.py`, beside what is computed. Behind a pass the stream
+orders what it copied into page-locked memory, so only a reader on the host has to wait for it.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from bitmill.plan.config_json import read_config
 from bitmill.plan.model_plan import Plan, Source
 from bitmill.runtime.staging import Staging
 from bitmill.runtime.timer import timed
+from bitmill.runtime.transfers import Transfers
 
 _REMEMBERED_SHAPES = 4
 
@@ -122,6 +123,7 @@ class StreamedModel:
         self._seen: OrderedDict[tuple[int, int], list[Arguments]] = OrderedDict()
         self._recorder = _Recorder(self._blocks)
         self._staging = Staging(device)
+        self.transfers = Transfers(device)
         self._load_outside_blocks()
         self._tuples = False
         self._tuples = self._finds_tuples()

@@ -6,9 +6,9 @@ Memory and disk are sums of the tensors that the stages hold at once, so they ar
                  widest stage's Hessians with factors and the widest linear's working copies, or
                  what finding scales of inputs or learning a block holds, one batch of activations,
                  one slice of logits
-    host         hidden states of all windows (twice where the source model runs beside), one block
-                 per rank of a job on several devices; block inputs of a backward pass wait in files
-                 where memory is short and are not counted
+    host         hidden states of all windows (twice where the source model runs beside), two blocks
+                 per rank of a job, page-locked memory for copies to its accelerator; block inputs
+                 of a backward pass wait in files where memory is short and are not counted
     disk         converted source (GGUF), rewritten source (transforms of it), refined blocks, of
                  baselines too, and the packed checkpoint, as large as the budget allows; or blocks
                  of two maps while a search compares them
@@ -36,6 +36,7 @@ from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.block_memory import (
     BATCH_TOKENS,
     LOGIT_BYTES,
+    TRANSFER_BYTES,
     WORKING_COPIES,
     activation_bytes,
     block_weights,
@@ -149,7 +150,7 @@ def fixed_host_bytes(
 ) -> int:
     """Host memory that a job cannot do without, whatever the number of its windows."""
     block = 4 * max(block_weights(plan, i) for i in {0, plan.block_count - 1})
-    process = ACCELERATOR_LIBRARIES if machine.accelerator else OVERHEAD
+    process = ACCELERATOR_LIBRARIES + TRANSFER_BYTES if machine.accelerator else OVERHEAD
     if not machine.accelerator:
         process += _accelerator_bytes(plan, config, machine) - OVERHEAD
     makes_source = gguf or config.source_transforms

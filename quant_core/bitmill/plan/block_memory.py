@@ -12,6 +12,9 @@ from bitmill.plan.model_plan import Plan
 
 BATCH_TOKENS = 16384
 
+TRANSFER_BYTES = 512 << 20
+"""Page-locked host memory of a process through which hidden states reach an accelerator."""
+
 
 LOGIT_BYTES = 3 * 4 << 25
 

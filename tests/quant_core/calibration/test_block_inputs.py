@@ -89,6 +89,24 @@ def test_memory_is_given_back():
         assert held[2].item() == 3.0
 
 
+def test_what_was_given_back_last_is_handed_out_again():
+    with HostMemory(3 * 16) as memory:
+        one, two = (memory.empty((2,), torch.float64) for _ in range(2))
+        places = [tensor.data_ptr() for tensor in (one, two)]
+        memory.free(one)
+        memory.free(two)
+        again = memory.empty((2,), torch.float64)
+        assert again.data_ptr() == places[1]
+        assert memory.empty((2,), torch.float64).data_ptr() != places[1]
+        assert memory.spilled == 0
+        memory.free(again)
+        other = memory.empty((4,), torch.float64)
+        assert other.shape == (4,)
+        assert memory.spilled == 0
+        memory.empty((1,), torch.float64)
+        assert memory.spilled == 1
+
+
 def test_a_spacing_beyond_the_model_is_refused():
     with pytest.raises(ResourceError, match="every 8th of 7"):
         BlockInputs(torch.ones(1), BLOCKS, 8, HostMemory(0), counted_step([]))

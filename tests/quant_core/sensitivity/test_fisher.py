@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from bitmill.calibration.gradients import GradientPass, PassSettings
 from bitmill.errors import CalibrationError
+from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import make_plan
 from bitmill.quant.codes import group_slices
 from bitmill.quant.grid import clip_search, nearest_codes, values
@@ -303,6 +304,23 @@ def test_memory_settings_do_not_change_a_byte(llama, tmp_path, gradients):
     settings = replace(QUICK, gradients=replace(QUICK.gradients, **gradients))
     found = profile_knapsack(model, some_tokens(), model.plan, settings, folder=tmp_path)
     assert found.to_bytes() == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_block_inputs_wait_does_not_change_a_byte_on_a_gpu(llama, tmp_path, dtype):
+    plan = make_plan(llama, SPEC)
+    model = StreamedModel(llama, plan, device=torch.device("cuda"), dtype=dtype)
+    tokens = some_tokens(20, 200)
+    expected = profile_knapsack(model, tokens, plan, QUICK).to_bytes()
+    for every in (1, 2):
+        for limit in (10**9, 0):
+            gradients = replace(QUICK.gradients, every=every, host_bytes=limit)
+            settings = replace(QUICK, gradients=gradients)
+            folder = tmp_path / f"{every}-{limit}"
+            found = profile_knapsack(model, tokens, plan, settings, folder=folder)
+            assert found.to_bytes() == expected
 
 
 class Killed(Exception):
