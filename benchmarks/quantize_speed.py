@@ -49,6 +49,7 @@ from bitmill.pipeline.job import Job
 from bitmill.pipeline.progress import Progress
 from bitmill.pipeline.workspace import Workspace
 from bitmill.plan.model_plan import Plan
+from bitmill.refinement import model as refinement
 from bitmill.runtime.launch import as_rank, is_rank, run_ranks
 from bitmill.runtime.memory import free_device_bytes, spare_host_bytes
 from bitmill.runtime.process import computing
@@ -59,6 +60,9 @@ OUTLIERS = 0.002
 """Share of a norm's channels that are ten times larger."""
 
 MEMORY_SAMPLES_PER_SECOND = 20
+
+WEIGHTS = "token weights"
+"""Units of the passes before refinement's first block, which no block's times hold."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,28 @@ class Watch:
     def _add(self, name: str, number: int) -> None:
         self.units.append(Unit(name, number, self._recorder.take()))
 
+    def split(self, name: str) -> None:
+        """What passed since the last unit is one of this name, and no part of a stage's block."""
+        self._add(name, 0)
+
+
+@contextmanager
+def passes_of_weights(watch: Watch) -> Iterator[None]:
+    """Passes over all blocks for the tokens' weights, of refinement, are units of their own."""
+    run = refinement.token_weights
+
+    def watched(*given: Any, **named: Any) -> dict[str, torch.Tensor]:
+        watch.split("refine start")
+        found = run(*given, **named)
+        watch.split(WEIGHTS)
+        return found
+
+    refinement.token_weights = watched
+    try:
+        yield
+    finally:
+        refinement.token_weights = run
+
 
 def run(options: argparse.Namespace, group: Ranks, device: torch.device) -> dict[str, Any]:
     shape = SHAPES[options.shape]
@@ -227,7 +253,7 @@ def run(options: argparse.Namespace, group: Ranks, device: torch.device) -> dict
         held = hold_rest(options.device_gib, device)
         with Memory() as memory, Recorder(device) as recorder, profiled(options):
             watch = Watch(recorder, options.blocks)
-            with computing():
+            with computing(), passes_of_weights(watch):
                 planned = run_stages(spec, source, root, device, group, watch, options, shape)
         peak = memory.peak
         group.barrier()
@@ -375,13 +401,15 @@ def seconds_of(
 def pass_of_weights(
     refine: dict[str, Any], units: list[Unit], options: argparse.Namespace, shape: Shape
 ) -> None:
-    """Grows what refinement does before its first block, a pass over all blocks for the tokens'
-    weights, with the blocks; what is in it once, as the head, too."""
-    first = next(unit for unit in units if unit.stage == "refine" and unit.number == 1)
-    before = max(0.0, first.total - refine["block"])
-    missing = shape.blocks - options.blocks
-    refine["weights_pass"] = round(before, 3)
-    refine["all_blocks"] = round(refine["all_blocks"] + before * missing / options.blocks, 2)
+    """Adds the passes over all blocks for the tokens' weights; all but the head's part of them
+    grows with the blocks. What else refinement begins with, once, counts as it was."""
+    parts = added([unit.seconds for unit in units if unit.stage == WEIGHTS])
+    start = sum(unit.total for unit in units if unit.stage == "refine start")
+    whole = sum(parts.values())
+    grows = (whole - parts.get("head", 0.0)) * (shape.blocks - options.blocks) / options.blocks
+    refine["weights_pass"] = round(whole, 3)
+    refine["measured"] = round(refine["measured"] + start + whole, 3)
+    refine["all_blocks"] = round(refine["all_blocks"] + start + whole + grows, 2)
 
 
 def averaged(parts: list[dict[str, float]]) -> dict[str, float]:

@@ -59,9 +59,25 @@ def test_missing_blocks_cost_the_median_of_whole_ones(
 
 
 def test_the_pass_before_the_first_block_grows_with_the_blocks(speed: ModuleType) -> None:
-    units = [speed.Unit("refine", i + 1, {"other": seconds}) for i, seconds in enumerate((9, 1, 1))]
-    options = Namespace(blocks=2)
-    found = {"block": 1.0, "all_blocks": 13.0}
-    speed.pass_of_weights(found, units, options, speed.SHAPES["tiny"])
-    assert found["weights_pass"] == 8
-    assert found["all_blocks"] == 21
+    """All but its head, and nothing else that refinement begins with."""
+    parts = {"refine start": {"other": 5.0}, speed.WEIGHTS: {"forward": 6.0, "head": 2.0}}
+    units = [speed.Unit(name, 0, seconds) for name, seconds in parts.items()]
+    units += [speed.Unit("refine", i + 1, {"other": 1.0}) for i in range(2)]
+    found = {"block": 1.0, "measured": 2.0, "all_blocks": 4.0}
+    speed.pass_of_weights(found, units, Namespace(blocks=2), speed.SHAPES["tiny"])
+    assert found == {"block": 1.0, "measured": 15.0, "all_blocks": 23.0, "weights_pass": 8.0}
+
+
+def test_passes_for_the_weights_of_tokens_are_units_of_their_own(
+    speed: ModuleType, tmp_path: Path
+) -> None:
+    arguments = "--shape tiny --blocks 1 --sequences 2 --held-out 1 --tokens 24 --device cpu"
+    arguments += " --allocation uniform --code trellis --bits 1"
+    assert speed.main([*arguments.split(), "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "quantize-speed-tiny-uniform.json").read_text())
+    passes = [unit["seconds"] for unit in result["units"] if unit["stage"] == speed.WEIGHTS]
+    assert len(passes) == 2
+    assert all(seconds["backward"] > 0 for seconds in passes)
+    assert "backward" not in result["stages"]["refine"]["block_parts"]
+    whole = sum(sum(seconds.values()) for seconds in passes)
+    assert result["stages"]["refine"]["weights_pass"] == pytest.approx(whole, abs=0.01)
