@@ -179,6 +179,12 @@ def test_folders_that_are_not_there_are_told_before_torch_loads(
         (["quantize", "MODEL", "--code-bits", "1.5", "--out", "OUT"], 2, "impossible_budget"),
         (["quantize", "MODEL", "--bits", "4", "--devices", "64", "--out", "OUT"], 3, None),
         (["generate", "PACKED", ""], 2, "invalid_input"),
+        (["generate", "PACKED", "A", "--device", "cuda:99"], 3, "no_such_device"),
+        (
+            ["quantize", "MODEL", "--bits", "4", "--device", "cuda:99", "--out", "OUT"],
+            3,
+            "no_such_device",
+        ),
     ],
 )
 def test_what_the_child_refuses_is_told_in_one_line(
@@ -190,6 +196,39 @@ def test_what_the_child_refuses_is_told_in_one_line(
     assert json.loads(done.stderr.splitlines()[-1])["error"]["code"] == (code or "too_few_devices")
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "param"),
+    [
+        (["quantize", "MODEL", "--bits", "4", "--out", "out", "--device", "gpu"], "device"),
+        (["evaluate", "MODEL", "--source", "MODEL", "--device", "gpu"], "device"),
+        (["bench", "MODEL", "--device", "gpu"], "device"),
+        (["bench", "MODEL", "--new-tokens", "0"], "new_tokens"),
+        (["generate", "MODEL", "A mill", "--device", "gpu"], "device"),
+        (["generate", "MODEL", "A mill", "--temperature", "nan"], "temperature"),
+        (["generate", "MODEL", "A mill", "--max-new-tokens", "-1"], "max_new_tokens"),
+        (["generate", "MODEL", "A mill", "--seed", str(1 << 64)], "seed"),
+        (["sweep", "sweep.json", "--out", "out", "--device", "gpu"], "device"),
+        (["serve", "--device", "gpu"], "BITMILL_DEVICE"),
+        (["worker", "--device", "gpu"], "BITMILL_DEVICE"),
+    ],
+)
+def test_values_that_an_option_cannot_have_are_told_before_torch_loads(
+    command: Any,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: list[str],
+    param: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = {"model": {"source": "path", "path": str(model)}, "budget": {"bits": 4}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"job": spec, "grid": {"seed": [0, 1]}}))
+    status, out, err = command(*(str(model) if w == "MODEL" else w for w in line), "--json")
+    assert (status, out) == (2, "")
+    assert json.loads(err)["error"]["param"] == param
+    assert not (tmp_path / "out").exists()
 
 
 class Running:

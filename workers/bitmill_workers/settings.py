@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from bitmill.runtime.device import checked_name
+
 TIERS = ("cpu", "gpu-24", "gpu-48", "gpu-80", "gpu-180")
 """Queues by accelerator memory in GB, ascending; a worker serves its own and smaller ones."""
 SECRET_SETTINGS = (
@@ -130,6 +132,11 @@ class Settings(BaseSettings):
         if unknown or not queues:
             raise ValueError(f"queues {list(queues)} must be a non-empty subset of {list(TIERS)}")
         return queues
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        return device if device == "auto" else checked_name(device)
 
     @field_validator("hub_token", "push_key", "s3_public_endpoint", mode="before")
     @classmethod

@@ -41,6 +41,7 @@ from bitmill.plan.model_plan import Plan, plan_for_map
 from bitmill.plan.source_model import recorded
 from bitmill.quant.outliers import outlier_inputs
 from bitmill.results import QualityRow, TextQuality
+from bitmill.runtime.device import device_of
 from bitmill.runtime.process import computing
 from bitmill.runtime.ranks import SINGLE, Ranks
 
@@ -307,6 +308,7 @@ def evaluate_folder(
             "those with something rounded can be measured",
             param="baselines",
         )
+    where = device_of(device)
     suite = TaskSuite(asked.tasks, task_folder) if asked.tasks else None
     checkpoint = open_checkpoint(folder)
     bit_widths = checkpoint.bit_widths
@@ -317,7 +319,6 @@ def evaluate_folder(
         source_folder = _as_packed(folder, source_folder, Path(scratch, "rewritten"))
         stored_as = QuantizationConfig(budget=Budget(bits=16), format=checkpoint.format.name)
         _, planned = plan_for_map(source_folder, bit_widths, stored_as)
-        where = torch.device(device)
         model = StreamedModel(
             source_folder, planned, device=where, dtype=compute_dtype(where, planned)
         )

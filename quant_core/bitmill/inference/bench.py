@@ -24,6 +24,8 @@ from transformers import StaticCache
 
 from bitmill.errors import InputError
 from bitmill.inference.load import load
+from bitmill.inference.positions import check_positions
+from bitmill.runtime.device import device_of
 
 _LOG = logging.getLogger(__name__)
 _WARM_UP = 3
@@ -56,8 +58,11 @@ def bench(
         raise InputError(
             f"{prompt_tokens} prompt and {new_tokens} new tokens: give at least one of each"
         )
-    place = torch.device(device)
-    packed = _measure(load(folder, device=place, dtype=dtype), place, prompt_tokens, new_tokens)
+    place = device_of(device)
+    model = load(folder, device=place, dtype=dtype)
+    check_positions(model, prompt_tokens + new_tokens + 1, "prompt_tokens + new_tokens + 1")
+    packed = _measure(model, place, prompt_tokens, new_tokens)
+    del model
     twin = load(folder, dtype=dtype)
     dense = _measure(twin.dequantize().to(place), place, prompt_tokens, new_tokens)
     return {

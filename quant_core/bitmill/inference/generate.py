@@ -8,6 +8,7 @@ spread over several tokens waits for the last of them.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,10 @@ from torch import Tensor
 from bitmill.calibration.windows import check_token_ids
 from bitmill.errors import InputError
 from bitmill.inference.load import is_packed, load, load_plain
+from bitmill.inference.positions import check_positions
 from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.tokenizer import load_tokenizer
+from bitmill.runtime.device import device_of
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -42,12 +45,15 @@ def stream(
     folder: a packed model, a model's own, or an export. gguf: name of the GGUF file in it that
     holds the model. chat: put the prompt into the tokenizer's chat template as the user's message.
 
-    Raises ModelError for a file that cannot be read, InputError for an empty prompt, a negative
-    temperature or a chat template that the tokenizer has not; FormatError where the folder cannot
+    Raises ModelError for a file that cannot be read, InputError for an empty prompt, one that is
+    too long for a model with learned positions, a negative temperature or number of tokens, or a
+    chat template that the tokenizer has not; FormatError where the folder cannot
     be loaded.
     """
-    if temperature < 0:
-        raise InputError(f"temperature {temperature} is negative: give 0 or more")
+    for what, value in {"temperature": temperature, "max_new_tokens": max_new_tokens}.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"{what} is {value}: give 0 or more", param=what)
+    device = device_of(device)
     with tempfile.TemporaryDirectory(prefix="bitmill-generate-") as scratch:
         folder = Path(folder)
         if gguf is not None:
@@ -59,6 +65,8 @@ def stream(
         model = ready(folder, device=device, dtype=dtype)
     rows = model.config.get_text_config().vocab_size
     check_token_ids(tokens[0].tolist(), tokenizer, rows, "prompt")
+    length = tokens.shape[1] + max(max_new_tokens - 1, 0)
+    check_positions(model, length, "the prompt with max_new_tokens - 1")
     generator = torch.Generator().manual_seed(seed)
     ids = _sample(model, tokens.to(device), max_new_tokens, temperature, generator)
     return _pieces(tokenizer, ids)
@@ -99,7 +107,7 @@ def _sample(
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
-    probabilities = torch.softmax(logits / temperature, dim=-1)
+    probabilities = torch.softmax((logits - logits.max()) / temperature, dim=-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 

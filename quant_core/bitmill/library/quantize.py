@@ -49,7 +49,7 @@ def quantize(
     of finished stages, kept, so that a call which was broken off goes on; without it they are kept
     only where the machine or the program fails, and the error says where.
     profiles: folder of sensitivity profiles to take and to keep. task_folder: task files of one's
-    own for `tasks`. device: as torch names it. progress: see `watching`.
+    own for `tasks`. device: "cpu", "cuda" or "cuda:N". progress: see `watching`.
 
     Raises a `BitmillError`: `InputError` for what was asked, `ResourceError` for what the machine
     lacks. Calls of several threads wait for each other.
@@ -59,15 +59,18 @@ def quantize(
     target = Path(out)
     check_apart({"the source": folder / (gguf or ""), "the output": target})
     with work_folder(target, work) as stages, watching(progress) as watch:
-        request = QuantizeRequest(
-            model=folder,
-            file=gguf,
-            config=asked,
-            out=target,
-            work=stages,
-            profiles=None if profiles is None else Path(profiles),
-            task_folder=None if task_folder is None else Path(task_folder),
-            device=device,
+        request = parse_part(
+            QuantizeRequest,
+            {
+                "model": folder,
+                "file": gguf,
+                "config": asked,
+                "out": target,
+                "work": stages,
+                "profiles": profiles,
+                "task_folder": task_folder,
+                "device": device,
+            },
         )
         if asked.devices > 1:
             return _on_devices(request, watch)
@@ -79,7 +82,7 @@ def quantize(
             gguf=gguf,
             profile_folder=request.profiles,
             task_folder=request.task_folder,
-            device=device,
+            device=request.device,
             on_progress=watch,
         )
 

@@ -72,6 +72,7 @@ from bitmill.pipeline.workspace import Made, Turns, Workspace
 from bitmill.plan.model_plan import Plan
 from bitmill.refinement.kept_blocks import KeptBlocks
 from bitmill.results import QualityReport
+from bitmill.runtime.device import device_of
 from bitmill.runtime.memory import refusal
 from bitmill.runtime.process import computing
 from bitmill.runtime.ranks import SINGLE, Ranks
@@ -391,7 +392,7 @@ def run_job(
             config=config,
             model_folder=model_folder,
             space=Workspace(
-                job_dir, on_progress, should_stop, group, torch.device(device), stage_folder, turns
+                job_dir, on_progress, should_stop, group, device_of(device), stage_folder, turns
             ),
             output=output_dir,
             gguf=gguf,
@@ -419,7 +420,7 @@ def run_profile(
     job = Job(
         config=config,
         model_folder=model_folder,
-        space=Workspace(job_dir, on_progress, lambda: False, SINGLE, torch.device(device)),
+        space=Workspace(job_dir, on_progress, lambda: False, SINGLE, device_of(device)),
         output=None,
         gguf=gguf,
         profiles=profile_folder,

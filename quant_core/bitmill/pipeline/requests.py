@@ -9,12 +9,13 @@ from pydantic import Field
 
 from bitmill.config.closed import Closed
 from bitmill.config.quantization import Framing, QuantizationConfig
+from bitmill.runtime.device import DeviceName
 
 
 class Request(Closed):
-    """What a command is asked; device: as torch names it."""
+    """What a command is asked."""
 
-    device: str = "cpu"
+    device: DeviceName = "cpu"
 
 
 class QuantizeRequest(Request):
@@ -60,9 +61,9 @@ class GenerateRequest(Request):
     folder: Path
     prompt: str
     gguf: str | None = None
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 0
+    max_new_tokens: int = Field(default=64, ge=0)
+    temperature: float = Field(default=0.0, ge=0)
+    seed: int = Field(default=0, ge=-(1 << 63), lt=1 << 63)
     chat: bool = False
 
 
@@ -81,5 +82,5 @@ class BenchRequest(Request):
 
     folder: Path
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    prompt_tokens: int = 512
-    new_tokens: int = 32
+    prompt_tokens: int = Field(default=512, ge=1)
+    new_tokens: int = Field(default=32, ge=1)

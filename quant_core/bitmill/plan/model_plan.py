@@ -27,7 +27,7 @@ from bitmill.config.quantization import (
     QuantizationConfig,
 )
 from bitmill.config.transforms import TransformConfig
-from bitmill.errors import ModelError, SpecError
+from bitmill.errors import FormatError, ModelError, SpecError
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.architectures import (
     ELEMENTWISE,
@@ -443,7 +443,8 @@ def plan_for_map(
 ) -> tuple[Allocation, Plan]:
     """The allocation and the plan in which exactly the map's linears are quantized.
 
-    asked: what else decides the plan. Raises what `make_plan` raises.
+    asked: what else decides the plan. Raises FormatError for a map of another model's linears, and
+    what `make_plan` raises.
     """
     default = QuantizationConfig(budget=Budget(bits=16))
 
@@ -457,5 +458,12 @@ def plan_for_map(
     if not widths.linears.keys() <= found[1].by_name.keys():
         embeddings = "quantize"
         found = planned(embeddings=embeddings)
+    unknown = [name for name in widths.linears if name not in found[1].by_name]
+    if unknown:
+        raise FormatError(
+            f"the bit-width map is of another model: {folder.name} has no linear {unknown[0]} "
+            f"({len(unknown)} of the map's {len(widths.linears)} are missing)",
+            param=unknown[0],
+        )
     kept = tuple(name for name in found[1].by_name if name not in widths.linears)
     return planned(embeddings=embeddings, keep=kept) if kept else found

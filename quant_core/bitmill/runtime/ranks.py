@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bitmill.errors import BitmillError, raise_resource_error
+from bitmill.runtime.device import device_of
 
 _PIECE = 1 << 24
 """Values that are exchanged at once: 64 MiB of f32 per rank."""
@@ -219,7 +220,7 @@ def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
     if size == 1:
-        yield SINGLE, torch.device(device)
+        yield SINGLE, device_of(device)
         return
     where = torch.device(device)
     backend = "gloo"

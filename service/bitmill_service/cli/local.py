@@ -136,15 +136,18 @@ def quantize(
         work_folder(out, work) as stages,
         JobWatch(Console(stderr=True, highlight=False)) as watch,
     ):
-        request = QuantizeRequest(
-            model=folder,
-            file=asked.model.file,
-            config=config,
-            out=out,
-            work=stages,
-            profiles=profiles,
-            task_folder=task_folder,
-            device=device,
+        request = parse_part(
+            QuantizeRequest,
+            {
+                "model": folder,
+                "file": asked.model.file,
+                "config": config,
+                "out": out,
+                "work": stages,
+                "profiles": profiles,
+                "task_folder": task_folder,
+                "device": device,
+            },
         )
         run_library("quantize", request, lambda m: watch.show(m["progress"]["kind"], m["progress"]))
     quality = QualityReport.load(out / QUALITY_NAME)
@@ -198,18 +201,21 @@ def evaluate(
 
     Example: bitmill evaluate packed --source models/SmolLM2-135M --sequences 20
     """
-    request = EvaluateRequest(
-        folder=folder,
-        source=source,
-        file=file,
-        texts=comma_separated(texts),
-        sequences=sequences,
-        length=length,
-        framing=framing,
-        tasks=comma_separated(tasks) if tasks else (),
-        task_folder=task_folder,
-        baselines=comma_separated(baselines) if baselines else (),
-        device=device,
+    request = parse_part(
+        EvaluateRequest,
+        {
+            "folder": folder,
+            "source": source,
+            "file": file,
+            "texts": comma_separated(texts),
+            "sequences": sequences,
+            "length": length,
+            "framing": framing,
+            "tasks": comma_separated(tasks) if tasks else (),
+            "task_folder": task_folder,
+            "baselines": comma_separated(baselines) if baselines else (),
+            "device": device,
+        },
     )
     found = run_library("evaluate", request)
     if json:
@@ -243,15 +249,18 @@ def generate(
 
     Example: bitmill generate packed "A water mill is"
     """
-    request = GenerateRequest(
-        folder=folder,
-        prompt=prompt,
-        gguf=file,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=chat,
-        device=device,
+    request = parse_part(
+        GenerateRequest,
+        {
+            "folder": folder,
+            "prompt": prompt,
+            "gguf": file,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "chat": chat,
+            "device": device,
+        },
     )
     pieces: list[str] = []
 
@@ -283,12 +292,15 @@ def bench(
 
     Example: bitmill bench packed --device cuda
     """
-    request = BenchRequest(
-        folder=folder,
-        dtype=dtype,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        device=device,
+    request = parse_part(
+        BenchRequest,
+        {
+            "folder": folder,
+            "dtype": dtype,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            "device": device,
+        },
     )
     found = run_library("bench", request)
     if json:

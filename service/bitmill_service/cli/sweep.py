@@ -18,11 +18,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from bitmill.config.quantization import parse_part
 from bitmill.errors import STOPS, BitmillError, InputError, ModelError, SpecError
 from bitmill.io.atomic import read_json, sha256_json, write_bytes, write_json
 from bitmill.io.targets import check_file, check_kept
 from bitmill.pipeline.admission import admit
-from bitmill.pipeline.requests import QuantizeRequest
+from bitmill.pipeline.requests import QuantizeRequest, Request
 from bitmill.pipeline.work_folder import is_of_shared_stages, work_folder
 from bitmill.reporting.sweep_table import SweepRow, SweepTable
 from bitmill.results import QUALITY_NAME, QualityReport
@@ -89,6 +90,7 @@ def sweep(
     sweep study.yaml --out study
     """
     spec = read_sweep(file)
+    parse_part(Request, {"device": device})
     if api:
         _check_folder(out, here=False)
         with open_client(url) as client:
@@ -294,15 +296,18 @@ def _quantize(cell: Cell, folder: Path, stages: Path, profiles: Path | None, dev
         work_folder(folder, None) as work,
         JobWatch(Console(stderr=True, highlight=False)) as watch,
     ):
-        request = QuantizeRequest(
-            model=_model_of(cell),
-            file=model.file,
-            config=cell.spec.config(),
-            out=folder,
-            work=work,
-            stages=stages,
-            profiles=profiles,
-            device=device,
+        request = parse_part(
+            QuantizeRequest,
+            {
+                "model": _model_of(cell),
+                "file": model.file,
+                "config": cell.spec.config(),
+                "out": folder,
+                "work": work,
+                "stages": stages,
+                "profiles": profiles,
+                "device": device,
+            },
         )
         run_library("quantize", request, lambda m: watch.show(m["progress"]["kind"], m["progress"]))
 

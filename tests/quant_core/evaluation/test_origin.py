@@ -5,18 +5,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import bitmill
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.errors import InputError
+from bitmill.errors import FormatError, InputError
 from bitmill.evaluation.origin import check_made_from
 from bitmill.models.reader import CheckpointSource
 from bitmill.plan.model_plan import plan_for_map
-from tiny import tiny_llama
-from weights import PackedModel, pack_model
+from tiny import tiny_llama, tiny_opt
+from weights import PackedModel, pack_model, rounded_weight
 
 
 @pytest.fixture(scope="module", params=["natural", "activation"])
@@ -85,3 +87,39 @@ def test_another_model_is_refused(
     with pytest.raises(InputError, match="was not made from") as caught:
         check(packed, make(packed.source, tmp_path / "other"))
     assert caught.value.code == "other_source"
+
+
+def as_of_one_bit(weight: torch.Tensor, *how: Any) -> Any:
+    """Weights as far from the source's as GPTQ leaves them at one bit: a cosine of 0.42."""
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    return rounded_weight(weight + 2.2 * weight.std() * noise, *how)
+
+
+def small_last_group(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """q_proj with next to nothing in its second group."""
+    return weight * (torch.arange(160) < 128).add(0.01) if "q_proj" in name else weight
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cycle": (0, 8)}, {"cycle": (0, 0, 0, 0, 0, 8)}, {"cycle": (8,), "quantize": as_of_one_bit}],
+)
+def test_what_few_bits_leave_is_still_of_the_source(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    source = edited(tiny_llama(tmp_path / "all"), tmp_path / "source", small_last_group)
+    packed = pack_model(source, tmp_path / "packed", **options)
+    check(packed, packed.source)
+    with pytest.raises(InputError, match="was not made from"):
+        check(
+            packed,
+            edited(source, tmp_path / "other", lambda n, t: t.flip(0) if "q_proj" in n else t),
+        )
+
+
+def test_a_model_without_the_maps_linears_is_named(packed: PackedModel, tmp_path: Path) -> None:
+    other = tiny_opt(tmp_path / "other")
+    with pytest.raises(FormatError, match=r"of another model: other has no linear .*14 of"):
+        bitmill.evaluate(packed.folder, other, sequences=1, length=32)
+    with pytest.raises(FormatError, match="of another model: other has no linear"):
+        bitmill.refine(other, packed.folder, out=tmp_path / "out")

@@ -13,7 +13,7 @@ from bitmill.errors import InputError, ModelError
 from bitmill.inference.generate import _pieces, stream
 from bitmill.models.convert_gguf import convert_gguf
 from gguf_files import write_gguf
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_opt
 from weights import PackedModel, pack_model
 
 
@@ -101,7 +101,9 @@ def test_generation_ends_at_the_end_of_sequence_token(packed: PackedModel, tmp_p
     ("options", "message"),
     [
         ({"prompt": ""}, "no tokens"),
-        ({"prompt": "x", "temperature": -1.0}, "temperature -1.0 is negative"),
+        ({"prompt": "x", "temperature": -1.0}, "temperature is -1.0"),
+        ({"prompt": "x", "temperature": float("nan")}, "temperature is nan"),
+        ({"prompt": "x", "max_new_tokens": -5}, "max_new_tokens is -5"),
         ({"prompt": "x", "chat": True}, "no chat template"),
     ],
 )
@@ -110,3 +112,18 @@ def test_input_that_cannot_be_continued_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         stream(packed.folder, **options)
+
+
+def test_the_least_temperature_takes_the_likeliest_token(packed: PackedModel) -> None:
+    cold = "".join(stream(packed.folder, "The mill", max_new_tokens=8, temperature=1e-40))
+    assert cold == "".join(stream(packed.folder, "The mill", max_new_tokens=8))
+
+
+def test_no_more_tokens_than_a_table_of_positions_has_rows(tmp_path: Path) -> None:
+    model = tiny_opt(tmp_path / "opt", max_position_embeddings=16)
+    assert "".join(stream(model, "A mill", max_new_tokens=11))
+    with pytest.raises(InputError, match="is 17; the model has 16 positions") as caught:
+        stream(model, "A mill", max_new_tokens=12)
+    assert caught.value.code == "length_exceeds_model"
+    with pytest.raises(InputError, match="is 20; the model has 16 positions"):
+        stream(model, "A mill in summer, by", max_new_tokens=0)
