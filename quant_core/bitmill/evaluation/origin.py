@@ -2,7 +2,8 @@
 
 Kept tensors are compared by value, but for norms and biases of blocks, which transforms and
 learning change; quantized linears of the first and the last block by the cosine of their weights
-with the source's, which is near 1 at two bits, above 0.4 at one bit and near 0 for another model.
+with the source's, which is near 1 at two bits, above 0.4 at one bit and near 0 for another model,
+or by that of their signs, which folded scales of rows and columns leave as they are.
 Dropped columns, and rows and columns that packing moved are left out. A source in another dtype is
 the same model.
 """
@@ -51,7 +52,7 @@ def check_made_from(folder: Path, source: CheckpointSource, plan: Plan) -> None:
             weight = checkpoint.weight(linear.shape)[:ROWS]
             held = weight.any(0)  # columns of dropped groups are zero
             original = source.weight(linear)[:ROWS]
-            if _cosine(weight[:, held], original[:, held]) < LEAST_COSINE:
+            if _likeness(weight[:, held], original[:, held]) < LEAST_COSINE:
                 raise _other(folder, source, f"{linear.name} has other weights")
 
 
@@ -65,6 +66,10 @@ def _difference(packed: Tensor, original: Tensor) -> float:
     """Relative difference of the first rows, in any dtypes."""
     a, b = packed[:ROWS].double(), original[:ROWS].double()
     return float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _likeness(packed: Tensor, original: Tensor) -> float:
+    return max(_cosine(packed, original), _cosine(packed.sign(), original.sign()))
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

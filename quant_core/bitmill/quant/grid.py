@@ -284,7 +284,7 @@ def _two_level_search(W: Tensor, h: Tensor, iterations: int) -> Grid:
     """
     ordered, index = W.contiguous().sort(1)
     weight = h[index] if h.dim() == 1 else h.gather(1, index)
-    mass, moment = weight.cumsum(1), (weight * ordered).cumsum(1)
+    mass, moment = _split_sums(weight), _split_sums(weight * ordered)
     low, high = _two_means(ordered, mass, moment)
     zero = torch.arange(16, device=W.device, dtype=torch.float32) / ONE_BIT_ZERO_STEPS
     zero = zero.repeat(len(W), 2)
@@ -297,32 +297,45 @@ def _two_level_search(W: Tensor, h: Tensor, iterations: int) -> Grid:
     return pick(found, found.scale * (found.scale * square - 2 * product))
 
 
+def _split_sums(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the first and of the other columns of [N, C] for every split, each [N, C + 1].
+
+    Each is summed up by itself: a difference of the whole and one part is nothing but rounding
+    where the other part weighs little.
+    """
+    first = functional.pad(values.cumsum(1), (1, 0))
+    return first, functional.pad(values.flip(1).cumsum(1).flip(1), (0, 1))
+
+
 def _two_level_sums(
-    ordered: Tensor, mass: Tensor, moment: Tensor, scale: Tensor, zero: Tensor
+    ordered: Tensor,
+    mass: tuple[Tensor, Tensor],
+    moment: tuple[Tensor, Tensor],
+    scale: Tensor,
+    zero: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """sum_j h_j w_j v_j and sum_j h_j v_j^2 with v = q - z, for every candidate f32 [N, P].
 
-    ordered: rows in ascending order; mass, moment: h and h w of them cumulated, f32 [N, C].
+    ordered: rows in ascending order f32 [N, C]; mass, moment: h and h w of them summed up.
     """
     never = torch.where(zero > 0.5, -torch.inf, torch.inf)
     threshold = torch.where(scale > 0, (0.5 - zero) * scale, never)
     below = torch.searchsorted(ordered, threshold, right=True)
     lower, upper = -zero, 1 - zero
-    sums = []
-    for cumulated in (moment, mass):
-        under = functional.pad(cumulated, (1, 0)).gather(1, below)
-        sums.append((under, cumulated[:, -1:] - under))
-    (low_moment, high_moment), (low_mass, high_mass) = sums
+    low_moment, high_moment = (part.gather(1, below) for part in moment)
+    low_mass, high_mass = (part.gather(1, below) for part in mass)
     product = lower * low_moment + upper * high_moment
     return product, lower.square() * low_mass + upper.square() * high_mass
 
 
-def _two_means(ordered: Tensor, mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+def _two_means(
+    ordered: Tensor, mass: tuple[Tensor, Tensor], moment: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     """The weighted means below and above the split of least squared error, each f32 [N]."""
     if ordered.shape[1] == 1:
         return ordered[:, 0].clamp(max=0.0), ordered[:, 0].clamp(min=0.0)
-    left_mass, left = mass[:, :-1], moment[:, :-1]
-    right_mass, right = mass[:, -1:] - left_mass, moment[:, -1:] - left
+    left_mass, right_mass = (part[:, 1:-1] for part in mass)
+    left, right = (part[:, 1:-1] for part in moment)
     tiny = torch.finfo(torch.float32).tiny
     explained = left.square() / left_mass.clamp(min=tiny)
     explained = explained + right.square() / right_mass.clamp(min=tiny)

@@ -117,6 +117,19 @@ def test_what_few_bits_leave_is_still_of_the_source(
         )
 
 
+def test_folded_scales_of_rows_and_columns_are_of_the_source(tmp_path: Path) -> None:
+    source = edited(tiny_llama(tmp_path / "all"), tmp_path / "source", small_last_group)
+
+    def scaled(weight: torch.Tensor, *how: Any) -> Any:
+        scales = torch.where(torch.arange(weight.shape[1]) < 128, 1.0, 1e4)
+        return rounded_weight(weight * scales, *how)
+
+    packed = pack_model(source, tmp_path / "packed", cycle=(8,), quantize=scaled)
+    check(packed, packed.source)
+    with pytest.raises(InputError, match="was not made from"):
+        check(packed, another_last_block(source, tmp_path / "other"))
+
+
 def test_a_model_without_the_maps_linears_is_named(packed: PackedModel, tmp_path: Path) -> None:
     other = tiny_opt(tmp_path / "other")
     with pytest.raises(FormatError, match=r"of another model: other has no linear .*14 of"):

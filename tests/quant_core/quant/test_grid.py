@@ -94,6 +94,16 @@ def test_width_1_is_as_good_as_every_split_of_the_row():
         assert best <= error <= 1.03 * best
 
 
+def test_width_1_passes_over_a_column_that_weighs_next_to_nothing():
+    """Its part in the sums is below their rounding: a difference of sums finds no weight there,
+    but a moment, and a level of 1e29."""
+    W = torch.tensor([[-0.125] * 63 + [0.125] * 63 + [5.0]])
+    h = torch.ones(127)
+    h[-1] = 1e-9
+    grid = clip_search(W, 1, h)
+    assert (grid.scale[0], grid.zero[0]) == (0.25, 0.5)
+
+
 def test_groups_of_width_1_searched_at_once_are_those_searched_alone():
     W, h = weights(N=20, C=300, seed=8)
     h[128:256] = 0.0
