@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from bitmill.calibration.gradients import GradientPass, PassSettings
 from bitmill.calibration.hooks import batches
 from bitmill.plan.block_memory import TRANSFER_BYTES
 from bitmill.runtime import transfers
 from bitmill.runtime.transfers import PIECE_BYTES, Transfers
+from streaming import streamed, token_windows
+from tiny import tiny_llama
 
 CPU = torch.device("cpu")
 VALUES = torch.arange(7 * 5 * 3.0).view(7, 5, 3).to(torch.bfloat16)
@@ -77,6 +81,17 @@ def twice(moved: Transfers, tensors: list[Tensor], out: list[Tensor], batch: int
             moved.store(place[part], 2 * x)
 
 
+def gradients_of(folder: Path, lane: LateLane | None) -> list[Tensor]:
+    """At every block's input, from the last to the first, of a pass whose copies a lane makes."""
+    model, found = streamed(folder), list[Tensor]()
+    model.transfers = Transfers(CPU, lane)
+    GradientPass(model, token_windows(8), PassSettings(batch=3, host_bytes=10**9, every=2)).run(
+        lambda _: None, on_block=lambda _, gradient: found.append(gradient.clone())
+    )
+    model.close()
+    return found
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 9])
 @pytest.mark.parametrize("buffers", [0, 1, 2, 1000])
 def test_a_pass_over_host_memory_gives_what_it_would_without_copies(
@@ -92,6 +107,19 @@ def test_a_pass_over_host_memory_gives_what_it_would_without_copies(
     assert (lane.begun > 0) == (buffers > 0)
     twice(moved, [out], [out], batch)
     assert torch.equal(out, -4 * VALUES)
+
+
+@pytest.mark.parametrize("pieces", [4, 1000])
+def test_a_gradient_pass_finds_the_same_bits_however_late_its_copies_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    monkeypatch.setattr(transfers, "PIECE_BYTES", 3000)
+    monkeypatch.setattr(transfers, "TRANSFER_BYTES", pieces * 3000)
+    folder, late = tiny_llama(tmp_path / "model", num_hidden_layers=3), LateLane()
+    expected, found = gradients_of(folder, None), gradients_of(folder, late)
+    assert late.begun == late.made > 0
+    assert len(expected) == 3
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
 
 def test_the_next_part_is_on_its_way_before_this_one_is_done(size: int) -> None:
