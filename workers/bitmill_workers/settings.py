@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from bitmill.runtime.device import checked_name
+from bitmill.config.device import checked_name
 
 TIERS = ("cpu", "gpu-24", "gpu-48", "gpu-80", "gpu-180")
 """Queues by accelerator memory in GB, ascending; a worker serves its own and smaller ones."""

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from bitmill.config.closed import Closed
+from bitmill.config.device import DeviceName
 from bitmill.config.quantization import Framing, QuantizationConfig
-from bitmill.runtime.device import DeviceName
 
 
 class Request(Closed):

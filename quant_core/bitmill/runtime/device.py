@@ -1,28 +1,11 @@
-"""The device that a command, a call or a worker names: cpu, cuda or cuda:N. Torch-free names."""
+"""The device that a command, a call or a worker names, on this machine."""
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Annotated
+import torch
 
-from pydantic import AfterValidator
-
+from bitmill.config.device import checked_name
 from bitmill.errors import ResourceError, SpecError
-
-if TYPE_CHECKING:
-    import torch
-
-_NAME = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
-
-
-def checked_name(name: str) -> str:
-    """The name itself; raises ValueError for another one, as pydantic's validators do."""
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is unknown: give cpu, cuda or cuda:N")
-    return name
-
-
-DeviceName = Annotated[str, AfterValidator(checked_name)]
 
 
 def device_of(name: str | torch.device) -> torch.device:
@@ -31,8 +14,6 @@ def device_of(name: str | torch.device) -> torch.device:
     Raises SpecError for other names than cpu, cuda and cuda:N, ResourceError (`no_such_device`)
     where torch sees no such accelerator here.
     """
-    import torch
-
     try:
         device = torch.device(checked_name(str(name)))
     except ValueError as error:
