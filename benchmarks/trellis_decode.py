@@ -2,10 +2,10 @@
 
     PYTHONPATH=kernels python benchmarks/trellis_decode.py
 
-Every shape of the batch kernel (`--shapes`), or what a linear would run. Rates 2, 3, 4, 3 in turn
-(3 bits), and each alone for one token. A graph holds 20 calls; weights are rotated
-through at least 220 MB, so that no call finds its own in a cache. Both are replayed in turn;
-medians of 15.
+Every shape of the decode and batch kernels and decoded rows (`--shapes`), or what a linear would
+run. Rates 2, 3, 4, 3 in turn (3 bits), and each alone for one token. A graph holds 20 calls; weights
+are rotated through at least 220 MB, so that no call finds its own in a cache. Both are replayed in
+turn; medians of 15.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bitmill_kernels.trellis import batch_cuda
+from bitmill_kernels.trellis import batch_cuda, decode_cuda
 from bitmill_kernels.trellis.layout import circle_shapes
 from bitmill_kernels.trellis.product_cuda import CudaTrellisProduct
 
 SHAPES = ((4096, 4096), (11008, 4096), (28672, 8192))
-TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 MIXES = {"2343": (2, 3, 4, 3), "2": (2,), "3": (3,), "4": (4,)}
 CALLS, ROTATED = 20, 220e6
 Products = list[Callable[[Tensor], Tensor]]
@@ -72,11 +72,16 @@ def products(linears: list[CudaTrellisProduct], tokens: int, every: bool) -> dic
     """By name, one product for each linear."""
     if not every:
         return {"": [one.of_source for one in linears]}
-    tile = next((one for one in batch_cuda.SHAPES if one >= tokens), max(batch_cuda.SHAPES))
     found: dict[str, Products] = {}
+    if tokens <= max(decode_cuda.LAUNCHES):
+        for shape in decode_cuda.SHAPES:
+            found[f"{shape.rows} rows"] = [one.decode(shape) for one in linears]
+        return found
+    tile = next((one for one in batch_cuda.SHAPES if one >= tokens), max(batch_cuda.SHAPES))
     for shape in batch_cuda.SHAPES[tile]:
         name = f"{shape.groups}g {tile}t"
         found[name] = [one.batch({tile: shape}) for one in linears]
+    found["decoded rows"] = [one.by_decoded_rows for one in linears]
     return found
 
 

@@ -25,8 +25,9 @@ def host_library(kernels: str, calls: str, folder: Path) -> ctypes.CDLL:
     """
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    shared = (FOLDER / "decode_cuda.h").read_text()
-    kernels = kernels.replace('#include "decode_cuda.h"', shared)
+    shared = (FOLDER / "circles_cuda.h").read_text()
+    shared = re.sub(r"asm volatile\(.*?;\n}", "mma(c, a, b0, b1);\n}", shared, flags=re.DOTALL)
+    kernels = kernels.replace('#include "circles_cuda.h"', shared)
     kernels = re.sub(r"#include <cuda.*>\n|#pragma once\n", "", kernels)
     header = Path(__file__).with_suffix(".h")
     (folder / "host.cpp").write_text(f'#include "{header}"\n{kernels}}}\n{calls}')

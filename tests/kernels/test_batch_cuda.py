@@ -21,7 +21,7 @@ from bitmill_kernels.matmul.runtime import build_runtime
 from bitmill_kernels.matmul.units import build_schedule
 from bitmill_kernels.trellis import batch_cuda as trellis
 from bitmill_kernels.trellis.layout import RATES, circle_shapes
-from bitmill_kernels.trellis.product import stored_groups
+from bitmill_kernels.trellis.product import full_circles, stored_groups
 from bitmill_kernels.workspace import NOTHING, workspace
 from kernel_cases import random_linear
 
@@ -55,7 +55,7 @@ def test_every_rate_of_a_trellis_gets_a_shape_for_every_number_of_tokens(rate):
     assert list(shapes) == list(trellis.SHAPES)
     assert {shape.groups for shape in shapes.values()} == {2}
     wide = [shape.groups for shape in trellis.fitting_shapes((rate, 1), 1 << 25).values()]
-    assert wide == [4, 4, 4, 4, 2, 2]
+    assert wide == [4, 4, 2, 2]
     for tokens, shape in shapes.items():
         rings = trellis.plan((rate, 1), shape, tokens)
         assert rings is not None
@@ -221,7 +221,7 @@ def test_tokens_beyond_full_launches_take_the_smallest_that_holds_them(tokens, w
 
 def test_circles_are_copied_only_where_a_short_group_is_filled_up():
     whole, short = torch.ones(3, 8, 64, dtype=torch.uint8), torch.ones(3, 5, 64, dtype=torch.uint8)
-    assert trellis.full_circles(whole) is whole
-    filled = trellis.full_circles(short)
+    assert full_circles(whole) is whole
+    filled = full_circles(short)
     assert torch.equal(filled[:, :5], short)
     assert not filled[:, 5:].any()

@@ -6,7 +6,7 @@ import torch
 from bitmill.inference.trellis import TrellisLinear, TrellisRuntime
 from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.trellis import TrellisTensor
-from bitmill_kernels.trellis import batch_cuda, group_cuda
+from bitmill_kernels.trellis import batch_cuda, decode_cuda, group_cuda
 from bitmill_kernels.trellis.code import DEVIATION, decode_tiles, in_sequence
 from bitmill_kernels.trellis.encode import encode_reference, encode_tiles
 from bitmill_kernels.trellis.group import Feedback, encode_group, encode_group_reference
@@ -133,6 +133,36 @@ def test_every_shape_of_the_batch_kernel_is_right_and_repeatable(N, K, rates, dt
                 assert all(torch.equal(kernel(x.cuda()), y) for _ in range(5))
                 error = (y.cpu().double() - expected).norm() / expected.norm()
                 assert error < {torch.float16: 6e-4, torch.bfloat16: 5e-3}[dtype], (shape, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("N", "K", "rates"),
+    [
+        (37, 300, (3, 5, 1)),
+        (1, 9, (4,)),
+        (272, 272, (6, 7, 8)),
+        (1000, 1100, (2, 3, 4, 1, 3, 2, 5, 3, 4)),
+        (9000, 1024, (2, 3, 4, 3, 2, 3, 4, 3)),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_every_shape_of_the_decode_kernel_is_right_and_repeatable(N, K, rates, dtype):
+    if not decode_cuda.available(torch.device("cuda")):
+        pytest.skip("the decode kernel of trellis codes needs Hopper and nvcc")
+    draw = torch.Generator().manual_seed(N)
+    weight = random_weight(N, K, rates, draw)
+    W = weight.dequantize().double()
+    runtime = TrellisRuntime(weight, torch.device("cuda"))
+    for shape in decode_cuda.SHAPES:
+        kernel = runtime.product.decode(shape)
+        for tokens in (1, 2, 3, 7, 8, 9, 16):
+            x = torch.randn(tokens, K, generator=draw).to(dtype)
+            expected = x.double() @ W.T
+            y = kernel(x.cuda())
+            assert all(torch.equal(kernel(x.cuda()), y) for _ in range(5))
+            error = (y.cpu().double() - expected).norm() / expected.norm()
+            assert error < {torch.float16: 6e-4, torch.bfloat16: 5e-3}[dtype], (shape, tokens)
 
 
 def test_inputs_beyond_half_precision_keep_their_size():

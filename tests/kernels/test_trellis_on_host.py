@@ -1,13 +1,11 @@
 """The CUDA product of trellis codes, run on the host thread by thread (`cuda_on_host.h`)."""
 
-import re
-
 import pytest
 import torch
 
 from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.trellis import TrellisTensor
-from bitmill_kernels.trellis.layout import circle_shapes, tile_count
+from bitmill_kernels.trellis.layout import RATES, circle_shapes, tile_bytes, tile_count
 from bitmill_kernels.trellis.product import stored_groups
 from cuda_on_host import FOLDER, address, host_library
 
@@ -29,6 +27,28 @@ extern "C" void decode_all(const void* table, int count, int first, int end, int
     decode_rows<float>((const Group*)table, first, end, K, rows, groups, out);
   });
 }
+template <int RATE>
+void decode_pieces(const uint8_t* circle, uint32_t* out) {
+  for (int i = 0; i < 16; ++i) {
+    uint32_t registers[4][4];
+    decode(load_two<RATE>(circle, i), registers[0], registers[1]);
+    decode<RATE>(load_piece<RATE, false>(circle, 2 * i), registers[2]);
+    decode<RATE>(load_piece<RATE, false>(circle, 2 * i + 1), registers[3]);
+    std::memcpy(out + 16 * i, registers, sizeof(registers));
+  }
+}
+extern "C" void pieces(int rate, const uint8_t* circle, uint32_t* out) {
+  switch (rate) {
+    case 1: return decode_pieces<1>(circle, out);
+    case 2: return decode_pieces<2>(circle, out);
+    case 3: return decode_pieces<3>(circle, out);
+    case 4: return decode_pieces<4>(circle, out);
+    case 5: return decode_pieces<5>(circle, out);
+    case 6: return decode_pieces<6>(circle, out);
+    case 7: return decode_pieces<7>(circle, out);
+    default: return decode_pieces<8>(circle, out);
+  }
+}
 """
 
 
@@ -37,7 +57,6 @@ def library(tmp_path_factory):
     """The kernels as a library of the host, without what launches them on a GPU."""
     source = (FOLDER / "product_cuda.cu").read_text()
     kernels = source[: source.index("template <typename T>\ncudaError_t multiply_all")]
-    kernels = re.sub(r"asm volatile\(.*?;\n}", "mma(c, a, b0, b1);\n}", kernels, flags=re.DOTALL)
     return host_library(kernels, CALLS, tmp_path_factory.mktemp("host"))
 
 
@@ -72,3 +91,13 @@ def test_products_and_weights_are_those_of_the_definition(library, N, K, rates):
     )
     expected = x.double() @ weight.dequantize().double().T
     assert (y.double() - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_two_pieces_read_together_are_those_read_one_by_one(library, rate):
+    draw = torch.Generator().manual_seed(rate)
+    circle = torch.randint(0, 256, (tile_bytes(rate),), generator=draw, dtype=torch.uint8)
+    registers = torch.zeros(16, 2, 2, 4, dtype=torch.int32)
+    library.pieces(rate, address(circle), address(registers))
+    assert torch.equal(registers[:, 0], registers[:, 1])
+    assert len(registers.unique()) > 100

@@ -23,7 +23,7 @@ from bitmill_kernels.workspace import workspace
 TOKEN_BUCKETS = (2, 8, 16, 32)
 """A launch shape is chosen for the smallest bucket that holds the tokens."""
 
-FUSED_CHUNKS = {2: 15, 8: 0}
+FUSED_CHUNKS = {2: 15, 3: 7, 8: 0}
 """By most tokens, up to how many pairs every block converts the activations of for itself. More of
 either are converted by the prologue kernel."""
 

@@ -1,20 +1,18 @@
 // Products with a linear in trellis codes on Hopper by `wgmma` (hopper/wgmma.h), straight from its
-// circles (layout.py, code.py), for any number of tokens:
+// circles (layout.py, code.py), for any number of tokens, of activations as arrange_cuda.h says:
 //
-//   arrange:  x'[t, k] = group_scale[g] * (rotation of x[t, order])[k] / factor[t]           in fp16
-//   product:  y[t, n]  = factor[t] * row_scale[n] * sum_k x'[t, k] value[n, k]
+//   y[t, n] = factor[t] * row_scale[n] * sum_k x'[t, k] value[n, k]
 //
-// A unit is a tile of rows of one group: its circles lie one after the other. What a lane holds of
-// the left operand comes from one piece of a circle, as in product_cuda.cu. factor is a power of two
-// that keeps a token's inputs in fp16: its largest input, times the most that a rotation and a scale
-// of a group can make of it, stays below 2^15.
+// A unit is a tile of rows of one group: its circles lie one after the other. factor keeps the
+// inputs of a token in fp16: its largest one, times the most that a rotation and a scale of a group can
+// make of it, stays below 2^15.
 
-#include "../hopper/wgmma.h"
-#include "decode_cuda.h"
+#include "arrange_cuda.h"
+#include "circles_cuda.h"
 
 namespace {
 
-constexpr int kGroup = 128, kTile = 16, kTiles = kGroup / kTile;
+constexpr int kTile = 16, kTiles = kGroup / kTile;
 constexpr int kWarps = kPrologueThreads / 32;
 constexpr int64_t kMostRead = 1 << 22;
 constexpr float kLargestRotation = 11.3138f;  // sqrt(128), rounded up
@@ -50,44 +48,34 @@ struct Trellis {
   template <int RATE, int TOKENS>
   __device__ __forceinline__ void add_circles(const uint8_t* staged, Reader& reader,
                                               float (&total)[TOKENS / 2]) const {
-    const int lane = reader.lane.row * 4 + reader.lane.column;
+    // Two tiles at once, half of the lanes reading either: see arrange_cuda.h.
+    const int column = reader.lane.column, pair = reader.lane.row * 2 + column % 2;
     uint32_t slot;
     const uint32_t inputs = next_inputs<TOKENS>(reader, &slot);
-    const uint8_t* circles = staged + reader.rows / kTile * (kTiles * 32 * RATE);
-    Piece<RATE> pieces[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) pieces[e] = load_piece<RATE, false>(circles + e * 32 * RATE, lane);
+    const uint8_t* circles = staged + (reader.rows / kTile * kTiles + column / 2) * (32 * RATE);
+    TwoPieces<RATE> pieces = load_two<RATE>(circles, pair);
 #pragma unroll
     for (int batch = 0; batch < 4; ++batch) {
       uint32_t(&made)[2][4] = next_batch(reader, batch, slot);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        decode<RATE>(pieces[e], made[e]);
-        const int next = 2 * batch + 2 + e;
-        if (next < 8) pieces[e] = load_piece<RATE, false>(circles + next * 32 * RATE, lane);
-      }
+      decode(pieces, made[0], made[1]);
+      if (batch < 3) pieces = load_two<RATE>(circles + (batch + 1) * 64 * RATE, pair);
       multiply_batch<TOKENS>(total, made, inputs, 2 * batch, batch == 0 ? reader.older : 1);
     }
   }
 };
 
-// Brings activations into the layout of wgmma.h, rotated: a warp takes a group of a token, a lane
-// four columns of it; a block's warps share the token. A block looks for the token's factor itself
-// where `finds` says so, else another kernel has. Blocks are so small that they can wait beside the
-// product before.
+// Arranges activations: a warp takes a group of a token; a block's warps share the token. A block
+// looks for the token's factor itself where `finds` says so, else another kernel has. Blocks are so
+// small that they can wait beside the product before.
 __global__ void __launch_bounds__(kPrologueThreads, 16)
     arrange_kernel(const __grid_constant__ DecodeArguments p, int columns,
                    const float* group_scales, float largest_scale, int tile, int finds) {
   asm volatile("griddepcontrol.launch_dependents;");
   const int parts = (p.pair_count + kWarps - 1) / kWarps;
   const int token = blockIdx.x / parts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int g = blockIdx.x % parts * kWarps + warp, first = g * kGroup + 4 * lane;
+  const int g = blockIdx.x % parts * kWarps + warp;
   const int64_t row = static_cast<int64_t>(token) * p.x_stride;
-  int from[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    from[i] = first + i < columns && p.order ? __ldg(p.order + first + i) : first + i;
-  }
+  const GroupColumns group(p, g, columns, lane);
   asm volatile("griddepcontrol.wait;" ::: "memory");
   float factor;
   if (finds) {
@@ -97,52 +85,11 @@ __global__ void __launch_bounds__(kPrologueThreads, 16)
     factor = __ldcg(p.factors + token);
   }
   if (g >= p.pair_count) return;
-  const int count = min(kGroup, columns - g * kGroup);
-  int size[4];  // of the power of two of columns that are rotated together
   float value[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int at = 4 * lane + i;
-    size[i] = kGroup;
-    if (count < kGroup) {
-      for (int start = 0; at < count; start += size[i]) {
-        size[i] = 1 << (31 - __clz(count - start));
-        if (at < start + size[i]) break;
-      }
-    }
-    value[i] = 0.0f;
-    if (at < count) {
-      uint32_t h = static_cast<uint32_t>(first + i + 1) * 0x9e3779b1u;
-      h = (h ^ (h >> 15)) * 0x85ebca77u;
-      value[i] = load_input(p, row + from[i]);
-      if (h >> 31) value[i] = -value[i];
-    } else {
-      size[i] = 1;
-    }
-  }
-#pragma unroll
-  for (int step = 1; step < kGroup; step *= 2) {
-    float other[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      other[i] = step < 4 ? value[i ^ step] : __shfl_xor_sync(0xffffffffu, value[i], step / 4);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool upper = (4 * lane + i) & step;
-      if (step < size[i]) value[i] = upper ? other[i] - value[i] : value[i] + other[i];
-    }
-  }
-  const float scale = group_scales[g], inverse = __frcp_rn(factor);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    value[i] *= scale * rsqrtf(static_cast<float>(size[i])) * inverse;
-  }
-  uint8_t* to = p.inputs +
-                (static_cast<size_t>(token / tile) * p.pair_count + g) * group_bytes(tile) +
-                input_offset(tile, token % tile, lane / 2) + lane % 2 * 8;
-  *reinterpret_cast<uint2*>(to) = make_uint2(word_of(__floats2half2_rn(value[0], value[1])),
-                                             word_of(__floats2half2_rn(value[2], value[3])));
+  group.rotate(p, row, value);
+  uint8_t* to =
+      p.inputs + (static_cast<size_t>(token / tile) * p.pair_count + g) * group_bytes(tile);
+  lay_out(to, tile, token % tile, lane, value, group_scales[g] * __frcp_rn(factor));
 }
 
 }  // namespace
@@ -172,10 +119,6 @@ extern "C" int bitmill_trellis_batch(const DecodeArguments* arguments, int colum
 #define BITMILL_SHAPE(GROUPS, TOKENS)     \
   if (groups == GROUPS && tile == TOKENS) \
     return launch<Trellis, GROUPS, TOKENS>(*arguments, blocks, shared, overlap, s);
-  BITMILL_SHAPE(4, 8)
-  BITMILL_SHAPE(2, 8)
-  BITMILL_SHAPE(4, 16)
-  BITMILL_SHAPE(2, 16)
   BITMILL_SHAPE(4, 32)
   BITMILL_SHAPE(2, 32)
   BITMILL_SHAPE(4, 64)

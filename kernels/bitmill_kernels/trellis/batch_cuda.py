@@ -1,16 +1,14 @@
-"""Products with a linear in trellis codes on Hopper, for any number of tokens (`batch_cuda.cu`)."""
+"""Products of many tokens with a linear in trellis codes on Hopper (`batch_cuda.cu`)."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from bitmill_kernels.hopper.building import HEADERS, HOPPER, architecture_flags
 from bitmill_kernels.hopper.launch import Launch, launches_for
@@ -22,17 +20,12 @@ from bitmill_kernels.hopper.schedule import (
     unit_table,
     whole_tiles,
 )
-from bitmill_kernels.layout import GROUP_SIZE
-from bitmill_kernels.trellis.building import built
-from bitmill_kernels.trellis.layout import TILE, tile_bytes
-from bitmill_kernels.trellis.product import stored_groups
-
-TILES = GROUP_SIZE // TILE
+from bitmill_kernels.trellis.building import ARRANGED, built
+from bitmill_kernels.trellis.layout import TILE, TILES, tile_bytes
+from bitmill_kernels.trellis.product import full_circles, stored_groups
 
 _WIDE, _NARROW = WarpgroupShape(4), WarpgroupShape(2)
 SHAPES = {
-    8: (_WIDE, _NARROW),
-    16: (_WIDE, _NARROW),
     32: (_WIDE, _NARROW),
     64: (_WIDE, _NARROW),
     128: (_NARROW,),
@@ -168,19 +161,13 @@ def schedule(
     return unit_table(unit, np.ones(len(rate)), block_count)  # decoding hardly depends on the rate
 
 
-def full_circles(circles: Tensor) -> Tensor:
-    """Circles u8 [tile rows, 8, 32 k]: a short group is filled up, x being 0 there."""
-    missing = TILES - circles.shape[1]
-    return functional.pad(circles, (0, 0, 0, missing)) if missing else circles
-
-
 @cache
 def load_library() -> ctypes.CDLL | None:
     """The compiled kernel, or None where it cannot be built."""
     library = built(
         "batch_cuda.cu",
         "bitmill_trellis_batch_cuda",
-        headers=[*HEADERS, Path(__file__).with_name("decode_cuda.h")],
+        headers=[*HEADERS, *ARRANGED],
         extra_cuda_cflags=["-O3", "-std=c++17", *architecture_flags()],
     )
     if library is not None:

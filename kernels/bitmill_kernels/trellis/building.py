@@ -10,6 +10,11 @@ from typing import Any
 
 from bitmill_kernels.compiled import compiled
 
+CIRCLES = Path(__file__).with_name("circles_cuda.h")
+"""How CUDA kernels read circles."""
+ARRANGED = (Path(__file__).with_name("arrange_cuda.h"), CIRCLES)
+"""What kernels for Hopper include beside `hopper.building.HEADERS`."""
+
 _LOG = logging.getLogger(__name__)
 
 

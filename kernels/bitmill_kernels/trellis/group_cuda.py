@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bitmill_kernels.trellis.building import built
+from bitmill_kernels.trellis.building import CIRCLES, built
 from bitmill_kernels.trellis.code import positions, values_per_state
 from bitmill_kernels.trellis.layout import SEAM, STATE_BITS, TILE, tile_bytes, tile_count
 
@@ -121,7 +120,7 @@ def load_library() -> ctypes.CDLL | None:
     library = built(
         "viterbi_cuda.cu",
         "bitmill_trellis_cuda",
-        headers=[Path(__file__).with_name("decode_cuda.h")],
+        headers=[CIRCLES],
         extra_cuda_cflags=["-O3", "-std=c++17"],
     )
     if library is not None:

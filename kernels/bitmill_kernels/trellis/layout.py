@@ -20,6 +20,8 @@ STATE_BITS = 16
 RATES = (1, 2, 3, 4, 5, 6, 7, 8)
 TILE = 16
 """Rows, and columns, of a tile."""
+TILES = GROUP_SIZE // TILE
+"""Tiles along the columns of a full group."""
 LARGEST = 16.0
 """Targets beyond it, plus or minus, are searched for as if they were there: values end below 4."""
 SEAM = {1: 40, 2: 24, 3: 16, 4: 12, 5: 16, 6: 12, 7: 12, 8: 12}
@@ -46,7 +48,7 @@ def circle_shapes(N: int, K: int, rates: Sequence[int]) -> dict[str, tuple[int, 
         raise ValueError(f"rates {illegal} are none of {list(RATES)}")
     full = [rate for rate, count in zip(rates, columns, strict=True) if count == GROUP_SIZE]
     shapes: dict[str, tuple[int, ...]] = {
-        f"codes_r{rate}": (full.count(rate), tile_count(N), GROUP_SIZE // TILE, tile_bytes(rate))
+        f"codes_r{rate}": (full.count(rate), tile_count(N), TILES, tile_bytes(rate))
         for rate in sorted(set(full))
     }
     if columns[-1] < GROUP_SIZE:

@@ -17,12 +17,13 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bitmill_kernels.compiled import VECTORS, vector_flags
 from bitmill_kernels.layout import GROUP_SIZE, group_columns
 from bitmill_kernels.trellis.building import built
 from bitmill_kernels.trellis.code import decode_tiles, untiled
-from bitmill_kernels.trellis.layout import TILE, tile_count
+from bitmill_kernels.trellis.layout import TILE, TILES, tile_count
 
 TILE_ELEMENTS = 1 << 18
 """Weights that are decoded at once."""
@@ -210,3 +211,9 @@ def decode_rows(
         for rate, columns, stored in stored_groups(circles, rates, K)
     ]
     return torch.cat(parts, 1)
+
+
+def full_circles(circles: Tensor) -> Tensor:
+    """Circles u8 [tile rows, 8, 32 k]: a short group is filled up, x being 0 there."""
+    missing = TILES - circles.shape[1]
+    return functional.pad(circles, (0, 0, 0, missing)) if missing else circles

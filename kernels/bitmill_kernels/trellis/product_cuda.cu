@@ -9,7 +9,7 @@
 // factor is the power of two that brings a group's largest input below 1, so fp16 is never left.
 // A block multiplies one row of tiles; its warps share the groups, and their sums are added in turn.
 
-#include "decode_cuda.h"
+#include "circles_cuda.h"
 
 namespace {
 
@@ -20,15 +20,6 @@ struct Group {
   int64_t rate;
   int64_t columns;  // of tiles
 };
-
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                         uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // Sums of one group: tokens [8 NT] of 16 rows.
 template <int RATE, int NT>

@@ -2,7 +2,8 @@
 
     y[t, n] = sum_k x[t, k] w[n, k],   x in the source's columns
 
-On Hopper, as far as `most_tokens` says, tokens of half precision: `batch_cuda.py`. Elsewhere up to
+On Hopper up to 16 tokens of half precision: `decode_cuda.py`; more, as far as `most_tokens` says:
+`batch_cuda.py`. Elsewhere up to
 `FUSED_TOKENS` tokens of half precision: the order, the rotation and the scales of groups are
 applied to x in a first launch, and a second one multiplies from the circles by tensor cores,
 without ever writing a weight. More tokens, or fp32: rows are decoded into a scratch of at most
@@ -14,7 +15,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitmill_kernels.hopper.schedule import WarpgroupShape
-from bitmill_kernels.trellis import batch_cuda
-from bitmill_kernels.trellis.building import built
+from bitmill_kernels.trellis import batch_cuda, decode_cuda
+from bitmill_kernels.trellis.building import CIRCLES, built
 from bitmill_kernels.trellis.layout import TILE, tile_count
 from bitmill_kernels.trellis.product import TrellisProduct, stored_groups
 
@@ -38,14 +38,24 @@ class CudaTrellisProduct(TrellisProduct):
     def __init__(self, *linear: Any, **source: Any) -> None:
         super().__init__(*linear, **source)
         self._table = _table_of(self._circles, self.rates, self.K)
-        wide = batch_cuda.available(self._rows.device)
-        self._batched = batch_cuda.most_tokens(self.N * self.K)
-        self._batch = (
-            self.batch(batch_cuda.fitting_shapes(self.rates, self.N * self.K)) if wide else None
+        device, weights = self._rows.device, self.N * self.K
+        self._decode = None
+        if decode_cuda.available(device):
+            self._decode = self.decode(decode_cuda.shape_for(weights))
+        self._batched = batch_cuda.most_tokens(weights)
+        self._batch = None
+        if batch_cuda.available(device):
+            self._batch = self.batch(batch_cuda.fitting_shapes(self.rates, weights))
+
+    def decode(self, shape: decode_cuda.BlockShape) -> decode_cuda.CudaTrellisDecode:
+        """The kernel for few tokens on Hopper, by this shape."""
+        scales = self._rows, self._groups
+        return decode_cuda.CudaTrellisDecode(
+            self._circles, *scales, self.K, self.rates, self._order, shape
         )
 
     def batch(self, shapes: Mapping[int, WarpgroupShape]) -> batch_cuda.CudaTrellisBatch:
-        """The kernel for Hopper, by these shapes."""
+        """The kernel for many tokens on Hopper, by these shapes."""
         scales = self._rows, self._groups
         return batch_cuda.CudaTrellisBatch(
             self._circles, *scales, self.K, self.rates, self._order, shapes
@@ -53,10 +63,17 @@ class CudaTrellisProduct(TrellisProduct):
 
     def of_source(self, x: Tensor) -> Tensor:
         """y [T, N] of x [T, K] in the source's columns, in the dtype of x."""
-        if x.dtype != torch.float32 and self._batch is not None and 0 < len(x) <= self._batched:
-            return self._batch(x.contiguous())
-        if x.dtype != torch.float32 and 0 < len(x) <= FUSED_TOKENS:
-            return self._fused(x.contiguous())
+        if x.dtype != torch.float32 and len(x) > 0:
+            if self._decode is not None and len(x) <= max(decode_cuda.LAUNCHES):
+                return self._decode(x.contiguous())
+            if self._batch is not None and len(x) <= self._batched:
+                return self._batch(x.contiguous())
+            if len(x) <= FUSED_TOKENS:
+                return self._fused(x.contiguous())
+        return self.by_decoded_rows(x)
+
+    def by_decoded_rows(self, x: Tensor) -> Tensor:
+        """`of_source` by rows that are decoded into a scratch, for any number of tokens."""
         assert self._inputs is not None
         inner = self._inputs(x.float()).to(x.dtype)
         parts = [functional.linear(inner, W) for _, W in self._slabs(x.dtype)]
@@ -170,7 +187,7 @@ def load_library() -> ctypes.CDLL | None:
     library = built(
         "product_cuda.cu",
         "bitmill_trellis_product_cuda",
-        headers=[Path(__file__).with_name("decode_cuda.h")],
+        headers=[CIRCLES],
         extra_cuda_cflags=["-O3", "-std=c++17"],
     )
     if library is not None:

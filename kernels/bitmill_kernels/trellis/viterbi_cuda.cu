@@ -11,7 +11,7 @@
 // Rows do not know of each other, so a block takes its rows through all columns of the group:
 //   x = w / step,  v = the best circle,  E = (w - step v) U_bb^-1,  w_k -= E U_bk for k > b
 
-#include "decode_cuda.h"
+#include "circles_cuda.h"
 
 namespace {
 
