@@ -3,9 +3,9 @@
     PYTHONPATH=kernels python benchmarks/trellis_decode.py
 
 Every shape of the decode and batch kernels and decoded rows (`--shapes`), or what a linear would
-run. Rates 2, 3, 4, 3 in turn (3 bits), and each alone for one token. A graph holds 20 calls; weights
-are rotated through at least 220 MB, so that no call finds its own in a cache. Both are replayed in
-turn; medians of 15.
+run. Rates 2, 3, 4, 3 in turn (3 bits), and each alone for one token. A graph holds 20 calls;
+weights are rotated through at least 220 MB, so that no call finds its own in a cache. Both are
+replayed in turn; medians of 15.
 """
 
 from __future__ import annotations

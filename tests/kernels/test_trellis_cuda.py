@@ -15,7 +15,7 @@ from bitmill_kernels.trellis import product_cuda
     ("source", "kernels", "most_spilled"),
     [
         ("viterbi_cuda.cu", 28, 0),
-        ("product_cuda.cu", 11, 0),
+        ("product_cuda.cu", 14, 0),
         ("decode_cuda.cu", 6, 0),
         ("batch_cuda.cu", 8, 10),
     ],

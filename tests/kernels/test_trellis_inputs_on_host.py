@@ -67,7 +67,7 @@ def library(tmp_path_factory):
 
 
 def in_layout(inputs, tile, tokens, groups):
-    """Rows [tokens, 128 groups] of what lies in the swizzle of wgmma.h, as two tiles exchange it."""
+    """Rows [tokens, 128 groups] of what lies in wgmma.h's swizzle, columns of tiles exchanged."""
     blocks = inputs.view(torch.float16).view(-1, groups, 2, tile, 8, 8)
     rows = torch.empty(blocks.shape[0], tile, groups, 2, 8, 8, dtype=torch.float16)
     for token in range(tile):

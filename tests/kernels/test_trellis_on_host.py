@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitmill.quant.rotation import packed_rewrites
+from bitmill.quant.rotation import packed_rewrites, rotate
 from bitmill.quant.trellis import TrellisTensor
 from bitmill_kernels.trellis.layout import RATES, circle_shapes, tile_bytes, tile_count
 from bitmill_kernels.trellis.product import stored_groups
@@ -23,9 +23,12 @@ extern "C" void multiply(const void* x, int tokens, int K, const int* order, con
 }
 extern "C" void decode_all(const void* table, int count, int first, int end, int K,
                            const float* rows, const float* groups, float* out) {
-  launch({(end - first + 15) / 16, count}, 32 * kWarps, [=] {
-    decode_rows<float>((const Group*)table, first, end, K, rows, groups, out);
+  launch({(end - first + 15) / 16, (count + kWarps - 1) / kWarps}, 32 * kWarps, [=] {
+    decode_rows<float>((const Group*)table, count, first, end, K, rows, groups, out);
   });
+}
+extern "C" void rotate_all(const float* x, int tokens, int K, const int* order, float* out) {
+  launch({tokens, (K + kGroup - 1) / kGroup}, kGroup, [=] { rotate(x, K, order, out); });
 }
 template <int RATE>
 void decode_pieces(const uint8_t* circle, uint32_t* out) {
@@ -61,7 +64,9 @@ def library(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("N", "K", "rates"), [(37, 300, (3, 5, 1)), (16, 272, (6, 7, 8)), (20, 256, (2, 4))], ids=str
+    ("N", "K", "rates"),
+    [(37, 300, (3, 5, 1)), (16, 272, (6, 7, 8)), (20, 256, (2, 4)), (18, 131, (2, 3))],
+    ids=str,
 )
 def test_products_and_weights_are_those_of_the_definition(library, N, K, rates):
     draw = torch.Generator().manual_seed(N)
@@ -82,6 +87,10 @@ def test_products_and_weights_are_those_of_the_definition(library, N, K, rates):
     torch.testing.assert_close(out, weight.packed_values())
     tokens = 9
     x = torch.randn(tokens, K, generator=draw).half()
+    whole = x.float()
+    found = torch.empty(tokens, K)
+    library.rotate_all(address(whole), tokens, K, address(order), address(found))
+    torch.testing.assert_close(found, rotate(whole[:, order.long()]))
     inner = torch.empty(tokens, 128 * len(rates), dtype=torch.float16)
     factors = torch.empty(tokens, len(rates))
     y = torch.full((tokens, N), torch.nan, dtype=torch.float16)

@@ -91,15 +91,12 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
 }
 
-// One group of one token a block of 128 threads.
+// Column threadIdx.x of a group of a token, rotated; 0 where there is none. All 128 threads of a
+// block. x: the token's activations, in the source's columns.
 template <typename T>
-__global__ void prologue(const T* x, int K, const int* order, const float* group_scales, __half* out,
-                         float* factors) {
+__device__ __forceinline__ float rotated(const T* x, int K, const int* order, int g) {
   __shared__ float values[kGroup];
-  __shared__ float largest[4];
-  const int g = blockIdx.x, thread = threadIdx.x, k = g * kGroup + thread;
-  const int64_t token = blockIdx.y;
-  const int count = min(kGroup, K - g * kGroup);
+  const int thread = threadIdx.x, k = g * kGroup + thread, count = min(kGroup, K - g * kGroup);
   int start = 0, size = kGroup;
   while (thread < count) {
     size = 1 << (31 - __clz(count - start));
@@ -110,7 +107,7 @@ __global__ void prologue(const T* x, int K, const int* order, const float* group
   if (thread < count) {
     uint32_t h = static_cast<uint32_t>(k + 1) * 0x9e3779b1u;
     h = (h ^ (h >> 15)) * 0x85ebca77u;
-    own = to_float(x[token * K + (order ? order[k] : k)]);
+    own = to_float(x[order ? order[k] : k]);
     if (h >> 31) own = -own;
   }
   const int at = thread - start;
@@ -121,8 +118,17 @@ __global__ void prologue(const T* x, int K, const int* order, const float* group
       own = at & step ? values[thread - step] - own : own + values[thread + step];
     __syncthreads();
   }
-  own *= group_scales[g] * rsqrtf(static_cast<float>(size));
-  if (thread >= count) own = 0.f;
+  return thread < count ? own * rsqrtf(static_cast<float>(size)) : 0.f;
+}
+
+// One group of one token a block of 128 threads.
+template <typename T>
+__global__ void prologue(const T* x, int K, const int* order, const float* group_scales, __half* out,
+                         float* factors) {
+  __shared__ float largest[4];
+  const int g = blockIdx.x, thread = threadIdx.x;
+  const int64_t token = blockIdx.y;
+  const float own = rotated(x + token * K, K, order, g) * group_scales[g];
   float most = fabsf(own);
   for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
   if (thread % 32 == 0) largest[thread / 32] = most;
@@ -135,46 +141,96 @@ __global__ void prologue(const T* x, int K, const int* order, const float* group
   if (thread == 0) factors[token * gridDim.x + g] = ldexpf(1.f, exponent);
 }
 
+// out [tokens, K]: activations as decoded rows take them. One group of one token a block.
+template <typename T>
+__global__ void rotate(const T* x, int K, const int* order, T* out) {
+  const int64_t token = blockIdx.x;
+  const int g = blockIdx.y, k = g * kGroup + threadIdx.x;
+  const float own = rotated(x + token * K, K, order, g);
+  if (k < K) store(out + token * K + k, own);
+}
+
+// Room of a warp for half a group's columns of a row of tiles; rows begin in other banks.
+constexpr int kHalf = kGroup / 2;
+template <typename T>
+using HalfGroup = T[kTile][kHalf + 16 / sizeof(T)];
+
+// To an even place.
+__device__ __forceinline__ void store_two(float* to, float one, float two) {
+  *reinterpret_cast<float2*>(to) = float2{one, two};
+}
+__device__ __forceinline__ void store_two(__half* to, float one, float two) {
+  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(one, two);
+}
+__device__ __forceinline__ void store_two(__nv_bfloat16* to, float one, float two) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(one, two);
+}
+
+// Decodes four tiles of a group from column c on.
 template <int RATE, typename T>
-__device__ __forceinline__ void write_tile(const uint8_t* circle, int n, int first_row, int end_row,
-                                           int k, int K, const float* row_scales, float scale,
-                                           T* out) {
+__device__ __forceinline__ void decode_half(const uint8_t* circles, int c, int columns, float scale,
+                                            const float (&row_scale)[2], HalfGroup<T>& to) {
   const int lane = threadIdx.x % 32;
-  uint32_t a[4];
-  decode<RATE>(load_piece<RATE>(circle, lane), a);
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int at = n + lane / 4 + 8 * (r % 2), column = k + 2 * (lane % 4) + 8 * (r / 2);
-    if (at >= end_row) continue;
-    const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&a[r]));
-    const float own = row_scales[at];
-    T* to = out + static_cast<int64_t>(at - first_row) * K + column;
-    if (column < K) store(to, own * (scale * v.x));
-    if (column + 1 < K) store(to + 1, own * (scale * v.y));
+  for (int i = 0; i < kHalf / kTile; ++i) {
+    if (c + i >= columns) break;
+    uint32_t a[4];
+    decode<RATE>(load_piece<RATE>(circles + (c + i) * 32 * RATE, lane), a);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&a[r]));
+      const float own = row_scale[r % 2];
+      store_two(&to[lane / 4 + 8 * (r % 2)][i * kTile + 2 * (lane % 4) + 8 * (r / 2)],
+                own * (scale * v.x), own * (scale * v.y));
+    }
   }
 }
 
-// Eight tiles of a group a block; rows from first_row, a multiple of 16, to end_row.
+// A group of 16 rows a warp; rows from first_row, a multiple of 16, to end_row. Half a group at a
+// time goes by way of shared memory, so that a row is written in pieces of 16 bytes.
 template <typename T>
-__global__ void decode_rows(const Group* groups, int first_row, int end_row, int K,
-                            const float* row_scales, const float* group_scales, T* out) {
-  const int g = blockIdx.y, c = threadIdx.x / 32;
+__global__ void __launch_bounds__(32 * kWarps)
+    decode_rows(const Group* groups, int group_count, int first_row, int end_row, int K,
+                const float* row_scales, const float* group_scales, T* out) {
+  constexpr int kAtOnce = 16 / sizeof(T), kPieces = kHalf / kAtOnce;
+  __shared__ __align__(16) HalfGroup<T> shared[kWarps];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int g = blockIdx.y * kWarps + warp, n = first_row + kTile * blockIdx.x;
+  if (g >= group_count) return;
+  HalfGroup<T>& half = shared[warp];
   const Group group = groups[g];
-  if (c >= group.columns) return;
-  const int rate = static_cast<int>(group.rate), n = first_row + kTile * blockIdx.x;
-  const uint8_t* circle =
-      group.circles + ((n / kTile) * group.columns + c) * 32 * static_cast<int64_t>(rate);
-  const int k = g * kGroup + c * kTile;
+  const int columns = static_cast<int>(group.columns), rate = static_cast<int>(group.rate);
+  const uint8_t* circles =
+      group.circles + (n / kTile) * static_cast<int64_t>(columns) * (32 * rate);
   const float scale = group_scales[g];
-  switch (rate) {
-    case 1: return write_tile<1>(circle, n, first_row, end_row, k, K, row_scales, scale, out);
-    case 2: return write_tile<2>(circle, n, first_row, end_row, k, K, row_scales, scale, out);
-    case 3: return write_tile<3>(circle, n, first_row, end_row, k, K, row_scales, scale, out);
-    case 4: return write_tile<4>(circle, n, first_row, end_row, k, K, row_scales, scale, out);
-    case 5: return write_tile<5>(circle, n, first_row, end_row, k, K, row_scales, scale, out);
-    case 6: return write_tile<6>(circle, n, first_row, end_row, k, K, row_scales, scale, out);
-    case 7: return write_tile<7>(circle, n, first_row, end_row, k, K, row_scales, scale, out);
-    default: return write_tile<8>(circle, n, first_row, end_row, k, K, row_scales, scale, out);
+  const float row_scale[2] = {row_scales[min(n + lane / 4, end_row - 1)],
+                              row_scales[min(n + lane / 4 + 8, end_row - 1)]};
+  const bool whole = K % kAtOnce == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+  for (int c = 0; c < columns; c += kHalf / kTile) {
+    switch (rate) {
+      case 1: decode_half<1, T>(circles, c, columns, scale, row_scale, half); break;
+      case 2: decode_half<2, T>(circles, c, columns, scale, row_scale, half); break;
+      case 3: decode_half<3, T>(circles, c, columns, scale, row_scale, half); break;
+      case 4: decode_half<4, T>(circles, c, columns, scale, row_scale, half); break;
+      case 5: decode_half<5, T>(circles, c, columns, scale, row_scale, half); break;
+      case 6: decode_half<6, T>(circles, c, columns, scale, row_scale, half); break;
+      case 7: decode_half<7, T>(circles, c, columns, scale, row_scale, half); break;
+      default: decode_half<8, T>(circles, c, columns, scale, row_scale, half); break;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = lane; i < kTile * kPieces; i += 32) {
+      const int row = i / kPieces, at = i % kPieces * kAtOnce;
+      const int column = g * kGroup + c * kTile + at;
+      if (n + row >= end_row) continue;
+      T* to = out + static_cast<int64_t>(n + row - first_row) * K + column;
+      if (whole && column < K) {
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&half[row][at]);
+      } else {
+        for (int e = 0; e < kAtOnce && column + e < K; ++e) to[e] = half[row][at + e];
+      }
+    }
+    __syncwarp();
   }
 }
 
@@ -215,22 +271,38 @@ extern "C" int bitmill_trellis_product_cuda(const void* x, int dtype, int tokens
               static_cast<cudaStream_t>(stream));
 }
 
+// x and out [tokens, K] of dtype 0 (fp32), 1 or 2; order i32 [K] or null.
+extern "C" int bitmill_trellis_rotate_cuda(const void* x, int dtype, int tokens, int K,
+                                           const int* order, void* out, void* stream) {
+  const dim3 grid(tokens, (K + kGroup - 1) / kGroup);
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (dtype == 0)
+    rotate<<<grid, kGroup, 0, s>>>(static_cast<const float*>(x), K, order, static_cast<float*>(out));
+  else if (dtype == 1)
+    rotate<<<grid, kGroup, 0, s>>>(static_cast<const __half*>(x), K, order,
+                                   static_cast<__half*>(out));
+  else
+    rotate<<<grid, kGroup, 0, s>>>(static_cast<const __nv_bfloat16*>(x), K, order,
+                                   static_cast<__nv_bfloat16*>(out));
+  return cudaGetLastError();
+}
+
 // out [end_row - first_row, K] of dtype 0 (fp32), 1 or 2.
 extern "C" int bitmill_trellis_decode_cuda(const void* groups, int group_count, int first_row,
                                            int end_row, int K, const float* row_scales,
                                            const float* group_scales, int dtype, void* out,
                                            void* stream) {
-  const dim3 grid((end_row - first_row + kTile - 1) / kTile, group_count);
+  const dim3 grid((end_row - first_row + kTile - 1) / kTile, (group_count + kWarps - 1) / kWarps);
   const Group* from = static_cast<const Group*>(groups);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   if (dtype == 0)
-    decode_rows<<<grid, 32 * kWarps, 0, s>>>(from, first_row, end_row, K, row_scales, group_scales,
-                                             static_cast<float*>(out));
+    decode_rows<<<grid, 32 * kWarps, 0, s>>>(from, group_count, first_row, end_row, K, row_scales,
+                                             group_scales, static_cast<float*>(out));
   else if (dtype == 1)
-    decode_rows<<<grid, 32 * kWarps, 0, s>>>(from, first_row, end_row, K, row_scales, group_scales,
-                                             static_cast<__half*>(out));
+    decode_rows<<<grid, 32 * kWarps, 0, s>>>(from, group_count, first_row, end_row, K, row_scales,
+                                             group_scales, static_cast<__half*>(out));
   else
-    decode_rows<<<grid, 32 * kWarps, 0, s>>>(from, first_row, end_row, K, row_scales, group_scales,
-                                             static_cast<__nv_bfloat16*>(out));
+    decode_rows<<<grid, 32 * kWarps, 0, s>>>(from, group_count, first_row, end_row, K, row_scales,
+                                             group_scales, static_cast<__nv_bfloat16*>(out));
   return cudaGetLastError();
 }

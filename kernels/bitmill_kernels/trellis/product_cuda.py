@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from bitmill_kernels.hopper.schedule import WarpgroupShape
 from bitmill_kernels.trellis import batch_cuda, decode_cuda
@@ -74,10 +73,25 @@ class CudaTrellisProduct(TrellisProduct):
 
     def by_decoded_rows(self, x: Tensor) -> Tensor:
         """`of_source` by rows that are decoded into a scratch, for any number of tokens."""
-        assert self._inputs is not None
-        inner = self._inputs(x.float()).to(x.dtype)
-        parts = [functional.linear(inner, W) for _, W in self._slabs(x.dtype)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        y = torch.empty(len(x), self.N, dtype=x.dtype, device=x.device)
+        if len(x) == 0:
+            return y
+        x = x.contiguous()
+        inner = torch.empty_like(x)
+        _check(
+            _library().bitmill_trellis_rotate_cuda(
+                x.data_ptr(),
+                DTYPES[x.dtype],
+                len(x),
+                self.K,
+                None if self._order is None else self._order.data_ptr(),
+                inner.data_ptr(),
+                torch.cuda.current_stream(x.device).cuda_stream,
+            )
+        )
+        for first, W in self._slabs(x.dtype):
+            torch.mm(inner, W.t(), out=y[:, first : first + len(W)])
+        return y
 
     def weights(self, first: int, end: int) -> Tensor:
         """Weights f32 [end - first, K] in packed, rotated columns; first is a multiple of 16."""
@@ -195,6 +209,9 @@ def load_library() -> ctypes.CDLL | None:
         library.bitmill_trellis_product_cuda.argtypes = [
             *(pointer, integer, integer, integer, pointer, pointer, pointer),
             *(integer, integer, pointer, pointer, pointer, pointer, pointer),
+        ]
+        library.bitmill_trellis_rotate_cuda.argtypes = [
+            *(pointer, integer, integer, integer, pointer, pointer, pointer),
         ]
         library.bitmill_trellis_decode_cuda.argtypes = [
             *(pointer, integer, integer, integer, integer, pointer),
