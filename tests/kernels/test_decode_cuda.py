@@ -152,11 +152,15 @@ def test_a_shape_that_does_not_fit_is_recognized():
 
 
 @pytest.mark.parametrize(
-    ("bucket", "chunks", "tokens"),
-    [(2, 15, 2), (2, 16, 0), (8, 3, 8), (8, 4, 4), (8, 9, 2), (8, 16, 0), (16, 1, 0)],
+    ("bucket", "chunks", "blocks", "tokens"),
+    [
+        *((2, 15, 1, 2), (2, 16, 1, 0), (2, 15, 4, 2), (2, 15, 5, 0)),
+        *((8, 3, 2, 8), (8, 3, 3, 4), (8, 4, 1, 4), (8, 9, 1, 2), (8, 16, 1, 0), (16, 1, 1, 0)),
+    ],
 )
-def test_blocks_convert_few_tokens_of_few_pairs(bucket, chunks, tokens):
-    assert fused_tokens({2: 15, 4: 8, 8: 3}, bucket, chunks) == tokens
+def test_blocks_convert_few_tokens_of_few_pairs(bucket, chunks, blocks, tokens):
+    fused = {2: (15, 60), 4: (8, 16), 8: (3, 6)}
+    assert fused_tokens(fused, bucket, chunks, blocks) == tokens
 
 
 def test_the_stored_table_names_compiled_shapes():

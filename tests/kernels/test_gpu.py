@@ -88,7 +88,7 @@ def test_blocks_that_convert_for_themselves_give_the_bits_of_the_prologue(
     bias = torch.randn(1000, device=GPU).to(dtype)
     for x in (whole[:, :1100], whole[:, 3:1103]):  # the second is not aligned
         expected = exact(x, weight, bias)
-        ways = decoders(weight, T, fused={8: 1000}), decoders(weight, T, fused={})
+        ways = decoders(weight, T, fused={8: (1000, 4000)}), decoders(weight, T, fused={})
         for own, once in zip(*ways, strict=True):
             y = the_same_again(own, x, bias, times=10)
             assert torch.equal(y, the_same_again(once, x, bias, times=2))

@@ -23,9 +23,10 @@ from bitmill_kernels.workspace import workspace
 TOKEN_BUCKETS = (2, 8, 16, 32)
 """A launch shape is chosen for the smallest bucket that holds the tokens."""
 
-FUSED_CHUNKS = {2: 15, 3: 7, 8: 0}
-"""By most tokens, up to how many pairs every block converts the activations of for itself. More of
-either are converted by the prologue kernel."""
+FUSED_CHUNKS = {2: (15, 60), 3: (7, 12)}
+"""By most tokens, of up to how many pairs a block, and all blocks of a multiprocessor together,
+convert the activations for themselves. More are converted by the prologue kernel. Measured on an
+H100 (two tokens) and an H200 (three)."""
 
 MAX_FUSED_TOKENS = 8
 """Launch shapes for more tokens have no code to convert."""
@@ -88,12 +89,12 @@ class CudaDecoder:
         weight: RuntimeWeight,
         shapes: Mapping[int, BlockShape],
         *,
-        fused: Mapping[int, int] = FUSED_CHUNKS,
+        fused: Mapping[int, tuple[int, int]] = FUSED_CHUNKS,
     ) -> None:
         """shapes: by token bucket, ascending; all tables and workspaces are built here.
 
-        fused: by most tokens, at most `MAX_FUSED_TOKENS`, up to how many pairs blocks convert the
-        activations of for themselves. Raises ValueError for a shape that cannot run the weight.
+        fused: by most tokens, at most `MAX_FUSED_TOKENS`, as `FUSED_CHUNKS`. Raises ValueError for
+        a shape that cannot run the weight.
         """
         self._library = load_library()
         self._weight = weight
@@ -148,7 +149,11 @@ class _Launch:
     """
 
     def __init__(
-        self, weight: RuntimeWeight, shape: BlockShape, tokens: int, fused: Mapping[int, int]
+        self,
+        weight: RuntimeWeight,
+        shape: BlockShape,
+        tokens: int,
+        fused: Mapping[int, tuple[int, int]],
     ) -> None:
         device = weight.planes.device
         properties = torch.cuda.get_device_properties(device)
@@ -169,7 +174,7 @@ class _Launch:
         self._partial = workspace("decode partial", self.block_count * 2 * cells * 4, device)
         shared = properties.shared_memory_per_multiprocessor
         self._chunks = schedule.chunks
-        self.fused_tokens = fused_tokens(fused, tokens, self._chunks)
+        self.fused_tokens = fused_tokens(fused, tokens, self._chunks, shape.blocks)
         self._fused: SharedPlan | None = None
         if self.fused_tokens:
             self._fused = plan_shared(weight, shape, self.fused_tokens, self._chunks, shared)
@@ -202,11 +207,21 @@ class _Launch:
         return plan
 
 
-def fused_tokens(fused: Mapping[int, int], bucket: int, chunks: int) -> int:
-    """Up to so many tokens of a bucket blocks that need `chunks` pairs convert for themselves."""
+def fused_tokens(
+    fused: Mapping[int, tuple[int, int]], bucket: int, chunks: int, blocks: int
+) -> int:
+    """Up to so many tokens of a bucket blocks that need `chunks` pairs convert for themselves.
+
+    fused: as `FUSED_CHUNKS`; blocks: on each multiprocessor.
+    """
     if bucket > MAX_FUSED_TOKENS:
         return 0
-    return max((t for t, most in fused.items() if t <= bucket and chunks <= most), default=0)
+    fits = (
+        tokens
+        for tokens, (most, together) in fused.items()
+        if tokens <= bucket and chunks <= most and chunks * blocks <= together
+    )
+    return max(fits, default=0)
 
 
 def _input_bytes(tokens: int) -> int:

@@ -36,9 +36,8 @@ SHAPES = {
 WIDE_FROM = 1 << 25
 """Weights from which blocks of more rows pay, as decoding takes more than sums."""
 
-MOST_TOKENS = ((1 << 27, 1024), (1 << 24, 512), (0, 128))
-"""Weights from which this is faster than decoded weights, up to so many tokens. Up to 256 tokens
-measured on an H200; beyond by launches of 256 and what decoding took there."""
+MOST_TOKENS = ((1 << 27, 1024), (1 << 24, 256), (0, 128))
+"""Weights from which this is faster than decoded rows, up to so many tokens (on an H200)."""
 
 
 def most_tokens(weights: int) -> int:
