@@ -38,6 +38,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.plan.block_memory import backward_bytes
 from bitmill.plan.model_plan import Plan
 from bitmill.runtime.memory import free_device_bytes, spare_host_bytes
+from bitmill.runtime.process import deterministic
 from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.runtime.timer import timed
 
@@ -234,7 +235,7 @@ class GradientPass:
             x = given.detach().requires_grad_()
             with _watching(modules, observer), torch.enable_grad():
                 y = self._model.run_block(i, block, x)
-                with timed("backward"):
+                with timed("backward"), deterministic():
                     torch.autograd.backward(y, received.to(y.dtype))
             assert x.grad is not None
             largest = torch.maximum(largest, torch.linalg.vector_norm(x.grad, ord=math.inf))

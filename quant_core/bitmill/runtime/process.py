@@ -147,3 +147,25 @@ def environment(changes: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic kernels of torch within, where CUBLAS_WORKSPACE_CONFIG is set for them.
+
+    Else fused attention adds the gradients of queries up by atomics, in any order. A kernel that
+    torch has in no deterministic form raises RuntimeError.
+    """
+    import torch
+
+    switches: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    possible = not torch.cuda.is_available() or "CUBLAS_WORKSPACE_CONFIG" in os.environ
+    torch.use_deterministic_algorithms(before[0] or possible)
+    switches.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=warn_only)
+        switches.fill_uninitialized_memory = before[1]

@@ -11,8 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from bitmill.refinement.omniquant.block import deterministic
-from bitmill.runtime.process import SWITCH_S, computing, environment, settle_own_process
+from bitmill.runtime.process import (
+    SWITCH_S,
+    computing,
+    deterministic,
+    environment,
+    settle_own_process,
+)
 
 OWN = ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 

@@ -17,6 +17,7 @@ from bitmill.plan.model_plan import make_plan
 from bitmill.quant.codes import group_slices
 from bitmill.quant.grid import clip_search, nearest_codes, values
 from bitmill.quant.rewrites import Rewrites
+from bitmill.runtime.process import computing
 from bitmill.sensitivity import checkpoint as profile_checkpoint
 from bitmill.sensitivity.fisher import (
     PROFILE_CLIP,
@@ -321,6 +322,46 @@ def test_where_block_inputs_wait_does_not_change_a_byte_on_a_gpu(llama, tmp_path
             folder = tmp_path / f"{every}-{limit}"
             found = profile_knapsack(model, tokens, plan, settings, folder=folder)
             assert found.to_bytes() == expected
+
+
+class DeterministicRecorder:
+    """What torch is told of its kernels whenever a linear has been seen."""
+
+    def __init__(self) -> None:
+        self.found: list[bool] = []
+
+    def seen(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        del name, x, gradient
+        self.found.append(torch.are_deterministic_algorithms_enabled())
+
+
+def test_gradients_come_from_deterministic_kernels(llama):
+    recorder = DeterministicRecorder()
+    GradientPass(streamed(llama), some_tokens(), PassSettings()).run(lambda _: recorder)
+    assert recorder.found
+    assert all(recorder.found)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gradients_of_long_windows_are_the_same_bits_twice_on_a_gpu(tmp_path):
+    sizes = {"hidden_size": 512, "head_dim": 64, "num_attention_heads": 8}
+    folder = tiny_llama(
+        tmp_path / "model", num_key_value_heads=8, max_position_embeddings=2048, **sizes
+    )
+    plan = make_plan(folder, SPEC)
+    found: list[list[Tensor]] = []
+    for _ in range(3):
+        model = StreamedModel(folder, plan, device=torch.device("cuda"), dtype=torch.bfloat16)
+        own: list[Tensor] = []
+        run = GradientPass(model, some_tokens(8, 2048), PassSettings(batch=4))
+        with computing():
+            run.run(lambda _: None, on_block=lambda _, g, own=own: own.append(g.clone()))
+        found.append(own)
+    assert len(found[0]) == 2
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
 
 
 class Killed(Exception):

@@ -13,12 +13,9 @@ The report says which it was.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +34,7 @@ from bitmill.refinement.omniquant.settings import (
     make_learner,
 )
 from bitmill.results import BlockQuality
+from bitmill.runtime.process import deterministic
 
 HELD_OUT_BATCH = 4
 RESIDENT_SHARE = 0.25
@@ -242,22 +240,6 @@ def set_slots(slots: Mapping[str, LearnableLinear], weights: Mapping[str, Tensor
 def loss_scale(dtype: torch.dtype, tokens: int) -> float:
     """Factor that keeps gradients of a mean over tokens inside fp16; Adam does not feel it."""
     return float(tokens) if dtype == torch.float16 else 1.0
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Deterministic kernels within, where the process set CUBLAS_WORKSPACE_CONFIG for them."""
-    switches: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    possible = not torch.cuda.is_available() or "CUBLAS_WORKSPACE_CONFIG" in os.environ
-    torch.use_deterministic_algorithms(before[0] or possible)
-    switches.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=warn_only)
-        switches.fill_uninitialized_memory = before[1]
 
 
 def _resident(data: BlockData, device: torch.device) -> BlockData:

@@ -35,7 +35,6 @@ from bitmill.refinement.omniquant.adam import DescentReport, DescentSettings, Ra
 from bitmill.refinement.omniquant.block import (
     HELD_OUT_BATCH,
     Batches,
-    deterministic,
     loss_scale,
     resident,
     set_slots,
@@ -45,6 +44,7 @@ from bitmill.refinement.omniquant.rows import BlockRows, LearnableLinear, attach
 from bitmill.refinement.omniquant.trellis_scales import TrellisScales
 from bitmill.refinement.vectors import LearnedVectors, restore_vectors
 from bitmill.results import TuningQuality
+from bitmill.runtime.process import deterministic
 
 CHUNK = 2048
 """Tokens whose logits exist at a time."""
