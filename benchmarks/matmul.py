@@ -29,9 +29,9 @@ import matmul_peers
 import torch
 import triton
 
-from bitmill_kernels.hopper.schedule import WarpgroupShape
+from bitmill_kernels.hopper.schedule import BlockShape, WarpgroupShape
 from bitmill_kernels.layout import WIDTHS, code_tensor_shapes, zero_tensor_shapes
-from bitmill_kernels.matmul import batch_cuda, cuda_library, decode_cuda, tiles
+from bitmill_kernels.matmul import batch_cuda, cuda_library, tiles
 from bitmill_kernels.matmul.batch_cuda import CudaBatch
 from bitmill_kernels.matmul.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder
 from bitmill_kernels.matmul.decode_triton import TritonDecoder
@@ -176,7 +176,7 @@ def bucket_of(T: int) -> int:
     return next(bucket for bucket in TOKEN_BUCKETS if bucket >= T)
 
 
-def best_shape(weight: RuntimeWeight, bucket: int) -> decode_cuda.BlockShape:
+def best_shape(weight: RuntimeWeight, bucket: int) -> BlockShape:
     properties = torch.cuda.get_device_properties(DEVICE)
     shared = properties.shared_memory_per_multiprocessor
     return tiles.block_shapes(weight, properties.name, shared)[bucket]
@@ -187,13 +187,11 @@ def triton_decoder(weight: RuntimeWeight) -> TritonDecoder:
     return TritonDecoder(weight, tiles.triton_tiles(weight, processors), asm=True)
 
 
-def shape_name(shape: decode_cuda.BlockShape) -> str:
+def shape_name(shape: BlockShape) -> str:
     return f"cuda {shape.warps}w {shape.row_tiles}r {shape.blocks}b"
 
 
-def decoder_or_none(
-    weight: RuntimeWeight, shape: decode_cuda.BlockShape, T: int
-) -> CudaDecoder | None:
+def decoder_or_none(weight: RuntimeWeight, shape: BlockShape, T: int) -> CudaDecoder | None:
     """None where the shape cannot run the weight."""
     try:
         return CudaDecoder(weight, {bucket_of(T): shape})

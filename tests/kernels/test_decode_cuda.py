@@ -11,9 +11,10 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 from bitmill_kernels.hopper import schedule as hopper_schedule
 from bitmill_kernels.hopper.building import HEADERS
+from bitmill_kernels.hopper.schedule import BlockShape
 from bitmill_kernels.layout import PLANES, WIDTHS, group_columns
 from bitmill_kernels.matmul import decode_cuda, tiles
-from bitmill_kernels.matmul.decode_cuda import SHAPES, BlockShape, fused_tokens, plan_shared
+from bitmill_kernels.matmul.decode_cuda import SHAPES, fused_tokens, plan_shared
 from bitmill_kernels.matmul.runtime import build_runtime
 from bitmill_kernels.matmul.units import build_schedule
 from kernel_cases import random_linear, random_planes

@@ -74,6 +74,16 @@ def random_weight(N, K, rates, draw):
     return TrellisTensor(N, K, rates, circles, *scales, packed_rewrites("trellis", order))
 
 
+def assert_right_and_repeatable(kernel, W, tokens, dtype, draw):
+    """Of random activations; W f64 [N, K]."""
+    x = torch.randn(tokens, W.shape[1], generator=draw).to(dtype)
+    expected = x.double() @ W.T
+    y = kernel(x.cuda())
+    assert all(torch.equal(kernel(x.cuda()), y) for _ in range(5))
+    error = (y.cpu().double() - expected).norm() / expected.norm()
+    assert error < {torch.float16: 6e-4, torch.bfloat16: 5e-3}[dtype]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("N", "K", "rates"),
@@ -150,12 +160,7 @@ def test_every_shape_of_the_batch_kernel_is_right_and_repeatable(N, K, rates, dt
                 continue
             kernel = runtime.product.batch({tile: shape})
             for tokens in (1, 7, tile, tile + 3, 150):
-                x = torch.randn(tokens, K, generator=draw).to(dtype)
-                expected = x.double() @ W.T
-                y = kernel(x.cuda())
-                assert all(torch.equal(kernel(x.cuda()), y) for _ in range(5))
-                error = (y.cpu().double() - expected).norm() / expected.norm()
-                assert error < {torch.float16: 6e-4, torch.bfloat16: 5e-3}[dtype], (shape, tokens)
+                assert_right_and_repeatable(kernel, W, tokens, dtype, draw)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -179,12 +184,7 @@ def test_every_shape_of_the_decode_kernel_is_right_and_repeatable(N, K, rates, d
     for shape in decode_cuda.SHAPES:
         kernel = runtime.product.decode(shape)
         for tokens in (1, 2, 3, 7, 8, 9, 16):
-            x = torch.randn(tokens, K, generator=draw).to(dtype)
-            expected = x.double() @ W.T
-            y = kernel(x.cuda())
-            assert all(torch.equal(kernel(x.cuda()), y) for _ in range(5))
-            error = (y.cpu().double() - expected).norm() / expected.norm()
-            assert error < {torch.float16: 6e-4, torch.bfloat16: 5e-3}[dtype], (shape, tokens)
+            assert_right_and_repeatable(kernel, W, tokens, dtype, draw)
 
 
 def test_inputs_beyond_half_precision_keep_their_size():

@@ -97,6 +97,20 @@ class Arguments(ctypes.Structure):
 
 
 @dataclass(frozen=True)
+class BlockShape:
+    """warps x row_tiles x 16 rows a tile, `blocks` resident on each multiprocessor."""
+
+    warps: int
+    row_tiles: int
+    blocks: int
+
+    @property
+    def rows(self) -> int:
+        """Of a tile."""
+        return self.warps * self.row_tiles * 16
+
+
+@dataclass(frozen=True)
 class WarpgroupShape:
     """`groups` warpgroups of 64 rows each; one block on each multiprocessor."""
 

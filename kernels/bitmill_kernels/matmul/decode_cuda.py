@@ -14,6 +14,7 @@ from bitmill_kernels.hopper.schedule import (
     RESERVED_SHARED_BYTES,
     SHARED_KEPT_FREE,
     Arguments,
+    BlockShape,
 )
 from bitmill_kernels.matmul.cuda_library import load_library
 from bitmill_kernels.matmul.runtime import RuntimeWeight
@@ -34,19 +35,6 @@ MAX_FUSED_TOKENS = 8
 MAX_STAGES = 8
 UNIT_COST_IN_WIDTHS = 1.0
 """What a unit costs beside its bytes."""
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """warps x row_tiles x 16 rows a tile, `blocks` resident on each multiprocessor."""
-
-    warps: int
-    row_tiles: int
-    blocks: int
-
-    @property
-    def rows(self) -> int:
-        return self.warps * self.row_tiles * 16
 
 
 _NARROW = (BlockShape(8, 2, 1), BlockShape(4, 2, 3), BlockShape(4, 1, 4))

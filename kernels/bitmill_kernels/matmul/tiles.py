@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bitmill_kernels.hopper.schedule import WarpgroupShape
+from bitmill_kernels.hopper.schedule import BlockShape, WarpgroupShape
 from bitmill_kernels.layout import WIDTHS
 from bitmill_kernels.matmul import batch_cuda
-from bitmill_kernels.matmul.decode_cuda import SHAPES, BlockShape, plan_shared
+from bitmill_kernels.matmul.decode_cuda import SHAPES, plan_shared
 from bitmill_kernels.matmul.decode_triton import TOKEN_TILES, Tile
 from bitmill_kernels.matmul.runtime import RuntimeWeight
 from bitmill_kernels.matmul.units import divides_rows

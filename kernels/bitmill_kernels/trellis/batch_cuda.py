@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitmill_kernels.hopper.building import HEADERS, HOPPER, architecture_flags
+from bitmill_kernels.hopper.building import HOPPER
 from bitmill_kernels.hopper.launch import Launch, launches_for
 from bitmill_kernels.hopper.schedule import (
     Rings,
@@ -20,7 +20,7 @@ from bitmill_kernels.hopper.schedule import (
     unit_table,
     whole_tiles,
 )
-from bitmill_kernels.trellis.building import ARRANGED, built
+from bitmill_kernels.trellis.building import built_for_hopper
 from bitmill_kernels.trellis.layout import TILE, TILES, tile_bytes
 from bitmill_kernels.trellis.product import full_circles, stored_groups
 
@@ -163,12 +163,7 @@ def schedule(
 @cache
 def load_library() -> ctypes.CDLL | None:
     """The compiled kernel, or None where it cannot be built."""
-    library = built(
-        "batch_cuda.cu",
-        "bitmill_trellis_batch_cuda",
-        headers=[*HEADERS, *ARRANGED],
-        extra_cuda_cflags=["-O3", "-std=c++17", *architecture_flags()],
-    )
+    library = built_for_hopper("batch")
     if library is not None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int
         library.bitmill_trellis_batch.argtypes = [

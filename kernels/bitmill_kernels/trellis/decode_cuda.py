@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitmill_kernels.hopper.building import HEADERS, HOPPER, architecture_flags
+from bitmill_kernels.hopper.building import HOPPER
 from bitmill_kernels.hopper.launch import stream_of
 from bitmill_kernels.hopper.schedule import (
     BARRIER_BYTES,
@@ -19,9 +19,10 @@ from bitmill_kernels.hopper.schedule import (
     RESERVED_SHARED_BYTES,
     SHARED_KEPT_FREE,
     Arguments,
+    BlockShape,
     whole_tiles,
 )
-from bitmill_kernels.trellis.building import ARRANGED, built
+from bitmill_kernels.trellis.building import built_for_hopper
 from bitmill_kernels.trellis.layout import TILE, TILES, tile_bytes
 from bitmill_kernels.trellis.product import full_circles, stored_groups
 from bitmill_kernels.workspace import NOTHING, workspace
@@ -29,20 +30,6 @@ from bitmill_kernels.workspace import NOTHING, workspace
 MAX_STAGES = 16
 LAUNCHES = (8, 16)
 """A kernel is compiled for up to so many tokens."""
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """warps x row_tiles x 16 rows a tile, `blocks` resident on each multiprocessor."""
-
-    warps: int
-    row_tiles: int
-    blocks: int
-
-    @property
-    def rows(self) -> int:
-        """Of a tile."""
-        return self.warps * self.row_tiles * TILE
 
 
 SHAPES = (BlockShape(8, 2, 2), BlockShape(4, 1, 4))
@@ -190,12 +177,7 @@ def group_table(addresses: Sequence[int], rates: Sequence[int]) -> np.ndarray:
 @cache
 def load_library() -> ctypes.CDLL | None:
     """The compiled kernel, or None where it cannot be built."""
-    library = built(
-        "decode_cuda.cu",
-        "bitmill_trellis_decode_cuda",
-        headers=[*HEADERS, *ARRANGED],
-        extra_cuda_cflags=["-O3", "-std=c++17", *architecture_flags()],
-    )
+    library = built_for_hopper("decode")
     if library is not None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int
         library.bitmill_trellis_decode.argtypes = [

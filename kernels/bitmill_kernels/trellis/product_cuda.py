@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitmill_kernels.hopper.schedule import WarpgroupShape
+from bitmill_kernels.hopper.schedule import BlockShape, WarpgroupShape
 from bitmill_kernels.trellis import batch_cuda, decode_cuda
 from bitmill_kernels.trellis.building import CIRCLES, built
 from bitmill_kernels.trellis.layout import TILE, tile_count
@@ -46,7 +46,7 @@ class CudaTrellisProduct(TrellisProduct):
         if batch_cuda.available(device):
             self._batch = self.batch(batch_cuda.fitting_shapes(self.rates, weights))
 
-    def decode(self, shape: decode_cuda.BlockShape) -> decode_cuda.CudaTrellisDecode:
+    def decode(self, shape: BlockShape) -> decode_cuda.CudaTrellisDecode:
         """The kernel for few tokens on Hopper, by this shape."""
         scales = self._rows, self._groups
         return decode_cuda.CudaTrellisDecode(
