@@ -19,6 +19,7 @@ from bitmill_service.cli.docs import commands, help_of
 from bitmill_service.cli.progress import JobWatch
 from bitmill_service.schemas import EventView
 from bitmill_service.units import format_size, parse_size
+from bitmill_workers.job_spec import ExportSpec, PathModel
 from bitmill_workers.store.jobs import JobStore
 from finished import MAP, Stack
 from stores import claim
@@ -49,6 +50,18 @@ def test_submit_status_list_cancel_retry_delete(bitmill: Any) -> None:
     code, _, err = bitmill("status", job["id"])
     gone = f"error: there is no job '{job['id']}'. List the jobs with GET /v1/jobs."
     assert (code, err.splitlines()) == (2, [gone])
+
+
+def test_a_job_whose_export_waits_is_not_deleted(bitmill: Any, stack: Stack) -> None:
+    job = stack.succeeded()
+    spec = ExportSpec(format="gptq", model=PathModel(path="models/tiny"), job_id=job.id)
+    export = stack.context.jobs.submit(spec).job.id
+    told = f"error: job {export} needs job {job.id}. Cancel that job, or wait"
+    code, out, err = bitmill("delete", job.id)
+    assert (code, out) == (2, "")
+    assert err.startswith(told)
+    assert bitmill("cancel", export)[0] == 0
+    assert bitmill("delete", job.id)[0] == 0
 
 
 def test_specification_file_is_completed_by_options(bitmill: Any, tmp_path: Path) -> None:

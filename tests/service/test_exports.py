@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import sqlalchemy as sa
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -17,9 +18,11 @@ from bitmill.formats.export_plan import ExportTarget
 from bitmill.pipeline.export import Export
 from bitmill.plan.fingerprint import Fingerprint
 from bitmill_service.client.client import Client
+from bitmill_service.client.errors import ServiceError
 from bitmill_workers.execution.stop import StopRequest
 from bitmill_workers.execution.supervisor import Supervisor
 from bitmill_workers.store.retention import leaving
+from bitmill_workers.store.tables import jobs
 from finished import Stack, spec_json
 from tiny import CALIBRATION, tiny_llama
 from weights import PackedModel, dequantized_model, pack_model
@@ -164,7 +167,10 @@ def test_an_export_of_files_that_are_gone_fails_by_name(
     job = stack.packed(packed.folder)
     made = client.export(job.id, ExportTarget(format="dequantized"))
     assert leaving(stack.context.database, None) == ()
-    client.delete(job.id)
+    with pytest.raises(ServiceError, match=f"job {made.id} needs job {job.id}"):
+        client.delete(job.id)
+    with stack.context.database.write() as conn:  # a database from before, or an operator
+        conn.execute(sa.delete(jobs).where(jobs.c.id == job.id))
     work()
     failed = client.get(made.id)
     assert failed.error is not None

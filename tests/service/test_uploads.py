@@ -19,6 +19,7 @@ import httpx2
 import pytest
 import sqlalchemy as sa
 
+from bitmill.errors import ModelError
 from bitmill_service.client.client import Client
 from bitmill_service.client.errors import ServiceError
 from bitmill_service.client.upload import announced
@@ -100,6 +101,30 @@ def test_a_whole_folder_is_sent_in_parts_and_checked(
     assert http.delete(f"/v1/uploads/{upload}").status_code == 204
     assert not folder.exists()
     assert code(http.get(f"/v1/uploads/{upload}")) == "upload_not_found"
+
+
+def test_an_upload_stays_while_a_job_needs_it(
+    http: httpx2.Client, client: Client, stack: Stack, files: dict[str, bytes]
+) -> None:
+    upload = announce(http, files).json()["id"]
+    put(http, upload, "config.json", b"{}")
+    folder = stack.context.settings.uploads_folder / f"{upload}.open"
+    job = stack.running(model={"source": "upload", "upload_id": upload})
+    with pytest.raises(ServiceError, match=f"job {job.id} needs upload {upload}") as refused:
+        client.delete_upload(upload)
+    assert (refused.value.status, refused.value.code) == (409, "upload_in_use")
+    assert (folder / "config.json").is_file()
+    assert stack.leases.fail(job.id, job.token, ModelError("no", param="model"))
+    client.delete_upload(upload)
+    assert not folder.exists()
+
+
+def test_a_part_of_an_upload_that_is_gone_is_refused(stack: Stack) -> None:
+    everything = stack.context.uploads
+    upload = everything.announce([UploadFile("config.json", 2, "0" * 64)], tenant="t", keep_s=9)
+    everything.delete(upload.id)
+    with pytest.raises(UploadNotFound):
+        everything.note_part(upload.id, "config.json", 0, keep_s=9)
 
 
 def test_a_part_that_stops_leaves_no_stack_trace_and_no_file(

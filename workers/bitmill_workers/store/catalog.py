@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from bitmill.io.atomic import sha256_json
 from bitmill.plan.fingerprint import Fingerprint
 from bitmill_workers.store.db import Database, db_now
+from bitmill_workers.store.needs import User, in_use, refuse_needed
 from bitmill_workers.store.queues import ALL_WORKERS, LIVE_WORKERS, read_workers
 from bitmill_workers.store.records import MapRecord, ProfileRecord, WorkerRecord
 from bitmill_workers.store.states import ACTIVE
@@ -109,21 +110,24 @@ class Catalog:
         return tuple(MapRecord(**row._mapping) for row in rows)
 
     def drop(self, kind: Literal["profile", "map"], row_id: str, *, tenant: str | None) -> bool:
-        """End a tenant's hold of a profile or a map, or everybody's; True where it is now gone."""
+        """End a tenant's hold of a profile or a map, or everybody's; True where it is now gone.
+
+        Raises `StateConflict` (code `profile_in_use` or `map_in_use`) where it would go and a job
+        works with the profile, or an unfinished one needs the map.
+        """
         table = profiles if kind == "profile" else bit_width_maps
         held = (holdings.c.kind == kind, holdings.c.id == row_id)
         mine = (*held, holdings.c.tenant == tenant) if tenant is not None else held
         with self.database.write() as conn:
+            conn.execute(sa.select(table.c.id).where(table.c.id == row_id).with_for_update())
             conn.execute(sa.delete(holdings).where(*mine))
             if conn.execute(sa.select(holdings).where(*held).limit(1)).first() is not None:
                 return False
+            if kind == "map":
+                refuse_needed(conn, "map", [row_id], tenant)
+            else:
+                _refuse_worked_with(conn, row_id, tenant)
             return bool(conn.execute(sa.delete(table).where(table.c.id == row_id)).rowcount)
-
-    def profile_in_use(self, profile_id: str) -> bool:
-        """Whether a job that runs works with this profile."""
-        mine = (jobs.c.profile_id == profile_id, jobs.c.state.in_(sorted(ACTIVE)))
-        with self.database.read() as conn:
-            return conn.execute(sa.select(jobs.c.id).where(*mine).limit(1)).first() is not None
 
     def pause(self, kind: Literal["queue", "worker"], name: str, *, by: str | None = None) -> None:
         """Let a queue or a worker take no more jobs; what runs goes on."""
@@ -204,6 +208,13 @@ class Catalog:
             query = query.where(table.c.id > after)
         with self.database.read() as conn:
             return list(conn.execute(_held_by(query, table, tenant)).all())
+
+
+def _refuse_worked_with(conn: sa.Connection, profile_id: str, tenant: str | None) -> None:
+    mine = (jobs.c.profile_id == profile_id, jobs.c.state.in_(sorted(ACTIVE)))
+    row = conn.execute(sa.select(jobs.c.id, jobs.c.tenant).where(*mine).limit(1)).first()
+    if row is not None:
+        raise in_use("profile", profile_id, User(row.id, row.tenant), tenant)
 
 
 def _maps(tenant: str | None) -> sa.Select[Any]:

@@ -21,6 +21,7 @@ from bitmill_workers.errors import (
 from bitmill_workers.job_spec import AnySpec, JobKind, ModelRef
 from bitmill_workers.settings import TIERS
 from bitmill_workers.store.db import Database, db_now, larger
+from bitmill_workers.store.needs import hold, refuse_needed, users
 from bitmill_workers.store.queues import Queues, read_queues
 from bitmill_workers.store.records import (
     Artifact,
@@ -52,6 +53,7 @@ MAX_PAGE = 200
 IDEMPOTENCY_S = 24 * 3600.0
 _QUEUED: tuple[State, ...] = ("queued",)
 _BY_ID = sa.select(jobs).where(jobs.c.id == sa.bindparam("wanted"))
+_LOCKED = _BY_ID.with_for_update()
 _COUNT_QUEUED = sa.select(sa.func.count()).where(jobs.c.state == QUEUED)
 _COUNT_OWN = _COUNT_QUEUED.where(jobs.c.tenant == sa.bindparam("tenant"))
 _DELIVERY = sa.select(
@@ -114,8 +116,8 @@ class JobStore:
         `request_hash` identifies the request's body; `created_by` is an API key's id; `cell` is a
         sweep's id and the number of the cell that the job takes the place of; `sealed` gives the
         encrypted token of a push with this id. Raises
-        `IdempotencyMismatch` where the key was used with another hash, and `QuotaExceeded` where
-        the tenant has used up its `quota`.
+        `IdempotencyMismatch` where the key was used with another hash, `QuotaExceeded` where
+        the tenant has used up its `quota`, and `InputError` where what the job names is gone.
         """
         values = new_job(
             spec,
@@ -322,18 +324,18 @@ class JobStore:
         """Remove a finished job with its events, log and artifact rows.
 
         Its files become garbage, which the reconciler removes. Raises `JobNotFound`, and
-        `StateConflict` (code `job_not_finished`) for a job that is queued or active.
+        `StateConflict`: code `job_not_finished` for a job that is queued or active, `job_in_use`
+        where an unfinished job needs its files.
         """
         with self.database.write() as conn:
-            job = _get(conn, job_id, tenant)
-            gone = conn.execute(
-                sa.delete(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(sorted(TERMINAL)))
-            )
-            if not gone.rowcount:
+            job = _get(conn, job_id, tenant, lock=True)
+            if not job.finished:
                 raise StateConflict(
                     f"job {job_id} is {job.shown_state}: cancel it before deleting it",
                     code="job_not_finished",
                 )
+            refuse_needed(conn, "job", [job_id], tenant)
+            conn.execute(sa.delete(jobs).where(jobs.c.id == job_id))
 
     def pin(
         self, job_id: str, pinned: bool, *, tenant: str | None = None, by: str | None = None
@@ -348,9 +350,15 @@ class JobStore:
             return _get(conn, job_id, tenant)
 
     def discard(self, job_id: str, reason: str) -> int:
-        """Forget a finished job's files, which become garbage, and say why; their bytes."""
+        """Forget a finished job's files, which become garbage, and say why; their bytes.
+
+        0, and nothing is forgotten, where an unfinished job needs them.
+        """
         mine = artifacts.c.job_id == job_id
         with self.database.write() as conn:
+            conn.execute(_LOCKED, {"wanted": job_id})
+            if job_id in users(conn, "job"):
+                return 0
             size = sa.select(sa.func.coalesce(sa.func.sum(artifacts.c.size), 0)).where(mine)
             freed = int(conn.execute(size).scalar_one())
             which = (jobs.c.id == job_id, jobs.c.state.in_(sorted(TERMINAL)))
@@ -481,8 +489,8 @@ def kept_bytes(conn: sa.Connection, tenant: str) -> int:
     return sum(int(conn.execute(query).scalar_one()) for query in (mine, theirs))
 
 
-def _get(conn: sa.Connection, job_id: str, tenant: str | None) -> JobRecord:
-    row = conn.execute(_BY_ID, {"wanted": job_id}).one_or_none()
+def _get(conn: sa.Connection, job_id: str, tenant: str | None, *, lock: bool = False) -> JobRecord:
+    row = conn.execute(_LOCKED if lock else _BY_ID, {"wanted": job_id}).one_or_none()
     if row is None or tenant not in (None, row.tenant):
         raise JobNotFound(job_id)
     return job_record(row)
@@ -599,7 +607,8 @@ def _of_spec(spec: AnySpec) -> dict[str, Any]:
 
 
 def insert_job(conn: sa.Connection, given: dict[str, Any]) -> JobRecord:
-    """Store a queued job of these columns and its first event."""
+    """Store a queued job of these columns and its first event; raises what `hold` raises."""
+    hold(conn, given["kind"], given["spec"])
     job = job_record(conn.execute(_INSERT, _OPTIONAL | given).one())
     told = {"parent_id": job.parent_id, "by": job.created_by}
     first = {"state": "queued"} | {name: value for name, value in told.items() if value}

@@ -2,7 +2,7 @@
 
 A tenant's results may take `keep_bytes` of its keys, the largest of those that can be used, where a
 key without one has the service's. Over it the oldest go first. Pinned jobs, what unfinished jobs
-name, and each tenant's latest result stay, and count.
+need, and each tenant's latest result stay, and count.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sqlalchemy as sa
 
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.limits import Limits
+from bitmill_workers.store.needs import users
 from bitmill_workers.store.records import JobRecord
-from bitmill_workers.store.states import TERMINAL
 from bitmill_workers.store.tables import api_keys, artifacts, jobs
 
 _KEPT = (jobs.c.state == "succeeded", jobs.c.discarded_at.is_(None))
@@ -44,8 +44,7 @@ def leaving(database: Database, keep_bytes: int | None) -> tuple[Leaving, ...]:
         if not aged and keep_bytes is None and not any(map(any, limits.values())):
             return ()
         kept = _kept(conn)
-        unfinished = sa.select(jobs.c.spec).where(jobs.c.state.not_in(sorted(TERMINAL)))
-        needed = str(conn.execute(unfinished).scalars().all())
+        needed = frozenset(users(conn, "job"))
     found: list[Leaving] = []
     for tenant, results in kept.items():
         usual = math.inf if keep_bytes is None else keep_bytes
@@ -55,7 +54,7 @@ def leaving(database: Database, keep_bytes: int | None) -> tuple[Leaving, ...]:
 
 
 def _of_tenant(
-    results: list[tuple[JobRecord, int]], aged: set[str], most: float, needed: str
+    results: list[tuple[JobRecord, int]], aged: set[str], most: float, needed: frozenset[str]
 ) -> Iterator[Leaving]:
     """results: of one tenant, oldest first."""
     total = sum(size for job, size in results if job.id not in aged or job.id in needed)

@@ -22,6 +22,7 @@ from bitmill_workers.store.jobs import (
     insert_job,
     new_job,
 )
+from bitmill_workers.store.needs import refuse_needed
 from bitmill_workers.store.records import (
     CellEnd,
     JobRecord,
@@ -166,17 +167,20 @@ class SweepStore:
     def delete(self, sweep_id: str, *, tenant: str | None = None) -> None:
         """Remove a sweep whose jobs have all finished, with these jobs.
 
-        Raises `SweepNotFound`, and `StateConflict` (code `sweep_not_finished`).
+        Raises `SweepNotFound`, and `StateConflict`: code `sweep_not_finished`, or `job_in_use`
+        where an unfinished job needs the files of one of them.
         """
         mine = jobs.c.sweep_id == sweep_id
         with self.database.write() as conn:
             _get(conn, sweep_id, tenant)
-            unfinished = sa.exists().where(mine, jobs.c.state.not_in(sorted(TERMINAL)))
-            if conn.execute(sa.select(unfinished)).scalar_one():
+            query = sa.select(jobs.c.id, jobs.c.state).where(mine).order_by(jobs.c.id)
+            cells = conn.execute(query.with_for_update()).all()
+            if any(cell.state not in TERMINAL for cell in cells):
                 raise StateConflict(
                     f"sweep {sweep_id} has unfinished jobs: cancel it before deleting it",
                     code="sweep_not_finished",
                 )
+            refuse_needed(conn, "job", [cell.id for cell in cells], tenant)
             conn.execute(sa.delete(jobs).where(mine))
             conn.execute(sa.delete(sweeps).where(sweeps.c.id == sweep_id))
 

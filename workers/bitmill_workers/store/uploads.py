@@ -19,9 +19,9 @@ from bitmill.io.atomic import sha256_json
 from bitmill_workers.errors import QuotaExceeded, UploadNotFound
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.jobs import JobStore, kept_bytes
+from bitmill_workers.store.needs import refuse_needed, users
 from bitmill_workers.store.records import new_id
-from bitmill_workers.store.states import TERMINAL
-from bitmill_workers.store.tables import jobs, upload_parts, uploads
+from bitmill_workers.store.tables import upload_parts, uploads
 
 PART_BYTES = 8 << 20
 """Every part but the last of a file has so many bytes."""
@@ -116,13 +116,10 @@ class UploadStore:
 
         complete: raise it also where the upload is not complete.
         """
-        query = sa.select(uploads).where(uploads.c.id == upload_id)
-        if tenant is not None:
-            query = query.where(uploads.c.tenant == tenant)
         with self.database.read() as conn:
-            row = conn.execute(query).one_or_none()
-        if row is None or (complete and row.state != "complete"):
-            raise UploadNotFound(upload_id, "is not complete" if row is not None else None)
+            row = _row(conn, upload_id, tenant)
+        if complete and row.state != "complete":
+            raise UploadNotFound(upload_id, "is not complete")
         return _record(row)
 
     def list(self, *, tenant: str | None = None) -> tuple[UploadRecord, ...]:
@@ -143,12 +140,13 @@ class UploadStore:
         return found
 
     def note_part(self, upload_id: str, path: str, number: int, *, keep_s: float) -> None:
-        """A part is stored; the upload lives on for `keep_s`."""
+        """A part is stored; the upload lives on for `keep_s`. Raises `UploadNotFound`."""
         part = {"upload_id": upload_id, "path": path, "number": number}
         longer = sa.update(uploads).where(uploads.c.id == upload_id)
         with self.database.write() as conn:
+            if not conn.execute(longer.values(expires_at=db_now() + keep_s)).rowcount:
+                raise UploadNotFound(upload_id)
             conn.execute(self.database.insert(upload_parts).values(part).on_conflict_do_nothing())
-            conn.execute(longer.values(expires_at=db_now() + keep_s))
 
     def finish(self, upload_id: str, *, keep_s: float) -> UploadRecord:
         """The upload is whole and checked."""
@@ -159,27 +157,43 @@ class UploadStore:
         return self.get(upload_id)
 
     def delete(self, upload_id: str, *, tenant: str | None = None) -> None:
-        """Forget an upload; raises `UploadNotFound`. Its files become garbage."""
-        self.get(upload_id, tenant=tenant)
+        """Forget an upload, whose files become garbage.
+
+        Raises `UploadNotFound`, and `StateConflict` (code `upload_in_use`) where an unfinished job
+        needs it.
+        """
         with self.database.write() as conn:
+            _row(conn, upload_id, tenant, lock=True)
+            refuse_needed(conn, "upload", [upload_id], tenant)
             conn.execute(sa.delete(uploads).where(uploads.c.id == upload_id))
 
     def expire(self, *, dry_run: bool = False) -> tuple[UploadRecord, ...]:
-        """Forget uploads whose time is over and that no unfinished job names; which.
+        """Forget uploads whose time is over and that no unfinished job needs; which.
 
         dry_run: only tell.
         """
-        query = sa.select(uploads).where(uploads.c.expires_at < db_now())
-        unfinished = sa.select(jobs.c.spec).where(jobs.c.state.not_in(sorted(TERMINAL)))
+        query = sa.select(uploads).where(uploads.c.expires_at < db_now()).order_by(uploads.c.id)
         with self.database.write() as conn:
-            over = [_record(row) for row in conn.execute(query)]
+            over = [_record(row) for row in conn.execute(query.with_for_update())]
             if over:
-                specs = str(conn.execute(unfinished).scalars().all())
-                over = [upload for upload in over if upload.id not in specs]
+                needed = users(conn, "upload")
+                over = [upload for upload in over if upload.id not in needed]
                 gone = uploads.c.id.in_([upload.id for upload in over])
                 if not dry_run:
                     conn.execute(sa.delete(uploads).where(gone))
         return tuple(over)
+
+
+def _row(
+    conn: sa.Connection, upload_id: str, tenant: str | None, *, lock: bool = False
+) -> sa.Row[Any]:
+    query = sa.select(uploads).where(uploads.c.id == upload_id)
+    if tenant is not None:
+        query = query.where(uploads.c.tenant == tenant)
+    row = conn.execute(query.with_for_update() if lock else query).one_or_none()
+    if row is None:
+        raise UploadNotFound(upload_id)
+    return row
 
 
 def _record(row: sa.Row[Any]) -> UploadRecord:

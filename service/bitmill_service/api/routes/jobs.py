@@ -248,10 +248,10 @@ def unpin_job(job_id: JobId, context: ContextDep, caller: PrincipalDep) -> JobVi
 @router.delete(
     "/{job_id}",
     status_code=status.HTTP_204_NO_CONTENT,
-    responses=refusals(*CHANGES, "job_not_found", "job_not_finished", "state_conflict"),
+    responses=refusals(*CHANGES, "job_not_found", "job_not_finished", "job_in_use"),
 )
 def delete_job(job_id: JobId, context: ContextDep, caller: PrincipalDep) -> None:
-    """Remove a finished job with its events, log and files."""
+    """Remove a finished job with its events, log and files, which no unfinished job may need."""
     context.jobs.delete(job_id, tenant=caller.sees)
 
 

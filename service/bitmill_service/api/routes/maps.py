@@ -104,10 +104,10 @@ def get_map(map_id: str, context: ContextDep, caller: PrincipalDep) -> BitWidthM
 @router.delete(
     "/{map_id}",
     status_code=status.HTTP_204_NO_CONTENT,
-    responses=refusals(*CHANGES, "map_not_found"),
+    responses=refusals(*CHANGES, "map_not_found", "map_in_use"),
 )
 def delete_map(map_id: str, context: ContextDep, caller: PrincipalDep) -> None:
-    """Remove a map; others who stored the same keep theirs."""
+    """Remove a map that no unfinished job needs; others who stored the same keep theirs."""
     get_map(map_id, context, caller)
     context.catalog.drop("map", map_id, tenant=caller.sees)
 

@@ -12,7 +12,6 @@ from bitmill_service.api.group_arrays import ARRAYS, MEDIA_TYPE, profile_maps
 from bitmill_service.api.reallocation import find_profile, open_profile, reallocate
 from bitmill_service.api.views import profile_view
 from bitmill_service.http.openapi import CHANGES, JSON_BODY, refusals
-from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import AllocationRequest, AllocationView, ProfilePage, ProfileView
 from bitmill_workers.storage.artifacts import PROFILES
 
@@ -93,10 +92,8 @@ def read_maps(
     responses=refusals(*CHANGES, "profile_not_found", "profile_in_use", "storage_unavailable"),
 )
 def delete_profile(profile_id: ProfileId, context: ContextDep, caller: PrincipalDep) -> None:
-    """Remove a profile; others whose jobs made the same keep theirs."""
+    """Remove a profile that no running job works with; others whose jobs made the same keep it."""
     find_profile(context, caller, profile_id)
-    if context.catalog.profile_in_use(profile_id):
-        raise ProblemError("profile_in_use", f"a running job works with profile {profile_id}")
     if context.catalog.drop("profile", profile_id, tenant=caller.sees):
         context.artifacts.remove_folder(PROFILES, profile_id)
         shutil.rmtree(context.settings.profiles_folder / profile_id, ignore_errors=True)

@@ -186,7 +186,7 @@ def cancel_sweep(sweep_id: SweepId, context: ContextDep, caller: PrincipalDep) -
 @router.delete(
     "/{sweep_id}",
     status_code=status.HTTP_204_NO_CONTENT,
-    responses=refusals(*CHANGES, "sweep_not_found", "sweep_not_finished"),
+    responses=refusals(*CHANGES, "sweep_not_found", "sweep_not_finished", "job_in_use"),
 )
 def delete_sweep(sweep_id: SweepId, context: ContextDep, caller: PrincipalDep) -> None:
     """Remove a sweep whose jobs have all finished, with these jobs and their files."""

@@ -154,10 +154,10 @@ def complete_upload(upload_id: UploadId, context: ContextDep, caller: PrincipalD
 @router.delete(
     "/{upload_id}",
     status_code=status.HTTP_204_NO_CONTENT,
-    responses=refusals(*CHANGES, "upload_not_found", "storage_unavailable"),
+    responses=refusals(*CHANGES, "upload_not_found", "upload_in_use", "storage_unavailable"),
 )
 def delete_upload(upload_id: UploadId, context: ContextDep, caller: PrincipalDep) -> Response:
-    """Remove an upload and its files; a job that has not fetched it yet will fail."""
+    """Remove an upload and its files, which no unfinished job may need."""
     context.uploads.delete(upload_id, tenant=caller.sees)
     context.artifacts.remove_folder(UPLOADS, upload_id)
     UploadFolder(context.settings, upload_id).remove()
