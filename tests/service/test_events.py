@@ -11,7 +11,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from bitmill.errors import NumericalError
-from bitmill_service.api.events import first_event, wants_stream
+from bitmill_service.api.events import wants_stream
 from finished import Stack
 from stores import wait_for
 
@@ -143,13 +143,6 @@ def test_accept_header_chooses_the_form() -> None:
     assert wants_stream(Headers({"accept": "text/html, text/event-stream;q=0.9"}))
     assert not wants_stream(Headers({"accept": "application/json"}))
     assert not wants_stream(Headers({}))
-
-
-def test_last_event_id_wins_where_it_is_a_number() -> None:
-    assert first_event(3, "7") == 7
-    assert first_event(3, "x") == 3
-    assert first_event(3, None) == 3
-    assert first_event(3, "9" * 5000) == 3
 
 
 def sweep_stream(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated
 
 from fastapi import Depends, Path, Request
 from prometheus_client import CollectorRegistry
+from pydantic import AfterValidator, WithJsonSchema
 
 from bitmill_service.api.plans import Plans
 from bitmill_service.http.access import KeyRing, Principal
@@ -71,6 +74,28 @@ async def get_principal(request: Request) -> Principal:
 PrincipalDep = Annotated[Principal, Depends(get_principal)]
 ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 JobId = Annotated[str, Path(pattern=ID_PATTERN, description="Job id.")]
+_UUID = r"^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$"
+_HASH = r"^[0-9a-f]{16,64}$"
+
+
+def _cursor(pattern: str, text: str) -> str:
+    if re.fullmatch(pattern, text) is None:
+        raise ValueError(f"{text[:80]!r} is not the `next` of a page of this list")
+    return text
+
+
+JobCursor = Annotated[
+    str,
+    AfterValidator(partial(_cursor, _UUID)),
+    WithJsonSchema({"type": "string", "pattern": _UUID}),
+]
+"""`next` of a page of jobs or sweeps, which may have been deleted since."""
+HashCursor = Annotated[
+    str,
+    AfterValidator(partial(_cursor, _HASH)),
+    WithJsonSchema({"type": "string", "pattern": _HASH}),
+]
+"""`next` of a page of profiles or maps."""
 
 
 def get_job(job_id: JobId, context: ContextDep, caller: PrincipalDep) -> JobRecord:

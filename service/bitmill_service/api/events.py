@@ -11,7 +11,6 @@ FastAPI sends a comment every 15 s to keep proxies from closing a silent stream.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from heapq import merge
 
@@ -22,13 +21,14 @@ from starlette.datastructures import Headers
 from starlette.routing import Match
 from starlette.types import Scope
 
+from bitmill.errors import InputError
 from bitmill_service.api.context import ContextDep, PrincipalDep
 from bitmill_service.api.views import event_view
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import EventView, SweepEventView
 from bitmill_workers.errors import JobNotFound
 from bitmill_workers.store.jobs import JobStore
-from bitmill_workers.store.records import CellEnd
+from bitmill_workers.store.records import CellEnd, JobRecord
 from bitmill_workers.store.sweeps import SweepStore
 
 _PAGE = 500
@@ -36,7 +36,6 @@ _JOBS = 16
 """Of a sweep, from which one look takes new events."""
 _LONGEST = 8
 """How much longer a stream may wait than at first where nothing comes."""
-_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 def wants_stream(headers: Headers) -> bool:
@@ -79,10 +78,15 @@ async def stream_slot(context: ContextDep, caller: PrincipalDep) -> AsyncIterato
         context.streams[mine] -= 1
 
 
-def first_event(after: int, last_event_id: str | None) -> int:
-    """Number after which to go on: `Last-Event-ID` where it is a number, else `after`."""
-    if last_event_id is not None and _NUMBER.fullmatch(last_event_id):
-        return int(last_event_id)
+def check_seen(job: JobRecord, after: int) -> int:
+    """The number of an event that a client has seen; raises `InputError` where the job has none."""
+    last = job.next_seq - 1
+    if after > last:
+        raise InputError(
+            f"after={after}: the last event of job {job.id} is {last}, so it is of another job",
+            code="invalid_request",
+            param="after",
+        )
     return after
 
 
@@ -96,8 +100,8 @@ class Position:
     PATTERN = r"^([0-9A-Za-z_-]{8}\.[0-9]{1,18}(~[0-9A-Za-z_-]{8}\.[0-9]{1,18})*)?$"
 
     def __init__(self, text: str = "") -> None:
-        """text: of the pattern; any other counts as none."""
-        parts = text.split("~") if re.fullmatch(self.PATTERN, text) and text else ()
+        """text: of the pattern."""
+        parts = text.split("~") if text else ()
         self._seen = {job: int(seq) for job, _, seq in (part.partition(".") for part in parts)}
 
     def __getitem__(self, job_id: str) -> int:

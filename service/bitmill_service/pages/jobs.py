@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import RedirectResponse
 
 from bitmill.errors import BitmillError
-from bitmill_service.api.context import ID_PATTERN, Context, ContextDep, PrincipalDep
+from bitmill_service.api.context import Context, ContextDep, JobCursor, PrincipalDep
 from bitmill_service.api.routes import jobs as api
 from bitmill_service.http.access import PAGES, Principal
 from bitmill_service.http.problems import ProblemError
@@ -32,7 +32,7 @@ def show_jobs(
     state: Annotated[ShownState | None, Query()] = None,
     model: Annotated[str, Query(max_length=4200)] = "",
     label: Annotated[str, Query(max_length=200)] = "",
-    after: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
+    after: Annotated[JobCursor | None, Query()] = None,
     act: Annotated[Act | None, Query()] = None,
     done: Annotated[int, Query(ge=0)] = 0,
     refused: Annotated[int, Query(ge=0)] = 0,

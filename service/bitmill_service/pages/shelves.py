@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import RedirectResponse
 
-from bitmill_service.api.context import ID_PATTERN, ContextDep, PrincipalDep
+from bitmill_service.api.context import ContextDep, HashCursor, PrincipalDep
 from bitmill_service.api.routes import maps as maps_api
 from bitmill_service.api.routes import profiles as profiles_api
 from bitmill_service.api.routes import uploads as uploads_api
@@ -16,7 +16,7 @@ from bitmill_service.pages.rendering import render
 
 router = APIRouter()
 
-After = Annotated[str | None, Query(pattern=ID_PATTERN)]
+After = Annotated[HashCursor | None, Query()]
 
 
 @router.get("/profiles")

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import RedirectResponse
 from markupsafe import Markup
 
-from bitmill_service.api.context import ID_PATTERN, ContextDep, PrincipalDep
+from bitmill_service.api.context import ContextDep, JobCursor, PrincipalDep
 from bitmill_service.api.events import Position
 from bitmill_service.api.routes import sweeps as api
 from bitmill_service.http.access import PAGES
@@ -22,7 +22,7 @@ def show_sweeps(
     request: Request,
     context: ContextDep,
     caller: PrincipalDep,
-    after: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
+    after: Annotated[JobCursor | None, Query()] = None,
 ) -> Response:
     """Sweeps, newest first."""
     return render(request, "sweeps.html", page=api.list_sweeps(context, caller, after=after))

@@ -11,10 +11,11 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import StringConstraints
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
+from bitmill.errors import InputError
 from bitmill.reporting.summary import SUMMARY_NAME, ProfileSummary
 from bitmill.results import QUALITY_NAME, QualityReport
 from bitmill_service.api.context import Context, ContextDep, JobDep, PrincipalDep, require_success
-from bitmill_service.api.events import EventStreamRoute, first_event, job_events, stream_slot
+from bitmill_service.api.events import EventStreamRoute, check_seen, job_events, stream_slot
 from bitmill_service.api.files import (
     OTHER_TYPE,
     TYPES,
@@ -58,6 +59,14 @@ EventKind = Annotated[str, StringConstraints(pattern=r"^[a-z_]{1,32}$")]
 After = Annotated[int, Query(ge=0, lt=2**62, description="Number of the last event seen.")]
 
 
+async def _last_seen(
+    job: JobDep,
+    after: After = 0,
+    last_event_id: Annotated[int | None, Header(ge=0, lt=2**62)] = None,
+) -> int:
+    return check_seen(job, after if last_event_id is None else last_event_id)
+
+
 @streams.get(
     "/events",
     response_class=EventSourceResponse,
@@ -65,13 +74,9 @@ After = Annotated[int, Query(ge=0, lt=2**62, description="Number of the last eve
     dependencies=[Depends(stream_slot)],
 )
 async def stream_events(
-    job: JobDep,
-    context: ContextDep,
-    after: After = 0,
-    last_event_id: Annotated[str | None, Header()] = None,
+    job: JobDep, context: ContextDep, start: Annotated[int, Depends(_last_seen)]
 ) -> AsyncIterator[ServerSentEvent]:
     """The events as they come; ends with `event: end` when the job has finished."""
-    start = first_event(after, last_event_id)
     poll_s = context.settings.event_poll_s
     async for event in job_events(context.jobs, job.id, start, poll_s, context.stopping):
         yield event
@@ -99,6 +104,7 @@ def page_events(
     ] = None,
 ) -> EventPage:
     """Events after `after`, oldest first."""
+    check_seen(job, after)
     events = context.jobs.events(job.id, after=after, limit=limit, kinds=kind)
     last = events[-1].seq if events else after
     if len(events) < limit:
@@ -118,6 +124,12 @@ def read_logs(
 ) -> LogPage:
     """The runner's log from byte `offset`."""
     page = context.jobs.read_log(job.id, offset=offset)
+    if offset > page.size:
+        raise InputError(
+            f"offset={offset}: the log of job {job.id} has {page.size} bytes",
+            code="invalid_request",
+            param="offset",
+        )
     return log_view(page, finished=job.finished)
 
 

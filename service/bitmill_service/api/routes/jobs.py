@@ -21,6 +21,7 @@ from bitmill_service.api.context import (
     ID_PATTERN,
     Context,
     ContextDep,
+    JobCursor,
     JobDep,
     JobId,
     PrincipalDep,
@@ -130,7 +131,7 @@ def list_jobs(
     kind: Annotated[JobKind | None, Query()] = None,
     parent_id: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    after: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
+    after: Annotated[JobCursor | None, Query()] = None,
 ) -> JobPage:
     """Jobs, newest first; `next` of a page is `after` of the following one."""
     page = context.jobs.list(

@@ -14,7 +14,7 @@ from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.slim_llm import read_slim_map
 from bitmill.errors import FormatError, InputError, first_problem
 from bitmill.plan.fingerprint import Fingerprint
-from bitmill_service.api.context import ID_PATTERN, ContextDep, PrincipalDep
+from bitmill_service.api.context import ContextDep, HashCursor, PrincipalDep
 from bitmill_service.api.views import map_view
 from bitmill_service.http.openapi import CHANGES, refusals
 from bitmill_service.http.problems import ProblemError
@@ -22,7 +22,6 @@ from bitmill_service.schemas import MapPage, MapView
 
 router = APIRouter(prefix="/v1/bit-width-maps", tags=["bit-width maps"])
 
-_MapId = Annotated[str | None, Query(pattern=ID_PATTERN)]
 _Hash = Annotated[str | None, Query(pattern=r"^[0-9a-f]{64}$")]
 _ANY_BODY = {
     "requestBody": {
@@ -82,7 +81,7 @@ def list_maps(
     caller: PrincipalDep,
     model: _Hash = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    after: _MapId = None,
+    after: Annotated[HashCursor | None, Query()] = None,
 ) -> MapPage:
     """Stored maps by id; `model` is the shape or the weights of a model's fingerprint."""
     found = context.catalog.maps(tenant=caller.sees, model=model, limit=limit, after=after)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Response, status
 
-from bitmill_service.api.context import ID_PATTERN, ContextDep, PrincipalDep
+from bitmill_service.api.context import ID_PATTERN, ContextDep, HashCursor, PrincipalDep
 from bitmill_service.api.group_arrays import ARRAYS, MEDIA_TYPE, profile_maps
 from bitmill_service.api.reallocation import find_profile, open_profile, reallocate
 from bitmill_service.api.views import profile_view
@@ -27,7 +27,7 @@ def list_profiles(
     context: ContextDep,
     caller: PrincipalDep,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    after: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
+    after: Annotated[HashCursor | None, Query()] = None,
 ) -> ProfilePage:
     """Stored profiles by id."""
     found = context.catalog.profiles(tenant=caller.sees, limit=limit, after=after)

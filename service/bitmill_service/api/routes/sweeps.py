@@ -19,7 +19,7 @@ from bitmill_service.api.admission import (
     quota_of,
     refuse_when_full,
 )
-from bitmill_service.api.context import ID_PATTERN, Context, ContextDep, PrincipalDep
+from bitmill_service.api.context import ID_PATTERN, Context, ContextDep, JobCursor, PrincipalDep
 from bitmill_service.api.events import Position, stream_slot, sweep_events
 from bitmill_service.api.routes.jobs import SUBMISSION, IdempotencyKey
 from bitmill_service.api.sweep_views import sweep_line, sweep_view
@@ -100,7 +100,7 @@ def list_sweeps(
     context: ContextDep,
     caller: PrincipalDep,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    after: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
+    after: Annotated[JobCursor | None, Query()] = None,
 ) -> SweepPage:
     """Sweeps, newest first, without their cells."""
     found = context.sweeps.list(tenant=caller.sees, limit=limit, after=after)
@@ -133,7 +133,9 @@ async def stream_events(
     after: Annotated[
         str, Query(max_length=16_000, pattern=Position.PATTERN, description="`id:` last seen.")
     ] = "",
-    last_event_id: Annotated[str | None, Header()] = None,
+    last_event_id: Annotated[
+        str | None, Header(max_length=16_000, pattern=Position.PATTERN)
+    ] = None,
 ) -> AsyncIterator[ServerSentEvent]:
     """Events of all jobs of a sweep as they come, each with its `cell` and `job_id`."""
     seen = Position(after if last_event_id is None else last_event_id)
