@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -12,7 +13,11 @@ from starlette.datastructures import Headers
 
 from bitmill.errors import NumericalError
 from bitmill_service.api.events import wants_stream
+from bitmill_service.main import create_app
+from bitmill_service.settings import ServiceSettings
+from bitmill_workers.store.migrate import upgrade
 from finished import Stack
+from serving import serve
 from stores import wait_for
 
 END_S = 20.0
@@ -115,6 +120,26 @@ def test_deleted_job_ends_its_stream(http: httpx2.Client, stack: Stack) -> None:
         assert stack.leases.fail(job.id, job.token, NumericalError("no luck"))
         stack.context.jobs.delete(job.id)
         assert all(event.event in ("state", "end") for event in events)
+
+
+def test_a_stream_ends_where_the_database_is_gone_without_a_stack_trace(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app(ServiceSettings(data=tmp_path, event_poll_s=0.05))
+    context = app.state.context
+    upgrade(context.database)
+    with serve(app) as url, httpx2.Client(base_url=url) as http:
+        job = Stack(url, context).running()
+        accept = {"Accept": "text/event-stream"}
+        path = f"/v1/jobs/{job.id}/events"
+        with http.stream("GET", path, headers=accept, timeout=SILENT_S) as response:
+            events = iter(httpx2.EventSource(response))
+            assert [next(events).id for _ in range(2)] == ["1", "2"]
+            with context.database.write() as conn:
+                conn.exec_driver_sql("ALTER TABLE jobs RENAME TO gone")
+            assert list(events) == []
+        wait_for(lambda: context.streams.total() == 0, "the place of the stream")
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_streams_have_a_limit_and_give_their_place_back(

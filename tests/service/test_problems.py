@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from pathlib import Path
 
 import httpx2
 import pytest
+import sqlalchemy as sa
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from sqlalchemy.exc import DataError
@@ -145,6 +147,31 @@ def test_store_that_fails_answers_503_with_retry_after(
     assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
     assert answer.headers["retry-after"] == "5"
     assert str(tmp_path) not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (sa.exc.TimeoutError("all connections are taken"), 503, "store_unavailable"),
+        (OSError(errno.ENOSPC, "No space left on device"), 507, "disk_full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 507, "disk_full"),
+        (OSError(errno.EIO, "Input/output error"), 500, "internal"),
+    ],
+)
+def test_what_the_machine_refuses_is_told(
+    error: Exception, status: int, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = FastAPI()
+    problems.install(app)
+
+    @app.get("/boom")
+    def boom() -> None:
+        raise error
+
+    with caplog.at_level(logging.ERROR), serve(app) as url:
+        answer = httpx2.get(f"{url}/boom")
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert [bool(record.exc_info) for record in caplog.records] == [status == 500]
 
 
 def test_surprise_answers_500_without_a_trace(caplog: pytest.LogCaptureFixture) -> None:

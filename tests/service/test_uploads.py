@@ -23,12 +23,16 @@ from bitmill.errors import ModelError
 from bitmill_service.client.client import Client
 from bitmill_service.client.errors import ServiceError
 from bitmill_service.client.upload import announced
+from bitmill_service.main import create_app
+from bitmill_service.settings import ServiceSettings
 from bitmill_workers.errors import QuotaExceeded, UploadNotFound
 from bitmill_workers.messaging.app import Dispatcher
 from bitmill_workers.messaging.reconcile import Reconciler
+from bitmill_workers.store.migrate import upgrade
 from bitmill_workers.store.tables import uploads
 from bitmill_workers.store.uploads import PART_BYTES, UploadFile
 from finished import Stack, spec_json
+from serving import serve
 from stores import wait_for
 from tiny import tiny_llama
 
@@ -125,6 +129,25 @@ def test_a_part_of_an_upload_that_is_gone_is_refused(stack: Stack) -> None:
     everything.delete(upload.id)
     with pytest.raises(UploadNotFound):
         everything.note_part(upload.id, "config.json", 0, keep_s=9)
+
+
+def test_a_disk_that_fills_up_is_told_and_the_part_can_be_sent_again(
+    tmp_path: Path, small_disk: Path, files: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app(ServiceSettings(data=tmp_path / "data"))
+    upgrade(app.state.context.database)
+    kept = tmp_path / "data" / "uploads"
+    kept.symlink_to(small_disk)
+    with serve(app) as url, httpx2.Client(base_url=url, timeout=60) as http:
+        upload = announce(http, files).json()["id"]
+        part = files["model.safetensors"][:PART_BYTES]
+        answer = put(http, upload, "model.safetensors", part)
+        assert (answer.status_code, code(answer)) == (507, "disk_full")
+        assert "disk" in answer.json()["hint"]
+        assert not [record for record in caplog.records if record.exc_info]
+        assert not list(small_disk.rglob(".part-*"))
+        kept.unlink()
+        assert put(http, upload, "model.safetensors", part).status_code == 204
 
 
 def test_a_part_that_stops_leaves_no_stack_trace_and_no_file(

@@ -11,6 +11,7 @@ FastAPI sends a comment every 15 s to keep proxies from closing a silent stream.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from heapq import merge
 
@@ -27,10 +28,12 @@ from bitmill_service.api.views import event_view
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import EventView, SweepEventView
 from bitmill_workers.errors import JobNotFound
+from bitmill_workers.store.db import DATABASE_ERRORS
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.records import CellEnd, JobRecord
 from bitmill_workers.store.sweeps import SweepStore
 
+_log = logging.getLogger(__name__)
 _PAGE = 500
 _JOBS = 16
 """Of a sweep, from which one look takes new events."""
@@ -169,12 +172,16 @@ async def _follow(
     """What `read` finds, again and again.
 
     It says whether nothing will follow: it looks at states before events, so none can slip between.
+    A stream that ends without `event: end`, as where the database is away, is asked for again.
     """
     pause = poll_s
     while not stopping.is_set():
         try:
             events, finished = await run_in_threadpool(read)
         except JobNotFound:
+            return
+        except DATABASE_ERRORS as error:
+            _log.warning("a stream of events ends, the job store failed: %s", error)
             return
         for event in events:
             yield event

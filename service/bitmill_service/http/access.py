@@ -22,7 +22,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.requests import Request, cookie_parser
@@ -31,6 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from bitmill_service.http.problems import ProblemError, problem_response, store_response
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.store.catalog import LOCAL as LOCAL_TENANT
+from bitmill_workers.store.db import DATABASE_ERRORS
 from bitmill_workers.store.keys import KeyRecord, KeyStore, key_id_of
 from bitmill_workers.store.limits import Limits, may_use_hub_token
 from bitmill_workers.store.limits import Scope as KeyScope
@@ -172,7 +172,7 @@ class Access:
                     state["refusal"] = refusal
                 else:
                     app = problem_response(Request(scope), refusal)
-            except DBAPIError as error:
+            except DATABASE_ERRORS as error:
                 app = store_response(Request(scope), error)
         await app(scope, receive, send)
 

@@ -19,12 +19,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DataError, DBAPIError
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from bitmill.errors import BitmillError, Cancelled, InputError, ResourceError
+from bitmill.errors import BitmillError, Cancelled, InputError, ResourceError, as_bitmill_error
+from bitmill_workers.store.db import DATABASE_ERRORS
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -289,6 +290,14 @@ async def _on_hang_up(request: Request, error: Exception) -> JSONResponse:
     )
 
 
+async def _on_os_error(request: Request, error: Exception) -> JSONResponse:
+    """A full disk, wherever it was met, is said; any other failure is a surprise."""
+    met = as_bitmill_error(error)
+    if isinstance(met, ResourceError):
+        return await _on_bitmill_error(request, met)
+    return await _on_surprise(request, error)
+
+
 async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
     request_id = getattr(request.state, "request_id", None)
     _log.error("request %s failed", request_id, exc_info=error)
@@ -306,8 +315,9 @@ HANDLERS: Mapping[type[Exception], Callable[[Request, Exception], Awaitable[JSON
     ProblemError: _on_problem,
     BitmillError: _on_bitmill_error,
     DataError: _on_unstorable,
-    DBAPIError: _on_store_error,
+    **dict.fromkeys(DATABASE_ERRORS, _on_store_error),
     ClientDisconnect: _on_hang_up,
+    OSError: _on_os_error,
     HTTPException: _on_http_exception,
     RequestValidationError: _on_validation_error,
     Exception: _on_surprise,

@@ -18,8 +18,6 @@ from concurrent.futures import TimeoutError as StillRunning
 from pathlib import Path
 from typing import Any, TypeVar
 
-import sqlalchemy as sa
-
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.errors import BitmillError, ProcessFailed, SpecError, as_bitmill_error
 from bitmill.plan.fingerprint import Fingerprint
@@ -56,7 +54,7 @@ from bitmill_workers.storage.artifacts import PROFILES, ArtifactStore
 from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.storage.uploads import fetch_upload
 from bitmill_workers.store.catalog import Catalog
-from bitmill_workers.store.db import Database
+from bitmill_workers.store.db import DATABASE_ERRORS, Database
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.leases import LeaseStore
@@ -343,7 +341,7 @@ class Attempt:
                 return "fenced"
             if self.turns is not None:
                 self.turns.tick()
-        except sa.exc.DBAPIError as error:
+        except DATABASE_ERRORS as error:
             _log.warning("the database is away: %s", type(error).__name__)
             return "lost" if self._lease_left() <= 0 else None
         if answer.cancel:
@@ -367,7 +365,7 @@ class Attempt:
                 if not write():
                     raise Stopped("fenced")
                 return
-            except sa.exc.DBAPIError as error:
+            except DATABASE_ERRORS as error:
                 _log.warning("cannot write the end: %s", error)
                 if self._lease_left() <= 0:
                     raise Stopped("lost") from error
@@ -495,7 +493,7 @@ class Attempt:
     def _is(self, state: str) -> bool:
         try:
             return self.parts.store.get(self.job.id).state == state
-        except (sa.exc.DBAPIError, BitmillError):
+        except (*DATABASE_ERRORS, BitmillError):
             return True
 
     def _clean(self, keep_output: bool) -> None:
@@ -510,7 +508,7 @@ class Attempt:
             finished = self.parts.store.get(self.job.id).finished
         except BitmillError:
             finished = True
-        except sa.exc.DBAPIError:
+        except DATABASE_ERRORS:
             finished = False
         if finished:
             shutil.rmtree(self.settings.job_folder(self.job.id), ignore_errors=True)

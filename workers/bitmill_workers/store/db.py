@@ -23,6 +23,9 @@ BUSY_TIMEOUT_S = 10.0
 WRITE_TIMEOUT_S = 30.0
 _STEP_MS = 8
 
+DATABASE_ERRORS = (sa.exc.DBAPIError, sa.exc.TimeoutError)
+"""What a database that is away raises: it refuses, or all connections wait for its answer."""
+
 
 class db_now(GenericFunction[float]):  # noqa: N801  (an SQL function's name)
     """Seconds since the epoch by the database's clock."""
