@@ -417,5 +417,15 @@ def test_metrics_have_a_port_of_their_own_without_a_key(tmp_path: Path) -> None:
     upgrade(app.state.context.database)
     with serve(app) as url:
         assert httpx2.get(f"{url}/metrics").status_code == 401
-        assert "bitmill_jobs{" in httpx2.get(f"http://127.0.0.1:{port}/metrics").text
+        told = httpx2.get(f"http://127.0.0.1:{port}/metrics").text
+        assert "bitmill_jobs{" in told
+        assert "bitmill_database_up 1.0" in told
+        with app.state.context.database.write() as conn:
+            conn.exec_driver_sql("ALTER TABLE workers RENAME TO gone")
+        answer = httpx2.get(f"http://127.0.0.1:{port}/metrics")
+        assert answer.status_code == 200
+        assert "bitmill_database_up 0.0" in answer.text
+        assert "bitmill_jobs" not in answer.text
+        assert "bitmill_disk_free_bytes" in answer.text
+        assert 'bitmill_http_request_seconds_count{method="GET"' in answer.text
     assert not listens(port)

@@ -143,7 +143,11 @@ def test_store_that_fails_answers_503_with_retry_after(
     headers = {"Authorization": f"Bearer {key}"}
     with caplog.at_level(logging.CRITICAL), serve(app, lifespan="off") as url:
         answer = httpx2.get(f"{url}/v1/jobs", headers=headers)
+        page = httpx2.get(f"{url}/ui/jobs", headers=headers)
     app.state.context.database.close()
+    assert (page.status_code, page.headers["retry-after"]) == (503, "5")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "the job store does not answer" in page.text
     assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
     assert answer.headers["retry-after"] == "5"
     assert str(tmp_path) not in answer.text

@@ -173,7 +173,10 @@ class Access:
                 else:
                     app = problem_response(Request(scope), refusal)
             except DATABASE_ERRORS as error:
-                app = store_response(Request(scope), error)
+                if is_page(scope["path"]):
+                    state["refusal"] = error
+                else:
+                    app = store_response(Request(scope), error)
         await app(scope, receive, send)
 
     async def check(self, method: str, path: str, headers: Headers) -> Principal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -12,20 +13,35 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.settings import TIERS
 from bitmill_workers.store.catalog import Catalog
+from bitmill_workers.store.db import DATABASE_ERRORS
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.records import WorkerRecord
 from bitmill_workers.store.states import STATES
 from bitmill_workers.store.stats import QueueStats, read_stats
 
+_log = logging.getLogger(__name__)
+
 
 class StoreCollector(Collector):
-    """Jobs by state, live workers and free disk."""
+    """Free disk, and jobs by state and live workers while the database answers."""
 
     def __init__(self, jobs: JobStore, catalog: Catalog, settings: ServiceSettings) -> None:
         self._jobs, self._catalog, self._settings = jobs, catalog, settings
 
     def collect(self) -> Iterator[Metric]:
         """Read everything now."""
+        free = shutil.disk_usage(self._settings.data).free
+        yield GaugeMetricFamily("bitmill_disk_free_bytes", "Free in the data folder", value=free)
+        found: list[Metric] = []
+        try:
+            found = list(self._store_metrics())
+        except DATABASE_ERRORS as error:
+            _log.warning("metrics without those of jobs, the job store failed: %s", error)
+        up = float(bool(found))
+        yield GaugeMetricFamily("bitmill_database_up", "Whether the database answers", value=up)
+        yield from found
+
+    def _store_metrics(self) -> Iterator[Metric]:
         counts = self._jobs.counts()
         jobs = GaugeMetricFamily("bitmill_jobs", "Jobs by state", labels=["state"])
         for state in STATES:
@@ -39,11 +55,9 @@ class StoreCollector(Collector):
         for worker in live:
             silent.add_metric([worker.name], max(0.0, time.time() - worker.last_seen))
         yield silent
-        yield from self._store_metrics(live)
-        free = shutil.disk_usage(self._settings.data).free
-        yield GaugeMetricFamily("bitmill_disk_free_bytes", "Free in the data folder", value=free)
+        yield from self._queue_metrics(live)
 
-    def _store_metrics(self, live: Sequence[WorkerRecord]) -> Iterator[Metric]:
+    def _queue_metrics(self, live: Sequence[WorkerRecord]) -> Iterator[Metric]:
         stats = read_stats(self._jobs.database)
         depth = GaugeMetricFamily("bitmill_queue_depth", "Runnable jobs", labels=["queue"])
         oldest = GaugeMetricFamily(
