@@ -352,3 +352,4 @@ def test_a_disk_that_fills_up_is_told(hub: FaultyHub, settings: Settings, small_
     with pytest.raises(ResourceError) as caught:
         fetch_model(MODEL, settings.model_copy(update={"data": small_disk}))
     assert caught.value.code == "disk_full"
+    assert not list(small_disk.rglob("*.part"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -267,6 +268,18 @@ def test_file_limit_is_reported_as_a_full_disk(
     limited = settings.model_copy(update={"runner_file_bytes": 1 << 20})
     job = run_label(limited, database, stop, "do=fill")
     assert (job.state, job.attempt, job.error_code) == ("failed", 1, "disk_full")
+
+
+def test_full_disk_that_the_database_is_on_too_fails_the_job_by_name(
+    settings: Settings, stop: StopRequest, small_disk: Path, empty: Path
+) -> None:
+    one = settings.model_copy(update={"data": small_disk})
+    shutil.copyfile(empty, small_disk / empty.name)
+    database = Database(one.database)
+    job = run_label(one, database, stop, "do=fill always=1")
+    assert (job.state, job.attempt, job.error_code) == ("failed", 1, "disk_full")
+    assert run_label(one, database, stop, "steps=1").state == "succeeded"
+    database.close()
 
 
 def test_full_disk_fails_the_job_and_leaves_nothing(

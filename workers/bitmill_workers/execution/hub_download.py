@@ -36,7 +36,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from bitmill.errors import ModelError
+from bitmill.errors import ModelError, ResourceError
 from bitmill.io.atomic import disk_errors, fsync_path
 
 _CHUNK = 1 << 20
@@ -313,13 +313,19 @@ class HubDownload:
         if file.digest is None:
             part.unlink(missing_ok=True)
         for fresh in (False, True):
-            with disk_errors(blob):
-                self._patience.repeat(file.path, partial(self._receive, file, part, fresh=fresh))
-                if file.matches(part):
-                    fsync_path(part)
-                    part.replace(blob)
-                    fsync_path(blob.parent)
-                    return
+            try:
+                with disk_errors(blob):
+                    receive = partial(self._receive, file, part, fresh=fresh)
+                    self._patience.repeat(file.path, receive)
+                    if file.matches(part):
+                        fsync_path(part)
+                        part.replace(blob)
+                        fsync_path(blob.parent)
+                        return
+            except ResourceError as error:
+                if error.code == "disk_full":  # else the disk stays full
+                    part.unlink(missing_ok=True)
+                raise
             part.unlink()
             self._furthest[file.path] = 0
             if not fresh:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -479,6 +480,8 @@ class Attempt:
     def _end_error(self, error: Exception) -> None:
         """The job cannot be run, or a process of it failed."""
         leases, failure = self.parts.leases, as_bitmill_error(error)
+        if failure.code == "disk_full":
+            self._make_room()
         self._flush_rest()
         match then(failure):
             case Then.FAIL:
@@ -489,6 +492,18 @@ class Attempt:
             case Then.AGAIN:
                 retries = self.settings.crash_retries
                 self._persist(lambda: leases.retry_crash(*self.key, failure, retries=retries))
+
+    def _make_room(self) -> None:
+        """Remove the files of a job that ends on a full disk, before its end is written: the
+        database may lie on that disk, and then nobody could write anything any more."""
+        try:
+            held = self.parts.leases.look(*self.key).held
+        except DATABASE_ERRORS:
+            return
+        if held:
+            with suppress(BitmillError):
+                self.parts.artifacts.remove(*self.key)
+            shutil.rmtree(self.settings.job_folder(self.job.id), ignore_errors=True)
 
     def _is(self, state: str) -> bool:
         try:
