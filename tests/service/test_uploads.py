@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from bitmill_service.settings import ServiceSettings
 from bitmill_workers.errors import QuotaExceeded, UploadNotFound
 from bitmill_workers.messaging.app import Dispatcher
 from bitmill_workers.messaging.reconcile import Reconciler
+from bitmill_workers.storage.artifacts import ArtifactStore
+from bitmill_workers.storage.uploads import UploadFolder
 from bitmill_workers.store.migrate import upgrade
 from bitmill_workers.store.tables import uploads
-from bitmill_workers.store.uploads import PART_BYTES, UploadFile
+from bitmill_workers.store.uploads import PART_BYTES, UploadFile, UploadRecord
 from finished import Stack, spec_json
 from serving import serve
 from stores import wait_for
@@ -148,6 +151,68 @@ def test_a_disk_that_fills_up_is_told_and_the_part_can_be_sent_again(
         assert not list(small_disk.rglob(".part-*"))
         kept.unlink()
         assert put(http, upload, "model.safetensors", part).status_code == 204
+
+
+def sent(http: httpx2.Client, stack: Stack) -> UploadRecord:
+    """An upload whose parts have come."""
+    data = safetensors(99)
+    record = stack.context.uploads.get(announce(http, {"model.safetensors": data}).json()["id"])
+    assert put(http, record.id, "model.safetensors", data).status_code == 204
+    return record
+
+
+def test_a_completion_that_was_cut_off_can_be_asked_for_again(
+    http: httpx2.Client, stack: Stack
+) -> None:
+    record = sent(http, stack)
+    folder = UploadFolder(stack.context.settings, record.id)
+    folder.check(record)
+    folder.finish()
+    folder.finish()
+    done = http.post(f"/v1/uploads/{record.id}/complete")
+    assert (done.status_code, done.json()["state"]) == (200, "complete")
+
+
+class Sharing:
+    """An artifact store beside which something else happens."""
+
+    def __init__(self, store: ArtifactStore, beside: Callable[[], object]) -> None:
+        self._store, self._beside = store, beside
+
+    def share_folder(self, kind: str, name: str, folder: Path) -> None:
+        self._beside()
+        self._store.share_folder(kind, name, folder)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_an_upload_that_is_deleted_while_it_is_completed_leaves_nothing(
+    http: httpx2.Client, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, context = sent(http, stack), stack.context
+    folder = UploadFolder(context.settings, record.id)
+    delete = partial(context.uploads.delete, record.id)
+    monkeypatch.setattr(context, "artifacts", Sharing(context.artifacts, delete))
+    answer = http.post(f"/v1/uploads/{record.id}/complete")
+    assert (answer.status_code, code(answer)) == (404, "upload_not_found")
+    assert not folder.whole.exists()
+
+
+def test_an_upload_can_be_completed_twice_at_once(
+    http: httpx2.Client, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, context = sent(http, stack), stack.context
+    address = f"/v1/uploads/{record.id}/complete"
+    plain, others = context.artifacts, list[httpx2.Response]()
+
+    def again() -> None:
+        monkeypatch.setattr(context, "artifacts", plain)
+        others.append(http.post(address))
+
+    monkeypatch.setattr(context, "artifacts", Sharing(plain, again))
+    answers = [http.post(address), *others]
+    assert [answer.status_code for answer in answers] == [200, 200]
 
 
 def test_a_part_that_stops_leaves_no_stack_trace_and_no_file(

@@ -54,7 +54,12 @@ class UploadFolder:
                 os.close(descriptor)
 
     def check(self, upload: UploadRecord) -> None:
-        """Compare every file with its digest, then read its header. Raises `InputError`."""
+        """Compare every file with its digest, then read its header. Raises `InputError`.
+
+        Files in their final place have been checked: the call before was cut off behind `finish`.
+        """
+        if self.whole.is_dir():
+            return
         for file in upload.files:
             place = self.open / file.path
             if file.size == 0:
@@ -72,10 +77,13 @@ class UploadFolder:
 
     def finish(self) -> None:
         """Give the files their final place; repeating it changes nothing."""
-        if not self.whole.is_dir():
-            for scratch in self.open.glob(".part-*"):
-                scratch.unlink(missing_ok=True)
+        for scratch in self.open.glob(".part-*"):
+            scratch.unlink(missing_ok=True)
+        try:
             self.open.rename(self.whole)
+        except OSError:  # another call was first
+            if not self.whole.is_dir():
+                raise
 
     def remove(self) -> None:
         """Delete everything."""

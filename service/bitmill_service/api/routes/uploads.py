@@ -15,11 +15,12 @@ from starlette.concurrency import run_in_threadpool
 from bitmill.errors import InputError, ResourceError
 from bitmill.io.companions import may_be_sent
 from bitmill_service.api.admission import quota_of
-from bitmill_service.api.context import ID_PATTERN, ContextDep, PrincipalDep
+from bitmill_service.api.context import ID_PATTERN, Context, ContextDep, PrincipalDep
 from bitmill_service.api.views import upload_view
 from bitmill_service.http.openapi import CHANGES, JSON_BODY, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import UploadList, UploadRequest, UploadView
+from bitmill_workers.errors import UploadNotFound
 from bitmill_workers.execution.fetch import check_names
 from bitmill_workers.storage.artifacts import UPLOADS
 from bitmill_workers.storage.uploads import UploadFolder
@@ -144,11 +145,18 @@ def complete_upload(upload_id: UploadId, context: ContextDep, caller: PrincipalD
                 param=file.path,
             )
     folder = UploadFolder(context.settings, record.id)
-    folder.check(record)
-    folder.finish()
-    context.artifacts.share_folder(UPLOADS, record.id, folder.whole)
     keep_s = context.settings.upload_keep_s
-    return upload_view(context.uploads.finish(record.id, keep_s=keep_s))
+    try:
+        _settle(folder, record)
+        context.artifacts.share_folder(UPLOADS, record.id, folder.whole)
+        return upload_view(context.uploads.finish(record.id, keep_s=keep_s))
+    except (FileNotFoundError, UploadNotFound) as error:
+        try:
+            context.uploads.get(record.id)
+        except UploadNotFound:
+            _remove(context, record.id)  # what the deletion has not seen
+            raise
+        raise error
 
 
 @router.delete(
@@ -159,9 +167,23 @@ def complete_upload(upload_id: UploadId, context: ContextDep, caller: PrincipalD
 def delete_upload(upload_id: UploadId, context: ContextDep, caller: PrincipalDep) -> Response:
     """Remove an upload and its files, which no unfinished job may need."""
     context.uploads.delete(upload_id, tenant=caller.sees)
+    _remove(context, upload_id)
+    return Response(status_code=status.HTTP_204_NO_CONTENT)
+
+
+def _settle(folder: UploadFolder, record: UploadRecord) -> None:
+    """Check the files and give them their final place, unless another call does so meanwhile."""
+    try:
+        folder.check(record)
+        folder.finish()
+    except FileNotFoundError:
+        if not folder.whole.is_dir():
+            raise
+
+
+def _remove(context: Context, upload_id: str) -> None:
     context.artifacts.remove_folder(UPLOADS, upload_id)
     UploadFolder(context.settings, upload_id).remove()
-    return Response(status_code=status.HTTP_204_NO_CONTENT)
 
 
 def _check_paths(paths: list[str]) -> None:
