@@ -95,7 +95,6 @@ class _StoredLinear:
         self.order = None if weight.order is None else weight.order.to(device)
         self._library = load_library() if device.type == "cpu" else None
         self._groups = self._describe() if self._library is not None else None
-        self._factors = field_factors(weight.widths, weight.K)
 
     def __call__(self, x: Tensor) -> Tensor:
         """y f32 [T, N] of x f32 [T, K] in packed column order."""
@@ -126,14 +125,14 @@ class _StoredLinear:
             -1, groups, GROUP_SIZE
         )
         sums = padded.sum(-1).t().contiguous()
-        scaled = (padded * self._factors).transpose(0, 1).contiguous()
+        inputs = padded.transpose(0, 1).contiguous()
         assert self._library is not None
         self._library.bitmill_multiply(
             self._groups,
             groups,
             self._weight.N,
             x.shape[0],
-            scaled.data_ptr(),
+            inputs.data_ptr(),
             sums.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),
@@ -176,20 +175,6 @@ class _StoredLinear:
             group.zero_steps = ZERO_STEPS_OF_WIDTH_1 if width == 1 else 1
             group.columns, group.first = count, g * GROUP_SIZE
         return groups
-
-
-def field_factors(widths: Sequence[int], K: int) -> Tensor:
-    """What inputs are multiplied by before the compiled product, f32 [groups, 128].
-
-    Its codes are low planes' fields as they lie in their bytes, 2^(w * j) times too large for field
-    j of a plane of w bits. Short groups are unpacked, so theirs is 1.
-    """
-    factors = torch.ones(len(widths), GROUP_SIZE)
-    for g, (width, count) in enumerate(zip(widths, group_columns(K), strict=True)):
-        if width and count == GROUP_SIZE:
-            low = PLANES[width][0]
-            factors[g] = 2.0 ** (-low * (torch.arange(GROUP_SIZE) // plane_bytes(low, GROUP_SIZE)))
-    return factors
 
 
 @cache

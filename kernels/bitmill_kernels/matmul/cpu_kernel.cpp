@@ -6,7 +6,8 @@
 //
 // x is fp32 in packed column order, each group padded with zeros to 128 columns. A plane of w bits
 // holds, in byte i and field j, column j*L + i: 16 consecutive bytes are, field by field, 16
-// consecutive columns. A vector of codes is made once and multiplied with all tokens.
+// consecutive columns. A vector of codes is made once and multiplied with all tokens, a vector of x
+// is loaded once for kRows rows.
 // Rows go by blocks, a block's groups in turn, so scales and planes are read in order and the
 // block's sums stay in the first cache.
 
@@ -25,6 +26,18 @@ namespace {
 
 constexpr int kBlockRows = 32;
 constexpr int kGroupSize = 128;
+
+// Rows whose sums for all tokens leave half of the registers free.
+#if defined(__AVX512F__)
+template <int TOKENS>
+constexpr int kRows = 2;
+#elif defined(__AVX2__)
+template <int TOKENS>
+constexpr int kRows = TOKENS <= 4 ? 2 : 1;
+#else
+template <int TOKENS>
+constexpr int kRows = 1;
+#endif
 
 }  // namespace
 
@@ -76,9 +89,39 @@ inline Ints widen(const uint8_t* from) {
 #endif
 }
 
-// 2^exponent, of a small one.
-constexpr float power(int exponent) {
-  return exponent < 0 ? 1.0f / (1 << -exponent) : static_cast<float>(1 << exponent);
+// ((index >> first) mod 2^BITS) * 2^exponent of every index.
+template <int BITS>
+inline Floats table(int first, int exponent) {
+  Floats values;
+  for (int i = 0; i < kLanes; ++i) {
+    values[i] = static_cast<float>(((i >> first) & ((1 << BITS) - 1)) << exponent);
+  }
+  return values;
+}
+
+// Field j of each of `widen`'s bytes, times 2^EXPONENT. Where a permutation looks up its lowest 4
+// (AVX-512) or 2 bits (AVX2), fields within these need neither mask nor conversion.
+template <int BITS, int EXPONENT>
+inline Floats field(Ints bytes, int j) {
+  const int start = BITS * j;
+#if defined(__AVX512F__)
+  if constexpr (BITS <= 4) {
+    const Ints index = start < 4 ? bytes : bytes >> 4;
+    return reinterpret_cast<Floats>(
+        _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index),
+                              reinterpret_cast<__m512>(table<BITS>(start % 4, EXPONENT))));
+  }
+#elif defined(__AVX2__)
+  if constexpr (BITS <= 2) {
+    const Ints index = start < 2 ? bytes : bytes >> (start & ~1);
+    return reinterpret_cast<Floats>(
+        _mm256_permutevar_ps(reinterpret_cast<__m256>(table<BITS>(start % 2, EXPONENT)),
+                             reinterpret_cast<__m256i>(index)));
+  }
+#endif
+  Ints value = start > EXPONENT ? bytes >> (start - EXPONENT) : bytes << (EXPONENT - start);
+  if (EXPONENT != 0 || start + BITS < 8) value &= ((1 << BITS) - 1) << EXPONENT;
+  return __builtin_convertvector(value, Floats);
 }
 
 inline Floats load(const float* from) {
@@ -87,40 +130,52 @@ inline Floats load(const float* from) {
   return v;
 }
 
-// sums[t] += scale * code . x[t] over one row of a full group of width LOW + HIGH.
-//
-// Fields are masked where they lie in their byte. The low plane's are so 2^(LOW * field) too large,
-// which x has been divided by beforehand (`field_factors` in cpu.py), and the high plane's are
-// brought to the same scale. All factors are powers of two, so nothing is rounded.
-template <int LOW, int HIGH, int TOKENS>
-inline void add_row(const uint8_t* low, const uint8_t* high, const float* x, float scale,
-                    Floats* sums) {
+// sums[r][t] += scales[r] * code[r] . x[t] over ROWS rows of a full group of width LOW + HIGH.
+template <int LOW, int HIGH, int ROWS, int TOKENS>
+inline __attribute__((always_inline)) void add_tile(const uint8_t* const* low,
+                                                    const uint8_t* const* high, const float* x,
+                                                    const float* scales, Floats (*sums)[TOKENS]) {
   constexpr int kLowBytes = kGroupSize * LOW / 8, kHighBytes = kGroupSize * HIGH / 8;
-  Ints high_part[HIGH ? kHighBytes / kLanes : 1];
-  for (int i = 0; i < kHighBytes; i += kLanes) high_part[i / kLanes] = widen(high + i);
-  Floats part[TOKENS] = {};
+  Ints high_part[ROWS][HIGH ? kHighBytes / kLanes : 1];
+#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kHighBytes; i += kLanes) high_part[r][i / kLanes] = widen(high[r] + i);
+  }
+  Floats part[ROWS][TOKENS] = {};
 #pragma GCC unroll 32
   for (int i = 0; i < kLowBytes; i += kLanes) {
-    const Ints low_part = widen(low + i);
+    Ints low_part[ROWS];
+#pragma GCC unroll 2
+    for (int r = 0; r < ROWS; ++r) low_part[r] = widen(low[r] + i);
 #pragma GCC unroll 8
     for (int j = 0; j < 8 / LOW; ++j) {
       const int column = j * kLowBytes + i;
-      Floats codes = __builtin_convertvector(low_part & (((1 << LOW) - 1) << (LOW * j)), Floats);
-      if constexpr (HIGH != 0) {
-        const int field = column / kHighBytes;
-        const Ints bits = high_part[column % kHighBytes / kLanes] &
-                          (((1 << HIGH) - 1) << (HIGH * field));
-        codes += __builtin_convertvector(bits, Floats) * power(LOW * (j + 1) - HIGH * field);
+      Floats codes[ROWS];
+#pragma GCC unroll 2
+      for (int r = 0; r < ROWS; ++r) {
+        codes[r] = field<LOW, 0>(low_part[r], j);
+        if constexpr (HIGH != 0) {
+          const Ints bytes = high_part[r][column % kHighBytes / kLanes];
+          codes[r] += field<HIGH, LOW>(bytes, column / kHighBytes);
+        }
       }
 #pragma GCC unroll 8
-      for (int t = 0; t < TOKENS; ++t) part[t] += codes * load(x + t * kGroupSize + column);
+      for (int t = 0; t < TOKENS; ++t) {
+        const Floats inputs = load(x + t * kGroupSize + column);
+#pragma GCC unroll 2
+        for (int r = 0; r < ROWS; ++r) part[r][t] += codes[r] * inputs;
+      }
     }
   }
+#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-  for (int t = 0; t < TOKENS; ++t) sums[t] += part[t] * scale;
+    for (int t = 0; t < TOKENS; ++t) sums[r][t] += part[r][t] * scales[r];
+  }
 }
 
-// The same over a last group of fewer columns, plane by plane; x as it is.
+// The same over one row of a last group of fewer columns, plane by plane.
 template <int TOKENS>
 inline void add_tail_row(const Group& group, int n, const float* x, float scale, Floats* sums) {
   for (int p = 0; p < 2 && group.planes[p]; ++p) {
@@ -138,27 +193,46 @@ inline void add_tail_row(const Group& group, int n, const float* x, float scale,
   }
 }
 
+// Asks for `count` rows of a group. Always inline: GCC takes a function of this kind for one without
+// effect, and drops its calls.
+inline __attribute__((always_inline)) void prefetch(const Group& group, int row, int count) {
+  for (int p = 0; p < 2; ++p) {
+    const uint8_t* from = group.planes[p] + static_cast<int64_t>(row) * group.bytes[p];
+    for (int i = 0; i < count * group.bytes[p]; i += 64) __builtin_prefetch(from + i);
+  }
+}
+
+// `next` or null: the group that comes next. Its rows lie far from this group's, and the processor
+// sees too few rows ahead to hide the wait for them.
+// A block that ends within a tile has its last row again, with scale 0.
 // Not inline: in one large function GCC keeps sums in memory.
 template <int LOW, int HIGH, int TOKENS>
 __attribute__((noinline)) void add_rows(const Group& group, int first_row, int end_row,
-                                        const float* x, Floats (*sums)[TOKENS]) {
-  for (int n = first_row; n < end_row; ++n) {
-    add_row<LOW, HIGH, TOKENS>(group.planes[0] + static_cast<int64_t>(n) * group.bytes[0],
-                               group.planes[1] + static_cast<int64_t>(n) * group.bytes[1], x,
-                               to_float(group.scales[n]), sums[n - first_row]);
+                                        const float* x, const float* scales,
+                                        Floats (*sums)[TOKENS], const Group* next) {
+  constexpr int kTile = kRows<TOKENS>;
+  for (int n = first_row; n < end_row; n += kTile) {
+    if (next) prefetch(*next, n, kTile);
+    const uint8_t *low[kTile], *high[kTile];
+    for (int r = 0; r < kTile; ++r) {
+      const int64_t row = n + r < end_row ? n + r : end_row - 1;
+      low[r] = group.planes[0] + row * group.bytes[0];
+      high[r] = group.planes[1] + row * group.bytes[1];
+    }
+    add_tile<LOW, HIGH, kTile>(low, high, x, scales + n - first_row, sums + n - first_row);
   }
 }
 
 template <int TOKENS>
-void add_group(const Group& group, int first_row, int end_row, const float* x,
-               Floats (*sums)[TOKENS]) {
+void add_group(const Group& group, int first_row, int end_row, const float* x, const float* scales,
+               Floats (*sums)[TOKENS], const Group* next) {
   if (group.columns != kGroupSize) {
     for (int n = first_row; n < end_row; ++n) {
-      add_tail_row<TOKENS>(group, n, x, to_float(group.scales[n]), sums[n - first_row]);
+      add_tail_row<TOKENS>(group, n, x, scales[n - first_row], sums[n - first_row]);
     }
     return;
   }
-  const auto add = [&](auto rows) { rows(group, first_row, end_row, x, sums); };
+  const auto add = [&](auto rows) { rows(group, first_row, end_row, x, scales, sums, next); };
   switch (group.bits[0] + (group.planes[1] ? group.bits[1] : 0)) {
     case 1: return add(add_rows<1, 0, TOKENS>);
     case 2: return add(add_rows<2, 0, TOKENS>);
@@ -174,22 +248,28 @@ template <int TOKENS>
 void multiply_block(const Group* groups, int group_count, int first_row, int end_row,
                     const float* x, const float* sums_of_x, float* y, int64_t y_stride) {
   Floats sums[kBlockRows][TOKENS] = {};
-  float offset[kBlockRows][TOKENS] = {};
+  // Tokens outside, so that rows are the lanes of a vector.
+  float offsets[TOKENS][kBlockRows] = {};
+  float scales[kBlockRows] = {}, zeros[kBlockRows];
+  const int rows = end_row - first_row;
   for (int g = 0; g < group_count; ++g) {
     const Group& group = groups[g];
     if (!group.planes[0]) continue;
-    add_group<TOKENS>(group, first_row, end_row, x + group.first * TOKENS, sums);
-    for (int n = first_row; n < end_row; ++n) {
-      const float scale = to_float(group.scales[n]);
-      const float zero = scale * static_cast<float>(group.zeros[n]) / group.zero_steps;
-      for (int t = 0; t < TOKENS; ++t) {
-        offset[n - first_row][t] += zero * sums_of_x[g * TOKENS + t];
-      }
+    const float step = 1.0f / static_cast<float>(group.zero_steps);
+    for (int n = 0; n < rows; ++n) {
+      scales[n] = to_float(group.scales[first_row + n]);
+      zeros[n] = scales[n] * static_cast<float>(group.zeros[first_row + n]) * step;
     }
+    for (int t = 0; t < TOKENS; ++t) {
+      const float sum_of_x = sums_of_x[g * TOKENS + t];
+      for (int n = 0; n < rows; ++n) offsets[t][n] += zeros[n] * sum_of_x;
+    }
+    add_group<TOKENS>(group, first_row, end_row, x + group.first * TOKENS, scales, sums,
+                      g + 1 < group_count ? &groups[g + 1] : nullptr);
   }
   for (int n = first_row; n < end_row; ++n) {
     for (int t = 0; t < TOKENS; ++t) {
-      y[t * y_stride + n] = total_of(sums[n - first_row][t]) - offset[n - first_row][t];
+      y[t * y_stride + n] = total_of(sums[n - first_row][t]) - offsets[t][n - first_row];
     }
   }
 }
@@ -201,8 +281,7 @@ constexpr Multiply kMultiply[] = {multiply_block<1>, multiply_block<2>, multiply
 
 }  // namespace
 
-// x f32 [groups, tokens, 128], times field_factors (cpu.py), sums_of_x f32 [groups, tokens] of x
-// before that, y f32 [tokens, N]; 1 to 8 tokens.
+// x f32 [groups, tokens, 128], sums_of_x f32 [groups, tokens], y f32 [tokens, N]; 1 to 8 tokens.
 extern "C" void bitmill_multiply(const Group* groups, int group_count, int N, int tokens,
                                  const float* x, const float* sums_of_x, float* y, int threads) {
   const int blocks = (N + kBlockRows - 1) / kBlockRows;
