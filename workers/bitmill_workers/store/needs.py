@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
+from bitmill.config.quantization import Refinement
 from bitmill.errors import InputError
 from bitmill_workers.errors import StateConflict
 from bitmill_workers.job_spec import JobKind
@@ -23,7 +24,7 @@ from bitmill_workers.store.tables import bit_width_maps, jobs, uploads
 Needed = Literal["upload", "job", "map"]
 Place = tuple[str, ...]
 
-_LEARNED = ("refinement", "omniquant", "resume_parameters")
+_LEARNED: Place = tuple(Refinement.place("resume_parameters").split("."))
 _CARD: Place = ("packed_job",)
 """Whose report a push shows, and does without where that job's files are gone."""
 
