@@ -40,7 +40,6 @@ __device__ __forceinline__ void warpgroup_wait() {
   "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32.f16.f16 {" names "}, "                \
   "{" a0 ", " a1 ", " a2 ", " a3 "}, " b ", add, 1, 1, 0;\n}\n"
 
-#define BITMILL_NAMES_4 "%0, %1, %2, %3"
 #define BITMILL_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define BITMILL_NAMES_16 BITMILL_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define BITMILL_NAMES_32                                                                     \
@@ -56,20 +55,6 @@ __device__ __forceinline__ void warpgroup_wait() {
                    "%92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, "    \
                    "%105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "  \
                    "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint64_t inputs,
-                                         int adds) {
-  asm volatile(BITMILL_WGMMA(8, BITMILL_NAMES_4, "%4", "%5", "%6", "%7", "%8", "%9")
-               : BITMILL_SUMS_4(d, 0)
-               : BITMILL_WORDS(a, inputs, adds));
-}
-
-__device__ __forceinline__ void multiply(float (&d)[8], const uint32_t (&a)[4], uint64_t inputs,
-                                         int adds) {
-  asm volatile(BITMILL_WGMMA(16, BITMILL_NAMES_8, "%8", "%9", "%10", "%11", "%12", "%13")
-               : BITMILL_SUMS_8(d, 0)
-               : BITMILL_WORDS(a, inputs, adds));
-}
 
 __device__ __forceinline__ void multiply(float (&d)[16], const uint32_t (&a)[4], uint64_t inputs,
                                          int adds) {
