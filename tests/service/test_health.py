@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+from pathlib import Path
+
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
+from bitmill_service.main import create_app
+from bitmill_service.settings import ServiceSettings
+from bitmill_workers.store.migrate import upgrade
 from finished import Stack
+from serving import serve
 
 
 def samples(http: httpx2.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -25,6 +33,55 @@ def test_process_and_database_are_ready(http: httpx2.Client) -> None:
     ready = http.get("/readyz")
     assert ready.status_code == 200
     assert ready.json()["checks"]["database"] == "ok"
+
+
+def remount(disk: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], check=True)
+
+
+def test_a_full_disk_is_not_ready_until_it_has_room(small_disk: Path) -> None:
+    app = create_app(ServiceSettings(data=small_disk))
+    upgrade(app.state.context.database)
+    with serve(app) as url, httpx2.Client(base_url=url, timeout=60) as http:
+        refused = http.get("/readyz")
+        assert (refused.status_code, refused.json()["ready"]) == (503, False)
+        checks = refused.json()["checks"]
+        assert checks["database"] == "ok"
+        assert re.match("[12] MiB are free in the data folder, 64 MiB are needed: ", checks["disk"])
+        assert http.get("/healthz").status_code == 200
+        remount(small_disk, "size=80m")
+        assert http.get("/readyz").json()["checks"]["disk"] == "ok"
+        assert http.get("/readyz").status_code == 200
+
+
+def test_a_disk_that_can_only_be_read_is_not_ready(tmp_path: Path, small_disk: Path) -> None:
+    (tmp_path / "first").mkdir()
+    data = tmp_path / "data"
+    data.symlink_to(tmp_path / "first")
+    app = create_app(ServiceSettings(data=data))
+    upgrade(app.state.context.database)
+    remount(small_disk, "size=80m,ro")
+    with serve(app) as url, httpx2.Client(base_url=url, timeout=60) as http:
+        assert http.get("/readyz").status_code == 200
+        data.unlink()
+        data.symlink_to(small_disk)
+        refused = http.get("/readyz")
+    assert refused.status_code == 503
+    assert refused.json()["checks"]["disk"] == "the data folder cannot be written to"
+
+
+def test_a_database_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    app = create_app(ServiceSettings(data=tmp_path))
+    upgrade(app.state.context.database)
+    with serve(app) as url, httpx2.Client(base_url=url, timeout=60) as http:
+        app.state.context.database.close()
+        for file in tmp_path.glob("bitmill.db*"):
+            file.write_bytes(b"not a database" * 100)
+        refused = http.get("/readyz")
+    assert (refused.status_code, refused.json()["ready"]) == (503, False)
+    checks = refused.json()["checks"]
+    assert checks["database"] == "the database does not answer; the service's log says more"
+    assert checks["disk"] == "ok"
 
 
 def test_missing_and_live_workers_are_reported(http: httpx2.Client, stack: Stack) -> None:
