@@ -8,10 +8,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from warm_python import FORKED, warm_python
+
+if TYPE_CHECKING:
+    from servers import Postgres
 
 SESSION = "BITMILL_TEST_SESSION"
 """Environment variable: id and folder of the process that starts those that run tests."""
@@ -62,3 +66,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small tmpfs needs root")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """One server for all tests that want PostgreSQL."""
+    from servers import Postgres
+
+    if Postgres.programs is None:
+        pytest.skip("PostgreSQL is not installed (Debian package postgresql)")
+    server = Postgres()
+    server.start()
+    yield server
+    server.destroy()

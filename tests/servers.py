@@ -9,7 +9,8 @@ import socket
 import subprocess
 import tempfile
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -103,6 +104,21 @@ class Postgres:
     def stop(self, mode: str = "immediate") -> None:
         """End it; "immediate" is what a crash looks like."""
         self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", mode, "-w", "stop")
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside the block all of its processes are stopped, while its connections live on."""
+        main = (self.folder / "data" / "postmaster.pid").read_text().split()[0]
+        os.kill(int(main), signal.SIGSTOP)  # first, so that it starts no others
+        told = subprocess.run(["pgrep", "-P", main], capture_output=True, text=True, check=True)
+        numbers = [int(one) for one in (main, *told.stdout.split())]
+        for number in numbers:
+            os.kill(number, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for number in reversed(numbers):
+                os.kill(number, signal.SIGCONT)
 
     def destroy(self) -> None:
         """End it and delete its files."""

@@ -15,18 +15,7 @@ from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.leases import LeaseStore
 from bitmill_workers.store.migrate import upgrade
-from servers import Postgres, Redis
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    """One server for all tests that want PostgreSQL."""
-    if Postgres.programs is None:
-        pytest.skip("PostgreSQL is not installed (Debian package postgresql)")
-    server = Postgres()
-    server.start()
-    yield server
-    server.destroy()
+from servers import Redis
 
 
 @pytest.fixture

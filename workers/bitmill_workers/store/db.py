@@ -68,21 +68,9 @@ class Database:
         if self.url.get_backend_name() == "sqlite":
             self.engine = _sqlite_engine(self.url)
         else:
-            self.engine = sa.create_engine(
-                self.url,
-                pool_pre_ping=True,
-                pool_size=5,
-                max_overflow=20,
-                pool_timeout=10,
-                connect_args={
-                    "connect_timeout": 5,
-                    "options": "-c statement_timeout=30000",
-                    "keepalives_idle": 10,
-                    "keepalives_interval": 5,
-                    "keepalives_count": 3,
-                    "tcp_user_timeout": 15000,
-                },
-            )
+            from bitmill_workers.store.postgres import create_engine  # psycopg is an extra
+
+            self.engine = create_engine(self.url)
 
     @property
     def dialect(self) -> Literal["sqlite", "postgresql"]:

@@ -41,7 +41,8 @@ def readyz(context: ContextDep) -> Response:
     data folder. Each check that failed says why. Workers are reported only."""
     needed = {"database": _database(context), "disk": _disk(context.settings.data)}
     ready = set(needed.values()) == {"ok"}
-    body = Readiness(ready=ready, checks=needed | {"workers": _workers(context)})
+    workers = _workers(context) if needed["database"] == "ok" else "unknown"
+    body = Readiness(ready=ready, checks=needed | {"workers": workers})
     return JSONResponse(body.model_dump(), 200 if ready else 503)
 
 
