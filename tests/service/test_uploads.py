@@ -25,15 +25,16 @@ from bitmill_service.client.client import Client
 from bitmill_service.client.errors import ServiceError
 from bitmill_service.client.upload import announced
 from bitmill_service.main import create_app
+from bitmill_service.schemas import UploadView
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.errors import QuotaExceeded, UploadNotFound
 from bitmill_workers.messaging.app import Dispatcher
 from bitmill_workers.messaging.reconcile import Reconciler
 from bitmill_workers.storage.artifacts import ArtifactStore
-from bitmill_workers.storage.uploads import UploadFolder
+from bitmill_workers.storage.uploads import UploadFolder, collect_uploads
 from bitmill_workers.store.migrate import upgrade
 from bitmill_workers.store.tables import uploads
-from bitmill_workers.store.uploads import PART_BYTES, UploadFile, UploadRecord
+from bitmill_workers.store.uploads import PART_BYTES, UploadFile, UploadRecord, UploadStore
 from finished import Stack, spec_json
 from serving import serve
 from stores import wait_for
@@ -166,7 +167,7 @@ def test_a_completion_that_was_cut_off_can_be_asked_for_again(
 ) -> None:
     record = sent(http, stack)
     folder = UploadFolder(stack.context.settings, record.id)
-    folder.check(record)
+    assert folder.damaged(record) == ()
     folder.finish()
     folder.finish()
     done = http.post(f"/v1/uploads/{record.id}/complete")
@@ -412,6 +413,82 @@ def test_what_is_sent_may_not_change_on_the_way(
         assert put(http, upload, "model.safetensors", data, part=part).status_code == 204
     answer = http.post(f"/v1/uploads/{upload}/complete")
     assert (answer.status_code, code(answer)) == (422, "digest_mismatch")
+    assert answer.json()["param"] in files
+
+
+@pytest.mark.parametrize("damage", ["other bytes", "cut", "gone"])
+def test_what_was_damaged_after_it_had_come_is_sent_again(
+    client: Client, stack: Stack, tmp_path: Path, files: dict[str, bytes], damage: str
+) -> None:
+    """A server that lost power, or a file that changed while it was read: the next call mends it,
+    although the same files are the same upload."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    wanted = {file.sha256 for file in announced(folder)[1].files}
+
+    def upload() -> UploadView:
+        (found,) = (u for u in client.uploads() if {file.sha256 for file in u.files} == wanted)
+        return found
+
+    def spoil(count: int) -> None:
+        """The weights are damaged as soon as all is there."""
+        begun = upload()
+        came = stack.context.uploads.received(begun.id)
+        if all(len(came[file.path]) == file.parts for file in begun.files):
+            place = UploadFolder(stack.context.settings, begun.id).open / "model.safetensors"
+            if damage == "gone":
+                place.unlink(missing_ok=True)
+            else:
+                place.write_bytes(b"x" * (place.stat().st_size if damage == "other bytes" else 9))
+
+    with pytest.raises(ServiceError, match=r"model\.safetensors.*send its parts again") as refused:
+        client.upload(folder, on_bytes=spoil)
+    assert refused.value.code == "digest_mismatch"
+    begun = upload()
+    assert stack.context.uploads.received(begun.id) == {"config.json": [0]}
+    done = client.upload(folder)
+    assert (done.id, done.state) == (begun.id, "complete")
+    client.delete_upload(done.id)
+
+
+def test_an_upload_that_is_announced_again_does_not_expire_before_a_job_can_name_it(
+    stack: Stack,
+) -> None:
+    store, files = stack.context.uploads, [UploadFile("config.json", 2, "d" * 64)]
+    first = store.announce(files, tenant="t", keep_s=1)
+    again = store.announce(files, tenant="t", keep_s=600)
+    assert again.id == first.id
+    assert again.expires_at > first.expires_at + 500
+    assert store.announce(files, tenant="t", keep_s=1).expires_at == again.expires_at
+    store.delete(first.id)
+
+
+class Busy(UploadStore):
+    """A store whose clients announce and send while it is read."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__(stack.context.database)
+        self.settings = stack.context.settings
+        self.begun: list[UploadFolder] = []
+
+    def list(self, *, tenant: str | None = None) -> tuple[UploadRecord, ...]:
+        found = super().list(tenant=tenant)
+        new = self.announce([UploadFile("config.json", 2, "c" * 64)], tenant="t", keep_s=60)
+        self.begun.append(UploadFolder(self.settings, new.id))
+        self.begun[-1].scratch()
+        return found
+
+
+def test_an_upload_that_begins_while_garbage_is_collected_stays(stack: Stack) -> None:
+    left = stack.context.settings.uploads_folder / "01a22b16-2af8-7915-8dbc-340e5e5ee464"
+    left.mkdir(parents=True)
+    store = Busy(stack)
+    assert collect_uploads(stack.context.settings, store) == 1
+    assert not left.exists()
+    assert [folder.open.is_dir() for folder in store.begun] == [True]
+    store.delete(store.begun[0].whole.name)
 
 
 def test_command_line_uploads_what_the_service_cannot_see(

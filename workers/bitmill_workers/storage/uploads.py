@@ -12,7 +12,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from bitmill.errors import InputError, ModelError
+from bitmill.errors import ModelError
 from bitmill.io import bounded_json
 from bitmill.io.atomic import disk_errors, sha256_file
 from bitmill.io.gguf import read_gguf_header
@@ -53,25 +53,20 @@ class UploadFolder:
             finally:
                 os.close(descriptor)
 
-    def check(self, upload: UploadRecord) -> None:
-        """Compare every file with its digest, then read its header. Raises `InputError`.
+    def damaged(self, upload: UploadRecord) -> tuple[str, ...]:
+        """Paths of files that are absent, or not what was announced.
 
-        Files in their final place have been checked: the call before was cut off behind `finish`.
+        Files in their final place have been compared: the call before was cut off behind `finish`.
         """
         if self.whole.is_dir():
+            return ()
+        damaged = tuple(file.path for file in upload.files if not self._came(file))
+        return () if self.whole.is_dir() else damaged  # another call was first
+
+    def check_headers(self, upload: UploadRecord) -> None:
+        """Read what is not to be believed of every file that came; raises `InputError`."""
+        if self.whole.is_dir():
             return
-        for file in upload.files:
-            place = self.open / file.path
-            if file.size == 0:
-                place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                place.touch(mode=0o600)
-            if place.stat().st_size != file.size or sha256_file(place) != file.sha256:
-                raise InputError(
-                    f"{file.path} is not the file that was announced: its SHA-256 differs; send "
-                    "it again as a new upload",
-                    code="digest_mismatch",
-                    param=file.path,
-                )
         for file in upload.files:
             _check_header(self.open / file.path)
 
@@ -90,6 +85,16 @@ class UploadFolder:
         for folder in (self.whole, self.open):
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _came(self, file: UploadFile) -> bool:
+        place = self.open / file.path
+        if file.size == 0:
+            place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            place.touch(mode=0o600)
+        try:
+            return place.stat().st_size == file.size and sha256_file(place) == file.sha256
+        except FileNotFoundError:
+            return False
+
 
 def fetch_upload(settings: Settings, artifacts: ArtifactStore, upload_id: str) -> Path:
     """The folder of a complete upload on this machine; raises `ModelError` where it is gone."""
@@ -106,10 +111,11 @@ def fetch_upload(settings: Settings, artifacts: ArtifactStore, upload_id: str) -
 def collect_uploads(settings: Settings, store: UploadStore) -> int:
     """Remove this machine's files of uploads that are no more; how many folders."""
     with suppress(FileNotFoundError):
-        known = {upload.id for upload in store.list()}
+        found = list(settings.uploads_folder.iterdir())
+        known = {upload.id for upload in store.list()}  # later: folders of new uploads are not seen
         over = [
             folder
-            for folder in settings.uploads_folder.iterdir()
+            for folder in found
             if folder.name.removesuffix(".open") not in known and not folder.name.startswith(".")
         ]
         for folder in over:

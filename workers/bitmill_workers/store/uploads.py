@@ -78,7 +78,7 @@ class UploadStore:
         keep_s: float,
         most_bytes: int | None = None,
     ) -> UploadRecord:
-        """The upload of these files, new or begun before.
+        """The upload of these files, new or begun before, which lives on for `keep_s` at least.
 
         Raises `QuotaExceeded` (code `quota_bytes`) where the tenant would keep more than it may.
         """
@@ -98,6 +98,8 @@ class UploadStore:
         }
         with self.database.write() as conn:
             JobStore(self.database).wait_for_tenant(conn, tenant)
+            longer = sa.update(uploads).where(*same, uploads.c.expires_at < db_now() + keep_s)
+            conn.execute(longer.values(expires_at=db_now() + keep_s))
             known = conn.execute(sa.select(uploads).where(*same)).one_or_none()
             if known is not None:
                 return _record(known)
@@ -147,6 +149,13 @@ class UploadStore:
             if not conn.execute(longer.values(expires_at=db_now() + keep_s)).rowcount:
                 raise UploadNotFound(upload_id)
             conn.execute(self.database.insert(upload_parts).values(part).on_conflict_do_nothing())
+
+    def forget_parts(self, upload_id: str, paths: Sequence[str]) -> None:
+        """These files have to come again. Raises `UploadNotFound`."""
+        of_files = (upload_parts.c.upload_id == upload_id, upload_parts.c.path.in_(paths))
+        with self.database.write() as conn:
+            _row(conn, upload_id, None, lock=True)
+            conn.execute(sa.delete(upload_parts).where(*of_files))
 
     def finish(self, upload_id: str, *, keep_s: float) -> UploadRecord:
         """The upload is whole and checked."""

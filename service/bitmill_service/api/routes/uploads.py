@@ -147,7 +147,7 @@ def complete_upload(upload_id: UploadId, context: ContextDep, caller: PrincipalD
     folder = UploadFolder(context.settings, record.id)
     keep_s = context.settings.upload_keep_s
     try:
-        _settle(folder, record)
+        _settle(context, folder, record)
         context.artifacts.share_folder(UPLOADS, record.id, folder.whole)
         return upload_view(context.uploads.finish(record.id, keep_s=keep_s))
     except (FileNotFoundError, UploadNotFound) as error:
@@ -171,10 +171,22 @@ def delete_upload(upload_id: UploadId, context: ContextDep, caller: PrincipalDep
     return Response(status_code=status.HTTP_204_NO_CONTENT)
 
 
-def _settle(folder: UploadFolder, record: UploadRecord) -> None:
-    """Check the files and give them their final place, unless another call does so meanwhile."""
+def _settle(context: Context, folder: UploadFolder, record: UploadRecord) -> None:
+    """Check the files and give them their final place, unless another call does so meanwhile.
+
+    What is not the announced file is asked for again, so that the same upload can be mended.
+    """
+    if damaged := folder.damaged(record):
+        context.uploads.forget_parts(record.id, damaged)
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise InputError(
+            f"{damaged[0]}{more}: not the file that was announced, its SHA-256 differs; send its "
+            "parts again, or, where the file has changed since, announce it as it is now",
+            code="digest_mismatch",
+            param=damaged[0],
+        )
     try:
-        folder.check(record)
+        folder.check_headers(record)
         folder.finish()
     except FileNotFoundError:
         if not folder.whole.is_dir():
