@@ -70,20 +70,6 @@ def test_a_disk_that_can_only_be_read_is_not_ready(tmp_path: Path, small_disk: P
     assert refused.json()["checks"]["disk"] == "the data folder cannot be written to"
 
 
-def test_a_database_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    app = create_app(ServiceSettings(data=tmp_path))
-    upgrade(app.state.context.database)
-    with serve(app) as url, httpx2.Client(base_url=url, timeout=60) as http:
-        app.state.context.database.close()
-        for file in tmp_path.glob("bitmill.db*"):
-            file.write_bytes(b"not a database" * 100)
-        refused = http.get("/readyz")
-    assert (refused.status_code, refused.json()["ready"]) == (503, False)
-    checks = refused.json()["checks"]
-    assert checks["database"] == "the database does not answer; the service's log says more"
-    assert checks["disk"] == "ok"
-
-
 def test_missing_and_live_workers_are_reported(http: httpx2.Client, stack: Stack) -> None:
     assert "none live" in http.get("/readyz").json()["checks"]["workers"]
     catalog = stack.context.catalog
