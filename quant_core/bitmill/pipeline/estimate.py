@@ -18,8 +18,9 @@ is not counted there, nor taken off the host's share.
 
 Time counts multiply-adds of forward and backward passes, Hessians and GPTQ against an assumed
 speed, those of baselines too, and ignores everything else: an order of magnitude, good for choosing
-a queue. Rules of activations that packages add count as if they observed nothing. Of several
-devices each needs the accelerator's memory; what they wait for each other is not counted.
+a queue. A search for a target of loss counts as if it took all of its maps and gave up a first one.
+Rules of activations that packages add count as if they observed nothing. Of several devices each
+needs the accelerator's memory; what they wait for each other is not counted.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ BACKWARD_PASSES = 4
 """Work of a backward pass that runs every block again, in forward passes."""
 SEARCH_STEPS = 4
 """Maps that are refined and measured at most for a target of loss."""
+FIRST_PART = 3
+"""The first of them is looked at behind one of so many parts of the blocks, and may be given up."""
+FEWEST_BLOCKS = 4
+"""In that part; of fewer, whole maps are measured."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,12 @@ def _disk_bytes(plan: Plan, config: QuantizationConfig, gguf: bool) -> int:
     return converted + rewritten + copies * packed + baselines
 
 
+def first_blocks(plan: Plan) -> int:
+    """Blocks behind which the first map of a search is looked at; 0 where it is not."""
+    count = plan.block_count // FIRST_PART
+    return count if count >= FEWEST_BLOCKS else 0
+
+
 def _linear_work(linear: PlannedLinear, tokens: float) -> tuple[float, float]:
     """(multiply-adds * 2 of one forward pass, of solving one linear)."""
     weights = float(linear.shape.weights)
@@ -225,15 +236,21 @@ def _seconds(plan: Plan, config: QuantizationConfig, machine: Machine) -> float:
         shared = config.weighs_in_profile  # but for what is held out
         own = config.calibration.held_out * config.calibration.length / tokens if shared else 1
         passes += BACKWARD_PASSES * own
-    refined = passes * forward + hessians + solving
+    folded = sum(one.folded for one in config.transforms)
+    if folded and "shift" in config.method.needs:
+        passes += 1  # a folded block is not the one that moves the source on
+    refined = passes * forward + hessians + solving + folded * observed * (forward + hessians)
     if config.method.learning is not None:
         share = config.method.learning.tuned_windows * config.calibration.length / tokens
         refined += BACKWARD_PASSES * share * (forward + head)
     allocation = config.allocation
+    share = config.calibration.held_out * config.calibration.length / tokens
+    measuring = 2 * share * (forward + head)  # of a map and the source
     if config.budget.max_loss_increase is not None:
-        refined *= SEARCH_STEPS
+        refined = (SEARCH_STEPS + first_blocks(plan) / plan.block_count) * (refined + measuring)
     elif DROPPED in allocation.legal_widths and allocation.check != "off":
-        refined *= 3  # the best maps with and without dropped groups, and the result
+        # the best maps with and without dropped groups, and the result
+        refined = 3 * refined + 2 * measuring
     return (refined + profile + evaluation) / speed
 
 

@@ -240,6 +240,78 @@ def test_baselines_take_the_time_of_their_work() -> None:
     assert both == pytest.approx(2 * run)
 
 
+@pytest.mark.parametrize("transform", ["awq", "smoothquant"])
+@pytest.mark.parametrize("asymmetric", [True, False])
+def test_scales_of_inputs_take_the_passes_that_are_run(
+    tmp_path: Path, transform: str, asymmetric: bool
+) -> None:
+    """Against the rows of all products of a real refinement, with the transform and without."""
+    model = streamed(tiny_llama(tmp_path / "model", num_hidden_layers=2))
+    tokens, windows = token_windows(64, T=256), 60
+    widths = {shape.name: (3,) * shape.groups for shape in model.plan.shapes}
+    names = {name for i in range(2) for group in model.plan.siblings(i) for name in group[:1]}
+
+    def found(*transforms: str) -> tuple[float, float]:
+        asked = spec(
+            calibration={"sequences": windows, "held_out": 4, "length": 256},
+            refinement={
+                "asymmetric": asymmetric,
+                "transforms": [{"name": name} for name in transforms],
+            },
+        )
+        work = 0.0
+
+        def note(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            nonlocal work
+            if isinstance(module, torch.nn.Linear):
+                work += 2.0 * module.weight.numel() * inputs[0].numel() / module.in_features
+
+        folder = tmp_path / "-".join(("refine", *transforms))
+        folder.mkdir()
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+        try:
+            refine_model(
+                model,
+                RefineInputs(
+                    CalibrationSet(tokens[:windows], tokens[windows:], "digest"),
+                    BitWidthMap(order="natural", linears=widths),
+                    {},
+                ),
+                asked.method,
+                folder,
+                seed=0,
+                on_unit=lambda *_: None,
+                transforms=asked.transforms,
+            )
+        finally:
+            hook.remove()
+        return work, estimate(model.plan, asked, Machine(threads=1)).seconds * 2.5e10
+
+    (plain, counted), (scaled, more) = found(), found(transform)
+    hessians = sum(2.0 * model.plan.by_name[name].columns ** 2 for name in names) * windows * 256
+    last = sum(2.0 * linear.shape.weights for linear in model.plan.block_linears(1)) * 64 * 256
+    ran = scaled - plain + asymmetric * last  # nothing moves on behind the last block
+    assert more - counted - hessians == pytest.approx(ran, rel=0.1)
+
+
+def test_a_search_counts_the_map_that_it_may_give_up_and_what_it_measures() -> None:
+    calibration = CALIBRATION | {"held_out": 8}
+
+    def seconds(plan: Plan, **changes: Any) -> float:
+        asked = spec(calibration=calibration, **changes)
+        return estimate(plan, asked, Machine(threads=1)).seconds
+
+    def refined(plan: Plan) -> float:
+        uniform = {"allocation": {"method": "uniform"}, "evaluation": {"texts": []}}
+        return seconds(plan, **uniform)
+
+    for blocks, maps in ((32, 4 + 10 / 32), (12, 4 + 4 / 12), (11, 4)):
+        plan = llama_plan(4096, 11008, blocks, 4096)
+        searched = seconds(plan, budget={"max_loss_increase": 0.1}) - seconds(plan)
+        passed = 2 * 2 * (plan.weights + 32000 * 4096) * 8 * 2048 / 2.5e10
+        assert searched == pytest.approx((maps - 1) * refined(plan) + maps * passed)
+
+
 @pytest.mark.parametrize(
     ("plan", "free", "windows", "every"),
     [

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from bitmill.config.quantization import Budget, parse_config
 from bitmill.errors import BudgetError, Cancelled, SpecError
+from bitmill.pipeline import estimate
 from bitmill.pipeline.admission import admit
 from bitmill.pipeline.estimate import SEARCH_STEPS
 from bitmill.pipeline.job import run_job
@@ -176,7 +177,7 @@ def test_a_first_map_that_is_far_off_ends_behind_a_third_of_its_blocks(deep, tmp
 def test_blocks_that_were_looked_at_are_those_of_the_whole_map(deep, tmp_path, monkeypatch):
     """The same map, with a look at its first blocks and without."""
     run_job(asked(0.3), deep, tmp_path / "work", tmp_path / "out")
-    monkeypatch.setattr(search, "FEWEST_BLOCKS", 99)
+    monkeypatch.setattr(estimate, "FEWEST_BLOCKS", 99)
     run_job(asked(0.3), deep, tmp_path / "other", tmp_path / "out2")
     found = [
         {path.name: path.read_bytes() for path in folder.glob("block-*.safetensors")}

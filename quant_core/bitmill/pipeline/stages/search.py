@@ -24,7 +24,7 @@ from bitmill.config.quantization import Allocation
 from bitmill.errors import BudgetError
 from bitmill.formats.accounting import Footprint, footprint
 from bitmill.io.atomic import read_json, write_bytes, write_json
-from bitmill.pipeline.estimate import SEARCH_STEPS
+from bitmill.pipeline.estimate import SEARCH_STEPS, first_blocks
 from bitmill.pipeline.stage import Run, Stage
 from bitmill.pipeline.stages import refine
 from bitmill.pipeline.stages.allocate import Allocated
@@ -34,10 +34,6 @@ CLOSE_ENOUGH = 0.85
 """Share of the target from which on a smaller map is not looked for."""
 MARGIN = 0.95
 """Share of the target that a step aims at."""
-FIRST_PART = 3
-"""The first map is looked at behind one of so many parts of the blocks."""
-FEWEST_BLOCKS = 4
-"""In that part; of fewer, whole maps are measured."""
 HOPELESS = 2.0
 """Times the target from which on a first map is given up."""
 CONFIDENCE = 1.96
@@ -107,8 +103,8 @@ def _given_up(inputs: Inputs, run: Run, folder: Path, allocator: Allocator) -> l
     """The first map, where its first blocks have lost so much more than predicted that the whole
     would be hopeless, with what the whole would lose; else none."""
     plan = inputs.refining.plan
-    count = plan.block_count // FIRST_PART
-    if count < FEWEST_BLOCKS:
+    count = first_blocks(plan)
+    if not count:
         return []
     record = folder / LOOK_NAME
     if run.group.broadcast(record.is_file()):
