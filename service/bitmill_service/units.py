@@ -17,9 +17,10 @@ def parse_size(text: str, param: str = "--size") -> int:
         value = float(digits) * factor if factor else -1.0
     except ValueError:
         value = -1.0
-    if value < 1 or value == float("inf"):
+    if not 1 <= value < float("inf"):
         raise InputError(
-            f"{text!r} is no size: give bytes, or a number with MB, GB, MiB", param=param
+            f"{text!r} is no size: give bytes, or a number with kB, MB, GB, TB, MiB or GiB",
+            param=param,
         )
     return int(value)
 

@@ -75,6 +75,28 @@ def test_specification_file_is_completed_by_options(bitmill: Any, tmp_path: Path
     assert (spec["seed"], spec["label"]) == (9, "from option")
 
 
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        ('{"budget": {"bits": 3}, "budget": {"bits": 4}}', "'budget' appears twice"),
+        ('{"budget": {"bits": 3, "bits": 4}}', "'bits' appears twice"),
+        ('{"bugdet": {"bits": 3}}', "bugdet"),
+        ("[" * 100_000, "nested too deeply"),
+        ("\udcff", "utf-8"),
+        ("", "JSON"),
+    ],
+    ids=["a part twice", "a field twice", "unknown", "deep", "no text", "empty"],
+)
+def test_a_specification_that_is_not_what_it_seems_is_refused(
+    bitmill: Any, tmp_path: Path, written: str, wanted: str
+) -> None:
+    file = tmp_path / "spec.json"
+    file.write_bytes(written.encode(errors="surrogateescape"))
+    code, out, err = bitmill("submit", "path:models/tiny", "--spec", str(file), "--code-bits", "3")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert wanted in err
+
+
 def test_plan_is_shown_without_a_job(bitmill: Any, stack: Stack) -> None:
     before = sum(stack.context.jobs.counts().values())
     code, out, _ = bitmill(*SUBMIT, "--validate-only")
@@ -101,7 +123,17 @@ def test_plan_is_shown_without_a_job(bitmill: Any, stack: Stack) -> None:
         ["submit", "path:elsewhere/tiny", "--code-bits", "3"],
         ["submit", "--code-bits", "3"],
         ["submit", "path:models/tiny", "--size", "huge"],
+        ["submit", "path:models/tiny", "--size", "nan"],
+        ["submit", "path:models/tiny", "--code-bits", "3", "--transforms", "[" * 100_000],
+        ["submit", "path:models/tiny", "--code-bits", "3", "--key", "clé"],
+        ["submit", "path:models/tiny", "--code-bits", "3", "--key", "two\nlines"],
         ["status"],
+        ["status", ""],
+        ["status", "two\nlines"],
+        ["delete", "../uploads/0"],
+        ["delete", "a?b"],
+        ["logs", "--follow", ".."],
+        ["sweeps", "show", ""],
         ["nonsense"],
         ["report", "no-such-job"],
         ["report", "no-such-folder", "--html", "report.html"],
@@ -246,6 +278,8 @@ def test_command_line_and_api_never_load_torch() -> None:
         ("-3MB", 0),
         ("MB", 0),
         ("1e400", 0),
+        ("nan", 0),
+        ("inf", 0),
     ],
 )
 def test_sizes_are_read_or_refused(text: str, size: int) -> None:

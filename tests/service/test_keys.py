@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -353,6 +355,36 @@ def test_login_keeps_a_key_that_works_where_nobody_else_reads_it(
     assert command("logout", "--url", guarded.url)[0] == 0
     with Client(guarded.url) as client, pytest.raises(Unauthorized, match="needs an API key"):
         client.list_jobs()
+
+
+@pytest.mark.parametrize("key", ["bm_secret\nword", "bm_secretclé"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(
+    command: Callable[..., tuple[int, str, str]], key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITMILL_API_KEY", key)
+    for line in (("list",), ("login",)):
+        code, out, err = command(*line, "--url", "http://127.0.0.1:9")
+        assert (code, out) == (2, "")
+        assert f"the API key of {len(key)} characters cannot be sent" in err
+        assert "secret" not in err
+
+
+def test_login_without_an_answer_says_so(home: Path) -> None:
+    words = [sys.executable, "-P", "-m", "bitmill_service.cli.main", "login"]
+    unset = {name: text for name, text in os.environ.items() if name != "BITMILL_API_KEY"}
+    done = subprocess.run(
+        words,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=unset,
+        check=False,
+        start_new_session=True,
+    )
+    assert done.returncode == 2
+    assert "no API key was given" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not home.exists()
 
 
 def test_exposed_or_damaged_credentials_are_refused(home: Path) -> None:

@@ -340,7 +340,11 @@ def test_a_plan_says_what_a_job_costs_and_creates_nothing(
 def test_a_target_in_bytes_is_read_with_its_unit(pages: httpx2.Client) -> None:
     answer = pages.post("/ui/jobs/new", data=filled(kind="size", value="0.4 MB"))
     assert "about <strong>400.0 kB</strong>" in answer.text
-    assert "is no size" in pages.post("/ui/jobs/new", data=filled(kind="size", value="much")).text
+    for no_size in ("much", "nan", "inf"):
+        answer = pages.post("/ui/jobs/new", data=filled(kind="size", value=no_size))
+        assert "is no size" in answer.text
+    twice = pages.post("/ui/jobs/new", data=filled(more='{"seed": 1, "seed": 2}'))
+    assert "appears twice" in twice.text
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,9 @@ def test_the_table_of_a_service_is_written_again_but_never_over_a_sweep_that_ran
         ("job: {}\ngrid: {label: [2024-01-01, 2024-02-01]}", "put dates in quotes"),
         ("job: &a {budget: *a}\ngrid: {seed: [1]}", "Circular reference"),
         ("job: {}\ngrid:\n  seed: [1, 2]\n  seed: [3]", "seed stands twice"),
+        ("[" * 100_000, "nested too deeply"),
     ],
-    ids=["job", "grid", "circle", "twice"],
+    ids=["job", "grid", "circle", "twice", "deep"],
 )
 def test_yaml_that_json_has_no_place_for_is_refused(
     command: Command, tmp_path: Path, text: str, problem: str

@@ -14,14 +14,14 @@ from typing import Any
 _MARKS = (b"[", b"{", b",")
 
 
-def loads(text: bytes, most: int) -> Any:
-    """The value of a JSON document. most: marks that it may have.
+def loads(text: bytes, most: int | None = None) -> Any:
+    """The value of a JSON document. most: marks that it may have; None of the caller's own.
 
     Raises ValueError for more, for anything that is no JSON, for a name that stands twice in an
     object, and for nesting deeper than Python's decoder goes.
     """
-    marks = sum(map(text.count, _MARKS))
-    if marks > most:
+    marks = 0 if most is None else sum(map(text.count, _MARKS))
+    if most is not None and marks > most:
         raise ValueError(f"it holds {marks:,} lists, objects and commas, the limit is {most:,}")
     try:
         return json.loads(text, object_pairs_hook=_no_duplicates)

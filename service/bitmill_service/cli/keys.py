@@ -193,7 +193,7 @@ def login(
 
     Example: bitmill login --url https://bitmill.example
     """
-    given = os.environ.get("BITMILL_API_KEY") or typer.prompt("API key", hide_input=True, err=True)
+    given = os.environ.get("BITMILL_API_KEY") or _asked()
     with Client(url, api_key=given.strip(), tries=2) as client:
         client.list_jobs(limit=1)
         place = keep_key(client.url, given.strip())
@@ -214,6 +214,13 @@ def logout(*, url: UrlOption = None, json: JsonFlag = False) -> None:
         print_json({"url": client.url})
     else:
         typer.echo(f"no key is kept for {client.url}")
+
+
+def _asked() -> str:
+    try:
+        return str(typer.prompt("API key", hide_input=True, err=True))
+    except typer.Abort as error:
+        raise InputError("no API key was given: type one, or set BITMILL_API_KEY") from error
 
 
 def _whole(number: str) -> int | str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -21,6 +20,7 @@ from typer.core import TyperCommand
 
 from bitmill.config.references import text_reference
 from bitmill.errors import InputError
+from bitmill.io import bounded_json
 from bitmill_service.cli.spec import (
     comma_separated,
     map_file,
@@ -106,7 +106,7 @@ def json_object(
 
 def _parsed(text: str, option: str) -> Any:
     try:
-        return json.loads(text)
+        return bounded_json.loads(text.encode())
     except ValueError as error:
         raise InputError(f"{text!r} is no JSON: {error}", param=option) from error
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from bitmill.config.references import read_map
 from bitmill.errors import SpecError
+from bitmill.io import bounded_json
 from bitmill_workers.job_spec import JobSpec, parse_spec
 
 Given = dict[str, Any]
@@ -59,8 +59,9 @@ def read_spec(file: str | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-        loaded = json.loads(text)
+        loaded = bounded_json.loads(
+            sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        )
     except (OSError, ValueError) as error:
         raise SpecError(f"{file} cannot be read as JSON: {error}", param="--spec") from error
     if not isinstance(loaded, dict):

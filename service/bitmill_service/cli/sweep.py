@@ -205,6 +205,8 @@ def read_sweep(file: Path) -> SweepSpec:
 
     try:
         loaded = yaml.load(file.read_text(encoding="utf-8"), _loader())  # a SafeLoader
+    except RecursionError as error:
+        raise SpecError(f"{file} is nested too deeply", param="FILE") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         told = " ".join(str(error).split())
         raise SpecError(f"{file} cannot be read as YAML: {told}", param="FILE") from error

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
+from urllib.parse import quote
 
 import httpx2
 
@@ -36,6 +37,7 @@ from bitmill_service.client.errors import (
     raise_for_problem,
     read_answer,
 )
+from bitmill_service.client.request_text import checked_header, checked_path
 from bitmill_service.client.retries import (
     RETRY_STATUS,
     Retries,
@@ -119,7 +121,7 @@ class Client:
         key = find_key(self.url) if api_key is None else api_key
         headers = {"User-Agent": "bitmill-client"}
         if key:
-            headers["Authorization"] = f"Bearer {key}"
+            headers["Authorization"] = f"Bearer {checked_header(key, 'the API key')}"
         self._retries = Retries(tries, patience, sleep, on_wait)
         self._sleep = sleep
         self._http = httpx2.Client(
@@ -231,7 +233,7 @@ class Client:
     ) -> SweepView:
         """Create a job for every cell of a grid; the same key gives the same sweep for a day."""
         body = spec.model_dump(mode="json") if isinstance(spec, SweepSpec) else dict(spec)
-        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        headers = _once(idempotency_key)
         answer = self._send("POST", "/v1/sweeps", json=body, headers=headers, timeout=_CHECK_S)
         return read_answer(SweepView, answer)
 
@@ -505,7 +507,7 @@ class Client:
         def put(path: str, number: int, data: bytes, digest: str) -> None:
             self._send(
                 "PUT",
-                f"{base}/files/{path}",
+                f"{base}/files/{quote(path)}",
                 patience=patience,
                 params={"part": number},
                 content=data,
@@ -559,8 +561,7 @@ class Client:
         return read_answer(view, self._send("GET", path, patience=patience, params=given))
 
     def _create(self, path: str, body: Any, key: str | None) -> JobView:
-        headers = {"Idempotency-Key": key or uuid.uuid4().hex}
-        return read_answer(JobView, self._send("POST", path, json=body, headers=headers))
+        return read_answer(JobView, self._send("POST", path, json=body, headers=_once(key)))
 
     def _send(self, method: str, path: str, **kwargs: Any) -> httpx2.Response:
         response = self._raw(method, path, **kwargs)
@@ -579,7 +580,7 @@ class Client:
         """The answer after retries; with `patience` as long as that lasts."""
         try:
             return with_retries(
-                lambda: self._http.request(method, path, **kwargs),
+                lambda: self._http.request(method, checked_path(path), **kwargs),
                 retries or self._retries,
                 patience=patience,
             )
@@ -604,7 +605,7 @@ class Client:
         """One server-sent stream behind `after`; raises `_BusyError` where it is to be asked for
         again."""
         headers = {"Accept": "text/event-stream", "Last-Event-ID": after}
-        with self._http.stream("GET", path, headers=headers) as response:
+        with self._http.stream("GET", checked_path(path), headers=headers) as response:
             if response.status_code >= 400:
                 response.read()
                 if response.status_code in RETRY_STATUS:
@@ -639,6 +640,12 @@ def _address(url: str) -> httpx2.URL:
     if odd:
         raise Unreachable(f"{url!r} is no address of a service: give one such as {DEFAULT_URL}")
     return address
+
+
+def _once(key: str | None) -> dict[str, str]:
+    """The header by which a repeated creation finds the first one's."""
+    given = uuid.uuid4().hex if key is None else checked_header(key, "the idempotency key")
+    return {"Idempotency-Key": given}
 
 
 def _left(patience: float, deadline: float | None) -> float:

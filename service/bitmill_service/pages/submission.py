@@ -19,6 +19,7 @@ from bitmill.config.codes import CodeName
 from bitmill.config.effort import Effort
 from bitmill.config.quantization import KINDS
 from bitmill.errors import BitmillError, InputError
+from bitmill.io import bounded_json
 from bitmill.io.atomic import sha256_json
 from bitmill_service.api.admission import admit, plan_view
 from bitmill_service.api.context import ID_PATTERN, Context, ContextDep, PrincipalDep
@@ -224,8 +225,8 @@ def _more(written: str) -> dict[str, Any]:
     if not written:
         return {}
     try:
-        found = json.loads(written)
-    except (ValueError, RecursionError) as error:
+        found = bounded_json.loads(written.encode())
+    except ValueError as error:
         raise InputError(f"the further settings are not JSON: {error}", param="more") from error
     if not isinstance(found, dict):
         raise InputError("the further settings are no JSON object", param="more")
