@@ -226,6 +226,39 @@ def test_a_backup_of_a_service_that_runs_is_restored_elsewhere(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"the weights" * 999
 
 
+def test_a_backup_that_was_broken_off_is_none(
+    kept: Stack, command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    settings = kept.context.settings
+    (file, *_) = kept.context.jobs.artifacts(kept.succeeded().id)
+    in_the_way = settings.artifacts_folder / file.storage_key
+    in_the_way.unlink()
+    in_the_way.mkdir()  # cannot be copied
+    assert command("backup", tmp_path / "b", "--data", settings.data)[0] == 1
+    code, _, err = command("restore", tmp_path / "b", "--data", tmp_path / "new")
+    assert (code, "is no backup" in err) == (2, True)
+
+
+def test_files_that_a_backup_lacks_are_told(
+    kept: Stack, command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    settings = kept.context.settings
+    kept.succeeded()
+    first, second, *_ = kept.context.jobs.artifacts(kept.succeeded().id)
+    (settings.artifacts_folder / first.storage_key).unlink()
+    for name in ("uploads", "profiles"):
+        (settings.data / name).mkdir(exist_ok=True)
+        (settings.data / name / "gone").symlink_to("deleted since the folder was read")
+    code, _, err = command("backup", tmp_path / "b", "--data", settings.data)
+    assert code == 0
+    assert f"1 files of 1 jobs are not there, or not whole, such as {first.storage_key}" in err
+    assert command("restore", tmp_path / "b", "--data", tmp_path / "new")[0] == 0
+    with (tmp_path / "b" / "artifacts" / second.storage_key).open("wb") as cut:
+        cut.write(b"")
+    told = json.loads(command("restore", tmp_path / "b", "--data", tmp_path / "2", "--json")[1])
+    assert sorted(told["missing"]) == sorted([first.storage_key, second.storage_key])
+
+
 def test_queues_and_workers_pause_and_go_on(
     kept: Stack, command: Callable[..., tuple[int, str, str]]
 ) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bitmill.errors import InputError
+from bitmill.io.atomic import replacing
 from bitmill_service.cli.output import (
     JsonFlag,
     UrlOption,
@@ -27,6 +29,8 @@ from bitmill_service.schemas import WorkersView
 if TYPE_CHECKING:
     from bitmill_service.settings import ServiceSettings
     from bitmill_workers.store.db import Database
+    from bitmill_workers.store.jobs import JobStore
+    from bitmill_workers.store.records import Artifact
 
 workers = typer.Typer(help="See workers and queues, and stop them taking jobs.")
 
@@ -127,37 +131,33 @@ def backup(
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder} is not empty: name a new folder", param=str(folder))
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (
-            closing(sqlite3.connect(settings.data / _DATABASE)) as source,
-            closing(sqlite3.connect(folder / _DATABASE)) as target,
-        ):
-            source.backup(target)
-        copied = Database(f"sqlite:///{(folder / _DATABASE).resolve()}")
-        store, artifacts = JobStore(copied), open_artifacts(settings)
-        count = size = 0
-        missing = []
-        after = None
-        while True:
-            page = store.list(state="succeeded", limit=200, after=after)
-            for file in (file for job in page.jobs for file in store.artifacts(job.id)):
-                place = folder / "artifacts" / file.storage_key
-                place.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    artifacts.fetch(file, place)
-                except FileNotFoundError:
-                    missing.append(file.storage_key)  # deleted since the database was copied
-                    continue
-                count, size = count + 1, size + file.size
-            if (after := page.after) is None:
-                break
-        copied.close()
-        for name in _FOLDERS:
-            if (settings.data / name).is_dir():
-                shutil.copytree(settings.data / name, folder / name, dirs_exist_ok=True)
+        # The database gets its name last: a copy that was broken off is no backup.
+        with replacing(folder / _DATABASE) as partial:
+            with (
+                closing(sqlite3.connect(settings.data / _DATABASE)) as source,
+                closing(sqlite3.connect(partial)) as target,
+            ):
+                source.backup(target)
+            artifacts = open_artifacts(settings)
+            count = size = 0
+            missing = []
+            with closing(Database(f"sqlite:///{partial.resolve()}")) as copied:
+                for file in _published(JobStore(copied)):
+                    place = folder / "artifacts" / file.storage_key
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    try:
+                        artifacts.fetch(file, place)
+                    except FileNotFoundError:
+                        missing.append(file.storage_key)  # deleted since the database was copied
+                        continue
+                    count, size = count + 1, size + file.size
+            for name in _FOLDERS:
+                _copy_folder(settings.data / name, folder / name)
     if json:
         print_json({"folder": str(folder), "files": count, "bytes": size, "missing": missing})
     else:
         typer.echo(f"{count} files ({format_size(size)}) and the database are in {folder}")
+        _tell_missing(missing)
 
 
 def restore(
@@ -185,19 +185,63 @@ def restore(
         )
     settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in ("artifacts", *_FOLDERS):
-        if (folder / name).is_dir():
-            shutil.copytree(folder / name, settings.data / name, dirs_exist_ok=True)
-    shutil.copyfile(folder / _DATABASE, settings.data / _DATABASE)
-    database = Database(settings.database)
-    try:
-        upgrade(database)
-        counts = JobStore(database).counts()
-    finally:
-        database.close()
+        _copy_folder(folder / name, settings.data / name)
+    with replacing(settings.data / _DATABASE) as partial:
+        shutil.copyfile(folder / _DATABASE, partial)
+        with closing(Database(f"sqlite:///{partial.resolve()}")) as database:
+            upgrade(database)
+            counts = JobStore(database).counts()
+            missing = [
+                file.storage_key
+                for file in _published(JobStore(database))
+                if not _is_whole(settings.data / "artifacts" / file.storage_key, file.size)
+            ]
     if json:
-        print_json({"data": str(settings.data.resolve()), "jobs": counts})
+        found = {"data": str(settings.data.resolve()), "jobs": counts, "missing": missing}
+        print_json(found)
     else:
         typer.echo(f"{sum(counts.values())} jobs are in {settings.data}")
+        _tell_missing(missing)
+
+
+def _published(store: JobStore) -> Iterator[Artifact]:
+    """The files of all jobs that have succeeded."""
+    after = None
+    while True:
+        page = store.list(state="succeeded", limit=200, after=after)
+        for job in page.jobs:
+            yield from store.artifacts(job.id)
+        if (after := page.after) is None:
+            return
+
+
+def _is_whole(place: Path, size: int) -> bool:
+    return place.is_file() and place.stat().st_size == size
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy all files below `source`; those that are deleted meanwhile are left out."""
+
+    def unless_gone(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for at, _, names in os.walk(source, onerror=unless_gone, followlinks=True):
+        place = target / Path(at).relative_to(source)
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in names:
+            with suppress(FileNotFoundError):
+                shutil.copy2(Path(at, name), place / name)
+
+
+def _tell_missing(missing: list[str]) -> None:
+    if missing:
+        jobs = len({key.partition("/")[0] for key in missing})
+        typer.echo(
+            f"warning: {len(missing)} files of {jobs} jobs are not there, or not whole, such as "
+            f"{missing[0]}: these jobs cannot be downloaded; --json names all files",
+            err=True,
+        )
 
 
 @workers.command("list")
