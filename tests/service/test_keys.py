@@ -304,6 +304,7 @@ def test_command_line_makes_lists_and_revokes_keys(
     key = out.strip()
     assert (code, key[:3]) == (0, "bm_")
     assert "shown once" in err
+    assert str(tmp_path / "new") in err
     listed = json.loads(command("keys", "list", *data, "--json")[1])
     assert [k["name"] for k in listed] == ["alice"]
     assert listed[0]["limits"]["bytes"] == 10**9
@@ -315,6 +316,19 @@ def test_command_line_makes_lists_and_revokes_keys(
     code, _, err = command("keys", "create", "a b", *data)
     assert (code, "name" in err) == (2, True)
     assert command("keys", "revoke", "nobody00", *data)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "line", [("keys", "list"), ("keys", "revoke", "3fQ9aZ01"), ("prune",), ("backup", "{}/b")]
+)
+def test_a_data_folder_that_is_none_is_refused_and_not_made(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, line: tuple[str, ...]
+) -> None:
+    words = [word.format(tmp_path) for word in line]
+    code, out, err = command(*words, "--data", tmp_path / "mistyped")
+    assert (code, out) == (2, "")
+    assert f"{tmp_path}/mistyped is no data folder" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_command_line_asks_a_service_about_keys(

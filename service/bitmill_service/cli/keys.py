@@ -28,6 +28,7 @@ from bitmill_service.schemas import KeyRequest, KeyView
 from bitmill_service.units import parse_size
 
 if TYPE_CHECKING:
+    from bitmill_service.settings import ServiceSettings
     from bitmill_workers.store.keys import KeyStore
 
 keys = typer.Typer(help="Make, list and revoke API keys.", rich_markup_mode=None)
@@ -112,13 +113,15 @@ def create(
     )
     if url is not None:
         with open_client(url) as client:
-            made = client.create_key(asked)
+            made, place = client.create_key(asked), client.url
             key, shown = made.key, made.model_dump(mode="json")
     else:
         from bitmill_service.api.views import key_view
+        from bitmill_workers.store.keys import KeyStore
 
-        with _store(data) as store:
-            key, record = store.create(
+        with operators_database(data, make=True) as (settings, database):
+            place = _place(settings)
+            key, record = KeyStore(database).create(
                 asked.name,
                 scopes=asked.scopes,
                 tenant=asked.tenant,
@@ -130,7 +133,11 @@ def create(
         print_json(shown)
         return
     typer.echo(key)
-    typer.echo("This is shown once. Use it as BITMILL_API_KEY, or with `bitmill login`.", err=True)
+    typer.echo(
+        f"This is shown once; it is for the service of {place}. Use it as BITMILL_API_KEY, or with "
+        "`bitmill login`.",
+        err=True,
+    )
 
 
 @keys.command("list")
@@ -238,6 +245,11 @@ def _request(given: dict[str, Any]) -> KeyRequest:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{where}: {first['msg']}", code="invalid_request", param=where) from error
+
+
+def _place(settings: ServiceSettings) -> str:
+    """Which service the database is of."""
+    return str(settings.data.absolute()) if settings.database_url is None else "the database"
 
 
 def _state(key: KeyView) -> str:

@@ -41,13 +41,22 @@ _FOLDERS = ("profiles", "uploads")
 
 
 @contextmanager
-def operators_database(data: Any) -> Iterator[tuple[ServiceSettings, Database]]:
-    """The operator's own database, which is made where it is a new data folder's."""
+def operators_database(
+    data: Any, *, make: bool = False
+) -> Iterator[tuple[ServiceSettings, Database]]:
+    """The operator's own database. make: in a new data folder too; else that is `InputError`."""
     from bitmill_workers.store.db import Database
     from bitmill_workers.store.migrate import require_head, upgrade
 
     settings = make_settings(data=data)
-    if settings.database_url is None:
+    if settings.database_url is None and not (settings.data / _DATABASE).is_file():
+        if not make:
+            raise InputError(
+                f"{settings.data.absolute()} is no data folder of a service: it has no "
+                f"{_DATABASE}; give the folder with --data or BITMILL_DATA",
+                code="no_data_folder",
+                param="--data",
+            )
         settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
     database = Database(settings.database)
     try:
