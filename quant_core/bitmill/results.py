@@ -18,6 +18,12 @@ from bitmill.errors import FormatError, reason
 QUALITY_NAME = "quality.json"
 
 
+def with_error(value: float, error: float, form: str) -> str:
+    """A mean and its standard error, `22.15 ± 0.31`; alone where a single window tells no error."""
+    shown = format(value, form)
+    return f"{shown} ± {format(error, form.removeprefix('+'))}" if error > 0 else shown
+
+
 class _Closed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -119,7 +119,7 @@ def test_a_pushed_folder_is_loaded_by_its_name(
         'base_model_relation: "quantized"',
         'license: "apache-2.0"',
         '"3-bit"',
-        "| knapsack | 3.250 | 12,345 | 9.500 ± 0.250 | 0.1250 ± 0.0000 |",
+        "| knapsack | 3.250 | 12,345 | 9.500 ± 0.250 | 0.1250 |",
         "8 windows of 256 tokens of `wiki_calibration`",
         f'bitmill.load("{NAME}")',
         f"vllm serve {NAME}",
@@ -395,7 +395,7 @@ def test_an_export_is_pushed_by_the_command_with_the_report_of_its_job(
     card = (hub[0].root / NAME / "README.md").read_text()
     for told in (
         'base_model: "org/model"',
-        "| knapsack | 3.250 | 12,345 | 9.500 ± 0.250 | 0.1250 ± 0.0000 |",
+        "| knapsack | 3.250 | 12,345 | 9.500 ± 0.250 | 0.1250 |",
         "64 windows of 2048 tokens of `wiki_calibration`",
         "quantized by Bitmill and exported for other runtimes. Before the export: 3.250 bits",
         f"vllm serve {NAME}\n",

@@ -11,7 +11,7 @@ from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.io.manifest import Manifest, read_manifest
 from bitmill.plan.fingerprint import Fingerprint
 from bitmill.reporting.html import write_report
-from bitmill.results import QUALITY_NAME, QualityReport, QualityRow
+from bitmill.results import QUALITY_NAME, QualityReport, QualityRow, with_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,9 +91,10 @@ class Result:
             lines.append(f"  predicted loss {self.predicted_loss:+.4f} nats per token")
         for name, text in self.row.texts.items():
             source = self.quality.rows[0].texts[name]
+            increase = with_error(text.loss_increase, text.loss_increase_se, "+.4f")
             lines.append(
                 f"  {name}: perplexity {text.perplexity:.2f} (source {source.perplexity:.2f}), "
-                f"loss {text.loss_increase:+.4f} ± {text.loss_increase_se:.4f}, KL {text.kl:.4f}"
+                f"loss {increase}, KL {text.kl:.4f}"
             )
         lines += [f"  warning: {warning}" for warning in self.quality.warnings]
         return "\n".join(lines)

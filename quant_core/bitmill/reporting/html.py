@@ -40,6 +40,7 @@ from bitmill.results import (
     QualityReport,
     QualityRow,
     TuningQuality,
+    with_error,
 )
 
 WORST_LINEARS = 20
@@ -223,8 +224,8 @@ def _quality_cells(row: QualityRow, texts: Sequence[str]) -> list[str]:
             cells += ["", "", ""]
             continue
         reference = row.method == "source"
-        cells.append(f"{found.perplexity:.2f} ± {found.perplexity_se:.2f}")
-        cells.append("" if reference else f"{found.kl:.4f} ± {found.kl_se:.4f}")
+        cells.append(with_error(found.perplexity, found.perplexity_se, ".2f"))
+        cells.append("" if reference else with_error(found.kl, found.kl_se, ".4f"))
         cells.append("" if reference else f"{100 * found.top1_agreement:.1f} %")
     return cells
 
@@ -369,7 +370,7 @@ def checked_maps(checks: Sequence[CheckedMap]) -> str:
                     check.method,
                     f"{check.bits:.3f}",
                     f"{check.predicted_loss:.4g}",
-                    f"{check.kl:.4f} ± {check.kl_se:.4f}",
+                    with_error(check.kl, check.kl_se, ".4f"),
                     f"{check.predicted_loss / check.kl:.2f}" if check.kl > 0 else "",
                 ]
                 for check in checks
@@ -415,7 +416,7 @@ def _loss_cells(row: QualityRow, texts: Sequence[str]) -> list[str]:
         if found is None:
             cells += ["", ""]
             continue
-        cells.append(f"{found.loss_increase:.4f} ± {found.loss_increase_se:.4f}")
+        cells.append(with_error(found.loss_increase, found.loss_increase_se, ".4f"))
         cells.append(f"{found.loss_increase / predicted:.2f}" if predicted > 0 else "")
     return cells
 

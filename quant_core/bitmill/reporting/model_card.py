@@ -22,7 +22,7 @@ from bitmill.formats.headers import read_packed_headers
 from bitmill.io.atomic import read_json
 from bitmill.plan.config_json import CONFIG_FILE
 from bitmill.reporting.charts import WIDTH_COLOURS
-from bitmill.results import QUALITY_NAME, QualityReport, QualityRow
+from bitmill.results import QUALITY_NAME, QualityReport, QualityRow, with_error
 
 PICTURE_NAME = "bit_width_map.png"
 _CELL = 8
@@ -161,8 +161,11 @@ def _quality(report: QualityReport) -> str:
         cells.append("" if row.size is None else f"{row.size:,}")
         for text in texts:
             found = row.texts.get(text)
-            cells.append((found and f"{found.perplexity:.3f} ± {found.perplexity_se:.3f}") or "")
-            cells.append((found and f"{found.kl:.4f} ± {found.kl_se:.4f}") or "")
+            if found is None:
+                cells += ["", ""]
+                continue
+            cells.append(with_error(found.perplexity, found.perplexity_se, ".3f"))
+            cells.append(with_error(found.kl, found.kl_se, ".4f"))
         lines.append(cells)
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     tokens = ", ".join(f"{one.tokens:,} of {text}" for text, one in report.rows[0].texts.items())

@@ -8,7 +8,14 @@ from typing import Any
 import typer
 
 from bitmill.reporting.learning import learning_summary
-from bitmill.results import BlockQuality, QualityRow, TaskMetric, TextQuality, TuningQuality
+from bitmill.results import (
+    BlockQuality,
+    QualityRow,
+    TaskMetric,
+    TextQuality,
+    TuningQuality,
+    with_error,
+)
 from bitmill_service.cli.output import format_size, print_table
 
 
@@ -25,9 +32,10 @@ def print_quality(report: dict[str, Any]) -> None:
         kinds = " and ".join(kind for kind, found in begins.items() if found == what)
         typer.echo(f"windows of {kinds} begin with {what}")
     for check in report.get("checks", ()):
+        measured = with_error(check["kl"], check["kl_se"], ".4f")
         typer.echo(
             f"{check['method']} map at {check['bits']:.3f} bits on held-out windows: predicted "
-            f"{check['predicted_loss']:.4f}, measured {check['kl']:.4f} ± {check['kl_se']:.4f}"
+            f"{check['predicted_loss']:.4f}, measured {measured}"
             + (", taken" if check["taken"] else "")
         )
     for row in report["rows"]:
@@ -107,6 +115,6 @@ def _line(row: QualityRow, text: str | None, quality: TextQuality, *, first: boo
         *(head if first else [""] * len(head)),
         *([] if text is None else [text.removesuffix("_evaluation")]),
         str(quality.tokens),
-        f"{quality.perplexity:.2f} ± {quality.perplexity_se:.2f}",
-        "0" if source else f"{quality.kl:.4f} ± {quality.kl_se:.4f}",
+        with_error(quality.perplexity, quality.perplexity_se, ".2f"),
+        "0" if source else with_error(quality.kl, quality.kl_se, ".4f"),
     ]

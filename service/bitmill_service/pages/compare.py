@@ -11,7 +11,7 @@ from markupsafe import Markup
 from pydantic import StringConstraints
 
 from bitmill.reporting.charts import Series, line_chart
-from bitmill.results import QualityReport, QualityRow, TextQuality
+from bitmill.results import QualityReport, QualityRow, TextQuality, with_error
 from bitmill_service.api.context import ID_PATTERN, Context, ContextDep, PrincipalDep
 from bitmill_service.api.routes import job_outputs as outputs
 from bitmill_service.api.routes import jobs as api
@@ -184,11 +184,11 @@ def _facts(one: Compared) -> Iterator[tuple[str, str]]:
         if row.predicted_loss is not None:
             yield "predicted loss", f"{row.predicted_loss:.4f}"
         for text, found in row.texts.items():
-            yield f"perplexity, {text}", f"{found.perplexity:.3f} ± {found.perplexity_se:.3f}"
-            yield f"KL, {text}", f"{found.kl:.4f} ± {found.kl_se:.4f}"
+            yield f"perplexity, {text}", with_error(found.perplexity, found.perplexity_se, ".3f")
+            yield f"KL, {text}", with_error(found.kl, found.kl_se, ".4f")
             yield (
                 f"increase of the loss, {text}",
-                f"{found.loss_increase:.4f} ± {found.loss_increase_se:.4f}",
+                with_error(found.loss_increase, found.loss_increase_se, ".4f"),
             )
             yield f"top-1 agreement, {text}", f"{100 * found.top1_agreement:.1f} %"
             yield f"tokens, {text}", f"{found.tokens:,}"
