@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -22,6 +23,7 @@ from bitmill_service.units import format_size, parse_size
 from bitmill_workers.job_spec import ExportSpec, PathModel
 from bitmill_workers.store.jobs import JobStore
 from finished import MAP, Stack
+from servers import free_port
 from stores import claim
 
 SUBMIT = ["submit", "path:models/tiny", "--code-bits", "3", "--method", "uniform"]
@@ -225,6 +227,44 @@ def test_database_is_made_and_reported(command: Any, tmp_path: Path) -> None:
     assert code == 0
     assert json.loads(out)["revision"]
     assert (tmp_path / "bitmill.db").is_file()
+
+
+def run_alone(*words: object, **settings: str) -> subprocess.CompletedProcess[str]:
+    """`bitmill ...` in a process of its own."""
+    line = [sys.executable, "-P", "-m", "bitmill_service.cli.main", *map(str, words)]
+    env = os.environ | settings
+    return subprocess.run(line, capture_output=True, text=True, env=env, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "keys list",
+        "backup {0}/b",
+        "db upgrade",
+        "serve --port 0",
+        "worker",
+        "restore {0}/damaged",
+    ],
+)
+def test_a_database_that_cannot_be_read_is_told_in_one_line(tmp_path: Path, line: str) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "bitmill.db").write_bytes(b"not what it was " * 512)
+    data = tmp_path / "new" if line.startswith("restore") else damaged
+    done = run_alone(*line.format(tmp_path).split(), "--data", data)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "damaged/bitmill.db cannot be used: file is not a database. See that" in done.stderr
+
+
+@pytest.mark.parametrize("line", ["keys list", "prune", "db upgrade", "serve --port 0", "worker"])
+def test_a_database_that_is_away_is_told_without_its_password(tmp_path: Path, line: str) -> None:
+    away = f"postgresql+psycopg://bitmill:canary@127.0.0.1:{free_port()}/bitmill"
+    done = run_alone(*line.split(), "--data", tmp_path, BITMILL_DATABASE_URL=away)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "bitmill:***@127.0.0.1" in done.stderr
+    assert "Connection refused" in done.stderr
+    assert "canary" not in done.stdout + done.stderr
 
 
 def test_every_command_takes_json_and_shows_an_example_that_it_would_take(

@@ -29,12 +29,15 @@ def test_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         {"queues": ("gpu-7",)},
         {"queues": ()},
         {"lease_s": 10, "renew_s": 6},
-        {"database_url": "postgresql://u:password@db/x"},
+        {"database_url": "postgresql+psycopg://u:password@db/x"},
+        {"database_url": "postgresql://u:long-enough@db/x"},
+        {"database_url": "mysql://u:long-enough@db/x"},
+        {"database_url": "nonsense"},
         {"broker_url": "redis://:changeme@redis/0"},
         {"s3_secret_key": "minioadmin"},
         {"webhook_secret": ""},
         {"webhook_secret": "REPLACE-with-openssl-rand-hex-24"},
-        {"database_url": "postgresql://u:REPLACE-with-openssl-rand-hex-24@db/x"},
+        {"database_url": "postgresql+psycopg://u:REPLACE-with-openssl-rand-hex-24@db/x"},
     ],
 )
 def test_default_secrets_and_impossible_values_are_refused(values: dict[str, object]) -> None:

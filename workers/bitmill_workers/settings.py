@@ -25,6 +25,7 @@ SECRET_SETTINGS = (
     *("DATABASE_URL", "BROKER_URL"),
 )
 """Settings that open something."""
+_DATABASES = ("sqlite", "postgresql+psycopg")
 _DEFAULT_SECRETS = frozenset(
     {
         "",
@@ -169,6 +170,18 @@ class Settings(BaseSettings):
         password = urlsplit(url).password if url else None
         if password is not None and _is_default(password):
             raise ValueError("has a default or empty password: set one of your own")
+        return url
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, url: str | None) -> str | None:
+        scheme, found, _ = (url or "sqlite://").partition("://")
+        if not found or scheme not in _DATABASES:
+            raise ValueError(
+                "is no address of a database that is known: give "
+                "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, or leave it out for SQLite in "
+                "the data folder"
+            )
         return url
 
     @model_validator(mode="after")

@@ -45,7 +45,7 @@ def operators_database(
     data: Any, *, make: bool = False
 ) -> Iterator[tuple[ServiceSettings, Database]]:
     """The operator's own database. make: in a new data folder too; else that is `InputError`."""
-    from bitmill_workers.store.db import Database
+    from bitmill_workers.store.db import Database, errors_told
     from bitmill_workers.store.migrate import require_head, upgrade
 
     settings = make_settings(data=data)
@@ -58,14 +58,11 @@ def operators_database(
                 param="--data",
             )
         settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    database = Database(settings.database)
-    try:
+    with errors_told(settings.database), closing(Database(settings.database)) as database:
         if settings.database_url is None:
             upgrade(database)
         require_head(database)
         yield settings, database
-    finally:
-        database.close()
 
 
 def prune(
@@ -179,7 +176,7 @@ def restore(
 
     Example: bitmill restore /b/1 --data /srv/bitmill
     """
-    from bitmill_workers.store.db import Database
+    from bitmill_workers.store.db import Database, errors_told
     from bitmill_workers.store.jobs import JobStore
     from bitmill_workers.store.migrate import upgrade
 
@@ -195,7 +192,8 @@ def restore(
     settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in ("artifacts", *_FOLDERS):
         _copy_folder(folder / name, settings.data / name)
-    with replacing(settings.data / _DATABASE) as partial:
+    copied = f"sqlite:///{(folder / _DATABASE).resolve()}"
+    with errors_told(copied), replacing(settings.data / _DATABASE) as partial:
         shutil.copyfile(folder / _DATABASE, partial)
         with closing(Database(f"sqlite:///{partial.resolve()}")) as database:
             upgrade(database)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,6 +89,7 @@ def serve(
     """
     from bitmill_service.embedded.server import EmbeddedService
     from bitmill_workers.logs import configure_logs
+    from bitmill_workers.store.db import errors_told
 
     settings = make_settings(
         data=data,
@@ -98,7 +100,8 @@ def serve(
         keys="off" if insecure else None,
     )
     service = EmbeddedService(settings, worker=worker)
-    service.prepare()
+    with errors_told(settings.database):
+        service.prepare()
     configure_logs(settings)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     roots = ", ".join(settings.model_roots) or "none (give --models)"
@@ -127,6 +130,7 @@ def worker(
     """
     from bitmill_service.embedded.worker_process import settings_environment, worker_lock
     from bitmill_workers import worker as worker_module
+    from bitmill_workers.store.db import errors_told
 
     settings = make_settings(data=data, device=device, queues=queues)
     lock = worker_lock(settings)
@@ -137,7 +141,9 @@ def worker(
     else:
         typer.echo(f"worker {settings.worker_name} serves {', '.join(settings.queues)}")
     os.environ.update(settings_environment(settings))
-    raise typer.Exit(worker_module.main())
+    with errors_told(settings.database):
+        code = worker_module.main()
+    raise typer.Exit(code)
 
 
 @db.command("upgrade")
@@ -146,16 +152,13 @@ def db_upgrade(*, data: DataOption = None, json: JsonFlag = False) -> None:
 
     Example: bitmill db upgrade --data /srv/bitmill
     """
-    from bitmill_workers.store.db import Database
+    from bitmill_workers.store.db import Database, errors_told
     from bitmill_workers.store.migrate import current_revision, upgrade
 
     settings = make_settings(data=data)
-    database = Database(settings.database)
-    try:
+    with errors_told(settings.database), closing(Database(settings.database)) as database:
         upgrade(database)
         revision = current_revision(database)
-    finally:
-        database.close()
     if json:
         print_json({"revision": revision})
     else:

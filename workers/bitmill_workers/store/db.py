@@ -19,12 +19,32 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
+from bitmill.errors import disk_full
+from bitmill_workers.errors import StoreUnavailable
+
 BUSY_TIMEOUT_S = 10.0
 WRITE_TIMEOUT_S = 30.0
 _STEP_MS = 8
 
 DATABASE_ERRORS = (sa.exc.DBAPIError, sa.exc.TimeoutError)
 """What a database that is away raises: it refuses, or all connections wait for its answer."""
+
+
+@contextmanager
+def errors_told(url: str) -> Iterator[None]:
+    """Raise `StoreUnavailable`, or `ResourceError` for a full disk, where the database cannot be
+    used, for people who start something with it. The message has the URL without its password."""
+    try:
+        yield
+    except (*DATABASE_ERRORS, sqlite3.Error) as error:
+        met = getattr(error, "orig", None) or error
+        if getattr(met, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+            raise disk_full("the disk of the database is full") from error
+        said = " ".join(str(met).split()) or type(met).__name__
+        raise StoreUnavailable(
+            f"the database {sa.make_url(url).render_as_string()} cannot be used: {said}",
+            hint="See that it runs and is whole; `bitmill doctor` looks at it.",
+        ) from error
 
 
 class db_now(GenericFunction[float]):  # noqa: N801  (an SQL function's name)
