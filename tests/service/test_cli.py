@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bitmill import __version__
 from bitmill.errors import InputError, ModelError
 from bitmill_service.cli.docs import commands, help_of
 from bitmill_service.cli.progress import JobWatch
@@ -75,6 +76,47 @@ def test_specification_file_is_completed_by_options(bitmill: Any, tmp_path: Path
     assert code == 0
     assert spec["budget"] == {"code_bits": None, "bits": None, "size": 400_000}
     assert (spec["seed"], spec["label"]) == (9, "from option")
+
+
+def test_the_version_is_shown(command: Any) -> None:
+    assert command("--version") == (0, f"bitmill {__version__}\n", "")
+
+
+def test_the_command_for_the_next_page_asks_for_the_same(bitmill: Any, stack: Stack) -> None:
+    submit = ("submit", "path:models/tiny", "--code-bits", "3", "--label", "of many; these")
+    jobs = [bitmill(*submit)[1].split()[1] for _ in range(3)]
+    bitmill("submit", "path:models/tiny", "--code-bits", "3", "--label", "another")
+    shown = bitmill("list", "--label", "of many; these", "--limit", "1")[1]
+    found = [shown.splitlines()[1].split()[0]]
+    while "more: " in shown:
+        _, *words = shlex.split(shown.rpartition("more: ")[2])
+        shown = bitmill(*(word for word in words if not word.startswith("--url=")))[1]
+        found.append(shown.splitlines()[1].split()[0])
+    assert found == jobs[::-1]
+    for job in jobs:
+        bitmill("cancel", job)
+
+
+def test_a_folder_that_is_here_is_not_taken_for_a_repository(
+    bitmill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    code, _, err = bitmill("submit", "models/tiny", "--code-bits", "3")
+    assert code == 2
+    assert "./models/tiny to upload it" in err
+    assert "hub:models/tiny" in err
+
+
+@pytest.mark.parametrize("name", ["my model.gguf", "weights (1).safetensors"])
+def test_weights_whose_name_cannot_be_sent_are_named(
+    bitmill: Any, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    for place in (tmp_path, tmp_path / name):
+        code, _, err = bitmill("submit", str(place), "--code-bits", "3")
+        assert code == 2
+        assert f"{name!r} cannot be uploaded by this name: rename it" in err
 
 
 @pytest.mark.parametrize(

@@ -279,4 +279,6 @@ def test_queues_and_workers_pause_and_go_on(
     kept.queued()
     assert leases.claim_next("w1", QUEUES) is not None
     assert command("workers", "pause", *words)[0] == 2
+    code, _, err = command("workers", "pause", "w3", *words)
+    assert (code, "no live worker is called w3" in err) == (0, True)
     assert command("workers", "pause", "--queue", "none", *words)[0] == 2

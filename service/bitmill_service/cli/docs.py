@@ -21,7 +21,7 @@ Made by `python -m bitmill_service.cli.docs > docs/cli.md`; a test keeps it up t
 Every command takes `--json`: one JSON document on standard output, errors as one on standard error.
 Progress is shown as bars on a terminal and as plain lines otherwise, both with the pace and the
 time that the stage will still take. `bitmill --install-completion` lets bash, zsh, fish or
-PowerShell complete commands and options.
+PowerShell complete commands and options, `bitmill --version` names the version.
 
 | exit code | means |
 |---|---|

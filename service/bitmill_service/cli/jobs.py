@@ -11,6 +11,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from bitmill.config.quantization import Budget
+from bitmill.errors import InputError
 from bitmill.pipeline.estimate import Estimate
 from bitmill_service.cli.options import COMMON, JOB, SERVICE_RESULTS, SpecFile, takes
 from bitmill_service.cli.output import (
@@ -22,6 +23,7 @@ from bitmill_service.cli.output import (
     format_time,
     open_client,
     print_json,
+    print_more,
     print_table,
 )
 from bitmill_service.cli.progress import JobWatch
@@ -38,7 +40,7 @@ def submit(
         typer.Argument(
             metavar="MODEL",
             help="./FOLDER or ./FILE.gguf (uploaded), path:ROOT/FOLDER, upload:ID, or a Hub "
-            "repository ORG/NAME[@REVISION].",
+            "repository ORG/NAME[@REVISION], hub:ORG/NAME where a folder here is called so.",
         ),
     ] = None,
     *,
@@ -80,9 +82,18 @@ def submit(
 
 def _model(client: Client, text: str | None, *, quiet: bool) -> dict[str, Any] | None:
     """The reference of a model; one on this machine is uploaded first."""
-    place = None if text is None else local_folder(text)
-    if text is None or place is None:
-        return None if text is None else model_reference(text)
+    if text is None:
+        return None
+    place = local_folder(text)
+    if place is None:
+        if Path(text).exists():
+            raise InputError(
+                f"{text} is here, and may be a repository of the Hub too: give ./{text} to upload "
+                f"it, path:ROOT/FOLDER where the service has it, or hub:{text}",
+                code="usage",
+                param="MODEL",
+            )
+        return model_reference(text)
     with _transfer_bar(quiet=quiet) as bar:
         task = bar.add_task(f"uploading {place.name or place}", total=None)
         upload = client.upload(
@@ -135,8 +146,8 @@ def list_jobs(
         for j in page.jobs
     ]
     print_table(("job", "state", "stage", "model", "budget", "created"), rows)
-    if page.next:
-        typer.echo(f"more: bitmill list --after {page.next}")
+    asked = {"state": state, "model": model, "label": label, "limit": limit, "url": url}
+    print_more("list", after=page.next, **asked)
 
 
 def wait(

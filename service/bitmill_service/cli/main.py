@@ -7,10 +7,12 @@ Every command takes `--json`; exit codes are those of `output.py`.
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
+import bitmill
 from bitmill.errors import BitmillError, InputError
 from bitmill_service.cli import jobs, keys, local, map, operate, service, sweep, top
 from bitmill_service.cli.options import GroupedCommand
@@ -22,6 +24,23 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"bitmill {bitmill.__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=app.info.help)
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
 
 for command in (
     *(service.demo, service.serve, service.worker),

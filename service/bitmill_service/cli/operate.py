@@ -275,7 +275,14 @@ def pause(
     pause --queue gpu-80
     """
     with open_client(url) as client:
-        _show(client.pause(**_one(worker, queue)), as_json=json)
+        found = client.pause(**_one(worker, queue))
+    _show(found, as_json=json)
+    if worker is not None and worker not in {one.name for one in found.workers}:
+        typer.echo(
+            f"warning: no live worker is called {worker}; one that comes with this name will take "
+            "no jobs",
+            err=True,
+        )
 
 
 @workers.command("resume")

@@ -7,6 +7,7 @@ Exit codes: 0 ok, 1 the service did not answer or failed, 2 usage or refused inp
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -74,6 +75,15 @@ def print_table(
     for row in rows:
         table.add_row(*row)
     console().print(table)
+
+
+def print_more(*command: str, after: str | None, **options: str | int | None) -> None:
+    """The command for the page behind `after`, with the options that this one was given."""
+    if after is None:
+        return
+    given = {**options, "after": after}
+    words = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    typer.echo(f"more: bitmill {shlex.join([*command, *words])}")
 
 
 def format_time(time: datetime | None) -> str:

@@ -36,6 +36,7 @@ from bitmill_service.cli.output import (
     format_time,
     open_client,
     print_json,
+    print_more,
     print_table,
 )
 from bitmill_service.cli.progress import JobWatch
@@ -133,8 +134,7 @@ def list_sweeps(
         for one in page.sweeps
     ]
     print_table(("sweep", "label", "cells", "axes", "created"), rows)
-    if page.next:
-        typer.echo(f"more: bitmill sweeps list --after {page.next}")
+    print_more("sweeps", "list", after=page.next, limit=limit, url=url)
 
 
 @sweeps.command("show")

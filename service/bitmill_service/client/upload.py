@@ -31,6 +31,14 @@ def announced(place: Path) -> tuple[Path, UploadRequest]:
     else:
         raise InputError(f"{place} is no folder and no file", param=str(place))
     names = {file.relative_to(folder).as_posix(): file for file in found}
+    for path in names:
+        if path.endswith((".safetensors", ".gguf")) and "/" not in path and not may_be_sent(path):
+            raise InputError(
+                f"{path!r} cannot be uploaded by this name: rename it, names of weights have "
+                "letters, digits, '_', '.' and '-' alone, at most 201",
+                code="file_refused",
+                param=path,
+            )
     wanted = {path: file for path, file in names.items() if may_be_sent(path)}
     if not wanted:
         raise InputError(
