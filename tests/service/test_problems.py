@@ -52,6 +52,35 @@ def test_unknown_path_method_and_body_are_problems(http: httpx2.Client) -> None:
     assert answers[422].json()["param"] == "limit"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("jobs", b'{"model": {}, "budget": {"bits": 3}, "budget": {"bits": 4}}'),
+        ("jobs?validate_only=true", b'{"model": {}, "budget": {"bits": 3, "bits": 3}}'),
+        ("sweeps", b'{"job": {}, "grid": {"seed": [1], "seed": [2]}}'),
+        ("uploads", b'{"files": [], "files": []}'),
+    ],
+)
+def test_a_member_that_stands_twice_is_refused(http: httpx2.Client, path: str, body: bytes) -> None:
+    answer = http.post(f"/v1/{path}", content=body, headers={"Content-Type": "application/json"})
+    assert "appears twice" in answer.json()["detail"]
+    assert (answer.status_code, answer.json()["code"]) == (400, "malformed_request")
+
+
+@pytest.mark.parametrize("query", ["limit=1&limit=2", "state=queued&state=running"])
+def test_a_query_parameter_that_stands_twice_is_refused(http: httpx2.Client, query: str) -> None:
+    answer = http.get(f"/v1/jobs?{query}")
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert "stands 2 times" in answer.json()["detail"]
+
+
+def test_a_query_parameter_that_takes_several_may_stand_twice(
+    http: httpx2.Client, stack: Stack
+) -> None:
+    kinds = "kind=state&kind=progress"
+    assert http.get(f"/v1/jobs/{stack.queued().id}/events?{kinds}").status_code == 200
+
+
 FORM = "application/x-www-form-urlencoded"
 
 
