@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import ssl
@@ -16,6 +17,8 @@ import httpx2
 import pytest
 
 from bitmill_service.http.problems import CODES
+from bitmill_service.main import create_app
+from bitmill_service.settings import ServiceSettings
 from servers import free_port, listens
 from stores import wait_for
 
@@ -101,6 +104,20 @@ def pipelined(proxy: Proxy, path: str, count: int) -> bytes:
         while chunk := link.recv(1 << 16):
             data += chunk
     return data
+
+
+def test_every_call_of_the_api_reaches_it(proxy: Proxy, tmp_path: Path) -> None:
+    """nginx answers `/a` by a redirect where it has a location `/a/`, whatever the method is."""
+    calls = create_app(ServiceSettings(data=tmp_path / "data")).openapi()["paths"]
+    assert "post" in calls["/v1/uploads"]
+    with httpx2.Client(base_url=proxy.url) as http:
+        for path, methods in calls.items():
+            for method in methods:
+                answer = http.request(method, re.sub(r"\{[^}]*\}", "x", path))
+                wanted = (403 if path == "/metrics" else 200, path, method)
+                assert (answer.status_code, path, method) == wanted
+        for page in ("/", "/ui/jobs", "/ui/uploads", "/docs", "/api/models/jobs/x"):
+            assert http.get(page).status_code == 200
 
 
 def test_ordinary_polling_is_never_refused(proxy: Proxy) -> None:
