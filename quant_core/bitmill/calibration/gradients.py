@@ -233,9 +233,9 @@ class GradientPass:
         transfers = self._model.transfers
         for part, (given, received) in transfers.batches([inputs, gradient], self._parts()):
             x = given.detach().requires_grad_()
-            with _watching(modules, observer), torch.enable_grad():
+            with deterministic(), _watching(modules, observer), torch.enable_grad():
                 y = self._model.run_block(i, block, x)
-                with timed("backward"), deterministic():
+                with timed("backward"):
                     torch.autograd.backward(y, received.to(y.dtype))
             assert x.grad is not None
             largest = torch.maximum(largest, torch.linalg.vector_norm(x.grad, ord=math.inf))

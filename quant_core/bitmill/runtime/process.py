@@ -153,7 +153,9 @@ def environment(changes: Mapping[str, str]) -> Iterator[None]:
 def deterministic() -> Iterator[None]:
     """Deterministic kernels of torch within, where CUBLAS_WORKSPACE_CONFIG is set for them.
 
-    Else fused attention adds the gradients of queries up by atomics, in any order. A kernel that
+    Else fused attention adds the gradients of queries up by atomics, in any order. A forward pass
+    whose gradients are taken belongs within too: torch chooses an attention kernel there, and that
+    of cuDNN runs its one backward pass whatever is asked for then (torch 2.11, H200). A kernel that
     torch has in no deterministic form raises RuntimeError.
     """
     import torch

@@ -19,6 +19,7 @@ from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.refinement.store import report_path
 from bitmill.results import BlockQuality
+from streaming import Watched
 from tiny import tiny_llama
 
 TEXT = {"source": "file", "path": str(Path(__file__).parents[1] / "calibration.txt")}
@@ -35,11 +36,16 @@ def config(settings: dict[str, Any] | None = None, **changes: Any) -> Any:
 
 
 def refined(source: Path, folder: Path, **settings: Any) -> RefinedModel:
+    plan = make_plan(source, config(settings))
+    model = StreamedModel(source, plan, device=torch.device("cpu"), dtype=torch.float32)
+    return refined_model(model, source, folder, **settings)
+
+
+def refined_model(
+    model: StreamedModel, source: Path, folder: Path, **settings: Any
+) -> RefinedModel:
     asked = config(settings)
     folder.mkdir()
-    model = StreamedModel(
-        source, make_plan(source, asked), device=torch.device("cpu"), dtype=torch.float32
-    )
     inputs = RefineInputs(
         calibration_tokens(asked.calibration, source, seed=0),
         BitWidthMap.uniform(model.plan.shapes, 2),
@@ -47,6 +53,14 @@ def refined(source: Path, folder: Path, **settings: Any) -> RefinedModel:
     )
     refine_model(model, inputs, asked.method, folder, seed=0, on_unit=lambda *_: None)
     return RefinedModel(folder, model.plan)
+
+
+def test_gradients_of_norms_come_from_deterministic_kernels(tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "source")
+    model = Watched(source)
+    refined_model(model, source, tmp_path / "learned")
+    assert model.forward == model.backward == [True] * len(model.forward)
+    assert len(model.forward) >= model.block_count
 
 
 def test_norms_are_learned_where_that_helps_and_linears_stay(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from bitmill.quant.tensors import Quantized
 from bitmill.refinement.learner import LearnedBlock
 from bitmill.refinement.normtweaking.settings import NormTweaking
 from bitmill.results import BlockQuality
+from bitmill.runtime.process import deterministic
 from bitmill.solvers.solver import Solver, solver_of
 
 
@@ -131,7 +132,7 @@ class NormLearning:
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
-            with torch.enable_grad():
+            with deterministic(), torch.enable_grad():
                 output = self.model.run_block(index, block, inputs).float().flatten(0, 1)
                 target = targets.to(output.device).float().flatten(0, 1)
                 means = (output.mean(0) - target.mean(0)).abs()

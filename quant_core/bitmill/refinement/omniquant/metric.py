@@ -27,6 +27,7 @@ from bitmill.calibration.hooks import batches, embed_windows, run_windows
 from bitmill.errors import CalibrationError
 from bitmill.models.dtypes import mixed_precision
 from bitmill.models.streamed import StreamedModel
+from bitmill.runtime.process import deterministic
 
 TINY = 1e-12
 
@@ -91,12 +92,13 @@ def gradient_moments(
         hidden = inputs.pop()
         for part in batches(len(tokens), batch):
             x = hidden[part].to(model.device).requires_grad_()
-            with torch.enable_grad(), mixed_precision(model):
-                y = model.run_block(index, block, x)
             g = gradient[part].to(model.device)
+            with deterministic(), torch.enable_grad(), mixed_precision(model):
+                y = model.run_block(index, block, x)
+                [received] = torch.autograd.grad(y, x, g.to(y.dtype))
             update = _moment(y.detach(), g)
             moment = update if moment is None else moment + update
-            parts.append(torch.autograd.grad(y, x, g.to(y.dtype))[0].cpu())
+            parts.append(received.cpu())
         gradient = torch.cat(parts)
         assert moment is not None
         moments.append((moment / tokens.numel()).cpu())

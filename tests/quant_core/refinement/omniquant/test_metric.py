@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from bitmill.errors import CalibrationError
 from bitmill.refinement.omniquant.metric import OutputMetric, fisher_metric, gradient_moments
 from learning import tiny
+from streaming import Watched, token_windows
+from tiny import tiny_llama
 
 
 def test_the_plain_error_is_the_mean_square() -> None:
@@ -40,6 +44,12 @@ def test_a_metric_of_plain_share_one_weighs_all_directions_alike() -> None:
 def test_non_finite_gradients_are_refused() -> None:
     with pytest.raises(CalibrationError, match="not finite"):
         fisher_metric(torch.full((2, 2), torch.inf), 0.5)
+
+
+def test_moments_come_from_deterministic_kernels(tmp_path: Path) -> None:
+    model = Watched(tiny_llama(tmp_path / "model"))
+    gradient_moments(model, token_windows(2), seed=5, batch=2)
+    assert model.forward == model.backward == [True] * model.block_count
 
 
 def test_moments_agree_with_one_backward_pass_through_the_whole_model() -> None:
