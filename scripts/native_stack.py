@@ -74,7 +74,9 @@ class NativeStack:
             app += ["--http", "bitmill_service.http.connections:GuardedProtocol"]
             log = str(ROOT / "deploy" / "logging.json")
             options = ["--port", str(self.ports[name]), "--log-config", log]
-            folder = {"BITMILL_DATA": str(self.data / name)}
+            folder = {
+                "BITMILL_DATA": str(self.data / "apis")
+            }  # of all: parts of uploads come to any
             self._python(name, [*app, *options], settings | folder)
         for number in range(self.workers):
             name = f"worker-{number}"

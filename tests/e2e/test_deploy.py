@@ -82,6 +82,20 @@ def test_client_downloads_from_the_object_store_and_goes_on(
         assert (tmp_path / "out/model.safetensors").read_bytes() == whole
 
 
+def test_a_model_is_uploaded_through_the_proxy_to_either_replica(
+    stack: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its files come to both, and a worker without the folder gets them from the object store."""
+    folder = tiny_llama(tmp_path / "mine", seed=3)
+    with Client(stack["url"]) as client:
+        upload = client.upload(folder)
+        assert (upload.state, client.uploads()[-1].id) == ("complete", upload.id)
+        model = {"source": "upload", "upload_id": upload.id}
+        job = client.wait(client.submit(SPEC | {"model": model}).id, timeout=60)
+        assert job.state == "succeeded"
+        client.delete_upload(upload.id)
+
+
 def test_replicas_agree_and_metrics_stay_inside(stack: dict[str, Any]) -> None:
     pages = [httpx2.get(f"{api}/v1/jobs").json() for api in stack["apis"]]
     assert pages[0] == pages[1]
