@@ -24,12 +24,14 @@ from bitmill.errors import SpecError
 from bitmill.formats.accounting import footprint
 from bitmill.formats.codec import open_checkpoint
 from bitmill.formats.format import FORMATS
+from bitmill.inference.trellis import TrellisLinear
 from bitmill.io.manifest import check_folder
 from bitmill.pipeline.admission import admit
 from bitmill.pipeline.job import run_job
 from bitmill.pipeline.work_folder import WEIGHTS_FOLDER
 from bitmill.plan.model_plan import plan_for_map
-from tiny import tiny_llama, tiny_opt
+from tiny import save_tiny, tiny_llama, tiny_opt
+from tiny_architectures import COVERED, tiny_config
 
 pytestmark = pytest.mark.e2e
 
@@ -179,6 +181,29 @@ def test_a_map_without_profile_on_a_model_with_biases(tmp_path):
     row = result.quality.row("uniform rtn")
     assert row.code_bits == 4
     assert row.texts["wiki_evaluation"].kl < 0.05
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt2"])
+def test_experts_and_transposed_linears_are_packed_verified_and_computed_with(model_type, tmp_path):
+    source = save_tiny(tmp_path / "source", tiny_config(model_type))
+    asked = spec(budget={"code_bits": 4})
+    result = run_job(asked, source, tmp_path / "work", tmp_path / "out")
+    count = 2 * COVERED[model_type][1]
+    (verified,) = (tmp_path / "work").glob("verify*/verify.json")
+    report = json.loads(verified.read_text())
+    assert report["linears"] == count
+    assert 0 < max(report["forward_error"].values()) < 1e-3
+    assert result.quality.row("knapsack gptq").texts["wiki_evaluation"].kl < 0.05
+    model, plain = bitmill.load(tmp_path / "out"), bitmill.load(tmp_path / "out").dequantize()
+    packed = [name for name, one in model.named_modules() if isinstance(one, TrellisLinear)]
+    assert len(packed) == count
+    assert not any(isinstance(one, TrellisLinear) for one in plain.modules())
+    original = AutoModelForCausalLM.from_pretrained(source)
+    ids = torch.arange(2, 40)[None]
+    with torch.inference_mode():
+        found, expected, before = (one(ids).logits for one in (model, plain, original))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert 1e-3 < (found - before).norm() / before.norm() < 0.4
 
 
 def test_it_is_exported_as_plain_weights_and_refused_by_name_elsewhere(job, tmp_path):
