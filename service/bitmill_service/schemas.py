@@ -291,11 +291,13 @@ class SizeView(View):
 
 
 class ExportSizeView(View):
-    """Bytes of an export with the smallest legal width everywhere, and with the largest."""
+    """Bytes of an export with the smallest legal width everywhere, and with the largest, and the
+    runtimes that read it."""
 
     format: str
     smallest: int
     largest: int
+    runtimes: list[str] = []
 
 
 class EmbeddingsView(View):
@@ -309,10 +311,11 @@ class PlanView(View):
     """What a job would work on: nothing was created.
 
     weights: quantized weights in all. smallest, largest: the legal widths' range. fused: linears
-    of the first block that read the same input. estimate, on_accelerator: memory, disk and time of
-    a runner without and with accelerators. exports: what those that were asked for take.
-    embeddings: what packing them too would save; None where it is done or cannot be. notes:
-    what of the source is left out and why, and what could not be checked.
+    of the first block that read the same input. runtimes: those that read the result as it is, of
+    models that they know; what reads an export stands with it. estimate, on_accelerator: memory,
+    disk and time of a runner without and with accelerators. exports: what those that were asked
+    for take. embeddings: what packing them too would save; None where it is done or cannot be.
+    notes: what of the source is left out and why, and what could not be checked.
     """
 
     model_type: str
@@ -326,6 +329,7 @@ class PlanView(View):
     estimate: Estimate
     on_accelerator: Estimate
     notes: list[str]
+    runtimes: list[str] = []
     exports: list[ExportSizeView] = []
     embeddings: EmbeddingsView | None = None
 

@@ -31,6 +31,7 @@ from sglang_layers import (
     load_weights,
 )
 from tiny import tiny_llama
+from trellis_models import pack_trellis
 from weights import pack_model
 
 HERE = Path(__file__).parents[2] / "integrations" / "sglang"
@@ -47,6 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied packed embedding, orders": {"order": "activation", "embeddings": "quantize"},
     "packed embedding and head": {"embeddings": "quantize", "tied": False},
     "one width": {"order": "activation", "cycle": (4,)},
+    "trellis codes": {"code": "trellis"},
 }
 
 
@@ -69,7 +71,7 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return made(tmp_path_factory.mktemp("packed"), **MODELS[request.param])
 
 
-def made(folder: Path, *, tied: bool = True, **options: Any) -> Path:
+def made(folder: Path, *, tied: bool = True, code: str = "affine", **options: Any) -> Path:
     """Two blocks whose linears have tails."""
     source = tiny_llama(
         folder / "source",
@@ -80,6 +82,8 @@ def made(folder: Path, *, tied: bool = True, **options: Any) -> Path:
         intermediate_size=INNER,
         tie_word_embeddings=tied,
     )
+    if code == "trellis":
+        return pack_trellis(source, folder / "packed")
     return pack_model(source, folder / "packed", **options).folder
 
 

@@ -150,11 +150,15 @@ def test_plan_is_shown_without_a_job(bitmill: Any, stack: Stack) -> None:
     )
     needs = r"[\d.]+ GB of memory, [\d.]+ [kM]B of disk, about 1 min"
     sizes = r"[\d.]+ kB kept, [\d.]+ kB at 8, [\d.]+ kB at 4 bits"
-    told = out.splitlines()[2:]
+    readers = "transformers with bitmill.hf, vLLM with bitmill-vllm, SGLang with bitmill-sglang"
+    assert out.splitlines()[2] == f"read by: Bitmill, {readers}"
+    told = out.splitlines()[3:]
     assert re.fullmatch(rf"embeddings: {sizes} \(--embeddings quantize\)", told[0])
     assert re.fullmatch(f"needs on a CPU: {needs}", told[1])
     assert re.fullmatch(f"needs on accelerators: [\\d.]+ GB of each, {needs}", told[2])
     assert json.loads(bitmill(*SUBMIT, "--validate-only", "--json")[1])["linears"] == 14
+    _, out, _ = bitmill(*SUBMIT, "--exports", "dequantized", "--validate-only")
+    assert re.search("(?m)^export dequantized: .*, read by transformers, vLLM$", out)
     assert sum(stack.context.jobs.counts().values()) == before
 
 

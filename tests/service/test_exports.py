@@ -207,6 +207,56 @@ def test_a_plan_with_exports_has_their_sizes(client: Client) -> None:
     assert plan.smallest.size < plain.smallest
 
 
+OWN = ["Bitmill", "transformers with bitmill.hf"]
+ENGINES = ["vLLM with bitmill-vllm", "SGLang with bitmill-sglang"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "engines"),
+    [
+        ({}, ENGINES),
+        ({"code": "trellis"}, ENGINES),
+        ({"budget": {"bits": 3.5}, "allocation": {"outliers": [1]}}, []),
+        ({"allocation": {"keep": ["model.layers.0.self_attn.v_proj"]}}, []),
+        ({"allocation": {"keep": ["model.layers.0.mlp.down_proj"]}}, ENGINES),
+    ],
+    ids=["affine", "trellis", "outliers", "of q, k and v one kept", "a whole layer kept"],
+)
+def test_a_plan_names_the_runtimes_that_read_the_result(
+    changes: dict[str, Any], engines: list[str], client: Client
+) -> None:
+    exports = [{"format": "dequantized"}]
+    plan = client.plan(spec_json(exports=exports, allocation={}, **EVEN) | changes)
+    assert plan.runtimes == [*OWN, *engines]
+    assert plan.exports[0].runtimes == ["transformers", "vLLM"]
+
+
+@pytest.mark.parametrize(
+    ("target", "widths", "told"),
+    [
+        ({"format": "gguf"}, None, ["llama.cpp"]),
+        ({"format": "mlx"}, None, ["mlx-lm"]),
+        ({"format": "gptq"}, [4, 8], ["transformers"]),
+        ({"format": "gptq", "settings": {"symmetric": True}}, [2, 3, 4], ["transformers"]),
+        ({"format": "gptq", "settings": {"symmetric": True}}, [3, 6], ["transformers", "vLLM"]),
+        ({"format": "compressed-tensors"}, None, ["vLLM"]),
+        (
+            {"format": "compressed-tensors", "settings": {"symmetric": True}},
+            None,
+            ["transformers", "vLLM"],
+        ),
+    ],
+)
+def test_a_plan_names_the_runtimes_that_read_an_export(
+    target: dict[str, Any], widths: list[int] | None, told: list[str], client: Client
+) -> None:
+    allocation = {} if widths is None else {"widths": widths}
+    plan = client.plan(
+        spec_json(budget={"bits": 4.5}, exports=[target], allocation=allocation, **EVEN)
+    )
+    assert plan.exports[0].runtimes == told
+
+
 def test_a_job_starts_the_exports_that_it_names(
     client: Client, work: Callable[[], None], models: Path
 ) -> None:

@@ -334,6 +334,10 @@ def test_a_plan_says_what_a_job_costs_and_creates_nothing(
     assert "about <strong>" in text
     low, high = re.findall(r"<span>([\d.]+ .?B) at (\d) bits</span>", text)
     assert (low[1], high[1]) == ("2", "8")
+    assert "vLLM with bitmill-vllm, SGLang with bitmill-sglang" in text
+    exports = '{"exports": [{"format": "dequantized"}]}'
+    text = pages.post("/ui/jobs/new", data=filled(more=exports)).text
+    assert re.search(r"export dequantized, [\d.]+ .?B to [\d.]+ .?B: transformers, vLLM<", text)
     assert stack.context.jobs.counts() == before
 
 

@@ -24,6 +24,7 @@ from bitmill.config.bit_width_map import (
 from bitmill.config.closed import Closed
 from bitmill.config.transforms import transform_of
 from bitmill.errors import SpecError
+from bitmill.formats.loading import Runtime
 from bitmill.io.safetensors import TensorInfo, checkpoint_bytes
 from bitmill.plan.architectures import architecture
 from bitmill.plan.model_plan import Plan, PlannedLinear
@@ -113,8 +114,8 @@ class Format(Closed):
     place of what reads a folder's headers without torch (`formats/headers.py`), which exports of
     jobs are planned by. keeps_codes: whether the quantized tensors themselves can be read back, so
     that a job can store its result in it. kinds, widths, mixed, rewrites: what it has a place for,
-    as in `Facts`; None for anything. library: what reads it, as the Hub calls it. runtimes: how
-    those that read it load a folder (`formats/loading.py`).
+    as in `Facts`; None for anything. library: what reads it, as the Hub calls it. runtimes: those
+    that read it, and how they load a folder (`formats/loading.py`).
     """
 
     name: ClassVar[str]
@@ -126,12 +127,16 @@ class Format(Closed):
     mixed: ClassVar[bool] = True
     rewrites: ClassVar[frozenset[str] | None] = frozenset()
     library: ClassVar[str] = "transformers"
-    runtimes: ClassVar[tuple[str, ...]] = ()
+    runtimes: ClassVar[tuple[Runtime, ...]] = ()
 
     @classmethod
-    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[Runtime, ...]:
         """Those of `runtimes` that load a folder with this config.json."""
         return cls.runtimes
+
+    def readers(self, facts: Facts) -> tuple[Runtime, ...]:
+        """Those of `runtimes` that will read a model of which this is known, whatever its map."""
+        return self.runtimes
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

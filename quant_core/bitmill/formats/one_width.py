@@ -23,7 +23,7 @@ from bitmill.formats.format import (
     packed_embeddings,
     transposed,
 )
-from bitmill.formats.loading import TRANSFORMERS, VLLM
+from bitmill.formats.loading import TRANSFORMERS, VLLM, Runtime
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.architectures import architecture
 from bitmill.plan.model_plan import Plan, PlannedLinear
@@ -42,7 +42,7 @@ class OneWidthFormat(Format):
     legal: ClassVar[tuple[int, ...]]
     config_key: ClassVar[str] = "quantization_config"
     quant_method: ClassVar[str]
-    runtimes: ClassVar[tuple[str, ...]] = (TRANSFORMERS, VLLM)
+    runtimes: ClassVar[tuple[Runtime, ...]] = (TRANSFORMERS, VLLM)
 
     symmetric: bool = False
     fused: bool = True

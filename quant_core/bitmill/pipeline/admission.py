@@ -143,6 +143,13 @@ def check_exports(admitted: Admission, targets: Sequence[ExportTarget]) -> None:
         check_supported(target.chosen, facts)
 
 
+def readers(admitted: Admission, target: ExportTarget | None = None) -> list[str]:
+    """Names of the runtimes that will read the job's result, or an export of it."""
+    chosen = format_of(admitted.plan) if target is None else target.chosen
+    facts = _facts(admitted.plan, admitted.config, admitted.settings)
+    return [one.name for one in chosen.readers(facts)]
+
+
 def export_bytes(admitted: Admission, target: ExportTarget, width: int) -> int:
     """Bytes of all files that hold tensors, where every group of the result has this width."""
     plan, order = admitted.plan, admitted.config.allocation.order

@@ -202,9 +202,9 @@ def _calibration(used: Calibration | None, report: QualityReport | None) -> str:
 def _loading(folder: Path, repo_id: str) -> str:
     """How each runtime that reads it does."""
     settings = _settings(folder)
-    texts = _format(folder, settings).loading(settings)
+    texts = [one.loading for one in _format(folder, settings).loading(settings)]
     if (folder / MAP_NAME).is_file():
-        texts += (_LLAMA_CPP_EXPORT if _gguf_holds(folder) else _PLAIN_EXPORT,)
+        texts.append(_LLAMA_CPP_EXPORT if _gguf_holds(folder) else _PLAIN_EXPORT)
     return "\n".join(["## Loading", *texts, ""]).replace("REPO", repo_id) if texts else ""
 
 

@@ -147,12 +147,14 @@ def plan_view(admission: Admission) -> PlanView:
         fused=[plan.siblings(block) for block in range(min(1, plan.block_count))],
         smallest=_uniform_size(plan, job.config, min(widths)),
         largest=_uniform_size(plan, job.config, max(widths)),
+        runtimes=library.readers(job),
         estimate=job.needs(),
         exports=[
             ExportSizeView(
                 format=target.format,
                 smallest=library.export_bytes(job, target, min(widths)),
                 largest=library.export_bytes(job, target, max(widths)),
+                runtimes=library.readers(job, target),
             )
             for target in admission.exports
         ],

@@ -365,8 +365,10 @@ def _show_plan(plan: PlanView, *, as_json: bool) -> None:
         f"{plan.weights:,} weights\n"
         f"checkpoint: {format_size(plan.smallest.size)} at {plan.smallest.width} bits to "
         f"{format_size(plan.largest.size)} at {plan.largest.width} bits\n"
+        f"read by: {', '.join(plan.runtimes)}\n"
         + "".join(
-            f"export {one.format}: {format_size(one.smallest)} to {format_size(one.largest)}\n"
+            f"export {one.format}: {format_size(one.smallest)} to {format_size(one.largest)}, "
+            f"read by {', '.join(one.runtimes)}\n"
             for one in plan.exports
         )
         + _embeddings(plan.embeddings)

@@ -66,22 +66,25 @@ def test_a_packed_folder_is_exported_to_what_holds_it(
 
 
 @pytest.mark.parametrize(
-    ("version", "linear", "served"),
+    ("version", "linears", "served"),
     [
-        (1, "model.layers.0.mlp.up_proj", True),
-        (2, "model.layers.0.mlp.up_proj", True),
-        (3, "model.layers.0.mlp.up_proj", False),
-        (1, "model.layers.0.mlp.experts.1.w1", False),
+        (1, ("mlp.gate_proj", "mlp.up_proj"), True),
+        (2, ("mlp.gate_proj", "mlp.up_proj"), True),
+        (3, ("mlp.gate_proj", "mlp.up_proj"), False),
+        (1, ("mlp.up_proj",), False),
+        (2, ("self_attn.o_proj", "self_attn.q_proj", "self_attn.k_proj"), False),
+        (1, ("mlp.experts.1.w1",), False),
     ],
 )
-def test_what_the_plug_in_of_vllm_refuses_is_not_served_by_it(
-    version: int, linear: str, served: bool, tmp_path: Path
+def test_what_the_plug_ins_of_engines_refuse_is_not_served_by_them(
+    version: int, linears: tuple[str, ...], served: bool, tmp_path: Path
 ) -> None:
-    own = {"quant_method": "bitmill", "format_version": version, "linears": {linear: {}}}
+    packed = {f"model.layers.0.{name}": {} for name in linears}
+    own = {"quant_method": "bitmill", "format_version": version, "linears": packed}
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": own}))
     card = model_card(tmp_path, "org/model", CardFacts())["README.md"].decode()
     assert "import bitmill.hf" in card
-    assert ("vllm serve" in card) == served
+    assert ("vllm serve" in card) == ("sglang.launch_server" in card) == served
 
 
 def test_a_report_alone_tells_how_many_tokens_were_calibrated_on(tmp_path: Path) -> None:

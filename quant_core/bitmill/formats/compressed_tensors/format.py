@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from bitmill.formats.loading import VLLM
+from bitmill.formats.format import Facts
+from bitmill.formats.loading import VLLM, Runtime
 from bitmill.formats.one_width import OneWidthFormat, group_size
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import PlannedLinear
@@ -34,10 +35,18 @@ class CompressedTensors(OneWidthFormat):
     quant_method: ClassVar[str] = "compressed-tensors"
 
     @classmethod
-    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[Runtime, ...]:
         """By vLLM; by transformers too where there are no zero points, which it cannot load."""
         groups = settings[cls.config_key].get("config_groups", {}).values()
         symmetric = all(group["weights"]["symmetric"] for group in groups)
+        return cls._readers(symmetric)
+
+    def readers(self, facts: Facts) -> tuple[Runtime, ...]:
+        """As `loading`."""
+        return self._readers(self.symmetric)
+
+    @classmethod
+    def _readers(cls, symmetric: bool) -> tuple[Runtime, ...]:
         return cls.runtimes if symmetric else (VLLM,)
 
     def linear_tensors(self, name: str, linear: PlannedLinear, bits: int) -> list[TensorInfo]:

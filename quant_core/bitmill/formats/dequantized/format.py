@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from bitmill.formats.format import Contents, Format
-from bitmill.formats.loading import TRANSFORMERS, VLLM
+from bitmill.formats.loading import TRANSFORMERS, VLLM, Runtime
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.architectures import architecture
 
@@ -26,7 +26,7 @@ class Dequantized(Format):
     kinds: ClassVar[frozenset[str] | None] = None
     widths: ClassVar[frozenset[int] | None] = None
     rewrites: ClassVar[frozenset[str] | None] = None
-    runtimes: ClassVar[tuple[str, ...]] = (TRANSFORMERS, VLLM)
+    runtimes: ClassVar[tuple[Runtime, ...]] = (TRANSFORMERS, VLLM)
 
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
 

@@ -19,6 +19,7 @@ from bitmill.config.bit_width_map import group_columns
 from bitmill.config.methods import METHODS
 from bitmill.formats.exl2.settings import ARCHITECTURES, prefix, unsaid
 from bitmill.formats.format import Contents, Facts, Format, Refusal, packed_embeddings
+from bitmill.formats.loading import Runtime
 from bitmill.formats.one_width import stored_as
 from bitmill.io.safetensors import TensorInfo
 
@@ -26,11 +27,14 @@ QUANT_METHOD = GRID = "exl2"
 _SOLVE = [name for name in METHODS.names() if METHODS[name].grid == GRID]
 OFF_GRID = f"its grid holds only what was solved on it: quantize with method {' or '.join(_SOLVE)}"
 ALIGNED, MOST_COLUMNS = 32, 65535
-EXLLAMAV2 = """ExLlamaV2, in a clone of its repository:
+EXLLAMAV2 = Runtime(
+    "ExLlamaV2",
+    """ExLlamaV2, in a clone of its repository:
 ```sh
 hf download REPO --local-dir model
 python test_inference.py -m model -p "The river"
-```"""
+```""",
+)
 
 
 class Exl2(Format):
@@ -40,7 +44,7 @@ class Exl2(Format):
     codec: ClassVar[str] = "bitmill.formats.exl2.codec:Exl2Codec"
     widths: ClassVar[frozenset[int]] = frozenset({2, 3, 4, 5, 6, 8})
     rewrites: ClassVar[frozenset[str]] = frozenset({"order"})
-    runtimes: ClassVar[tuple[str, ...]] = (EXLLAMAV2,)
+    runtimes: ClassVar[tuple[Runtime, ...]] = (EXLLAMAV2,)
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:

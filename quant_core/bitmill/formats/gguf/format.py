@@ -25,6 +25,7 @@ from bitmill.formats.gguf.header import (
     frequencies,
     stored_name,
 )
+from bitmill.formats.loading import Runtime
 from bitmill.formats.one_width import refusals, width_of, widths_of
 from bitmill.io.gguf import TYPES
 from bitmill.io.safetensors import TensorInfo
@@ -34,10 +35,13 @@ TYPE_OF = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
 BLOCK = 32
 ALIGNMENT = 32
 FILE_NAME = "model.gguf"
-LLAMA_CPP = """llama.cpp:
+LLAMA_CPP = Runtime(
+    "llama.cpp",
+    """llama.cpp:
 ```sh
 llama-cli -hf REPO
-```"""
+```""",
+)
 _BLOCKS = {name: (weights, size) for name, weights, size in TYPES.values()}
 
 
@@ -65,7 +69,7 @@ class Gguf(Format):
     widths: ClassVar[frozenset[int]] = frozenset({DROPPED, 1, 2, 3, 4, 5, 6, 7})
 
     library: ClassVar[str] = "gguf"
-    runtimes: ClassVar[tuple[str, ...]] = (LLAMA_CPP,)
+    runtimes: ClassVar[tuple[Runtime, ...]] = (LLAMA_CPP,)
 
     pretokenizer: str | None = None
     tokenizer: bool = True

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from bitmill.formats.format import Facts, Refusal
-from bitmill.formats.loading import VLLM
-from bitmill.formats.one_width import OneWidthFormat, group_size
+from bitmill.formats.loading import VLLM, Runtime
+from bitmill.formats.one_width import OneWidthFormat, group_size, width_of
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import PlannedLinear
 
@@ -39,12 +39,20 @@ class GPTQCheckpoint(OneWidthFormat):
     version: Literal[1, 2] = 2
 
     @classmethod
-    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[Runtime, ...]:
         """Both, but vLLM takes symmetric ones of 4 and 8 bits alone."""
         own = settings[cls.config_key]
         rules = [own, *own.get("dynamic", {}).values()]
         found = {rule["bits"] for rule in rules if "bits" in rule}
-        served = own.get("sym") and found <= VLLM_BITS
+        return cls._readers(own.get("sym") and found <= VLLM_BITS)
+
+    def readers(self, facts: Facts) -> tuple[Runtime, ...]:
+        """As `loading`, where any map leaves no other widths."""
+        bits = {width_of([width], self.legal, self.symmetric) for width in facts.widths}
+        return self._readers(self.symmetric and bits <= VLLM_BITS)
+
+    @classmethod
+    def _readers(cls, served: bool) -> tuple[Runtime, ...]:
         return tuple(one for one in cls.runtimes if one != VLLM or served)
 
     def refusals(self, facts: Facts) -> list[Refusal]:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from bitmill.formats.format import Facts, Refusal
+from bitmill.formats.loading import Runtime
 from bitmill.formats.older_settings import not_granted
 from bitmill.formats.one_width import OneWidthFormat, group_size
 from bitmill.io.safetensors import TensorInfo
@@ -23,10 +24,13 @@ from bitmill.plan.model_plan import Plan, PlannedLinear
 SIZES = (32, 64, 128)
 KNOWN = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Model types that mlx-lm computes as transformers does, by the same names."""
-MLX_LM = """mlx-lm:
+MLX_LM = Runtime(
+    "mlx-lm",
+    """mlx-lm:
 ```sh
 mlx_lm.generate --model REPO --prompt "The river"
-```"""
+```""",
+)
 _STORED = {"float32": "F32", "float16": "F16"}
 
 
@@ -41,7 +45,7 @@ class Mlx(OneWidthFormat):
     legal: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 8)
     config_key: ClassVar[str] = "quantization"
     library: ClassVar[str] = "mlx"
-    runtimes: ClassVar[tuple[str, ...]] = (MLX_LM,)
+    runtimes: ClassVar[tuple[Runtime, ...]] = (MLX_LM,)
 
     dtype: Literal["float32", "float16"] = "float32"
 

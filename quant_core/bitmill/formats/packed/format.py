@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from bitmill.config.codes import CODES
 from bitmill.formats.format import Contents, Facts, Format, Order, Refusal, order_owners
+from bitmill.formats.loading import Runtime
 from bitmill.formats.packed.config import QUANT_METHOD, VERSIONS, WITH_OUTLIERS
 from bitmill.formats.packed.layout import stored_tensors
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan
 from bitmill_kernels.trellis.layout import tile_bytes, tile_count
 
-BITMILL = """Bitmill, which checks every tensor:
+BITMILL = Runtime(
+    "Bitmill",
+    """Bitmill, which checks every tensor:
 ```python
 import bitmill
 
 model = bitmill.load("REPO")
-```"""
-WITH_TRANSFORMERS = """transformers:
+```""",
+)
+WITH_TRANSFORMERS = Runtime(
+    "transformers with bitmill.hf",
+    """transformers:
 ```python
 import bitmill.hf
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("REPO")
-```"""
-WITH_VLLM = """vLLM, with the plug-in `bitmill-vllm`:
+```""",
+)
+WITH_VLLM = Runtime(
+    "vLLM with bitmill-vllm",
+    """vLLM, with the plug-in `bitmill-vllm`:
 ```sh
 vllm serve REPO --dtype float32
-```"""
+```""",
+)
+WITH_SGLANG = Runtime(
+    "SGLang with bitmill-sglang",
+    """SGLang, with the plug-in `bitmill-sglang`:
+```sh
+python -m sglang.launch_server --model-path REPO --disable-cuda-graph
+```""",
+)
+_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that engines compute as one."""
 
 
 class Packed(Format):
@@ -45,17 +64,21 @@ class Packed(Format):
     keeps_codes: ClassVar[bool] = True
     widths: ClassVar[frozenset[int] | None] = frozenset(CODES["affine"].legal)
     rewrites: ClassVar[frozenset[str] | None] = frozenset({"order", "outliers"})
-    runtimes: ClassVar[tuple[str, ...]] = (BITMILL, WITH_TRANSFORMERS, WITH_VLLM)
+    runtimes: ClassVar[tuple[Runtime, ...]] = (BITMILL, WITH_TRANSFORMERS, WITH_VLLM, WITH_SGLANG)
     code: ClassVar[str] = "affine"
     versions: ClassVar[tuple[int, ...]] = (VERSIONS["affine"], WITH_OUTLIERS)
 
     @classmethod
-    def loading(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """All, but vLLM's plug-in refuses outlier columns and packed experts."""
+    def loading(cls, settings: Mapping[str, Any]) -> tuple[Runtime, ...]:
+        """All, but the engines' plug-ins as `readers` says."""
         own = settings["quantization_config"]
-        experts = any(".experts." in name for name in own["linears"])
-        refused = own["format_version"] == WITH_OUTLIERS or experts
-        return tuple(one for one in cls.runtimes if one != WITH_VLLM or not refused)
+        return _readers(own["linears"], outliers=own["format_version"] == WITH_OUTLIERS)
+
+    def readers(self, facts: Facts) -> tuple[Runtime, ...]:
+        """All, but the plug-ins of vLLM and SGLang refuse outlier columns, packed experts, and q, k
+        and v or gate and up of which some are kept."""
+        names = {linear.name for linear in facts.plan.linears}
+        return _readers(names, outliers="outliers" in facts.rewrites)
 
     @classmethod
     def recognizes(cls, settings: Mapping[str, Any]) -> bool:
@@ -79,6 +102,21 @@ class Packed(Format):
             self.code,
             contents.outliers,
         )
+
+
+def _readers(linears: Collection[str], *, outliers: bool) -> tuple[Runtime, ...]:
+    """Of a folder with these packed linears."""
+    engines = not outliers and not any(
+        ".experts." in name or _cut(name, linears) for name in linears
+    )
+    return tuple(one for one in Packed.runtimes if one not in (WITH_VLLM, WITH_SGLANG) or engines)
+
+
+def _cut(name: str, linears: Collection[str]) -> bool:
+    """Whether a linear is packed and another one that engines join with it is not."""
+    stem, _, last = name.rpartition(".")
+    joined = next((names for names in _JOINED if last in names), ())
+    return any(f"{stem}.{other}" not in linears for other in joined)
 
 
 class PackedTrellis(Packed):

@@ -22,7 +22,7 @@ from bitmill.formats.format import (
     packed_embeddings,
     transposed,
 )
-from bitmill.formats.loading import TRANSFORMERS, VLLM
+from bitmill.formats.loading import TRANSFORMERS, VLLM, Runtime
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.architectures import architecture
 
@@ -39,7 +39,7 @@ class W8A8(Format):
     kinds: ClassVar[frozenset[str] | None] = None
     widths: ClassVar[frozenset[int] | None] = None
     rewrites: ClassVar[frozenset[str] | None] = None
-    runtimes: ClassVar[tuple[str, ...]] = (TRANSFORMERS, VLLM)
+    runtimes: ClassVar[tuple[Runtime, ...]] = (TRANSFORMERS, VLLM)
 
     dtype: Literal["int8", "fp8"] = "int8"
 
