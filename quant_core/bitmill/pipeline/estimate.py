@@ -28,8 +28,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bitmill.config.bit_width_map import DROPPED, LEGAL_WIDTHS, BitWidthMap
+from bitmill.config.bit_width_map import DROPPED, BitWidthMap
 from bitmill.config.closed import Closed
+from bitmill.config.codes import CODES
 from bitmill.config.quantization import FILE_KINDS, QuantizationConfig
 from bitmill.config.rounded import OBSERVING_RULES
 from bitmill.formats.accounting import footprint, limit
@@ -168,9 +169,9 @@ def packed_bytes(plan: Plan, config: QuantizationConfig) -> int:
     largest = _uniform_size(plan, config, config.allocation.legal_widths[-1])
     if config.budget.kind in FILE_KINDS:
         return min(largest, limit(plan, config.budget))
-    return min(
-        largest, _uniform_size(plan, config, min(LEGAL_WIDTHS[-1], math.ceil(config.budget.value)))
-    )
+    widths = CODES[config.code_name].widths
+    enough = next((width for width in widths if width >= config.budget.value), widths[-1])
+    return min(largest, _uniform_size(plan, config, enough))
 
 
 def _disk_bytes(plan: Plan, config: QuantizationConfig, gguf: bool) -> int:

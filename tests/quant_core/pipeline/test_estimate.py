@@ -101,6 +101,16 @@ def test_a_size_budget_bounds_the_disk() -> None:
     assert estimate(LLAMA_7B, spec(), gguf=True).disk_bytes > free + 4 * LLAMA_7B.weights
 
 
+@pytest.mark.parametrize(("code", "width"), [("affine", 8), ("trellis", 7)])
+def test_a_budget_between_widths_bounds_the_disk_by_the_next_one_of_the_code(
+    code: str, width: int
+) -> None:
+    asked = spec(code=code, budget={"bits": 6.5})
+    plan = LLAMA_7B.stored_as(asked.format, asked.transforms)
+    uniform = BitWidthMap.uniform(plan.shapes, width, "activation")
+    assert estimate(plan, asked).disk_bytes == 2 * footprint(plan, uniform).size
+
+
 def test_a_source_that_is_rewritten_is_counted_as_it_is_stored() -> None:
     asked = spec(refinement={"transforms": [{"name": "quarot"}]})
     more = estimate(LLAMA_7B, asked).disk_bytes - estimate(LLAMA_7B, spec()).disk_bytes
