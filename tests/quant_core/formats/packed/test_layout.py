@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitmill.config.bit_width_map import LinearShape
+from bitmill.config.quantization import Budget, QuantizationConfig
 from bitmill.errors import FormatError
+from bitmill.formats.format import Contents, format_of
 from bitmill.formats.packed.format import Packed
 from bitmill.formats.packed.layout import linear_tensors, stored_tensors
 from bitmill.io.safetensors import TensorInfo
 from bitmill_kernels.layout import PLANES, group_count
+from plans import llama_plan
 from weights import random_weight
 
 NORM = TensorInfo("norm.weight", "F32", (8,))
@@ -62,6 +67,24 @@ def test_dropped_groups_store_nothing() -> None:
         ("q.zeros_b2", (1, 2)),
     ]
     assert linear_tensors(LinearShape("q", 8, 300), (0, 0, 0)) == []
+
+
+def test_trellis_codes_of_a_7b_shape_store_little_beside_their_bits() -> None:
+    asked = QuantizationConfig(budget=Budget(bits=3), code="trellis")
+    shape = llama_plan(blocks=32, hidden=4096, inner=11008, kv=4096)
+    plan = shape.stored_as(asked.format, asked.transforms, folds=asked.method.folds)
+    rates = {one.name: tuple(g % 8 + 1 for g in range(one.groups)) for one in plan.shapes}
+    bits: Counter[str] = Counter()
+    for tensor in format_of(plan).tensors(Contents(plan, rates, asked.allocation.order)):
+        linear, _, kind = tensor.name.rpartition(".")
+        if linear in rates:
+            bits[kind] += 8 * tensor.nbytes
+    codes = sum(count for kind, count in bits.items() if kind.startswith("codes_"))
+    assert codes == sum(128 * one.rows * sum(rates[one.name]) for one in plan.shapes)
+    scales = (bits["row_scales"] + bits["group_scales"]) / plan.weights
+    orders = bits["order"] / plan.weights
+    assert (round(scales, 4), round(orders, 4)) == (0.0034, 0.0037)
+    assert bits.total() - codes == pytest.approx(0.00707 * plan.weights, rel=1e-3)
 
 
 @pytest.mark.parametrize(
