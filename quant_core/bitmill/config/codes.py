@@ -3,7 +3,7 @@
     affine    scale * (code - zero), a scale and a zero point per row and group (docs/format.md, 1)
     trellis   a function of 16 bits of a stream, a scale per row and one per group (2)
 
-`auto` takes the code that is best where packed models run; today that is affine.
+`auto` is affine on every machine; docs/methods.md says why.
 """
 
 from __future__ import annotations
