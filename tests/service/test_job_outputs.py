@@ -7,6 +7,7 @@ import hashlib
 import httpx2
 import pytest
 
+from bitmill.config.made_for import MADE_FOR_NAME, MadeFor
 from bitmill.errors import NumericalError
 from bitmill_service.api.views import log_view
 from bitmill_workers.store.records import JobRecord, LogPage
@@ -18,8 +19,14 @@ def job(stack: Stack) -> JobRecord:
     return stack.succeeded(b"0123456789" * 500)
 
 
-def test_map_and_report_are_the_published_ones(http: httpx2.Client, job: JobRecord) -> None:
+def test_map_and_report_are_the_published_ones(
+    http: httpx2.Client, stack: Stack, job: JobRecord
+) -> None:
     assert http.get(f"/v1/jobs/{job.id}/bit-width-map").json() == MAP
+    known = MadeFor(shape="a" * 64, weights="b" * 64, model="org/base")
+    other = stack.finish(stack.running(), others={MADE_FOR_NAME: known.to_json()})
+    told = http.get(f"/v1/jobs/{other.id}/bit-width-map").json()
+    assert told == MAP | {"made_for": known.model_dump()}
     assert http.get(f"/v1/jobs/{job.id}/report").json() == REPORT
 
 

@@ -50,6 +50,18 @@ def test_json_map_is_stored_once_under_its_content(http: httpx2.Client) -> None:
     assert http.get(f"/v1/bit-width-maps/{stored['id']}").json() == MAP
 
 
+def test_what_a_map_was_made_for_is_kept_beside_its_content(http: httpx2.Client) -> None:
+    made_for = {"shape": "d" * 64, "weights": "e" * 64, "model": "org/base"}
+    content = MAP | {"linears": {"model.layers.0.mlp.up_proj": "43"}}
+    told = http.post("/v1/bit-width-maps", json=content | {"made_for": made_for}).json()
+    assert (told["shape"], told["weights"], told["name"]) == (*["d" * 64, "e" * 64], "org/base")
+    assert http.post("/v1/bit-width-maps", json=content).json()["id"] == told["id"]
+    stored = http.get(f"/v1/bit-width-maps/{told['id']}").json()
+    assert stored == content | {"made_for": made_for}
+    other = upload(http, json.dumps(stored).encode(), shape="f" * 64).json()
+    assert (other["id"], other["shape"]) == (told["id"], "f" * 64)
+
+
 def test_published_slim_llm_file_becomes_a_map(http: httpx2.Client) -> None:
     layers = {0: {"self_attn.q_proj": [2, 3, 4]}, 1: {"self_attn.q_proj": [3, 3, 3]}}
     answer = upload(http, torch_file(pickle.dumps(layers, protocol=2)))

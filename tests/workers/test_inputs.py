@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
+from bitmill.config.made_for import MADE_FOR_NAME, MadeFor
 from bitmill.config.quantization import FileText
 from bitmill.errors import CalibrationError, InputError
 from bitmill.pipeline.learned_parameters import RECORD_NAME
@@ -70,6 +71,34 @@ def test_map_is_found_wherever_it_is(
         assert given_map(reference, *parts) == MAP
         for made in (local_config(reference, settings, MAP), planning_config(reference, MAP)):
             assert made.allocation.map == MAP
+
+
+def test_a_map_says_what_it_was_made_for_wherever_it_is(
+    store: JobStore, leases: LeaseStore, catalog: Catalog, artifacts: LocalArtifacts
+) -> None:
+    known = MadeFor(shape="a" * 64, weights="b" * 64, model="org/base")
+    uploaded = catalog.add_map(MAP.model_dump(mode="json"), name="org/base", model=known)
+    store.submit(spec())
+    job = leases.claim_next("w", QUEUES)
+    assert job is not None
+    texts = {MAP_NAME: MAP.to_json(), MADE_FOR_NAME: known.to_json()}
+    files = [Artifact(name, 1, "0" * 64, f"{job.id}/1/{name}") for name in texts]
+    (artifacts.root / job.id / "1").mkdir(parents=True)
+    for file in files:
+        (artifacts.root / file.storage_key).write_text(texts[file.path])
+    assert leases.finalize(job.id, job.token)
+    assert leases.finish(job.id, job.token, {}, files)
+    for reference in (
+        with_map(source="inline", map=MAP.of(known).model_dump(mode="json")),
+        with_map(source="upload", map_id=uploaded.id),
+        with_map(source="job", job_id=job.id),
+    ):
+        found = given_map(reference, store, catalog, artifacts)
+        assert found is not None
+        assert found.made_for == known
+        given = planning_config(reference, found).allocation.map
+        assert given is not None
+        assert given.made_for == known
 
 
 @pytest.mark.parametrize("reference", [("upload", "map_id"), ("job", "job_id")])

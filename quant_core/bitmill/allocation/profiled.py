@@ -1,6 +1,6 @@
 """A profile with the plan of the model it was made for: all that spending a budget needs.
 
-Stored as a folder of two files, so the model's own files are not needed any more. Torch-free.
+Stored as a folder, so the model's own files are not needed any more. Torch-free.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from bitmill.allocation.profile import PROFILE_NAME, SensitivityProfile
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.closed import Closed
 from bitmill.config.codes import DEFAULT_WIDTHS
+from bitmill.config.made_for import MADE_FOR_NAME, MadeFor
 from bitmill.config.quantization import Allocation, Budget, parse_part
 from bitmill.errors import SpecError
 from bitmill.formats.accounting import footprint
@@ -48,22 +49,26 @@ class Allocated(Closed):
 
 @dataclass(frozen=True)
 class ProfiledModel:
-    """What was measured of a model, by group and width."""
+    """What was measured of a model, by group and width. made_for: the model, where it is known."""
 
     profile: SensitivityProfile
     plan: Plan
+    made_for: MadeFor | None = None
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
         """Read the folder; raises `FormatError` where it is damaged."""
         stored = read_json(Path(folder, PLAN_NAME))
-        return cls(SensitivityProfile.load(Path(folder)), parse_part(Plan, stored))
+        profile = SensitivityProfile.load(Path(folder))
+        return cls(profile, parse_part(Plan, stored), MadeFor.beside(Path(folder)))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the folder, which appears whole."""
         with atomic_folder(Path(folder)) as made:
             self.profile.save(made / PROFILE_NAME)
             write_bytes(made / PLAN_NAME, self.plan.model_dump_json(indent=1).encode())
+            if self.made_for is not None:
+                write_bytes(made / MADE_FOR_NAME, self.made_for.to_json().encode())
 
     def __repr__(self) -> str:
         return (
@@ -105,7 +110,7 @@ class ProfiledModel:
         taken = footprint(self.plan, found)
         costs = bool(self.profile.widths)
         return Allocated(
-            map=found,
+            map=found.of(self.made_for),
             code_bits=taken.code_bits,
             bits=taken.bits,
             size=taken.size,

@@ -32,6 +32,7 @@ from pydantic import (
     model_validator,
 )
 
+from bitmill.config.made_for import MadeFor
 from bitmill.errors import FormatError, reason
 from bitmill_kernels.layout import GROUP_SIZE, PLANES, WIDTHS, group_columns, zero_bits
 
@@ -89,7 +90,8 @@ class BitWidthMap(BaseModel):
 
     In JSON the widths are a string of digits, one per group: {"layers.0.mlp.up_proj": "33432"}.
     order: the column order the groups were formed in. outliers: number of columns that are kept in
-    16 bits, of the linears that have some.
+    16 bits, of the linears that have some. made_for: the model whose sensitivities it follows,
+    where that is known; no part of what is compared.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -99,6 +101,7 @@ class BitWidthMap(BaseModel):
     order: Literal["natural", "activation"] = "natural"
     linears: dict[str, tuple[int, ...]]
     outliers: dict[str, Annotated[int, Field(ge=1)]] = Field(default={}, exclude_if=not_)
+    made_for: MadeFor | None = Field(default=None, exclude_if=not_)
 
     @field_validator("linears", mode="before")
     @classmethod
@@ -133,6 +136,19 @@ class BitWidthMap(BaseModel):
     @field_serializer("linears")
     def _digits(self, linears: dict[str, tuple[int, ...]]) -> dict[str, str]:
         return {name: "".join(map(str, widths)) for name, widths in linears.items()}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BitWidthMap):
+            return NotImplemented
+        return self._compared == other._compared
+
+    @property
+    def _compared(self) -> tuple[object, ...]:
+        return self.order, self.linears, self.outliers
+
+    def of(self, made_for: MadeFor | None) -> BitWidthMap:
+        """The same widths, said to be made for this model; None: for nobody knows which."""
+        return self.model_copy(update={"made_for": made_for})
 
     def check_shapes(self, shapes: Iterable[LinearShape]) -> None:
         """Raise `FormatError` unless the map covers exactly these linears, group for group."""
@@ -176,11 +192,14 @@ class BitWidthMap(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> BitWidthMap:
-        """Read a map file; raises `FormatError` for anything else."""
+        """Read a map file; raises `FormatError` for anything else. That of a packed folder has what
+        it was made for beside it."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            found = cls.model_validate_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise FormatError(f"{path.name} is not a bit-width map: {reason(error)}") from error
+        beside = MadeFor.beside(path.parent) if path.name == MAP_NAME else None
+        return found if beside is None else found.of(beside)
 
 
 def group_bytes(width: int, rows: int, columns: int) -> int:

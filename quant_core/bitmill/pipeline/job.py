@@ -13,8 +13,8 @@ other stages are the first rank's while the others wait (`runtime/ranks.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +27,7 @@ from bitmill.allocation.profiled import ProfiledModel
 from bitmill.calibration.kept_weights import KeptWeights
 from bitmill.calibration.windows import CalibrationSet, calibration_tokens, evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.made_for import MadeFor, foreign_map
 from bitmill.config.quantization import QuantizationConfig
 from bitmill.errors import (
     STOPS,
@@ -86,7 +87,8 @@ class Job:
     """What a run is given. profiles: folder of profiles by id, shared between jobs, or None.
 
     output: where the result goes; None for a run that ends before there is one. task_folder:
-    harness task files beside the harness's own, or None.
+    harness task files beside the harness's own, or None. model_name: what the model is called in
+    records and warnings, by default as its folder or GGUF file is.
     """
 
     config: QuantizationConfig
@@ -96,6 +98,7 @@ class Job:
     gguf: str | None
     profiles: Path | None
     task_folder: Path | None = None
+    model_name: str | None = None
 
     @cached_property
     def environment(self) -> Environment:
@@ -156,6 +159,11 @@ class Job:
         inputs = resolve.Inputs.of(self.model_folder, self.gguf, transforms)
         return resolve.load(self.space.run(resolve.STAGE, inputs).folder, inputs)
 
+    def model_of(self, source: Source) -> MadeFor:
+        """Which model the source is."""
+        name = self.model_name or self.gguf or self.model_folder.resolve().name
+        return MadeFor(**dict(source.fingerprint), model=name)
+
     def plan(self, source: Source) -> Plan:
         """What there is to do."""
         warm_up(self.space.device)  # beside reading all weights
@@ -198,7 +206,7 @@ class Job:
         if self.space.group.first and self.profiles is not None:
             kept = self.profiles / made.key
             if not kept.exists():
-                ProfiledModel(made, planned).save(kept)
+                ProfiledModel(made, planned, self.model_of(source)).save(kept)
         return made
 
     def allocate(
@@ -305,7 +313,7 @@ class Job:
         allocated: Allocated,
         packed: Made,
         refined: Refined,
-        searched: str | None,
+        notes: Sequence[str],
         windows: Mapping[str, Tensor],
     ) -> QualityReport:
         """The quality report."""
@@ -320,7 +328,7 @@ class Job:
             refined,
             self.environment,
             self.task_folder,
-            searched,
+            notes,
             windows,
             self._source_outputs(source, planned, windows),
         )
@@ -343,6 +351,7 @@ class Job:
         packed: Made,
         quality: QualityReport,
         learned_for: LearnedFor,
+        made_for: MadeFor | None,
     ) -> Result:
         """Put the packed folder in place, with its reports and manifest."""
         assert self.output is not None
@@ -353,6 +362,7 @@ class Job:
             quality=quality,
             profiled=publish.Profiled.of(profiled, planned, allocation, bit_widths),
             learned_for=learned_for if quality.blocks else None,
+            made_for=made_for,
         )
         there = publish.is_there(self.space.root / publish.STAGE.name, self.output)
         if not self.space.group.broadcast(there):
@@ -374,6 +384,7 @@ def run_job(
     turns: Turns | None = None,
     device: str | torch.device = "cpu",
     group: Ranks = SINGLE,
+    model_name: str | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result:
@@ -384,8 +395,9 @@ def run_job(
     stage_folder: where equal stages of several jobs, which may run at once, are made once. turns:
     hands stages out between folders that are not the same, or None.
     group: the ranks that call this with the same arguments, `devices` of them
-    (`runtime/launch.py`). Raises a `BitmillError`; nothing of `output_dir` exists until the last
-    stage ends. Settings of the process are the caller's again then.
+    (`runtime/launch.py`). model_name: what the model is called in records and warnings, by default
+    as its folder or GGUF file is. Raises a `BitmillError`; nothing of `output_dir` exists until the
+    last stage ends. Settings of the process are the caller's again then.
     """
     return _run(
         Job(
@@ -398,6 +410,7 @@ def run_job(
             gguf=gguf,
             profiles=profile_folder,
             task_folder=task_folder,
+            model_name=model_name,
         ),
         _whole,
     )
@@ -461,7 +474,7 @@ def _up_to_profile(job: Job) -> ProfiledModel:
             "profile: ask for method 'knapsack' or 'sba'",
             param="allocation.method",
         )
-    return ProfiledModel(found, planned)
+    return ProfiledModel(found, planned, job.model_of(source))
 
 
 def _whole(job: Job) -> Result:
@@ -471,10 +484,15 @@ def _whole(job: Job) -> Result:
     windows = job.evaluation(source, planned)  # what is wrong with them is told before the work
     learned_for = LearnedFor.of_job(job.config, model=source.digest, calibration=tokens.digest)
     learned = _learned_earlier(job.config, learned_for)
+    model, given, notes = job.model_of(source), job.config.allocation.map, []
+    made_for = model if given is None else given.made_for
+    if given is not None and (foreign := foreign_map(made_for, model)):
+        job.space.warn("allocate", foreign)
+        notes.append(foreign)
     profiled = job.profile(source, planned, tokens)
-    searched: str | None = None
     if (target := job.config.budget.max_loss_increase) is not None:
         allocated, searched = job.search(source, planned, tokens, profiled, target)
+        notes.append(searched)
     else:
         allocated = job.allocate(source, planned, tokens, profiled)
     bit_widths = allocated.bit_widths
@@ -485,11 +503,10 @@ def _whole(job: Job) -> Result:
     packed = job.pack(source, planned, bit_widths, refined)
     job.verify(planned, packed, refined)
     quality = job.evaluate(
-        source, planned, tokens, profiled, allocated, packed, refined, searched, windows
+        source, planned, tokens, profiled, allocated, packed, refined, notes, windows
     )
     told = allocated.corrected(profiled)
-    result = job.publish(planned, told, bit_widths, packed, quality, learned_for)
-    return replace(result, fingerprint=source.fingerprint)
+    return job.publish(planned, told, bit_widths, packed, quality, learned_for, made_for)
 
 
 def _learned_earlier(config: QuantizationConfig, asked: LearnedFor) -> LearnedParameters | None:

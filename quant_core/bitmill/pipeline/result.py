@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.io.manifest import Manifest, read_manifest
-from bitmill.plan.fingerprint import Fingerprint
 from bitmill.reporting.html import write_report
 from bitmill.results import QUALITY_NAME, QualityReport, QualityRow, with_error
 
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 class Result:
     """A packed folder; takes the place of its path wherever one is asked for.
 
-    profile_id: of the sensitivity profile, None where none was needed or is known. fingerprint: of
-    the source; the folder does not hold it, so only the job that made the folder knows it.
+    profile_id: of the sensitivity profile, None where none was needed or is known.
     """
 
     folder: Path
@@ -30,7 +28,6 @@ class Result:
     manifest: Manifest
     quality: QualityReport
     profile_id: str | None = None
-    fingerprint: Fingerprint | None = field(default=None, compare=False)
 
     @classmethod
     def read(cls, place: str | os.PathLike[str], profile_id: str | None = None) -> Result:

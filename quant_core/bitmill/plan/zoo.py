@@ -1,7 +1,7 @@
 """Bit-width maps that others have made: a folder of them, and which fit a model. Torch-free.
 
 A folder holds maps as JSON and files published with SliM-LLM (`.pt`), which are read without
-executing anything in them. `zoo.json` may say which models they are of:
+executing anything in them. A map may say itself which model it is of (`made_for`), or `zoo.json`:
 
     {"schema_version": 1,
      "maps": {"a.json": {"shape": "<hex>", "weights": "<hex>", "model": "org/name"}}}
@@ -20,6 +20,7 @@ from pydantic import Field
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.closed import Closed
+from bitmill.config.made_for import MadeFor
 from bitmill.config.quantization import parse_part
 from bitmill.config.slim_llm import read_slim_map
 from bitmill.errors import FormatError, InputError
@@ -34,19 +35,11 @@ MOST_BYTES = 64 << 20
 Match = Literal["weights", "shape", "fits"]
 
 
-class Entry(Closed):
-    """The model that a map is of."""
-
-    shape: str | None = None
-    weights: str | None = None
-    model: str | None = None
-
-
 class Index(Closed):
     """`zoo.json`: maps by file name."""
 
     schema_version: Literal[1] = 1
-    maps: dict[str, Entry] = Field(default={})
+    maps: dict[str, MadeFor] = Field(default={})
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ def find_maps(folder: Path, model: Fingerprint, plan: Plan) -> list[Found]:
             check_fits(bit_widths, plan)
         except InputError:
             continue
-        entry = index.maps.get(path.name, Entry())
+        entry = index.maps.get(path.name) or bit_widths.made_for or MadeFor()
         groups = [width for widths in bit_widths.linears.values() for width in widths]
         mean = sum(groups) / len(groups)
         found.append(Found(path.name, match_of(model, entry), mean, entry.model))
@@ -83,7 +76,7 @@ def find_maps(folder: Path, model: Fingerprint, plan: Plan) -> list[Found]:
     return sorted(found, key=lambda one: (order.index(one.match), one.file))
 
 
-def match_of(model: Fingerprint, entry: Entry) -> Match:
+def match_of(model: Fingerprint, entry: MadeFor) -> Match:
     """How near the model that a map is of is to this one."""
     if model.weights is not None and model.weights == entry.weights:
         return "weights"

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.made_for import MadeFor
 from bitmill.config.quantization import Budget, QuantizationConfig, parse_part
 from bitmill.config.references import read_map
 from bitmill.errors import FormatError, InputError, ModelError
@@ -21,7 +22,7 @@ from bitmill.io.targets import check_file
 from bitmill.plan.fingerprint import Fingerprint
 from bitmill.plan.model_plan import Plan, plan_source
 from bitmill.plan.source_model import read_source
-from bitmill.plan.zoo import Entry, check_fits, find_maps, match_of
+from bitmill.plan.zoo import check_fits, find_maps, match_of
 from bitmill.reporting.picture import is_map_svg, map_svg
 from bitmill_service.cli.options import ALLOCATION, BUDGET, GroupedCommand, takes
 from bitmill_service.cli.output import (
@@ -81,6 +82,8 @@ def show(target: MapArgument, *, url: UrlOption = None, json: JsonFlag = False) 
     counts = Counter(width for widths in found.linears.values() for width in widths)
     spread = ", ".join(f"{counts[width]} of {width} bits" for width in sorted(counts))
     typer.echo(f"{sum(counts.values())} groups in {len(rows)} linears: {spread}")
+    if found.made_for:
+        typer.echo(f"made for {found.made_for}")
     if found.outliers:
         kept = ", ".join(f"{count} of {name}" for name, count in found.outliers.items())
         typer.echo(f"{sum(found.outliers.values())} columns in 16 bits: {kept}")
@@ -175,7 +178,7 @@ def _of_service(client: Client, fingerprint: Fingerprint, plan: Plan) -> list[di
             check_fits(client.stored_map(one.id), plan)
         except FormatError:
             continue
-        entry = Entry(shape=one.shape, weights=one.weights)
+        entry = MadeFor(shape=one.shape, weights=one.weights)
         total = sum(int(width) * count for width, count in one.histogram.items())
         rows.append(
             {

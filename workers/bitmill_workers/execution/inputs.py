@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
+from bitmill.config.made_for import MADE_FOR_NAME, MadeFor
 from bitmill.config.quantization import FileText, QuantizationConfig
 from bitmill.errors import CalibrationError, InputError, ModelError
 from bitmill.pipeline.learned_parameters import PARAM, RECORD_NAME, LearnedFor
@@ -100,11 +101,20 @@ def given_map(
         record = catalog.map(given.map_id, tenant=tenant)
         if record is None:
             raise _no_map(f"no bit-width map {given.map_id!r} was uploaded", "map_id")
-        return BitWidthMap.model_validate(record.map)
+        return record.parsed()
     artifact = store.artifact(given.job_id, MAP_NAME, tenant=tenant)
     if artifact is None:
         raise _no_map(f"there is no succeeded job {given.job_id!r} with a bit-width map", "job_id")
-    return BitWidthMap.model_validate_json(artifacts.read(artifact))
+    return published_map(given.job_id, artifacts.read(artifact), store, artifacts)
+
+
+def published_map(
+    job_id: str, data: bytes, store: JobStore, artifacts: ArtifactStore
+) -> BitWidthMap:
+    """The map of a job, whose file holds `data`, with what it was made for where that is known."""
+    beside = store.artifact(job_id, MADE_FOR_NAME)
+    made_for = None if beside is None else MadeFor.parse(artifacts.read(beside))
+    return BitWidthMap.model_validate_json(data).of(made_for)
 
 
 def check_parameters(

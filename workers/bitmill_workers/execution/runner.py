@@ -69,6 +69,7 @@ def run_pipeline(
         turns=turns,
         device=device,
         group=group or SINGLE,
+        model_name=request["model_name"],
         on_progress=on_progress,
         should_stop=lambda: False,
     )
@@ -76,8 +77,9 @@ def run_pipeline(
         "bytes": result.manifest.total_bytes,
         "quality": result.quality.model_dump(mode="json"),
     }
-    model = result.fingerprint and result.fingerprint.model_dump()
-    return {"result": summary, "profile_id": result.profile_id, "model": model}
+    made_for = result.map.made_for
+    told = None if made_for is None else made_for.model_dump(mode="json")
+    return {"result": summary, "profile_id": result.profile_id, "made_for": told}
 
 
 def run_export(request: dict[str, Any], emit: Emit) -> dict[str, Any]:

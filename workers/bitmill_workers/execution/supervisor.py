@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
+from bitmill.config.made_for import MadeFor
 from bitmill.errors import BitmillError, ProcessFailed, SpecError, as_bitmill_error
-from bitmill.plan.fingerprint import Fingerprint
 from bitmill.results import QUALITY_NAME
 from bitmill.runtime.child import death
 from bitmill_workers.errors import DeadlinePassed
@@ -218,6 +218,7 @@ class Attempt:
             "config": config.model_dump(mode="json"),
             "model_folder": str(model_folder),
             "gguf": spec.model.file,
+            "model_name": self.job.model,
             "profile_folder": str(self.settings.profiles_folder.resolve()),
             "stage_folder": self._shared_stages(),
             "turns": str(self.folder / "turns"),
@@ -382,8 +383,8 @@ class Attempt:
         result, profile_id = self.reporter.result["result"], self.reporter.result.get("profile_id")
         if profile_id is not None:
             self._keep_profile(profile_id)
-        if (model := self.reporter.result.get("model")) is not None:
-            self._keep_map(Fingerprint.model_validate(model))
+        if "made_for" in self.reporter.result:
+            self._keep_map(self.reporter.result["made_for"])
         exports = self._exports()
         self._persist(
             lambda: leases.finish(*self.key, result, files, profile_id=profile_id, exports=exports)
@@ -438,12 +439,13 @@ class Attempt:
             tenant=self.job.tenant,
         )
 
-    def _keep_map(self, model: Fingerprint) -> None:
-        """Let the map be found by the model that it is of."""
+    def _keep_map(self, made_for: dict[str, Any] | None) -> None:
+        """Let the map be found by the model that it was made for."""
         place = self.parts.artifacts.attempt_folder(*self.key) / MAP_NAME
-        content = BitWidthMap.load(place).model_dump(mode="json")
+        content = BitWidthMap.load(place).of(None).model_dump(mode="json")
         name = self.spec.label or self.job.model[:200]
-        self.parts.catalog.add_map(content, name=name, tenant=self.job.tenant, model=model)
+        known = None if made_for is None else MadeFor.model_validate(made_for)
+        self.parts.catalog.add_map(content, name=name, tenant=self.job.tenant, model=known)
 
     def _raise_unless_ok(self, ended: Ended, child: str) -> None:
         """Raise what the child told, else how it died."""

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
+from bitmill.config.made_for import MadeFor
 from bitmill.io.atomic import sha256_json
-from bitmill.plan.fingerprint import Fingerprint
 from bitmill_workers.store.db import Database, db_now
 from bitmill_workers.store.needs import User, in_use, refuse_needed
 from bitmill_workers.store.queues import ALL_WORKERS, LIVE_WORKERS, read_workers
@@ -65,15 +65,15 @@ class Catalog:
         *,
         name: str | None = None,
         tenant: str = LOCAL,
-        model: Fingerprint | None = None,
+        model: MadeFor | None = None,
     ) -> MapRecord:
         """Store a bit-width map under the hash of its content; model: that it is of."""
         map_id = sha256_json(content)[:32]
         self._insert_once(bit_width_maps, {"id": map_id, "name": name, "map": content}, tenant)
-        if model is not None:
+        if model is not None and model.shape is not None:
             mine = (holdings.c.kind == "map", holdings.c.id == map_id, holdings.c.tenant == tenant)
             with self.database.write() as conn:
-                told = {key: value for key, value in dict(model).items() if value is not None}
+                told = model.model_dump(include={"shape", "weights"}, exclude_none=True)
                 conn.execute(sa.update(holdings).where(*mine).values(told))
         record = self.map(map_id, tenant=tenant)
         assert record is not None

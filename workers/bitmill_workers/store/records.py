@@ -11,6 +11,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.made_for import MadeFor
 from bitmill.errors import BitmillError
 from bitmill_workers.job_spec import JobKind
 from bitmill_workers.store.states import TERMINAL, ShownState, State, shown_state
@@ -247,6 +249,11 @@ class MapRecord:
     created_at: float
     shape: str | None = None
     weights: str | None = None
+
+    def parsed(self) -> BitWidthMap:
+        """The map, with what it was made for where that is known."""
+        known = MadeFor(shape=self.shape, weights=self.weights, model=self.name)
+        return BitWidthMap.model_validate(self.map).of(known if self.shape else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,8 @@ class Inputs:
     ) -> Inputs:
         """What of a job decides the map."""
         allocation = config.allocation
+        if allocation.map is not None:  # what it was made for changes nothing
+            allocation = allocation.model_copy(update={"map": allocation.map.of(None)})
         measured = profile if allocation.method in ("sba", "knapsack") else None
         checked = allocation.method == "knapsack" and allocation.check != "off"
         check = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -153,11 +153,11 @@ class Inputs:
         refined: Refined,
         environment: Environment,
         task_folder: Path | None,
-        searched: str | None,
+        notes: Sequence[str],
         windows: Mapping[str, Tensor],
         outputs: Path | None,
     ) -> Inputs:
-        """What of a job decides the report. searched: what a search for the map found."""
+        """What of a job decides the report. notes: what it warns of beside what is found here."""
         tasks = Tasks.of(config.evaluation.tasks, task_folder)
         chat = config.evaluation.framing == "chat"
         tokenizer = shared_tokenizer(source.folder)
@@ -187,7 +187,7 @@ class Inputs:
             },
             tasks=TaskRun(tasks, source.companions, config.seed, chat) if tasks.names else None,
             resumed=config.method.resumed is not None,
-            notes=(*_notes(config, plan, allocated), *([searched] if searched else [])),
+            notes=(*_notes(config, plan, allocated), *notes),
             environment=environment,
         )
 

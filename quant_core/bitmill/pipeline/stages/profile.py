@@ -62,8 +62,14 @@ class Inputs:
 
 
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
-    """Takes the stored profile where there is one."""
+    """Takes the stored profile where there is one, which must be what its place says."""
     known = inputs.known if inputs.known is not None and inputs.known.is_file() else None
+    if known is not None and SensitivityProfile.load(known).key != inputs.origin.key:
+        run.warn(
+            f"the profile stored as {known.parent.name} was made from another model or other "
+            "settings and is measured anew: remove that folder"
+        )
+        known = None
     if run.group.broadcast(known is not None):
         if known is not None and run.group.first:
             shutil.copyfile(known, folder / PROFILE_NAME)

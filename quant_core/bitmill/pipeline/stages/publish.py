@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bitmill.allocation.profile import SensitivityProfile
 from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.made_for import MADE_FOR_NAME, MadeFor
 from bitmill.config.quantization import Allocation
 from bitmill.io.atomic import atomic_folder, read_json, sha256_file, write_bytes, write_json
 from bitmill.io.manifest import MANIFEST_NAME, write_manifest
@@ -50,13 +51,15 @@ class Profiled:
 
 @dataclass(frozen=True)
 class Inputs:
-    """output: where the folder appears. learned_for: goes with it where parameters were learned."""
+    """output: where the folder appears. learned_for: goes with it where parameters were learned.
+    made_for: the model that its map was made for, where that is known."""
 
     output: str
     packed: Made
     quality: QualityReport
     profiled: Profiled | None
     learned_for: LearnedFor | None
+    made_for: MadeFor | None
 
 
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
@@ -71,6 +74,8 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
             _write_summary(inputs.profiled, made / SUMMARY_NAME)
         if inputs.learned_for is not None:
             write_json(made / RECORD_NAME, inputs.learned_for.model_dump(mode="json"))
+        if inputs.made_for is not None:
+            write_bytes(made / MADE_FOR_NAME, inputs.made_for.to_json().encode())
         write_manifest(made)
     write_json(folder / _PUBLISHED_NAME, {"manifest": sha256_file(output / MANIFEST_NAME)})
 

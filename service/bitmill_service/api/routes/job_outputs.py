@@ -30,6 +30,7 @@ from bitmill_service.api.views import event_view, file_view, log_view
 from bitmill_service.http.openapi import Responses, refusals
 from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import EventPage, FileList, LogPage
+from bitmill_workers.execution.inputs import published_map
 from bitmill_workers.store.records import Artifact, JobRecord
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["job outputs"])
@@ -135,8 +136,10 @@ def read_logs(
 
 @router.get("/bit-width-map", response_model=BitWidthMap, responses=refusals(*_OF_FINISHED))
 def read_map(job: JobDep, context: ContextDep) -> Response:
-    """The width of every group of every quantized linear."""
-    return _json_file(context, job, MAP_NAME)
+    """The width of every group of every quantized linear, and the model that it was made for."""
+    data = _read(context, job, MAP_NAME)
+    found = published_map(job.id, data, context.jobs, context.artifacts)
+    return Response(found.to_json(), media_type="application/json")
 
 
 @router.get(
@@ -166,7 +169,7 @@ def read_groups(job: JobDep, context: ContextDep, caller: PrincipalDep) -> Respo
 @router.get("/report", responses=refusals(*_OF_FINISHED))
 def read_report(job: JobDep, context: ContextDep) -> Response:
     """The quality report: perplexity and KL against the source, with standard errors."""
-    return _json_file(context, job, QUALITY_NAME)
+    return Response(_read(context, job, QUALITY_NAME), media_type="application/json")
 
 
 @router.get("/files", response_model=FileList, responses=refusals(*_OF_FINISHED))
@@ -222,10 +225,6 @@ def _published(context: Context, job: JobRecord, path: str) -> Artifact:
     if found is None:
         raise ProblemError("no_such_file", f"job {job.id} has no file {path!r}", param="path")
     return found
-
-
-def _json_file(context: Context, job: JobRecord, name: str) -> Response:
-    return Response(_read(context, job, name), media_type="application/json")
 
 
 def _read(context: Context, job: JobRecord, name: str) -> bytes:

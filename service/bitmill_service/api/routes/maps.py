@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from bitmill.config.bit_width_map import BitWidthMap
+from bitmill.config.made_for import MadeFor
 from bitmill.config.slim_llm import read_slim_map
 from bitmill.errors import FormatError, InputError, first_problem
-from bitmill.plan.fingerprint import Fingerprint
 from bitmill_service.api.context import ContextDep, HashCursor, PrincipalDep
 from bitmill_service.api.views import map_view
 from bitmill_service.http.openapi import CHANGES, refusals
@@ -59,16 +59,19 @@ async def upload_map(
     """Store a map under the hash of its content; the same content gives the same id.
 
     A SliM-LLM file (`torch.save` of a dict) is read without executing anything in it. shape and
-    weights are the fingerprint of the model that it is of.
+    weights are the fingerprint of the model that it is of, by default what `made_for` of the map
+    says.
     """
     body = await request.body()
     found = await run_in_threadpool(parse_map, body, prefix)
     if not found.linears:
         raise FormatError("the body has no linear with widths", param="linears")
-    content = found.model_dump(mode="json")
+    content = found.of(None).model_dump(mode="json")
     if weights is not None and shape is None:
         raise InputError("weights without shape: give both, or shape alone", param="shape")
-    model = None if shape is None else Fingerprint(shape=shape, weights=weights)
+    model = found.made_for if shape is None else MadeFor(shape=shape, weights=weights)
+    if name is None and model is not None and model.model:
+        name = model.model[:200]
     record = await run_in_threadpool(
         context.catalog.add_map, content, name=name, tenant=caller.tenant, model=model
     )
@@ -97,7 +100,7 @@ def get_map(map_id: str, context: ContextDep, caller: PrincipalDep) -> BitWidthM
     record = context.catalog.map(map_id, tenant=caller.sees)
     if record is None:
         raise ProblemError("map_not_found", f"there is no map {map_id!r}", param="map_id")
-    return BitWidthMap.model_validate(record.map)
+    return record.parsed()
 
 
 @router.delete(
