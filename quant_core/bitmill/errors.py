@@ -32,6 +32,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -286,6 +287,14 @@ def asked_bytes(refused: BaseException) -> int | None:
     if found is None:
         return None
     return int(float(found["number"].replace(",", "")) * _UNITS[found["unit"]])
+
+
+def absent(path: Path) -> str:
+    """That a file is not there, in words; of the folders above it only the last is named."""
+    folder = path.parent
+    if folder.is_dir():
+        return f"{folder.name or folder} holds no {path.name}"
+    return f"there is no folder {folder.name or folder}, and so no {path.name} in it"
 
 
 def reason(error: BaseException) -> str:

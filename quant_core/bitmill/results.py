@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from bitmill.errors import FormatError, reason
+from bitmill.errors import FormatError, absent, reason
 
 QUALITY_NAME = "quality.json"
 
@@ -200,9 +200,7 @@ class QualityReport(_Closed):
         """Read a report; raises `FormatError` naming the file."""
         try:
             return cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError as error:
-            raise FormatError(
-                f"{path.parent} holds no {path.name}: give a folder that Bitmill has packed"
-            ) from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FormatError(f"{absent(path)}: give a folder that Bitmill has packed") from error
         except (OSError, ValueError) as error:
             raise FormatError(f"{path.name} is not a quality report: {reason(error)}") from error

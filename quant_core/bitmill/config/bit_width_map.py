@@ -33,7 +33,7 @@ from pydantic import (
 )
 
 from bitmill.config.made_for import MadeFor
-from bitmill.errors import FormatError, reason
+from bitmill.errors import FormatError, absent, reason
 from bitmill_kernels.layout import GROUP_SIZE, PLANES, WIDTHS, group_columns, zero_bits
 
 __all__ = [
@@ -196,6 +196,8 @@ class BitWidthMap(BaseModel):
         it was made for beside it."""
         try:
             found = cls.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FormatError(absent(path)) from error
         except (OSError, ValueError) as error:
             raise FormatError(f"{path.name} is not a bit-width map: {reason(error)}") from error
         beside = MadeFor.beside(path.parent) if path.name == MAP_NAME else None

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from bitmill.errors import FormatError, disk_full, reason
+from bitmill.errors import FormatError, absent, disk_full, reason
 
 _CHUNK = 4 << 20
 _FLUSH_BYTES = 64 << 20
@@ -136,6 +136,8 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; raises `FormatError` naming it where it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FormatError(absent(path)) from error
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path.name} cannot be read as JSON: {reason(error)}") from error
 

@@ -10,6 +10,7 @@ from threading import Event
 
 import pytest
 
+from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.errors import FormatError, ResourceError
 from bitmill.io.atomic import (
     Flusher,
@@ -21,6 +22,7 @@ from bitmill.io.atomic import (
     write_bytes,
     write_json,
 )
+from bitmill.results import QualityReport
 
 
 def test_a_failed_folder_leaves_nothing(tmp_path):
@@ -47,6 +49,19 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path):
             (folder / name).write_text(name)
     assert [p.name for p in target.iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "read", [read_json, QualityReport.load, BitWidthMap.load], ids=["json", "report", "map"]
+)
+def test_a_file_that_is_not_there_is_named_with_its_folder(tmp_path, read):
+    with pytest.raises(FormatError, match=rf"^{tmp_path.name} holds no a\.json"):
+        read(tmp_path / "a.json")
+    with pytest.raises(FormatError, match=r"^there is no folder mistyped, and so no a\.json in it"):
+        read(tmp_path / "mistyped" / "a.json")
+    (tmp_path / "file").touch()
+    with pytest.raises(FormatError, match=r"^there is no folder file, and so no a\.json in it"):
+        read(tmp_path / "file" / "a.json")
 
 
 def test_json_round_trip_and_damage(tmp_path):
