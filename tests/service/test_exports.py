@@ -234,7 +234,7 @@ def test_a_plan_names_the_runtimes_that_read_the_result(
 @pytest.mark.parametrize(
     ("target", "widths", "told"),
     [
-        ({"format": "gguf"}, None, ["llama.cpp"]),
+        ({"format": "gguf"}, None, ["llama.cpp", "transformers"]),
         ({"format": "mlx"}, None, ["mlx-lm"]),
         ({"format": "gptq"}, [4, 8], ["transformers"]),
         ({"format": "gptq", "settings": {"symmetric": True}}, [2, 3, 4], ["transformers"]),

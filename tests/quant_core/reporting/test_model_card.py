@@ -39,7 +39,7 @@ def gptq(**changes: Any) -> dict[str, Any]:
         ({"quantization_config": gptq(dynamic={"+:a": {"bits": 2}})}, "gptq", ALL[1:2]),
         ({"quantization_config": {"quant_method": "exl2"}}, "exl2", ("test_inference.py",)),
         ({"quantization": {"mode": "affine", "bits": 4}}, "mlx", ("mlx_lm",)),
-        (None, "gguf", ("llama-cli -hf",)),
+        (None, "gguf", ("AutoModel", "llama-cli -hf")),
     ],
 )
 def test_an_export_is_loaded_by_what_reads_it(

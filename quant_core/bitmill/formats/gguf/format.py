@@ -42,6 +42,15 @@ LLAMA_CPP = Runtime(
 llama-cli -hf REPO
 ```""",
 )
+FROM_FILE = Runtime(
+    "transformers",
+    f"""transformers, which dequantizes it:
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("REPO", gguf_file="{FILE_NAME}")
+```""",
+)
 _BLOCKS = {name: (weights, size) for name, weights, size in TYPES.values()}
 
 
@@ -69,7 +78,7 @@ class Gguf(Format):
     widths: ClassVar[frozenset[int]] = frozenset({DROPPED, 1, 2, 3, 4, 5, 6, 7})
 
     library: ClassVar[str] = "gguf"
-    runtimes: ClassVar[tuple[Runtime, ...]] = (LLAMA_CPP,)
+    runtimes: ClassVar[tuple[Runtime, ...]] = (LLAMA_CPP, FROM_FILE)
 
     pretokenizer: str | None = None
     tokenizer: bool = True
