@@ -176,6 +176,7 @@ def test_a_finished_job_lists_its_files_and_ways_to_take_them(
     assert f"HF_ENDPOINT={stack.url} hf download jobs/{job.id} --local-dir packed" in text
     assert f"curl -L -C - -O {stack.url}/v1/jobs/{job.id}/files/model.safetensors" in text
     assert "vllm serve packed" in text
+    assert "sglang.launch_server --model-path packed" in text
     assert "Bearer" not in text
 
 
