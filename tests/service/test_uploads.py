@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import struct
 import threading
@@ -25,13 +26,13 @@ from bitmill_service.client.client import Client
 from bitmill_service.client.errors import ServiceError
 from bitmill_service.client.upload import announced
 from bitmill_service.main import create_app
-from bitmill_service.schemas import UploadView
+from bitmill_service.schemas import UploadRequest, UploadView
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.errors import QuotaExceeded, UploadNotFound
 from bitmill_workers.messaging.app import Dispatcher
 from bitmill_workers.messaging.reconcile import Reconciler
 from bitmill_workers.storage.artifacts import ArtifactStore
-from bitmill_workers.storage.uploads import UploadFolder, collect_uploads
+from bitmill_workers.storage.uploads import UploadFolder, collect_uploads, reopen_lost
 from bitmill_workers.store.migrate import upgrade
 from bitmill_workers.store.tables import uploads
 from bitmill_workers.store.uploads import PART_BYTES, UploadFile, UploadRecord, UploadStore
@@ -450,6 +451,72 @@ def test_what_was_damaged_after_it_had_come_is_sent_again(
     assert stack.context.uploads.received(begun.id) == {"config.json": [0]}
     done = client.upload(folder)
     assert (done.id, done.state) == (begun.id, "complete")
+    client.delete_upload(done.id)
+
+
+def folder_of(files: dict[str, bytes], folder: Path) -> Path:
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("lost", ["all", "one", "cut"])
+def test_what_was_lost_after_it_was_complete_is_sent_again(
+    client: Client, stack: Stack, tmp_path: Path, files: dict[str, bytes], lost: str
+) -> None:
+    """A data folder that was restored without uploads, or damaged: the next call mends it, sends
+    only what is not there, and the jobs that wait for the upload find it."""
+    model = folder_of(files, tmp_path / "model")
+    done = client.upload(model)
+    whole = UploadFolder(stack.context.settings, done.id).whole
+    job = stack.queued(model={"source": "upload", "upload_id": done.id})
+    if lost == "all":
+        shutil.rmtree(whole)
+    elif lost == "one":
+        (whole / "model.safetensors").unlink()
+    else:
+        os.truncate(whole / "model.safetensors", 9)
+    _, request = announced(model)
+    again = announce_request(client, request)
+    assert (again.id, again.state) == (done.id, "open")
+    assert {file.path: len(file.received) for file in again.files} == {
+        "config.json": 0 if lost == "all" else 1,
+        "model.safetensors": 0,
+    }
+    mended = client.upload(model)
+    assert (mended.id, mended.state) == (done.id, "complete")
+    assert {place.name: place.read_bytes() for place in whole.iterdir()} == files
+    assert announce_request(client, request).state == "complete"
+    client.cancel(job.id)
+    client.delete_upload(done.id)
+
+
+def announce_request(client: Client, request: UploadRequest) -> UploadView:
+    with httpx2.Client(base_url=client.url) as http:
+        answer = http.post("/v1/uploads", json=request.model_dump(mode="json"))
+    assert answer.status_code == 201, answer.text
+    return UploadView.model_validate_json(answer.content)
+
+
+def test_a_loss_that_another_call_has_mended_reopens_nothing(
+    client: Client, stack: Stack, tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    """Two replicas are told of the same files; the slow one comes when the other has them all."""
+    model, context = folder_of(files, tmp_path / "model"), stack.context
+    done = client.upload(model)
+    folder = UploadFolder(context.settings, done.id)
+    found = context.uploads.get(done.id)
+    shutil.rmtree(folder.whole)
+
+    class Slow(UploadStore):
+        def reopen(self, *given: Any) -> UploadRecord:
+            client.upload(model)
+            return super().reopen(*given)
+
+    slow = Slow(context.database)
+    assert reopen_lost(context.settings, context.artifacts, slow, found).state == "complete"
+    assert {place.name: place.read_bytes() for place in folder.whole.iterdir()} == files
     client.delete_upload(done.id)
 
 

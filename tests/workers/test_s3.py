@@ -18,14 +18,16 @@ from bitmill_workers.execution.stop import StopRequest
 from bitmill_workers.execution.supervisor import Supervisor
 from bitmill_workers.messaging.reconcile import Reconciler
 from bitmill_workers.settings import Settings
-from bitmill_workers.storage.artifacts import STAGES
+from bitmill_workers.storage.artifacts import STAGES, UPLOADS
 from bitmill_workers.storage.garbage import collect_stages
 from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.storage.s3 import S3Artifacts, StorageUnavailable
+from bitmill_workers.storage.uploads import UploadFolder, fetch_upload, reopen_lost
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.leases import LeaseStore
 from bitmill_workers.store.sweeps import SweepStore
+from bitmill_workers.store.uploads import UploadFile, UploadStore
 from servers import free_port
 from stores import spec
 from tcp_proxy import TcpProxy
@@ -235,6 +237,36 @@ def test_profile_can_be_fetched_twice_at_once(stored: Settings, tmp_path: Path) 
         )
     assert fetched == [True] * 4
     assert (elsewhere / "costs.bin").stat().st_size == 2000
+
+
+def test_an_upload_is_open_again_where_the_object_store_lost_a_file(
+    stored: Settings, database: Database, tmp_path: Path
+) -> None:
+    """What counts is the object store, where workers find it: files that only this machine lost
+    are fetched, and files that only it has are shared once more."""
+    objects, uploads = open_artifacts(stored), UploadStore(database)
+    files = [UploadFile(name, 2, "0" * 64) for name in ("config.json", "tokenizer.json")]
+    upload = uploads.announce(files, tenant="t", keep_s=60)
+    folder = UploadFolder(stored, upload.id)
+    folder.whole.mkdir(parents=True)
+    for file in files:
+        (folder.whole / file.path).write_text("{}")
+    objects.share_folder(UPLOADS, upload.id, folder.whole)
+    upload = uploads.finish(upload.id, keep_s=60)
+    assert reopen_lost(stored, objects, uploads, upload).state == "complete"
+
+    (folder.whole / "config.json").unlink()
+    assert reopen_lost(stored, objects, uploads, upload).state == "complete"
+    assert fetch_upload(stored, objects, upload.id) == folder.whole
+    assert (folder.whole / "config.json").read_text() == "{}"
+
+    objects.remove_folder(UPLOADS, upload.id)
+    (tmp_path / "other.json").write_text("{}")
+    objects.share_folder(UPLOADS, f"{upload.id}/deep", tmp_path)
+    assert reopen_lost(stored, objects, uploads, upload).state == "open"
+    assert uploads.received(upload.id) == {"config.json": [0], "tokenizer.json": [0]}
+    assert objects.shared_files(UPLOADS, upload.id, folder.whole) == {}
+    assert sorted(place.name for place in folder.open.iterdir()) == [f.path for f in files]
 
 
 def test_stale_attempt_cannot_publish(stored: Settings, database: Database) -> None:

@@ -62,5 +62,8 @@ class ArtifactStore(Protocol):
     def fetch_folder(self, kind: str, name: str, folder: Path) -> bool:
         """Fill `folder` with one made elsewhere; False where there is none."""
 
+    def shared_files(self, kind: str, name: str, folder: Path) -> dict[str, int]:
+        """Paths and bytes of the files that every process can reach; `folder` is the local one."""
+
     def remove_folder(self, kind: str, name: str) -> None:
         """Delete what other processes could reach; local folders are the caller's."""

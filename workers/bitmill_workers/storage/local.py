@@ -85,5 +85,10 @@ class LocalArtifacts:
         """True where the folder is there."""
         return folder.is_dir()
 
+    def shared_files(self, kind: str, name: str, folder: Path) -> dict[str, int]:
+        """The files of the local folder."""
+        files = [place for place in folder.rglob("*") if place.is_file()]
+        return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
     def remove_folder(self, kind: str, name: str) -> None:
         """Nothing: the local folder is the only one."""

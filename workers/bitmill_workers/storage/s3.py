@@ -200,6 +200,16 @@ class S3Artifacts:
                     arriving.rename(folder)
         return folder.is_dir()
 
+    def shared_files(self, kind: str, name: str, folder: Path) -> dict[str, int]:
+        """The folder's objects. Raises `StorageUnavailable`."""
+        prefix = self._key(f"{kind}/{name}/")
+        try:
+            pages = list(self._pages(Prefix=prefix))
+        except _FAILURES as error:
+            raise _unavailable(f"{kind}/{name} cannot be listed", error) from error
+        items = [item for page in pages for item in page.get("Contents", [])]
+        return {item["Key"].removeprefix(prefix): item["Size"] for item in items}
+
     def remove_folder(self, kind: str, name: str) -> None:
         """Delete the folder's objects."""
         try:

@@ -80,6 +80,17 @@ class UploadFolder:
             if not self.whole.is_dir():
                 raise
 
+    def lacks(self, upload: UploadRecord) -> bool:
+        """Whether a file has no final place here, or another size than was announced."""
+        return any(_size(self.whole / file.path) != file.size for file in upload.files)
+
+    def reopen(self, upload: UploadRecord) -> tuple[str, ...]:
+        """Take the files from their final place; paths of those that have the right size."""
+        if self.whole.is_dir():
+            shutil.rmtree(self.open, ignore_errors=True)
+            self.whole.rename(self.open)
+        return tuple(f.path for f in upload.files if _size(self.open / f.path) == f.size)
+
     def remove(self) -> None:
         """Delete everything."""
         for folder in (self.whole, self.open):
@@ -106,6 +117,43 @@ def fetch_upload(settings: Settings, artifacts: ArtifactStore, upload_id: str) -
             param="model.upload_id",
         )
     return folder
+
+
+def reopen_lost(
+    settings: Settings, artifacts: ArtifactStore, store: UploadStore, upload: UploadRecord
+) -> UploadRecord:
+    """The upload, which is open again where it was complete and files of it are gone or cut.
+
+    Files that are still here with the right size need not be sent again; completing it compares
+    all of them. A job that reads them just now does not find them until then.
+    """
+    folder = UploadFolder(settings, upload.id)
+
+    def lost() -> bool:
+        shared = artifacts.shared_files(UPLOADS, upload.id, folder.whole)
+        return any(shared.get(file.path) != file.size for file in upload.files)
+
+    def take_back(locked: UploadRecord) -> tuple[str, ...] | None:
+        if not lost():  # another call has mended it
+            return None
+        artifacts.remove_folder(UPLOADS, upload.id)
+        return folder.reopen(locked)
+
+    if upload.state != "complete":
+        return upload
+    if lost():
+        return store.reopen(upload.id, take_back)
+    if folder.lacks(upload):  # the artifact store has all of it
+        shutil.rmtree(folder.whole, ignore_errors=True)
+    return upload
+
+
+def _size(file: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    try:
+        return file.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def collect_uploads(settings: Settings, store: UploadStore) -> int:

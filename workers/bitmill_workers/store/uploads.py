@@ -1,15 +1,16 @@
 """Uploads: folders of files that a client sends in parts, checked, and named by jobs afterwards.
 
 An upload is `open` until every part of every file has come and the whole was checked; then it is
-`complete` and never changes. The same files of the same tenant are the same upload, so a client
-that was cut off finds what it sent. An upload that nobody uses expires.
+`complete` and does not change, unless its files are lost: announced again, it is open again. The
+same files of the same tenant are the same upload, so a client that was cut off finds what it sent.
+An upload that nobody uses expires.
 """
 
 from __future__ import annotations
 
 import builtins
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -156,6 +157,30 @@ class UploadStore:
         with self.database.write() as conn:
             _row(conn, upload_id, None, lock=True)
             conn.execute(sa.delete(upload_parts).where(*of_files))
+
+    def reopen(
+        self, upload_id: str, take_back: Callable[[UploadRecord], Sequence[str] | None]
+    ) -> UploadRecord:
+        """A complete upload is open again, for files that were lost. Raises `UploadNotFound`.
+
+        take_back: makes the files ready for parts while the upload is locked, and says which need
+        not come; None leaves the upload complete.
+        """
+        with self.database.write() as conn:
+            upload = _record(_row(conn, upload_id, None, lock=True))
+            came = take_back(upload) if upload.state == "complete" else None
+            if came is not None:
+                change = sa.update(uploads).where(uploads.c.id == upload_id)
+                conn.execute(change.values(state="open"))
+                parts = [
+                    {"upload_id": upload_id, "path": file.path, "number": number}
+                    for file in upload.files
+                    if file.path in came
+                    for number in range(file.parts)
+                ]
+                if parts:
+                    conn.execute(sa.insert(upload_parts), parts)
+        return self.get(upload_id)
 
     def finish(self, upload_id: str, *, keep_s: float) -> UploadRecord:
         """The upload is whole and checked."""

@@ -23,7 +23,7 @@ from bitmill_service.schemas import UploadList, UploadRequest, UploadView
 from bitmill_workers.errors import UploadNotFound
 from bitmill_workers.execution.fetch import check_names
 from bitmill_workers.storage.artifacts import UPLOADS
-from bitmill_workers.storage.uploads import UploadFolder
+from bitmill_workers.storage.uploads import UploadFolder, reopen_lost
 from bitmill_workers.store.uploads import UploadFile, UploadRecord
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
@@ -42,10 +42,13 @@ _BYTES = {
     "",
     status_code=status.HTTP_201_CREATED,
     response_model=UploadView,
-    responses=refusals(*JSON_BODY, "quota_bytes"),
+    responses=refusals(*JSON_BODY, "quota_bytes", "storage_unavailable"),
 )
 def create_upload(request: UploadRequest, context: ContextDep, caller: PrincipalDep) -> UploadView:
-    """Announce files. The same files give the same upload again, with the parts it has."""
+    """Announce files. The same files give the same upload again, with the parts it has.
+
+    A complete one whose files are gone on the server is open again.
+    """
     files = [UploadFile(file.path, file.size, file.sha256) for file in request.files]
     _check_paths([file.path for file in files])
     quota, settings = quota_of(context, caller), context.settings
@@ -63,6 +66,7 @@ def create_upload(request: UploadRequest, context: ContextDep, caller: Principal
         keep_s=settings.upload_open_s,
         most_bytes=None if quota is None else quota.bytes,
     )
+    record = reopen_lost(settings, context.artifacts, context.uploads, record)
     return upload_view(record, context.uploads.received(record.id))
 
 
