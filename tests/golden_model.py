@@ -1,4 +1,4 @@
-"""The model behind tests/golden/packed-v1, packed-v2 and packed-v3: every value from a formula.
+"""The model behind tests/golden/packed-v1 to packed-v4: every value from a formula.
 
 One Llama block of hidden size 136 (a full group and a tail of 8), with every width among its
 groups, a linear that is a tail alone, and column orders that siblings share.
@@ -18,7 +18,7 @@ from bitmill.io.safetensors import TensorInfo
 from bitmill.quant.outliers import Outliers
 from bitmill.quant.rewrites import Rewrites
 from bitmill.quant.rotation import packed_rewrites
-from bitmill.quant.tensors import QuantizedWeight
+from bitmill.quant.tensors import QuantizedWeight, Stored
 from bitmill.quant.trellis import TrellisTensor, trellis_shapes
 from bitmill_kernels.layout import group_columns, zero_bits
 
@@ -51,6 +51,8 @@ SHAPES = (
 WIDTHS = ((3, 2), (1, 5), (8, 1), (4,), (6, 6), (2, 3), (5,))
 RATES = ((3, 7), (1, 5), (8, 1), (4,), (6, 6), (2, 3), (7,))
 """Widths of the same linears in trellis codes."""
+EMBEDDING, EMBEDDING_WIDTHS = LinearShape("model.embed_tokens", 16, 136), (5, 5)
+"""Packed beside linears in trellis codes."""
 QUERY_ORDER = f"{BLOCK}.self_attn.q_proj.order"
 ORDERS = {shape.name: QUERY_ORDER for shape in SHAPES[:3]}
 OUTLIERS = {SHAPES[0].name: 2, SHAPES[3].name: 1, SHAPES[6].name: 3}
@@ -65,7 +67,15 @@ KEPT = (
 
 def golden_weight(index: int) -> QuantizedWeight:
     """Linear `index` of `SHAPES`."""
-    shape, widths = SHAPES[index], WIDTHS[index]
+    return _of_formula(SHAPES[index], WIDTHS[index], index)
+
+
+def golden_embedding() -> QuantizedWeight:
+    """The embedding, packed."""
+    return _of_formula(EMBEDDING, EMBEDDING_WIDTHS, len(SHAPES))
+
+
+def _of_formula(shape: LinearShape, widths: tuple[int, ...], index: int) -> QuantizedWeight:
     N, K = shape.rows, shape.columns
     n, k = torch.arange(N)[:, None], torch.arange(K)[None]
     limits = [limit for b, c in zip(widths, group_columns(K), strict=True) for limit in [2**b] * c]
@@ -119,7 +129,9 @@ def golden_tensor(name: str) -> torch.Tensor:
 
 def write_golden(folder: Path, source: Path, code: str = "affine") -> None:
     """Write the packed folder; `source` is a folder for the source's config. code: "outliers" is
-    affine with those of `OUTLIERS`."""
+    affine with those of `OUTLIERS`, "mixed" trellis with a packed embedding."""
+    mixed = code == "mixed"
+    code = "trellis" if mixed else code
     widths, weight = {
         "affine": (WIDTHS, golden_weight),
         "outliers": (WIDTHS, golden_kept),
@@ -129,16 +141,27 @@ def write_golden(folder: Path, source: Path, code: str = "affine") -> None:
     code = "affine" if outliers else code
     (source / "config.json").write_text(json.dumps(CONFIG, indent=2))
     names = [shape.name for shape in SHAPES]
-    bit_widths = BitWidthMap(
-        order="activation", linears=dict(zip(names, widths, strict=True)), outliers=outliers
-    )
+    found = dict(zip(names, widths, strict=True))
+    embeddings = {EMBEDDING.name: EMBEDDING_WIDTHS} if mixed else {}
+    kept = [tensor for tensor in KEPT if tensor.name != f"{EMBEDDING.name}.weight" or not mixed]
+    shapes = (*SHAPES, EMBEDDING) if mixed else SHAPES
+    bit_widths = BitWidthMap(order="activation", linears=found | embeddings, outliers=outliers)
+
+    def linear(name: str) -> Stored:
+        quantized = golden_embedding() if name in embeddings else weight(names.index(name))
+        packed: Stored = quantized.pack()
+        return packed
+
     write_checkpoint(
         folder,
         source=source,
-        tensors=stored_tensors(KEPT, SHAPES, bit_widths.linears, ORDERS, code, outliers),
+        tensors=stored_tensors(
+            kept, shapes, bit_widths.linears, ORDERS, code, outliers, embeddings
+        ),
         bit_widths=bit_widths,
         orders=ORDERS,
         code=code,
-        linear=lambda name: weight(names.index(name)).pack(),
+        affine=embeddings,
+        linear=linear,
         other=golden_tensor,
     )

@@ -49,6 +49,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "packed embedding and head": {"embeddings": "quantize", "tied": False},
     "one width": {"order": "activation", "cycle": (4,)},
     "trellis codes": {"code": "trellis"},
+    "trellis codes, tied packed embedding": {"code": "trellis", "embeddings": "quantize"},
+    "trellis codes, packed embedding and head": {
+        "code": "trellis",
+        "embeddings": "quantize",
+        "tied": False,
+    },
 }
 
 
@@ -83,7 +89,7 @@ def made(folder: Path, *, tied: bool = True, code: str = "affine", **options: An
         tie_word_embeddings=tied,
     )
     if code == "trellis":
-        return pack_trellis(source, folder / "packed")
+        return pack_trellis(source, folder / "packed", **options)
     return pack_model(source, folder / "packed", **options).folder
 
 

@@ -19,8 +19,10 @@ from bitmill.formats.packed.checkpoint import PackedCheckpoint
 from bitmill.quant.tensors import QuantizedWeight
 from golden_model import (
     CONFIG,
+    EMBEDDING,
     OUTLIERS,
     SHAPES,
+    golden_embedding,
     golden_kept,
     golden_tensor,
     golden_trellis,
@@ -33,6 +35,8 @@ TESTS = Path(__file__).resolve().parents[1]
 GOLDEN = TESTS / "golden" / "packed-v1"
 GOLDEN_2 = TESTS / "golden" / "packed-v2"
 GOLDEN_3 = TESTS / "golden" / "packed-v3"
+GOLDEN_4 = TESTS / "golden" / "packed-v4"
+DIGEST_4 = "f2ade702a080d02b41b6f038155357b8bc77454e4c01474fb40f1a38182f7d0e"
 DIGEST_3 = "eab0f960b7f5b95877b61b77bdda184602c5aaaab8b52142667ce215b08708eb"
 DIGEST_2 = "fd4d058afccb724e1b3711cab2f77d74b7031196a570dafaf4bf89499a5432fc"
 DIGEST = "9d00d3f3239e73f100707caaa12851a9912a5688a4c3810072905cc17d94666b"
@@ -51,7 +55,12 @@ def formula(weight: QuantizedWeight, K: int) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize(
     ("code", "golden", "digest"),
-    [("affine", GOLDEN, DIGEST), ("trellis", GOLDEN_2, DIGEST_2), ("outliers", GOLDEN_3, DIGEST_3)],
+    [
+        ("affine", GOLDEN, DIGEST),
+        ("trellis", GOLDEN_2, DIGEST_2),
+        ("outliers", GOLDEN_3, DIGEST_3),
+        ("mixed", GOLDEN_4, DIGEST_4),
+    ],
 )
 def test_the_writer_still_writes_these_bytes(
     tmp_path: Path, code: str, golden: Path, digest: str
@@ -170,6 +179,27 @@ def test_outliers_are_read_back_by_us_by_transformers_and_by_the_documented_read
         x = torch.linspace(-1, 1, shape.columns)[None]
         y = x.double() @ torch.from_numpy(expected).double().t()
         assert (model.get_submodule(shape.name)(x).double() - y).norm() <= 1e-5 * y.norm()
+
+
+def test_a_packed_embedding_beside_trellis_codes_is_read_back_by_all_readers() -> None:
+    checkpoint, model = PackedCheckpoint.open(GOLDEN_4), bitmill.load(GOLDEN_4, dtype=torch.float32)
+    checkpoint.check_linears([*SHAPES, EMBEDDING])
+    config = json.loads((GOLDEN_4 / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 4
+    linears, tensors = config["linears"], load_file(GOLDEN_4 / "model.safetensors")
+    name, size = EMBEDDING.name, (EMBEDDING.rows, EMBEDDING.columns)
+    expected = formula(golden_embedding(), EMBEDDING.columns)
+    read = documented_reader(1)["read_weight"]
+    assert np.array_equal(read(tensors, linears[name], name, *size), expected)
+    assert torch.equal(checkpoint.weight(EMBEDDING), torch.from_numpy(expected))
+    rows = model.get_input_embeddings()(torch.arange(EMBEDDING.rows))
+    assert torch.equal(rows, torch.from_numpy(expected))
+    read = documented_reader(2)["read_weight"]
+    for index, shape in enumerate(SHAPES):
+        found = golden_trellis(index).dequantize()
+        assert torch.equal(checkpoint.weight(shape), found)
+        again = read(tensors, linears[shape.name], shape.name, shape.columns)
+        np.testing.assert_allclose(again, found.numpy(), atol=2e-6, err_msg=shape.name)
 
 
 @pytest.mark.parametrize(

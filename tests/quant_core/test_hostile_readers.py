@@ -32,7 +32,7 @@ from bitmill.formats.packed.complete import check_complete
 from bitmill.io.gguf import read_gguf_header
 from bitmill.plan.model_plan import make_plan
 from gguf_files import write_gguf
-from golden_model import SHAPES
+from golden_model import EMBEDDING, SHAPES
 from pace import limit
 from tiny import tiny_llama
 
@@ -223,7 +223,7 @@ def test_map(tmp_path: Path, cuts: Any, done: Any, parsed: bool) -> None:
     answered(lambda: BitWidthMap.load(path).check_shapes(SHAPES))
 
 
-@pytest.mark.parametrize("version", ["packed-v1", "packed-v2"])
+@pytest.mark.parametrize("version", ["packed-v1", "packed-v2", "packed-v4"])
 @tried
 @given(st.sampled_from(("config.json", "model.safetensors", "data")), edits, changes)
 def test_packed(tmp_path: Path, version: str, which: str, cuts: Any, done: Any) -> None:
@@ -240,8 +240,9 @@ def test_packed(tmp_path: Path, version: str, which: str, cuts: Any, done: Any) 
 
     def read() -> None:
         checkpoint = PackedCheckpoint.open(folder)
-        checkpoint.check_linears(SHAPES)
-        for shape in SHAPES:
+        shapes = (*SHAPES, EMBEDDING) if version == "packed-v4" else SHAPES
+        checkpoint.check_linears(shapes)
+        for shape in shapes:
             if shape.name in checkpoint.config.linears:
                 checkpoint.linear(shape)
 

@@ -31,7 +31,6 @@ class BitmillConfig(QuantizationConfig):
 
     def __init__(self, packed: PackedConfig, joined: dict[str, list[str]] | None = None) -> None:
         super().__init__()
-        self.code = packed.code
         self.linears: dict[str, PackedLinear] = dict(packed.linears)
         self.joined = JOINED | (joined or {})
         self.orders: dict[str, Tensor] = {}

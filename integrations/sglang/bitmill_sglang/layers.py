@@ -14,14 +14,13 @@ from sglang.srt.layers.quantization.base_config import LinearMethodBase, Quantiz
 from torch import Tensor, nn
 
 from bitmill.errors import FormatError
-from bitmill.formats.packed.config import PackedLinear
+from bitmill.formats.packed.config import PackedLinear, require_affine
 from bitmill.formats.packed.share import Share
 from bitmill.inference.engine_layers import (
     embedding_loaded,
     linear_loaded,
     linear_shares,
     register_shares,
-    require_affine,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ class BitmillLinearMethod(LinearMethodBase):
     ) -> None:
         shares, layer.bitmill_gathers = linear_shares(
             self.parts,
-            self.config.code,
             _place(layer, self.parts[0].name),
             (input_size_per_partition, input_size),
             output_partition_sizes,
@@ -69,7 +67,7 @@ class BitmillEmbeddingMethod(QuantizeMethodBase):
 
     def __init__(self, config: BitmillConfig, linear: PackedLinear) -> None:
         self.config, self.linear = config, linear
-        require_affine(linear, config.code)
+        require_affine(linear)
 
     def create_weights(
         self,
@@ -85,7 +83,7 @@ class BitmillEmbeddingMethod(QuantizeMethodBase):
         layer.bitmill_padded = sum(output_partition_sizes)
         held = layer.shard_indices
         rows = (held.org_vocab_start_index, held.org_vocab_end_index)
-        share = Share(self.linear, self.config.code, layer.org_vocab_size, input_size, [rows])
+        share = Share(self.linear, layer.org_vocab_size, input_size, [rows])
         register_shares(layer, [share], self.config.orders)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:

@@ -33,6 +33,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "packed embedding and head": {"embeddings": "quantize", "tied": False},
     "one width": {"order": "activation", "cycle": (4,)},
     "trellis codes": {"code": "trellis"},
+    "trellis codes, tied packed embedding": {"code": "trellis", "embeddings": "quantize"},
+    "trellis codes, packed embedding and head": {
+        "code": "trellis",
+        "embeddings": "quantize",
+        "tied": False,
+    },
     "two ranks, orders and tails": {"order": "activation", "embeddings": "quantize", "ranks": 2},
 }
 
@@ -99,7 +105,7 @@ def test_tokens_and_log_probabilities_are_those_of_bitmill(tmp_path: Path, name:
         tmp_path / "source", head_dim=64, intermediate_size=448, tie_word_embeddings=tied
     )
     if options.pop("code", None):
-        folder = pack_trellis(source, tmp_path / "packed")
+        folder = pack_trellis(source, tmp_path / "packed", **options)
     else:
         folder = pack_model(source, tmp_path / "packed", **options).folder
     model, largest, count = bitmill.load(folder).eval(), 0.0, 0

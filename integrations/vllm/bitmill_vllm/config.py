@@ -36,7 +36,6 @@ class BitmillConfig(QuantizationConfig):
 
     def __init__(self, packed: PackedConfig) -> None:
         super().__init__()
-        self.code = packed.code
         self.linears: dict[str, PackedLinear] = dict(packed.linears)
         self.orders: dict[str, Tensor] = {}
         self.tied = False

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from bitmill.formats.packed.config import PackedLinear
+from bitmill.formats.packed.config import PackedLinear, require_affine
 from bitmill.formats.packed.share import Share
-from bitmill.inference.engine_layers import embedding_loaded, register_shares, require_affine
+from bitmill.inference.engine_layers import embedding_loaded, register_shares
 from bitmill_vllm.operators import look_up, make_known, multiply
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class BitmillEmbeddingMethod(QuantizeMethodBase):
     def __init__(self, config: BitmillConfig, linear: PackedLinear | None) -> None:
         self.config, self.linear = config, linear
         if linear is not None:
-            require_affine(linear, config.code)
+            require_affine(linear)
 
     def create_weights(
         self,
@@ -42,7 +42,7 @@ class BitmillEmbeddingMethod(QuantizeMethodBase):
         held = layer.shard_indices
         rows = (held.org_vocab_start_index, held.org_vocab_end_index)
         layer.bitmill_outputs = rows[1] - rows[0]
-        share = Share(self.linear, self.config.code, layer.org_vocab_size, input_size, [rows])
+        share = Share(self.linear, layer.org_vocab_size, input_size, [rows])
         register_shares(layer, [share], self.config.orders)
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:

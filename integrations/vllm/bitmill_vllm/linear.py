@@ -42,7 +42,6 @@ class BitmillLinearMethod(LinearMethodBase):
         layer.bitmill_outputs = sum(output_partition_sizes)
         shares, layer.bitmill_gathers = linear_shares(
             self.parts,
-            self.config.code,
             (layer.tp_rank, layer.tp_size),
             (input_size_per_partition, input_size),
             output_partition_sizes,

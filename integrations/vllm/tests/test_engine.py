@@ -83,10 +83,13 @@ def test_log_probabilities_are_those_of_bitmill(tmp_path: Path, name: str) -> No
     compare(folder, generated(folder), name)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "with a head"])
+@pytest.mark.parametrize("embeddings", ["keep", "quantize"])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_trellis_codes(tmp_path: Path, eager: bool) -> None:
-    source = tiny_llama(tmp_path / "source", head_dim=64, intermediate_size=448)
-    folder = pack_trellis(source, tmp_path / "packed")
+def test_trellis_codes(tmp_path: Path, eager: bool, embeddings: Any, tied: bool) -> None:
+    sizes = {"head_dim": 64, "intermediate_size": 448, "tie_word_embeddings": tied}
+    source = tiny_llama(tmp_path / "source", **sizes)
+    folder = pack_trellis(source, tmp_path / "packed", embeddings)
     compare(folder, generated(folder, enforce_eager=eager), f"trellis codes, eager {eager}")
 
 

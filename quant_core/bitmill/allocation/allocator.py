@@ -31,6 +31,7 @@ from bitmill.allocation.profile import SensitivityProfile
 from bitmill.allocation.sba import sba_swaps, sba_widths
 from bitmill.config.bit_width_map import NO_OUTLIERS, PLANES, BitWidthMap
 from bitmill.config.closed import Closed
+from bitmill.config.codes import check_widths
 from bitmill.config.quantization import Allocation, Budget, Kind, QuantizationConfig
 from bitmill.errors import BudgetError, SpecError
 from bitmill.formats.accounting import describe, limit, measure_map, value
@@ -87,6 +88,8 @@ def curve(
 def check_map(plan: Plan, config: QuantizationConfig, given: BitWidthMap) -> BitWidthMap:
     """The given map, if it fits the model, the column order asked for and the budget."""
     given.check_shapes(plan.shapes)
+    for matrix in plan.embeddings:
+        check_widths("affine", given.linears[matrix.name], f"allocation.map.linears.{matrix.name}")
     if given.order != config.allocation.order:
         raise SpecError(
             f"the map's groups are in {given.order} order but allocation.order is "

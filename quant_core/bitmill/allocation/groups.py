@@ -3,7 +3,7 @@
 Arrays run over the groups of the first linear, then those of the second, in the plan's order,
 embeddings last; T is their number. Groups that must have the same width form one unit: the same
 group of fused siblings, or all groups of a linear where it needs one width, as an embedding always
-does.
+does. Those have one of the widths of affine codes, whatever code the linears are in.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from bitmill.allocation.knapsack import BoolArray, IntArray
 from bitmill.config.bit_width_map import NO_OUTLIERS, group_columns
+from bitmill.config.codes import embedding_width
 from bitmill.config.quantization import FILE_KINDS, Allocation, Kind
 from bitmill.formats.accounting import fixed, group_weight, measure
 from bitmill.plan.model_plan import Plan
@@ -42,8 +43,14 @@ class GroupTable:
         self._linear = np.repeat(np.arange(len(columns)), np.diff(self.starts))
         blocks = np.array([linear.block for linear in plan.matrices])[self._linear]
         self._edge = (blocks == 0) | (blocks == plan.block_count - 1)
+        self._embedding = np.array([one.embedding for one in plan.matrices])[self._linear]
+        legal = self.widths.tolist()
+        self._of_embeddings = np.array(
+            [embedding_width(width, legal) for width in legal] if plan.embeddings else legal
+        )
         self.unit = self._units()
         self.allowed: BoolArray = self.widths >= np.where(self._edge, self._floor, 0)[:, None]
+        self.allowed[self._embedding] &= self._of_embeddings == self.widths
         self._weights: dict[Kind, IntArray] = {}
 
     def __len__(self) -> int:
@@ -78,12 +85,14 @@ class GroupTable:
                 yield from [names] if self.allocation.fuse_siblings else [[n] for n in names]
 
     def uniform(self, width: int) -> GroupWidths:
-        """One width everywhere (edge blocks: at least their floor)."""
-        return self.raise_edges(np.full(len(self), width, dtype=np.int64))
+        """One width everywhere, as far as it is allowed."""
+        return self.allowing(np.full(len(self), width, dtype=np.int64))
 
-    def raise_edges(self, flat: GroupWidths) -> GroupWidths:
-        """The widths with those of the edge blocks raised to their floor."""
-        return np.where(self._edge, np.maximum(flat, self._floor), flat)
+    def allowing(self, flat: GroupWidths) -> GroupWidths:
+        """The widths with those of the edge blocks raised to their floor, and those of embeddings
+        changed to the nearest that they may have (`config.codes.embedding_width`)."""
+        raised = np.where(self._edge, np.maximum(flat, self._floor), flat)
+        return np.where(self._embedding, self._of_embeddings[self.column(raised)], raised)
 
     def column(self, flat: GroupWidths) -> IntArray:
         """Place of each group's width among the legal ones, int64 [T]."""
@@ -93,14 +102,16 @@ class GroupTable:
         """What every group takes at every legal width: int64 [T, B], code bits or bytes."""
         if kind not in self._weights:
             rows = np.array([linear.rows for linear in self.plan.matrices])[self._linear]
-            pairs = list(zip(rows.tolist(), self._columns.tolist(), strict=True))
+            columns, embedding = self._columns.tolist(), self._embedding.tolist()
+            sizes = list(zip(rows.tolist(), columns, embedding, strict=True))
             known = {
-                pair: [
-                    group_weight(self.plan, kind, *pair, width) for width in self.widths.tolist()
+                (N, c, e): [
+                    group_weight(self.plan, kind, N, c, width, embedding=e)
+                    for width in self.widths.tolist()
                 ]
-                for pair in set(pairs)
+                for N, c, e in set(sizes)
             }
-            self._weights[kind] = np.array([known[pair] for pair in pairs], dtype=np.int64)
+            self._weights[kind] = np.array([known[size] for size in sizes], dtype=np.int64)
         return self._weights[kind]
 
     def named(self, flat: GroupWidths) -> dict[str, tuple[int, ...]]:

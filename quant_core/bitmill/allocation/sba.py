@@ -63,4 +63,4 @@ def sba_widths(groups: GroupTable, base: int, swaps: Mapping[int, Swap]) -> Grou
         start = int(groups.starts[place])
         flat[start + swap.salience[: swap.count]] = base - 1
         flat[start + swap.salience[-swap.count :]] = base + 1
-    return groups.raise_edges(flat)
+    return groups.allowing(flat)

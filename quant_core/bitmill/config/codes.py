@@ -3,11 +3,15 @@
     affine    scale * (code - zero), a scale and a zero point per row and group (docs/format.md, 1)
     trellis   a function of 16 bits of a stream, a scale per row and one per group (2)
 
+Packed embeddings and heads are in affine codes beside linears in any: their rows are looked up one
+by one, where a tile of a trellis holds 16.
+
 `auto` is affine on every machine; docs/methods.md says why.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +44,13 @@ CODES: dict[str, Code] = {
     "affine": Code(WIDTHS, DEFAULT_WIDTHS, "bitmill-1", drops=True),
     "trellis": Code(RATES, RATES, "bitmill-2"),
 }
+
+
+def embedding_width(width: int, legal: Iterable[int]) -> int:
+    """Packed embeddings and heads are in affine codes, whatever linears are in: of the legal widths
+    that these have, the largest that is at most `width`, else the smallest."""
+    known = sorted(set(legal) & set(CODES["affine"].legal))
+    return max((one for one in known if one <= width), default=known[0])
 
 
 def check_widths(code: str, widths: tuple[int, ...], param: str) -> None:

@@ -198,7 +198,8 @@ class BaseAllocation(Closed):
     outliers: numbers of columns that a linear may keep in 16 bits beside its codes; "knapsack"
     chooses one of them, or none, for each.
     embeddings: "quantize" packs the input embedding and the output head too, each with one width
-    for the whole matrix (once where they are tied); every budget then counts them.
+    for the whole matrix (once where they are tied), in affine codes beside linears in any; every
+    budget then counts them.
     kept_dtype: of matrices that are not quantized (embeddings, head, linears kept whole): "auto"
     stores those of float32 with 2^20 values or more in float16, as long as that changes them by at
     most 2^-10 of their norm; "source" stores all as they are. Vectors (norms, biases) and routers
@@ -587,11 +588,17 @@ class QuantizationConfig(Stored):
                 "evaluation.baselines has 'embeddings', which this job packs already: leave it out",
                 param="evaluation.baselines",
             )
+        of_embeddings = set(allocation.legal_widths) & set(CODES["affine"].widths)
+        if allocation.embeddings == "quantize" and allocation.map is None and not of_embeddings:
+            raise SpecError(
+                f"allocation.widths {list(allocation.legal_widths)} with allocation.embeddings "
+                "'quantize': embeddings and heads are in affine codes, which have only "
+                f"{list(CODES['affine'].widths)}: allow one of those, or give 'keep'",
+                param="allocation.widths",
+            )
         refusals = {
             "devices": (self.devices > (method.max_devices or self.devices), method.max_devices),
-            "allocation.embeddings": (allocation.embeddings == "quantize", "keep"),
             "allocation.method": (allocation.method == "sba", "knapsack"),
-            "evaluation.baselines": ("embeddings" in self.evaluation.baselines, "uniform"),
         }
         for param, (refused, instead) in refusals.items():
             if refused and code != AUTO:

@@ -14,6 +14,7 @@ Which tensors there are the plan's format says (`formats/format.py`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -24,6 +25,7 @@ from bitmill.config.bit_width_map import (
     group_columns,
     outlier_bytes,
 )
+from bitmill.config.codes import embedding_width
 from bitmill.config.quantization import FILE_KINDS, Budget, Kind
 from bitmill.formats.format import Contents, Order, Outliers, Widths, format_of
 from bitmill.io.safetensors import TensorInfo
@@ -72,7 +74,10 @@ def measure(
         )
     chosen = format_of(plan)
     if kind == "bits":
-        groups = (chosen.linear_bytes(shape, widths[shape.name]) for shape in plan.shapes)
+        groups = (
+            chosen.linear_bytes(one.shape, widths[one.name], embedding=one.embedding)
+            for one in plan.matrices
+        )
         return sum(groups) + fixed(plan, order, kind, outliers)
     return chosen.file_bytes(Contents(plan, widths, order, outliers=outliers))
 
@@ -107,11 +112,26 @@ def describe(plan: Plan, kind: Kind, measured: int) -> str:
     return f"{math.ceil(value(plan, kind, measured) * 10_000) / 10_000:.4f}"
 
 
-def group_weight(plan: Plan, kind: Kind, rows: int, columns: int, width: int) -> int:
-    """What one group adds: code bits for `code_bits`, else stored bytes."""
+def group_weight(
+    plan: Plan, kind: Kind, rows: int, columns: int, width: int, *, embedding: bool = False
+) -> int:
+    """What one group of a linear, or of an embedding or head, adds: code bits for `code_bits`, else
+    stored bytes."""
     if kind == "code_bits":
         return rows * columns * width
-    return format_of(plan).group_bytes(width, rows, columns)
+    chosen = format_of(plan)
+    of_group = chosen.embedding_group_bytes if embedding else chosen.group_bytes
+    return of_group(width, rows, columns)
+
+
+def uniform_map(plan: Plan, width: int, legal: Iterable[int], order: Order) -> BitWidthMap:
+    """One width for all groups; embeddings and heads have the nearest of the legal widths that
+    affine codes have (`config.codes.embedding_width`)."""
+    other = embedding_width(width, legal) if plan.embeddings else width
+    widths = {
+        one.name: (other if one.embedding else width,) * one.shape.groups for one in plan.matrices
+    }
+    return BitWidthMap(order=order, linears=widths)
 
 
 def footprint(plan: Plan, bit_width_map: BitWidthMap) -> Footprint:

@@ -66,7 +66,8 @@ class Contents:
 class Facts:
     """What decides whether a format can hold a model; known before there is a map.
 
-    kinds: of quantized tensors (`quant.tensors.KINDS`). widths: that groups may have; mixed:
+    kinds: of the linears' quantized tensors (`quant.tensors.KINDS`); packed embeddings and heads
+    are "affine" beside any. widths: that groups may have; mixed:
     whether those of one linear may differ. rewrites: names of those that are left to be stored.
     config: the model's config.json, empty where it is not known yet. grid: that all codes will
     be on (`MethodConfig.grid`), "any", or None where codes tell themselves.
@@ -190,10 +191,17 @@ class Format(Closed):
         """
         return group_bytes(width, rows, columns)
 
-    def linear_bytes(self, shape: LinearShape, widths: Sequence[int]) -> int:
-        """Stored bytes of one linear's groups."""
+    def embedding_group_bytes(self, width: int, rows: int, columns: int) -> int:
+        """The same of a group of a packed embedding or head."""
+        return self.group_bytes(width, rows, columns)
+
+    def linear_bytes(
+        self, shape: LinearShape, widths: Sequence[int], *, embedding: bool = False
+    ) -> int:
+        """Stored bytes of one linear's groups, or of those of an embedding or head."""
+        of_group = self.embedding_group_bytes if embedding else self.group_bytes
         return sum(
-            self.group_bytes(width, shape.rows, columns)
+            of_group(width, shape.rows, columns)
             for width, columns in zip(widths, group_columns(shape.columns), strict=True)
         )
 

@@ -56,7 +56,6 @@ def joined_parts(
 
 def linear_shares(
     parts: Sequence[PackedLinear],
-    code: str,
     place: tuple[int, int],
     inputs: tuple[int, int],
     sizes: Sequence[int],
@@ -79,20 +78,10 @@ def linear_shares(
     if len(parts) == 1:  # the checkpoint itself may join q, k and v
         rows = joined_rows(rows)
     shares = [
-        Share(part, code, N, columns, ranges, groups)
+        Share(part, N, columns, ranges, groups)
         for part, (ranges, N) in zip(parts, rows, strict=True)
     ]
     return shares, gathers
-
-
-def require_affine(linear: PackedLinear, code: str) -> None:
-    """Raises FormatError for an embedding or a head in another code."""
-    if code != "affine":
-        raise FormatError(
-            f"{linear.name}: embeddings and heads are served in affine codes only, not "
-            f"{code}: keep them when the model is quantized",
-            param=linear.name,
-        )
 
 
 def register_shares(layer: Any, shares: list[Share], orders: dict[str, Tensor]) -> None:

@@ -33,7 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitmill.config.bit_width_map import LinearShape
 from bitmill.errors import FormatError
 from bitmill.formats.packed.checkpoint import PackedCheckpoint
-from bitmill.formats.packed.config import QUANT_METHOD, PackedConfig, PackedLinear
+from bitmill.formats.packed.config import QUANT_METHOD, PackedConfig, PackedLinear, require_affine
 from bitmill.inference.adapters import register_adapters
 from bitmill.inference.embedding import QuantizedEmbedding, ScaledEmbedding, TiedHead
 from bitmill.inference.linear import QuantizedLinear, join_siblings
@@ -86,7 +86,7 @@ class BitmillQuantizer(HfQuantizer):
             if module is not None and module is model.get_input_embeddings():
                 _replace_embedding(model, name, module, linear, dtype)
             elif isinstance(module, nn.Linear | Conv1D):
-                kind = load_object(KINDS[packed.code].module)
+                kind = load_object(KINDS[linear.code].module)
                 model.set_submodule(name, _empty_twin(kind, module, linear, dtype))
             else:
                 raise FormatError(
@@ -179,6 +179,7 @@ def _replace_embedding(
     dtype: torch.dtype | None,
 ) -> None:
     """Put an empty packed embedding in place, and a tied head where the head is tied to it."""
+    require_affine(linear)
     try:
         packed = QuantizedEmbedding(
             module.embedding_dim,

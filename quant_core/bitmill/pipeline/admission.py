@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.allocation.allocator import check_budget
-from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.codes import AUTO
 from bitmill.config.quantization import Allocation, QuantizationConfig
 from bitmill.errors import ModelError, SpecError
+from bitmill.formats.accounting import uniform_map
 from bitmill.formats.export_plan import ExportTarget
 from bitmill.formats.format import Contents, Facts, check_supported, format_of, stored_rewrites
 from bitmill.pipeline.estimate import Estimate, Machine, estimate
@@ -100,10 +99,9 @@ def embedding_bytes(
 ) -> tuple[int, dict[int, int]] | None:
     """Bytes of input embedding and output head as the result keeps them, and packed, by width.
 
-    None where the result packs them itself, its code has no place for them or the source no input
-    embedding of its own.
+    None where the result packs them itself or the source has no input embedding of its own.
     """
-    if admitted.config.allocation.embeddings == "quantize" or admitted.config.code_name != AUTO:
+    if admitted.config.allocation.embeddings == "quantize":
         return None
     try:
         other = plan_source(admitted.source, admitted.config.packs_embeddings)
@@ -113,7 +111,9 @@ def embedding_bytes(
     names = {f"{shape.name}.weight" for shape in shapes}
     kept = sum(tensor.spec.nbytes for tensor in admitted.plan.tensors if tensor.name in names)
     packed = {
-        width: sum(chosen.linear_bytes(shape, (width,) * shape.groups) for shape in shapes)
+        width: sum(
+            chosen.linear_bytes(shape, (width,) * shape.groups, embedding=True) for shape in shapes
+        )
         for width in widths
     }
     return kept, packed
@@ -153,7 +153,7 @@ def readers(admitted: Admission, target: ExportTarget | None = None) -> list[str
 def export_bytes(admitted: Admission, target: ExportTarget, width: int) -> int:
     """Bytes of all files that hold tensors, where every group of the result has this width."""
     plan, order = admitted.plan, admitted.config.allocation.order
-    widths = BitWidthMap.uniform(plan.shapes, width, order).linears
+    widths = uniform_map(plan, width, admitted.config.allocation.legal_widths, order).linears
     return target.chosen.file_bytes(Contents(plan, widths, order, admitted.settings))
 
 

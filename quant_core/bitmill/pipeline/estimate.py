@@ -28,12 +28,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bitmill.config.bit_width_map import DROPPED, BitWidthMap
+from bitmill.config.bit_width_map import DROPPED
 from bitmill.config.closed import Closed
 from bitmill.config.codes import CODES
 from bitmill.config.quantization import FILE_KINDS, QuantizationConfig
 from bitmill.config.rounded import OBSERVING_RULES
-from bitmill.formats.accounting import footprint, limit
+from bitmill.formats.accounting import footprint, limit, uniform_map
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.block_memory import (
     BATCH_TOKENS,
@@ -95,7 +95,8 @@ def _element_bytes(plan: Plan, machine: Machine) -> int:
 
 
 def _uniform_size(plan: Plan, config: QuantizationConfig, width: int) -> int:
-    return footprint(plan, BitWidthMap.uniform(plan.shapes, width, config.allocation.order)).size
+    allocation = config.allocation
+    return footprint(plan, uniform_map(plan, width, allocation.legal_widths, allocation.order)).size
 
 
 def _outside_weights(plan: Plan) -> int:

@@ -80,6 +80,11 @@ class PlannedLinear(Closed):
         return LinearShape(self.name, self.rows, self.columns)
 
     @property
+    def embedding(self) -> bool:
+        """Whether it is an embedding or head."""
+        return self.block < 0
+
+    @property
     def routed(self) -> bool:
         """Whether it belongs to an expert, which sees only the tokens that are sent to it."""
         return ".experts." in self.name

@@ -3,7 +3,8 @@
     cost[b] = mean KL(source || source with this matrix rounded to b bits), nats per token
 
 measured on the first `COST_TOKENS` calibration tokens by running the model. Unlike a linear's cost
-it is no estimate, so it needs no gradient. Codes are those of `refinement/embeddings.py`.
+it is no estimate, so it needs no gradient. Codes are those of `refinement/embeddings.py`, which are
+affine beside linears in any code; a width that only these have costs as much as the next smaller.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from bitmill.allocation.profile import FloatArray, LinearProfile
 from bitmill.config.bit_width_map import group_columns
+from bitmill.config.codes import CODES, embedding_width
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
 from bitmill.io import atomic as storage
 from bitmill.models.streamed import StreamedModel
@@ -50,13 +52,13 @@ def _costs(
 ) -> list[float]:
     windows, squares = first_windows(tokens), head_squares(model, tokens)
     reference = StreamedLogits(model, remember=True)
-    costs = []
-    for width in widths:
+    costs: dict[int, float] = {}
+    for width in (one for one in widths if one in CODES["affine"].legal):
         rounded, _ = round_embedding(model, matrix, (width,) * matrix.shape.groups, squares)
         other = model.with_matrices({matrix.name: rounded.dequantize()})
         measured = perplexity_and_kl(reference, StreamedLogits(other), windows)
-        costs.append(max(0.0, float(measured.kl.mean())))
-    return costs
+        costs[width] = max(0.0, float(measured.kl.mean()))
+    return [costs[embedding_width(width, costs)] for width in widths]
 
 
 def _profile(matrix: PlannedLinear, costs: FloatArray) -> LinearProfile:

@@ -13,10 +13,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import FileText, QuantizationConfig
 from bitmill.errors import CalibrationError, InputError, ModelError
-from bitmill.formats.accounting import footprint
+from bitmill.formats.accounting import footprint, uniform_map
 from bitmill.formats.export_plan import ExportTarget
 from bitmill.io.atomic import sha256_json
 from bitmill.pipeline import admission as library
@@ -223,7 +222,8 @@ def _queue(context: Context, needed: Estimate | None) -> str:
 
 
 def _uniform_size(plan: Plan, config: QuantizationConfig, width: int) -> SizeView:
-    cost = footprint(plan, BitWidthMap.uniform(plan.shapes, width, config.allocation.order))
+    allocation = config.allocation
+    cost = footprint(plan, uniform_map(plan, width, allocation.legal_widths, allocation.order))
     return SizeView(width=width, code_bits=cost.code_bits, bits=cost.bits, size=cost.size)
 
 

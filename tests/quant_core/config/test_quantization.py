@@ -65,11 +65,6 @@ def test_defaults_round_trip_through_json():
             "evaluation.baselines",
             "packs already",
         ),
-        (
-            {"code": "trellis", "evaluation": {"baselines": ["embeddings"]}},
-            "evaluation.baselines",
-            "trellis",
-        ),
         ({"calibration": {"sequences": 0}}, "calibration.sequences", "1"),
         ({"calibration": {"sequences": 4, "profile_sequences": 5}}, "calibration", "at most as"),
     ],
@@ -168,8 +163,8 @@ def test_a_code_brings_its_widths_and_format():
         ({"code": "trellis", "refinement": {"method": "exllama"}}, "finds no codes of 'trellis'"),
         ({"code": "trellis", "devices": 2}, "devices with code 'trellis'.*give 1"),
         (
-            {"code": "trellis", "allocation": {"embeddings": "quantize"}},
-            "embeddings with code.*give 'keep'",
+            {"code": "trellis", "allocation": {"embeddings": "quantize", "widths": [7]}},
+            "widths.*embeddings and heads are in affine codes.*or give 'keep'",
         ),
         ({"code": "trellis", "allocation": {"method": "sba"}}, "method with code.*give 'knapsack'"),
         ({"code": "vector"}, "code"),

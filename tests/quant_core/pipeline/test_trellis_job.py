@@ -29,7 +29,7 @@ from bitmill.io.manifest import check_folder
 from bitmill.pipeline.admission import admit
 from bitmill.pipeline.job import run_job
 from bitmill.pipeline.work_folder import WEIGHTS_FOLDER
-from bitmill.plan.model_plan import plan_for_map
+from bitmill.plan.model_plan import make_plan, plan_for_map
 from tiny import save_tiny, tiny_llama, tiny_opt
 from tiny_architectures import COVERED, tiny_config
 
@@ -102,16 +102,23 @@ def test_baselines_are_affine_in_bytes_and_widths(job, tmp_path):
             "texts": ["wiki_evaluation"],
             "sequences": 1,
             "length": 64,
-            "baselines": ["uniform"],
+            "baselines": ["uniform", "embeddings"],
         },
     )
     quality = run_job(asked, source, tmp_path / "work", tmp_path / "out").quality
-    (baseline,) = [row for row in quality.rows if row.method not in ("source", "uniform rtn")]
+    result, packed, baseline = quality.rows[1:]
     uniform = BitWidthMap.uniform(admit(source, asked).plan.shapes, 6)
     affine = plan_for_map(source, uniform, parse_config({"budget": {"bits": 8}}))[1]
     counted = footprint(affine, uniform)
     assert baseline.method.startswith("uniform 6-bit")
     assert (baseline.bits, baseline.size) == (counted.bits, counted.size)
+    assert packed.method == "uniform rtn, 8-bit embeddings"
+    name, plan = "model.embed_tokens", make_plan(source, asked.packs_embeddings)
+    widths = BitWidthMap.load(tmp_path / "out" / "bit_width_map.json").linears | {name: (8, 8)}
+    counted = footprint(plan, BitWidthMap(linears=widths))
+    assert (packed.bits, packed.size) == (counted.bits, counted.size)
+    assert packed.size < result.size
+    assert 0 <= packed.texts["wiki_evaluation"].kl - result.texts["wiki_evaluation"].kl < 1e-3
 
 
 def test_the_model_computes_with_the_decoded_weights_and_has_gradients(job):

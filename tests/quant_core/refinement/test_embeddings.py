@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,31 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig
 
 import bitmill
-from bitmill.allocation.allocator import Allocator
+from bitmill.allocation.allocator import Allocator, check_map
+from bitmill.allocation.groups import GroupTable
 from bitmill.allocation.profile import ProfileConfig, ProfileOrigin
 from bitmill.calibration.windows import evaluation_tokens
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import Budget, QuantizationConfig, parse_config
-from bitmill.errors import BudgetError, FormatError, ModelError, VerificationError
+from bitmill.errors import BudgetError, FormatError, ModelError, SpecError, VerificationError
 from bitmill.evaluation.compare import evaluate_folder
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
-from bitmill.formats.accounting import footprint
+from bitmill.formats.accounting import footprint, measure_map, uniform_map
 from bitmill.formats.codec import open_checkpoint
-from bitmill.inference.embedding import TiedHead
+from bitmill.inference.embedding import QuantizedEmbedding, TiedHead
 from bitmill.inference.hf_quantizer import quantized_linears
+from bitmill.inference.linear import QuantizedLinear
+from bitmill.inference.trellis import TrellisLinear
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.job import Result, run_job
 from bitmill.pipeline.stages.verify import verify_order
 from bitmill.plan.model_plan import Plan, make_plan
+from bitmill.quant.trellis import trellis_shapes
 from bitmill.refinement.embeddings import head_squares, round_embedding
+from bitmill.sensitivity.embeddings import embedding_profiles
 from bitmill.sensitivity.measure import make_profile
 from tiny import CALIBRATION, VOCABULARY, llama_config, save_tiny, tiny_llama, tiny_opt
+from trellis_models import pack_trellis
 from weights import PackedModel, dequantized_model, pack_model
 
 TOKENS = torch.arange(2, 26)[None]
@@ -52,16 +59,24 @@ def spec(
     budget: dict[str, Any],
     method: str = "uniform",
     refinement: dict[str, Any] | None = None,
+    code: str = "affine",
+    baselines: Sequence[str] = (),
     **allocation: Any,
 ) -> QuantizationConfig:
     return parse_config(
         {
+            "code": code,
             "budget": budget,
             "allocation": {"method": method, "order": "natural", "embeddings": "quantize"}
             | allocation,
             "refinement": refinement or {"method": "rtn"},
             "calibration": {"text": TEXT, "sequences": 2, "length": 64, "held_out": 1},
-            "evaluation": {"texts": ["wiki_evaluation"], "sequences": 2, "length": 64},
+            "evaluation": {
+                "texts": ["wiki_evaluation"],
+                "sequences": 2,
+                "length": 64,
+                "baselines": baselines,
+            },
             "threads": 1,
         }
     )
@@ -137,20 +152,24 @@ class Job:
         return next((self.folder / "work").glob(pattern))
 
 
+TUNED = {"method": "omniquant", "omniquant": {"tune_scales_steps": 1}}
 LEARNED = {"method": "omniquant", "omniquant": {"epochs": 1, "tune_scales_steps": 1}}
 JOBS = {
     "tied": spec({"bits": 4.3}, "knapsack", refinement={"method": "gptq"}),
     "untied": spec({"code_bits": 4.1}, refinement=LEARNED),
     "opt": spec({"code_bits": 3.5}, "sba"),
+    "tied, trellis": spec({"bits": 4.3}, "knapsack", {"method": "gptq"}, code="trellis"),
+    "untied, trellis": spec({"bits": 7.5}, refinement=TUNED, code="trellis", baselines=["uniform"]),
 }
 
 
 @pytest.fixture(scope="module", params=list(JOBS))
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder: Path = tmp_path_factory.mktemp(request.param)
-    source, asked = MODELS[request.param](folder / "source"), JOBS[request.param]
+    name, asked = request.param.partition(",")[0], JOBS[request.param]
+    source = MODELS[name](folder / "source")
     result = run_job(asked, source, folder / "work", folder / "out")
-    return Job(request.param, source, folder, asked, result)
+    return Job(name, source, folder, asked, result)
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -214,6 +233,53 @@ def test_a_headless_model_loads(packed: PackedModel) -> None:
     with torch.inference_mode():
         hidden = base.eval()(TOKENS).last_hidden_state
         assert torch.equal(hidden, expected(TOKENS).last_hidden_state)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def coded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Linears in trellis codes beside the packed matrices."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    source = MODELS[request.param](folder / "source")
+    return pack_trellis(source, folder / "packed", "quantize")
+
+
+def test_beside_trellis_codes_a_model_computes_with_the_decoded_weights(
+    coded: Path, tmp_path: Path
+) -> None:
+    model, checkpoint = bitmill.load(coded), open_checkpoint(coded)
+    widths = checkpoint.bit_widths.linears
+    head = model.get_output_embeddings()
+    assert isinstance(model.get_input_embeddings(), QuantizedEmbedding)
+    assert isinstance(head, QuantizedLinear if "lm_head" in widths else TiedHead)
+    assert not isinstance(head, TrellisLinear)
+    linears = [m for m in model.modules() if isinstance(m, TrellisLinear)]
+    assert len(linears) == len(widths) - 1 - ("lm_head" in widths)
+    expected = logits(bitmill.load(coded).dequantize())
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path / "saved")
+    before, after = (load_file(f / "model.safetensors") for f in (coded, tmp_path / "saved"))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    settings = [json.loads((f / "config.json").read_text()) for f in (coded, tmp_path / "saved")]
+    assert settings[0]["quantization_config"] == settings[1]["quantization_config"]
+    bitmill.export(coded, "dequantized", out=tmp_path / "plain", dtype="float32")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    torch.testing.assert_close(logits(plain), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_embedding_in_trellis_codes_is_refused(tmp_path: Path) -> None:
+    folder = pack_trellis(tiny_llama(tmp_path / "source"), tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())
+    name = "model.embed_tokens"
+    stored = load_file(folder / "model.safetensors")
+    del stored[f"{name}.weight"]
+    shapes = trellis_shapes(VOCABULARY, 160, (4, 4))
+    stored |= {f"{name}.{key}": torch.zeros(s, dtype=d) for key, (d, s) in shapes.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config["quantization_config"]["linears"][name] = {"widths": "44", "order": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=f"{name} is in trellis codes"):
+        bitmill.load(folder)
 
 
 def test_positions_cannot_pass_for_an_embedding(tmp_path: Path) -> None:
@@ -325,6 +391,35 @@ def test_budgets_spend_on_the_embedding_what_its_measured_cost_is_worth(
         assert footprint(plan, allocator.knapsack(Budget(size=value * 3))).size <= value * 3
     with pytest.raises(BudgetError):
         allocator.knapsack(Budget(code_bits=1.9))
+
+
+def test_beside_trellis_codes_a_matrix_has_a_width_of_affine_codes(tmp_path: Path) -> None:
+    asked, source = JOBS["tied, trellis"], tiny_llama(tmp_path / "source")
+    plan, name = make_plan(source, asked), "model.embed_tokens"
+    for widths, uniform in (
+        (range(1, 9), {1: 1, 4: 4, 6: 6, 7: 6, 8: 8}),
+        ((7, 8), {7: 8, 8: 8}),
+        ((1, 2, 7), {7: 2}),
+    ):
+        allocation = asked.allocation.model_copy(update={"widths": tuple(widths)})
+        groups = GroupTable(plan, allocation)
+        for width, own in uniform.items():
+            found = groups.named(groups.uniform(width))
+            assert found[name] == (own, own)
+            assert {b for key, of in found.items() if key != name for b in of} == {width}
+            made = uniform_map(plan, width, widths, "natural")
+            assert made.linears == found
+            for kind in ("code_bits", "bits", "size"):
+                counted = groups.measure(groups.uniform(width), kind)
+                assert counted == measure_map(plan, made, kind)
+    model = StreamedModel(source, plan, device=torch.device("cpu"), dtype=torch.float32)
+    tokens = torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
+    (profile,) = embedding_profiles(model, tokens, range(1, 9), tmp_path, lambda *_: None)
+    costs = profile.costs.sum(0)
+    assert costs[6] == costs[5] > costs[7] > 0
+    given = BitWidthMap.uniform(plan.shapes, 7)
+    with pytest.raises(SpecError, match=f"map.linears.{name}.*'affine' has no width 7"):
+        check_map(plan, asked, given)
 
 
 def test_the_head_weighs_columns_by_its_input(tmp_path: Path) -> None:

@@ -290,4 +290,4 @@ def test_damaged_ones_are_refused_by_name(change: dict[str, Tensor], message: st
 
 def test_engines_refuse_them_by_name() -> None:
     with pytest.raises(FormatError, match=r"m\.up.* 2 outlier columns.*allocation\.outliers"):
-        Share(PackedLinear("m.up", (3, 3), outliers=2), "affine", N, 256)
+        Share(PackedLinear("m.up", (3, 3), outliers=2), N, 256)

@@ -6,7 +6,7 @@ padding bits are checked, and a FormatError names the tensor at fault.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,7 @@ def write_checkpoint(
     other: Callable[[str], Tensor],
     orders: Mapping[str, str | None] | None = None,
     code: str = "affine",
+    affine: Collection[str] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_linear: Callable[[str], None] = lambda _: None,
 ) -> dict[str, str]:
@@ -53,10 +54,11 @@ def write_checkpoint(
     source: folder of the source model; its config and tokenizer are taken over
     tensors: what `stored_tensors` gives for this map, in that order
     linear, other: supply a quantized linear by its name, any other tensor by its own
-    orders: name of the tensor that holds a linear's column order; code: of all groups
+    orders: name of the tensor that holds a linear's column order; code: of all groups, but those
+        of the linears in `affine`
     max_shard_bytes, on_linear, what is returned and raised: as of `write_tensors`
     """
-    config = PackedConfig.from_map(bit_widths, orders, code)
+    config = PackedConfig.from_map(bit_widths, orders, code, affine)
     settings = source_settings(source)
 
     def packed_tensors(name: str) -> dict[str, Tensor]:
@@ -106,6 +108,7 @@ class PackedCodec:
             other=supply.other,
             orders={name: f"{owner}.order" for name, owner in owners.items()},
             code=self._settings.code,
+            affine={matrix.name for matrix in contents.plan.embeddings},
             on_linear=on_linear,
         )
 
@@ -140,7 +143,7 @@ class PackedCheckpoint(PackedHeaders, TensorFolder):
             shape,
             packed.widths,
             owns_order=packed.owns_order,
-            code=self.config.code,
+            code=packed.code,
             outliers=packed.outliers,
         )
         self.check_headers(expected)
@@ -154,7 +157,7 @@ class PackedCheckpoint(PackedHeaders, TensorFolder):
         order = self.tensor(packed.order) if packed.order else None
         if order is not None:
             check_order(order, shape.columns, packed.order or "")
-        rewrites, code = packed_rewrites(self.config.code, order), self.config.code
+        rewrites, code = packed_rewrites(packed.code, order), packed.code
         if packed.outliers:
             beside = {key: self.tensor(f"{shape.name}.{key}") for key in Outliers.stored}
             rewrites = Rewrites([*rewrites, Outliers.from_tensors(beside)])

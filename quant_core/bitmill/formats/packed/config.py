@@ -8,12 +8,13 @@ holds the linear's column order: its own, or that of another linear with the sam
 
 Version 2 says the code of all its groups, with its constants, under "code"; version 1 is of affine
 codes and has no such key. Version 3 is version 1 where linears keep columns in 16 bits beside their
-codes: those have a key more, "outliers", their number.
+codes: those have a key more, "outliers", their number. Version 4 is version 2 where some matrices,
+the embedding and the head, are in affine codes: those have a key more, "code".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ VERSIONS = {"affine": 1, "trellis": 2}
 """Format version by code, where no linear has outliers."""
 WITH_OUTLIERS = 3
 """Version of affine codes with outliers."""
+WITH_AFFINE = 4
+"""Version of trellis codes beside affine ones."""
 TRELLIS = {
     "name": "trellis",
     "state_bits": STATE_BITS,
@@ -46,6 +49,7 @@ class PackedLinear:
     widths: tuple[int, ...]
     order: str | None = None
     outliers: int = 0
+    code: str = "affine"
 
     @property
     def owns_order(self) -> bool:
@@ -55,7 +59,7 @@ class PackedLinear:
 
 @dataclass(frozen=True)
 class PackedConfig:
-    """The quantized linears of a checkpoint, by full name, and the code of all of them."""
+    """The quantized linears of a checkpoint, by full name, and the code of those of its blocks."""
 
     linears: dict[str, PackedLinear]
     code: str = "affine"
@@ -66,13 +70,19 @@ class PackedConfig:
         bit_widths: BitWidthMap,
         orders: Mapping[str, str | None] | None = None,
         code: str = "affine",
+        affine: Collection[str] = (),
     ) -> PackedConfig:
-        """Describe a map; `orders` gives the order tensor of the linears that have one."""
+        """Describe a map; `orders` gives the order tensor of the linears that have one. affine:
+        names of those in affine codes, whatever `code` of the others is."""
         orders = orders or {}
         return cls(
             {
                 name: PackedLinear(
-                    name, tuple(widths), orders.get(name), bit_widths.outliers.get(name, 0)
+                    name,
+                    tuple(widths),
+                    orders.get(name),
+                    bit_widths.outliers.get(name, 0),
+                    "affine" if name in affine else code,
                 )
                 for name, widths in bit_widths.linears.items()
             },
@@ -84,7 +94,8 @@ class PackedConfig:
         """Read what `to_dict` made. Raises FormatError for anything else."""
         expected = {"quant_method": QUANT_METHOD, "group_size": GROUP_SIZE}
         version = data.get("format_version")
-        versions = {known: name for name, known in VERSIONS.items()} | {WITH_OUTLIERS: "affine"}
+        versions = {known: name for name, known in VERSIONS.items()}
+        versions |= {WITH_OUTLIERS: "affine", WITH_AFFINE: "trellis"}
         code = versions.get(version) if isinstance(version, int) else None
         if code is None:
             raise FormatError(
@@ -103,11 +114,14 @@ class PackedConfig:
         linears = data.get("linears")
         if not isinstance(linears, Mapping) or not linears:
             raise _refusal("linears", "must name at least one quantized linear")
-        parsed = {name: _parse_linear(name, entry, code) for name, entry in linears.items()}
+        mixed = version == WITH_AFFINE
+        parsed = {name: _parse_linear(name, entry, code, mixed) for name, entry in linears.items()}
         if any(linear.outliers for linear in parsed.values()) != (version == WITH_OUTLIERS):
             raise _refusal(
                 "linears", f"of version {version} say otherwise whether there are outliers"
             )
+        if any(linear.code != code for linear in parsed.values()) != mixed:
+            raise _refusal("linears", f"of version {version} are all in code {code!r}")
         _check_orders(parsed)
         return cls(parsed, code)
 
@@ -116,16 +130,24 @@ class PackedConfig:
         linears = {
             name: {"widths": "".join(map(str, linear.widths)), "order": linear.order}
             | ({"outliers": linear.outliers} if linear.outliers else {})
+            | ({"code": linear.code} if linear.code != self.code else {})
             for name, linear in self.linears.items()
         }
         said: dict[str, Any] = {"code": TRELLIS} if self.code == "trellis" else {}
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": WITH_OUTLIERS if self.outliers else VERSIONS[self.code],
+            "format_version": self.version,
             "group_size": GROUP_SIZE,
             **said,
             "linears": linears,
         }
+
+    @property
+    def version(self) -> int:
+        """The smallest version that has a place for all of it."""
+        if any(linear.code != self.code for linear in self.linears.values()):
+            return WITH_AFFINE
+        return WITH_OUTLIERS if self.outliers else VERSIONS[self.code]
 
     @property
     def widths(self) -> dict[str, tuple[int, ...]]:
@@ -143,11 +165,25 @@ class PackedConfig:
         return {name: linear.order for name, linear in self.linears.items()}
 
 
-def _parse_linear(name: str, entry: Any, code: str) -> PackedLinear:
+def require_affine(linear: PackedLinear) -> None:
+    """Raise FormatError for an embedding or a head in another code."""
+    if linear.code != "affine":
+        raise FormatError(
+            f"{linear.name} is in {linear.code} codes: embeddings and heads are read in affine "
+            "codes only",
+            param=linear.name,
+        )
+
+
+def _parse_linear(name: str, entry: Any, code: str, mixed: bool) -> PackedLinear:
+    """code: of the checkpoint; mixed: whether a linear may be in affine codes instead."""
+    where, more = f"linears.{name}", "code" if mixed else "outliers"
+    if not isinstance(entry, Mapping) or entry.keys() - {more} != {"widths", "order"}:
+        raise _refusal(where, f"must have exactly the keys widths and order, and maybe {more}")
+    if entry.get("code", "affine") != "affine":
+        raise _refusal(where, f"has code {entry['code']!r}: 'affine', or no such key")
+    code = entry.get("code", code)
     legal = CODES[code].legal
-    where = f"linears.{name}"
-    if not isinstance(entry, Mapping) or entry.keys() - {"outliers"} != {"widths", "order"}:
-        raise _refusal(where, "must have exactly the keys widths and order, and maybe outliers")
     widths, order, outliers = entry["widths"], entry["order"], entry.get("outliers")
     if "outliers" in entry and (type(outliers) is not int or outliers < 1):
         raise _refusal(where, f"has outliers {outliers!r}: a number of columns, at least 1")
@@ -155,7 +191,7 @@ def _parse_linear(name: str, entry: Any, code: str) -> PackedLinear:
         raise _refusal(where, f"has widths {widths!r}: one digit of {list(legal)} per group")
     if order is not None and not (isinstance(order, str) and order.endswith(".order")):
         raise _refusal(where, f"has order {order!r}: the name of a tensor `….order`, or null")
-    return PackedLinear(name, tuple(int(digit) for digit in widths), order, outliers or 0)
+    return PackedLinear(name, tuple(int(digit) for digit in widths), order, outliers or 0, code)
 
 
 def _check_orders(linears: Mapping[str, PackedLinear]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
+from bitmill.config.bit_width_map import group_bytes
 from bitmill.config.codes import CODES
 from bitmill.formats.format import Contents, Facts, Format, Order, Refusal, order_owners
 from bitmill.formats.loading import Runtime
-from bitmill.formats.packed.config import QUANT_METHOD, VERSIONS, WITH_OUTLIERS
+from bitmill.formats.packed.config import QUANT_METHOD, VERSIONS, WITH_AFFINE, WITH_OUTLIERS
 from bitmill.formats.packed.layout import stored_tensors
 from bitmill.io.safetensors import TensorInfo
 from bitmill.plan.model_plan import Plan
@@ -55,7 +56,8 @@ class Packed(Format):
     """Version 1: bit planes of every width, in the columns' order or one that is stored; version
     3 where some linears keep columns in 16 bits beside them.
 
-    code: of all groups, by its name in `config.codes.CODES`.
+    code: of the groups of all linears, by its name in `config.codes.CODES`; packed embeddings and
+    heads are in affine codes.
     """
 
     name: ClassVar[str] = "bitmill-1"
@@ -101,6 +103,7 @@ class Packed(Format):
             {name: f"{owner}.order" for name, owner in owners.items()},
             self.code,
             contents.outliers,
+            {matrix.name for matrix in plan.embeddings},
         )
 
 
@@ -120,14 +123,15 @@ def _cut(name: str, linears: Collection[str]) -> bool:
 
 
 class PackedTrellis(Packed):
-    """Version 2: circles of bits, rotated columns, a scale per row and one per group."""
+    """Version 2: circles of bits, rotated columns, a scale per row and one per group; version 4
+    where the embedding and the head are packed too, as in version 1."""
 
     name: ClassVar[str] = "bitmill-2"
     kinds: ClassVar[frozenset[str]] = frozenset({"trellis"})
     widths: ClassVar[frozenset[int] | None] = frozenset(CODES["trellis"].legal)
     rewrites: ClassVar[frozenset[str] | None] = frozenset({"order", "rotation"})
     code: ClassVar[str] = "trellis"
-    versions: ClassVar[tuple[int, ...]] = (VERSIONS["trellis"],)
+    versions: ClassVar[tuple[int, ...]] = (VERSIONS["trellis"], WITH_AFFINE)
 
     def refusals(self, facts: Facts) -> list[Refusal]:
         """Besides: a model whose columns are not rotated."""
@@ -139,6 +143,10 @@ class PackedTrellis(Packed):
     def group_bytes(self, width: int, rows: int, columns: int) -> int:
         """Circles and the group's scale."""
         return tile_count(rows) * tile_count(columns) * tile_bytes(width) + 2
+
+    def embedding_group_bytes(self, width: int, rows: int, columns: int) -> int:
+        """Affine codes, scales and zeros."""
+        return group_bytes(width, rows, columns)
 
     def fixed_bytes(self, plan: Plan, order: Order) -> int:
         """Those of orders, and a scale per row."""

@@ -9,7 +9,7 @@ Torch-free: the service and the allocator import it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -61,6 +61,7 @@ def stored_tensors(
     orders: Mapping[str, str | None] | None = None,
     code: str = "affine",
     outliers: Mapping[str, int] = NO_OUTLIERS,
+    affine: Collection[str] = (),
 ) -> list[TensorInfo]:
     """Every tensor of the packed checkpoint: the linears' in the order of `shapes`, then `kept`.
 
@@ -68,6 +69,7 @@ def stored_tensors(
     linears: widths of each linear of `shapes`
     orders: name of the tensor that holds a linear's column order, by linear; None is natural
     outliers: number of outlier columns of the linears that have some
+    affine: names of the linears in affine codes, whatever `code` of the others is
 
     Raises FormatError unless `linears` covers exactly `shapes`, one legal width per group.
     """
@@ -80,7 +82,8 @@ def stored_tensors(
     for shape in shapes:
         owned = orders.get(shape.name) == f"{shape.name}.order"
         beside = outliers.get(shape.name, 0)
-        stored += _known(shape, tuple(linears[shape.name]), owned, code, beside)
+        own = "affine" if shape.name in affine else code
+        stored += _known(shape, tuple(linears[shape.name]), owned, own, beside)
     return stored + list(kept)
 
 

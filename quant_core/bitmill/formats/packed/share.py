@@ -58,13 +58,12 @@ class Share:
     def __init__(
         self,
         linear: PackedLinear,
-        code: str,
         N: int,
         K: int,
         rows: Sequence[Range] = (),
         groups: Range | None = None,
     ) -> None:
-        self.linear, self.code, self.N, self.K = linear, code, N, K
+        self.linear, self.code, self.N, self.K = linear, linear.code, N, K
         self.rows = tuple(rows) or ((0, N),)
         self.groups = groups or (0, len(linear.widths))
         self.all_rows = self.rows == ((0, N),)

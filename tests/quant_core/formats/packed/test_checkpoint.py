@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bitmill.config.quantization import Allocation, Budget, QuantizationConfig
 from bitmill.errors import BitmillError, Cancelled, FormatError, ModelError, ResourceError
 from bitmill.formats import writing as writing_module
 from bitmill.formats.accounting import checkpoint_tensors
@@ -31,11 +32,14 @@ from bitmill.io import atomic as storage
 from bitmill.io import safetensors as safetensors_module
 from bitmill.io.atomic import Flusher
 from bitmill.io.safetensors import INDEX_NAME, checkpoint_bytes
+from bitmill.plan.model_plan import make_plan
 from bitmill.quant.tensors import QuantizedWeight
 from rank_function import in_process
 from tiny import tiny_llama, tiny_opt
+from trellis_models import pack_trellis
 from weights import PackedModel, pack_model
 
+EMBEDDING = "model.embed_tokens"
 QUERY = "model.layers.0.self_attn.q_proj"
 KEY = "model.layers.0.self_attn.k_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -283,7 +287,7 @@ def _edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=4), "format_version 4 is unknown"),
+        (lambda q: q.update(format_version=5), "format_version 5 is unknown"),
         (lambda q: q.update(format_version=3), "of version 3 say otherwise"),
         (lambda q: q["linears"][KEY].update(outliers=2), "of version 1 say otherwise"),
         (lambda q: q["linears"][KEY].update(outliers=0), "has outliers 0: a number of columns"),
@@ -311,6 +315,35 @@ def test_a_damaged_config_is_refused(
     _edit_config(folder, change)
     with pytest.raises(FormatError, match=message):
         PackedCheckpoint.open(folder).check_linears(packed.plan.shapes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q["linears"][EMBEDDING].update(code="trellis"), "has code 'trellis'"),
+        (lambda q: q["linears"][EMBEDDING].update(code=["affine"]), r"has code \['affine'\]"),
+        (lambda q: q["linears"][EMBEDDING].update(outliers=1), "exactly the keys"),
+        (lambda q: q["linears"][EMBEDDING].update(widths="77"), "has widths '77'"),
+        (lambda q: q["linears"][EMBEDDING].pop("code"), "of version 4 are all in code 'trellis'"),
+        (lambda q: q.update(format_version=2), "exactly the keys widths and order"),
+        (lambda q: q["linears"][KEY].update(code="affine"), "codes_b"),
+    ],
+)
+def test_a_damaged_config_of_two_codes_is_refused(
+    source: Path,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], None],
+    message: str,
+) -> None:
+    folder = pack_trellis(source, tmp_path / "packed", "quantize")
+    asked = QuantizationConfig(
+        budget=Budget(bits=4), code="trellis", allocation=Allocation(embeddings="quantize")
+    )
+    shapes = make_plan(source, asked).shapes
+    PackedCheckpoint.open(folder).check_linears(shapes)
+    _edit_config(folder, change)
+    with pytest.raises(FormatError, match=message):
+        PackedCheckpoint.open(folder).check_linears(shapes)
 
 
 def _drop(tensors: dict[str, Tensor], name: str) -> None:

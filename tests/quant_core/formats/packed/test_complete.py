@@ -13,6 +13,7 @@ from torch import Tensor
 from bitmill.errors import FormatError
 from bitmill.formats.packed.complete import check_complete
 from tiny import tiny_llama, tiny_opt
+from trellis_models import pack_trellis
 from weights import pack_model
 
 
@@ -25,6 +26,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_whole_folders_pass(packed: Path, tmp_path: Path) -> None:
     check_complete(packed)
+    check_complete(pack_trellis(tiny_llama(tmp_path / "llama"), tmp_path / "coded", "quantize"))
     check_complete(pack_model(tiny_opt(tmp_path / "opt"), tmp_path / "packed").folder)
 
 

@@ -55,8 +55,8 @@ def share_of(
     loaded: bool = True,
 ) -> Share:
     order = None if linear.rewrites.order is None else "m.up.order"
-    described = PackedLinear("m.up", linear.widths, order)
-    share = Share(described, linear.kind, linear.N, K, rows or (), groups)
+    described = PackedLinear("m.up", linear.widths, order, code=linear.kind)
+    share = Share(described, linear.N, K, rows or (), groups)
     if loaded:
         for name, tensor in files(linear).items():
             share.load(name, tensor)
@@ -175,7 +175,7 @@ def test_cuts_that_cannot_be_made_are_refused() -> None:
     with pytest.raises(FormatError, match="has 4 groups, too few to give every rank one"):
         share_of(whole("affine", ordered=False), groups=even_groups(0, 8, 4))
     with pytest.raises(FormatError, match="has 4 widths for 640 columns"):
-        Share(PackedLinear("m.up", WIDTHS), "affine", N, 640)
+        Share(PackedLinear("m.up", WIDTHS), N, 640)
 
 
 def test_groups_align_with_the_columns_of_ranks_or_are_split_evenly() -> None:
