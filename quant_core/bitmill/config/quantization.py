@@ -596,16 +596,13 @@ class QuantizationConfig(Stored):
                 f"{list(CODES['affine'].widths)}: allow one of those, or give 'keep'",
                 param="allocation.widths",
             )
-        refusals = {
-            "devices": (self.devices > (method.max_devices or self.devices), method.max_devices),
-            "allocation.method": (allocation.method == "sba", "knapsack"),
-        }
-        for param, (refused, instead) in refusals.items():
-            if refused and code != AUTO:
-                raise SpecError(
-                    f"{param} with code {code!r}, which has none of that: give {instead!r}",
-                    param=param,
-                )
+        most = method.max_devices
+        if code != AUTO and most is not None and self.devices > most:
+            raise SpecError(
+                f"devices {self.devices} with code {code!r}, whose codes are found on {most}: "
+                f"give devices {most}",
+                param="devices",
+            )
         return self
 
     @property

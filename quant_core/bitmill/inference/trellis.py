@@ -55,7 +55,7 @@ class TrellisRuntime:
             *linear,
             order=weight.order,
             signs=signs(weight.K, device) if whole else None,
-            inputs=self._inputs,
+            inputs=self.rewrites.inputs,
         )
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -71,11 +71,6 @@ class TrellisRuntime:
     def input_gradient(self, dy: Tensor) -> Tensor:
         """dx f32 [T, K] of dy [T, N]."""
         return self.rewrites.undo(self.product.input_gradient(dy.float()))
-
-    def _inputs(self, x: Tensor) -> Tensor:
-        for one in self.rewrites:
-            x = one.inputs(x)
-        return x
 
 
 class _Product(torch.autograd.Function):

@@ -185,6 +185,12 @@ class Rewrites(tuple[Rewrite, ...]):
             shift = one.moments(shift)
         return Rewrites(found)
 
+    def inputs(self, x: Tensor) -> Tensor:
+        """What x [..., K] in the source's columns becomes."""
+        for one in self:
+            x = one.inputs(x)
+        return x
+
     def moments(self, sums: Tensor) -> Tensor:
         """Sums [*, K] of products with x^T, of what x becomes."""
         for one in self:

@@ -164,7 +164,10 @@ def _measure_sba(
     base, order = origin.config.base, _order(origin.config)
     if base is None:
         raise SpecError("a profile of kind 'sba' needs a base width", param="allocation.method")
-    records, orders = profile_block_sba(model, i, block, stream, base, order=order, batch=batch)
+    code = origin.config.code or "affine"
+    records, orders = profile_block_sba(
+        model, i, block, stream, base, order=order, batch=batch, code=code
+    )
     return _block_profile(model, i, origin, orders, {base: records})
 
 

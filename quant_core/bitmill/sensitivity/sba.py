@@ -16,6 +16,12 @@ cost in GPTQ's own order). Differences from that code:
 - that pass takes the first windows, about 32,768 tokens; salience and order take all of them.
 
 With an activation order, groups are those of the ordered columns.
+
+Of trellis codes W, x and H are what rotation makes of them (`quant/rotation.py`). A candidate's
+error is not searched for: it is what rounding to 4 bits leaves of every group's row, scaled to the
+code's distortion of that row at the candidate's rate. Rotated weights are nearly Gaussian, and what
+a code leaves of them is noise of that size in every direction alike, as costs of the knapsack take
+it to be (`sensitivity/trellis.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +37,9 @@ from torch import Tensor, nn
 from bitmill.allocation.profile import SbaRecord
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.models.streamed import StreamedModel, weight_of
+from bitmill.quant.codes import group_slices
+from bitmill.quant.rewrites import NO_REWRITES
+from bitmill.quant.rotation import packed_rewrites
 from bitmill.runtime.ranks import Ranks
 from bitmill.runtime.timer import timed
 from bitmill.sensitivity.fisher import PROFILE_CLIP
@@ -40,7 +49,10 @@ from bitmill.solvers.solver import check_weights
 from bitmill_kernels.divergence.divergence import divergence
 from bitmill_kernels.layout import GROUP_SIZE, group_count
 from bitmill_kernels.linalg.hessian import add_product, product
+from bitmill_kernels.trellis.code import DISTORTION
 
+STAND_IN_WIDTH = 4
+"""Of the rounding whose errors stand for those of trellis codes."""
 DAMPING = (0.01, 0.05, 0.1)
 CHUNK_TOKENS = 2048
 """Inputs on which every p is evaluated at once."""
@@ -85,12 +97,14 @@ class SbaSearch:
         bias: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         name: str = "linear",
+        code: str = "affine",
     ) -> None:
-        """W f32 [N, K] in source columns; bias f32 [N].
+        """W f32 [N, K] in source columns, of trellis codes behind its rewrites; bias f32 [N].
 
         dtype: of the inputs; weights and their changes are multiplied in it.
         """
         self._bias, self._shared, self._tokens = bias, shared, 0
+        self._code = code
         check_weights({name: W})
         packed = W[:, shared.order]
         self._ranking = group_ranking(packed, shared.pivots)
@@ -121,8 +135,10 @@ class SbaSearch:
         if not groups:
             return W[:, :0], place[0][:0]
         columns = torch.cat([place[group] for group in groups]).to(W.device)
-        widths, weight = (width,) * len(groups), self._shared.weight[columns]
-        codes = round_to_nearest(W[:, columns], widths, weight, PROFILE_CLIP[width])
+        weight, own = self._shared.weight[columns], W[:, columns]
+        if self._code == "trellis":
+            return distorted(own, width, weight), columns
+        codes = round_to_nearest(own, (width,) * len(groups), weight, PROFILE_CLIP[width])
         return codes.values(), columns
 
     def add(self, x: Tensor) -> None:
@@ -157,6 +173,19 @@ class SbaSearch:
         )
 
 
+def distorted(W: Tensor, rate: int, weight: Tensor) -> Tensor:
+    """W f32 [N, c], rotated, with errors of the size that a trellis leaves at this rate: those of 4
+    bits, scaled row by row in every group. weight: diag H f32 [c]."""
+    widths = (STAND_IN_WIDTH,) * group_count(W.shape[1])
+    error = round_to_nearest(W, widths, weight, PROFILE_CLIP[STAND_IN_WIDTH]).values() - W
+    parts = []
+    for _, part in group_slices(W.shape[1]):
+        left, power = (one[:, part].square().mean(1, keepdim=True) for one in (error, W))
+        size = torch.where(left > 0, DISTORTION[rate] * power / left, 0.0).sqrt()
+        parts.append(error[:, part] * size)
+    return W + torch.cat(parts, 1)
+
+
 def group_ranking(W: Tensor, pivots: Tensor) -> list[int]:
     """Full groups of W f32 [N, K] from least to most salient; equal ones in column order.
 
@@ -179,6 +208,7 @@ def profile_block_sba(
     order: Literal["natural", "activation"] = "natural",
     orders: Mapping[str, Tensor] | None = None,
     batch: int = 8,
+    code: str = "affine",
 ) -> tuple[dict[str, SbaRecord], dict[str, Tensor]]:
     """Records of every linear of a block and, for activation order, the order of each i64 [K].
 
@@ -209,16 +239,21 @@ def profile_block_sba(
         if order == "activation":
             found = orders[lead] if orders else activation_order(H.diagonal())
             chosen |= dict.fromkeys(group, found)
-        shared = SbaInput.prepare(H, chosen.get(lead), lead)
+        own, rewrites = chosen.get(lead), NO_REWRITES
+        if code == "trellis":
+            own, rewrites = None, packed_rewrites(code, own)
+            inputs = [rewrites.inputs(x) for x in inputs]
+        shared = SbaInput.prepare(rewrites.hessian(H), own, lead)
         for name in group:
             bias = getattr(linears[name], "bias", None)
             search = SbaSearch(
-                weight_of(linears[name]).float(),
+                rewrites.weights(weight_of(linears[name]).float()),
                 shared,
                 base,
                 bias=None if bias is None else bias.float(),
                 dtype=model.dtype,
                 name=name,
+                code=code,
             )
             with timed("divergence"):
                 for x in inputs:

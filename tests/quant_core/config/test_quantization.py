@@ -161,12 +161,11 @@ def test_a_code_brings_its_widths_and_format():
         ({"code": "affine", "allocation": {"widths": [3, 7]}}, "code 'affine' has no width 7"),
         ({"code": "trellis", "allocation": {"widths": [0, 3]}}, "code 'trellis' has no width 0"),
         ({"code": "trellis", "refinement": {"method": "exllama"}}, "finds no codes of 'trellis'"),
-        ({"code": "trellis", "devices": 2}, "devices with code 'trellis'.*give 1"),
+        ({"code": "trellis", "devices": 2}, "devices 2 with code 'trellis'.*give devices 1"),
         (
             {"code": "trellis", "allocation": {"embeddings": "quantize", "widths": [7]}},
             "widths.*embeddings and heads are in affine codes.*or give 'keep'",
         ),
-        ({"code": "trellis", "allocation": {"method": "sba"}}, "method with code.*give 'knapsack'"),
         ({"code": "vector"}, "code"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import bitmill
@@ -175,6 +175,23 @@ def test_every_budget_is_spent_and_never_exceeded(job, kind):
         assert 0.97 * limit - 200 * (kind == "size") < spent <= limit
         used |= {width for groups in found.linears.values() for width in groups}
     assert used == set(range(1, 9))
+
+
+def test_sba_swaps_rates_of_groups_about_its_base(tmp_path):
+    source = tiny_llama(tmp_path / "source", hidden_size=64, head_dim=16, intermediate_size=512)
+    stored = load_file(source / "model.safetensors")
+    gate, up = (stored[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+    gate[:200], up[:200] = 4 * gate[:200], 4 * up[:200]
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    asked = spec(budget={"code_bits": 7}, allocation={"method": "sba", "embeddings": "quantize"})
+    result = run_job(asked, source, tmp_path / "work", tmp_path / "out")
+    widths = BitWidthMap.load(tmp_path / "out" / "bit_width_map.json").linears
+    assert widths["model.layers.0.mlp.down_proj"] in ((8, 8, 6, 6), (8, 7, 7, 6))
+    assert widths["model.layers.0.self_attn.q_proj"] == (7,)
+    assert widths["model.embed_tokens"] == (6,)
+    row = result.quality.row("sba gptq")
+    assert row.code_bits <= 7
+    assert row.texts["wiki_evaluation"].kl < 0.05
 
 
 def test_a_map_without_profile_on_a_model_with_biases(tmp_path):

@@ -5,10 +5,12 @@ import torch
 from bitmill.calibration.statistics import Stream
 from bitmill.models.streamed import StreamedModel
 from bitmill.quant.grid import clip_search, nearest_codes, values
+from bitmill.quant.rotation import packed_rewrites
 from bitmill.sensitivity import sba
 from bitmill.sensitivity.fisher import PROFILE_CLIP
 from bitmill.sensitivity.sba import SbaInput, SbaSearch, group_ranking, profile_block_sba
 from bitmill.solvers.factor import activation_order
+from bitmill.solvers.trellis import encode_siblings
 from streaming import streamed
 from tiny import tiny_opt
 
@@ -89,6 +91,33 @@ def test_few_groups_work_and_the_tail_is_never_swapped(K, pairs):
     assert np.isfinite(record.kl).all()
 
 
+@pytest.mark.parametrize(("base", "ordered"), [(2, True), (3, False), (4, True)])
+def test_of_trellis_codes_every_candidate_is_as_far_off_as_its_encoding(base, ordered):
+    generator = torch.Generator().manual_seed(base)
+    x = torch.randn(600, 520, generator=generator)
+    x *= torch.exp(0.7 * torch.randn(520, generator=generator))
+    W, H = 0.02 * torch.randn(64, 520, generator=generator), x.T @ x / len(x)
+    order = activation_order(H.diagonal()) if ordered else None
+    rewrites = packed_rewrites("trellis", order)
+    rotated, inputs = rewrites.weights(W), rewrites.inputs(x)
+    shared = SbaInput.prepare(rewrites.hessian(H))
+    search = SbaSearch(rotated, shared, base, code="trellis")
+    search.add(inputs)
+    record = search.record()
+    ranking, source = record.salience.tolist(), torch.softmax(x.double() @ W.double().T, 1)
+    encoded = []
+    for p in range(len(record.kl)):
+        rates = [base] * 5
+        for step in range(p):
+            rates[ranking[step]], rates[ranking[-1 - step]] = base - 1, base + 1
+        (codes,) = encode_siblings([rotated], None, [tuple(rates)])
+        changed = inputs.double() @ codes.packed_values().double().T
+        kl = source * (source.log() - torch.log_softmax(changed, 1))
+        encoded.append(float(kl.sum(1).mean()))
+    np.testing.assert_allclose(record.kl, encoded, rtol=0.08)
+    assert record.kl.argmin() == np.argmin(encoded)
+
+
 def test_salience_has_its_closed_form_where_inputs_do_not_correlate():
     """H diagonal: U_jj^2 = 1 / (H_jj + damping), so S_g = sum w^2 (H_jj + damping)."""
     generator = torch.Generator().manual_seed(4)
@@ -150,6 +179,36 @@ def test_a_block_is_profiled_on_its_own_inputs(opt, order):
     search.add(x)
     assert records[name].salience.tolist() == search.record().salience.tolist()
     assert np.allclose(records[name].kl, search.record().kl, rtol=1e-3)
+
+
+def test_of_trellis_codes_a_block_is_profiled_behind_the_rotation(opt):
+    tokens = torch.randint(2, 258, (3, 48), generator=torch.Generator().manual_seed(0))
+    hidden, block = opt.embed(tokens), opt.load_block(0)
+    linears, name = opt.linears(block, 0), "model.decoder.layers.0.fc2"
+    records, orders = profile_block_sba(
+        opt, 0, block, Stream(hidden.clone()), 3, order="activation", batch=2, code="trellis"
+    )
+    plain, same = profile_block_sba(
+        opt, 0, block, Stream(hidden.clone()), 3, order="activation", batch=2
+    )
+    assert all(torch.equal(orders[key], same[key]) for key in linears)
+    seen = []
+    handle = linears[name].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    opt.run_block(0, block, hidden)
+    handle.remove()
+    x = seen[0].reshape(-1, seen[0].shape[-1]).detach()
+    rewrites = packed_rewrites("trellis", orders[name])
+    search = SbaSearch(
+        rewrites.weights(linears[name].weight.detach()),
+        SbaInput.prepare(rewrites.hessian(x.T @ x / len(x))),
+        3,
+        bias=linears[name].bias.detach(),
+        code="trellis",
+    )
+    search.add(rewrites.inputs(x))
+    assert records[name].salience.tolist() == search.record().salience.tolist()
+    assert np.allclose(records[name].kl, search.record().kl, rtol=1e-3)
+    assert not np.allclose(records[name].kl, plain[name].kl, rtol=1e-2)
 
 
 def test_candidates_are_judged_on_the_first_windows_up_to_a_limit(opt, monkeypatch):

@@ -111,7 +111,7 @@ def needed(
         keep=allocation.keep,
         embeddings=tuple(matrix.name for matrix in plan.embeddings) or None,
         widths=_widths(config) if knapsack else None,
-        code=config.code_name if knapsack and config.code_name != "affine" else None,
+        code=config.code_name if (knapsack or sba) and config.code_name != "affine" else None,
         moments="weighted" if knapsack else None,
         outliers=allocation.outliers or None,
         base=Allocator(plan, allocation).sba_base(config.budget) if sba else None,
