@@ -72,6 +72,7 @@ class BitmillQuantizer(HfQuantizer):
         checkpoint_files: Sequence[str] | None = None,
         **_: Any,
     ) -> None:
+        self._renames = architecture(model.config.model_type).renames
         if self._has_experts():
             unfuse_experts(model)
         modules, packed = dict(model.named_modules()), self.quantization_config.packed()
@@ -111,14 +112,17 @@ class BitmillQuantizer(HfQuantizer):
             model._weight_conversions = []
         return model
 
-    def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> Any:
-        """Those of transformers, but experts are read one by one: kept ones lie as linears here."""
-        found = super().update_weight_conversions(weight_conversions, model)
-        renames = architecture(model.config.model_type).renames
-        if not self._has_experts() or not renames:
+    def update_weight_conversions(self, weight_conversions: Any, *model: PreTrainedModel) -> Any:
+        """Those of transformers, but experts are read one by one: kept ones lie as linears here.
+
+        model: older transformers, as those beside vLLM and SGLang (5.19), name none.
+        """
+        found = super().update_weight_conversions(weight_conversions, *model)
+        if not self._has_experts() or not self._renames:
             return found
         plain = [one for one in found if isinstance(one, WeightRenaming)]
-        return plain + [WeightRenaming(*rename) for rename in renames if "experts" in rename[0]]
+        named = [one for one in self._renames if "experts" in one[0]]
+        return plain + [WeightRenaming(*one) for one in named]
 
     def _has_experts(self) -> bool:
         return any(".experts." in name for name in self.quantization_config.linears)

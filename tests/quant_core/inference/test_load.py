@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.core_model_loading import WeightRenaming
+from transformers.quantizers import HfQuantizer
 
 import bitmill
 from bitmill.errors import FormatError
@@ -204,6 +206,21 @@ def test_experts_that_are_kept_load_beside_packed_ones(tmp_path: Path, name: str
     made = pack_model(source, tmp_path / "packed", keep=("*.experts.1.*",))
     modules = {tensor.name: tensor.module for tensor in made.plan.tensors}
     assert check_loads(made.folder, modules, room=1 << 40) == 1
+
+
+def test_transformers_that_name_no_model_have_the_same_conversions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny(tmp_path / "source", tiny_config("mixtral"))
+    model = bitmill.load(pack_model(source, tmp_path / "packed").folder)
+    quantizer, given = model.hf_quantizer, [WeightRenaming("a", "b")]
+    new = quantizer.update_weight_conversions(given, model)
+    monkeypatch.setattr(HfQuantizer, "update_weight_conversions", lambda _, found: found)
+    old = quantizer.update_weight_conversions(given)
+    for one, other in zip(old, new, strict=True):
+        assert one.source_patterns == other.source_patterns
+        assert one.target_patterns == other.target_patterns
+    assert len(old) > 1
 
 
 def test_stand_ins_of_columns_name_each_once() -> None:
