@@ -255,6 +255,37 @@ def test_submit_with_download_prints_one_json_document(
     assert len(done["download"]["fetched"]) == 5
 
 
+@pytest.mark.parametrize(
+    ("place", "code"),
+    [
+        ("file", "path_in_the_way"),
+        ("file/deep/out", "path_in_the_way"),
+        ("nowhere", "path_in_the_way"),
+        ("a" * 300, "cannot_write"),
+    ],
+)
+def test_a_folder_that_takes_no_download_is_told_before_a_job_is_made(
+    bitmill: Any, stack: Stack, tmp_path: Path, place: str, code: str
+) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    refuses_to_submit(bitmill, stack, tmp_path / place, code)
+
+
+def test_a_disk_that_can_only_be_read_is_told_before_a_job_is_made(
+    bitmill: Any, stack: Stack, small_disk: Path
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    refuses_to_submit(bitmill, stack, small_disk / "out", "cannot_write")
+
+
+def refuses_to_submit(bitmill: Any, stack: Stack, folder: Path, code: str) -> None:
+    before = [job.id for job in stack.context.jobs.list().jobs]
+    ended, _, err = bitmill(*SUBMIT, "--order", "natural", "--json", "--download", str(folder))
+    assert (ended, json.loads(err)["error"]["code"]) == (2, code)
+    assert [job.id for job in stack.context.jobs.list().jobs] == before
+
+
 def test_bad_setting_is_named_without_a_trace(
     monkeypatch: pytest.MonkeyPatch, command: Any
 ) -> None:

@@ -121,6 +121,24 @@ def _in_the_way(place: Path) -> InputError:
     )
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that nothing can be downloaded to; makes nothing. Raises `InputError`."""
+    with _file_errors(folder):
+        place = next(one for one in (folder, *folder.absolute().parents) if _is_there(one))
+        if not place.is_dir():
+            raise _in_the_way(folder / "manifest.json")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _is_there(place: Path) -> bool:
+    try:
+        place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 class _FileDownload:
     """Fetches one file into its part file and moves it into place.
 
@@ -330,6 +348,7 @@ def download_files(
     Raises what the first failing file raised; files that were finished stay and are skipped the
     next time. `on_bytes` may be called from several threads.
     """
+    check_folder(folder)
     targets = [(file, safe_target(folder, file.path)) for file in files]
     for _, target in targets:
         with _file_errors(target):
