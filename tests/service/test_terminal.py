@@ -200,6 +200,33 @@ def test_top_renews_itself_on_a_terminal_until_it_is_interrupted(stack: Stack) -
         assert "\x1b[?1049l" in terminal.read(), "the screen was given back"
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+@pytest.mark.parametrize("words", ["wait", "submit --wait", "sweeps wait"])
+def test_who_interrupts_waiting_is_told_that_it_goes_on(
+    stack: Stack, command: Any, monkeypatch: pytest.MonkeyPatch, words: str, form: list[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "wait", interrupt)
+    monkeypatch.setattr(Client, "sweep_events", interrupt)
+    sweep = words == "sweeps wait"
+    name = stack.sweep(seed=[0]) if sweep else stack.queued().id
+    submits = words == "submit --wait"
+    asked = ["path:models/tiny", "--code-bits", "3", "--method", "uniform"] if submits else [name]
+    code, out, err = command(*words.split(), *asked, "--url", stack.url, *form)
+    if submits:
+        name = stack.context.jobs.list().jobs[0].id
+    begin, at = ("bitmill sweeps" if sweep else "bitmill"), f"--url={stack.url}"
+    told = (
+        f"{'sweep' if sweep else 'job'} {name} goes on: `{begin} wait {name} {at}` follows it, "
+        f"`{begin} cancel {name} {at}` ends it"
+    )
+    assert code == 130
+    assert (json.loads(err)["error"]["message"] if form else err.strip().splitlines()[-1]) == told
+    assert not form or out == ""
+
+
 def test_a_sweep_tells_each_cell_that_ends_into_a_pipe(
     stack: Stack, client: Client, command: Any
 ) -> None:

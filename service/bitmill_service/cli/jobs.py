@@ -21,6 +21,7 @@ from bitmill_service.cli.output import (
     console,
     format_size,
     format_time,
+    goes_on,
     open_client,
     print_json,
     print_more,
@@ -75,7 +76,7 @@ def submit(
         if not json:
             typer.echo(f"job {job.id}")
         if wait or download is not None:
-            job = _watch(client, job.id, None, quiet=json)
+            job = _watch(client, job.id, None, url, quiet=json)
         shown = job.model_dump(mode="json")
         if download is not None:
             shown |= {"download": _download(client, job.id, download, (), 4, quiet=json)}
@@ -167,7 +168,7 @@ def wait(
     Example: bitmill wait JOB --timeout 3600
     """
     with open_client(url) as client:
-        view = _watch(client, job, timeout, quiet=json)
+        view = _watch(client, job, timeout, url, quiet=json)
     if json:
         print_json(view.model_dump(mode="json"))
 
@@ -269,11 +270,14 @@ def download(
         print_json(done)
 
 
-def _watch(client: Client, job_id: str, timeout: float | None, *, quiet: bool) -> JobView:
-    if quiet:
-        return client.wait(job_id, timeout=timeout)
-    with JobWatch(console()) as watch:
-        return client.wait(job_id, timeout=timeout, on_event=watch.on_event)
+def _watch(
+    client: Client, job_id: str, timeout: float | None, url: str | None, *, quiet: bool
+) -> JobView:
+    with goes_on("job", job_id, url, follow="wait", cancel="cancel"):
+        if quiet:
+            return client.wait(job_id, timeout=timeout)
+        with JobWatch(console()) as watch:
+            return client.wait(job_id, timeout=timeout, on_event=watch.on_event)
 
 
 def _download(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -84,6 +85,28 @@ def print_more(*command: str, after: str | None, **options: str | int | None) ->
     given = {**options, "after": after}
     words = [f"--{name}={value}" for name, value in given.items() if value is not None]
     typer.echo(f"more: bitmill {shlex.join([*command, *words])}")
+
+
+@contextmanager
+def goes_on(what: str, name: str, url: str | None, *, follow: str, cancel: str) -> Iterator[None]:
+    """Whoever is interrupted while a job is followed is told that it goes on, by one line on
+    standard error.
+
+    follow, cancel: the commands that take its name.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        at = [] if url is None else [f"--url={url}"]
+        more, end = (
+            shlex.join(["bitmill", *words.split(), name, *at]) for words in (follow, cancel)
+        )
+        told = f"{what} {name} goes on: `{more}` follows it, `{end}` ends it"
+        if "--json" in sys.argv:
+            print_error(BitmillError(told, code="interrupted"), as_json=True)
+        else:
+            typer.echo(told, err=True)
+        raise
 
 
 def format_time(time: datetime | None) -> str:

@@ -34,6 +34,7 @@ from bitmill_service.cli.output import (
     JsonFlag,
     UrlOption,
     format_time,
+    goes_on,
     open_client,
     print_json,
     print_more,
@@ -102,7 +103,7 @@ def sweep(
                 if json:
                     print_json(submitted.model_dump(mode="json"))
                 return
-            _follow(client, submitted.id, out, as_json=json)
+            _follow(client, submitted.id, out, url, as_json=json)
         return
     if out is None:
         raise InputError("give --out DIR for the results, or --api", param="--out")
@@ -168,7 +169,7 @@ def wait_sweep(
     """
     _check_folder(out, here=False)
     with open_client(url) as client:
-        _follow(client, sweep, out, as_json=json)
+        _follow(client, sweep, out, url, as_json=json)
 
 
 @sweeps.command("cancel")
@@ -382,13 +383,16 @@ def _is_of_a_sweep(name: str) -> bool:
     return name in files or _is_cell(name)
 
 
-def _follow(client: Client, sweep_id: str, out: Path | None, *, as_json: bool) -> None:
+def _follow(
+    client: Client, sweep_id: str, out: Path | None, url: str | None, *, as_json: bool
+) -> None:
     """Show cells as they go on and end, then the table."""
     view = client.sweep(sweep_id)
     if out is not None:
         _claim(out, sweep_id)
     screen = Console(stderr=True, highlight=False, quiet=as_json)
-    with CellsWatch(view, screen) as watch:
+    known = goes_on("sweep", sweep_id, url, follow="sweeps wait", cancel="sweeps cancel")
+    with known, CellsWatch(view, screen) as watch:
         for event in client.sweep_events(sweep_id):
             if watch.on_event(event) and watch.renew(view := client.sweep(sweep_id)):
                 _write_to(out, view)
