@@ -14,8 +14,10 @@ import struct
 import subprocess
 import sys
 import termios
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from bitmill_service.client.client import Client
 from finished import Stack
 from stores import claim, wait_for
 
+ROOT = Path(__file__).resolve().parents[2]
 MAIN = [sys.executable, "-P", "-m", "bitmill_service.cli.main"]
 _CODES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
 
@@ -114,6 +117,24 @@ def test_a_completion_script_is_shown_for_every_shell(shell: str) -> None:
     env = {"_BITMILL_COMPLETE": f"source_{shell}"}
     done = subprocess.run(MAIN, env=os.environ | env, capture_output=True, text=True, check=True)
     assert "_BITMILL_COMPLETE" in done.stdout
+
+
+def test_an_interrupt_while_modules_load_ends_quietly() -> None:
+    """It comes when the command line is looked for, before that can handle it."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts["bitmill"].partition(":")
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'bitmill_service.cli.main':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        f"from {module} import {function} as run\n"
+        "run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_plain_lines_tell_rate_and_time_left() -> None:
