@@ -29,6 +29,11 @@ def loads(text: bytes, most: int | None = None) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def shown(value: Any, most: int = 40) -> str:
+    """The first characters of a value as it stood in a document: `"64"` is not 64."""
+    return json.dumps(value)[:most]
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, Self
 from bitmill.errors import InputError, ModelError
 from bitmill.io import bounded_json
 from bitmill.io.atomic import Flusher, write_json
+from bitmill.io.bounded_json import shown
 
 METADATA = {"format": "pt"}
 MAX_SHARD_BYTES = 2_000_000_000
@@ -290,9 +291,9 @@ def _parse_tensor(
             code="unsupported_dtype",
         )
     if not _is_counts(shape) or len(shape) > MAX_RANK:
-        raise _refuse(path, f"{name} has the shape {str(shape)[:80]}")
+        raise _refuse(path, f"{name} has the shape {shown(shape, 80)}")
     if not _is_counts(offsets) or len(offsets) != 2:
-        raise _refuse(path, f"{name} has the offsets {str(offsets)[:80]}")
+        raise _refuse(path, f"{name} has the offsets {shown(offsets, 80)}")
     tensor = TensorInfo(name, dtype, tuple(shape), path.name)
     begin, end = offsets
     if end - begin != tensor.nbytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.errors import ModelError
+from bitmill.io.bounded_json import shown
 from bitmill.io.safetensors import INDEX_NAME, SINGLE_FILE
 from bitmill.plan.architectures import ARCHITECTURES, Architecture, architecture
 
@@ -83,7 +84,7 @@ def size_of(config: dict[str, Any], key: str) -> int | None:
             continue
         if type(value) is not int or not 1 <= value <= LIMITS[key]:
             raise ModelError(
-                f"config.json: {spelling} is {str(value)[:40]}, accepted are 1 to {LIMITS[key]}",
+                f"config.json: {spelling} is {shown(value)}, accepted are 1 to {LIMITS[key]}",
                 code="bad_config",
                 param=spelling,
             )
@@ -196,7 +197,7 @@ def _check_dtype(config: dict[str, Any]) -> None:
         value = config.get(key)
         if value is not None and str(value).removeprefix("torch.") not in DTYPES:
             raise ModelError(
-                f"config.json: {key} is {str(value)[:40]!r}, accepted are {', '.join(DTYPES)}",
+                f"config.json: {key} is {shown(value)}, accepted are {', '.join(DTYPES)}",
                 code="bad_config",
                 param=key,
             )

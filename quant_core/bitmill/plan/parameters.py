@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitmill.errors import ModelError
+from bitmill.io.bounded_json import shown
 
 MAX_PARAMETERS = 500_000
 HEAD_WEIGHT = "lm_head.weight"
@@ -54,7 +55,7 @@ class Settings:
             value = self._config.get(name)
             if value is not None:
                 if type(value) is not int or not 1 <= value <= _MAX_SIZE:
-                    raise _bad(name, f"{name} is {str(value)[:40]}, accepted are 1 to {_MAX_SIZE}")
+                    raise _bad(name, f"{name} is {shown(value)}, accepted are 1 to {_MAX_SIZE}")
                 return value
         if default is None:
             raise _bad(names[0], f"it has none of {', '.join(names)}")
@@ -69,7 +70,7 @@ class Settings:
         """A list, empty where it is absent."""
         value = self._config.get(name)
         if value is not None and not isinstance(value, list):
-            raise _bad(name, f"{name} is {str(value)[:40]}, accepted is a list")
+            raise _bad(name, f"{name} is {shown(value)}, accepted is a list")
         return value or []
 
     @property

@@ -89,6 +89,28 @@ def test_absurd_sizes_are_refused_by_name(
 
 
 @pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hidden_size": "64"}, 'hidden_size is "64", accepted are 1 to'),
+        ({"hidden_size": True}, "hidden_size is true, accepted are 1 to"),
+        ({"dtype": "int8"}, 'dtype is "int8", accepted are'),
+        ({"dtype": True}, "dtype is true, accepted are"),
+        ({"mlp_only_layers": "0"}, 'mlp_only_layers is "0", accepted is a list'),
+        ({"intermediate_size": "128"}, 'intermediate_size is "128", accepted are 1 to'),
+    ],
+)
+def test_a_refused_value_is_shown_as_it_stands_in_the_file(
+    change: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    experts = {"num_attention_heads": 2, "num_experts": 4, "moe_intermediate_size": 32}
+    moe = LLAMA | experts | {"model_type": "qwen3_moe", "intermediate_size": 128}
+    with pytest.raises(ModelError) as refused:
+        config, made = read_config(folder_with(tmp_path, moe | change))
+        made.parameters(config)
+    assert told in str(refused.value)
+
+
+@pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("{", "cannot be read"),
