@@ -31,7 +31,7 @@ def unspent_warning(plan: Plan, config: QuantizationConfig, chosen: BitWidthMap)
     spent, reason = footprint(plan, chosen), _reason(plan, config, most)
     return (
         f"budget {budget.kind} = {asked}{unit}: the map takes "
-        f"{describe(plan, budget.kind, taken)}, {1 - taken / most:.0%} stays unspent; "
+        f"{describe(plan, budget.kind, taken)}, {100 * (most - taken) // most} % stays unspent; "
         f"{reason}. It has {spent.code_bits:.3f} code_bits, which with scales, zero points and "
         f"orders are {spent.bits:.3f} bits"
     )

@@ -57,6 +57,12 @@ def test_a_budget_above_the_largest_width_names_it(method: str) -> None:
     assert "the largest width allowed is 6" in said
 
 
+def test_all_of_a_budget_is_unspent_only_where_nothing_is_taken() -> None:
+    said = warned(job({"size": 2**40}, method="knapsack"))
+    assert said is not None
+    assert " 99 % stays unspent" in said
+
+
 def test_a_given_map_asks_for_no_more() -> None:
     config = job({"bits": 3.25}, method="uniform")
     chosen = allocate(PLAN, config)
