@@ -315,7 +315,7 @@ def test_command_line_makes_lists_and_revokes_keys(
     assert "revoked" in command("keys", "list", *data)[1]
     code, _, err = command("keys", "create", "a b", *data)
     assert (code, "name" in err) == (2, True)
-    assert command("keys", "revoke", "nobody00", *data)[0] == 1
+    assert command("keys", "revoke", "nobody00", *data)[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from bitmill_service.client.client import Client
 from bitmill_service.client.credentials import keep_key
 from bitmill_service.schemas import KeyRequest, KeyView
 from bitmill_service.units import parse_size
+from bitmill_workers.errors import KeyNotFound
 
 if TYPE_CHECKING:
     from bitmill_service.settings import ServiceSettings
@@ -182,7 +183,13 @@ def revoke(
             client.revoke_key(key)
     else:
         with _store(data) as store:
-            store.revoke(key)
+            try:
+                store.revoke(key)
+            except KeyNotFound as error:
+                hint = "`bitmill keys list` shows them."
+                raise InputError(
+                    error.message, code=error.code, param="KEY_ID", hint=hint
+                ) from error
     if json:
         print_json({"revoked": key})
     else:
