@@ -11,10 +11,11 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from bitmill.errors import BitmillError
 from bitmill_workers.settings import Settings
 
 ACCESS = "bitmill.access"
@@ -36,6 +37,16 @@ def log_fields(**fields: object) -> Iterator[None]:
         yield
     finally:
         _FIELDS.reset(token)
+
+
+def run_logged(main: Callable[[], int]) -> int:
+    """The exit code of a program; an error that ends it is a line of the log, and 1."""
+    try:
+        return main()
+    except BitmillError as error:
+        told = (error.message.rstrip("."), error.hint) if error.hint else (error.message,)
+        logging.getLogger(__name__).error("%s", ". ".join(told))
+        return 1
 
 
 class JsonLines(logging.Formatter):

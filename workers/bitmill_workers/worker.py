@@ -14,19 +14,20 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import closing
 from importlib.metadata import version
 
 import sqlalchemy as sa
 
 from bitmill_workers.execution.device_memory import device_memory
-from bitmill_workers.logs import configure_logs
+from bitmill_workers.logs import configure_logs, run_logged
 from bitmill_workers.messaging.app import create_celery
 from bitmill_workers.settings import Settings
 from bitmill_workers.storage.garbage import collect_hub, collect_staging, collect_work
 from bitmill_workers.storage.open import open_artifacts
 from bitmill_workers.storage.uploads import collect_uploads
 from bitmill_workers.store.catalog import Catalog
-from bitmill_workers.store.db import Database
+from bitmill_workers.store.db import Database, errors_told
 from bitmill_workers.store.migrate import require_head
 from bitmill_workers.store.uploads import UploadStore
 
@@ -47,9 +48,8 @@ def main() -> int:
     warnings.simplefilter("ignore", SecurityWarning)
     settings = Settings()
     configure_logs(settings)
-    database = Database(settings.database)
-    require_head(database)
-    database.close()
+    with errors_told(settings.database), closing(Database(settings.database)) as database:
+        require_head(database)
     app = create_celery(settings)
     tasks.register(app, settings)
     stop = threading.Event()
@@ -115,4 +115,4 @@ def _leave(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_logged(main))

@@ -130,7 +130,6 @@ def worker(
     """
     from bitmill_service.embedded.worker_process import settings_environment, worker_lock
     from bitmill_workers import worker as worker_module
-    from bitmill_workers.store.db import errors_told
 
     settings = make_settings(data=data, device=device, queues=queues)
     lock = worker_lock(settings)
@@ -141,9 +140,7 @@ def worker(
     else:
         typer.echo(f"worker {settings.worker_name} serves {', '.join(settings.queues)}")
     os.environ.update(settings_environment(settings))
-    with errors_told(settings.database):
-        code = worker_module.main()
-    raise typer.Exit(code)
+    raise typer.Exit(worker_module.main())
 
 
 @db.command("upgrade")
