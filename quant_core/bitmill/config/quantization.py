@@ -194,7 +194,8 @@ class BaseAllocation(Closed):
     per_linear: one width for all groups of a linear (for runtimes that need it).
     edge_min_bits: smallest width in the first and the last decoder block.
     check: "maps" measures a knapsack's map and the uniform one of the budget on held-out windows,
-    "corrected" one of corrected costs too; the best is taken. "off" measures none.
+    "corrected" one of corrected costs too; the best is taken. "off" measures none. Of trellis codes
+    none is measured.
     outliers: numbers of columns that a linear may keep in 16 bits beside its codes; "knapsack"
     chooses one of them, or none, for each.
     embeddings: "quantize" packs the input embedding and the output head too, each with one width
@@ -595,6 +596,12 @@ class QuantizationConfig(Stored):
                 "'quantize': embeddings and heads are in affine codes, which have only "
                 f"{list(CODES['affine'].widths)}: allow one of those, or give 'keep'",
                 param="allocation.widths",
+            )
+        if code != AUTO and allocation.check == "corrected":
+            raise SpecError(
+                f"allocation.check 'corrected' with code {code!r}, whose maps are not measured: "
+                "leave it out",
+                param="allocation.check",
             )
         most = method.max_devices
         if code != AUTO and most is not None and self.devices > most:

@@ -166,6 +166,10 @@ def test_a_code_brings_its_widths_and_format():
             {"code": "trellis", "allocation": {"embeddings": "quantize", "widths": [7]}},
             "widths.*embeddings and heads are in affine codes.*or give 'keep'",
         ),
+        (
+            {"code": "trellis", "allocation": {"check": "corrected"}},
+            "check 'corrected' with code 'trellis'.*leave it out",
+        ),
         ({"code": "vector"}, "code"),
     ],
 )

@@ -5,7 +5,8 @@ knapsack's without each and without both are quantized in haste and measured
 (`sensitivity/checked_maps.py`), and with `check` "corrected" so is the knapsack's of costs that
 were corrected by parts of its first map. The one of least KL is taken. So no map is shipped that
 loses more than the uniform one does. Other methods are taken at their word, and so is a knapsack
-with `check` "off" or without held-out windows.
+with `check` "off", without held-out windows or of trellis codes, each map of which would take a
+search through all weights.
 
 Refinement makes up for more of what 1 bit costs than of what a dropped group does. So where the map
 of least KL has dropped groups, it and the best one without are refined as the job will, and what
