@@ -1,19 +1,14 @@
-"""What surrounds the CUDA decode kernel and needs no GPU: schedule, plan, compilation."""
-
-import shutil
-import subprocess
-from pathlib import Path
+"""What surrounds the CUDA decode kernel and needs no GPU: schedule and plan."""
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 from bitmill_kernels.hopper import schedule as hopper_schedule
 from bitmill_kernels.hopper.building import HEADERS
 from bitmill_kernels.hopper.schedule import BlockShape
 from bitmill_kernels.layout import PLANES, WIDTHS, group_columns
-from bitmill_kernels.matmul import decode_cuda, tiles
+from bitmill_kernels.matmul import tiles
 from bitmill_kernels.matmul.decode_cuda import SHAPES, fused_tokens, plan_shared
 from bitmill_kernels.matmul.runtime import build_runtime
 from bitmill_kernels.matmul.units import build_schedule
@@ -167,44 +162,3 @@ def test_blocks_convert_few_tokens_of_few_pairs(bucket, chunks, blocks, tokens):
 def test_the_stored_table_names_compiled_shapes():
     for (_, _, _, _, tokens), shape in tiles._table().items():
         assert shape in SHAPES[tokens]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
-@pytest.mark.parametrize(
-    ("source", "kernels", "most_spilled"),
-    [("decode_cuda.cu", 9, 300), ("batch_cuda.cu", 11, 16), ("dequantize_cuda.cu", 3, 0)],
-)
-def test_the_kernels_compile_for_sm_90_with_few_spills(source, kernels, most_spilled, tmp_path):
-    path = Path(decode_cuda.__file__).with_name(source)
-    # As torch compiles them: without the types' own conversions and operators.
-    flags = [*COMMON_NVCC_FLAGS, "-std=c++17", "-O3", "-Xptxas", "-v"]
-    flags += ["-gencode", "arch=compute_90a,code=sm_90a"]
-    command = ["nvcc", *flags, "-cubin", "-o", tmp_path / "kernels.cubin", path]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    spilled = [
-        int(line.split("bytes spill stores")[0].split(",")[-1])
-        for line in done.stderr.splitlines()
-        if "bytes spill stores" in line
-    ]
-    assert len(spilled) == kernels
-    assert max(spilled) <= most_spilled
-    assert "wgmma" not in done.stderr, "ptxas could not leave products under way"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
-@pytest.mark.parametrize(
-    ("source", "architecture"),
-    [
-        ("matmul/decode_cuda.cu", 120),
-        ("matmul/batch_cuda.cu", 100),
-        ("trellis/product_cuda.cu", 80),
-    ],
-)
-def test_the_kernels_compile_for_other_architectures(source, architecture, tmp_path):
-    path = Path(decode_cuda.__file__).parent.with_name(source.split("/")[0]) / source.split("/")[1]
-    flags = ["-std=c++17", "-O1", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-    output = tmp_path / "kernels.cubin"
-    subprocess.run(["nvcc", *flags, "-cubin", "-o", output, path], check=True)
-    assert output.stat().st_size > 0

@@ -16,13 +16,16 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from bitmill_kernels.divergence.divergence_triton import _divergence_kernel  # noqa: E402
 from bitmill_kernels.gptq.block_triton import _gptq_block_kernel  # noqa: E402
 from bitmill_kernels.gptq.clip_search_triton import _clip_search_kernel  # noqa: E402
+from bitmill_kernels.gptq.code_descent_triton import _descend_block_kernel  # noqa: E402
 from bitmill_kernels.gptq.group_solve_triton import _group_solve_kernel  # noqa: E402
 from bitmill_kernels.gptq.polish_triton import _polish_kernel  # noqa: E402
 from bitmill_kernels.matmul.decode_triton import decode_kernel  # noqa: E402
 from bitmill_kernels.matmul.dequantize_triton import _dequantize_kernel  # noqa: E402
 from bitmill_kernels.matmul.prologue import _prologue_kernel  # noqa: E402
+from bitmill_kernels.rotary.rotary_triton import _rotary_kernel  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {
@@ -37,6 +40,8 @@ TYPES = {
     "parts_ptr": "*bf16",
     "h_parts_ptr": "*bf16",
     "max_code": "fp32",
+    **dict.fromkeys(("q", "q_out", "k", "k_out"), ("*bf16", "i32", "i32", "i32")),
+    **dict.fromkeys(("cos", "sin"), ("*bf16", "i32", "i32")),
 }
 INTEGER_TABLES = ("order", "slots", "segments", "tiles", "pairs", "grid", "counter", "kind")
 
@@ -146,22 +151,47 @@ def test_column_loops_stay_lean(kernel, constants, most, spills, tmp_path):
 
 
 DECODED = {"BN": 128, "TOKENS": 16, "SPLIT": 4, "MASK": 0b1110, "HAS_BIAS": False, "ASM": True}
-
-
-WIDE = {"aligned": ("N", "columns"), "warps": 8}
+IN_COLUMNS = {"aligned": ("N", "columns")}
+LOOP = {"ROWS": 32, "PART": 32, "WHOLE": True}
+HEADS = {"HALF": 32, "REST": 0, "HEADS": 8, "COLUMNS": 32, "REST_COLUMNS": 1, "BACK": False}
+OTHERS = (80, 89, 100, 120)
+"""Ampere, Ada and the two Blackwells."""
+LONG = ((80, 120), (89, 100))
+"""The same for kernels that take seconds to compile: in every run of the tests, in slow ones."""
 
 
 @pytest.mark.parametrize(
-    ("capability", "kernel", "constants", "how"),
+    ("kernel", "constants", "how"),
     [
-        *((c, decode_kernel, DECODED, {"aligned": ("N", "columns")}) for c in (80, 89, 100, 120)),
-        (80, decode_kernel, DECODED | {"TOKENS": 64}, WIDE),
-        (80, _prologue_kernel, {"HAS_ORDER": True, "SLOTS": 4, "BLOCK": 4096}, {}),
-        (80, _dequantize_kernel, {"ROWS": 64, "ALIGNED": True}, {}),
-        (89, _gptq_block_kernel, {"ROWS": 8, "COLUMNS": 128}, {"warps": 1}),
+        (decode_kernel, DECODED, IN_COLUMNS),
+        (_prologue_kernel, {"HAS_ORDER": True, "SLOTS": 4, "BLOCK": 4096}, {}),
+        (_gptq_block_kernel, {"ROWS": 8, "COLUMNS": 128}, {"warps": 1}),
+        (_clip_search_kernel, {"ROWS": 16, "COLUMNS": 128, "row_stride": 1}, {"warps": 1}),
+        (_descend_block_kernel, {"ROWS": 8, "COLUMNS": 128}, {"warps": 1}),
+        (_divergence_kernel, {"COLUMNS": 2048}, {}),
+        (_rotary_kernel, HEADS, {}),
     ],
-    ids=lambda value: str(getattr(value, "__name__", value))[:20],
+    ids=lambda value: getattr(value, "__name__", "")[:20],
 )
+@pytest.mark.parametrize("capability", OTHERS)
 def test_ampere_ada_and_blackwell_get_machine_code(capability, kernel, constants, how):
+    binary = binary_of(kernel, constants, capability=capability, **how)
+    assert binary[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "constants", "how"),
+    [
+        (_dequantize_kernel, {"ROWS": 64, "ALIGNED": True}, {}),
+        (_group_solve_kernel, LOOP | {"SEARCH": True}, {"warps": 1, "stages": 1}),
+        (_polish_kernel, LOOP, {"warps": 1, "stages": 1, "aligned": ("wide", "h_wide")}),
+        (decode_kernel, DECODED | {"TOKENS": 64}, IN_COLUMNS | {"warps": 8}),
+    ],
+    ids=["dequantize", "search", "polish", "decode 64"],
+)
+@pytest.mark.parametrize(
+    "capability", [*LONG[0], *(pytest.param(one, marks=pytest.mark.slow) for one in LONG[1])]
+)
+def test_long_kernels_get_machine_code_for_others(capability, kernel, constants, how):
     binary = binary_of(kernel, constants, capability=capability, **how)
     assert binary[:4] == b"\x7fELF"
