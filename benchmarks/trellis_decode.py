@@ -1,10 +1,12 @@
 """Microseconds of a linear in trellis codes beside fp16 `F.linear`, in CUDA graphs.
 
     PYTHONPATH=kernels python benchmarks/trellis_decode.py
+    PYTHONPATH=kernels python benchmarks/trellis_decode.py --together
 
 Every shape of the decode and batch kernels and decoded rows (`--shapes`), or what a linear would
-run. Rates 2, 3, 4, 3 in turn (3 bits), and each alone for one token. A graph holds 20 calls;
-weights are rotated through at least 220 MB, so that no call finds its own in a cache. Both are
+run. Rates 2, 3, 4, 3 in turn (3 bits), and each alone for one token. With `--together` the linears
+of a block that share an input, multiplied together and one by one. A graph holds 20 calls; weights
+are rotated through at least 220 MB, so that no call finds its own in a cache. Both are
 replayed in turn; medians of 15.
 """
 
@@ -21,10 +23,19 @@ from torch.nn import functional
 
 from bitmill_kernels.trellis import batch_cuda, decode_cuda
 from bitmill_kernels.trellis.layout import circle_shapes
+from bitmill_kernels.trellis.product import TrellisWeight
 from bitmill_kernels.trellis.product_cuda import CudaTrellisProduct
 
 SHAPES = ((4096, 4096), (11008, 4096), (28672, 8192))
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+BLOCKS = {
+    "7B q/k/v": ((4096, 4096, 4096), 4096),
+    "8B q/k/v": ((4096, 1024, 1024), 4096),
+    "7B gate/up": ((11008, 11008), 4096),
+    "70B q/k/v": ((8192, 1024, 1024), 8192),
+    "70B gate/up": ((28672, 28672), 8192),
+}
+"""Rows and columns of linears that share an input."""
 MIXES = {"2343": (2, 3, 4, 3), "2": (2,), "3": (3,), "4": (4,)}
 CALLS, ROTATED = 20, 220e6
 Products = list[Callable[[Tensor], Tensor]]
@@ -56,7 +67,7 @@ def microseconds(graphs: list[torch.cuda.CUDAGraph]) -> list[float]:
     return [median(own) for own in times]
 
 
-def linear(N: int, K: int, rates: tuple[int, ...]) -> CudaTrellisProduct:
+def weight(N: int, K: int, rates: tuple[int, ...]) -> TrellisWeight:
     """Random circles; speed depends on no value."""
     device = torch.device("cuda")
     circles = {
@@ -64,8 +75,53 @@ def linear(N: int, K: int, rates: tuple[int, ...]) -> CudaTrellisProduct:
         for key, shape in circle_shapes(N, K, rates).items()
     }
     scales = (torch.ones(n, dtype=torch.float16, device=device) for n in (N, len(rates)))
-    order = torch.randperm(K, device=device).int()
-    return CudaTrellisProduct(circles, *scales, K, rates, device, order=order, inputs=lambda x: x)
+    return TrellisWeight(circles, *scales, rates)
+
+
+def product(weights: list[TrellisWeight], K: int, order: Tensor) -> CudaTrellisProduct:
+    """Of linears that share their input."""
+    device = torch.device("cuda")
+    return CudaTrellisProduct(weights, K, device, order=order, inputs=lambda x: x)
+
+
+def linear(N: int, K: int, rates: tuple[int, ...]) -> CudaTrellisProduct:
+    """A product of one linear."""
+    return product([weight(N, K, rates)], K, torch.randperm(K, device="cuda").int())
+
+
+def one_by_one(products: list[CudaTrellisProduct], x: Tensor) -> None:
+    """What linears of one input take without each other."""
+    for one in products:
+        one.of_source(x)
+
+
+def measure_together(tokens: list[int]) -> None:
+    """Linears of a block that share an input, together and one by one."""
+    for name, (outputs, K) in BLOCKS.items():
+        groups = K // 128
+        rates = (MIXES["2343"] * groups)[:groups]
+        count = max(2, int(ROTATED / (sum(outputs) * K * 3 / 8)) + 1)
+        together, alone = [], []
+        for _ in range(min(count, CALLS)):
+            weights = [weight(N, K, rates) for N in outputs]
+            order = torch.randperm(K, device="cuda").int()
+            together.append(product(weights, K, order))
+            alone.append([product([one], K, order) for one in weights])
+        for T in tokens:
+            x = torch.randn(T, K, dtype=torch.float16, device="cuda")
+            stacked, single = microseconds(
+                [
+                    graph_of(
+                        [partial(together[i % len(together)].of_source, x) for i in range(CALLS)]
+                    ),
+                    graph_of([partial(one_by_one, alone[i % len(alone)], x) for i in range(CALLS)]),
+                ]
+            )
+            print(
+                f"{name} {'+'.join(map(str, outputs))}x{K}, {T} tokens: together {stacked:.1f} us, "
+                f"one by one {single:.1f} us, {single / stacked:.2f} times",
+                flush=True,
+            )
 
 
 def products(linears: list[CudaTrellisProduct], tokens: int, every: bool) -> dict[str, Products]:
@@ -89,11 +145,15 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", action="store_true")
+    parser.add_argument("--together", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--linears", nargs="+", default=[f"{N}x{K}" for N, K in SHAPES])
     parser.add_argument("--rates", choices=list(MIXES), nargs="+", default=list(MIXES))
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__)
+    if options.together:
+        measure_together(options.tokens)
+        return
     for N, K in [map(int, name.split("x")) for name in options.linears]:
         groups = K // 128
         for name in options.rates:

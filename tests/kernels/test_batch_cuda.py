@@ -20,8 +20,8 @@ from bitmill_kernels.matmul import batch_cuda, tiles
 from bitmill_kernels.matmul.runtime import build_runtime
 from bitmill_kernels.matmul.units import build_schedule
 from bitmill_kernels.trellis import batch_cuda as trellis
-from bitmill_kernels.trellis.layout import RATES, circle_shapes
-from bitmill_kernels.trellis.product import full_circles, stored_groups
+from bitmill_kernels.trellis.layout import RATES, tile_bytes
+from bitmill_kernels.trellis.product import full_circles
 from bitmill_kernels.workspace import NOTHING, workspace
 from kernel_cases import random_linear
 
@@ -148,27 +148,29 @@ def test_blocks_that_end_with_a_tile_add_up_its_sums(tiles, blocks):
 
 
 @pytest.mark.parametrize("rows", [128, 256])
-def test_units_of_a_trellis_are_the_circles_of_their_rows(rows):
-    N, K, rates = 700, 600, (3, 5, 1, 8, 2)
-    draw = torch.Generator().manual_seed(0)
-    circles = {
-        key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
-        for key, shape in circle_shapes(N, K, rates).items()
-    }
-    stored = [one for _, _, one in stored_groups(circles, rates, K)]
-    bases = [index * (1 << 36) for index in range(len(rates))]
-    table = trellis.schedule(bases, N, rates, rows, 7)
+def test_units_of_trellises_are_the_circles_of_their_rows(rows):
+    linears = ((700, (3, 5, 1, 8, 2)), (40, (2, 2, 4, 1, 7)), (256, (6, 3, 3, 2, 2)))
+    bases = [[(5 * i + g) << 36 for g in range(5)] for i in range(3)]
+    known = [(N, rates, own) for (N, rates), own in zip(linears, bases, strict=True)]
+    table = trellis.schedule(known, rows, 7)
     assert np.ptp(table[:, 0, 0]) <= 1
     seen = []
     for block in table.view(np.uint32):
-        for low, high, _, group, width, live, output, *_ in block[1 : 1 + block[0, 0]].tolist():
-            offset = (high << 32 | low) * 16 - bases[group]
-            tile_row = stored[group].shape[-1] * 8
-            assert offset == output // 16 * tile_row
+        for low, high, _, pair, width, live, output, *_ in block[1 : 1 + block[0, 0]].tolist():
+            i, group = divmod(pair, 5)
+            N, rates = linears[i]
+            row = output - sum(n for n, _ in linears[:i])
+            offset = (high << 32 | low) * 16 - bases[i][group]
+            assert offset == row // 16 * 8 * tile_bytes(rates[group])
             assert width & 0xFFFF == rates[group]
-            assert live & 0xFFFF == min(rows, N - output)
-            seen.append((output, group))
-    wanted = [(row, group) for row in range(0, N, rows) for group in range(len(rates))]
+            assert live & 0xFFFF == min(rows, N - row)
+            seen.append((i, row, group))
+    wanted = [
+        (i, row, group)
+        for i in range(3)
+        for row in range(0, linears[i][0], rows)
+        for group in range(5)
+    ]
     assert seen == wanted
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bitmill.inference.linear import join_siblings
 from bitmill.inference.trellis import TrellisLinear, TrellisRuntime
 from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.trellis import TrellisTensor
@@ -11,8 +12,8 @@ from bitmill_kernels.trellis.code import DEVIATION, decode_tiles, in_sequence
 from bitmill_kernels.trellis.encode import encode_reference, encode_tiles
 from bitmill_kernels.trellis.group import Feedback, encode_group, encode_group_reference
 from bitmill_kernels.trellis.layout import RATES, circle_shapes
-from bitmill_kernels.trellis.product import TrellisProduct
-from bitmill_kernels.trellis.product_cuda import available
+from bitmill_kernels.trellis.product import Member
+from bitmill_kernels.trellis.product_cuda import FUSED_TOKENS, available
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,14 +64,15 @@ def test_groups_leave_the_errors_that_the_plain_version_leaves(rates):
         assert 0.99 < float(ratio) < 1.01
 
 
-def random_weight(N, K, rates, draw):
-    """Random circles, scales and order."""
+def random_weight(N, K, rates, draw, order=None):
+    """Random circles and scales, and an order, random where none is given."""
     circles = {
         key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
         for key, shape in circle_shapes(N, K, rates).items()
     }
     scales = [torch.rand(n, generator=draw).half() for n in (N, len(rates))]
-    order = torch.randperm(K, generator=draw).int()
+    if order is None:
+        order = torch.randperm(K, generator=draw).int()
     return TrellisTensor(N, K, rates, circles, *scales, packed_rewrites("trellis", order))
 
 
@@ -103,9 +105,8 @@ def test_products_are_those_of_the_decoded_weights(N, K, rates, dtype):
     module = TrellisLinear.from_packed(weight).cuda()
     assert available(), "the kernels were not built: see the log"
     inner = weight.packed_values()
-    scales = weight.row_scales, weight.group_scales
-    product = TrellisProduct(weight.circles, *scales, K, rates, torch.device("cpu"))
-    torch.testing.assert_close(product.weights(0, N), inner)
+    member = Member(weight.kernel_weight(), K, torch.device("cpu"))
+    torch.testing.assert_close(member.weights(0, N), inner)
     for tokens in (1, 2, 7, 8, 9, 16, 31, 33, 100):
         x = torch.randn(tokens, K, generator=draw).to(dtype)
         expected = x.double() @ W.T
@@ -114,7 +115,7 @@ def test_products_are_those_of_the_decoded_weights(N, K, rates, dtype):
         assert torch.equal(module(x.cuda()), y)
         error = (y.cpu().double() - expected).norm() / expected.norm()
         assert error < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    decoded = module._runtime.product.weights(0, N)
+    decoded = module._runtime.product.members[0].weights(0, N)
     torch.testing.assert_close(decoded.cpu(), inner)
 
 
@@ -127,7 +128,7 @@ def test_products_are_those_of_the_decoded_weights(N, K, rates, dtype):
 def test_products_by_decoded_rows_are_those_of_the_weights(N, K, rates, dtype):
     draw = torch.Generator().manual_seed(N)
     weight = random_weight(N, K, rates, draw)
-    product = TrellisRuntime(weight, torch.device("cuda")).product
+    product = TrellisRuntime([weight], torch.device("cuda")).product
     for tokens in (0, 1, 40):
         x = torch.randn(tokens, K, generator=draw).to(dtype)
         y = product.by_decoded_rows(x.cuda())
@@ -137,7 +138,7 @@ def test_products_by_decoded_rows_are_those_of_the_weights(N, K, rates, dtype):
         bound = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
         assert error <= bound * expected.norm()
     rows = slice(16, min(N, 43))
-    decoded = product.weights(rows.start, rows.stop)
+    decoded = product.members[0].weights(rows.start, rows.stop)
     torch.testing.assert_close(decoded.cpu(), weight.packed_values()[rows])
 
 
@@ -153,7 +154,7 @@ def test_every_shape_of_the_batch_kernel_is_right_and_repeatable(N, K, rates, dt
     draw = torch.Generator().manual_seed(N)
     weight = random_weight(N, K, rates, draw)
     W = weight.dequantize().double()
-    runtime = TrellisRuntime(weight, torch.device("cuda"))
+    runtime = TrellisRuntime([weight], torch.device("cuda"))
     for tile, shapes in batch_cuda.SHAPES.items():
         for shape in shapes:
             if batch_cuda.plan(rates, shape, tile) is None:
@@ -180,11 +181,83 @@ def test_every_shape_of_the_decode_kernel_is_right_and_repeatable(N, K, rates, d
     draw = torch.Generator().manual_seed(N)
     weight = random_weight(N, K, rates, draw)
     W = weight.dequantize().double()
-    runtime = TrellisRuntime(weight, torch.device("cuda"))
+    runtime = TrellisRuntime([weight], torch.device("cuda"))
     for shape in decode_cuda.SHAPES:
         kernel = runtime.product.decode(shape)
         for tokens in (1, 2, 3, 7, 8, 9, 16):
             assert_right_and_repeatable(kernel, W, tokens, dtype, draw)
+
+
+STACKS = [
+    ((37, 16, 5), 300, [(3, 5, 1), (2, 2, 8), (6, 4, 7)]),
+    ((272, 64, 64), 272, [(6, 7, 8), (1, 2, 3), (3, 3, 3)]),
+    ((4096, 1024, 1024), 1024, [(2, 3, 4, 3) * 2, (4, 3, 3, 2) * 2, (5, 1, 3, 3) * 2]),
+    ((3000, 3000), 1100, [(2, 3, 4, 1, 3, 2, 5, 3, 4), (3,) * 9]),
+]
+"""Rows, columns and rates of linears that share an input."""
+
+
+def random_stack(outputs, K, mixes, draw):
+    """Linears of one column order, and their weights f64 [N, K] one below the other."""
+    order = torch.randperm(K, generator=draw).int()
+    weights = [random_weight(N, K, own, draw, order) for N, own in zip(outputs, mixes, strict=True)]
+    return weights, torch.cat([weight.dequantize() for weight in weights]).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("outputs", "K", "mixes"), STACKS, ids=lambda value: str(value)[:12])
+def test_every_kernel_multiplies_linears_of_one_input_together(outputs, K, mixes, dtype):
+    draw = torch.Generator().manual_seed(K)
+    weights, W = random_stack(outputs, K, mixes, draw)
+    product = TrellisRuntime(weights, torch.device("cuda")).product
+    kernels = [(product.fused, (1, 8, 9, FUSED_TOKENS)), (product.by_decoded_rows, (1, 40))]
+    if decode_cuda.available(torch.device("cuda")):
+        kernels += [(product.decode(shape), (1, 3, 8, 16)) for shape in decode_cuda.SHAPES]
+    if batch_cuda.available(torch.device("cuda")):
+        rates = [rate for own in mixes for rate in own]
+        kernels += [
+            (product.batch({tile: shape}), (1, tile, tile + 3))
+            for tile, shapes in batch_cuda.SHAPES.items()
+            for shape in shapes
+            if batch_cuda.plan(rates, shape, tile) is not None
+        ]
+    for kernel, counts in kernels:
+        for tokens in counts:
+            x = torch.randn(tokens, K, generator=draw).to(dtype)
+            y = kernel(x.cuda())
+            assert all(torch.equal(kernel(x.cuda()), y) for _ in range(3))
+            for found, own in zip(y.split(outputs, 1), W.split(outputs), strict=True):
+                expected = x.double() @ own.T
+                error = (found.cpu().double() - expected).norm() / expected.norm()
+                assert error < {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("outputs", "K", "mixes"), STACKS, ids=lambda value: str(value)[:12])
+def test_modules_of_one_input_give_their_own_outputs_and_one_gradient(outputs, K, mixes, dtype):
+    draw = torch.Generator().manual_seed(K)
+    weights, W = random_stack(outputs, K, mixes, draw)
+    modules = [TrellisLinear.from_packed(weight) for weight in weights]
+    for module in modules[1:]:
+        module.share_order(modules[0].order)
+    names = ("q_proj", "k_proj", "v_proj")
+    join_siblings(
+        (f"model.layers.0.self_attn.{name}", module)
+        for name, module in zip(names, modules, strict=False)
+    )
+    assert modules[0].siblings is modules[-1].siblings is not None
+    near = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    for tokens in (1, 16, 100):
+        x = torch.randn(tokens, K, generator=draw).to(dtype)
+        on_gpu = x.cuda().requires_grad_()
+        outputs_found = [module(on_gpu) for module in modules]
+        torch.cat(outputs_found, 1).sum().backward()
+        for found, own in zip(outputs_found, W.split(outputs), strict=True):
+            expected = x.double() @ own.T
+            assert (found.cpu().double() - expected).norm() < near * expected.norm()
+        gradient = on_gpu.grad.cpu().double() - W.sum(0)
+        assert gradient.norm() < near * W.sum(0).expand(tokens, K).norm()
+    assert all(module._runtime is None for module in modules)
 
 
 def test_inputs_beyond_half_precision_keep_their_size():

@@ -28,7 +28,13 @@ from bitmill_kernels.trellis.encode import (
     load_library,
 )
 from bitmill_kernels.trellis.layout import RATES, circle_shapes, tile_bytes
-from bitmill_kernels.trellis.product import TrellisProduct, decode_rows, per_column
+from bitmill_kernels.trellis.product import (
+    Member,
+    TrellisProduct,
+    TrellisWeight,
+    decode_rows,
+    per_column,
+)
 from bitmill_kernels.trellis.product import load_library as product_library
 
 CPU = torch.device("cpu")
@@ -215,7 +221,8 @@ def test_shapes_name_a_tensor_per_rate():
         circle_shapes(40, 300, (3, 9, 3))
 
 
-def random_product(N, K, rates, **source):
+def random_weight(N, K, rates):
+    """A linear as the kernels take it, and its weights in packed, rotated columns."""
     draw = torch.Generator().manual_seed(N)
     circles = {
         key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
@@ -223,7 +230,12 @@ def random_product(N, K, rates, **source):
     }
     rows, groups = (torch.rand(n, generator=draw).half() for n in (N, len(rates)))
     W = decode_rows(circles, rates, K, 0, N) * per_column(groups.float(), K) * rows.float()[:, None]
-    return TrellisProduct(circles, rows, groups, K, rates, CPU, **source), W
+    return TrellisWeight(circles, rows, groups, rates), W
+
+
+def random_product(N, K, rates, **source):
+    weight, W = random_weight(N, K, rates)
+    return TrellisProduct([weight], K, CPU, **source), W
 
 
 @pytest.fixture(params=["AVX512", "AVX2", "DEFAULT", "torch"])
@@ -245,8 +257,9 @@ def way(request, monkeypatch):
 )
 def test_products_are_those_of_the_decoded_weights(N, K, rates, way):
     product, W = random_product(N, K, rates)
-    torch.testing.assert_close(product.weights(0, N), W)
-    torch.testing.assert_close(product.weights(0, min(N, 20)), W[:20])
+    (member,) = product.members
+    torch.testing.assert_close(member.weights(0, N), W)
+    torch.testing.assert_close(member.weights(0, min(N, 20)), W[:20])
     for tokens in (*range(1, 9), 20):
         x = torch.randn(tokens, K)
         torch.testing.assert_close(product(x), x @ W.T, atol=1e-4, rtol=1e-4)
@@ -263,7 +276,7 @@ def test_values_are_those_of_the_code_bit_for_bit(rates, way):
         for key, shape in circle_shapes(N, K, rates).items()
     }
     ones = [torch.ones(n, dtype=torch.float16) for n in (N, len(rates))]
-    found = TrellisProduct(circles, *ones, K, rates, CPU).weights(0, N)
+    found = Member(TrellisWeight(circles, *ones, rates), K, CPU).weights(0, N)
     assert torch.equal(found, decode_rows(circles, rates, K, 0, N))
 
 
@@ -288,6 +301,45 @@ def test_inputs_in_the_columns_of_the_source_are_ordered_and_rotated(K, ordered,
         assert y.dtype == dtype
         near = 1e-4 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(y.float(), inputs(x.float()) @ W.T, atol=near, rtol=near)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["signs", "other rotation"])
+@pytest.mark.parametrize("K", [9, 300])
+def test_linears_of_one_input_are_multiplied_as_one_by_one_and_rotate_it_once(K, known, way):
+    outputs = (20, 37, 1, 48)
+    mixes = [(3, 6, 2), (8, 1, 5), (2, 2, 2), (4, 7, 3)]
+    rates = [mix[: -(-K // 128)] for mix in mixes]
+    found = [random_weight(N, K, mix) for N, mix in zip(outputs, rates, strict=True)]
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(K)).int()
+    rewrites = packed_rewrites("trellis", order)
+    seen = []
+
+    def inputs(x):
+        seen.append(x)
+        for one in rewrites:
+            x = one.inputs(x)
+        return x
+
+    source = {"order": order, "signs": signs(K, CPU) if known else None, "inputs": inputs}
+    weights = [weight for weight, _ in found]
+    stack = TrellisProduct(weights, K, CPU, **source)
+    alone = [TrellisProduct([weight], K, CPU, **source) for weight in weights]
+    assert stack.outputs == outputs
+    for tokens in (0, 1, 3, 8, 9, 40):
+        x = torch.randn(tokens, K)
+        seen.clear()
+        y = stack.of_source(x)
+        assert len(seen) == (0 if known and tokens <= 8 and way != "torch" else 1)
+        assert torch.equal(y, torch.cat([one.of_source(x) for one in alone], 1))
+        dy = torch.randn(tokens, sum(outputs))
+        W = torch.cat([W for _, W in found])
+        torch.testing.assert_close(stack.input_gradient(dy), dy @ W, atol=1e-4, rtol=1e-4)
+
+
+def test_linears_of_other_columns_share_no_input():
+    weights = [random_weight(20, K, rates)[0] for K, rates in ((256, (2, 3)), (300, (2, 3, 4)))]
+    with pytest.raises(ValueError, match="a linear has 3 groups: 256 columns are 2"):
+        TrellisProduct(weights, 256, CPU)
 
 
 def test_inputs_near_the_largest_of_fp32_do_not_overflow_on_the_way(way):

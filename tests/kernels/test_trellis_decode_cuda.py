@@ -31,10 +31,10 @@ def test_groups_of_one_rate_follow_each_other_and_know_how_many_are_left():
 @pytest.mark.parametrize("tokens", LAUNCHES)
 @pytest.mark.parametrize("rate", RATES)
 def test_every_rate_has_a_ring_of_several_stages(rate, tokens, shape):
-    stages = plan((rate, 1), shape, tokens)
+    stages = plan(rate, shape, tokens, 3)
     assert stages.count >= 3
     assert stages.bytes % 16 == 0
-    assert stages.bytes >= shape.rows * 16 * rate + input_bytes(tokens)
+    assert stages.bytes >= shape.rows * 16 * rate + input_bytes(tokens, 3)
     most = MAX_SHARED_BYTES + RESERVED_SHARED_BYTES
     assert shape.blocks * (stages.shared_bytes + RESERVED_SHARED_BYTES) <= most
 

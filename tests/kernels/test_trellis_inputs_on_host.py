@@ -18,14 +18,16 @@ extern "C" void arrange(const DecodeArguments* p, int columns, const float* scal
   if (!finds) {
     launch({p->tokens}, kFactorThreads, [=] { factor_kernel(*p, columns, largest); });
   }
-  launch({p->tokens * ((p->pair_count + kWarps - 1) / kWarps)}, kPrologueThreads, [=] {
+  const int groups = (columns + kGroup - 1) / kGroup;
+  launch({p->tokens * ((groups + kWarps - 1) / kWarps)}, kPrologueThreads, [=] {
     arrange_kernel(*p, columns, scales, largest, tile, finds);
   });
 }
-extern "C" void arrange_few(const DecodeArguments* p, int columns, const float* scales) {
+extern "C" void arrange_few(const DecodeArguments* p, int columns, const float* scales,
+                            int members) {
   const int items = p->pair_count * p->tokens;
   launch({(items + few::kArrangeWarps - 1) / few::kArrangeWarps}, few::kArrangeWarps * 32, [=] {
-    few::arrange_kernel(*p, columns, scales);
+    few::arrange_kernel(*p, columns, scales, members);
   });
 }
 """
@@ -55,7 +57,7 @@ def library(tmp_path_factory):
         part(wgmma, "// The power of two that brings `largest`", "// All tokens, `TOKENS` in a"),
         part(layout, "constexpr int kGroup", "}  // namespace"),
         "namespace few {\n",
-        part(decode, "constexpr int kArrangeWarps", "// Groups in the order"),
+        part(decode, "constexpr int kArrangeWarps", "// Groups of a linear"),
         part(decode, "// Bytes of a group's arranged", "__device__ __forceinline__ uint4"),
         "}\n",
         part(batch, "constexpr int kWarps", "// Units are the circles"),
@@ -80,24 +82,23 @@ def in_layout(inputs, tile, tokens, groups):
 
 
 def activations(K, tokens, dtype):
-    """x of many sizes, an order, scales of groups, and x' before it is divided."""
+    """x of many sizes, an order, two linears' scales of groups [2, G], and rotated x."""
     draw = torch.Generator().manual_seed(K)
     sizes = 10.0 ** (torch.arange(tokens) % 9 - 4)
     x = (torch.randn(tokens, K, generator=draw) * sizes[:, None]).to(dtype)
     order = torch.randperm(K, generator=draw).int()
-    scales = torch.rand(-(-K // 128), generator=draw)
-    wanted = rotate(x.float()[:, order.long()]) * scales.repeat_interleave(128)[:K]
-    return x, order, scales, wanted
+    scales = torch.rand(2, -(-K // 128), generator=draw)
+    return x, order, scales, rotate(x.float()[:, order.long()])
 
 
-def arguments_of(x, order, inputs, factors=None):
+def arguments_of(x, order, inputs, groups, factors=None):
     tokens, K = x.shape
     return Arguments(
         x=x.data_ptr(),
         order=order.data_ptr(),
         inputs=inputs.data_ptr(),
         factors=None if factors is None else factors.data_ptr(),
-        pair_count=-(-K // 128),
+        pair_count=groups,
         tokens=tokens,
         x_stride=K,
         is_bf16=int(x.dtype == torch.bfloat16),
@@ -108,19 +109,22 @@ def arguments_of(x, order, inputs, factors=None):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_inputs_of_the_decode_kernel_have_factors_of_their_groups(library, K, tokens, dtype):
     x, order, scales, wanted = activations(K, tokens, dtype)
-    groups = len(scales)
-    inputs = torch.zeros(groups, input_bytes(tokens), dtype=torch.uint8)
-    pointer = ctypes.byref(arguments_of(x, order, inputs))
-    library.arrange_few(pointer, K, address(scales))
+    members, groups = scales.shape
+    inputs = torch.zeros(groups, input_bytes(tokens, members), dtype=torch.uint8)
+    pointer = ctypes.byref(arguments_of(x, order, inputs, groups))
+    library.arrange_few(pointer, K, address(scales), members)
     arranged = inputs[:, : 256 * tokens].contiguous()
     found = in_layout(arranged, tokens, tokens, groups).float().view(tokens, groups, 128)
-    factors = inputs[:, 256 * tokens :].contiguous().view(torch.float32)[:, :tokens].t()
+    factors = inputs[:, 256 * tokens :].contiguous().view(torch.float32)
+    factors = factors.view(groups, members, -1)[:, :, :tokens].permute(1, 2, 0)
     assert (found.abs().amax(2) < 2**15).all()
     assert (found.abs().amax(2) >= 2**14).all()
-    whole = (found * factors[:, :, None]).flatten(1)
-    errors = (whole[:, :K] - wanted).norm(dim=1) / wanted.norm(dim=1)
-    assert (errors < 5e-4).all()
-    assert (whole[:, K:] == 0).all()
+    for own, scale in zip(factors, scales, strict=True):
+        whole = (found * own[:, :, None]).flatten(1)
+        scaled = wanted * scale.repeat_interleave(128)[:K]
+        errors = (whole[:, :K] - scaled).norm(dim=1) / scaled.norm(dim=1)
+        assert (errors < 5e-4).all()
+        assert (whole[:, K:] == 0).all()
 
 
 @pytest.mark.parametrize("finds", [True, False])
@@ -128,16 +132,18 @@ def test_inputs_of_the_decode_kernel_have_factors_of_their_groups(library, K, to
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_inputs_are_ordered_rotated_and_kept_in_range(library, K, tokens, tile, dtype, finds):
     x, order, scales, wanted = activations(K, tokens, dtype)
-    groups = len(scales)
+    groups = scales.numel()
     inputs = torch.zeros(-(-tokens // tile) * groups * group_bytes(tile), dtype=torch.uint8)
     factors = torch.zeros(tokens)
     largest = float(scales.max()) * 11.3138
-    pointer = ctypes.byref(arguments_of(x, order, inputs, factors))
+    pointer = ctypes.byref(arguments_of(x, order, inputs, groups, factors))
     library.arrange(pointer, K, address(scales), ctypes.c_float(largest), tile, int(finds))
-    found = in_layout(inputs, tile, tokens, groups).float() * factors[:, None]
-    errors = (found[:, :K] - wanted).norm(dim=1) / wanted.norm(dim=1)
-    assert (errors < 5e-4).all()
-    assert (found[:, K:] == 0).all()
+    arranged = in_layout(inputs, tile, tokens, groups).float()
     assert torch.equal(factors.log2(), factors.log2().round())
-    most = in_layout(inputs, tile, tokens, groups).float().abs().amax(1)
-    assert (most < 2**15).all()
+    assert (arranged.abs().amax(1) < 2**15).all()
+    for own, scale in zip(arranged.chunk(2, 1), scales, strict=True):
+        scaled = wanted * scale.repeat_interleave(128)[:K]
+        found = own * factors[:, None]
+        errors = (found[:, :K] - scaled).norm(dim=1) / scaled.norm(dim=1)
+        assert (errors < 5e-4).all()
+        assert (found[:, K:] == 0).all()

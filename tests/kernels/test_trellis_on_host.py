@@ -6,19 +6,21 @@ import torch
 from bitmill.quant.rotation import packed_rewrites, rotate
 from bitmill.quant.trellis import TrellisTensor
 from bitmill_kernels.trellis.layout import RATES, circle_shapes, tile_bytes, tile_count
-from bitmill_kernels.trellis.product import stored_groups
+from bitmill_kernels.trellis.product import member_table, stored_groups
 from cuda_on_host import FOLDER, address, host_library
 
 CALLS = """
 extern "C" void multiply(const void* x, int tokens, int K, const int* order, const float* groups,
-                         const void* table, int count, int N, const float* rows, void* inner,
-                         float* factors, void* y) {
+                         const void* table, int count, const void* members, int member_count,
+                         int tiles, int N, const float* rows, void* inner, float* factors,
+                         void* y) {
   launch({count, tokens}, kGroup, [=] {
-    prologue<__half>((const __half*)x, K, order, groups, (__half*)inner, factors);
+    prologue<__half>((const __half*)x, K, order, groups, member_count, (__half*)inner, factors);
   });
-  launch({(N + 15) / 16}, 32 * kWarps, [=] {
-    product<__half, 2>((const Group*)table, count, N, tokens, (const __half*)inner, factors, rows,
-                       (__half*)y);
+  const Stack stack = {(const Member*)members, member_count, tiles};
+  launch({tiles}, 32 * kWarps, [=] {
+    product<__half, 2>((const Group*)table, count, stack, N, tokens, (const __half*)inner, factors,
+                       rows, (__half*)y);
   });
 }
 extern "C" void decode_all(const void* table, int count, int first, int end, int K,
@@ -68,7 +70,7 @@ def library(tmp_path_factory):
     [(37, 300, (3, 5, 1)), (16, 272, (6, 7, 8)), (20, 256, (2, 4)), (18, 131, (2, 3))],
     ids=str,
 )
-def test_products_and_weights_are_those_of_the_definition(library, N, K, rates):
+def test_weights_and_rotated_inputs_are_those_of_the_definition(library, N, K, rates):
     draw = torch.Generator().manual_seed(N)
     circles = {
         key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
@@ -85,21 +87,53 @@ def test_products_and_weights_are_those_of_the_definition(library, N, K, rates):
         address(table), len(rates), 0, N, K, address(rows), address(groups), address(out)
     )
     torch.testing.assert_close(out, weight.packed_values())
-    tokens = 9
+    x = torch.randn(9, K, generator=draw)
+    found = torch.empty(9, K)
+    library.rotate_all(address(x), 9, K, address(order), address(found))
+    torch.testing.assert_close(found, rotate(x[:, order.long()]))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "mixes", "K"),
+    [
+        ((37,), [(3, 5, 1)], 300),
+        ((16, 5, 33), [(6, 7, 8), (1, 2, 3), (4, 4, 4)], 272),
+        ((20, 16), [(2, 4), (4, 2)], 256),
+        ((18,), [(2, 3)], 131),
+    ],
+    ids=str,
+)
+def test_products_of_linears_of_one_input_are_those_of_their_weights(library, outputs, mixes, K):
+    draw = torch.Generator().manual_seed(K)
+    order = torch.randperm(K, generator=draw).int()
+    weights = []
+    for N, rates in zip(outputs, mixes, strict=True):
+        circles = {
+            key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+            for key, shape in circle_shapes(N, K, rates).items()
+        }
+        scales = [torch.rand(n, generator=draw).half() for n in (N, len(rates))]
+        rewrites = packed_rewrites("trellis", order)
+        weights.append(TrellisTensor(N, K, rates, circles, *scales, rewrites))
+    rows = torch.cat([weight.row_scales.float() for weight in weights])
+    groups = torch.cat([weight.group_scales.float() for weight in weights])
+    stored = [one for weight in weights for one in stored_groups(weight.circles, weight.widths, K)]
+    table = torch.tensor([(c.data_ptr(), rate, tile_count(n)) for rate, n, c in stored])
+    members = member_table(outputs, 16)
+    tokens, N, count = 9, sum(outputs), len(mixes[0])
     x = torch.randn(tokens, K, generator=draw).half()
-    whole = x.float()
-    found = torch.empty(tokens, K)
-    library.rotate_all(address(whole), tokens, K, address(order), address(found))
-    torch.testing.assert_close(found, rotate(whole[:, order.long()]))
-    inner = torch.empty(tokens, 128 * len(rates), dtype=torch.float16)
-    factors = torch.empty(tokens, len(rates))
+    inner = torch.empty(tokens, 128 * count, dtype=torch.float16)
+    factors = torch.empty(len(outputs), tokens, count)
     y = torch.full((tokens, N), torch.nan, dtype=torch.float16)
     library.multiply(
-        *(address(x), tokens, K, address(order), address(groups), address(table), len(rates)),
-        *(N, address(rows), address(inner), address(factors), address(y)),
+        *(address(x), tokens, K, address(order), address(groups), address(table), count),
+        *(address(members), len(members), sum(-(-n // 16) for n in outputs), N),
+        *(address(rows), address(inner), address(factors), address(y)),
     )
-    expected = x.double() @ weight.dequantize().double().T
-    assert (y.double() - expected).norm() < 1e-3 * expected.norm()
+    W = torch.cat([weight.dequantize() for weight in weights]).double()
+    for found, own in zip(y.split(outputs, 1), W.split(outputs), strict=True):
+        expected = x.double() @ own.T
+        assert (found.double() - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("rate", RATES)

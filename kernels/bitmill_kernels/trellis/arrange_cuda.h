@@ -1,13 +1,14 @@
-// How activations are brought to circles on Hopper: ordered, rotated, scaled and divided by a power
-// of two, in fp16,
+// How activations are brought to circles on Hopper: ordered, rotated and divided by a power of two,
+// in fp16,
 //
-//   x'[t, k] = group_scale[g] * (rotation of x[t, order])[k] / factor
+//   x'[t, k] = (rotation of x[t, order])[k] / factor
 //
-// and laid out in shared memory as hopper/wgmma.h reads it, but for one thing. A product takes 16
-// columns, and lane j has of its left operand columns 2 (j % 4), 2 (j % 4) + 8 and one further of
-// both. Two tiles exchange columns, so that a lane's part of two products are two pieces of one circle
-// that follow each other: the first takes columns 0, 1, 4, 5, 8, 9, 12 and 13 of both tiles, the
-// second the others, and half of the lanes read either circle.
+// for many tokens times group_scale[g], and laid out in shared memory as hopper/wgmma.h reads it,
+// but for one thing. A product takes 16 columns, and lane j has of its left operand columns
+// 2 (j % 4), 2 (j % 4) + 8 and one further of both. Two tiles exchange columns, so that a lane's
+// part of two products are two pieces of one circle that follow each other: the first takes columns
+// 0, 1, 4, 5, 8, 9, 12 and 13 of both tiles, the second the others, and half of the lanes read
+// either circle.
 
 #pragma once
 

@@ -1,11 +1,12 @@
-// Products with a linear in trellis codes on Hopper by `wgmma` (hopper/wgmma.h), straight from its
-// circles (layout.py, code.py), for any number of tokens, of activations as arrange_cuda.h says:
+// Products with linears in trellis codes that share an input, on Hopper by `wgmma`
+// (hopper/wgmma.h), straight from their circles (layout.py, code.py), for any number of tokens, of
+// activations as arrange_cuda.h says:
 //
 //   y[t, n] = factor[t] * row_scale[n] * sum_k x'[t, k] value[n, k]
 //
-// A unit is a tile of rows of one group: its circles lie one after the other. factor keeps the
-// inputs of a token in fp16: its largest one, times the most that a rotation and a scale of a group can
-// make of it, stays below 2^15.
+// x' is each linear's own, as scales of groups are in it. A unit is a tile of rows of one group: its
+// circles lie one after the other. factor keeps the inputs of a token in fp16: its largest one,
+// times the most that a rotation and a scale of a group can make of it, stays below 2^15.
 
 #include "arrange_cuda.h"
 #include "circles_cuda.h"
@@ -64,16 +65,17 @@ struct Trellis {
   }
 };
 
-// Arranges activations: a warp takes a group of a token; a block's warps share the token. A block
+// Arranges activations: a warp takes a group of a token, and writes it with each linear's scale, one
+// linear's groups behind another's; a block's warps share the token. A block
 // looks for the token's factor itself where `finds` says so, else another kernel has. Blocks are so
 // small that they can wait beside the product before.
 __global__ void __launch_bounds__(kPrologueThreads, 16)
     arrange_kernel(const __grid_constant__ DecodeArguments p, int columns,
                    const float* group_scales, float largest_scale, int tile, int finds) {
   asm volatile("griddepcontrol.launch_dependents;");
-  const int parts = (p.pair_count + kWarps - 1) / kWarps;
+  const int groups = (columns + kGroup - 1) / kGroup, parts = (groups + kWarps - 1) / kWarps;
   const int token = blockIdx.x / parts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int g = blockIdx.x % parts * kWarps + warp;
+  int g = blockIdx.x % parts * kWarps + warp;
   const int64_t row = static_cast<int64_t>(token) * p.x_stride;
   const GroupColumns group(p, g, columns, lane);
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -84,18 +86,22 @@ __global__ void __launch_bounds__(kPrologueThreads, 16)
   } else {
     factor = __ldcg(p.factors + token);
   }
-  if (g >= p.pair_count) return;
+  if (g >= groups) return;
   float value[4];
   group.rotate(p, row, value);
   uint8_t* to =
       p.inputs + (static_cast<size_t>(token / tile) * p.pair_count + g) * group_bytes(tile);
-  lay_out(to, tile, token % tile, lane, value, group_scales[g] * __frcp_rn(factor));
+#pragma unroll 1
+  for (; g < p.pair_count; g += groups, to += static_cast<size_t>(groups) * group_bytes(tile)) {
+    lay_out(to, tile, token % tile, lane, value, __ldg(group_scales + g) * __frcp_rn(factor));
+  }
 }
 
 }  // namespace
 
 // Multiplies any number of tokens, `tile` in a launch; see bitmill_batch of matmul/batch_cuda.cu.
-// pair_count is the number of groups, their scales f32 [groups] are at most `largest_scale`.
+// pair_count is the number of groups of all linears, one linear's behind another's; their scales f32
+// [pair_count] are at most `largest_scale`.
 extern "C" int bitmill_trellis_batch(const DecodeArguments* arguments, int columns,
                                      const float* group_scales, float largest_scale, int groups,
                                      int tile, int blocks, int shared, int overlap,
@@ -104,7 +110,7 @@ extern "C" int bitmill_trellis_batch(const DecodeArguments* arguments, int colum
   const float scale = largest_scale * kLargestRotation;
   // Every block of a token reads all of it to find its factor; past some megabytes that takes longer
   // than another kernel.
-  const int parts = (arguments->pair_count + kWarps - 1) / kWarps;
+  const int parts = ((columns + kGroup - 1) / kGroup + kWarps - 1) / kWarps;
   const int finds = static_cast<int64_t>(arguments->tokens) * parts * columns <= kMostRead;
   cudaError_t status = cudaSuccess;
   if (!finds) {

@@ -1,4 +1,4 @@
-"""Products of many tokens with a linear in trellis codes on Hopper (`batch_cuda.cu`)."""
+"""Products of many tokens with linears in trellis codes on Hopper (`batch_cuda.cu`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bitmill_kernels.hopper.schedule import (
 )
 from bitmill_kernels.trellis.building import built_for_hopper
 from bitmill_kernels.trellis.layout import TILE, TILES, tile_bytes
-from bitmill_kernels.trellis.product import full_circles, stored_groups
+from bitmill_kernels.trellis.product import Member, full_circles, stored_groups
 
 _WIDE, _NARROW = WarpgroupShape(4), WarpgroupShape(2)
 SHAPES = {
@@ -66,42 +66,43 @@ def fitting_shapes(rates: Sequence[int], weights: int) -> dict[int, WarpgroupSha
 
 
 class CudaTrellisBatch:
-    """y [T, N] = x W^T for any number of tokens of half precision.
+    """y [T, N] = x W^T for any number of tokens of half precision, outputs of linears side by side.
 
-    circles: as `circle_shapes` names them, on the device; row_scales f32 [N], group_scales f32 [G];
-    order: i32 [K] or None. shapes: by tokens of a launch, ascending.
+    members: linears of as many columns, on the device; order: i32 [K] or None. shapes: by tokens of
+    a launch, ascending.
     """
 
     def __init__(
         self,
-        circles: Mapping[str, Tensor],
-        row_scales: Tensor,
-        group_scales: Tensor,
-        K: int,
-        rates: Sequence[int],
+        members: Sequence[Member],
         order: Tensor | None,
         shapes: Mapping[int, WarpgroupShape],
     ) -> None:
-        """Build all tables. Raises ValueError for a shape that cannot run the linear."""
+        """Build all tables. Raises ValueError for a shape that cannot run the linears."""
         library = load_library()
         if library is None:
             raise RuntimeError("the batch kernel of trellis codes cannot be built: see the log")
-        self._library = library
-        self.N, self.K, self._rates = len(row_scales), K, tuple(rates)
-        self._rows, self._groups, self._order = row_scales, group_scales, order
-        self._largest = float(group_scales.abs().max())
-        device = row_scales.device
-        stored = [full_circles(one) for _, _, one in stored_groups(circles, rates, K)]
-        self._circles = stored  # their addresses are in the tables
-        addresses = [one.data_ptr() for one in stored]
+        self._library, self._order = library, order
+        self.N, self.K = sum(member.N for member in members), members[0].K
+        self._rows = torch.cat([member.row_scales for member in members])
+        self._scales = torch.cat([member.group_scales for member in members])
+        self._groups, self._largest = len(self._scales), float(self._scales.abs().max())
+        self._circles, linears = [], []
+        for member in members:
+            stored = stored_groups(member.circles, member.rates, self.K)
+            circles = [full_circles(one) for _, _, one in stored]
+            linears.append((member.N, member.rates, [one.data_ptr() for one in circles]))
+            self._circles += circles  # their addresses are in the tables
+        device = self._rows.device
         processors = torch.cuda.get_device_properties(device).multi_processor_count
+        rates = [rate for member in members for rate in member.rates]
         self._launches = {}
         for tokens, shape in shapes.items():
             rings = plan(rates, shape, tokens)
             if rings is None:
                 raise ValueError(f"{shape} cannot run {tokens} tokens: no place in shared memory")
-            blocks = whole_tiles(-(-self.N // shape.rows), processors)
-            table = schedule(addresses, self.N, rates, shape.rows, blocks)
+            tiles = sum(-(-member.N // shape.rows) for member in members)
+            table = schedule(linears, shape.rows, whole_tiles(tiles, processors))
             self._launches[tokens] = Launch(table, shape, rings, tokens, device)
 
     def __call__(self, x: Tensor, *, overlap: bool = True) -> Tensor:
@@ -116,48 +117,52 @@ class CudaTrellisBatch:
                 x[rows],
                 y[rows],
                 self.K,
-                self._groups.data_ptr(),
+                self._scales.data_ptr(),
                 self._largest,
-                groups=len(self._rates),
+                groups=self._groups,
                 scaled=True,
                 overlap=overlap,
                 order=None if self._order is None else self._order.data_ptr(),
                 row_scales=self._rows.data_ptr(),
-                pair_count=len(self._rates),
+                pair_count=self._groups,
             )
         return y
 
 
 def schedule(
-    addresses: Sequence[int],
-    N: int,
-    rates: Sequence[int],
-    rows: int,
-    block_count: int,
+    linears: Sequence[tuple[int, Sequence[int], Sequence[int]]], rows: int, block_count: int
 ) -> np.ndarray:
     """The table of units, (tile of `rows` rows, group), as `unit_table` gives it.
 
-    addresses: of each group's circles [ceil(N / 16), 8, 32 rate].
+    linears: of each its rows N, its rates, and the addresses of its groups' circles
+    [ceil(N / 16), 8, 32 rate].
     """
-    groups, tiles = len(rates), -(-N // rows)
-    row = np.repeat(np.arange(tiles, dtype=np.int64) * rows, groups)
-    rate = np.tile(np.array(rates, dtype=np.int64), tiles)
-    address = np.tile(np.array(addresses, dtype=np.int64), tiles)
-    address = (address + row // TILE * TILES * TILE * TILE * rate // 8) // 16
-    nothing = np.zeros_like(row)
-    unit = {
-        "low": address & 0xFFFFFFFF,
-        "high": address >> 32,
-        "grid": nothing,
-        "pair": np.tile(np.arange(groups), tiles),
-        "width": rate,
-        "live_rows": np.minimum(rows, N - row),
-        "output": row,
-        "tile": row // rows,
-        "first": np.stack((nothing, nothing)),
-        "live": np.stack((nothing, nothing)),
-    }
-    return unit_table(unit, np.ones(len(rate)), block_count)  # decoding hardly depends on the rate
+    parts = []
+    tile = output = group = 0
+    for N, rates, addresses in linears:
+        groups, tiles = len(rates), -(-N // rows)
+        row = np.repeat(np.arange(tiles, dtype=np.int64) * rows, groups)
+        rate = np.tile(np.array(rates, dtype=np.int64), tiles)
+        address = np.tile(np.array(addresses, dtype=np.int64), tiles)
+        address = (address + row // TILE * TILES * TILE * TILE * rate // 8) // 16
+        nothing = np.zeros_like(row)
+        unit = {
+            "low": address & 0xFFFFFFFF,
+            "high": address >> 32,
+            "grid": nothing,
+            "pair": group + np.tile(np.arange(groups), tiles),
+            "width": rate,
+            "live_rows": np.minimum(rows, N - row),
+            "output": output + row,
+            "tile": tile + row // rows,
+            "first": np.stack((nothing, nothing)),
+            "live": np.stack((nothing, nothing)),
+        }
+        parts.append(unit)
+        tile, output, group = tile + tiles, output + N, group + groups
+    units = {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
+    # Decoding hardly depends on the rate.
+    return unit_table(units, np.ones(len(units["width"])), block_count)
 
 
 @cache

@@ -203,6 +203,24 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// One of the linears of a product, which share their input. Tiles of rows are numbered through all of
+// them; each linear begins with one of its own.
+struct alignas(16) Member {
+  int first_tile, rows;
+  int output;  // of its first row
+};
+
+struct Stack {
+  const Member* members;
+  int count, tiles;
+
+  // The linear that has a tile: `from` or one behind it.
+  __device__ __forceinline__ int member_of(int tile, int from = 0) const {
+    while (from + 1 < count && tile >= __ldg(&members[from + 1].first_tile)) ++from;
+    return from;
+  }
+};
+
 // Conversions by name: torch compiles without those of the types' own operators.
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }

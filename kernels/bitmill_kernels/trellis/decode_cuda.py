@@ -1,9 +1,9 @@
-"""Products of few tokens with a linear in trellis codes on Hopper (`decode_cuda.cu`)."""
+"""Products of few tokens with linears in trellis codes on Hopper (`decode_cuda.cu`)."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,13 +24,15 @@ from bitmill_kernels.hopper.schedule import (
 )
 from bitmill_kernels.trellis.building import built_for_hopper
 from bitmill_kernels.trellis.layout import TILE, TILES, tile_bytes
-from bitmill_kernels.trellis.product import full_circles, stored_groups
+from bitmill_kernels.trellis.product import Member, full_circles, member_table, stored_groups
 from bitmill_kernels.workspace import NOTHING, workspace
 
 MAX_STAGES = 16
 LAUNCHES = (8, 16)
 """A kernel is compiled for up to so many tokens."""
 
+MOST_MEMBERS = 32
+"""Linears of a launch: a lane of a warp knows the scale of a group of each."""
 
 SHAPES = (BlockShape(8, 2, 2), BlockShape(4, 1, 4))
 """The shapes that are compiled, as listed at the end of `decode_cuda.cu`."""
@@ -50,9 +52,9 @@ def shape_for(weights: int) -> BlockShape:
     return large if weights >= LARGE_FROM else small
 
 
-def input_bytes(tokens: int) -> int:
-    """Of a group's arranged activations: 256 a token, then the tokens' factors."""
-    return 256 * tokens + -(-tokens // 4) * 16
+def input_bytes(tokens: int, members: int) -> int:
+    """Of a group's arranged activations: 256 a token, then the tokens' factors of each linear."""
+    return 256 * tokens + members * -(-tokens // 4) * 16
 
 
 @dataclass(frozen=True)
@@ -68,48 +70,50 @@ class Stages:
         return BARRIER_BYTES + self.count * self.bytes
 
 
-def plan(rates: Sequence[int], shape: BlockShape, tokens: int) -> Stages:
-    """How a block uses shared memory for up to so many tokens."""
-    size = shape.rows // TILE * TILES * tile_bytes(max(rates)) + input_bytes(tokens)
+def plan(most: int, shape: BlockShape, tokens: int, members: int) -> Stages:
+    """How a block uses shared memory for up to so many tokens, so many linears and this rate."""
+    size = shape.rows // TILE * TILES * tile_bytes(most) + input_bytes(tokens, members)
     processor = MAX_SHARED_BYTES + RESERVED_SHARED_BYTES - SHARED_KEPT_FREE
     free = processor // shape.blocks - RESERVED_SHARED_BYTES - BARRIER_BYTES
     return Stages(min(MAX_STAGES, free // size), size)
 
 
 class CudaTrellisDecode:
-    """y [T, N] = x W^T for up to 16 tokens of half precision.
+    """y [T, N] = x W^T for up to 16 tokens of half precision, outputs of linears side by side.
 
-    circles: as `circle_shapes` names them, on the device; row_scales f32 [N], group_scales f32 [G];
-    order: i32 [K] or None.
+    members: linears of as many columns, on the device; order: i32 [K] or None.
     """
 
-    def __init__(
-        self,
-        circles: Mapping[str, Tensor],
-        row_scales: Tensor,
-        group_scales: Tensor,
-        K: int,
-        rates: Sequence[int],
-        order: Tensor | None,
-        shape: BlockShape,
-    ) -> None:
-        """Build the table and take the workspace."""
+    def __init__(self, members: Sequence[Member], order: Tensor | None, shape: BlockShape) -> None:
+        """Build the tables and take the workspace. Raises ValueError for too many linears."""
         library = load_library()
         if library is None:
             raise RuntimeError("the decode kernel of trellis codes cannot be built: see the log")
-        self._library, self._shape = library, shape
-        self.N, self.K, self._rates = len(row_scales), K, tuple(rates)
-        self._rows, self._groups, self._order = row_scales, group_scales, order
-        device = row_scales.device
-        self._circles = [full_circles(one) for _, _, one in stored_groups(circles, rates, K)]
-        table = group_table([one.data_ptr() for one in self._circles], rates)
-        self._table = torch.from_numpy(table).to(device)
+        if len(members) > MOST_MEMBERS:
+            raise ValueError(f"{len(members)} linears share an input: at most {MOST_MEMBERS} do")
+        self._library, self._shape, self._order = library, shape, order
+        outputs = [member.N for member in members]
+        self.N, self.K = sum(outputs), members[0].K
+        self._count, self._groups = len(members), len(members[0].rates)
+        self._rows = torch.cat([member.row_scales for member in members])
+        self._scales = torch.cat([member.group_scales for member in members])
+        self._circles, tables = [], []
+        for member in members:
+            stored = stored_groups(member.circles, member.rates, self.K)
+            circles = [full_circles(one) for _, _, one in stored]
+            tables.append(group_table([one.data_ptr() for one in circles], member.rates))
+            self._circles += circles  # their addresses are in the tables
+        device = self._rows.device
+        self._table = torch.from_numpy(np.concatenate(tables)).to(device)
+        self._stack = member_table(outputs, shape.rows).to(device)
+        self._tiles = sum(-(-N // shape.rows) for N in outputs)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        tiles = -(-self.N // shape.rows)
-        self._blocks = min(whole_tiles(tiles, processors * shape.blocks), tiles * len(rates))
+        blocks = whole_tiles(self._tiles, processors * shape.blocks)
+        self._blocks = min(blocks, self._tiles * self._groups)
         sums = 4 * shape.rows * max(LAUNCHES)
         self._partial = workspace("batch partial", self._blocks * 2 * sums, device, fill=NOTHING)
-        self._stages = {tokens: plan(rates, shape, tokens) for tokens in LAUNCHES}
+        most = max(max(member.rates) for member in members)
+        self._stages = {tokens: plan(most, shape, tokens, self._count) for tokens in LAUNCHES}
 
     def __call__(self, x: Tensor, *, overlap: bool = True) -> Tensor:
         """y [T, N] of x [T, K] in the source's columns, f16 or bf16, with contiguous rows.
@@ -119,8 +123,8 @@ class CudaTrellisDecode:
         y = torch.empty(len(x), self.N, dtype=x.dtype, device=x.device)
         tokens = next(most for most in LAUNCHES if most >= len(x))
         stages = self._stages[tokens]
-        groups = len(self._rates)
-        inputs = workspace("batch inputs", groups * input_bytes(len(x)), x.device)
+        size = self._groups * input_bytes(len(x), self._count)
+        inputs = workspace("batch inputs", size, x.device)
         arguments = Arguments(
             x=x.data_ptr(),
             order=None if self._order is None else self._order.data_ptr(),
@@ -128,7 +132,7 @@ class CudaTrellisDecode:
             row_scales=self._rows.data_ptr(),
             partial=self._partial.data_ptr(),
             y=y.data_ptr(),
-            pair_count=groups,
+            pair_count=self._groups,
             tokens=len(x),
             x_stride=x.stride(0),
             output_stride=y.stride(0),
@@ -139,9 +143,11 @@ class CudaTrellisDecode:
         status = self._library.bitmill_trellis_decode(
             ctypes.byref(arguments),
             self.K,
-            self._groups.data_ptr(),
+            self._scales.data_ptr(),
             self._table.data_ptr(),
-            self.N,
+            self._stack.data_ptr(),
+            self._count,
+            self._tiles,
             self._shape.warps,
             self._shape.row_tiles,
             self._shape.blocks,
@@ -181,8 +187,8 @@ def load_library() -> ctypes.CDLL | None:
     if library is not None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int
         library.bitmill_trellis_decode.argtypes = [
-            *(pointer, integer, pointer, pointer),
-            *([integer] * 8),
+            *(pointer, integer, pointer, pointer, pointer),
+            *([integer] * 9),
             pointer,
         ]
     return library

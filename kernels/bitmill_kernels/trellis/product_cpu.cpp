@@ -1,6 +1,7 @@
 // Linears in trellis codes on a CPU, straight from their circles (layout.py, code.py).
 //
 //   bitmill_trellis_multiply:  y[t, n] = row_scale[n] * sum_k x[t, k] * group_scale[g] * value[n, k]
+//   bitmill_trellis_rotate:    x of the source's columns, brought into packed, rotated ones
 //   bitmill_trellis_decode:    w[n, k] = row_scale[n] * group_scale[g] * value[n, k]
 //
 // Values are computed from vectors of states, in fp32 and exactly as code.py has them:
@@ -35,6 +36,7 @@ typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 
 constexpr int kTile = 16, kRuns = 8, kPairs = 16, kRun = 2 * kPairs, kMaxTokens = 4;
 constexpr int kGroupTiles = 8, kGroup = kGroupTiles * kTile;
+constexpr int kRotationSteps = 8;  // that a column takes
 constexpr int64_t kThreadWeights = 1 << 17;  // of fewer a thread is not worth its waiting: 10 us
 constexpr int kSlack = 64;  // bytes behind a circle that vectors may read
 
@@ -212,7 +214,7 @@ inline void by_rate(int rate, Run run) {
 
 template <int TOKENS>
 void multiply_row(const Group* groups, int group_count, int tile_row, const float* x,
-                  int64_t x_stride, const float* row_scales, int N, float* y) {
+                  int64_t x_stride, const float* row_scales, int N, float* y, int64_t y_stride) {
   Floats sums[kRuns][TOKENS] = {};
   for (int g = 0; g < group_count; ++g, x += kGroupTiles * kRun)
     by_rate(groups[g].rate, [&](auto rate) {
@@ -229,7 +231,7 @@ void multiply_row(const Group* groups, int group_count, int tile_row, const floa
     }
     for (int r = 0; r < kTile && tile_row * kTile + r < N; ++r) {
       const int n = tile_row * kTile + r;
-      y[static_cast<int64_t>(t) * N + n] = row_scales[n] * total[r];
+      y[t * y_stride + n] = row_scales[n] * total[r];
     }
   }
 }
@@ -287,11 +289,9 @@ void rotate(float* v, int count) {
 }
 
 // One group's inputs times its scale, as values lie: f32 [tile columns, 2, kPairs].
-void lay(const float* x, const int32_t* order, int count, const Group& group, float* out) {
+void lay(const float* x, int count, const Group& group, float* out) {
   float v[kGroup] = {};
-  for (int k = 0; k < count; ++k)
-    v[k] = !order ? x[k] : order[k] < 0 ? -x[~order[k]] : x[order[k]];
-  if (order) rotate(v, count);
+  std::memcpy(v, x, count * sizeof *x);
   for (int c = 0; c < group.columns; ++c)
     for (int odd = 0; odd < 2; ++odd)
       for (int i = 0; i < kPairs; ++i)
@@ -304,12 +304,30 @@ int useful_threads(int threads, int64_t weights) {
 
 }  // namespace
 
-// x f32 [tokens, K] in packed, rotated columns, or with an order, i32 [K], in the source's: what is
-// rotated is x[order[k]], and -x[~order[k]] where order[k] is negative. row_scales f32 [N]; y f32
-// [tokens, N].
+// x and out f32 [tokens, K]. order, i32 [K]: what is rotated is x[order[k]], and -x[~order[k]] where
+// order[k] is negative.
+extern "C" void bitmill_trellis_rotate(int tokens, int K, const float* x, const int32_t* order,
+                                       float* out, int threads) {
+  threads = useful_threads(threads, static_cast<int64_t>(tokens) * K * kRotationSteps);
+#pragma omp parallel for num_threads(threads) collapse(2) if (threads > 1)
+  for (int t = 0; t < tokens; ++t)
+    for (int first = 0; first < K; first += kGroup) {
+      const float* from = x + static_cast<int64_t>(t) * K;
+      float* to = out + static_cast<int64_t>(t) * K + first;
+      const int count = K - first < kGroup ? K - first : kGroup;
+      for (int k = 0; k < count; ++k) {
+        const int32_t at = order[first + k];
+        to[k] = at < 0 ? -from[~at] : from[at];
+      }
+      rotate(to, count);
+    }
+}
+
+// x f32 [tokens, K] in packed, rotated columns; row_scales f32 [N]; y f32 [tokens, N], its rows
+// y_stride apart.
 extern "C" void bitmill_trellis_multiply(const Group* groups, int group_count, int N, int K,
-                                         int tokens, const float* x, const int32_t* order,
-                                         const float* row_scales, float* y, int threads) {
+                                         int tokens, const float* x, const float* row_scales,
+                                         float* y, int64_t y_stride, int threads) {
   const int rows = (N + kTile - 1) / kTile;
   threads = useful_threads(threads, static_cast<int64_t>(N) * K);
   const int64_t stride = static_cast<int64_t>(group_count) * kGroupTiles * kRun;
@@ -318,8 +336,7 @@ extern "C" void bitmill_trellis_multiply(const Group* groups, int group_count, i
   for (int t = 0; t < tokens; ++t)
     for (int g = 0; g < group_count; ++g) {
       const int first = g * kGroup, count = K - first < kGroup ? K - first : kGroup;
-      const float* from = x + static_cast<int64_t>(t) * K;
-      lay(order ? from : from + first, order ? order + first : nullptr, count, groups[g],
+      lay(x + static_cast<int64_t>(t) * K + first, count, groups[g],
           laid.data() + t * stride + g * kGroupTiles * kRun);
     }
   for (int t = 0; t < tokens; t += kMaxTokens) {
@@ -330,7 +347,7 @@ extern "C" void bitmill_trellis_multiply(const Group* groups, int group_count, i
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int row = 0; row < rows; ++row)
       multiply(groups, group_count, row, laid.data() + t * stride, stride, row_scales, N,
-               y + static_cast<int64_t>(t) * N);
+               y + t * y_stride, y_stride);
   }
 }
 

@@ -1,7 +1,9 @@
-// Linears in trellis codes on a GPU, straight from their circles (layout.py, code.py).
+// Linears in trellis codes on a GPU, straight from their circles (layout.py, code.py). Those that
+// share an input are multiplied together, by inputs that are brought into rotated columns once.
 //
-//   prologue:  x'[t, k] = group_scale[g] * (rotation of x[t, order])[k] / factor[t, g]     in fp16
-//   product:   y[t, n]  = row_scale[n] * sum_g factor[t, g] * sum_k x'[t, k] value[n, k]
+//   prologue:  x'[t, k] = (rotation of x[t, order])[k] / factor[t, g]                      in fp16
+//   product:   y[t, n]  = row_scale[n] * sum_g factor[t, g] * group_scale[g]
+//                         * sum_k x'[t, k] value[n, k]
 //   decode:    w[n, k]  = row_scale[n] * group_scale[g] * value[n, k]
 //
 // The eight values of a lane are what the lane holds of the left operand of mma.m16n8k16, and come
@@ -45,11 +47,15 @@ __device__ __forceinline__ void add_group(const uint8_t* circle, int columns, co
 
 template <typename T, int NT>
 __global__ void __launch_bounds__(32 * kWarps)
-    product(const Group* groups, int group_count, int N, int tokens, const __half* x,
+    product(const Group* groups, int group_count, Stack stack, int N, int tokens, const __half* x,
             const float* factors, const float* row_scales, T* y) {
   __shared__ float shared[kWarps][NT][4][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t stride = static_cast<int64_t>(group_count) * kGroup, row = blockIdx.x;
+  const int member = stack.member_of(blockIdx.x);
+  groups += member * group_count;
+  factors += member * tokens * group_count;
+  const int64_t stride = static_cast<int64_t>(group_count) * kGroup;
+  const int64_t row = blockIdx.x - stack.members[member].first_tile;
   float total[NT][4] = {};
   for (int g = warp; g < group_count; g += kWarps) {
     const Group group = groups[g];
@@ -80,11 +86,12 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
     for (int i = 0; i < 4; ++i) shared[warp][n][i][lane] = total[n][i];
   __syncthreads();
+  const Member own = stack.members[member];
   for (int i = threadIdx.x; i < NT * 128; i += 32 * kWarps) {
     const int n = i / 128, part = i / 32 % 4, from = i % 32;
     const int token = 8 * n + 2 * (from % 4) + part % 2;
-    const int out = row * kTile + from / 4 + 8 * (part / 2);
-    if (token >= tokens || out >= N) continue;
+    const int64_t n_of_own = row * kTile + from / 4 + 8 * (part / 2), out = own.output + n_of_own;
+    if (token >= tokens || n_of_own >= own.rows) continue;
     float sum = 0.f;
     for (int w = 0; w < kWarps; ++w) sum += shared[w][n][part][from];
     store(y + static_cast<int64_t>(token) * N + out, row_scales[out] * sum);
@@ -121,14 +128,15 @@ __device__ __forceinline__ float rotated(const T* x, int K, const int* order, in
   return thread < count ? own * rsqrtf(static_cast<float>(size)) : 0.f;
 }
 
-// One group of one token a block of 128 threads.
+// One group of one token a block of 128 threads. factors f32 [members, tokens, G]: times the scale
+// that each linear has for the group.
 template <typename T>
-__global__ void prologue(const T* x, int K, const int* order, const float* group_scales, __half* out,
-                         float* factors) {
+__global__ void prologue(const T* x, int K, const int* order, const float* group_scales, int members,
+                         __half* out, float* factors) {
   __shared__ float largest[4];
   const int g = blockIdx.x, thread = threadIdx.x;
   const int64_t token = blockIdx.y;
-  const float own = rotated(x + token * K, K, order, g) * group_scales[g];
+  const float own = rotated(x + token * K, K, order, g);
   float most = fabsf(own);
   for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
   if (thread % 32 == 0) largest[thread / 32] = most;
@@ -138,7 +146,9 @@ __global__ void prologue(const T* x, int K, const int* order, const float* group
   if (most > 0.f) frexpf(most, &exponent);
   exponent = max(-120, min(120, exponent));
   out[(token * gridDim.x + g) * kGroup + thread] = __float2half(own * ldexpf(1.f, -exponent));
-  if (thread == 0) factors[token * gridDim.x + g] = ldexpf(1.f, exponent);
+  for (int m = thread; m < members; m += kGroup)
+    factors[(m * gridDim.y + token) * gridDim.x + g] =
+        ldexpf(1.f, exponent) * group_scales[m * gridDim.x + g];
 }
 
 // out [tokens, K]: activations as decoded rows take them. One group of one token a block.
@@ -235,39 +245,34 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 template <typename T>
-cudaError_t multiply_all(const void* x, int tokens, int K, const int* order,
-                         const float* group_scales, const Group* groups, int group_count, int N,
+cudaError_t multiply_all(const void* x, int tokens, int K, const int* order, const Group* groups,
+                         int group_count, const float* group_scales, const Stack& stack, int N,
                          const float* row_scales, __half* inner, float* factors, void* y,
                          cudaStream_t stream) {
   prologue<T><<<dim3(group_count, tokens), kGroup, 0, stream>>>(
-      static_cast<const T*>(x), K, order, group_scales, inner, factors);
-  const int blocks = (N + kTile - 1) / kTile, threads = 32 * kWarps;
-  T* out = static_cast<T*>(y);
-  if (tokens <= 8)
-    product<T, 1><<<blocks, threads, 0, stream>>>(groups, group_count, N, tokens, inner, factors,
-                                                  row_scales, out);
-  else if (tokens <= 16)
-    product<T, 2><<<blocks, threads, 0, stream>>>(groups, group_count, N, tokens, inner, factors,
-                                                  row_scales, out);
-  else
-    product<T, 4><<<blocks, threads, 0, stream>>>(groups, group_count, N, tokens, inner, factors,
-                                                  row_scales, out);
+      static_cast<const T*>(x), K, order, group_scales, stack.count, inner, factors);
+  const auto call = tokens <= 8 ? product<T, 1> : tokens <= 16 ? product<T, 2> : product<T, 4>;
+  call<<<stack.tiles, 32 * kWarps, 0, stream>>>(groups, group_count, stack, N, tokens, inner,
+                                                factors, row_scales, static_cast<T*>(y));
   return cudaGetLastError();
 }
 
 }  // namespace
 
 // x [tokens, K] and y [tokens, N] of dtype 1 (fp16) or 2 (bf16); 1 to 32 tokens; order i32 [K] or
-// null; scratch: inner f16 [tokens, 128 G], factors f32 [tokens, G]. Returns a cudaError_t, as all
-// functions here.
+// null. groups and group_scales f32 [members, G]; members have so many tiles of 16 rows, N rows in
+// all. scratch: inner f16 [tokens, 128 G], factors f32 [members, tokens, G]. Returns a cudaError_t,
+// as all functions here.
 extern "C" int bitmill_trellis_product_cuda(const void* x, int dtype, int tokens, int K,
-                                            const int* order, const float* group_scales,
-                                            const void* groups, int group_count, int N,
+                                            const int* order, const void* groups, int group_count,
+                                            const float* group_scales, const void* members,
+                                            int member_count, int tiles, int N,
                                             const float* row_scales, void* inner, float* factors,
                                             void* y, void* stream) {
   const auto call = dtype == 1 ? multiply_all<__half> : multiply_all<__nv_bfloat16>;
-  return call(x, tokens, K, order, group_scales, static_cast<const Group*>(groups), group_count, N,
-              row_scales, static_cast<__half*>(inner), factors, y,
+  const Stack stack = {static_cast<const Member*>(members), member_count, tiles};
+  return call(x, tokens, K, order, static_cast<const Group*>(groups), group_count, group_scales,
+              stack, N, row_scales, static_cast<__half*>(inner), factors, y,
               static_cast<cudaStream_t>(stream));
 }
 

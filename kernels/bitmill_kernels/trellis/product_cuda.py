@@ -1,11 +1,11 @@
-"""Products with a linear in trellis codes on a GPU (`product_cuda.cu`), one linear a launch.
+"""Products with linears in trellis codes on a GPU (`product_cuda.cu`).
 
     y[t, n] = sum_k x[t, k] w[n, k],   x in the source's columns
 
-On Hopper up to 16 tokens of half precision: `decode_cuda.py`; more, as far as `most_tokens` says:
-`batch_cuda.py`. Elsewhere up to
-`FUSED_TOKENS` tokens of half precision: the order, the rotation and the scales of groups are
-applied to x in a first launch, and a second one multiplies from the circles by tensor cores,
+Linears that share x are multiplied together: x is ordered and rotated once. On Hopper up to 16
+tokens of half precision: `decode_cuda.py`; more, as far as `most_tokens` says: `batch_cuda.py`.
+Elsewhere up to `FUSED_TOKENS` tokens of half precision: the order and the rotation are applied to x
+in a first launch, and a second one multiplies all linears from their circles by tensor cores,
 without ever writing a weight. More tokens, or fp32: rows are decoded into a scratch of at most
 `SCRATCH_ELEMENTS`, and the vendor's product takes them.
 """
@@ -13,8 +13,9 @@ without ever writing a weight. More tokens, or fp32: rows are decoded into a scr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,41 +25,63 @@ from bitmill_kernels.hopper.schedule import BlockShape, WarpgroupShape
 from bitmill_kernels.trellis import batch_cuda, decode_cuda
 from bitmill_kernels.trellis.building import CIRCLES, built
 from bitmill_kernels.trellis.layout import TILE, tile_count
-from bitmill_kernels.trellis.product import TrellisProduct, stored_groups
+from bitmill_kernels.trellis.product import (
+    Member,
+    TrellisProduct,
+    TrellisWeight,
+    member_table,
+    stored_groups,
+)
 
 FUSED_TOKENS = 32
 SCRATCH_ELEMENTS = 1 << 26
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-class CudaTrellisProduct(TrellisProduct):
-    """One linear on one CUDA device; order and inputs as `TrellisProduct` takes them."""
+class CudaMember(Member):
+    """One of the linears of a product on a CUDA device."""
 
-    def __init__(self, *linear: Any, **source: Any) -> None:
-        super().__init__(*linear, **source)
-        self._table = _table_of(self._circles, self.rates, self.K)
-        device, weights = self._rows.device, self.N * self.K
+    def __init__(self, weight: TrellisWeight, K: int, device: torch.device) -> None:
+        super().__init__(weight, K, device)
+        self._table = _table_of(self.circles, self.rates, K)
+
+    def weights(self, first: int, end: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Weights [end - first, K] in packed, rotated columns; first is a multiple of 16."""
+        rows = slice(first, end)
+        return _decode(self._table, self.row_scales, self.group_scales, rows, self.K, dtype)
+
+
+class CudaTrellisProduct(TrellisProduct):
+    """Linears on one CUDA device; order and inputs as `TrellisProduct` takes them."""
+
+    member = CudaMember
+
+    def __init__(
+        self, weights: Sequence[TrellisWeight], K: int, device: torch.device, **source: Any
+    ) -> None:
+        super().__init__(weights, K, device, **source)
+        self._table = torch.cat([_table_of(one.circles, one.rates, K) for one in self.members])
+        self._rows = torch.cat([member.row_scales for member in self.members])
+        self._groups = torch.cat([member.group_scales for member in self.members])
+        self._stack = member_table(self.outputs, TILE).to(device)
+        self._tiles = sum(-(-N // TILE) for N in self.outputs)
+        size = self.N * K
         self._decode = None
         if decode_cuda.available(device):
-            self._decode = self.decode(decode_cuda.shape_for(weights))
-        self._batched = batch_cuda.most_tokens(weights)
+            self._decode = self.decode(decode_cuda.shape_for(size))
+        self._batched = batch_cuda.most_tokens(size)
         self._batch = None
         if batch_cuda.available(device):
-            self._batch = self.batch(batch_cuda.fitting_shapes(self.rates, weights))
+            rates = tuple(chain.from_iterable(member.rates for member in self.members))
+            self._batch = self.batch(batch_cuda.fitting_shapes(rates, size))
 
     def decode(self, shape: BlockShape) -> decode_cuda.CudaTrellisDecode:
         """The kernel for few tokens on Hopper, by this shape."""
-        scales = self._rows, self._groups
-        return decode_cuda.CudaTrellisDecode(
-            self._circles, *scales, self.K, self.rates, self._order, shape
-        )
+        return decode_cuda.CudaTrellisDecode(self.members, self._order, shape)
 
     def batch(self, shapes: Mapping[int, WarpgroupShape]) -> batch_cuda.CudaTrellisBatch:
         """The kernel for many tokens on Hopper, by these shapes."""
-        scales = self._rows, self._groups
-        return batch_cuda.CudaTrellisBatch(
-            self._circles, *scales, self.K, self.rates, self._order, shapes
-        )
+        return batch_cuda.CudaTrellisBatch(self.members, self._order, shapes)
 
     def of_source(self, x: Tensor) -> Tensor:
         """y [T, N] of x [T, K] in the source's columns, in the dtype of x."""
@@ -68,7 +91,7 @@ class CudaTrellisProduct(TrellisProduct):
             if self._batch is not None and len(x) <= self._batched:
                 return self._batch(x.contiguous())
             if len(x) <= FUSED_TOKENS:
-                return self._fused(x.contiguous())
+                return self.fused(x.contiguous())
         return self.by_decoded_rows(x)
 
     def by_decoded_rows(self, x: Tensor) -> Tensor:
@@ -89,26 +112,16 @@ class CudaTrellisProduct(TrellisProduct):
                 torch.cuda.current_stream(x.device).cuda_stream,
             )
         )
-        for first, W in self._slabs(x.dtype):
-            torch.mm(inner, W.t(), out=y[:, first : first + len(W)])
+        for member, part in zip(self.members, y.split(self.outputs, 1), strict=True):
+            for first, W in member.tiles(SCRATCH_ELEMENTS, x.dtype):
+                torch.mm(inner, W.t(), out=part[:, first : first + len(W)])
         return y
 
-    def weights(self, first: int, end: int) -> Tensor:
-        """Weights f32 [end - first, K] in packed, rotated columns; first is a multiple of 16."""
-        return self._decoded(first, end, torch.float32)
-
-    def _slabs(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        rows = max(TILE, SCRATCH_ELEMENTS // self.K // TILE * TILE)
-        for first in range(0, self.N, rows):
-            yield first, self._decoded(first, min(self.N, first + rows), dtype)
-
-    def _decoded(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
-        return _decode(self._table, self._rows, self._groups, slice(first, end), self.K, dtype)
-
-    def _fused(self, x: Tensor) -> Tensor:
-        groups = len(self.rates)
+    def fused(self, x: Tensor) -> Tensor:
+        """`of_source` for up to `FUSED_TOKENS` tokens of half precision, contiguous."""
+        groups = len(self._table) // len(self.members)
         inner = torch.empty(len(x), 128 * groups, dtype=torch.float16, device=x.device)
-        factors = torch.empty(len(x), groups, device=x.device)
+        factors = torch.empty(len(self.members), len(x), groups, device=x.device)
         y = torch.empty(len(x), self.N, dtype=x.dtype, device=x.device)
         _check(
             _library().bitmill_trellis_product_cuda(
@@ -117,9 +130,12 @@ class CudaTrellisProduct(TrellisProduct):
                 len(x),
                 self.K,
                 None if self._order is None else self._order.data_ptr(),
-                self._groups.data_ptr(),
                 self._table.data_ptr(),
                 groups,
+                self._groups.data_ptr(),
+                self._stack.data_ptr(),
+                len(self._stack),
+                self._tiles,
                 self.N,
                 self._rows.data_ptr(),
                 inner.data_ptr(),
@@ -207,8 +223,9 @@ def load_library() -> ctypes.CDLL | None:
     if library is not None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int
         library.bitmill_trellis_product_cuda.argtypes = [
-            *(pointer, integer, integer, integer, pointer, pointer, pointer),
-            *(integer, integer, pointer, pointer, pointer, pointer, pointer),
+            *(pointer, integer, integer, integer, pointer, pointer, integer),
+            *(pointer, pointer, integer, integer, integer),
+            *(pointer, pointer, pointer, pointer, pointer),
         ]
         library.bitmill_trellis_rotate_cuda.argtypes = [
             *(pointer, integer, integer, integer, pointer, pointer, pointer),

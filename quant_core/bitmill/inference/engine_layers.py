@@ -159,20 +159,16 @@ class Product:
     """y [..., N] of x [..., K]: the shares' outputs side by side."""
 
     def __init__(self, weights: list[Stored], device: torch.device) -> None:
-        self._stack: MixedLinear | None = None
-        self._each: list[TrellisRuntime] = []
-        if all(isinstance(weight, PackedTensor) for weight in weights):
-            self._stack = MixedLinear([kernel_weight(weight) for weight in weights], device)
-            return
-        for weight in weights:
-            assert isinstance(weight, TrellisTensor)
-            self._each.append(TrellisRuntime(weight, device))
+        self._run: Callable[[Tensor, Tensor | None], Tensor]
+        trellis = [weight for weight in weights if isinstance(weight, TrellisTensor)]
+        if trellis:
+            assert len(trellis) == len(weights)
+            self._run = TrellisRuntime(trellis, device)
+        else:
+            self._run = MixedLinear([kernel_weight(weight) for weight in weights], device).run
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self._stack is not None:
-            return self._stack.run(x, bias)
-        y = torch.cat([one(x, None) for one in self._each], -1)
-        return y if bias is None else y + bias
+        return self._run(x, bias)
 
 
 def kernel_weight(weight: Any) -> PackedWeight:

@@ -14,13 +14,13 @@ Packed linears that read the same input are multiplied in one launch. q/k/v and 
 modules that a model calls one after the other with the same tensor: the first call multiplies for
 all of them and keeps the outputs, each of the others takes its own. Outputs are kept only until
 every sibling has come for its part, and a call with another tensor starts anew, so a sibling that
-is called alone costs time and is still right. Only accelerators gain from it: small launches are
-what they are slow at.
+is called alone costs time and is still right. Only accelerators gain from it, as small launches are
+what they are slow at, and codes whose inputs must be rotated first (`joins_on_cpu`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -54,6 +54,8 @@ class QuantizedLinear(nn.Module):
     code = "affine"
     shapes = staticmethod(packed_shapes)
     """Dtype and shape of every buffer but the order, of N, K and widths."""
+    joins_on_cpu = False
+    """Whether siblings are multiplied together on a CPU too."""
 
     def __init__(
         self,
@@ -168,18 +170,20 @@ class QuantizedLinear(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         """What the codes make of x, and the bias."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.siblings is not None and x.is_cuda:
+        if self.siblings is not None and (x.is_cuda or self.joins_on_cpu):
             y = self.siblings.output(self, x)
             return y if bias is None else y + bias
         if self._runtime is None or self._runtime.device != x.device:
-            self._runtime = self._build(x.device)
+            self._runtime = self.stacked([self], x.device)
             self.release()
         product: Tensor = self._runtime(x, bias)
         return product
 
-    def _build(self, device: torch.device) -> Any:
-        """What multiplies on a device: called with x [..., K] and bias [N] or None."""
-        return MixedLinear([self.packed_weight()], device)
+    @staticmethod
+    def stacked(modules: Sequence[QuantizedLinear], device: torch.device) -> Any:
+        """What multiplies the modules' shared input on a device, their outputs side by side: called
+        with x [..., K] and a bias [N] or None."""
+        return MixedLinear([module.packed_weight() for module in modules], device)
 
     def packed_weight(self) -> PackedWeight:
         """The buffers, checked, as the kernels take them."""
@@ -235,41 +239,43 @@ class SiblingGroup:
 
     def reset(self) -> None:
         """Forget the stack: a module has moved or changed."""
-        self._stack: MixedLinear | None = None
-        self._input: Tensor | None = None
-        self._outputs: list[Tensor | None] = []
+        self._stack: Any = None
+        self._kept: tuple[Tensor, list[Tensor | None]] | None = None
 
     def output(self, module: QuantizedLinear, x: Tensor) -> Tensor:
         """y [..., N] of one of the modules, without its bias."""
         index = next(i for i, sibling in enumerate(self.modules) if sibling is module)
-        y = self._outputs[index] if self._input is x else None
-        if y is None:
+        kept = self._kept  # another thread may put its own there
+        if kept is None or kept[0] is not x or kept[1][index] is None:
             if self._stack is None or self._stack.device != x.device:
                 self._stack = self._build(x.device)
-            outputs = self._stack(x).split(self._stack.outputs, dim=-1)
-            self._input, self._outputs = x, list(outputs)
-            y = outputs[index]
-        self._outputs[index] = None  # a second call with the same tensor multiplies again
-        if all(output is None for output in self._outputs):
-            self._input = None
+            stack = self._stack
+            kept = self._kept = x, list(stack(x).split(stack.outputs, dim=-1))
+        outputs = kept[1]
+        y = outputs[index]
+        assert y is not None
+        outputs[index] = None  # a second call with the same tensor multiplies again
+        if self._kept is kept and all(output is None for output in outputs):
+            self._kept = None
         return y
 
-    def _build(self, device: torch.device) -> MixedLinear:
-        stack = MixedLinear([module.packed_weight() for module in self.modules], device)
+    def _build(self, device: torch.device) -> Any:
+        stack = self.modules[0].stacked(self.modules, device)
         for module in self.modules:
             module.release()
         return stack
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"modules": self.modules, "_stack": None, "_input": None, "_outputs": []}
+        return {"modules": self.modules, "_stack": None, "_kept": None}
 
 
 def join_siblings(modules: Iterable[tuple[str, QuantizedLinear]]) -> None:
-    """Put modules, given by full name, that read the same input into groups."""
+    """Put modules of one code, given by full name, that read the same input into groups."""
     groups: dict[tuple[Any, ...], list[QuantizedLinear]] = {}
     for name, module in modules:
         order = None if module.order is None else module.order.data_ptr()
-        groups.setdefault((*sibling_key(name), module.in_features, order), []).append(module)
+        key = (*sibling_key(name), module.code, module.in_features, order)
+        groups.setdefault(key, []).append(module)
     for members in groups.values():
         if len(members) > 1:
             group = SiblingGroup(members)

@@ -2,12 +2,14 @@
 
     y[..., n] = row_scale[n] * sum_k x'[..., k] group_scale[g] value[n, k] + bias[n]
 
-x' is x in the stored column order, rotated inside its groups (`quant/rotation.py`). See
-`inference/linear.py` for what all packed linears do.
+x' is x in the stored column order, rotated inside its groups (`quant/rotation.py`): once for all
+linears that read it, so that these are multiplied together on a CPU too. See `inference/linear.py`
+for what all packed linears do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,40 +27,40 @@ class TrellisLinear(QuantizedLinear):
 
     code = "trellis"
     shapes = staticmethod(trellis_shapes)
+    joins_on_cpu = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., N] of x [..., K], computed on the device and in the dtype of x."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self._runtime is None or self._runtime.device != x.device:
-            self._runtime = self._build(x.device)
-            self.release()
-        product: Tensor = self._runtime(x, bias)
-        return product
-
-    def _build(self, device: torch.device) -> TrellisRuntime:
-        found = self.stored()
-        assert isinstance(found, TrellisTensor)
-        return TrellisRuntime(found, device)
+    @staticmethod
+    def stacked(modules: Sequence[QuantizedLinear], device: torch.device) -> TrellisRuntime:
+        """What multiplies the modules' shared input on a device."""
+        weights = []
+        for module in modules:
+            weight = module.stored()
+            assert isinstance(weight, TrellisTensor)
+            weights.append(weight)
+        return TrellisRuntime(weights, device)
 
 
 class TrellisRuntime:
-    """One linear on one device; calls and gives what the module's forward does."""
+    """Linears of one input and one column order on one device; outputs lie side by side."""
 
-    def __init__(self, weight: TrellisTensor, device: torch.device) -> None:
-        self.device, self.rewrites = device, weight.rewrites
-        scales = weight.row_scales, weight.group_scales
-        linear = weight.circles, *scales, weight.K, weight.widths, device
+    def __init__(self, weights: Sequence[TrellisTensor], device: torch.device) -> None:
+        first = weights[0]
+        self.device, self.rewrites = device, first.rewrites
         # Kernels rotate by the signs from column 0 on.
-        whole = Rotation() in weight.rewrites
+        whole = Rotation() in first.rewrites
         on_gpu = whole and device.type == "cuda" and available()
         self.product = (CudaTrellisProduct if on_gpu else TrellisProduct)(
-            *linear,
-            order=weight.order,
-            signs=signs(weight.K, device) if whole else None,
+            [weight.kernel_weight() for weight in weights],
+            first.K,
+            device,
+            order=first.order,
+            signs=signs(first.K, device) if whole else None,
             inputs=self.rewrites.inputs,
         )
+        self.outputs = self.product.outputs
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y [..., N] of x [..., K] in the source's columns, and bias [N] or None."""
         y: Tensor = _Product.apply(x, self)
         return y if bias is None else y + bias
 

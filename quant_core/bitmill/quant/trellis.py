@@ -24,7 +24,7 @@ from bitmill_kernels.backend import wants_reference
 from bitmill_kernels.layout import GROUP_SIZE, group_columns
 from bitmill_kernels.trellis import product_cuda
 from bitmill_kernels.trellis.layout import circle_shapes
-from bitmill_kernels.trellis.product import TrellisProduct
+from bitmill_kernels.trellis.product import Member, TrellisWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +106,16 @@ class TrellisTensor:
 
     def packed_values(self) -> Tensor:
         """w' f32 [N, K] in packed columns."""
-        scales = self.row_scales, self.group_scales
         device = self.row_scales.device
         if device.type == "cuda" and not wants_reference("auto") and product_cuda.available():
             circles = {key: one.contiguous() for key, one in self.circles.items()}
+            scales = self.row_scales, self.group_scales
             return product_cuda.decoded(circles, *scales, self.K, self.widths)
-        return TrellisProduct(self.circles, *scales, self.K, self.widths, device).weights(0, self.N)
+        return Member(self.kernel_weight(), self.K, device).weights(0, self.N)
+
+    def kernel_weight(self) -> TrellisWeight:
+        """Itself as the kernels take it."""
+        return TrellisWeight(self.circles, self.row_scales, self.group_scales, self.widths)
 
     def dequantize(self) -> Tensor:
         """Weights f32 [N, K] in the source's columns."""

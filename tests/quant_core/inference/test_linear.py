@@ -117,7 +117,7 @@ def test_siblings_multiply_once_and_give_each_its_part() -> None:
     other = torch.randn(3, 256, generator=torch.Generator().manual_seed(2))
     assert torch.allclose(y, first(x), atol=1e-5)
     assert torch.allclose(group.output(second, x), second(x), atol=1e-5)
-    assert group._input is None
+    assert group._kept is None
     assert torch.allclose(group.output(second, other), second(other), atol=1e-5)
     assert torch.allclose(group.output(second, other), second(other), atol=1e-5)
     assert group._stack is stack

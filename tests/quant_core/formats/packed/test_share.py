@@ -117,7 +117,7 @@ def test_ranks_of_a_trellis_linear_add_up_to_its_product() -> None:
         order = share.tensors["order"]
         held = share.weight(order)
         assert isinstance(held, TrellisTensor)
-        y += TrellisRuntime(held, x.device)(x[:, share.reads(order)], None)
+        y += TrellisRuntime([held], x.device)(x[:, share.reads(order)], None)
     expected = TrellisLinear.from_packed(linear)(x)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
