@@ -1,5 +1,8 @@
-"""A function of a test in a process of its own, or on ranks: `python -m rank_function FILE NAME
-ARGUMENT...`, forked where the session's `sys.executable` is the script of `warm_python.py`."""
+"""A function of a test in a process of its own, or on ranks, forked where the session's
+`sys.executable` is the script of `warm_python.py`.
+
+    python -m rank_function FILE NAME DEVICE ARGUMENT...
+"""
 
 from __future__ import annotations
 
@@ -23,22 +26,27 @@ def in_process(
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 
 
-def on_ranks(count: int, function: Callable[..., object], *arguments: object) -> None:
-    """Call `function(group, *arguments)` on every rank; see above."""
-    run_ranks(count, _call(function, arguments))
+def on_ranks(
+    count: int, function: Callable[..., object], *arguments: object, device: str = "cpu"
+) -> None:
+    """Call `function(group, *arguments)` on every rank; see above. On "cuda" each rank has made a
+    GPU of its own the current one."""
+    run_ranks(count, _call(function, arguments, device))
 
 
-def _call(function: Callable[..., object], arguments: tuple[object, ...]) -> list[str]:
+def _call(
+    function: Callable[..., object], arguments: tuple[object, ...], device: str = "cpu"
+) -> list[str]:
     code = function.__code__
     file = str(Path(code.co_filename).resolve())
-    return ["-m", "rank_function", file, code.co_name, *map(str, arguments)]
+    return ["-m", "rank_function", file, code.co_name, device, *map(str, arguments)]
 
 
 if __name__ == "__main__":
-    path, name, *texts = sys.argv[1:]
+    path, name, where, *texts = sys.argv[1:]
     called = runpy.run_path(path)[name]
     if is_rank():
-        with as_rank("cpu") as (group, _):
+        with as_rank(where) as (group, _):
             called(group, *texts)
     else:
         called(*texts)

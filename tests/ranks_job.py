@@ -11,6 +11,7 @@ import torch
 
 from bitmill.allocation.allocator import allocate
 from bitmill.allocation.profile import ProfileConfig, ProfileOrigin
+from bitmill.calibration.kept_weights import KeptWeights
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.quantization import parse_config
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
@@ -21,31 +22,48 @@ from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
 from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.sensitivity.measure import make_profile
 
-KINDS: dict[str, dict[str, Any]] = {
-    "knapsack": {"kind": "knapsack", "widths": (2, 3, 4)},
-    "sba": {"kind": "sba", "base": 3},
-    "orders": {"kind": "orders"},
+KINDS: dict[str, dict[str, dict[str, Any]]] = {
+    "affine": {
+        "knapsack": {"kind": "knapsack", "widths": (2, 3, 4)},
+        "sba": {"kind": "sba", "base": 3},
+        "orders": {"kind": "orders"},
+    },
+    "trellis": {
+        "knapsack": {"kind": "knapsack", "widths": (2, 3, 4), "code": "trellis"},
+        "sba": {"kind": "sba", "base": 3, "code": "trellis"},
+    },
 }
+"""Profiles by the code that they are for."""
 
 
 def ranks_job(
-    model_folder: Path, out: Path, group: Ranks = SINGLE, die: int | None = None
+    model_folder: Path,
+    out: Path,
+    group: Ranks = SINGLE,
+    die: int | None = None,
+    *,
+    code: str = "affine",
+    device: torch.device | None = None,
 ) -> RefinedModel:
     """Profiles of every kind, a knapsack map and the refined blocks, in folders of `out`.
 
-    die: the rank that is killed when the last block is refined.
+    die: the rank that is killed when the last block is refined. device: this rank's; None for the
+    CPU.
     """
     asked: dict[str, Any] = {
+        "code": code,
         "budget": {"code_bits": 3},
         "allocation": {"widths": [2, 3, 4]},
+        "devices": group.size,
     }
     spec = parse_config(asked)
     plan = make_plan(model_folder, spec)
-    model = StreamedModel(model_folder, plan, device=torch.device("cpu"), dtype=torch.float32)
+    device = device or torch.device("cpu")
+    model = StreamedModel(model_folder, plan, device=device, dtype=torch.float32)
     tokens = torch.randint(2, 258, (15, 64), generator=torch.Generator().manual_seed(1))
     calibration = CalibrationSet(tokens[:13], tokens[13:], "digest")
-    profiles = {}
-    for kind, settings in KINDS.items():
+    profiles, weights = {}, KeptWeights(out / "weights", "these windows")
+    for kind, settings in KINDS[code].items():
         (out / kind).mkdir(parents=True, exist_ok=True)
         profiles[kind] = make_profile(
             model,
@@ -55,6 +73,7 @@ def ranks_job(
             folder=out / kind,
             on_unit=lambda *_: None,
             group=group,
+            weights=weights if spec.weighs_in_profile and kind == "knapsack" else None,
         )
         if group.first:
             profiles[kind].save(out / f"{kind}.npz")
@@ -74,7 +93,9 @@ def ranks_job(
         out / "refine",
         seed=0,
         on_unit=on_unit,
+        transforms=spec.transforms,
         group=group,
+        weights=weights if spec.weighs_in_profile else None,
     )
     refined = RefinedModel(out / "refine", plan)
     measured = perplexity_and_kl(None, StreamedLogits(model), group.shard(tokens))

@@ -26,7 +26,7 @@ LOW_LEFT, LOW_RIGHT = 2, 1
 
 def split_product(left: Tensor, right: Tensor) -> Tensor:
     """left f32 [M, K] times right f32 [K, N], of any strides, as f32 [M, N]."""
-    if not left.is_cuda:
+    if not left.is_cuda or not len(left):
         return left @ right
     return parts_product(left_parts(left), right_parts(right))
 

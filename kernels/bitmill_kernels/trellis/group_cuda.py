@@ -57,6 +57,8 @@ def search(
     circles = torch.empty(
         (len(tiles), tile_count(columns), tile_bytes(rate)), dtype=torch.uint8, device=block.device
     )
+    if not len(tiles):
+        return circles
     V = values_per_state(rate)
     kept = 1 << STATE_BITS - rate * V
     pairs = pairs_together(len(tiles), rate, kept, _processors(block.device))

@@ -21,6 +21,7 @@ from torch import Tensor
 from bitmill.calibration.gradients import GradientPass, PassSettings
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import Plan
+from bitmill.runtime.ranks import SINGLE, Ranks
 
 TINY = 1e-38
 POWER = 1.0
@@ -39,18 +40,23 @@ class TokenEnergies:
         norms = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
         self._found.setdefault(name, []).append(norms.pow(self._power))
 
-    def weights(self, plan: Plan, block: int, shape: torch.Size) -> dict[str, Tensor]:
+    def weights(
+        self, plan: Plan, block: int, length: int, group: Ranks = SINGLE
+    ) -> dict[str, Tensor]:
         """Weights f32 [S, T] of mean 1 on the CPU, by the first of linears that read one input.
 
         Routed experts, which see some of the tokens, and linears without any gradient have none.
+        length: T. group: ranks that saw other windows of the S; each gets the weights of all.
         """
-        weights = {}
+        own = {
+            name: torch.cat(found).cpu().view(-1, length)
+            for name, found in self._found.items()
+            if not plan.by_name[name].routed
+        }
+        parts, weights = group.gather(own), {}
         for names in plan.siblings(block):
-            each = [
-                torch.cat(self._found[name]).cpu().view(shape)
-                for name in names
-                if name in self._found and not plan.by_name[name].routed
-            ]
+            seen = [[part[name] for part in parts if name in part] for name in names]
+            each = [torch.cat(windows) for windows in seen if windows]
             alike = [e / e.mean() for e in each if float(e.mean()) > TINY]
             if alike:
                 weights[names[0]] = torch.stack(alike).mean(0)
@@ -63,10 +69,12 @@ def token_weights(
     settings: PassSettings | None = None,
     *,
     power: float = POWER,
+    group: Ranks = SINGLE,
 ) -> dict[str, Tensor]:
     """`TokenEnergies.weights` of all blocks, by a pass of their own.
 
     tokens: int64 [S, T]; none, and no window of one token, has weights. power: of gradients.
+    group: ranks that make this call together; each passes some of the windows through.
     Raises CalibrationError where gradients are not finite.
     """
     if not len(tokens) or tokens.shape[1] < 2:
@@ -79,7 +87,8 @@ def token_weights(
         return watching[0]
 
     def done(i: int, gradient: Tensor) -> None:
-        weights.update(watching[0].weights(model.plan, i, tokens.shape))
+        weights.update(watching[0].weights(model.plan, i, tokens.shape[1], group))
 
-    GradientPass(model, tokens, settings or PassSettings()).run(observer, on_block=done)
+    run = GradientPass(model, tokens, settings or PassSettings(), group=group)
+    run.run(observer, on_block=done)
     return weights

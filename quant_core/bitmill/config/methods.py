@@ -19,6 +19,7 @@ from bitmill.config.closed import Closed
 from bitmill.config.transforms import Rotation, TransformConfig
 from bitmill.errors import SpecError
 from bitmill.registry import Registry
+from bitmill_kernels.trellis.layout import TILE
 
 Statistic = Literal["hessian", "shift", "gradient"]
 """What may be collected for a solver: mean x x^T of a linear's inputs, with it what its outputs
@@ -47,6 +48,7 @@ class MethodConfig(Closed):
     name: as users write it. solver: place of what makes the `Solver` from the settings. learner:
     place of the `Learner`, if the method has one. kind: of the tensors that it gives
     (`quant.tensors.KINDS`). max_devices: most accelerators that it works on, None for any number.
+    tile: rows of a linear that are coded together, which devices do not divide.
     transformed: whether transforms other than the column order may come before it.
     folds: whether rows of its tensors may change places, so that column orders can be folded.
     grid: name of the grid that all its codes are on, for formats that hold no other; None for any.
@@ -59,6 +61,7 @@ class MethodConfig(Closed):
     learner: ClassVar[str | None] = None
     kind: ClassVar[str] = "affine"
     max_devices: ClassVar[int | None] = None
+    tile: ClassVar[int] = 1
     transformed: ClassVar[bool] = True
     folds: ClassVar[bool] = True
     grid: ClassVar[str | None] = None
@@ -162,7 +165,7 @@ class _Trellis(MethodConfig):
 
     kind: ClassVar[str] = "trellis"
     outliers: ClassVar[bool] = False
-    max_devices: ClassVar[int | None] = 1
+    tile: ClassVar[int] = TILE
     folds: ClassVar[bool] = False
 
     @property

@@ -603,13 +603,6 @@ class QuantizationConfig(Stored):
                 "leave it out",
                 param="allocation.check",
             )
-        most = method.max_devices
-        if code != AUTO and most is not None and self.devices > most:
-            raise SpecError(
-                f"devices {self.devices} with code {code!r}, whose codes are found on {most}: "
-                f"give devices {most}",
-                param="devices",
-            )
         return self
 
     @property
@@ -632,9 +625,8 @@ class QuantizationConfig(Stored):
     @property
     def weighs_in_profile(self) -> bool:
         """Whether the profile's backward pass goes over the windows whose tokens refinement
-        weighs by the gradient, on one device."""
-        calibration = self.calibration
-        alike = calibration.profiled == calibration.sequences and self.devices == 1
+        weighs by the gradient."""
+        alike = self.calibration.profiled == self.calibration.sequences
         profiled = self.allocation.method == "knapsack"
         return alike and profiled and "gradient" in self.method.needs
 

@@ -23,7 +23,7 @@ from bitmill.runtime.ranks import Ranks
 from bitmill_kernels.backend import wants_reference
 from bitmill_kernels.layout import GROUP_SIZE, group_columns
 from bitmill_kernels.trellis import product_cuda
-from bitmill_kernels.trellis.layout import circle_shapes
+from bitmill_kernels.trellis.layout import TILE, circle_shapes, tile_count
 from bitmill_kernels.trellis.product import Member, TrellisWeight
 
 
@@ -86,9 +86,17 @@ class TrellisTensor:
         return replace(self, rewrites=rewrites)
 
     def gathered(self, ranks: Ranks, count: int) -> TrellisTensor:
-        """Itself: one rank makes all rows."""
-        assert ranks.size == 1
-        return self
+        """All `count` rows of a linear of which each rank holds its part, whole tiles; scales of
+        groups are the same on all."""
+        if ranks.size == 1:
+            return self
+        return replace(
+            self,
+            N=count,
+            circles={key: _gathered(own, key, ranks, count) for key, own in self.circles.items()},
+            row_scales=ranks.gather_rows(self.row_scales, count, unit=TILE),
+            rewrites=self.rewrites.gathered(ranks, count),
+        )
 
     def pack(self) -> TrellisTensor:
         """Itself."""
@@ -107,6 +115,8 @@ class TrellisTensor:
     def packed_values(self) -> Tensor:
         """w' f32 [N, K] in packed columns."""
         device = self.row_scales.device
+        if not self.N:
+            return torch.empty(0, self.K, device=device)
         if device.type == "cuda" and not wants_reference("auto") and product_cuda.available():
             circles = {key: one.contiguous() for key, one in self.circles.items()}
             scales = self.row_scales, self.group_scales
@@ -184,6 +194,13 @@ def trellis_shapes(
     found["row_scales"] = (torch.float16, (N,))
     found["group_scales"] = (torch.float16, (len(widths),))
     return found
+
+
+def _gathered(own: Tensor, key: str, ranks: Ranks, count: int) -> Tensor:
+    """The circles of all tiles that `count` rows have."""
+    rows_of_tiles = 0 if key == "codes_tail" else 1
+    tiles = own.movedim(rows_of_tiles, 0).contiguous()
+    return ranks.gather_rows(tiles, tile_count(count)).movedim(0, rows_of_tiles).contiguous()
 
 
 def _check_scales(scales: Tensor, name: str) -> None:

@@ -64,6 +64,7 @@ class RefineSettings:
     batch: sequences per run of the block
     advance_source: replace the source's streams by what the block gives for them, on the way
     alike: linears that read one input are rewritten and solved together where it says the same
+    tile: rows of a linear that ranks do not divide
     """
 
     solver: Solver
@@ -72,6 +73,7 @@ class RefineSettings:
     batch: int = 8
     advance_source: bool = False
     alike: Callable[[str], object] = lambda _: None
+    tile: int = 1
 
 
 def refine_block(
@@ -161,7 +163,7 @@ class _BlockJob:
                 batch=batch,
                 advance_source=advance_source,
                 judge=False,
-                rows=self.ranks.part,
+                rows=self._part,
             )
         if "shift" in self.settings.needs and held_out is not None:
             unseen = collect(
@@ -223,14 +225,18 @@ class _BlockJob:
             found[name] = weight.rewritten(settled).gathered(self.ranks, count)
         return found
 
+    def _part(self, count: int) -> slice:
+        """This rank's rows of a linear of `count` rows: none where there are fewer tiles."""
+        return self.ranks.part(count, unit=self.settings.tile)
+
     def _weight(self, name: str) -> Tensor:
         """This rank's rows of a linear."""
         W = weight_of(self.state.linears[name]).detach()
-        return W[self.ranks.part(len(W))]
+        return W[self._part(len(W))]
 
     def _sample(self, count: int) -> Tensor:
         """This rank's rows of the sample of a linear of `count` rows."""
-        return sampled_rows(count, self.state.model.device, self.ranks.part(count))
+        return sampled_rows(count, self.state.model.device, self._part(count))
 
     def _correction(
         self,
@@ -243,7 +249,7 @@ class _BlockJob:
         if seen is None or unseen is None or seen.shift is None or unseen.shift is None:
             return None
         judged, count = unseen, self.state.model.plan.by_name[name].rows
-        sample = self._sample(count) - self.ranks.part(count).start
+        sample = self._sample(count) - self._part(count).start
         some, own = self._weight(name)[sample].float(), rewrites.with_rows(sample)
 
         def judge(candidate: Tensor) -> Tensor:

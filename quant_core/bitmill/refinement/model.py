@@ -278,23 +278,33 @@ def _token_weights(
     held_out: Tensor,
     folder: Path,
     kept: KeptWeights | None,
+    group: Ranks,
 ) -> dict[str, Tensor]:
-    """Of calibration windows and those held out behind them, each of mean 1: those of an earlier
-    run, so that a run that goes on uses the same numbers; else new ones, or for calibration those
-    that a profile left.
+    """Of this rank's calibration windows and those held out behind them, each of mean 1 over all
+    windows: those of an earlier run, so that a run that goes on uses the same numbers; else new
+    ones, or for calibration those that a profile left.
     """
     path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        known = kept.load(model.block_count) if kept is not None else None
-        parts = known or token_weights(model, tokens), token_weights(model, held_out)
-        alike = parts[0].keys() & parts[1].keys() if len(held_out) else parts[0].keys()
-        found = {
-            name: torch.cat([part[name] for part in parts if name in part])
-            for name in parts[0]
-            if name in alike
-        }
-        storage.write_bytes(path, safetensors.torch.save(found))
-    return safetensors.torch.load_file(path)
+    if not group.broadcast(path.is_file()):
+        known = kept.load(model.block_count) if kept is not None and group.first else None
+        if not group.broadcast(known is not None):
+            known = token_weights(model, tokens, group=group)
+        judged = token_weights(model, held_out, group=group)
+        if group.first and known is not None:
+            alike = known.keys() & judged.keys() if len(held_out) else known.keys()
+            parts = known, judged
+            found = {
+                name: torch.cat([part[name] for part in parts if name in part])
+                for name in known
+                if name in alike
+            }
+            storage.write_bytes(path, safetensors.torch.save(found))
+        group.barrier()
+    count = len(tokens)
+    return {
+        name: torch.cat([group.shard(weight[:count]), group.shard(weight[count:])])
+        for name, weight in safetensors.torch.load_file(path).items()
+    }
 
 
 class _Run:
@@ -319,19 +329,22 @@ class _Run:
         self.transforms = ColumnOrders(inputs.orders), *kept, self.outliers
         self.scalings = [made_of(one) for one in transforms if one.folded]
         self.group = group
-        own, held_out = group.shard(inputs.tokens.tokens), group.shard(inputs.tokens.held_out)
+        calibration, held_out = inputs.tokens.tokens, inputs.tokens.held_out
         if "shift" not in method.needs and method.learner is None:
             held_out = held_out[:0]  # only corrections and learning are judged on them
-        tokens = torch.cat([own, held_out])
+        own = group.shard(calibration)
+        tokens = torch.cat([own, group.shard(held_out)])
         if not method.needs and method.learner is None:
             own = tokens = tokens[:0]  # nobody asks what the blocks make of them
         self.token_weights: Mapping[str, Tensor] = {}
         if "gradient" in method.needs:
-            self.token_weights = _token_weights(model, own, held_out, folder, weights)
+            self.token_weights = _token_weights(
+                model, calibration, held_out, folder, weights, group
+            )
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
         self.count = len(own)
         self.hidden = states.embed(quantized, tokens, self.batch)
-        self.needs = method.needs
+        self.needs, self.tile = method.needs, method.tile
         if not len(inputs.tokens.held_out):
             self.needs -= {"shift"}
         self.learning: Learner | None = None
@@ -375,6 +388,7 @@ class _Run:
                 self.batch,
                 advance_source=advances,
                 alike=self.outliers.alike,
+                tile=self.tile,
             ),
             held_out=self._streams[1] if self.shifts else None,
             on_step=on_step,

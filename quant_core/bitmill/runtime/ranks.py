@@ -64,12 +64,16 @@ class Ranks:
         """Whether this rank is the one that writes files and reports."""
         return self.rank == 0
 
-    def part(self, count: int, rank: int | None = None) -> slice:
-        """The contiguous share of `count` things that a rank (this one by default) takes."""
+    def part(self, count: int, rank: int | None = None, *, unit: int = 1) -> slice:
+        """The contiguous share of `count` things that a rank (this one by default) takes.
+
+        unit: things that stay together; the last ones may be fewer.
+        """
         rank = self.rank if rank is None else rank
-        least, more = divmod(count, self.size)
+        least, more = divmod(-(-count // unit), self.size)
         start = rank * least + min(rank, more)
-        return slice(start, start + least + (rank < more))
+        stop = start + least + (rank < more)
+        return slice(min(count, start * unit), min(count, stop * unit))
 
     def owners(self, weights: Sequence[float]) -> list[int]:
         """The rank that takes each of some pieces of work: the heaviest first, to the idlest."""
@@ -86,7 +90,7 @@ class Ranks:
     def all_reduce(self, *sums: Tensor) -> None:
         """Add up contiguous tensors over ranks, in place, in the order of the ranks."""
 
-    def gather_rows(self, rows: Tensor, count: int) -> Tensor:
+    def gather_rows(self, rows: Tensor, count: int, *, unit: int = 1) -> Tensor:
         """All `count` rows [count, ...], of which this rank brings its `part`."""
         return rows
 
@@ -146,8 +150,8 @@ class _SeveralRanks(Ranks):
             first += other
         torch.add(first, others[-1], out=values)
 
-    def gather_rows(self, rows: Tensor, count: int) -> Tensor:
-        parts = [self.part(count, rank) for rank in range(self.size)]
+    def gather_rows(self, rows: Tensor, count: int, *, unit: int = 1) -> Tensor:
+        parts = [self.part(count, rank, unit=unit) for rank in range(self.size)]
         most = parts[0].stop - parts[0].start
         padded = rows.new_zeros((most, *rows.shape[1:]))
         padded[: len(rows)] = rows

@@ -197,7 +197,7 @@ def profile_knapsack(
     block inputs) are kept; a killed run that is started again with the same arguments goes on there
     and returns the same bytes. on_block(done, total): after each of the 2 L block passes, forward
     and backward. group: ranks that make this call together: windows are divided, then the inputs
-    whose linears are measured. weights: where one rank leaves those of the tokens.
+    whose linears are measured. weights: where those of the tokens are left.
 
     Raises `CalibrationError` and `NumericalError` naming the linear at fault.
     """
@@ -234,7 +234,7 @@ class _Measurement:
         self._model, self._plan, self._settings = model, plan, settings
         self._origin, self._ranks = origin, group
         self._saved = ProfileCheckpoint(folder, group)
-        self._weights = weights if group.size == 1 else None
+        self._weights = weights
         self._moments: dict[int, BlockMoments] = {}
         self._energies: dict[int, TokenEnergies] = {}
 
@@ -262,7 +262,9 @@ class _Measurement:
             if i not in found:
                 if self._weights is not None:
                     energies = self._energies.pop(i)
-                    self._weights.save(i, energies.weights(self._plan, i, shape))
+                    found_weights = energies.weights(self._plan, i, shape[1], self._ranks)
+                    if self._ranks.first:
+                        self._weights.save(i, found_weights)
                 moments, block = self._moments.pop(i), gradients.source_block(i)
                 found[i] = self._measure(i, block, moments, gradients.predictions)
                 self._saved.save(i, found[i])
@@ -285,8 +287,10 @@ class _Measurement:
 
     def _load(self, i: int) -> SensitivityProfile | None:
         """A finished block, whose weights of tokens are there too where they are wanted."""
-        if self._weights is not None and not self._weights.has(i):
-            return None
+        if self._weights is not None:
+            has = self._ranks.first and self._weights.has(i)
+            if not self._ranks.broadcast(has):
+                return None
         return self._saved.load(i)
 
     @torch.no_grad()

@@ -11,6 +11,9 @@ SmolLM2-135M loses 1 to 10 % of error, mostly 2.
 A weight's scale is that of its row times that of its group. Rows' scales are fitted to the target
 before the loop, and by least squares in the metric of H after it; a group's scale is fitted when
 the loop reaches it, to the weights as they are by then.
+
+Ranks take whole rows of tiles, which are independent but for scales of groups. These follow from
+sums over all rows, taken in float64 and added up over ranks, whose rounding no scale in fp16 shows.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from bitmill.quant.codes import group_slices, row_errors, row_slices
 from bitmill.quant.grid import FP16_MAX
 from bitmill.quant.trellis import TrellisTensor
 from bitmill.results import LinearResult
-from bitmill.runtime.ranks import Ranks
+from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.runtime.timer import timed
 from bitmill.solvers.gptq.column_loop import solve_siblings
 from bitmill.solvers.gptq.correction import Goal, goals_of
@@ -85,7 +88,7 @@ class TrellisSolver:
         upper = None if curvature is None else curvature.factor.upper
         widths = [linear.widths for linear in linears]
         with timed("solve"):
-            found = encode_siblings([goal.target for goal in goals], upper, widths)
+            found = encode_siblings([goal.target for goal in goals], upper, widths, ranks)
         final = found
         if self.refit:
             with timed("polish"):
@@ -107,22 +110,32 @@ def _judged(
     targets: Sequence[Tensor], curvature: Curvature, widths: Sequence[tuple[int, ...]]
 ) -> list[Tensor]:
     """What stands for the result while corrections are compared: affine codes of a bit more, whose
-    error is near that of a trellis and which take no search."""
-    wider = [tuple(min(8, b + 1 + (b == 6)) for b in own) for own in widths]
-    quick = GptqSettings(compensated=None)
-    return [codes.values() for codes in solve_siblings(targets, curvature, wider, quick)]
+    error is near that of a trellis and which take no search. Of no rows there is nothing to code.
+    """
+    found, some = list(targets), [i for i, W in enumerate(targets) if len(W)]
+    if some:
+        wider = [tuple(min(8, b + 1 + (b == 6)) for b in widths[i]) for i in some]
+        quick = GptqSettings(compensated=None)
+        codes = solve_siblings([targets[i] for i in some], curvature, wider, quick)
+        for i, one in zip(some, codes, strict=True):
+            found[i] = one.values()
+    return found
 
 
 def encode_siblings(
-    targets: Sequence[Tensor], upper: Tensor | None, widths: Sequence[tuple[int, ...]]
+    targets: Sequence[Tensor],
+    upper: Tensor | None,
+    widths: Sequence[tuple[int, ...]],
+    ranks: Ranks = SINGLE,
 ) -> list[TrellisTensor]:
     """Codes of matrices f32 [N_i, K] in packed columns, without rewrites.
 
     upper: U f32 [K, K] of the factor of H, None for no feedback. widths: rates of each, by group.
+    ranks: those that encode other tiles of the same linears; of some this one may have none.
     """
     filled = [functional.pad(W, (0, 0, 0, -len(W) % TILE)) for W in targets]
     rows, work = row_slices(filled), torch.cat(filled)
-    scales = [_row_scales(W) for W in targets]
+    scales = _row_scales(targets, ranks)
     inverses = None if upper is None else tile_inverses(upper)
     steps = torch.cat([functional.pad(s.float(), (0, -len(s) % TILE)) for s in scales])
     circles: list[list[Tensor]] = [[] for _ in targets]
@@ -136,10 +149,7 @@ def encode_siblings(
         if upper is not None and pending:
             block = block - error[:, :pending] @ upper[first : part.start, part]
         rates = [own[group] for own in widths]
-        level = [
-            _group_scale(block[mine], steps[mine], rate)
-            for mine, rate in zip(rows, rates, strict=True)
-        ]
+        level = _group_scales(block, steps, rows, rates, ranks)
         for levels, scale in zip(of_groups, level, strict=True):
             levels.append(scale)
         spread = [s.float().expand(m.stop - m.start) for s, m in zip(level, rows, strict=True)]
@@ -172,26 +182,42 @@ def tile_inverses(upper: Tensor) -> list[Tensor]:
     return list(inverse.split(GROUP_SIZE // TILE))
 
 
-def _row_scales(W: Tensor) -> Tensor:
-    """f16 [N]: of the best product r_n s_g for the sizes of W f32 [N, K] in its groups.
+def _row_scales(targets: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """f16 [N] of each: of the best product r_n s_g for the sizes of W f32 [N, K] in its groups.
 
     The geometric mean of the s_g is 1.
     """
-    power = torch.stack([W[:, part].square().mean(1) for _, part in group_slices(W.shape[1])])
+    powers = [
+        torch.stack([W[:, part].square().mean(1) for _, part in group_slices(W.shape[1])])
+        for W in targets
+    ]
     tiny = torch.finfo(torch.float32).tiny
-    of_rows = power.mean(0).clamp(min=tiny)
+    of_rows = [power.mean(0).clamp(min=tiny) for power in powers]
     for _ in range(BALANCING):
-        of_groups = (power / of_rows).mean(1).clamp(min=tiny)
-        of_groups = of_groups / of_groups.log().mean().exp()
-        of_rows = (power / of_groups[:, None]).mean(0).clamp(min=tiny)
-    return _stored(of_rows.sqrt())
+        pairs = list(zip(powers, of_rows, strict=True))
+        sums = [(power / rows).sum(1, dtype=torch.float64) for power, rows in pairs]
+        ranks.all_reduce(*sums)
+        for i, (power, total) in enumerate(zip(powers, sums, strict=True)):
+            of_groups = total.float().clamp(min=tiny)
+            of_groups = of_groups / of_groups.log().mean().exp()
+            of_rows[i] = (power / of_groups[:, None]).mean(0).clamp(min=tiny)
+    return [_stored(rows.sqrt()) for rows in of_rows]
 
 
-def _group_scale(block: Tensor, step: Tensor, rate: int) -> Tensor:
-    """f16 []: what brings w / r, of block f32 [M, c] and r f32 [M], to the code's deviation."""
+def _group_scales(
+    block: Tensor, step: Tensor, rows: Sequence[slice], rates: Sequence[int], ranks: Ranks
+) -> list[Tensor]:
+    """f16 [] of each linear: what brings its rows of w / r, of block f32 [M, c] and r f32 [M], to
+    the code's deviation."""
     live = step > 0
-    power = torch.where(live, block.square().mean(1) / step.square(), 0.0).sum()
-    return _stored((power / live.sum().clamp(min=1)).sqrt() / DEVIATION[rate])
+    power = torch.where(live, block.square().mean(1) / step.square(), 0.0)
+    both = torch.stack([power, live.float()])
+    sums = [both[:, mine].sum(1, dtype=torch.float64) for mine in rows]
+    ranks.all_reduce(*sums)
+    return [
+        _stored((total / count.clamp(min=1)).sqrt() / DEVIATION[rate])
+        for (total, count), rate in zip(sums, rates, strict=True)
+    ]
 
 
 def _stored(scales: Tensor) -> Tensor:

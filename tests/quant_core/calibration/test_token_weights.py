@@ -159,11 +159,11 @@ def test_methods_that_ask_for_them_keep_them_for_a_run_that_goes_on(
         owners = [names[0] for names in model.plan.siblings(i)]
         kept.save(i, {name: every[name] for name in owners})
 
-    def of_held_out(model, tokens):
+    def of_held_out(model, tokens, **_):
         assert not torch.equal(tokens, TOKENS)
         return token_weights(model, tokens)
 
-    def of_no_window(model, tokens):
+    def of_no_window(model, tokens, **_):
         assert not len(tokens), "held-out windows judge corrections, and here there are none"
         return {}
 
@@ -173,6 +173,6 @@ def test_methods_that_ask_for_them_keep_them_for_a_run_that_goes_on(
     reports(tmp_path / "c", Weighted(**quick, asymmetric=False), kept)
     (tmp_path / "a" / "block-00001.json").unlink()
     monkeypatch.setattr(
-        "bitmill.refinement.model.token_weights", lambda *_: pytest.fail("made again")
+        "bitmill.refinement.model.token_weights", lambda *_, **__: pytest.fail("made again")
     )
     assert reports(tmp_path / "a", Weighted(**quick)) == whole

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bitmill.config.bit_width_map import BitWidthMap
-from bitmill.config.methods import GPTQ, RTN, MethodConfig, OmniQuant
+from bitmill.config.methods import GPTQ, RTN, MethodConfig, OmniQuant, TrellisGPTQ
 from bitmill.config.quantization import Evaluation, QuantizationConfig, Refinement, parse_config
 from bitmill.errors import SpecError
 
@@ -153,6 +153,11 @@ def test_a_code_brings_its_widths_and_format():
         {"code": "trellis", "budget": {"bits": 3}, "allocation": {"widths": [2, 7]}}
     )
     assert some.allocation.widths == (2, 7)
+    several = parse_config(
+        {"code": "trellis", "effort": "best", "budget": {"bits": 3}, "devices": 3}
+    )
+    assert (several.devices, several.method) == (3, TrellisGPTQ())
+    assert several.weighs_in_profile
 
 
 @pytest.mark.parametrize(
@@ -161,7 +166,10 @@ def test_a_code_brings_its_widths_and_format():
         ({"code": "affine", "allocation": {"widths": [3, 7]}}, "code 'affine' has no width 7"),
         ({"code": "trellis", "allocation": {"widths": [0, 3]}}, "code 'trellis' has no width 0"),
         ({"code": "trellis", "refinement": {"method": "exllama"}}, "finds no codes of 'trellis'"),
-        ({"code": "trellis", "devices": 2}, "devices 2 with code 'trellis'.*give devices 1"),
+        (
+            {"code": "trellis", "devices": 2, "refinement": {"method": "omniquant"}},
+            "devices 2 with refinement 'omniquant', which works on 1",
+        ),
         (
             {"code": "trellis", "allocation": {"embeddings": "quantize", "widths": [7]}},
             "widths.*embeddings and heads are in affine codes.*or give 'keep'",

@@ -248,9 +248,9 @@ def test_one_backward_pass_serves_profile_and_refinement(tmp_path, monkeypatch):
     source = tiny_llama(tmp_path / "source")
     windows = []
 
-    def recorded(model, tokens):
+    def recorded(model, tokens, **given):
         windows.append(len(tokens))
-        return token_weights(model, tokens)
+        return token_weights(model, tokens, **given)
 
     monkeypatch.setattr("bitmill.refinement.model.token_weights", recorded)
     packed = []

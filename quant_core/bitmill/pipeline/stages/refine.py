@@ -130,4 +130,4 @@ def work(inputs: Inputs, run: Run, folder: Path, *, blocks: int | None = None) -
     )
 
 
-STAGE = Stage("refine", work, version=4, shared=True)
+STAGE = Stage("refine", work, version=5, shared=True)

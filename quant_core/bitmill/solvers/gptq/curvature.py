@@ -57,6 +57,8 @@ class Curvature:
 
         NaN where H damped by `ridge` is not positive definite.
         """
+        if not len(matrix):
+            return matrix
         with timed("factor"):
             if ridge:
                 if ridge not in self.solvers:
