@@ -94,9 +94,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
 def test_an_unknown_format_version_is_refused(packed: PackedModel, tmp_path: Path) -> None:
     folder = shutil.copytree(packed.folder, tmp_path / "newer")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 4
+    config["quantization_config"]["format_version"] = 5
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match="format_version 4 is unknown") as refusal:
+    with pytest.raises(FormatError, match="format_version 5 is unknown") as refusal:
         bitmill.load(folder)
     assert refusal.value.code == "unknown_format_version"
 
