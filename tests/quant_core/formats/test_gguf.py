@@ -74,6 +74,23 @@ def test_transformers_own_loader_computes_the_same(kind: str, tmp_path: Path) ->
     torch.testing.assert_close(found, same, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_scaled_positions_reach_transformers_by_a_config_alone(kind: str, tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0}
+    packed = packed_model(tmp_path, kind, (3, 4, 5), rope_parameters=rope)
+    out = exported(packed.folder, tmp_path / "out")
+    same = dequantized_model(packed)
+    away = []
+    for given in ({}, {"config": same.config}):
+        model = AutoModelForCausalLM.from_pretrained(
+            out, gguf_file="model.gguf", dtype=torch.float32, **given
+        )
+        with torch.no_grad():
+            away.append(float((model(TOKENS).logits - same(TOKENS).logits).abs().max()))
+    assert away[0] > 1e-3, "transformers reads rope.scaling now: docs/exports.md says it does not"
+    assert away[1] < 1e-5
+
+
 def test_types_follow_widths_and_sizes_are_said_before(tmp_path: Path) -> None:
     packed = packed_model(tmp_path, "llama", (3, 4, 6, 2, 1))
     export = Export.of(packed.folder, Gguf())
