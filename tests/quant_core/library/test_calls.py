@@ -280,10 +280,14 @@ def test_a_profile_that_nobody_needs_is_refused(source: Path, tmp_path: Path) ->
         bitmill.profile(source, allocation="uniform", order="natural", **QUICK)
 
 
-def test_several_devices_work_in_processes_of_their_own(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", ["affine", "trellis"])
+def test_several_devices_work_in_processes_of_their_own(
+    source: Path, tmp_path: Path, code: str
+) -> None:
     told: list[bitmill.Progress] = []
     result = bitmill.quantize(
         source,
+        code=code,
         code_bits=3,
         out=tmp_path / "out",
         allocation={"method": "uniform", "order": "natural"},
