@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -45,12 +46,27 @@ def end_of(folder: Path) -> dict[str, object]:
     return ended.value.to_dict()
 
 
-def waiting(server: psutil.Process, folder: Path) -> tuple[subprocess.Popen[bytes], psutil.Process]:
-    """A caller, and its program, which reads what nobody writes."""
+def programs(server: psutil.Process) -> list[psutil.Process]:
+    """Those that run now; one that oversaw an earlier one may go away meanwhile."""
+    found = []
+    for overseer in server.children():
+        with suppress(psutil.NoSuchProcess):
+            found += overseer.children()
+    return found
+
+
+@contextmanager
+def waiting(
+    server: psutil.Process, folder: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], psutil.Process]]:
+    """A caller, which is killed in the end, and its program, which reads what nobody writes."""
     os.mkfifo(folder / "pipe")
-    caller = subprocess.Popen(command(["-m", "bitmill", "verify", str(folder / "pipe")]))
-    programs = wait_for(lambda: [own for one in server.children() for own in one.children()], "it")
-    return caller, programs[0]
+    asked = command(["-m", "bitmill", "verify", str(folder / "pipe")])
+    with subprocess.Popen(asked) as caller:
+        try:
+            yield caller, wait_for(lambda: programs(server), "it")[0]
+        finally:
+            caller.kill()
 
 
 def test_forked_program_tells_what_a_started_one_tells(
@@ -63,9 +79,9 @@ def test_forked_program_tells_what_a_started_one_tells(
 
 
 def test_killed_program_is_seen_as_killed(server: psutil.Process, tmp_path: Path) -> None:
-    caller, program = waiting(server, tmp_path)
-    program.kill()
-    assert caller.wait(60) == -signal.SIGKILL
+    with waiting(server, tmp_path) as (caller, program):
+        program.kill()
+        assert caller.wait(60) == -signal.SIGKILL
 
 
 def test_a_server_killed_before_it_has_read_is_seen_as_killed(tmp_path: Path) -> None:
@@ -89,10 +105,10 @@ def test_a_server_killed_before_it_has_read_is_seen_as_killed(tmp_path: Path) ->
 
 
 def test_program_ends_with_its_caller(server: psutil.Process, tmp_path: Path) -> None:
-    caller, program = waiting(server, tmp_path)
-    caller.kill()
-    caller.wait()
-    wait_for(lambda: not program.is_running(), "its end")
+    with waiting(server, tmp_path) as (caller, program):
+        caller.kill()
+        caller.wait()
+        wait_for(lambda: not program.is_running(), "its end")
 
 
 def test_without_its_server_a_program_is_started(
