@@ -7,10 +7,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bitmill.allocation.allocator import allocate
-from bitmill.allocation.profile import ProfileConfig, ProfileOrigin
+from bitmill.allocation.profile import ProfileConfig, ProfileOrigin, SensitivityProfile
 from bitmill.calibration.kept_weights import KeptWeights
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.quantization import parse_config
@@ -19,6 +20,7 @@ from bitmill.io.atomic import write_json
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import make_plan
 from bitmill.refinement.model import RefinedModel, RefineInputs, refine_model
+from bitmill.results import LinearResult
 from bitmill.runtime.ranks import SINGLE, Ranks
 from bitmill.sensitivity.measure import make_profile
 
@@ -104,3 +106,35 @@ def ranks_job(
         write_json(out / "windows.json", windows.nll.tolist())
         (out / "map.json").write_text(bit_widths.to_json())
     return refined
+
+
+def bytes_of(out: Path) -> dict[str, bytes]:
+    """Every file of a job, by its path in `out`."""
+    return {
+        str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
+    }
+
+
+def assert_near(
+    out: Path, alone: tuple[Path, RefinedModel], *, costs: float, codes: float
+) -> list[tuple[LinearResult, LinearResult]]:
+    """What several ranks left in `out` against what one did; the reports of every linear by both.
+
+    costs: how far those of the profiles may be off, relative. codes: share of the first three
+    linears' codes, before a rounded sum can have grown, that must be the same. The map is.
+    """
+    folder, one = alone
+    for kind in ("knapsack", "sba"):
+        found, expected = (SensitivityProfile.load(at / f"{kind}.npz") for at in (out, folder))
+        for mine, theirs in zip(found.linears, expected.linears, strict=True):
+            np.testing.assert_allclose(mine.costs, theirs.costs, rtol=costs)
+        for name, record in expected.sba.get(3, {}).items():
+            np.testing.assert_allclose(found.sba[3][name].kl, record.kl, rtol=0.01)
+    assert (out / "map.json").read_bytes() == (folder / "map.json").read_bytes()
+    several = RefinedModel(out / "refine", one.plan)
+    for name in (linear.name for linear in one.plan.block_linears(0)[:3]):
+        same = several.linear(name).codes == one.linear(name).codes
+        assert same.float().mean() > codes, name
+    reports = list(zip(several.reports()[0], one.reports()[0], strict=True))
+    assert all((mine.name, mine.tokens) == (other.name, other.tokens) for mine, other in reports)
+    return reports

@@ -17,9 +17,24 @@ from bitmill.plan.model_plan import make_plan
 from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.tensors import Stored
 from bitmill.quant.trellis import TrellisTensor, trellis_shapes
+from bitmill_kernels.trellis.layout import circle_shapes
 from weights import rounded_weight
 
 CYCLE = (3, 4, 2, 6, 8, 5)
+
+
+def random_linear(
+    N: int, K: int, rates: tuple[int, ...], draw: torch.Generator, order: torch.Tensor | None = None
+) -> TrellisTensor:
+    """Random circles and scales, and an order, random where none is given."""
+    circles = {
+        key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+        for key, shape in circle_shapes(N, K, rates).items()
+    }
+    rows, groups = (torch.rand(n, generator=draw).half() for n in (N, len(rates)))
+    if order is None:
+        order = torch.randperm(K, generator=draw).int()
+    return TrellisTensor(N, K, rates, circles, rows, groups, packed_rewrites("trellis", order))
 
 
 def pack_trellis(

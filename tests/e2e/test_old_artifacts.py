@@ -32,7 +32,6 @@ from bitmill_service.embedded.server import EmbeddedService
 from bitmill_service.schemas import AllocationRequest, JobView
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.job_spec import BEFORE_EFFORT
-from servers import Postgres
 from warm_python import FORKED
 
 pytestmark = pytest.mark.e2e
@@ -74,16 +73,6 @@ def keeps(now: Any, before: Any) -> bool:
     if isinstance(before, dict):
         return isinstance(now, dict) and all(keeps(now.get(k), v) for k, v in before.items())
     return bool(now == before)
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    if Postgres.programs is None:
-        pytest.skip("PostgreSQL is not installed (Debian package postgresql)")
-    server = Postgres()
-    server.start()
-    yield server
-    server.destroy()
 
 
 def settings_for(folder: Path, database_url: str | None = None) -> ServiceSettings:

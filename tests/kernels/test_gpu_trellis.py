@@ -14,6 +14,7 @@ from bitmill_kernels.trellis.group import Feedback, encode_group, encode_group_r
 from bitmill_kernels.trellis.layout import RATES, circle_shapes
 from bitmill_kernels.trellis.product import Member
 from bitmill_kernels.trellis.product_cuda import FUSED_TOKENS, available
+from trellis_models import random_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,18 +65,6 @@ def test_groups_leave_the_errors_that_the_plain_version_leaves(rates):
         assert 0.99 < float(ratio) < 1.01
 
 
-def random_weight(N, K, rates, draw, order=None):
-    """Random circles and scales, and an order, random where none is given."""
-    circles = {
-        key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
-        for key, shape in circle_shapes(N, K, rates).items()
-    }
-    scales = [torch.rand(n, generator=draw).half() for n in (N, len(rates))]
-    if order is None:
-        order = torch.randperm(K, generator=draw).int()
-    return TrellisTensor(N, K, rates, circles, *scales, packed_rewrites("trellis", order))
-
-
 def assert_right_and_repeatable(kernel, W, tokens, dtype, draw):
     """Of random activations; W f64 [N, K]."""
     x = torch.randn(tokens, W.shape[1], generator=draw).to(dtype)
@@ -100,7 +89,7 @@ def assert_right_and_repeatable(kernel, W, tokens, dtype, draw):
 )
 def test_products_are_those_of_the_decoded_weights(N, K, rates, dtype):
     draw = torch.Generator().manual_seed(N)
-    weight = random_weight(N, K, rates, draw)
+    weight = random_linear(N, K, rates, draw)
     W = weight.dequantize().double()
     module = TrellisLinear.from_packed(weight).cuda()
     assert available(), "the kernels were not built: see the log"
@@ -127,7 +116,7 @@ def test_products_are_those_of_the_decoded_weights(N, K, rates, dtype):
 )
 def test_products_by_decoded_rows_are_those_of_the_weights(N, K, rates, dtype):
     draw = torch.Generator().manual_seed(N)
-    weight = random_weight(N, K, rates, draw)
+    weight = random_linear(N, K, rates, draw)
     product = TrellisRuntime([weight], torch.device("cuda")).product
     for tokens in (0, 1, 40):
         x = torch.randn(tokens, K, generator=draw).to(dtype)
@@ -152,7 +141,7 @@ def test_every_shape_of_the_batch_kernel_is_right_and_repeatable(N, K, rates, dt
     if not batch_cuda.available(torch.device("cuda")):
         pytest.skip("the batch kernel needs Hopper and nvcc")
     draw = torch.Generator().manual_seed(N)
-    weight = random_weight(N, K, rates, draw)
+    weight = random_linear(N, K, rates, draw)
     W = weight.dequantize().double()
     runtime = TrellisRuntime([weight], torch.device("cuda"))
     for tile, shapes in batch_cuda.SHAPES.items():
@@ -179,7 +168,7 @@ def test_every_shape_of_the_decode_kernel_is_right_and_repeatable(N, K, rates, d
     if not decode_cuda.available(torch.device("cuda")):
         pytest.skip("the decode kernel of trellis codes needs Hopper and nvcc")
     draw = torch.Generator().manual_seed(N)
-    weight = random_weight(N, K, rates, draw)
+    weight = random_linear(N, K, rates, draw)
     W = weight.dequantize().double()
     runtime = TrellisRuntime([weight], torch.device("cuda"))
     for shape in decode_cuda.SHAPES:
@@ -200,7 +189,7 @@ STACKS = [
 def random_stack(outputs, K, mixes, draw):
     """Linears of one column order, and their weights f64 [N, K] one below the other."""
     order = torch.randperm(K, generator=draw).int()
-    weights = [random_weight(N, K, own, draw, order) for N, own in zip(outputs, mixes, strict=True)]
+    weights = [random_linear(N, K, own, draw, order) for N, own in zip(outputs, mixes, strict=True)]
     return weights, torch.cat([weight.dequantize() for weight in weights]).double()
 
 

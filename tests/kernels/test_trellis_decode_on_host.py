@@ -9,13 +9,11 @@ import re
 import pytest
 import torch
 
-from bitmill.quant.rotation import packed_rewrites
-from bitmill.quant.trellis import TrellisTensor
 from bitmill_kernels.hopper.schedule import BARRIER_BYTES, Arguments
 from bitmill_kernels.trellis.decode_cuda import SHAPES, group_table, input_bytes, plan
-from bitmill_kernels.trellis.layout import circle_shapes
 from bitmill_kernels.trellis.product import full_circles, member_table, stored_groups
 from cuda_on_host import FOLDER, address, host_library
+from trellis_models import random_linear
 
 MACHINE = """
 inline uint8_t* shared_memory() {
@@ -149,14 +147,9 @@ def test_linears_of_one_input_are_multiplied_in_one_launch(library, tokens, whol
     order = torch.randperm(K, generator=draw).int()
     weights, tables, kept = [], [], []
     for N, rates in zip(outputs, mixes, strict=True):
-        circles = {
-            key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
-            for key, shape in circle_shapes(N, K, rates).items()
-        }
-        scales = [torch.rand(n, generator=draw).half() for n in (N, len(rates))]
-        rewrites = packed_rewrites("trellis", order)
-        weights.append(TrellisTensor(N, K, rates, circles, *scales, rewrites))
-        kept.append([full_circles(one) for _, _, one in stored_groups(circles, rates, K)])
+        weights.append(random_linear(N, K, rates, draw, order))
+        stored = stored_groups(weights[-1].circles, rates, K)
+        kept.append([full_circles(one) for _, _, one in stored])
         tables.append(torch.from_numpy(group_table([one.data_ptr() for one in kept[-1]], rates)))
     shape = SHAPES[1]
     assert shape.rows == 64

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from bitmill.quant.rotation import packed_rewrites, rotate
-from bitmill.quant.trellis import TrellisTensor
-from bitmill_kernels.trellis.layout import RATES, circle_shapes, tile_bytes, tile_count
+from bitmill.quant.rotation import rotate
+from bitmill_kernels.trellis.layout import RATES, tile_bytes, tile_count
 from bitmill_kernels.trellis.product import member_table, stored_groups
 from cuda_on_host import FOLDER, address, host_library
+from trellis_models import random_linear
 
 CALLS = """
 extern "C" void multiply(const void* x, int tokens, int K, const int* order, const float* groups,
@@ -72,14 +72,9 @@ def library(tmp_path_factory):
 )
 def test_weights_and_rotated_inputs_are_those_of_the_definition(library, N, K, rates):
     draw = torch.Generator().manual_seed(N)
-    circles = {
-        key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
-        for key, shape in circle_shapes(N, K, rates).items()
-    }
-    scales = [torch.rand(n, generator=draw).half() for n in (N, len(rates))]
     order = torch.randperm(K, generator=draw).int()
-    weight = TrellisTensor(N, K, rates, circles, *scales, packed_rewrites("trellis", order))
-    rows, groups = (scale.float() for scale in scales)
+    weight = random_linear(N, K, rates, draw, order)
+    rows, groups = weight.row_scales.float(), weight.group_scales.float()
     stored = stored_groups(weight.circles, rates, K)
     table = torch.tensor([(c.data_ptr(), rate, tile_count(n)) for rate, n, c in stored])
     out = torch.full((N, K), torch.nan)
@@ -106,15 +101,9 @@ def test_weights_and_rotated_inputs_are_those_of_the_definition(library, N, K, r
 def test_products_of_linears_of_one_input_are_those_of_their_weights(library, outputs, mixes, K):
     draw = torch.Generator().manual_seed(K)
     order = torch.randperm(K, generator=draw).int()
-    weights = []
-    for N, rates in zip(outputs, mixes, strict=True):
-        circles = {
-            key: torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
-            for key, shape in circle_shapes(N, K, rates).items()
-        }
-        scales = [torch.rand(n, generator=draw).half() for n in (N, len(rates))]
-        rewrites = packed_rewrites("trellis", order)
-        weights.append(TrellisTensor(N, K, rates, circles, *scales, rewrites))
+    weights = [
+        random_linear(N, K, rates, draw, order) for N, rates in zip(outputs, mixes, strict=True)
+    ]
     rows = torch.cat([weight.row_scales.float() for weight in weights])
     groups = torch.cat([weight.group_scales.float() for weight in weights])
     stored = [one for weight in weights for one in stored_groups(weight.circles, weight.widths, K)]
