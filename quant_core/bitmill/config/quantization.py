@@ -590,7 +590,7 @@ class QuantizationConfig(Stored):
                 param="evaluation.baselines",
             )
         of_embeddings = set(allocation.legal_widths) & set(CODES["affine"].widths)
-        if allocation.embeddings == "quantize" and allocation.map is None and not of_embeddings:
+        if allocation.embeddings == "quantize" and not of_embeddings:
             raise SpecError(
                 f"allocation.widths {list(allocation.legal_widths)} with allocation.embeddings "
                 "'quantize': embeddings and heads are in affine codes, which have only "

@@ -175,6 +175,18 @@ def test_a_code_brings_its_widths_and_format():
             "widths.*embeddings and heads are in affine codes.*or give 'keep'",
         ),
         (
+            {
+                "code": "trellis",
+                "allocation": {
+                    "method": "map",
+                    "map": {"linears": {"some": "34"}},
+                    "embeddings": "quantize",
+                    "widths": [7],
+                },
+            },
+            "widths.*embeddings and heads are in affine codes",
+        ),
+        (
             {"code": "trellis", "allocation": {"check": "corrected"}},
             "check 'corrected' with code 'trellis'.*leave it out",
         ),
