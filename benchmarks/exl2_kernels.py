@@ -2,34 +2,29 @@
 
     PYTHONPATH=WHEEL python benchmarks/exl2_kernels.py LIBRARY.so
 
-compiles what multiplies and reconstructs in the wheel's sources, with `exl2_kernels.cu`, by
-nvcc into a library that knows neither torch nor Python: half a minute on two cores, and it runs
-with any torch of its CUDA version. WHEEL is a folder that exllamav2-0.3.2-py3-none-any.whl was
-unzipped into; nothing of it is imported. BITMILL_EXL2_LIBRARY names such a library; without,
-`Matrix` compiles one for the process. `HEADERS` stand for the two of torch that the sources
-include; of cuBLAS they call one function, which is taken from the library that torch has loaded.
+compiles what multiplies and reconstructs in the wheel's sources, with `exl2_kernels.cu`: half a
+minute on two cores. WHEEL is a folder that exllamav2-0.3.2-py3-none-any.whl was unzipped into.
+BITMILL_EXL2_LIBRARY names such a library; without, a process compiles one (`peer_library.py`).
+`HEADERS` stand for the two of torch that the sources include; of cuBLAS they call one function,
+which is taken from the library that torch has loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
 import sys
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
+import peer_library
 import torch
+from peer_library import stream
 from torch import Tensor
 
 GROUP = 128
-ARCHITECTURE = "sm_90"
 SOURCES = (
     "comp_units/unit_exl2_1a.cu",
     "comp_units/unit_exl2_1b.cu",
@@ -69,49 +64,23 @@ TUNED_TOKENS, TUNING_CALLS = 4, 201
 """Up to so many tokens it tries two sizes of blocks, and keeps the faster after so many calls."""
 
 
-def available() -> bool:
-    """Whether a library or the sources of one are named."""
-    return "BITMILL_EXL2_LIBRARY" in os.environ or find_spec("exllamav2") is not None
-
-
 def build(library: Path) -> Path:
     """Compile; raises RuntimeError with what nvcc said."""
-    spec = find_spec("exllamav2")
-    if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError("exllamav2 is not on the path: unzip its wheel and put it there")
-    sources = Path(spec.submodule_search_locations[0], "exllamav2_ext", "cuda")
-    with tempfile.TemporaryDirectory() as made:
-        for name, text in HEADERS.items():
-            Path(made, name).parent.mkdir(parents=True, exist_ok=True)
-            Path(made, name).write_text(text)
-        flags = ["-O3", "-std=c++17", f"-arch={ARCHITECTURE}", "-Xcompiler", "-fPIC"]
-        flags += [f"-I{made}", f"-I{sources}", f'-DEXLLAMAV2_VERSION="{version("exllamav2")}"']
-
-        def compiled(source: Path) -> str:
-            out = str(Path(made, source.name).with_suffix(".o"))
-            _nvcc(["-c", *flags, str(source), "-o", out])
-            return out
-
-        own = Path(__file__).with_suffix(".cu")
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compiled, [*(sources / name for name in SOURCES), own]))
-        _nvcc(["-shared", *objects, "-o", str(library)])
-    return library
-
-
-def _nvcc(arguments: Sequence[str]) -> None:
-    done = subprocess.run(["nvcc", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"nvcc {' '.join(arguments)}\n{done.stdout}{done.stderr}")
+    package = peer_library.folder_of("exllamav2", "unzip its wheel and put it there")
+    sources = package / "exllamav2_ext" / "cuda"
+    own = Path(__file__).with_suffix(".cu")
+    flags = [f"-I{sources}", f'-DEXLLAMAV2_VERSION="{version("exllamav2")}"']
+    return peer_library.compiled(
+        library, [*(sources / name for name in SOURCES), own], HEADERS, flags
+    )
 
 
 @cache
 def load() -> ctypes.CDLL:
     """The library; raises RuntimeError or OSError."""
-    place = os.environ.get("BITMILL_EXL2_LIBRARY")
     cuda = (torch.version.cuda or "").partition(".")[0]
     ctypes.CDLL(f"libcublas.so.{cuda}", ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(place or str(build(Path(tempfile.mkdtemp(), "exl2.so"))))
+    library = peer_library.loaded("BITMILL_EXL2_LIBRARY", build)
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.exl2_version.restype = ctypes.c_char_p
     library.exl2_make.argtypes = [integer] * 4 + [pointer] * 7 + [integer, pointer]
@@ -177,14 +146,14 @@ class Matrix:
             *(self._tensors[name].data_ptr() for name in names),
             scratch.data_ptr(),
             MOST_DEQUANTIZED // self.N,
-            _stream(),
+            stream(),
         )
         weakref.finalize(self, library.exl2_free, self._matrix)
 
     def reconstruct(self) -> Tensor:
         """The weight as its kernels have it, f16 [N, K]."""
         out = torch.full((self.K, self.N), torch.nan, dtype=torch.half, device=self._scratch.device)
-        _check(load().exl2_reconstruct(self._matrix, out.data_ptr(), _stream()))
+        _check(load().exl2_reconstruct(self._matrix, out.data_ptr(), stream()))
         return out.T
 
     def product(self, x: Tensor) -> Tensor:
@@ -194,7 +163,7 @@ class Matrix:
         y = torch.empty(len(x), self.N, dtype=torch.half, device=x.device)
         cublas = torch.cuda.current_blas_handle()
         _check(
-            load().exl2_product(self._matrix, x.data_ptr(), y.data_ptr(), len(x), cublas, _stream())
+            load().exl2_product(self._matrix, x.data_ptr(), y.data_ptr(), len(x), cublas, stream())
         )
         return y
 
@@ -227,11 +196,6 @@ def random_linear(N: int, widths: Sequence[int], device: torch.device) -> dict[s
         "scale_max": (torch.rand(len(bits), device=device) * 0.01 + 0.001).half(),
         "invperm": torch.randperm(len(bits) * GROUP, device=device).int(),
     }
-
-
-def _stream() -> int:
-    stream: int = torch.cuda.current_stream().cuda_stream
-    return stream
 
 
 def _check(error: int) -> None:

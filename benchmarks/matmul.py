@@ -11,7 +11,8 @@ Every product is timed inside a CUDA graph of 40 calls, its weights rotated thro
 exceed the L2 cache several times; the median of 7 replays counts. Prefill and its fp16 twin are
 replayed in turn, so both see the same clocks. The activation prologue is part of every time.
 Results go to benchmarks/results/ (or --out) as JSON and markdown with the versions. A kernel that
-fails the check is not timed, and the exit code is 1.
+fails the check is not timed, and the exit code is 1. A peer is not timed where its product fails or
+is wrong, and is named with the reason under `absent`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,8 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
-import exl2_kernels
 import matmul_peers
 import torch
 import triton
@@ -100,8 +99,6 @@ ASKED_CASES = BATCH_CASES | {
     f"{N}x{K} {width}-bit": (N, K, (width,)) for N, K in MATRICES for width in (3, 5, 6, 8)
 }
 """What `--batch` takes: other widths run only where they are named."""
-PEER_CHECKED = (3, 48)
-"""Tokens: few and more, which may be different kernels."""
 SWEPT = {
     f"{N}x{K} {name}": ([N], K, [pattern])
     for N, K in MATRICES
@@ -385,23 +382,26 @@ def batch_rows(
     *,
     every_shape: bool,
     with_peers: bool,
-) -> list[dict[str, object]]:
-    """Products of many tokens beside fp16, all of one case replayed in turn.
+) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """Products of many tokens beside fp16, all of one case replayed in turn, and absent peers.
 
     Beside a mix stand peers of its average width, or of its widths where a peer has mixes.
     """
-    rows = []
+    rows: list[dict[str, object]] = []
+    absent: list[dict[str, object]] = []
     if with_peers:
         cases = [ASKED_CASES[name] for name in names]
         shapes = [(N, K, average(widths)) for N, K, widths in cases]
-        matmul_peers.prepare(shapes, {*token_counts, *PEER_CHECKED})
+        matmul_peers.prepare(shapes, token_counts)
     for name in names:
         N, K, pattern = ASKED_CASES[name]
-        peers = []
+        peers: list[matmul_peers.Peer] = []
+        faults: dict[str, dict[int, str]] = {}
         if with_peers:
             bits, widths = average(pattern), spread(pattern, K)
-            peers = matmul_peers.peers(N, K, bits, widths, ROTATION_BYTES)
-        peers = [peer for peer in peers if peer_is_right(peer, K)]
+            peers, missing = matmul_peers.peers(N, K, bits, widths, ROTATION_BYTES)
+            faults = {peer.name: matmul_peers.faults(peer, K, token_counts) for peer in peers}
+            absent += absent_rows(name, missing, faults)
         packed = random_packed(N, K, spread(pattern, K))
         weights = copies(build_runtime([packed], DEVICE))
         linears = [] if every_shape else [MixedLinear([packed], DEVICE) for _ in weights]
@@ -416,7 +416,7 @@ def batch_rows(
             ]
             if linears:
                 calls.append(lambda i, x=x, linears=linears: linears[i % len(linears)](x))
-            timed = [peer for peer in peers if peer.most_tokens >= T]
+            timed = [peer for peer in peers if peer.most_tokens >= T and T not in faults[peer.name]]
             inputs = {peer.dtype: x.to(peer.dtype) for peer in timed}
             calls += [
                 lambda i, peer=peer, x=inputs[peer.dtype]: peer.calls[i % len(peer.calls)](x)
@@ -427,21 +427,25 @@ def batch_rows(
             for kernel, time in zip(labels, times, strict=True):
                 rows.append(row(name, T, kernel, time, half, weights[0]))
                 print(*list(rows[-1].values())[:6], flush=True)
+    return rows, absent
+
+
+def absent_rows(
+    case: str, missing: dict[str, str], faults: dict[str, dict[int, str]]
+) -> list[dict[str, object]]:
+    """missing: why a peer has no product at all; faults: why not one of so many tokens."""
+    whole = [(peer, "all", reason) for peer, reason in missing.items()]
+    parts = [(peer, T, reason) for peer, own in faults.items() for T, reason in own.items()]
+    keys = ("case", "peer", "tokens", "reason")
+    rows = [dict(zip(keys, (case, *row), strict=True)) for row in (*whole, *parts)]
+    for found in rows:
+        print("ABSENT", *found.values(), flush=True)
     return rows
 
 
 def average(pattern: tuple[int, ...]) -> int:
     """Bits, a whole number in all of `ASKED_CASES`."""
     return sum(pattern) // len(pattern)
-
-
-def peer_is_right(peer: matmul_peers.Peer, K: int) -> bool:
-    x = torch.randn(max(PEER_CHECKED), K, device=DEVICE).to(peer.dtype)
-    exact = x.double() @ peer.weight().double().t()
-    error = max(relative_error(peer.calls[0](x[:T]), exact[:T]) for T in PEER_CHECKED)
-    if not error < peer.tolerance:
-        print(f"FAILED {peer.name}: relative error {error:.2e}", flush=True)
-    return error < peer.tolerance
 
 
 def batch_products(weights: list[RuntimeWeight], T: int) -> dict[str, list[Product]]:
@@ -513,16 +517,12 @@ def provenance() -> dict[str, object]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
-        "peers": {
-            "humming": bool(find_spec("humming")),
-            "exllamav2": exl2_kernels.available(),
-        },
     }
 
 
 def markdown(result: dict[str, object]) -> str:
     lines = [f"# {result['provenance']['gpu']}", "", f"`{json.dumps(result['provenance'])}`", ""]
-    for part in ("decode", "batch", "prefill"):
+    for part in ("decode", "batch", "absent", "prefill"):
         rows = result.get(part)
         if rows:
             keys = [key for key in rows[0] if key not in ("widths", "N", "K")]
@@ -569,13 +569,15 @@ def main() -> int:
         failed.add("prefill")
     print(f"check done, failed: {sorted(failed) or 'none'}", flush=True)
     result: dict[str, object] = {"provenance": provenance(), "failed": sorted(failed)}
+    if options.peers:
+        result["provenance"]["peers"] = matmul_peers.versions()
     usual = SWEPT if options.sweep else CASES
     cases = list(usual) if options.cases is None else options.cases
     if not {"cuda", "triton"} & set(options.kernels):
         cases = []
     result["decode"] = decode_rows(cases, options.kernels, failed, every_shape=options.sweep)
     if "batch" in options.kernels:
-        result["batch"] = batch_rows(
+        result["batch"], result["absent"] = batch_rows(
             options.batch,
             failed,
             options.tokens,

@@ -3,10 +3,19 @@
 - humming-kernels (PyPI): its folder on the path; it compiles with nvcc at first use, so `prepare`
   compiles what all cases need at once. Integers of one width, groups of 128, zero points.
 - tinygemm: in torch (`_weight_int4pack_mm`), 4 bits, bf16.
+- GemLite (PyPI, gemlite): its folder on the path; Triton, integers of 2 or 4 bits, groups of 128,
+  zero points, its blocks chosen by its own timing at the first product of a shape and token count.
+- Marlin (`marlin_kernels.py`: the folder of gptqmodel's sources on the path, or
+  BITMILL_MARLIN_LIBRARY): 4 bits, groups of 128, with zero points and without.
 - EXL2: exllamav2's kernels (`exl2_kernels.py`: its wheel's folder on the path, or
   BITMILL_EXL2_LIBRARY), groups of 128 of one width or of the case's mix, columns in an order of
   their own, its blocks chosen by its own timing for every case. It multiplies packed codes for up
   to 32 tokens; for more it writes the weight out in fp16 and calls cuBLAS.
+- EXL3: exllamav3's kernels (`exl3_kernels.py`: its wheel's folder on the path, or
+  BITMILL_EXL3_LIBRARY), trellis codes of one rate with rotations of 128, its blocks chosen by its
+  own timing. It multiplies packed codes for up to 144 tokens.
+
+Peers of a width that are not there, fail or are wrong come back with the reason.
 """
 
 from __future__ import annotations
@@ -16,16 +25,20 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import exl2_kernels
+import exl3_kernels
+import marlin_kernels
 import torch
 from export_readers.exl2_layout import weight as exl2_weight
 from torch import Tensor
 
 DEVICE = torch.device("cuda")
 GROUP = 128
+GEMLITE_BITS = (2, 4)
 TINYGEMM_TOKENS = 64
 """Beyond these tinygemm is many times slower than fp16."""
 
@@ -60,14 +73,76 @@ def random_codes(N: int, K: int, bits: int) -> Codes:
     return Codes(draw((N, K)), scales, draw((N, K // GROUP)))
 
 
-def peers(N: int, K: int, bits: int, widths: Sequence[int], nbytes: int) -> list[Peer]:
-    """Those at hand for weights of this width, in copies of about `nbytes` together.
+def peers(
+    N: int, K: int, bits: int, widths: Sequence[int], nbytes: int
+) -> tuple[list[Peer], dict[str, str]]:
+    """Those for weights of this width, in copies of about `nbytes` together, and why others fail.
 
     widths: of every group, for those that have a width for each.
     """
-    found = [humming(N, K, bits, nbytes)] if find_spec("humming") else []
-    found += [tinygemm(N, K, nbytes)] if bits == 4 else []
-    return [*found, exl2(N, widths, nbytes)] if exl2_kernels.available() else found
+    makers: dict[str, Callable[[], Peer]] = {
+        "humming": lambda: humming(N, K, bits, nbytes),
+        "exl2": lambda: exl2(N, widths, nbytes),
+    }
+    if bits in exl3_kernels.RATES:
+        makers["exl3"] = lambda: exl3(N, K, bits, nbytes)
+    if bits in GEMLITE_BITS:
+        makers["gemlite"] = lambda: gemlite(N, K, bits, nbytes)
+    if bits == 4:
+        makers["tinygemm"] = lambda: tinygemm(N, K, nbytes)
+        makers["marlin"] = lambda: marlin(N, K, nbytes, symmetric=False)
+        makers["marlin symmetric"] = lambda: marlin(N, K, nbytes, symmetric=True)
+    found: list[Peer] = []
+    absent: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            found.append(make())
+        except Exception as error:  # noqa: BLE001  (foreign code may raise anything)
+            absent[name] = reason(error)
+    return found, absent
+
+
+def versions() -> dict[str, str]:
+    """Of every package that has peers, or why it is not there."""
+    readers: dict[str, Callable[[], str]] = {
+        "humming-kernels": lambda: version("humming-kernels"),
+        "gemlite": lambda: version("gemlite"),
+        "gptqmodel": lambda: marlin_kernels.load().marlin_version().decode(),
+        "exllamav2": lambda: exl2_kernels.load().exl2_version().decode(),
+        "exllamav3": lambda: exl3_kernels.load().exl3_version().decode(),
+    }
+    found = {}
+    for name, read in readers.items():
+        try:
+            found[name] = read()
+        except Exception as error:  # noqa: BLE001  (foreign code may raise anything)
+            found[name] = f"absent, {reason(error)}"
+    return found
+
+
+def reason(error: Exception) -> str:
+    """An exception in a line of at most 300 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def faults(peer: Peer, K: int, token_counts: Iterable[int]) -> dict[int, str]:
+    """Token counts, of those that it is timed for, where it fails or is wrong, and how."""
+    tokens = [T for T in token_counts if peer.most_tokens >= T]
+    if not tokens:
+        return {}
+    x = torch.randn(max(tokens), K, device=DEVICE).to(peer.dtype)
+    exact = x.double() @ peer.weight().double().t()
+    found: dict[int, str] = {}
+    for T in tokens:
+        try:
+            y = peer.calls[0](x[:T]).double()
+        except Exception as error:  # noqa: BLE001  (foreign code may raise anything)
+            found[T] = reason(error)
+            continue
+        off = ((y - exact[:T]).norm() / exact[:T].norm()).item()
+        if not off < peer.tolerance:
+            found[T] = f"relative error {off:.2e}, where {peer.tolerance:.0e} is allowed"
+    return found
 
 
 def prepare(shapes: Iterable[tuple[int, int, int]], tokens: Iterable[int]) -> None:
@@ -179,6 +254,56 @@ def exl2(N: int, widths: Sequence[int], nbytes: int) -> Peer:
 
     name = f"exl2 {widths[0]}-bit" if len(set(widths)) == 1 else "exl2 mix"
     return Peer(name, [matrix.product for matrix in matrices], weight, tolerance=2e-2)
+
+
+def exl3(N: int, K: int, rate: int, nbytes: int) -> Peer:
+    """Both rotations of a linear included."""
+    scratch = torch.empty(N * K, dtype=torch.half, device=DEVICE)
+    stored = exl3_kernels.random_linear(N, K, rate, scratch.device)
+    first = exl3_kernels.Matrix(stored, scratch)
+    count = nbytes // first.nbytes + 1
+    matrices = [first, *(exl3_kernels.Matrix(stored, scratch) for _ in range(count))]
+    calls = [matrix.product for matrix in matrices]
+    return Peer(f"exl3 {rate}-bit", calls, first.weight, tolerance=2e-2)
+
+
+def marlin(N: int, K: int, nbytes: int, *, symmetric: bool) -> Peer:
+    """Symmetric: all zero points are 8 and none is stored."""
+    stored = random_codes(N, K, 4)
+    if symmetric:
+        stored = stored._replace(zeros=torch.full_like(stored.zeros, 8))
+    own = [
+        marlin_kernels.packed_codes(stored.codes),
+        marlin_kernels.scales_in_order(stored.scales),
+    ]
+    if not symmetric:
+        own.append(marlin_kernels.packed_zeros(stored.zeros))
+    scratch = marlin_kernels.Scratch(own[0].device)
+
+    def call(tensors: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        zeros = None if symmetric else tensors[2]
+        return marlin_kernels.product(x, tensors[0], tensors[1], zeros, scratch)
+
+    name = "marlin 4-bit symmetric" if symmetric else "marlin 4-bit"
+    return Peer(name, _calls(call, tuple(own), nbytes), stored.weight)
+
+
+def gemlite(N: int, K: int, bits: int, nbytes: int) -> Peer:
+    """Its offsets, zero points times scales, are rounded to fp16."""
+    from gemlite import DType, GemLiteLinear, forward_functional
+
+    stored = random_codes(N, K, bits)
+    linear = GemLiteLinear(bits, GROUP, K, N, DType.FP16, DType.FP16)
+    linear.pack(stored.codes, stored.scales, stored.zeros.half())
+    *own, unused = (tensor.detach() for tensor in linear.get_tensor_args())
+    settings = linear.get_meta_args()
+
+    def call(tensors: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        y: Tensor = forward_functional(x, None, [*tensors, unused], settings)
+        return y
+
+    calls = _calls(call, tuple(own), nbytes)
+    return Peer(f"gemlite {bits}-bit", calls, stored.weight, tolerance=1e-2)
 
 
 def _calls(

@@ -2,12 +2,15 @@
 
     PYTHONPATH=kernels python benchmarks/trellis_decode.py
     PYTHONPATH=kernels python benchmarks/trellis_decode.py --together
+    PYTHONPATH=kernels:WHEEL python benchmarks/trellis_decode.py --peers   beside EXL3's kernels
 
 Every shape of the decode and batch kernels and decoded rows (`--shapes`), or what a linear would
 run. Rates 2, 3, 4, 3 in turn (3 bits), and each alone for one token. With `--together` the linears
 of a block that share an input, multiplied together and one by one. A graph holds 20 calls; weights
 are rotated through at least 220 MB, so that no call finds its own in a cache. Both are
-replayed in turn; medians of 15.
+replayed in turn; medians of 15. With `--peers` every rate is timed for all tokens, beside EXL3's
+linear of its average rate (`exl3_kernels.py`); both rotate inputs that come as a layer has them.
+Where EXL3 is not there, fails or is wrong, a line says why.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from statistics import median
 
+import matmul_peers
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -141,11 +145,24 @@ def products(linears: list[CudaTrellisProduct], tokens: int, every: bool) -> dic
     return found
 
 
+def peer(
+    N: int, K: int, name: str, tokens: list[int]
+) -> tuple[matmul_peers.Peer | None, dict[int, str]]:
+    """EXL3's linear of the average rate of a mix, and by tokens why it is not timed."""
+    mix = MIXES[name]
+    try:
+        found = matmul_peers.exl3(N, K, sum(mix) // len(mix), int(ROTATED))
+    except Exception as error:  # noqa: BLE001  (foreign code may raise anything)
+        return None, dict.fromkeys(tokens, matmul_peers.reason(error))
+    return found, matmul_peers.faults(found, K, tokens)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", action="store_true")
     parser.add_argument("--together", action="store_true")
+    parser.add_argument("--peers", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--linears", nargs="+", default=[f"{N}x{K}" for N, K in SHAPES])
     parser.add_argument("--rates", choices=list(MIXES), nargs="+", default=list(MIXES))
@@ -162,9 +179,15 @@ def main() -> None:
             count = max(2, int(ROTATED / (N * K * sum(mix) / len(mix) / 8)) + 1)
             ours = [linear(N, K, rates) for _ in range(min(count, CALLS))]
             dense = [torch.randn(N, K, dtype=torch.float16, device="cuda") for _ in range(4)]
-            for tokens in options.tokens if name == "2343" else (1,):
+            counts = options.tokens if options.peers or name == "2343" else [1]
+            exl3, faults = peer(N, K, name, counts) if options.peers else (None, {})
+            for tokens in counts:
                 x = torch.randn(tokens, K, dtype=torch.float16, device="cuda")
                 found = products(ours, tokens, options.shapes)
+                if tokens in faults:
+                    print(f"{N}x{K} rates {name}, {tokens} tokens exl3: {faults[tokens]}")
+                elif exl3 is not None:
+                    found[exl3.name] = exl3.calls
                 graphs = [
                     graph_of([partial(functional.linear, x, dense[i % 4]) for i in range(CALLS)]),
                     *(

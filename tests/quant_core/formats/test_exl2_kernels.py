@@ -129,7 +129,7 @@ def test_a_wrong_value_is_told_from_right_ones(
 def test_exllamav2s_kernels_give_the_values_of_an_export(
     tmp_path: Path, reader: ModuleType
 ) -> None:
-    if not reader.exl2_kernels.available():
+    if not importlib.import_module("peer_library").available("BITMILL_EXL2_LIBRARY", "exllamav2"):
         pytest.skip("exllamav2's sources are not on the path")
     packed = packed_model(tmp_path, "activation")
     Export.of(packed.folder, Exl2()).write(tmp_path / "out", lambda *_: None)
