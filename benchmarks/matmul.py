@@ -2,7 +2,8 @@
 
     python benchmarks/matmul.py                 check, then the table
     python benchmarks/matmul.py --sweep         every launch shape of the CUDA kernel
-    python benchmarks/matmul.py --sweep --write also record the best shapes in tiles.json
+    python benchmarks/matmul.py --sweep --write also put the best shapes into tiles.json
+    (`matmul_triton.py` for Triton's, `matmul_tiles.py` for those of a record)
     python benchmarks/matmul.py --kernels batch what linears run at 3 to 2048 tokens
     python benchmarks/matmul.py --kernels batch --peers   and those of `matmul_peers.py`
     python benchmarks/matmul.py --kernels cuda  leave Triton, batches and prefill out
@@ -25,14 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matmul_peers
+import matmul_tiles
 import torch
 import triton
 
-from bitmill_kernels.hopper.schedule import BlockShape, WarpgroupShape
+from bitmill_kernels.hopper.schedule import WarpgroupShape
 from bitmill_kernels.layout import WIDTHS, code_tensor_shapes, zero_tensor_shapes
 from bitmill_kernels.matmul import batch_cuda, cuda_library, tiles
 from bitmill_kernels.matmul.batch_cuda import CudaBatch
-from bitmill_kernels.matmul.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder
+from bitmill_kernels.matmul.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder, DecodeShape
 from bitmill_kernels.matmul.decode_triton import TritonDecoder
 from bitmill_kernels.matmul.linear import MixedLinear
 from bitmill_kernels.matmul.runtime import (
@@ -71,7 +73,7 @@ TARGETS = {
     "q/k/v 12288x4096 mix 3": 2.2,
 }
 TOKENS_TIMED = (1, 16, 32)
-TOKENS_SWEPT = (1, 8, 16, 32)
+TOKENS_SWEPT = (1, 2, 3, 8, 16, 32)
 TOKENS_CHECKED = [
     (1, torch.float16),
     (2, torch.bfloat16),
@@ -96,14 +98,15 @@ BATCH_CASES: dict[str, tuple[int, int, tuple[int, ...]]] = {
     for name, pattern in (("mix 3", MIX), ("4-bit", (4,)), ("2-bit", (2,)))
 }
 ASKED_CASES = BATCH_CASES | {
-    f"{N}x{K} {width}-bit": (N, K, (width,)) for N, K in MATRICES for width in (3, 5, 6, 8)
+    f"{N}x{K} {width}-bit": (N, K, (width,)) for N, K in MATRICES for width in (1, 3, 5, 6, 8)
 }
 """What `--batch` takes: other widths run only where they are named."""
 SWEPT = {
     f"{N}x{K} {name}": ([N], K, [pattern])
     for N, K in MATRICES
-    for name, pattern in (("mix 3", MIX), *((f"{w}-bit", (w,)) for w in (2, 3, 4, 5, 6, 8)))
+    for name, pattern in (("mix 3", MIX), *((f"{w}-bit", (w,)) for w in WIDTHS))
 } | CASES
+UNPRINTED = ("widths", "N", "K", "shape", "converts")
 PREFILL = [(4096, 4096), (11008, 4096), (28672, 8192)]
 PREFILL_PATTERNS: list[tuple[int, ...]] = [(2,), (3,), (4,), (8,), MIX]
 
@@ -157,6 +160,9 @@ def products_of(weight: RuntimeWeight, kinds: list[str], T: int) -> Products:
             decoder = decoder_or_none(weight, shape, T)
             if decoder is not None:
                 found[shape_name(shape)] = decoder
+            if decoder is not None and decoder.converts(T):
+                apart = dataclasses.replace(shape, fused=False)
+                found[shape_name(apart)] = CudaDecoder(weight, {bucket_of(T): apart})
     if "batch" in kinds and cuda_library.available(DEVICE):
         for tile, batch_shapes in batch_cuda.SHAPES.items():
             for batch_shape in batch_shapes:
@@ -173,22 +179,24 @@ def bucket_of(T: int) -> int:
     return next(bucket for bucket in TOKEN_BUCKETS if bucket >= T)
 
 
-def best_shape(weight: RuntimeWeight, bucket: int) -> BlockShape:
+def best_shape(weight: RuntimeWeight, bucket: int) -> DecodeShape:
     properties = torch.cuda.get_device_properties(DEVICE)
     shared = properties.shared_memory_per_multiprocessor
     return tiles.block_shapes(weight, properties.name, shared)[bucket]
 
 
 def triton_decoder(weight: RuntimeWeight) -> TritonDecoder:
-    processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    return TritonDecoder(weight, tiles.triton_tiles(weight, processors), asm=True)
+    properties = torch.cuda.get_device_properties(DEVICE)
+    processors = properties.multi_processor_count
+    return TritonDecoder(weight, tiles.triton_tiles(weight, properties.name, processors), asm=True)
 
 
-def shape_name(shape: BlockShape) -> str:
-    return f"cuda {shape.warps}w {shape.row_tiles}r {shape.blocks}b"
+def shape_name(shape: DecodeShape) -> str:
+    name = f"cuda {shape.warps}w {shape.row_tiles}r {shape.blocks}b"
+    return name if shape.fused else f"{name} prologue"
 
 
-def decoder_or_none(weight: RuntimeWeight, shape: BlockShape, T: int) -> CudaDecoder | None:
+def decoder_or_none(weight: RuntimeWeight, shape: DecodeShape, T: int) -> CudaDecoder | None:
     """None where the shape cannot run the weight."""
     try:
         return CudaDecoder(weight, {bucket_of(T): shape})
@@ -347,30 +355,53 @@ def time_decoder(decoders: list[Product], N: int, K: int, T: int) -> float:
 
 
 def decode_rows(
-    names: list[str], kinds: list[str], failed: set[str], *, every_shape: bool
+    names: list[str],
+    kinds: list[str],
+    failed: set[str],
+    token_counts: list[int],
+    *,
+    every_shape: bool,
 ) -> list[dict[str, object]]:
-    """Products of few tokens: by the shape that a linear would take, or by every one."""
+    """Products of few tokens: by the shape that a linear would take, or by every one.
+
+    Every one is run with conversion in a launch of its own too, where its blocks would convert.
+    """
+    cuda = "cuda" in kinds and cuda_library.available(DEVICE)
     rows: list[dict[str, object]] = []
     half: dict[tuple[int, int, int], float] = {}
     for name in names:
         weights = copies(case_runtime(name))
         N, K = weights[0].N, weights[0].K
-        for T in TOKENS_SWEPT if every_shape else TOKENS_TIMED:
+        built: dict[tuple[int, DecodeShape], list[CudaDecoder]] = {}
+        for T in token_counts:
             key = (N, K, T)
             half[key] = half.get(key) or time_half(*key)
             bucket = bucket_of(T)
             shapes = SHAPES[bucket] if every_shape else (best_shape(weights[0], bucket),)
-            kernels: dict[str, list[Product | None]] = {
-                shape_name(shape): [decoder_or_none(w, shape, T) for w in weights]
-                for shape in (shapes if "cuda" in kinds else ())
-            }
+            kernels: dict[str, tuple[list[Product], dict[str, object]]] = {}
+            for shape in shapes if cuda else ():
+                ways = [shape, dataclasses.replace(shape, fused=False)] if every_shape else [shape]
+                for way in ways:
+                    if shape_name(way) in failed:
+                        break
+                    decoders = built.get((bucket, way))
+                    if decoders is None:
+                        found = [decoder_or_none(weight, way, T) for weight in weights]
+                        decoders = [decoder for decoder in found if decoder is not None]
+                        built[bucket, way] = decoders
+                    if not decoders:
+                        break
+                    converts = decoders[0].converts(T)
+                    launch = dataclasses.astuple(way)[:3]
+                    kernels[shape_name(way)] = decoders, {"shape": launch, "converts": converts}
+                    if not converts:
+                        break
             if "triton" in kinds and T <= 16:
-                kernels["triton"] = [triton_decoder(weight) for weight in weights]
-            for kernel, decoders in kernels.items():
-                usable = [decoder for decoder in decoders if decoder is not None]
-                if usable and kernel not in failed:
-                    time = time_decoder(usable, N, K, T)
-                    rows.append(row(name, T, kernel, time, half[key], weights[0]))
+                kernels["triton"] = [triton_decoder(weight) for weight in weights], {}
+            for kernel, (decoders, launch) in kernels.items():
+                if kernel not in failed:
+                    time = time_decoder(decoders, N, K, T)
+                    rows.append(row(name, T, kernel, time, half[key], weights[0]) | launch)
                     print(*list(rows[-1].values())[:8], flush=True)
     return rows
 
@@ -525,45 +556,52 @@ def markdown(result: dict[str, object]) -> str:
     for part in ("decode", "batch", "absent", "prefill"):
         rows = result.get(part)
         if rows:
-            keys = [key for key in rows[0] if key not in ("widths", "N", "K")]
+            keys = [key for key in rows[0] if key not in UNPRINTED]
             lines += ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
             lines += ["| " + " | ".join(str(r.get(key, "")) for key in keys) + " |" for r in rows]
             lines.append("")
     return "\n".join(lines)
 
 
-def write_tiles(rows: list[dict[str, object]], gpu: str) -> None:
-    """Replace this GPU's entries of tiles.json by the fastest shape of every case."""
-    path = Path(tiles.__file__).with_name("tiles.json")
-    table = json.loads(path.read_text())
-    best: dict[tuple[object, ...], dict[str, object]] = {}
+def fastest_shapes(rows: list[dict[str, object]], gpu: str) -> list[dict[str, object]]:
+    """Entries of tiles.json: of every case and bucket the shape whose tokens take least together.
+
+    A shape counts with conversion by its blocks, where they convert, and without. Where several
+    cases are one for the table, the fastest of any counts.
+    """
+    times: dict[tuple, dict[tuple, dict[int, dict[bool, float]]]] = {}
     for r in rows:
-        key = (r["N"], r["K"], r["widths"], bucket_of(r["tokens"]))
-        if str(r["kernel"]).startswith("cuda") and (
-            key not in best or r["microseconds"] < best[key]["microseconds"]
-        ):
-            best[key] = r
-    entries = [entry for entry in table["entries"] if entry["gpu"] != gpu]
-    for (N, K, widths, tokens), r in sorted(best.items()):
-        shape = next(shape for shape in SHAPES[tokens] if shape_name(shape) == r["kernel"])
-        entries.append(
-            {"gpu": gpu, "N": N, "K": K, "widths": widths, "tokens": tokens}
-            | {"shape": list(dataclasses.astuple(shape))}
-        )
-    path.write_text(json.dumps({**table, "entries": entries}, indent=1) + "\n")
+        if "shape" in r:
+            key = (r["N"], r["K"], r["widths"], bucket_of(r["tokens"]))
+            found = times.setdefault(key, {}).setdefault((r["case"], *r["shape"]), {})
+            found.setdefault(r["tokens"], {})[r["converts"]] = r["microseconds"]
+    entries = []
+    for (N, K, widths, bucket), shapes in sorted(times.items()):
+        sums = {}
+        for (_, *shape), by_tokens in shapes.items():
+            for fused in (True, False):
+                own = [found.get(fused, found.get(False)) for found in by_tokens.values()]
+                if None not in own:
+                    way = (sum(own), not fused, tuple(shape))
+                    sums[way] = {"shape": shape} | ({} if fused else {"fused": False})
+        case = {"gpu": gpu, "N": N, "K": K, "widths": widths, "tokens": bucket}
+        entries.append(case | sums[min(sums)])
+    return entries
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweep", action="store_true", help="time every launch shape")
-    parser.add_argument("--write", action="store_true", help="record the best shapes")
+    parser.add_argument("--write", action="store_true", help="put the best shapes into tiles.json")
     parser.add_argument("--kernels", nargs="*", default=["cuda", "triton", "prefill"])
     parser.add_argument("--cases", nargs="*", choices=list(SWEPT), help="the table's, or all")
     parser.add_argument("--batch", nargs="*", default=list(BATCH_CASES), choices=list(ASKED_CASES))
-    parser.add_argument("--tokens", nargs="*", type=int, default=list(BATCHES), help="of batches")
+    parser.add_argument("--tokens", nargs="*", type=int, help="of batches, and of --sweep")
     parser.add_argument("--peers", action="store_true", help="time other projects' kernels too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
+    if options.write and not options.sweep:
+        parser.error("--write needs --sweep, whose best shapes it writes")
     failed = check(options.kernels)
     if "prefill" in options.kernels and not check_prefill():
         failed.add("prefill")
@@ -575,19 +613,23 @@ def main() -> int:
     cases = list(usual) if options.cases is None else options.cases
     if not {"cuda", "triton"} & set(options.kernels):
         cases = []
-    result["decode"] = decode_rows(cases, options.kernels, failed, every_shape=options.sweep)
+    few = (options.tokens or TOKENS_SWEPT) if options.sweep else TOKENS_TIMED
+    result["decode"] = decode_rows(cases, options.kernels, failed, few, every_shape=options.sweep)
+    if options.sweep:
+        gpu = result["provenance"]["gpu"]
+        result["settings"] = {"decode_cuda": fastest_shapes(result["decode"], gpu)}
     if "batch" in options.kernels:
         result["batch"], result["absent"] = batch_rows(
             options.batch,
             failed,
-            options.tokens,
+            options.tokens or BATCHES,
             every_shape=options.sweep,
             with_peers=options.peers,
         )
     if "prefill" in options.kernels and "prefill" not in failed:
         result["prefill"] = prefill_rows()
     if options.write:
-        write_tiles(result["decode"], result["provenance"]["gpu"])
+        matmul_tiles.merge(result["settings"])
     options.out.mkdir(parents=True, exist_ok=True)
     kinds = "" if len(options.kernels) == 3 else f"{options.kernels[0]}-"
     name = f"matmul-{'sweep-' if options.sweep else kinds}{result['provenance']['gpu']}"

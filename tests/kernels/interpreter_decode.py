@@ -82,12 +82,28 @@ def test_dropped_groups_and_linears_have_no_part():
     assert not y[:, 40:].any()
 
 
-@pytest.mark.parametrize("tokens", [32, 64])
-def test_wider_token_tiles(tokens):
+@pytest.mark.parametrize("tokens", [8, 32, 64])
+def test_other_token_tiles(tokens):
     weight, *parts = random_linear(20, 256, (3, 4), seed=1)
     x = torch.randn(tokens - 3, 256, generator=torch.Generator().manual_seed(1))
     y = run(build_runtime([weight], CPU), x, tokens=tokens)
     assert relative_error(y, reference.mixed_matmul(x, *parts, (3, 4))) < 3e-4
+
+
+@pytest.mark.parametrize("rows", [16, 32, 128])
+def test_tiles_of_other_rows(rows):
+    weight, *parts = random_linear(150, 512, (3, 4, 3, 4), seed=1)
+    x = torch.randn(2, 512, generator=torch.Generator().manual_seed(1))
+    y = run(build_runtime([weight], CPU), x, rows=rows, split=2)
+    assert relative_error(y, reference.mixed_matmul(x, *parts, (3, 4, 3, 4))) < 3e-4
+
+
+@pytest.mark.parametrize("tile", [Tile(256, 1, 4, 2), Tile(128, 3, 4, 2)], ids=["rows", "slices"])
+def test_a_tile_that_does_not_suit_the_weight_is_refused(tile):
+    weight, *_ = random_linear(150, 512, (3, 4, 3, 4))
+    other, *_ = random_linear(100, 512, (3, 4, 3, 4))
+    with pytest.raises(ValueError, match=r"\[256, 128\] of every linear.*\[2, 2\]"):
+        build_tables(build_runtime([weight, other], CPU), tile)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -132,7 +132,7 @@ def test_a_gpu_without_measurements_takes_the_shapes_of_another():
     weight = build_runtime([random_planes(4096, 4096, (3, 2, 4, 3) * 8, CPU)], CPU)
     measured = {
         tokens: shape
-        for (gpu, N, K, widths, tokens), shape in tiles._table().items()
+        for (gpu, N, K, widths, tokens), shape in tiles.read_table().decode_cuda.items()
         if (gpu, N, K, widths) == (tiles.REFERENCE_GPU, 4096, 4096, "234")
     }
     found = tiles.block_shapes(weight, "a GPU without measurements", H100_SHARED)
@@ -157,8 +157,3 @@ def test_a_shape_that_does_not_fit_is_recognized():
 def test_blocks_convert_few_tokens_of_few_pairs(bucket, chunks, blocks, tokens):
     fused = {2: (15, 60), 4: (8, 16), 8: (3, 6)}
     assert fused_tokens(fused, bucket, chunks, blocks) == tokens
-
-
-def test_the_stored_table_names_compiled_shapes():
-    for (_, _, _, _, tokens), shape in tiles._table().items():
-        assert shape in SHAPES[tokens]

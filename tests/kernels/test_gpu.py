@@ -11,7 +11,8 @@ from bitmill_kernels.hopper.building import HOPPER
 from bitmill_kernels.layout import WIDTHS
 from bitmill_kernels.linalg.hessian import hessian_update
 from bitmill_kernels.matmul import batch_cuda, cuda_library, tiles
-from bitmill_kernels.matmul.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder
+from bitmill_kernels.matmul.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder, DecodeShape
+from bitmill_kernels.matmul.decode_triton import TOKEN_TILES, Tile, TritonDecoder
 from bitmill_kernels.matmul.linear import MixedLinear
 from bitmill_kernels.matmul.runtime import PackedWeight, build_runtime, dequantize_runtime
 from bitmill_kernels.pack import pack_codes, pack_zeros
@@ -93,6 +94,26 @@ def test_blocks_that_convert_for_themselves_give_the_bits_of_the_prologue(
             y = the_same_again(own, x, bias, times=10)
             assert torch.equal(y, the_same_again(once, x, bias, times=2))
             assert relative_error(y, expected) < (1e-3 if dtype == torch.float16 else 5e-3)
+
+
+def test_a_launch_shape_keeps_blocks_from_converting(compiled):
+    weight = build_runtime([random_planes(1000, 1100, MIXED, GPU)], GPU)
+    x = torch.randn(2, 1100, device=GPU).half()
+    bias = torch.randn(1000, device=GPU).half()
+    own, once = (CudaDecoder(weight, {2: DecodeShape(4, 1, 4, f)}) for f in (True, False))
+    assert own.converts(2)
+    assert not once.converts(1)
+    assert torch.equal(the_same_again(own, x, bias, 5), the_same_again(once, x, bias, 5))
+
+
+@pytest.mark.parametrize("T", [1, 9, 30, 64])
+def test_every_token_tile_of_triton_is_right_and_repeatable(T):
+    weight = build_runtime([random_planes(1000, 1100, NARROW, GPU, ordered=True)], GPU)
+    x = torch.randn(T, 1100, device=GPU).half() + 0.5
+    bias = torch.randn(1000, device=GPU).half()
+    shapes = {tokens: Tile(64, 2, 4, 2) for tokens in TOKEN_TILES}
+    y = the_same_again(TritonDecoder(weight, shapes, asm=True), x, bias, times=10)
+    assert relative_error(y, exact(x, weight, bias)) < 1e-3
 
 
 @pytest.mark.parametrize("T", [1, 16, 17, 64, 65, 128, 300])

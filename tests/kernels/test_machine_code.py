@@ -102,7 +102,7 @@ def opcodes(texts):
 
 
 def test_the_decode_kernel_stays_lean(tmp_path):
-    constants = {"BN": 128, "TOKENS": 16, "SPLIT": 4, "MASK": 0b1110, "HAS_BIAS": False}
+    constants = {"BN": 128, "TOKENS": 16, "MASK": 0b1110, "HAS_BIAS": False}
     resources, code = compiled(
         decode_kernel, constants | {"ASM": True}, tmp_path, aligned=("N", "columns")
     )
@@ -150,7 +150,7 @@ def test_column_loops_stay_lean(kernel, constants, most, spills, tmp_path):
     assert opcodes(part)["LDL"] + opcodes(part)["STL"] <= spills
 
 
-DECODED = {"BN": 128, "TOKENS": 16, "SPLIT": 4, "MASK": 0b1110, "HAS_BIAS": False, "ASM": True}
+DECODED = {"BN": 128, "TOKENS": 16, "MASK": 0b1110, "HAS_BIAS": False, "ASM": True}
 IN_COLUMNS = {"aligned": ("N", "columns")}
 LOOP = {"ROWS": 32, "PART": 32, "WHOLE": True}
 HEADS = {"HALF": 32, "REST": 0, "HEADS": 8, "COLUMNS": 32, "REST_COLUMNS": 1, "BACK": False}
@@ -164,6 +164,7 @@ LONG = ((80, 120), (89, 100))
     ("kernel", "constants", "how"),
     [
         (decode_kernel, DECODED, IN_COLUMNS),
+        (decode_kernel, DECODED | {"TOKENS": 8}, IN_COLUMNS),
         (_prologue_kernel, {"HAS_ORDER": True, "SLOTS": 4, "BLOCK": 4096}, {}),
         (_gptq_block_kernel, {"ROWS": 8, "COLUMNS": 128}, {"warps": 1}),
         (_clip_search_kernel, {"ROWS": 16, "COLUMNS": 128, "row_stride": 1}, {"warps": 1}),

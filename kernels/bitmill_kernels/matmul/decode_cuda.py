@@ -37,8 +37,15 @@ UNIT_COST_IN_WIDTHS = 1.0
 """What a unit costs beside its bytes."""
 
 
-_NARROW = (BlockShape(8, 2, 1), BlockShape(4, 2, 3), BlockShape(4, 1, 4))
-SHAPES = {2: _NARROW, 8: _NARROW, 16: _NARROW, 32: (BlockShape(4, 2, 2), BlockShape(8, 2, 1))}
+@dataclass(frozen=True)
+class DecodeShape(BlockShape):
+    """fused: blocks convert activations for themselves where `FUSED_CHUNKS` lets them."""
+
+    fused: bool = True
+
+
+_NARROW = (DecodeShape(8, 2, 1), DecodeShape(4, 2, 3), DecodeShape(4, 1, 4))
+SHAPES = {2: _NARROW, 8: _NARROW, 16: _NARROW, 32: (DecodeShape(4, 2, 2), DecodeShape(8, 2, 1))}
 """The shapes that are compiled, by token bucket, as listed at the end of `decode_cuda.cu`; the
 first was the fastest over all cases measured on an H100."""
 
@@ -75,7 +82,7 @@ class CudaDecoder:
     def __init__(
         self,
         weight: RuntimeWeight,
-        shapes: Mapping[int, BlockShape],
+        shapes: Mapping[int, DecodeShape],
         *,
         fused: Mapping[int, tuple[int, int]] = FUSED_CHUNKS,
     ) -> None:
@@ -94,13 +101,20 @@ class CudaDecoder:
         }
         self.max_tokens = max(shapes)
 
+    def converts(self, tokens: int) -> bool:
+        """Whether blocks convert the activations of so many tokens for themselves."""
+        return tokens <= self._launch(tokens).fused_tokens
+
+    def _launch(self, tokens: int) -> _Launch:
+        return next(found for bucket, found in self._launches.items() if bucket >= tokens)
+
     def __call__(self, x: Tensor, bias: Tensor | None, y: Tensor, *, overlap: bool = True) -> None:
         """x f16 or bf16 [T, K] with contiguous rows, y of its dtype [T, N] contiguous.
 
         overlap: let the launch begin while the one before it on the stream drains.
         """
         tokens = x.shape[0]
-        launch = next(found for bucket, found in self._launches.items() if bucket >= tokens)
+        launch = self._launch(tokens)
         arguments = Arguments(
             planes=self._planes,
             grid=self._grid,
@@ -139,7 +153,7 @@ class _Launch:
     def __init__(
         self,
         weight: RuntimeWeight,
-        shape: BlockShape,
+        shape: DecodeShape,
         tokens: int,
         fused: Mapping[int, tuple[int, int]],
     ) -> None:
@@ -162,7 +176,9 @@ class _Launch:
         self._partial = workspace("decode partial", self.block_count * 2 * cells * 4, device)
         shared = properties.shared_memory_per_multiprocessor
         self._chunks = schedule.chunks
-        self.fused_tokens = fused_tokens(fused, tokens, self._chunks, shape.blocks)
+        self.fused_tokens = 0
+        if shape.fused:
+            self.fused_tokens = fused_tokens(fused, tokens, self._chunks, shape.blocks)
         self._fused: SharedPlan | None = None
         if self.fused_tokens:
             self._fused = plan_shared(weight, shape, self.fused_tokens, self._chunks, shared)

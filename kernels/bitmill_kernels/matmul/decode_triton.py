@@ -9,13 +9,14 @@ it. Codes are exact in fp16 and sums are fp32, so the result is more accurate th
 a dequantized half-precision weight. Codes biased by a magic exponent were given up: their bias
 is lost to the truncating accumulator of the tensor cores when the inputs have a mean.
 
-A program takes BN rows and one of SPLIT slices of the pairs, cut by bytes. Partial sums go to a
+A program takes BN rows and one of `split` slices of the pairs, cut by bytes. Partial sums go to a
 workspace; the last program of a row tile adds them in order, so the result is bitwise the same
 on every launch. It leaves the tile's counter at zero for the next launch or graph replay.
 
-Each class of widths that is absent is compiled out (MASK), so a kernel is compiled for each set
-of widths that a model uses. Weights are 16-byte asynchronous copies, three stages deep. Inline
-assembly works on two 16-bit lanes at once; Triton's interpreter runs its plain twin (ASM=False).
+Each class of widths that is absent is compiled out (MASK), so a kernel is compiled for each set of
+widths that a model uses, and for each launch shape, whatever its slices. Weights are 16-byte
+asynchronous copies, some stages deep. Inline assembly works on two 16-bit lanes at once; Triton's
+interpreter runs its plain twin (ASM=False).
 """
 
 from __future__ import annotations
@@ -31,10 +32,17 @@ from torch import Tensor
 from bitmill_kernels.layout import GROUP_SIZE, WIDTHS
 from bitmill_kernels.matmul.prologue import prologue_triton
 from bitmill_kernels.matmul.runtime import Member, RuntimeWeight
+from bitmill_kernels.matmul.units import divides_rows
 from bitmill_kernels.workspace import workspace
 
 SEGMENT_FIELDS = 8
-TOKEN_TILES = (16, 32, 64)
+TOKEN_TILES = (8, 16, 32, 64)
+"""Tokens that a launch can be compiled for."""
+
+ROWS = (16, 32, 64, 128, 256)
+WARPS = (1, 2, 4, 8, 16)
+MAX_STAGES = 8
+"""What launch shapes are made of: powers of two, from the rows of a tensor core's product on."""
 
 
 @triton.jit
@@ -209,7 +217,7 @@ def _class_products(
     return total
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "split"])
 def decode_kernel(
     x_ptr: tl.tensor,
     sums_ptr: tl.tensor,
@@ -225,9 +233,9 @@ def decode_kernel(
     N: tl.tensor,
     T: tl.tensor,
     columns: tl.tensor,
+    split: tl.tensor,
     BN: tl.constexpr,
     TOKENS: tl.constexpr,
-    SPLIT: tl.constexpr,
     MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ASM: tl.constexpr,
@@ -240,7 +248,7 @@ def decode_kernel(
     output = tl.load(tiles_ptr + tile * 4 + 2) + tl.arange(0, BN)
     live_row = tl.arange(0, BN) < tl.load(tiles_ptr + tile * 4 + 3)
     token = tl.arange(0, TOKENS)
-    segment = segments_ptr + (member * SPLIT + part) * 56
+    segment = segments_ptr + (member * split + part) * 56
     total = tl.zeros((BN, TOKENS), tl.float32)
     if MASK & 1:
         total = _class_products(
@@ -283,15 +291,15 @@ def decode_kernel(
     bias = tl.zeros((BN,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + output, mask=live_row, other=0.0).to(tl.float32)
-    if SPLIT > 1:
+    if split > 1:
         cells = tl.num_programs(0) * BN * TOKENS
         here = partial_ptr + (tile * BN + tl.arange(0, BN))[:, None] * TOKENS + token[None, :]
         tl.store(here + part * cells, total)
         tl.debug_barrier()
         arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
-        if arrived == SPLIT - 1:
+        if arrived == split - 1:
             total = tl.zeros((BN, TOKENS), tl.float32)
-            for i in range(SPLIT):
+            for i in range(split):
                 total += tl.load(here + i * cells, cache_modifier=".cg")
             y = total * factor[None, :] + bias[:, None]
             tl.store(out, y.to(y_ptr.dtype.element_ty), mask=live)
@@ -303,12 +311,27 @@ def decode_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """Launch shape: BN rows, SPLIT slices of the pairs, warps and pipeline stages."""
+    """Launch shape: BN rows, `split` slices of the pairs, warps and pipeline stages.
+
+    Raises ValueError for one that no weight can be multiplied by.
+    """
 
     rows: int
     split: int
     warps: int
     stages: int
+
+    def __post_init__(self) -> None:
+        if self.rows not in ROWS or self.warps not in WARPS:
+            raise ValueError(f"{self}: rows must be one of {ROWS}, warps one of {WARPS}")
+        if self.split < 1 or not 1 <= self.stages <= MAX_STAGES:
+            raise ValueError(f"{self}: split must be 1 or more, stages 1 to {MAX_STAGES}")
+
+    def suits(self, weight: RuntimeWeight) -> bool:
+        """Whether tiles end where the members' rows end, and no member has fewer pairs than slices
+        are cut."""
+        fewest = min(len(member.pairs) for member in weight.members)
+        return divides_rows(weight, self.rows) and self.split <= fewest
 
 
 @dataclass(frozen=True)
@@ -322,7 +345,13 @@ class DecodeTables:
 
 
 def build_tables(weight: RuntimeWeight, tile: Tile) -> DecodeTables:
-    """Tables for a launch shape; `tile.split` must not exceed the pairs of any member."""
+    """Tables for a launch shape. Raises ValueError where it does not suit the weight."""
+    if not tile.suits(weight):
+        raise ValueError(
+            f"{tile} cannot run N={weight.N}, K={weight.K}: rows must divide the padded rows "
+            f"{[member.rows for member in weight.members]} of every linear, and split be at most "
+            f"the fewest pairs of groups of any, {[len(member.pairs) for member in weight.members]}"
+        )
     device = weight.planes.device
     tiles = [
         (index, n0, member.first_output + n0, max(0, min(tile.rows, member.N - n0)))
@@ -359,22 +388,20 @@ def _segments(member: Member, first_pair: int, split: int) -> list[list[int]]:
 
 
 class TritonDecoder:
-    """y [T, N] = x W^T for 1 to 64 tokens; tables and workspaces are built once."""
-
-    max_tokens = TOKEN_TILES[-1]
+    """y [T, N] = x W^T for up to `max_tokens`; tables and workspaces are built once."""
 
     def __init__(self, weight: RuntimeWeight, tiles: Mapping[int, Tile], *, asm: bool) -> None:
-        """tiles: a launch shape for each token tile of `TOKEN_TILES`."""
+        """tiles: a launch shape for each of some token tiles of `TOKEN_TILES`."""
         device = weight.planes.device
         slots = weight.slots.shape[0]
         self._weight = weight
         self._asm = asm
-        self._tables = {tokens: build_tables(weight, tile) for tokens, tile in tiles.items()}
+        self._tables = {tokens: build_tables(weight, tiles[tokens]) for tokens in sorted(tiles)}
+        self.max_tokens = tokens = max(tiles)
         largest = max(
             tile.split * self._tables[tokens].tiles.shape[0] * tile.rows * tokens
             for tokens, tile in tiles.items()
         )
-        tokens = self.max_tokens
         self._partial = workspace("decode partial", 4 * largest, device)
         self._rows = workspace("decode inputs", 2 * tokens * slots * GROUP_SIZE, device)
         self._sums = workspace("decode sums", 4 * tokens * slots, device)
@@ -383,7 +410,7 @@ class TritonDecoder:
     def __call__(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """x [T, K] with contiguous rows, y [T, N] contiguous, bias [N] or None."""
         T, slots = x.shape[0], self._weight.slots.shape[0]
-        tile = next(tokens for tokens in TOKEN_TILES if tokens >= T)
+        tile = next(tokens for tokens in self._tables if tokens >= T)
         rows = self._rows.view(torch.float16)[: T * slots * GROUP_SIZE].view(T, -1)
         sums = self._sums.view(torch.float32)[: slots * tile].view(slots, tile)
         factor = self._factor.view(torch.float32)
@@ -432,9 +459,9 @@ def launch_decode(
         weight.N,
         y.shape[0],
         rows.shape[1],
+        tile.split,
         BN=tile.rows,
         TOKENS=sums.shape[1],
-        SPLIT=tile.split,
         MASK=weight.width_mask,
         HAS_BIAS=bias is not None,
         ASM=asm,

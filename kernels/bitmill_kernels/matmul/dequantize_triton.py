@@ -20,7 +20,25 @@ from torch import Tensor
 from bitmill_kernels.layout import GROUP_SIZE, group_columns
 from bitmill_kernels.matmul.runtime import Member, RuntimeWeight
 
-TILE_ROWS = 64
+ROWS = (16, 32, 64, 128)
+"""Powers of two that divide the padded rows of any linear."""
+WARPS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class DequantizeTile:
+    """Launch shape: rows of a tile and warps. Raises ValueError for one that cannot be."""
+
+    rows: int = 64
+    warps: int = 4
+
+    def __post_init__(self) -> None:
+        if self.rows not in ROWS or self.warps not in WARPS:
+            raise ValueError(f"{self}: rows must be one of {ROWS}, warps one of {WARPS}")
+
+
+RULE = DequantizeTile()
+"""What is used where nothing was measured."""
 
 
 @triton.jit
@@ -144,10 +162,11 @@ class RowRun:
 class Dequantizer:
     """Writes runs of dequantized rows of one `RuntimeWeight`."""
 
-    def __init__(self, weight: RuntimeWeight, max_rows: int) -> None:
-        """Runs hold `max_rows` rows, rounded up to whole tiles of 64, but for the last."""
+    def __init__(self, weight: RuntimeWeight, max_rows: int, tile: DequantizeTile = RULE) -> None:
+        """Runs hold `max_rows` rows, rounded up to whole tiles, but for the last."""
         device = weight.planes.device
         self._weight = weight
+        self._tile = tile
         self._pair_limit = max(len(member.pairs) for member in weight.members)
         columns = group_columns(weight.K)
         pairs: list[list[int]] = []
@@ -165,11 +184,11 @@ class Dequantizer:
                 )
             tiles += [
                 (first_pair, len(member.pairs), row, member.first_output + row, live)
-                for row, live in _tiles(member)
+                for row, live in _tiles(member, tile.rows)
             ]
         self._pairs = torch.tensor(pairs, dtype=torch.int32, device=device)
         self._tiles = torch.tensor(tiles, dtype=torch.int32, device=device)
-        self.runs = row_runs(weight, max_rows)
+        self.runs = row_runs(weight, max_rows, tile.rows)
 
     def __call__(self, run: RowRun, out: Tensor) -> None:
         """Fill out [run.rows, K], f16, bf16 or f32, contiguous; of dropped groups nothing."""
@@ -182,19 +201,19 @@ class Dequantizer:
             run.first_tile,
             run.first,
             self._weight.K,
-            ROWS=TILE_ROWS,
+            ROWS=self._tile.rows,
             ALIGNED=self._weight.K % 16 == 0,
-            num_warps=4,
+            num_warps=self._tile.warps,
         )
 
 
-def row_runs(weight: RuntimeWeight, max_rows: int) -> list[RowRun]:
+def row_runs(weight: RuntimeWeight, max_rows: int, tile_rows: int = RULE.rows) -> list[RowRun]:
     """All outputs in runs of `max_rows` rows, rounded up to whole tiles, but for the last."""
-    whole = -(-max_rows // TILE_ROWS) * TILE_ROWS
+    whole = -(-max_rows // tile_rows) * tile_rows
     tiles = [
         (member.first_output + row, rows)
         for member in weight.members
-        for row, rows in _tiles(member)
+        for row, rows in _tiles(member, tile_rows)
     ]
     runs: list[RowRun] = []
     for i, (first, rows) in enumerate(tiles):
@@ -206,6 +225,6 @@ def row_runs(weight: RuntimeWeight, max_rows: int) -> list[RowRun]:
     return runs
 
 
-def _tiles(member: Member) -> list[tuple[int, int]]:
+def _tiles(member: Member, tile_rows: int) -> list[tuple[int, int]]:
     """(first row, rows) of each tile of a member."""
-    return [(row, min(TILE_ROWS, member.N - row)) for row in range(0, member.N, TILE_ROWS)]
+    return [(row, min(tile_rows, member.N - row)) for row in range(0, member.N, tile_rows)]

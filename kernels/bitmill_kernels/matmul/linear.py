@@ -230,10 +230,12 @@ class _AcceleratedProduct:
 
         device = weight.planes.device
         properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-        processors = properties.multi_processor_count if properties else 1
+        gpu, processors = "", 1
+        if properties:
+            gpu, processors = properties.name, properties.multi_processor_count
         self._weight, self._drops = weight, weight.dropped
         self._wide = TritonDecoder(
-            weight, tiles.triton_tiles(weight, processors), asm=not interpreted()
+            weight, tiles.triton_tiles(weight, gpu, processors), asm=not interpreted()
         )
         self._narrow: decode_cuda.CudaDecoder | None = None
         compiled = properties is not None and cuda_library.available(device)
@@ -241,7 +243,7 @@ class _AcceleratedProduct:
         self._decode_tokens = self._batch_tokens = 0
         if properties and compiled:
             shared = properties.shared_memory_per_multiprocessor
-            shapes = tiles.block_shapes(weight, properties.name, shared)
+            shapes = tiles.block_shapes(weight, gpu, shared)
             if (properties.major, properties.minor) == HOPPER:
                 launches = tiles.batch_shapes(weight)
                 self._batch = batch_cuda.CudaBatch(weight, launches)
@@ -254,8 +256,12 @@ class _AcceleratedProduct:
             self._narrow = decode_cuda.CudaDecoder(weight, shapes) if shapes else None
         _say_choice(str(device), compiled)
         runs = -(-weight.N * weight.K // SCRATCH_ELEMENTS)
-        dequantizer = dequantize_cuda.CudaDequantizer if compiled else Dequantizer
-        self._dequantizer = dequantizer(weight, -(-weight.N // runs))
+        rows = -(-weight.N // runs)
+        self._dequantizer = (
+            dequantize_cuda.CudaDequantizer(weight, rows)
+            if compiled
+            else Dequantizer(weight, rows, tiles.dequantize_tile(weight, gpu))
+        )
         self._scratch_rows = max(run.rows for run in self._dequantizer.runs)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
