@@ -613,7 +613,8 @@ def main() -> int:
     cases = list(usual) if options.cases is None else options.cases
     if not {"cuda", "triton"} & set(options.kernels):
         cases = []
-    few = (options.tokens or TOKENS_SWEPT) if options.sweep else TOKENS_TIMED
+    swept = [T for T in options.tokens or TOKENS_SWEPT if TOKEN_BUCKETS[-1] >= T]
+    few = swept if options.sweep else TOKENS_TIMED
     result["decode"] = decode_rows(cases, options.kernels, failed, few, every_shape=options.sweep)
     if options.sweep:
         gpu = result["provenance"]["gpu"]
