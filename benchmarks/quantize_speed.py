@@ -42,6 +42,7 @@ from bitmill.calibration.block_inputs import (
     least_inputs,
 )
 from bitmill.calibration.gradients import PassSettings, input_room
+from bitmill.calibration.loss_weights import LossWeights
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.pipeline.estimate import Machine, estimate
@@ -224,20 +225,20 @@ class Watch:
 
 @contextmanager
 def passes_of_weights(watch: Watch) -> Iterator[None]:
-    """Passes over all blocks for the tokens' weights, of refinement, are units of their own."""
-    run = refinement.token_weights
+    """Passes over all blocks for weights of tokens and rows, of refinement, are units of their own."""
+    run = refinement.loss_weights
 
-    def watched(*given: Any, **named: Any) -> dict[str, torch.Tensor]:
+    def watched(*given: Any, **named: Any) -> LossWeights:
         watch.split("refine start")
         found = run(*given, **named)
         watch.split(WEIGHTS)
         return found
 
-    refinement.token_weights = watched
+    refinement.loss_weights = watched
     try:
         yield
     finally:
-        refinement.token_weights = run
+        refinement.loss_weights = run
 
 
 def run(options: argparse.Namespace, group: Ranks, device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,8 @@
 
 `measure` profiles SOURCE (a Hugging Face folder), allocates BITS (--allocation) and makes, with
 windows as by default, each of --variants: `plain` (method gptq, every token counts alike),
-`squares` (tokens weighted by the squared loss gradient), `roots` (by the roots of these weights),
+`squares` (tokens and rows weighted by the squared loss gradient), `roots` (by the roots of these
+weights), `tokens` (by roots, but rows alike, as all variants before run 9),
 `uncorrected` (`roots` without the correction for the quantized prefix), `bare` (neither) and
 `tuned` (what --base gave, tuned for each number of --steps at each of --rates); the last three of
 trellis codes alone. Jobs take roots for trellis codes and tokens alike for affine ones (--code).
@@ -39,7 +40,7 @@ from peers import at_bits
 from torch import Tensor
 
 from bitmill.allocation.allocator import allocate
-from bitmill.calibration.token_weights import token_weights
+from bitmill.calibration.loss_weights import POWER, LossWeights, loss_weights
 from bitmill.calibration.windows import calibration_tokens, evaluation_windows
 from bitmill.config.methods import GPTQ, MethodConfig, Statistic, TrellisGPTQ, TrellisOmniQuant
 from bitmill.config.quantization import parse_config
@@ -80,11 +81,15 @@ METHODS: dict[str, dict[str, MethodConfig]] = {
         "plain": Unweighted(),
         "squares": TrellisGPTQ(),
         "roots": TrellisGPTQ(),
+        "tokens": TrellisGPTQ(),
         "uncorrected": TrellisGPTQ(asymmetric=False),
         "bare": Unweighted(asymmetric=False),
     },
     "affine": {"plain": GPTQ(), "squares": Weighted(), "roots": Weighted()},
 }
+
+POWERS = {"squares": 2.0, "tokens": POWER}
+"""Of gradients, where the weights are not those of jobs."""
 
 
 def measured(options: argparse.Namespace) -> None:
@@ -161,10 +166,12 @@ def _measured(options: argparse.Namespace, folder: Path) -> None:
         place = folder / f"{options.bits:g}" / what
         place.mkdir(parents=True, exist_ok=True)
         weights = place / WEIGHTS_NAME
-        if what == "squares" and not weights.is_file():
+        if what in POWERS and not weights.is_file():
             every = torch.cat([tokens.tokens, tokens.held_out])
-            squares = token_weights(model, every, power=2)
-            write_bytes(weights, safetensors.torch.save(squares))
+            found = loss_weights(model, every, power=POWERS[what])
+            if what == "tokens":
+                found = LossWeights(found.tokens, {})
+            write_bytes(weights, safetensors.torch.save(found.tensors()))
         refine_model(
             model,
             RefineInputs(tokens, bit_widths, orders),
@@ -174,8 +181,8 @@ def _measured(options: argparse.Namespace, folder: Path) -> None:
             on_unit=lambda *_: None,
             transforms=config.transforms,
         )
-        found = RefinedModel(place, plan)
-        return {name: found.linear(name) for name in bit_widths.linears}
+        made = RefinedModel(place, plan)
+        return {name: made.linear(name) for name in bit_widths.linears}
 
     def keep(what: str, weights: Mapping[str, Quantized], vectors: Mapping[str, Tensor]) -> None:
         spent(what)

@@ -8,9 +8,14 @@ from bitmill.inference.trellis import TrellisLinear, TrellisRuntime
 from bitmill.quant.rotation import packed_rewrites
 from bitmill.quant.trellis import TrellisTensor
 from bitmill_kernels.trellis import batch_cuda, decode_cuda, group_cuda
-from bitmill_kernels.trellis.code import DEVIATION, decode_tiles, in_sequence
+from bitmill_kernels.trellis.code import DEVIATION, decode_tiles, in_sequence, row_of_values
 from bitmill_kernels.trellis.encode import encode_reference, encode_tiles
-from bitmill_kernels.trellis.group import Feedback, encode_group, encode_group_reference
+from bitmill_kernels.trellis.group import (
+    Feedback,
+    emphases,
+    encode_group,
+    encode_group_reference,
+)
 from bitmill_kernels.trellis.layout import RATES, circle_shapes
 from bitmill_kernels.trellis.product import Member
 from bitmill_kernels.trellis.product_cuda import FUSED_TOKENS, available
@@ -22,8 +27,11 @@ pytestmark = [
 ]
 
 
-def squared_error(circles, wanted, rate):
-    return (in_sequence(decode_tiles(circles, rate)).float() - wanted).square().mean(1)
+def squared_error(circles, wanted, rate, emphasis=None):
+    error = in_sequence(decode_tiles(circles, rate)).float() - wanted
+    if emphasis is not None:
+        error *= emphasis[:, row_of_values(wanted.device)]
+    return error.square().mean(1)
 
 
 @pytest.mark.parametrize("rate", RATES)
@@ -32,14 +40,16 @@ def test_searched_circles_are_as_good_as_those_of_torch(rate, count):
     assert group_cuda.available()
     draw = torch.Generator("cuda").manual_seed(rate)
     wanted = torch.randn(count, 256, device="cuda", generator=draw) * DEVIATION[rate]
-    found = encode_tiles(wanted, rate)
-    assert torch.equal(encode_tiles(wanted, rate), found)
-    few = wanted[-7:]
-    ratio = squared_error(found[-7:], few, rate) / squared_error(
-        encode_reference(few, rate), few, rate
-    )
-    assert float(ratio.mean()) < 1.01
-    assert float(ratio.amax()) < 1.10
+    importance = torch.rand(16 * count, device="cuda", generator=draw) ** 3
+    for emphasis in (None, emphases(importance).view(-1, 16)):
+        found = encode_tiles(wanted, rate, emphasis)
+        assert torch.equal(encode_tiles(wanted, rate, emphasis), found)
+        few, counts = wanted[-7:], None if emphasis is None else emphasis[-7:]
+        plain = encode_reference(few, rate, counts)
+        ratio = squared_error(found[-7:], few, rate, counts)
+        ratio /= squared_error(plain, few, rate, counts)
+        assert float(ratio.mean()) < 1.01
+        assert float(ratio.amax()) < 1.10
 
 
 @pytest.mark.parametrize("rates", [(3, 3, 3), (2, 3, 4), (5, 8, 1)], ids=str)
@@ -54,15 +64,17 @@ def test_groups_leave_the_errors_that_the_plain_version_leaves(rates):
     inverses = torch.stack([torch.linalg.inv(upper[part, part]) for part in tiles])
     feedback = Feedback(upper[:100, :100], inverses)
     rows = [slice(0, 96), slice(96, 160), slice(160, 208)]
-    found = encode_group(W, step, feedback, rows, rates)
-    again = encode_group(W, step, feedback, rows, rates)
-    plain = encode_group_reference(W, step, feedback, rows, rates)
+    emphasis = emphases(torch.rand(208, device="cuda", generator=draw))
+    given = W, step, emphasis, feedback, rows, rates
+    found, again = encode_group(*given), encode_group(*given)
+    plain = encode_group_reference(*given)
     assert torch.equal(found.missed, again.missed)
     for i, mine in enumerate(rows):
         assert torch.equal(found.circles[i], again.circles[i])
         assert found.circles[i].shape == plain.circles[i].shape
-        ratio = found.missed[mine].square().mean() / plain.missed[mine].square().mean()
-        assert 0.99 < float(ratio) < 1.01
+        counts = (emphasis / step)[mine, None]
+        errors = [(counts * one.missed[mine]).square().mean() for one in (found, plain)]
+        assert 0.99 < float(errors[0] / errors[1]) < 1.01
 
 
 def assert_right_and_repeatable(kernel, W, tokens, dtype, draw):

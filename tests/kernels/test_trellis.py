@@ -13,6 +13,7 @@ from bitmill_kernels.trellis.code import (
     decode_tiles,
     in_sequence,
     positions,
+    row_of_values,
     state_values,
     states,
     table,
@@ -27,6 +28,7 @@ from bitmill_kernels.trellis.encode import (
     encode_tiles,
     load_library,
 )
+from bitmill_kernels.trellis.group import emphases
 from bitmill_kernels.trellis.layout import RATES, circle_shapes, tile_bytes
 from bitmill_kernels.trellis.product import (
     Member,
@@ -51,8 +53,17 @@ def targets(rate, count=16):
     return torch.randn(count, 256, generator=draw) * DEVIATION[rate]
 
 
-def squared_error(circles, wanted, rate):
-    return (in_sequence(decode_tiles(circles, rate)).float() - wanted).square()
+def emphasized(count):
+    """Emphasis [T, 16] of rows that count very differently."""
+    importance = torch.rand(16 * count, generator=torch.Generator().manual_seed(count)) ** 4
+    return emphases(importance).view(-1, 16)
+
+
+def squared_error(circles, wanted, rate, emphasis=None):
+    error = in_sequence(decode_tiles(circles, rate)).float() - wanted
+    if emphasis is not None:
+        error *= emphasis[:, row_of_values(wanted.device)]
+    return error.square()
 
 
 def f(u):
@@ -104,11 +115,12 @@ def test_the_search_finds_the_best_circle_by_trying_all():
     circles = torch.tensor(list(product(range(2), repeat=6)))
     windows = torch.stack([torch.roll(circles, -t, 1)[:, :4] for t in range(6)], 1)
     every = (windows << torch.arange(4)).sum(-1)
-    costs = (x[:, None] - values[every, 0]).square().sum(-1)
-    path = best_circle(x, values, 1, 3)
+    emphasis = 0.5 + torch.rand(40, 6, generator=draw)
+    costs = (x[:, None] - emphasis[:, None] * values[every, 0]).square().sum(-1)
+    path = best_circle(x, values, 1, 3, emphasis)
     assert torch.equal(path[:, 1:] & 7, path[:, :-1] >> 1)
     assert torch.equal(path[:, 0] & 7, path[:, -1] >> 1)
-    found = (x - values[path, 0]).square().sum(1)
+    found = (x - emphasis * values[path, 0]).square().sum(1)
     seam = (every[:, 0] & 7) == (path[:, :1] & 7)
     least = torch.where(seam, costs, torch.inf).amin(1)
     torch.testing.assert_close(found, least)
@@ -147,22 +159,26 @@ def without_halves(monkeypatch):
 def test_the_compiled_search_finds_what_the_plain_one_finds(rate, capability, without_halves):
     without_halves(capability)
     wanted = targets(rate, 3)
-    compiled, plain = encode_tiles(wanted, rate), encode_reference(wanted, rate)
-    same = squared_error(compiled, wanted, rate).sum(1) / squared_error(plain, wanted, rate).sum(1)
-    torch.testing.assert_close(same, torch.ones(3), atol=1e-4, rtol=0)
+    for emphasis in (None, emphasized(3)):
+        errors = [
+            squared_error(encode(wanted, rate, emphasis), wanted, rate, emphasis).sum(1)
+            for encode in (encode_tiles, encode_reference)
+        ]
+        torch.testing.assert_close(errors[0] / errors[1], torch.ones(3), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("rate", RATES)
 def test_costs_in_halves_of_a_word_lose_next_to_nothing(rate, without_halves):
     if not torch.cpu.get_capabilities().get("avx512_fp16"):
         pytest.skip("this processor does not compute in fp16")
-    wanted = targets(rate, 64)
-    halves = encode_tiles(wanted, rate)
+    wanted, choices = targets(rate, 64), (None, emphasized(64))
+    halves = [encode_tiles(wanted, rate, emphasis) for emphasis in choices]
     without_halves("AVX512")
-    singles = encode_tiles(wanted, rate)
-    assert not torch.equal(halves, singles)
-    errors = [squared_error(found, wanted, rate).sum() for found in (halves, singles)]
-    assert errors[0] < 1.004 * errors[1]
+    for emphasis, half in zip(choices, halves, strict=True):
+        single = encode_tiles(wanted, rate, emphasis)
+        assert not torch.equal(half, single)
+        errors = [squared_error(one, wanted, rate, emphasis).sum() for one in (half, single)]
+        assert errors[0] < 1.004 * errors[1]
 
 
 @pytest.mark.parametrize("rate", RATES)
@@ -172,6 +188,28 @@ def test_distortion_is_near_the_bound(rate):
     assert circles.shape == (33, tile_bytes(rate))
     error = float(squared_error(circles, wanted, rate).mean()) / DEVIATION[rate] ** 2
     assert 4.0**-rate < error < LIMITS[rate]
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_rows_of_a_pair_share_their_bits_by_what_they_count(rate):
+    """As if each had a rate of its own: the mean of squares falls to the geometric mean."""
+    wanted, emphasis = targets(rate, 24), emphasized(24)
+    alike = squared_error(encode_tiles(wanted, rate), wanted, rate).mean()
+    found = squared_error(encode_tiles(wanted, rate, emphasis), wanted, rate, emphasis).mean()
+    assert found < 1.15 * alike
+    assert emphasis.square().mean() > 1.4
+
+
+def test_emphasis_has_a_product_of_1_in_pairs_and_bounds():
+    importance = torch.ones(32)
+    importance[[0, 1, 2, 19]] = torch.tensor([16.0, 0.0, 4096.0, 1e-6])
+    importance[[9, 20, 28]] = 0.0
+    found = emphases(importance)
+    assert found[[0, 8]].tolist() == [2.0, 0.5]
+    assert found[[1, 9, 20, 28]].tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert found[[2, 10]].tolist() == [2.0, 0.5]
+    assert found[[19, 27]].tolist() == [0.5, 2.0]
+    assert emphases(importance * 1e-9)[0] == 2.0
 
 
 @pytest.mark.parametrize("encode", [*CAPABILITIES, "usual", "plain"])

@@ -5,19 +5,27 @@ import torch
 from torch.nn import functional
 
 from bitmill_kernels.trellis import group_cuda
-from bitmill_kernels.trellis.code import DEVIATION, decode_tiles, in_sequence, tiled, untiled
+from bitmill_kernels.trellis.code import (
+    DEVIATION,
+    decode_tiles,
+    in_sequence,
+    row_of_values,
+    tiled,
+    untiled,
+)
 from bitmill_kernels.trellis.encode import encode_tiles
+from bitmill_kernels.trellis.group import emphases
 from bitmill_kernels.trellis.layout import RATES, SEAM, tile_bytes
 from cuda_on_host import FOLDER, address, host_library
 
 CALL = """
-extern "C" void encode_{rate}(float* block, const float* steps, const float* upper,
-                                      int stride, const float* inverses, float* missed,
-                                      const int* rows, int count, int columns, int seam,
-                                      uint32_t* history, uint8_t* circles) {{
+extern "C" void encode_{rate}(float* block, const float* steps, const float* emphasis,
+                              const float* upper, int stride, const float* inverses, float* missed,
+                              const int* rows, int count, int columns, int seam,
+                              uint32_t* history, uint8_t* circles) {{
   launch({{(count + 2 * {pairs} - 1) / (2 * {pairs})}}, Shape<{B}, {V}>::kThreads, [=] {{
-    encode<{B}, {V}, {pairs}>(block, steps, upper, stride, inverses, missed, rows, count, columns,
-                              seam, history, circles);
+    encode<{B}, {V}, {pairs}>(block, steps, emphasis, upper, stride, inverses, missed, rows, count,
+                              columns, seam, history, circles);
   }});
 }}
 """
@@ -48,6 +56,7 @@ def test_every_column_has_good_circles_for_what_earlier_ones_left(library, rate,
     step = 0.5 + torch.rand(rows, generator=draw)
     step[2] = 0
     W *= step[:, None]
+    emphasis = emphases(torch.rand(rows, generator=draw) ** 3)
     upper = torch.eye(32) + 0.2 * torch.randn(32, 32, generator=draw).triu(1)
     upper[columns:] = torch.eye(32)[columns:]
     inverses = torch.stack([upper[part, part].inverse() for part in (slice(0, 16), slice(16, 32))])
@@ -57,24 +66,30 @@ def test_every_column_has_good_circles_for_what_earlier_ones_left(library, rate,
     history = torch.empty(pairs * 4 * 256 * 256, dtype=torch.uint8)
     block, missed = W.clone(), torch.full_like(W, torch.nan)
     getattr(library, f"encode_{rate}")(
-        *(address(block), address(step), address(own), columns, address(inverses)),
-        *(address(missed), address(tiles), len(tiles), columns, SEAM[rate]),
+        *(address(block), address(step), address(emphasis), address(own), columns),
+        *(address(inverses), address(missed), address(tiles), len(tiles), columns, SEAM[rate]),
         *(address(history), address(circles)),
     )
     at = torch.cat([torch.arange(16 * int(i), 16 * int(i) + 16) for i in tiles])
     others = [row for row in range(rows) if row not in at.tolist()]
     assert torch.equal(block[others], W[others])
     assert missed[others].isnan().all()
-    left = W[at]
+    left, of_tiles = W[at], emphasis[at].view(-1, 16)
+    counts = of_tiles[:, row_of_values(W.device)]
     for b, part in enumerate((slice(0, 16), slice(16, columns))):
         width = part.stop - part.start
         wanted = left[:, part] * torch.where(step[at] > 0, 1 / step[at], 0.0)[:, None]
         x = in_sequence(tiled(functional.pad(wanted, (0, 16 - width)))).flatten(0, 1)
         errors = [
-            (in_sequence(decode_tiles(found, rate)).float() - x).square().mean(1)
-            for found in (circles[:, b], encode_tiles(x, rate))
+            (counts * (in_sequence(decode_tiles(found, rate)).float() - x)).square().mean(1)
+            for found in (
+                circles[:, b],
+                encode_tiles(x, rate, of_tiles),
+                encode_tiles(x, rate),
+            )
         ]
         assert (errors[0] < 1.02 * errors[1]).all()
+        assert errors[0].mean() < 0.8 * errors[2].mean()
         values = untiled(decode_tiles(circles[:, b], rate)[:, None]).float()[:, :width]
         lost = (left[:, part] - values * step[at, None]) @ inverses[b, :width, :width]
         torch.testing.assert_close(missed[at][:, part], lost, atol=2e-5, rtol=1e-4)

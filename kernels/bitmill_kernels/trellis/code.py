@@ -94,6 +94,11 @@ def positions(device: torch.device) -> Tensor:
     return place
 
 
+def row_of_values(device: torch.device) -> Tensor:
+    """Row in the tile of every value of the circle, i64 [256]."""
+    return positions(device) // TILE
+
+
 def states(circles: Tensor, rate: int) -> Tensor:
     """All states i64 [T, 256 / V] of circles u8 [T, 32 rate]."""
     step = rate * values_per_state(rate)

@@ -2,7 +2,9 @@
 
 Viterbi's algorithm finds the best path through all states. For a circle it runs twice: over the
 steps around the seam, free at both ends, which gives the bits across the seam; then around, from
-there to there. `encode_tiles` takes the compiled kernel, on a GPU that of `group.py`, which takes
+there to there. Errors of rows may count differently: rows r and r + 8 of a tile take turns in the
+sequence, a few bits of which decide each value, so the path gives more of them to the row that
+counts more, as if it had a higher rate. `encode_tiles` takes the compiled kernel, on a GPU that of `group.py`, which takes
 whole groups; `encode_reference` is the plain version.
 """
 
@@ -19,28 +21,34 @@ from bitmill_kernels.backend import wants_reference
 from bitmill_kernels.compiled import VECTORS, vector_flags
 from bitmill_kernels.trellis import group_cuda
 from bitmill_kernels.trellis.building import built
-from bitmill_kernels.trellis.code import table, to_circles, values_per_state
-from bitmill_kernels.trellis.layout import LARGEST, SEAM, tile_bytes
+from bitmill_kernels.trellis.code import row_of_values, table, to_circles, values_per_state
+from bitmill_kernels.trellis.layout import LARGEST, SEAM, TILE, tile_bytes
 
 _NEVER = 1e30
 
 
-def encode_tiles(targets: Tensor, rate: int) -> Tensor:
-    """Circles u8 [T, 32 rate] for targets f32 [T, 256], in the sequence of the circle."""
+def encode_tiles(targets: Tensor, rate: int, emphasis: Tensor | None = None) -> Tensor:
+    """Circles u8 [T, 32 rate] for targets f32 [T, 256], in the sequence of the circle.
+
+    emphasis: f32 [T, 16], what errors of each row are multiplied by before they are squared, 0.5 to
+    2 as `emphases` makes them; None for 1.
+    """
+    emphasis = _given(emphasis, targets)
     if not len(targets):
         return torch.empty(0, tile_bytes(rate), dtype=torch.uint8, device=targets.device)
     if wants_reference("auto"):
-        return encode_reference(targets, rate)
+        return encode_reference(targets, rate, emphasis)
     if targets.is_cuda and group_cuda.available():
-        return group_cuda.encode_tiles(targets, rate)
+        return group_cuda.encode_tiles(targets, rate, emphasis)
     library = load_library() if targets.device.type == "cpu" else None
     if library is None:
-        return encode_reference(targets, rate)
-    targets = targets.float().clamp(-LARGEST, LARGEST).contiguous()
+        return encode_reference(targets, rate, emphasis)
+    scaled, emphasis = _emphasized(targets, emphasis), emphasis.float().contiguous()
     circles = torch.empty(len(targets), tile_bytes(rate), dtype=torch.uint8)
     values = table(rate, targets.device)
     library.bitmill_trellis_encode(
-        targets.data_ptr(),
+        scaled.data_ptr(),
+        emphasis.data_ptr(),
         len(targets),
         values.data_ptr(),
         rate,
@@ -51,35 +59,57 @@ def encode_tiles(targets: Tensor, rate: int) -> Tensor:
     return circles
 
 
-def encode_reference(targets: Tensor, rate: int) -> Tensor:
+def encode_reference(targets: Tensor, rate: int, emphasis: Tensor | None = None) -> Tensor:
     """`encode_tiles` in plain torch."""
+    emphasis = _given(emphasis, targets)
     V = values_per_state(rate)
     values = table(rate, targets.device)
-    near = targets.clamp(-LARGEST, LARGEST)
-    return to_circles(best_circle(near, values, rate * V, SEAM[rate]), rate)
+    of_steps = emphasis[:, row_of_values(targets.device)[::V]]
+    path = best_circle(_emphasized(targets, emphasis), values, rate * V, SEAM[rate], of_steps)
+    return to_circles(path, rate)
 
 
-def best_circle(targets: Tensor, values: Tensor, step: int, seam: int) -> Tensor:
-    """States i64 [T, S] of the path around for targets f32 [T, S V].
+def _given(emphasis: Tensor | None, targets: Tensor) -> Tensor:
+    if emphasis is None:
+        return torch.ones(len(targets), TILE, device=targets.device)
+    return emphasis
 
-    values: f32 [2^L, V] by state; step: bits a step; seam: steps on each side of it.
+
+def _emphasized(targets: Tensor, emphasis: Tensor) -> Tensor:
+    """Targets f32 [T, 256] times the emphasis [T, 16] of their rows, and within bounds."""
+    scaled = targets.float() * emphasis[:, row_of_values(targets.device)]
+    return scaled.clamp(-LARGEST, LARGEST)
+
+
+def best_circle(
+    targets: Tensor, values: Tensor, step: int, seam: int, emphasis: Tensor
+) -> Tensor:
+    """States i64 [T, S] of the path around for targets f32 [T, S V], times their emphasis.
+
+    values: f32 [2^L, V] by state; step: bits a step; seam: steps on each side of it; emphasis: f32
+    [T, S], what the values of a step are multiplied by.
     """
     x = targets.float().unflatten(1, (-1, values.shape[1]))
-    around = torch.cat([x[:, -seam:], x[:, :seam]], 1)
-    first = _best_path(around, values, step, None)[:, seam]
-    return _best_path(x, values, step, first & ((len(values) >> step) - 1))
+
+    def around(of_steps: Tensor) -> Tensor:
+        return torch.cat([of_steps[:, -seam:], of_steps[:, :seam]], 1)
+
+    first = _best_path(around(x), around(emphasis), values, step, None)[:, seam]
+    return _best_path(x, emphasis, values, step, first & ((len(values) >> step) - 1))
 
 
-def _best_path(x: Tensor, values: Tensor, step: int, ends: Tensor | None) -> Tensor:
-    """States i64 [T, S] of least sum |x - v|^2 for x [T, S, V]; ends i64 [T]: the bits that the
-    first state and those behind the last one begin with, None where they are free."""
+def _best_path(
+    x: Tensor, emphasis: Tensor, values: Tensor, step: int, ends: Tensor | None
+) -> Tensor:
+    """States i64 [T, S] of least sum |x - s v|^2 for x [T, S, V] and s [T, S]; ends i64 [T]: the
+    bits that the first state and those behind the last one begin with, None where they are free."""
     count = len(values) >> step
     kept = x.new_zeros(len(x), count)
     if ends is not None:
         kept = torch.full_like(kept, _NEVER).scatter_(1, ends[:, None], 0.0)
     olds = []
     for t in range(x.shape[1]):
-        cost = (x[:, t, None] - values).square().sum(-1)
+        cost = (x[:, t, None] - emphasis[:, t, None, None] * values).square().sum(-1)
         cost += kept.repeat(1, 1 << step)
         kept, old = cost.view(len(x), count, 1 << step).min(-1)
         kept -= kept.amin(1, keepdim=True)  # or one far target would take their precision
@@ -119,7 +149,7 @@ def load_library() -> ctypes.CDLL | None:
     if library is not None:
         pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         library.bitmill_trellis_encode.argtypes = [
-            *(pointer, long, pointer, integer),
+            *(pointer, pointer, long, pointer, integer),
             *(integer, pointer, integer),
         ]
         library.bitmill_trellis_encode.restype = None

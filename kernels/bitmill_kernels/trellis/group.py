@@ -1,6 +1,6 @@
 """Circles of a group of columns, tile column by tile column, with feedback to those behind.
 
-    for every 16 columns b, in order:  v_b = the best circles for w_b / step,
+    for every 16 columns b, in order:  v_b = the circles of least |s (w_b / step - v)|^2,
                                        E_b = (w_b - step v_b) U_bb^-1,
                                        w_k -= E_b U_bk  for k > b
 
@@ -24,6 +24,10 @@ from bitmill_kernels.trellis.encode import encode_tiles
 from bitmill_kernels.trellis.layout import TILE
 
 
+STRONGEST = 2.0
+"""Emphasis of a row at most; one over it at least."""
+
+
 class Feedback(NamedTuple):
     """U f32 [c, c] of the group's columns, and the inverses f32 [ceil(c / 16), 16, 16] of its tiles
     on the diagonal, filled up by ones."""
@@ -43,23 +47,38 @@ class Encoded(NamedTuple):
 def encode_group(
     block: Tensor,
     step: Tensor,
+    emphasis: Tensor,
     feedback: Feedback | None,
     rows: Sequence[slice],
     rates: Sequence[int],
 ) -> Encoded:
     """Circles for w f32 [M, c] of one group, M a multiple of 16.
 
-    step: f32 [M], what values are multiplied by. feedback: None for none. rows: those of each
-    linear, whole tiles; rates: of each.
+    step: f32 [M], what values are multiplied by. emphasis: s f32 [M], what errors in units of
+    steps are multiplied by before they are squared (`encode.py`); see `emphases`. feedback: None
+    for none. rows: those of each linear, whole tiles; rates: of each.
     """
     if block.is_cuda and not wants_reference("auto") and group_cuda.available():
-        return Encoded(*_on_device(block, step, feedback, rows, rates))
-    return encode_group_reference(block, step, feedback, rows, rates)
+        return Encoded(*_on_device(block, step, emphasis, feedback, rows, rates))
+    return encode_group_reference(block, step, emphasis, feedback, rows, rates)
+
+
+def emphases(importance: Tensor) -> Tensor:
+    """Emphasis f32 [M] of rows, M a multiple of 16, whose errors count by importance f32 [M].
+
+    Rows r and r + 8 of a tile take turns in a circle, so they alone can give bits to each other:
+    their product is 1, and their ratio at most 4. Halves of a word, as searches compute in them.
+    """
+    pairs = importance.float().view(-1, 2, TILE // 2)
+    first, second = pairs.clamp(min=torch.finfo(torch.float32).tiny).unbind(1)
+    ratio = (first.log() - second.log()).div(4).exp().clamp(1 / STRONGEST, STRONGEST)
+    return torch.stack([ratio, 1 / ratio], 1).flatten().half().float()
 
 
 def encode_group_reference(
     block: Tensor,
     step: Tensor,
+    emphasis: Tensor,
     feedback: Feedback | None,
     rows: Sequence[slice],
     rates: Sequence[int],
@@ -74,8 +93,9 @@ def encode_group_reference(
         target = functional.pad(block[:, part] * inverse, (0, TILE - width))
         values = torch.empty_like(target)
         for rate, alike in by_rate(rates).items():
-            tiles = tiled(torch.cat([target[rows[i]] for i in alike]))
-            new = encode_tiles(in_sequence(tiles).flatten(0, 1), rate)
+            tiles = in_sequence(tiled(torch.cat([target[rows[i]] for i in alike])))
+            counts = torch.cat([emphasis[rows[i]] for i in alike]).view(-1, TILE)
+            new = encode_tiles(tiles.flatten(0, 1), rate, counts)
             decoded = untiled(decode_tiles(new, rate)[:, None]).float()
             sizes = [rows[i].stop - rows[i].start for i in alike]
             for i, mine in zip(alike, decoded.split(sizes), strict=True):
@@ -101,6 +121,7 @@ def by_rate(rates: Sequence[int]) -> dict[int, list[int]]:
 def _on_device(
     block: Tensor,
     step: Tensor,
+    emphasis: Tensor,
     feedback: Feedback | None,
     rows: Sequence[slice],
     rates: Sequence[int],
@@ -112,7 +133,7 @@ def _on_device(
     found: dict[int, Tensor] = {}
     for rate, alike in by_rate(rates).items():
         mine = [tiles[i] for i in alike]
-        circles = group_cuda.search(block, step, feedback, missed, torch.cat(mine), rate)
+        circles = group_cuda.search(block, step, emphasis, feedback, missed, torch.cat(mine), rate)
         parts = circles.split([len(one) for one in mine])
         found |= {i: part.clone() for i, part in zip(alike, parts, strict=True)}
     return [found[i] for i in range(len(rows))], missed

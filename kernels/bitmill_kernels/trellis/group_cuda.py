@@ -31,18 +31,21 @@ def available() -> bool:
     return load_library() is not None
 
 
-def encode_tiles(targets: Tensor, rate: int) -> Tensor:
-    """Circles u8 [T, 32 rate] for targets f32 [T, 256], in the sequence of the circle."""
+def encode_tiles(targets: Tensor, rate: int, emphasis: Tensor) -> Tensor:
+    """Circles u8 [T, 32 rate] for targets f32 [T, 256], in the sequence of the circle, and the
+    emphasis f32 [T, 16] of their rows."""
     block = torch.empty_like(targets, dtype=torch.float32)
     block[:, positions(targets.device)] = targets.float()
     numbers = torch.arange(len(targets), dtype=torch.int32, device=targets.device)
     block = block.view(-1, TILE)
-    return search(block, torch.ones_like(block[:, 0]), None, block, numbers, rate)[:, 0]
+    step = torch.ones_like(block[:, 0])
+    return search(block, step, emphasis.flatten(), None, block, numbers, rate)[:, 0]
 
 
 def search(
     block: Tensor,
     step: Tensor,
+    emphasis: Tensor,
     feedback: tuple[Tensor, Tensor] | None,
     missed: Tensor,
     tiles: Tensor,
@@ -50,7 +53,7 @@ def search(
 ) -> Tensor:
     """Circles u8 [T, ceil(c / 16), 32 rate] of some rows of tiles, i32 [T], of a block f32 [M, c].
 
-    step, feedback: as in `group.py`; with feedback the rows of `block` are changed and those of
+    step, emphasis, feedback: as in `group.py`; with feedback the rows of `block` are changed and those of
     `missed` f32 [M, c] filled. Both are contiguous.
     """
     columns = block.shape[1]
@@ -66,7 +69,7 @@ def search(
     blocks = max(1, SCRATCH_BYTES // (pairs * of_pair))
     blocks = min(blocks, -(-len(tiles) // (2 * pairs)))
     scratch = torch.empty(blocks * pairs * of_pair, dtype=torch.uint8, device=block.device)
-    step = step.float().contiguous()
+    step, emphasis = step.float().contiguous(), emphasis.float().contiguous()
     library = load_library()
     assert library is not None
     upper, inverses = feedback or (None, None)
@@ -79,6 +82,7 @@ def search(
             error = library.bitmill_trellis_encode_cuda(
                 block.data_ptr(),
                 step.data_ptr(),
+                emphasis.data_ptr(),
                 None if upper is None else upper.data_ptr(),
                 columns,
                 None if inverses is None else inverses.data_ptr(),
@@ -128,7 +132,7 @@ def load_library() -> ctypes.CDLL | None:
     if library is not None:
         pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         library.bitmill_trellis_encode_cuda.argtypes = [
-            *(pointer, pointer, pointer, long, pointer, pointer, pointer),
+            *(pointer, pointer, pointer, pointer, long, pointer, pointer, pointer),
             *(integer, integer, integer, integer, integer, pointer, pointer, pointer),
         ]
     return library

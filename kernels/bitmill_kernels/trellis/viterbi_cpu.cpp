@@ -3,8 +3,9 @@
 // State s_t = (s_{t-1} >> B) | (new << R), R = 16 - B: the lower R bits of a state are the upper R
 // bits of the one before. So of all states with the same upper bits j only the cheapest is kept:
 //
-//   kept_t[j] = min over o of  kept_{t-1}[(j << B | o) mod 2^R] + |x_t - v(j << B | o)|^2
+//   kept_t[j] = min over o of  kept_{t-1}[(j << B | o) mod 2^R] + |x_t - s_t v(j << B | o)|^2
 //
+// where s_t is the emphasis of the row of x_t, which x_t has been multiplied by.
 // Kept costs of all steps stay; on the way back the o of a step is found again from those before.
 // Two runs make a circle: one over the steps around its seam, free at both ends, gives the bits
 // across the seam; the second goes around from there to there.
@@ -14,8 +15,9 @@
 //
 // Costs are less the least one of the step before, so that one far target takes no precision from
 // those behind it. With AVX-512 FP16 they are halves of a word, and the way back compares in fp32.
-// Elsewhere they are fp32, and two values a state cost |x|^2 + (|v|^2 - 2 x v), where |x|^2 is added
-// to the least of them. Vectors are the compiler's, so one source serves AVX-512, AVX2 and NEON.
+// Elsewhere they are fp32, and two values a state cost s^2 (|v|^2 - 2 v x / s) + |x|^2, where
+// kept costs are divided by s^2 before, and what does not depend on the state is added to the least
+// of them. Vectors are the compiler's, so one source serves AVX-512, AVX2 and NEON.
 
 #if defined(BITMILL_HALVES) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
 #pragma GCC target("avx512fp16")
@@ -33,7 +35,10 @@
 
 namespace {
 
-constexpr int kTiles = 4, kValues = 256, kStateBits = 16;
+constexpr int kTiles = 4, kRows = 16, kValues = 256, kStateBits = 16;
+
+// Row in the tile of value i of a circle (code.py).
+constexpr int row(int i) { return i / 32 + 8 * (i / 2 % 2); }
 
 // What costs are computed in. kMost: more than any cost; kNever: that of states where no path may
 // begin.
@@ -74,16 +79,18 @@ class Search {
     return &kept_[(static_cast<int64_t>(t) * kTiles + tile) * kCount];
   }
 
-  // Kept costs of step t + 1 from those of step t, for x [kTiles][V].
-  void forward(int t, const float (*x)[V]) {
-    Real at[kTiles][V], last[kTiles] = {};
+  // Kept costs of step t + 1 from those of step t, for x [kTiles][V] and their emphasis [kTiles].
+  void forward(int t, const float (*x)[V], const float* emphasis) {
+    Real at[kTiles][V], last[kTiles] = {}, weight[kTiles], part[kTiles];
     const Real* old[kTiles];
     Vector least[kTiles];
     for (int k = 0; k < kTiles; ++k) {
       old[k] = kept(t, k);
       least[k] = Vector{} + kMost;
+      weight[k] = kParts > V ? emphasis[k] * emphasis[k] : emphasis[k];
+      part[k] = 1 / weight[k];
       for (int i = 0; i < V; ++i) {
-        at[k][i] = kParts > V ? -2 * x[k][i] : x[k][i];
+        at[k][i] = kParts > V ? -2 * x[k][i] / emphasis[k] : x[k][i];
         if (kParts > V) last[k] += x[k][i] * x[k][i];
       }
       last[k] -= least_[k];
@@ -97,7 +104,10 @@ class Search {
         for (int o = 0; o < kOlds; ++o, v += kTogether * kParts) {
           Vector from[kTiles];
 #pragma GCC unroll 8
-          for (int k = 0; k < kTiles; ++k) from[k] = before(old[k], read, o);
+          for (int k = 0; k < kTiles; ++k) {
+            from[k] = before(old[k], read, o);
+            if (kParts > V) from[k] *= part[k];
+          }
 #pragma GCC unroll 8
           for (int n = 0; n < kTogether; ++n) {
 #pragma GCC unroll 8
@@ -109,7 +119,7 @@ class Search {
                 cost += from[k];
               } else {
                 for (int i = 0; i < V; ++i) {
-                  const Vector d = at[k][i] - v[V * n + i];
+                  const Vector d = at[k][i] - v[V * n + i] * weight[k];
                   cost += d * d;
                 }
               }
@@ -119,7 +129,7 @@ class Search {
         }
         for (int k = 0; k < kTiles; ++k)
           for (int n = 0; n < kTogether; ++n) {
-            const Vector next = best[k][n] + last[k];
+            const Vector next = (kParts > V ? best[k][n] * weight[k] : best[k][n]) + last[k];
             least[k] = next < least[k] ? next : least[k];
             std::memcpy(kept(t + 1, k) + place(read) + (first + n) * kWide, &next, sizeof next);
           }
@@ -151,24 +161,31 @@ class Search {
     return __builtin_shuffle(found, which);
   }
 
-  void run(const float* x, int first, int steps) {
+  void run(const float* x, const float* emphasis, int first, int steps) {
     std::fill_n(least_, kTiles, Real(0));
     for (int t = 0; t < steps; ++t) {
-      float now[kTiles][V];
-      for (int k = 0; k < kTiles; ++k)
-        for (int i = 0; i < V; ++i) now[k][i] = x[k * kValues + (first + t) % kSteps * V + i];
-      forward(t, now);
+      const int at = (first + t) % kSteps * V;
+      float now[kTiles][V], counts[kTiles];
+      for (int k = 0; k < kTiles; ++k) {
+        for (int i = 0; i < V; ++i) now[k][i] = x[k * kValues + at + i];
+        counts[k] = emphasis[k * kRows + row(at)];
+      }
+      forward(t, now, counts);
     }
   }
 
-  // The old bits behind j at step t, for x [V].
-  int old(int t, int tile, int j, const float* x) {
+  // The old bits behind j at step t, for value `at` of a tile with x [kValues], emphasis [kRows].
+  int old(int t, int tile, int j, const float* x, const float* emphasis, int at) {
+    const float s = emphasis[row(at)];
     const Real* from = kept(t, tile);
     const float* v = table_ + static_cast<int64_t>(j) * kOlds * V;
     float costs[kOlds], best = FLT_MAX;
     for (int o = 0; o < kOlds; ++o) {
       costs[o] = from[place((j << B | o) & (kCount - 1))];
-      for (int i = 0; i < V; ++i) costs[o] += (x[i] - v[o * V + i]) * (x[i] - v[o * V + i]);
+      for (int i = 0; i < V; ++i) {
+        const float d = x[at + i] - s * v[o * V + i];
+        costs[o] += d * d;
+      }
     }
     for (const float cost : costs) best = std::min(best, cost);
     return static_cast<int>(std::find(costs, costs + kOlds - 1, best) - costs);
@@ -202,27 +219,29 @@ class Search {
     return laid;
   }
 
-  // x [kTiles][kValues], circles [kTiles][bytes]; seam: steps on each side of it.
-  void encode(const float* x, uint8_t* const* circles, int bytes, int seam) {
+  // x [kTiles][kValues], emphasis [kTiles][kRows], circles [kTiles][bytes]; seam: steps on each side
+  // of it.
+  void encode(const float* x, const float* emphasis, uint8_t* const* circles, int bytes, int seam) {
     int ends[kTiles];
     std::fill_n(kept(0, 0), kTiles * kCount, Real(0));
-    run(x, kSteps - seam, 2 * seam);
+    run(x, emphasis, kSteps - seam, 2 * seam);
     for (int k = 0; k < kTiles; ++k) {
       const Real* last = kept(2 * seam, k);
       int j = 0;
       for (int p = 1; p < kCount; ++p)
         if (last[place(p)] < last[place(j)]) j = p;
       for (int t = 2 * seam - 1; t >= seam; --t)
-        j = (j << B | old(t, k, j, x + k * kValues + (t - seam) * V)) & (kCount - 1);
+        j = (j << B |
+             old(t, k, j, x + k * kValues, emphasis + k * kRows, (t - seam) * V)) & (kCount - 1);
       ends[k] = j;
     }
     std::fill_n(kept(0, 0), kTiles * kCount, kNever);
     for (int k = 0; k < kTiles; ++k) kept(0, k)[place(ends[k])] = 0;
-    run(x, 0, kSteps);
+    run(x, emphasis, 0, kSteps);
     for (int k = 0; k < kTiles; ++k) {
       std::memset(circles[k], 0, bytes);
       for (int t = kSteps - 1, j = ends[k]; t >= 0; --t) {
-        const int bits = old(t, k, j, x + k * kValues + t * V);
+        const int bits = old(t, k, j, x + k * kValues, emphasis + k * kRows, t * V);
         for (int i = 0, bit = t * B; i < B; ++i, ++bit)
           circles[k][bit >> 3] |= ((bits >> i) & 1) << (bit & 7);
         j = (j << B | bits) & (kCount - 1);
@@ -232,14 +251,14 @@ class Search {
 };
 
 template <int B, int V>
-void encode_all(const float* targets, int64_t count, const float* table, int bytes, int seam,
-                uint8_t* circles, int threads) {
+void encode_all(const float* targets, const float* emphasis, int64_t count, const float* table,
+                int bytes, int seam, uint8_t* circles, int threads) {
   static const std::vector<Vector> laid = Search<B, V>::laid_out(table);
   const int64_t blocks = (count + kTiles - 1) / kTiles;
 #pragma omp parallel num_threads(threads)
   {
     Search<B, V> search(table, laid.data());
-    std::vector<float> x(kTiles * kValues);
+    std::vector<float> x(kTiles * kValues), counts(kTiles * kRows);
     std::vector<uint8_t> spare(bytes);
 #pragma omp for schedule(dynamic)
     for (int64_t block = 0; block < blocks; ++block) {
@@ -247,28 +266,30 @@ void encode_all(const float* targets, int64_t count, const float* table, int byt
       for (int k = 0; k < kTiles; ++k) {
         const int64_t tile = block * kTiles + k;
         to[k] = tile < count ? circles + tile * bytes : spare.data();
-        const float* from = targets + std::min(tile, count - 1) * kValues;
-        std::copy_n(from, kValues, &x[k * kValues]);
+        const int64_t from = std::min(tile, count - 1);
+        std::copy_n(targets + from * kValues, kValues, &x[k * kValues]);
+        std::copy_n(emphasis + from * kRows, kRows, &counts[k * kRows]);
       }
-      search.encode(x.data(), to, bytes, seam);
+      search.encode(x.data(), counts.data(), to, bytes, seam);
     }
   }
 }
 
 }  // namespace
 
-// targets f32 [count, 256] in the sequence of the circle, at most 16 in size, table f32 [2^16, V] of the rate,
-// circles u8 [count, 32 rate].
-extern "C" void bitmill_trellis_encode(const float* targets, int64_t count, const float* table,
-                                       int rate, int seam, uint8_t* circles, int threads) {
+// targets f32 [count, 256] in the sequence of the circle, times emphasis f32 [count, 16] of their
+// rows and at most 16 in size, table f32 [2^16, V] of the rate, circles u8 [count, 32 rate].
+extern "C" void bitmill_trellis_encode(const float* targets, const float* emphasis, int64_t count,
+                                       const float* table, int rate, int seam, uint8_t* circles,
+                                       int threads) {
   switch (rate) {
-    case 1: return encode_all<2, 2>(targets, count, table, 32, seam, circles, threads);
-    case 2: return encode_all<4, 2>(targets, count, table, 64, seam, circles, threads);
-    case 3: return encode_all<6, 2>(targets, count, table, 96, seam, circles, threads);
-    case 4: return encode_all<8, 2>(targets, count, table, 128, seam, circles, threads);
-    case 5: return encode_all<5, 1>(targets, count, table, 160, seam, circles, threads);
-    case 6: return encode_all<6, 1>(targets, count, table, 192, seam, circles, threads);
-    case 7: return encode_all<7, 1>(targets, count, table, 224, seam, circles, threads);
-    default: return encode_all<8, 1>(targets, count, table, 256, seam, circles, threads);
+    case 1: return encode_all<2, 2>(targets, emphasis, count, table, 32, seam, circles, threads);
+    case 2: return encode_all<4, 2>(targets, emphasis, count, table, 64, seam, circles, threads);
+    case 3: return encode_all<6, 2>(targets, emphasis, count, table, 96, seam, circles, threads);
+    case 4: return encode_all<8, 2>(targets, emphasis, count, table, 128, seam, circles, threads);
+    case 5: return encode_all<5, 1>(targets, emphasis, count, table, 160, seam, circles, threads);
+    case 6: return encode_all<6, 1>(targets, emphasis, count, table, 192, seam, circles, threads);
+    case 7: return encode_all<7, 1>(targets, emphasis, count, table, 224, seam, circles, threads);
+    default: return encode_all<8, 1>(targets, emphasis, count, table, 256, seam, circles, threads);
   }
 }

@@ -8,8 +8,10 @@
 // after every 2^B, so that threads of neighbouring j, which read 2^B words apart, meet no bank
 // twice. A block searches for P pairs of tiles, which share the values of states.
 //
-// Rows do not know of each other, so a block takes its rows through all columns of the group:
-//   x = w / step,  v = the best circle,  E = (w - step v) U_bb^-1,  w_k -= E U_bk for k > b
+// Rows do not know of each other, so a block takes its rows through all columns of the group, with s
+// the emphasis of rows:
+//   x = s w / step,  v = the circle of least |x - s v|^2,  E = (w - step v) U_bb^-1,
+//   w_k -= E U_bk for k > b
 
 #include "circles_cuda.h"
 
@@ -60,15 +62,18 @@ struct Shape {
   static constexpr int kSize = kCount + (kCount >> B);
   static constexpr int64_t kHistory = static_cast<int64_t>(kSteps) * kCount;
   __host__ __device__ static constexpr int place(int p) { return p + (p >> B); }
-  // Kept costs of two steps, targets in halves, targets and errors of both tiles of a pair.
-  static constexpr int shared_bytes(int pairs) { return pairs * (2 * kSize + 5 * kValues) * 4; }
+  // Kept costs of two steps, targets and emphases in halves, targets, errors and emphases of both
+  // tiles of a pair.
+  static constexpr int shared_bytes(int pairs) {
+    return pairs * (2 * kSize + 5 * kValues + 3 * kTile) * 4;
+  }
 };
 
-// One step: kept costs behind it, less `low`, from those before it.
+// One step: kept costs behind it, less `low`, from those before it. against: less the emphasis.
 template <int B, int V, int P>
 __device__ __forceinline__ void forward(const uint32_t* from, uint32_t* to,
-                                        const __half2 (&x)[P][V], const __half2 (&low)[P],
-                                        uint32_t* history) {
+                                        const __half2 (&x)[P][V], const __half2 (&against)[P],
+                                        const __half2 (&low)[P], uint32_t* history) {
   using H = Shape<B, V>;
   constexpr int U = H::kTogether;
   for (int i = threadIdx.x; i < H::kCount / U; i += H::kThreads) {
@@ -93,10 +98,10 @@ __device__ __forceinline__ void forward(const uint32_t* from, uint32_t* to,
         h[u] += kMultiplier;
 #pragma unroll
         for (int q = 0; q < P; ++q) {
-          const __half2 d = __hsub2(x[q][0], V == 2 ? __low2half2(v) : v);
+          const __half2 d = __hfma2(against[q], V == 2 ? __low2half2(v) : v, x[q][0]);
           __half2 cost = __hfma2(d, d, kept[q]);
           if (V == 2) {
-            const __half2 e = __hsub2(x[q][V - 1], __high2half2(v));
+            const __half2 e = __hfma2(against[q], __high2half2(v), x[q][V - 1]);
             cost = __hfma2(e, e, cost);
           }
           best[u][q] = __hmin2(best[u][q], cost);
@@ -116,21 +121,23 @@ __device__ __forceinline__ void forward(const uint32_t* from, uint32_t* to,
   }
 }
 
-// block f32 [M][columns]; steps [M]; upper f32 [columns][stride] and inverses [columns of tiles][16]
+// block f32 [M][columns]; steps [M]; emphasis [M], halves of a word in f32; upper f32 [columns][stride] and inverses [columns of tiles][16]
 // [16], or neither; missed [M][columns]; rows: numbers of `count` rows of tiles; history: words
 // [pairs][kHistory]; circles [count][columns of tiles][bytes].
 template <int B, int V, int P>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    encode(float* block, const float* steps, const float* upper, int64_t stride,
-           const float* inverses, float* missed, const int* rows, int count, int columns, int seam,
-           uint32_t* history, uint8_t* circles) {
+    encode(float* block, const float* steps, const float* emphasis, const float* upper,
+           int64_t stride, const float* inverses, float* missed, const int* rows, int count,
+           int columns, int seam, uint32_t* history, uint8_t* circles) {
   using H = Shape<B, V>;
   constexpr int S = 2 * P, kWarps = H::kThreads / 32, kBytes = 32 * B / V;
   constexpr uint32_t kOldMask = H::kOlds - 1;
   extern __shared__ uint32_t memory[];
   __shared__ int ends[S];
   uint32_t *kept = memory, *next = kept + P * H::kSize, *halves = next + P * H::kSize;
-  float *x = reinterpret_cast<float*>(halves + P * kValues), *lost = x + S * kValues;
+  uint32_t* against = halves + P * kValues;
+  float *x = reinterpret_cast<float*>(against + P * kTile), *lost = x + S * kValues;
+  float* counts = lost + S * kValues;  // emphases of the rows of all tiles
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, tile = blockIdx.x * S;
   const int across = (columns + kTile - 1) / kTile;
   history += static_cast<int64_t>(blockIdx.x) * P * H::kHistory;
@@ -142,11 +149,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     for (int t = 0; t < length; ++t) {
       const int at = (first + t) % H::kSteps * V;
       const bool lowered = t >= kReached && t % kLevelled == 0;
-      __half2 now[P][V], low[P];
+      __half2 now[P][V], less[P], low[P];
 #pragma unroll
       for (int q = 0; q < P; ++q) {
 #pragma unroll
         for (int v = 0; v < V; ++v) now[q][v] = as_halves(halves[q * kValues + at + v]);
+        less[q] = as_halves(against[q * kTile + position(at) / kTile]);
         low[q] = as_halves(0);
         if (lowered) {
           low[q] = as_halves(kept[q * H::kSize + H::place(lane * (H::kCount / 32))]);
@@ -155,7 +163,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
             low[q] = __hmin2(low[q], as_halves(__shfl_xor_sync(~0u, as_word(low[q]), step)));
         }
       }
-      forward<B, V, P>(kept, next, now, low, history + static_cast<int64_t>(t) * H::kCount);
+      forward<B, V, P>(kept, next, now, less, low, history + static_cast<int64_t>(t) * H::kCount);
       __syncthreads();
       uint32_t* other = kept;
       kept = next;
@@ -166,6 +174,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   // lanes get it. start: what the first state begins with.
   auto before = [&](int q, int t, int at, int j, int start) {
     const uint32_t* costs = history + q / 2 * H::kHistory + static_cast<int64_t>(t - 1) * H::kCount;
+    const float s = counts[q * kTile + position(at) / kTile];
     uint32_t least = ~0u;
     for (int o = lane; o < H::kOlds; o += 32) {
       const int state = j << B | o, p = state & (H::kCount - 1);
@@ -175,10 +184,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         cost = q % 2 ? both.y : both.x;
       }
       const float2 v = __half22float2(values_of<V>(static_cast<uint32_t>(state) * kMultiplier));
-      const float d = x[q * kValues + at] - v.x;
+      const float d = fmaf(-s, v.x, x[q * kValues + at]);
       cost = fmaf(d, d, cost);
       if (V == 2) {
-        const float e = x[q * kValues + at + V - 1] - v.y;
+        const float e = fmaf(-s, v.y, x[q * kValues + at + V - 1]);
         cost = fmaf(e, e, cost);
       }
       least = min(least, (ordered(cost) & ~kOldMask) | o);
@@ -186,6 +195,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     return j << B | static_cast<int>(__reduce_min_sync(~0u, least) & kOldMask);
   };
 
+  for (int i = thread; i < S * kTile; i += H::kThreads) counts[i] = emphasis[row_of(i * kTile)];
+  __syncthreads();
+  for (int i = thread; i < P * kTile; i += H::kThreads) {
+    const float* own = counts + i / kTile * 2 * kTile + i % kTile;
+    against[i] = as_word(__floats2half2_rn(-own[0], -own[kTile]));
+  }
   for (int b = 0; b < across; ++b) {
     const int start = b * kTile, width = min(kTile, columns - start);
     for (int i = thread; i < S * kValues; i += H::kThreads) {
@@ -194,6 +209,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       const float step = steps[row];
       float w = 0.f;
       if (column < width && step > 0.f) w = block[row * columns + start + column] * (1.f / step);
+      w *= counts[i / kValues * kTile + place / kTile];
       x[i] = fminf(fmaxf(w, -kLargest), kLargest);
     }
     for (int i = thread; i < P * H::kSize; i += H::kThreads) kept[i] = 0;
@@ -279,7 +295,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 struct Call {
   float* block;
-  const float *steps, *upper;
+  const float *steps, *emphasis, *upper;
   int64_t stride;
   const float* inverses;
   float* missed;
@@ -298,8 +314,8 @@ cudaError_t launch(const Call& c) {
       encode<B, V, P>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (allowed != cudaSuccess) return allowed;
   encode<B, V, P><<<grid, H::kThreads, shared, c.stream>>>(
-      c.block, c.steps, c.upper, c.stride, c.inverses, c.missed, c.rows, c.count, c.columns, c.seam,
-      c.history, c.circles);
+      c.block, c.steps, c.emphasis, c.upper, c.stride, c.inverses, c.missed, c.rows, c.count,
+      c.columns, c.seam, c.history, c.circles);
   return cudaGetLastError();
 }
 
@@ -320,13 +336,13 @@ cudaError_t by_pairs(int pairs, const Call& call) {
 // See `encode`; block is changed. pairs: of tiles a block, as group.py lists them by rate. history:
 // scratch of ceil(count / 2 pairs) * pairs * (256 / V) * 2^(16 - B) words. circles: whole words.
 // Returns a cudaError_t.
-extern "C" int bitmill_trellis_encode_cuda(float* block, const float* steps, const float* upper,
-                                           int64_t stride, const float* inverses, float* missed,
-                                           const int* rows, int count, int columns, int rate,
-                                           int seam, int pairs, uint32_t* history,
-                                           uint8_t* circles, void* stream) {
-  const Call call{block, steps,   upper, stride,  inverses, missed, rows,
-                  count, columns, seam,  history, circles,  static_cast<cudaStream_t>(stream)};
+extern "C" int bitmill_trellis_encode_cuda(float* block, const float* steps, const float* emphasis,
+                                           const float* upper, int64_t stride,
+                                           const float* inverses, float* missed, const int* rows,
+                                           int count, int columns, int rate, int seam, int pairs,
+                                           uint32_t* history, uint8_t* circles, void* stream) {
+  const Call call{block,  steps, emphasis, upper, stride,  inverses, missed,
+                  rows,   count, columns,  seam,  history, circles,  static_cast<cudaStream_t>(stream)};
   switch (rate) {
     case 1: return by_pairs<2, 2>(pairs, call);
     case 2: return by_pairs<4, 2>(pairs, call);

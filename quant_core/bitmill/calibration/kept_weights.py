@@ -1,7 +1,7 @@
-"""Weights of tokens that the backward pass of a profile leaves for refinement, block by block.
+"""Weights of tokens and rows that a profile's backward pass leaves for refinement, block by block.
 
     key.json                   what the weights follow from, and their power of gradients
-    block-00012.safetensors    f32 [S, T] by the first of linears that read one input
+    block-00012.safetensors    those of a block (`LossWeights.tensors`)
 
 Both passes go over the same windows in the same batches, so the weights are those that refinement
 would find. A job that takes a profile from elsewhere has none of them, and passes itself.
@@ -10,14 +10,12 @@ would find. A job that takes a profile from elsewhere has none of them, and pass
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
-from torch import Tensor
 
-from bitmill.calibration.token_weights import POWER
+from bitmill.calibration.loss_weights import POWER, LossWeights
 from bitmill.io.atomic import read_json, write_bytes, write_json
 
 KEY_NAME = "key.json"
@@ -31,24 +29,24 @@ class KeptWeights:
     folder: Path
     key: str
 
-    def save(self, block: int, weights: Mapping[str, Tensor]) -> None:
+    def save(self, block: int, weights: LossWeights) -> None:
         """Keep the weights of a block."""
         if not self._is_ours():
             self.remove()
             self.folder.mkdir(parents=True)
             write_json(self.folder / KEY_NAME, self._named)
-        write_bytes(self._path(block), safetensors.torch.save(dict(weights)))
+        write_bytes(self._path(block), safetensors.torch.save(weights.tensors()))
 
     def has(self, block: int) -> bool:
         """Whether those of a block are there."""
         return self._is_ours() and self._path(block).is_file()
 
-    def load(self, blocks: int) -> dict[str, Tensor] | None:
+    def load(self, blocks: int) -> LossWeights | None:
         """Those of all blocks, or None where some are missing."""
         if not all(self.has(block) for block in range(blocks)):
             return None
         files = [safetensors.torch.load_file(self._path(block)) for block in range(blocks)]
-        return {name: weight for one in files for name, weight in one.items()}
+        return LossWeights.of_tensors({name: t for one in files for name, t in one.items()})
 
     def remove(self) -> None:
         """Drop them all."""

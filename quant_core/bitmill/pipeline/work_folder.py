@@ -22,8 +22,8 @@ from bitmill.pipeline.progress import STAGES
 
 STAGE_FILE = "stage.json"
 """The record of a stage in its folder, which bears its name, behind `HIDDEN` while it is made."""
-WEIGHTS_FOLDER = "token-weights"
-"""Where a profile leaves the weights of tokens for refinement."""
+WEIGHTS_FOLDER = "loss-weights"
+"""Where a profile leaves the weights of tokens and rows for refinement."""
 BLOCKS_FOLDER = "refined-blocks"
 """Where a search for the map leaves its blocks for refinement."""
 HIDDEN = ".partial-"

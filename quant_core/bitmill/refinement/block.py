@@ -64,6 +64,7 @@ class RefineSettings:
     batch: sequences per run of the block
     advance_source: replace the source's streams by what the block gives for them, on the way
     alike: linears that read one input are rewritten and solved together where it says the same
+    importance: what squared errors of rows count, f32 [N] by linear (`calibration/loss_weights.py`)
     tile: rows of a linear that ranks do not divide
     """
 
@@ -73,6 +74,7 @@ class RefineSettings:
     batch: int = 8
     advance_source: bool = False
     alike: Callable[[str], object] = lambda _: None
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
     tile: int = 1
 
 
@@ -213,6 +215,7 @@ class _BlockJob:
                 self._correction(
                     name, rewrites[name], seen.pop(name, None), unseen.pop(name, None)
                 ),
+                self._importance(name),
             )
             for name in names
         ]
@@ -233,6 +236,13 @@ class _BlockJob:
         """This rank's rows of a linear."""
         W = weight_of(self.state.linears[name]).detach()
         return W[self._part(len(W))]
+
+    def _importance(self, name: str) -> Tensor | None:
+        """Of this rank's rows of a linear, on the device."""
+        found = self.settings.importance.get(name)
+        if found is None:
+            return None
+        return found[self._part(len(found))].to(self.state.model.device)
 
     def _sample(self, count: int) -> Tensor:
         """This rank's rows of the sample of a linear of `count` rows."""

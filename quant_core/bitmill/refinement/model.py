@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from bitmill.calibration.hooks import run_windows
 from bitmill.calibration.kept_weights import KeptWeights
+from bitmill.calibration.loss_weights import LossWeights, loss_weights
 from bitmill.calibration.replay import Replay
 from bitmill.calibration.statistics import BlockState, Stream, advance_hidden
 from bitmill.calibration.streams import HiddenStates
-from bitmill.calibration.token_weights import token_weights
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.methods import MethodConfig
@@ -68,7 +68,7 @@ from bitmill.transforms.transform import made_of
 
 TUNED_NAME = "tuned"
 TUNING_NAME = "tuning.json"
-WEIGHTS_NAME = "token-weights.safetensors"
+WEIGHTS_NAME = "loss-weights.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,8 +171,8 @@ def refine_model(
     on_unit: told blocks saved, their number, the unit and a message. transforms: rewrite linears
     after the column orders, before they are solved. group: ranks that make this
     call together. host_bytes: limit of the hidden states that this rank keeps in host memory
-    (`calibration/streams.py`); past it they wait in files of `folder`. weights: of the tokens, from
-    a profile's pass over these windows. blocks: end behind so many, None for all; another call goes
+    (`calibration/streams.py`); past it they wait in files of `folder`. weights: of tokens and
+    rows, from a profile's pass over these windows. blocks: end behind so many, None for all; another call goes
     on there.
     """
     if group.first:
@@ -272,39 +272,39 @@ _Refined = tuple[
 """Weights, results, what was learned and what else of the block has changed."""
 
 
-def _token_weights(
+def _loss_weights(
     model: StreamedModel,
     tokens: Tensor,
     held_out: Tensor,
     folder: Path,
     kept: KeptWeights | None,
     group: Ranks,
-) -> dict[str, Tensor]:
+) -> LossWeights:
     """Of this rank's calibration windows and those held out behind them, each of mean 1 over all
-    windows: those of an earlier run, so that a run that goes on uses the same numbers; else new
-    ones, or for calibration those that a profile left.
+    windows, and of rows: those of an earlier run, so that a run that goes on uses the same numbers;
+    else new ones, or for calibration those that a profile left.
     """
     path = folder / WEIGHTS_NAME
     if not group.broadcast(path.is_file()):
         known = kept.load(model.block_count) if kept is not None and group.first else None
         if not group.broadcast(known is not None):
-            known = token_weights(model, tokens, group=group)
-        judged = token_weights(model, held_out, group=group)
+            known = loss_weights(model, tokens, group=group)
+        judged = loss_weights(model, held_out, group=group).tokens
         if group.first and known is not None:
-            alike = known.keys() & judged.keys() if len(held_out) else known.keys()
-            parts = known, judged
-            found = {
-                name: torch.cat([part[name] for part in parts if name in part])
-                for name in known
-                if name in alike
+            joined = {
+                name: torch.cat([own, judged[name]]) if len(held_out) else own
+                for name, own in known.tokens.items()
+                if name in judged or not len(held_out)
             }
-            storage.write_bytes(path, safetensors.torch.save(found))
+            found = LossWeights(joined, known.rows)
+            storage.write_bytes(path, safetensors.torch.save(found.tensors()))
         group.barrier()
-    count = len(tokens)
-    return {
+    count, found = len(tokens), LossWeights.of_tensors(safetensors.torch.load_file(path))
+    own = {
         name: torch.cat([group.shard(weight[:count]), group.shard(weight[count:])])
-        for name, weight in safetensors.torch.load_file(path).items()
+        for name, weight in found.tokens.items()
     }
+    return LossWeights(own, found.rows)
 
 
 class _Run:
@@ -336,11 +336,9 @@ class _Run:
         tokens = torch.cat([own, group.shard(held_out)])
         if not method.needs and method.learner is None:
             own = tokens = tokens[:0]  # nobody asks what the blocks make of them
-        self.token_weights: Mapping[str, Tensor] = {}
+        self.weights = LossWeights({}, {})
         if "gradient" in method.needs:
-            self.token_weights = _token_weights(
-                model, calibration, held_out, folder, weights, group
-            )
+            self.weights = _loss_weights(model, calibration, held_out, folder, weights, group)
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
         self.count = len(own)
         self.hidden = states.embed(quantized, tokens, self.batch)
@@ -388,6 +386,7 @@ class _Run:
                 self.batch,
                 advance_source=advances,
                 alike=self.outliers.alike,
+                importance=self.weights.rows,
                 tile=self.tile,
             ),
             held_out=self._streams[1] if self.shifts else None,
@@ -407,7 +406,7 @@ class _Run:
 
     def _stream(self, part: slice) -> Stream:
         source = self.source[part] if self.source is not None and self.shifts else None
-        weights = {name: weight[part] for name, weight in self.token_weights.items()}
+        weights = {name: weight[part] for name, weight in self.weights.tokens.items()}
         return Stream(self.hidden[part], source, self.group, weights)
 
     def advance(self, i: int, block: nn.Module) -> None:

@@ -49,7 +49,7 @@ from bitmill.allocation.profile import (
 from bitmill.calibration.gradients import BlockObserver, GradientPass, PassSettings, Together
 from bitmill.calibration.hessian import HessianAccumulator, all_reduce
 from bitmill.calibration.kept_weights import KeptWeights
-from bitmill.calibration.token_weights import TokenEnergies
+from bitmill.calibration.loss_weights import GradientEnergies
 from bitmill.calibration.undersampled_experts import fill_squares, filled_means
 from bitmill.config.bit_width_map import DROPPED
 from bitmill.errors import CalibrationError
@@ -197,7 +197,7 @@ def profile_knapsack(
     block inputs) are kept; a killed run that is started again with the same arguments goes on there
     and returns the same bytes. on_block(done, total): after each of the 2 L block passes, forward
     and backward. group: ranks that make this call together: windows are divided, then the inputs
-    whose linears are measured. weights: where those of the tokens are left.
+    whose linears are measured. weights: where those of tokens and rows are left.
 
     Raises `CalibrationError` and `NumericalError` naming the linear at fault.
     """
@@ -236,7 +236,7 @@ class _Measurement:
         self._saved = ProfileCheckpoint(folder, group)
         self._weights = weights
         self._moments: dict[int, BlockMoments] = {}
-        self._energies: dict[int, TokenEnergies] = {}
+        self._energies: dict[int, GradientEnergies] = {}
 
     def run(
         self,
@@ -255,7 +255,7 @@ class _Measurement:
             self._moments[i] = BlockMoments(groups, shapes, self._model.device)
             if self._weights is None:
                 return self._moments[i]
-            self._energies[i] = TokenEnergies()
+            self._energies[i] = GradientEnergies()
             return Together(self._moments[i], self._energies[i])
 
         def done(i: int, gradient: Tensor) -> None:
@@ -286,7 +286,7 @@ class _Measurement:
         return [found[i] for i in range(count)]
 
     def _load(self, i: int) -> SensitivityProfile | None:
-        """A finished block, whose weights of tokens are there too where they are wanted."""
+        """A finished block, whose weights for refinement are there too where they are wanted."""
         if self._weights is not None:
             has = self._ranks.first and self._weights.has(i)
             if not self._ranks.broadcast(has):

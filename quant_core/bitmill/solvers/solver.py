@@ -44,12 +44,14 @@ class Correction:
 @dataclass(frozen=True, eq=False)
 class Linear:
     """One of the linears that read one input: this rank's rows W f32 [N, K], a width per group of
-    128 columns, and the correction where the method needs shifts."""
+    128 columns, the correction where the method needs shifts, and where it needs gradients what
+    the squared error of each row counts, f32 [N] (`calibration/loss_weights.py`)."""
 
     name: str
     W: Tensor
     widths: tuple[int, ...]
     correction: Correction | None = None
+    importance: Tensor | None = None
 
     def result(self) -> LinearResult:
         """Its result but for the errors, which `read_results` gives."""

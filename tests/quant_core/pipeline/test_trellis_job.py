@@ -17,7 +17,7 @@ from bitmill.allocation.profile import (
     ProfileOrigin,
     SensitivityProfile,
 )
-from bitmill.calibration.token_weights import token_weights
+from bitmill.calibration.loss_weights import loss_weights
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import parse_config
 from bitmill.errors import SpecError
@@ -250,9 +250,9 @@ def test_one_backward_pass_serves_profile_and_refinement(tmp_path, monkeypatch):
 
     def recorded(model, tokens, **given):
         windows.append(len(tokens))
-        return token_weights(model, tokens, **given)
+        return loss_weights(model, tokens, **given)
 
-    monkeypatch.setattr("bitmill.refinement.model.token_weights", recorded)
+    monkeypatch.setattr("bitmill.refinement.model.loss_weights", recorded)
     packed = []
     for name in ("profiled", "given"):
         work, out = tmp_path / f"{name}-work", tmp_path / name

@@ -52,6 +52,23 @@ def test_feedback_lowers_the_error_and_refitting_too():
     assert result.scale_refit_gain >= 0
 
 
+@pytest.mark.parametrize("N", [24, 32])
+def test_rows_that_count_more_end_nearer(N):
+    """What the loss loses falls, also in a last tile that is filled up by rows of no account."""
+    W, H = layer(N=N)
+    draw = torch.Generator().manual_seed(1)
+    importance = torch.exp(2 * torch.randn(N, generator=draw))
+    rewrites = Rewrites([Rotation()])
+    inner, metric = rewrites.weights(W), rewrites.hessian(H)
+    lost = []
+    for given in (None, importance):
+        linear = Linear("x", inner, (2, 3), importance=given)
+        [(weight, _)] = TrellisSolver().solve([linear], metric, SINGLE).read(SINGLE)
+        R = (inner - weight.packed_values()).double()
+        lost.append(importance.double() @ ((R @ metric.double()) * R).sum(1))
+    assert lost[1] < 0.85 * lost[0]
+
+
 def test_siblings_of_several_rates_are_what_each_is_alone():
     W, H = layer(N=40, K=272)
     upper = torch.linalg.cholesky(torch.linalg.inv(H + H.diagonal().mean() * torch.eye(272))).mT

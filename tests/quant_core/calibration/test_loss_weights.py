@@ -1,4 +1,4 @@
-"""Weights of tokens by the loss gradient, and what statistics make of them."""
+"""Weights of tokens and rows by the loss gradient, and what statistics and solvers make of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from bitmill.calibration.kept_weights import KEY_NAME, KeptWeights
 from bitmill.calibration.statistics import BlockState, Stream, collect
-from bitmill.calibration.token_weights import token_weights
+from bitmill.calibration.loss_weights import LossWeights, loss_weights
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.methods import GPTQ, TrellisGPTQ
@@ -22,8 +22,8 @@ from learning import tiny
 TOKENS = tiny().tokens[:3]
 
 
-def sizes() -> dict[str, torch.Tensor]:
-    """|dL/dy| [S, T] of every linear, by one backward pass through all blocks at once."""
+def gradients() -> dict[str, torch.Tensor]:
+    """dL/dy [S, T, N] of every linear, by one backward pass through all blocks at once."""
     model, outputs = tiny().model, {}
     with torch.enable_grad():
         hidden = model.embed(TOKENS).requires_grad_()
@@ -41,22 +41,27 @@ def sizes() -> dict[str, torch.Tensor]:
         torch.nn.functional.cross_entropy(
             logits, TOKENS[:, 1:].flatten(), reduction="sum"
         ).backward()
-    return {name: y.grad.square().sum(-1).sqrt() for name, y in outputs.items()}
+    return {name: y.grad for name, y in outputs.items()}
 
 
 def test_weights_are_powers_of_gradients_over_their_mean() -> None:
-    model, expected = tiny().model, sizes()
-    usual, squares = token_weights(model, TOKENS), token_weights(model, TOKENS, power=2)
+    model, expected = tiny().model, gradients()
+    usual, squares = loss_weights(model, TOKENS), loss_weights(model, TOKENS, power=2)
     for i in range(model.block_count):
         for names in model.plan.siblings(i):
             for found, power in ((usual, 1), (squares, 2)):
-                powers = [expected[name] ** power for name in names]
-                each = [one / one.mean() for one in powers]
+                sizes = [expected[name].norm(dim=-1) for name in names]
+                each = [size**power / (size**power).mean() for size in sizes]
                 mean = sum(each) / len(each)
-                torch.testing.assert_close(found[names[0]], mean, rtol=1e-3, atol=1e-5)
-    assert len(usual) == len(squares) == 4 * model.block_count
-    assert not token_weights(model, TOKENS[:0])
-    assert not token_weights(model, TOKENS[:, :1])
+                torch.testing.assert_close(found.tokens[names[0]], mean, rtol=1e-3, atol=1e-5)
+                for name, size in zip(names, sizes, strict=True):
+                    rows = expected[name].square() * size.clamp(min=1e-30)[..., None] ** (power - 2)
+                    rows = rows.mean((0, 1))
+                    torch.testing.assert_close(found.rows[name], rows, rtol=1e-3, atol=1e-12)
+    assert len(usual.tokens) == len(squares.tokens) == 4 * model.block_count
+    assert len(usual.rows) == len(model.plan.linears)
+    for none in (TOKENS[:0], TOKENS[:, :1]):
+        assert loss_weights(model, none) == LossWeights({}, {})
 
 
 def test_statistics_are_means_over_weighted_tokens() -> None:
@@ -85,8 +90,14 @@ def test_statistics_are_means_over_weighted_tokens() -> None:
         assert not torch.allclose(found[name].H, other.H, rtol=1e-3)
 
 
+def assert_equal(found: LossWeights, expected: LossWeights) -> None:
+    own, other = found.tensors(), expected.tensors()
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], other[name]) for name in other)
+
+
 def test_a_profile_leaves_the_weights_that_a_pass_of_their_own_finds(tmp_path: Path) -> None:
-    model, expected = tiny().model, token_weights(tiny().model, TOKENS)
+    model, expected = tiny().model, loss_weights(tiny().model, TOKENS)
     kept = KeptWeights(tmp_path / "weights", "these windows")
 
     class Killed(Exception):
@@ -107,11 +118,10 @@ def test_a_profile_leaves_the_weights_that_a_pass_of_their_own_finds(tmp_path: P
     profile()
     found = kept.load(model.block_count)
     assert found is not None
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_equal(found, expected)
     other = KeptWeights(kept.folder, "other windows")
     assert other.load(model.block_count) is None
-    other.save(0, {})
+    other.save(0, LossWeights({}, {}))
     assert not kept.has(0)
     assert not other.has(1)
 
@@ -119,7 +129,7 @@ def test_a_profile_leaves_the_weights_that_a_pass_of_their_own_finds(tmp_path: P
 @pytest.mark.parametrize("key", ["these windows", {"key": "these windows", "power": 2.0}])
 def test_weights_that_were_left_as_squares_count_for_nothing(tmp_path: Path, key: object) -> None:
     kept = KeptWeights(tmp_path / "weights", "these windows")
-    kept.save(0, {"a": torch.ones(1, 2)})
+    kept.save(0, LossWeights({"a": torch.ones(1, 2)}, {}))
     assert kept.has(0)
     write_json(kept.folder / KEY_NAME, key)
     assert not kept.has(0)
@@ -150,29 +160,31 @@ def test_methods_that_ask_for_them_keep_them_for_a_run_that_goes_on(
 
     quick = {"compensated_grid": False, "scale_refit": False}
     whole = reports(tmp_path / "a", Weighted(**quick))
-    used = safetensors.torch.load_file(tmp_path / "a" / WEIGHTS_NAME)
-    for name, size in token_weights(model, TOKENS, power=1).items():
-        torch.testing.assert_close(used[name][: len(TOKENS)], size)
+    used = LossWeights.of_tensors(safetensors.torch.load_file(tmp_path / "a" / WEIGHTS_NAME))
+    expected = loss_weights(model, TOKENS, power=1)
+    calibration = {name: size[: len(TOKENS)] for name, size in used.tokens.items()}
+    assert_equal(LossWeights(calibration, used.rows), expected)
     assert whole != reports(tmp_path / "plain", GPTQ(**quick))
-    kept, every = KeptWeights(tmp_path / "kept", ""), token_weights(model, TOKENS)
+    kept, every = KeptWeights(tmp_path / "kept", ""), loss_weights(model, TOKENS)
     for i in range(model.block_count):
-        owners = [names[0] for names in model.plan.siblings(i)]
-        kept.save(i, {name: every[name] for name in owners})
+        names = [linear.name for linear in model.plan.block_linears(i)]
+        tokens = {name: every.tokens[name] for name in names if name in every.tokens}
+        kept.save(i, LossWeights(tokens, {name: every.rows[name] for name in names}))
 
     def of_held_out(model, tokens, **_):
         assert not torch.equal(tokens, TOKENS)
-        return token_weights(model, tokens)
+        return loss_weights(model, tokens)
 
     def of_no_window(model, tokens, **_):
         assert not len(tokens), "held-out windows judge corrections, and here there are none"
-        return {}
+        return LossWeights({}, {})
 
-    monkeypatch.setattr("bitmill.refinement.model.token_weights", of_held_out)
+    monkeypatch.setattr("bitmill.refinement.model.loss_weights", of_held_out)
     assert reports(tmp_path / "b", Weighted(**quick), kept) == whole
-    monkeypatch.setattr("bitmill.refinement.model.token_weights", of_no_window)
+    monkeypatch.setattr("bitmill.refinement.model.loss_weights", of_no_window)
     reports(tmp_path / "c", Weighted(**quick, asymmetric=False), kept)
     (tmp_path / "a" / "block-00001.json").unlink()
     monkeypatch.setattr(
-        "bitmill.refinement.model.token_weights", lambda *_, **__: pytest.fail("made again")
+        "bitmill.refinement.model.loss_weights", lambda *_, **__: pytest.fail("made again")
     )
     assert reports(tmp_path / "a", Weighted(**quick)) == whole
