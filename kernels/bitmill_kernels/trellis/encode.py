@@ -81,9 +81,7 @@ def _emphasized(targets: Tensor, emphasis: Tensor) -> Tensor:
     return scaled.clamp(-LARGEST, LARGEST)
 
 
-def best_circle(
-    targets: Tensor, values: Tensor, step: int, seam: int, emphasis: Tensor
-) -> Tensor:
+def best_circle(targets: Tensor, values: Tensor, step: int, seam: int, emphasis: Tensor) -> Tensor:
     """States i64 [T, S] of the path around for targets f32 [T, S V], times their emphasis.
 
     values: f32 [2^L, V] by state; step: bits a step; seam: steps on each side of it; emphasis: f32

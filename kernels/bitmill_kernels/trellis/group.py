@@ -23,7 +23,6 @@ from bitmill_kernels.trellis.code import decode_tiles, in_sequence, tiled, until
 from bitmill_kernels.trellis.encode import encode_tiles
 from bitmill_kernels.trellis.layout import TILE
 
-
 STRONGEST = 2.0
 """Emphasis of a row at most; one over it at least."""
 

@@ -88,9 +88,7 @@ class GradientEnergies:
         counted = norms.clamp(min=TINY).pow(self._power - 2)
         found.rows = found.rows + (gradient.float().square() * counted[:, None]).sum(0).double()
 
-    def weights(
-        self, plan: Plan, block: int, length: int, group: Ranks = SINGLE
-    ) -> LossWeights:
+    def weights(self, plan: Plan, block: int, length: int, group: Ranks = SINGLE) -> LossWeights:
         """The weights, with length T. group: ranks that saw other windows of the S; each gets the
         weights of all."""
         own = {

@@ -91,7 +91,10 @@ class TrellisSolver:
         upper = None if curvature is None else curvature.factor.upper
         widths = [linear.widths for linear in linears]
         with timed("solve"):
-            targets, importance = [g.target for g in goals], [linear.importance for linear in linears]
+            targets, importance = (
+                [g.target for g in goals],
+                [linear.importance for linear in linears],
+            )
             found = encode_siblings(targets, upper, widths, ranks, importance)
         final = found
         if self.refit:
@@ -144,13 +147,12 @@ def encode_siblings(
     rows, work = row_slices(filled), torch.cat(filled)
     scales = _row_scales(targets, ranks)
     inverses = None if upper is None else tile_inverses(upper)
-    steps = torch.cat([_whole_tiles(s.float()) for s in scales])
+    steps = torch.cat([whole_tiles(s.float()) for s in scales])
     pairs = zip(scales, importance or [None] * len(scales), strict=True)
     counts = [
-        torch.ones_like(s).float() if own is None else own * s.float().square()
-        for s, own in pairs
+        torch.ones_like(s).float() if own is None else own * s.float().square() for s, own in pairs
     ]
-    emphasis = emphases(torch.cat([_whole_tiles(one) for one in counts]))
+    emphasis = emphases(torch.cat([whole_tiles(one) for one in counts]))
     circles: list[list[Tensor]] = [[] for _ in targets]
     of_groups: list[list[Tensor]] = [[] for _ in targets]
     K = work.shape[1]
@@ -184,8 +186,8 @@ def encode_siblings(
     ]
 
 
-def _whole_tiles(of_rows: Tensor) -> Tensor:
-    """f32 [N] filled up by zeros."""
+def whole_tiles(of_rows: Tensor) -> Tensor:
+    """[N] filled up by zeros to whole tiles of rows."""
     return functional.pad(of_rows, (0, -len(of_rows) % TILE))
 
 

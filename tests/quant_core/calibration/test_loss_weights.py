@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 
 from bitmill.calibration.kept_weights import KEY_NAME, KeptWeights
-from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.calibration.loss_weights import LossWeights, loss_weights
+from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.methods import GPTQ, TrellisGPTQ

@@ -18,15 +18,18 @@ def layer(N=48, K=300, seed=0):
     return 0.05 * torch.randn(N, K, generator=draw) * sizes, x.T @ x / len(x)
 
 
+@pytest.mark.parametrize("spread", [0.3, 1.5])
 @pytest.mark.parametrize("rate", [1, 2, 3, 4])
-def test_costs_are_near_those_of_encoded_groups(rate):
+def test_costs_are_near_those_of_encoded_groups(rate, spread):
+    """Of rows that count alike, and of such that do not."""
     W, H = layer()
     rewrites = packed_rewrites("trellis", H.diagonal().argsort(descending=True).int())
     upper = factor(rewrites.hessian(H)).upper
     metric = torch.linalg.inv(upper.T.double() @ upper.double())
-    q = torch.rand(len(W), dtype=torch.float64) + 0.5
+    draw = torch.Generator().manual_seed(1)
+    q = torch.exp(spread * torch.randn(len(W), generator=draw, dtype=torch.float64))
     costs = trellis_costs(W, q, upper, (rate, 8), rewrites)
-    [codes] = encode_siblings([rewrites.weights(W)], upper, [(rate,) * 3])
+    [codes] = encode_siblings([rewrites.weights(W)], upper, [(rate,) * 3], importance=[q.float()])
     R = (rewrites.weights(W) - codes.packed_values()).double()
     measured = 0.5 * float((q * ((R @ metric) * R).sum(1)).sum())
     assert costs[:, 0].sum() == pytest.approx(measured, rel=0.12)
