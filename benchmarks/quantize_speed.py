@@ -225,7 +225,7 @@ class Watch:
 
 @contextmanager
 def passes_of_weights(watch: Watch) -> Iterator[None]:
-    """Passes over all blocks for weights of tokens and rows, of refinement, are units of their own."""
+    """Refinement's passes over all blocks for weights of tokens and rows are units of their own."""
     run = refinement.loss_weights
 
     def watched(*given: Any, **named: Any) -> LossWeights:

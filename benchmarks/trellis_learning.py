@@ -6,7 +6,7 @@
 `measure` profiles SOURCE (a Hugging Face folder), allocates BITS (--allocation) and makes, with
 windows as by default, each of --variants: `plain` (method gptq, every token counts alike),
 `squares` (tokens and rows weighted by the squared loss gradient), `roots` (by the roots of these
-weights), `tokens` (by roots, but rows alike, as all variants before run 9),
+weights), `tokens` (by roots, but rows alike, as all variants before run 10),
 `uncorrected` (`roots` without the correction for the quantized prefix), `bare` (neither) and
 `tuned` (what --base gave, tuned for each number of --steps at each of --rates); the last three of
 trellis codes alone. Jobs take roots for trellis codes and tokens alike for affine ones (--code).

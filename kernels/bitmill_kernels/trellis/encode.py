@@ -2,10 +2,13 @@
 
 Viterbi's algorithm finds the best path through all states. For a circle it runs twice: over the
 steps around the seam, free at both ends, which gives the bits across the seam; then around, from
-there to there. Errors of rows may count differently: rows r and r + 8 of a tile take turns in the
-sequence, a few bits of which decide each value, so the path gives more of them to the row that
-counts more, as if it had a higher rate. `encode_tiles` takes the compiled kernel, on a GPU that of `group.py`, which takes
+there to there. `encode_tiles` takes the compiled kernel, on a GPU that of `group.py`, which takes
 whole groups; `encode_reference` is the plain version.
+
+Errors of rows may count differently. Rows r and r + 8 of a tile take turns in the sequence, and 16
+bits decide each value, of which its neighbours share most. So the path gives more bits to the row
+that counts more, as if that had a higher rate: the mean of what both lose falls from the arithmetic
+to the geometric mean of what they count.
 """
 
 from __future__ import annotations

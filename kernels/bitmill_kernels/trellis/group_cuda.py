@@ -53,8 +53,8 @@ def search(
 ) -> Tensor:
     """Circles u8 [T, ceil(c / 16), 32 rate] of some rows of tiles, i32 [T], of a block f32 [M, c].
 
-    step, emphasis, feedback: as in `group.py`; with feedback the rows of `block` are changed and those of
-    `missed` f32 [M, c] filled. Both are contiguous.
+    step, emphasis, feedback: as in `group.py`; with feedback the rows of `block` are changed and
+    those of `missed` f32 [M, c] filled. Both are contiguous.
     """
     columns = block.shape[1]
     circles = torch.empty(

@@ -171,9 +171,9 @@ def refine_model(
     on_unit: told blocks saved, their number, the unit and a message. transforms: rewrite linears
     after the column orders, before they are solved. group: ranks that make this
     call together. host_bytes: limit of the hidden states that this rank keeps in host memory
-    (`calibration/streams.py`); past it they wait in files of `folder`. weights: of tokens and
-    rows, from a profile's pass over these windows. blocks: end behind so many, None for all; another call goes
-    on there.
+    (`calibration/streams.py`); past it they wait in files of `folder`. weights: of tokens and rows,
+    from a profile's pass over these windows. blocks: end behind so many, None for all; another call
+    goes on there.
     """
     if group.first:
         _refine_embeddings(model, inputs, folder)

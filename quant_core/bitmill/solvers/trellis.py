@@ -8,8 +8,8 @@ a group in `bitmill_kernels.trellis.group` (arXiv 2210.17323 and, for blocks, Qu
 weights Gaussian, as the code wants them. Without feedback inside the 16 columns a linear of
 SmolLM2-135M loses 1 to 10 % of error, mostly 2.
 
-Rows whose errors raise the loss more get more of the bits of their tile (`Linear.importance`,
-`bitmill_kernels/trellis/encode.py`): a row's error counts by its importance times its scale squared.
+Rows whose errors raise the loss more get more of the bits of their tile: an error counts by its
+row's importance times its scale squared (`bitmill_kernels/trellis/encode.py`).
 
 A weight's scale is that of its row times that of its group. Rows' scales are fitted to the target
 before the loop, and by least squares in the metric of H after it; a group's scale is fitted when

@@ -15,7 +15,9 @@ from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.methods import GPTQ, TrellisGPTQ
 from bitmill.io.atomic import write_json
+from bitmill.models.streamed import weight_of
 from bitmill.refinement.model import WEIGHTS_NAME, RefineInputs, refine_model
+from bitmill.refinement.store import SavedBlock
 from bitmill.sensitivity.fisher import profile_knapsack
 from learning import tiny
 
@@ -188,3 +190,25 @@ def test_methods_that_ask_for_them_keep_them_for_a_run_that_goes_on(
         "bitmill.refinement.model.loss_weights", lambda *_, **__: pytest.fail("made again")
     )
     assert reports(tmp_path / "a", Weighted(**quick)) == whole
+
+
+def test_rows_are_weighed_where_trellis_codes_are_searched_for(tmp_path: Path) -> None:
+    model, every = tiny().model, loss_weights(tiny().model, TOKENS)
+    tokens = CalibrationSet(TOKENS, TOKENS[:0], "", "none")
+    inputs = RefineInputs(tokens, BitWidthMap.uniform(model.plan.shapes, 2), {})
+    codes = []
+    counts = {name: 16.0 ** (torch.arange(len(q)) % 16 < 8) for name, q in every.rows.items()}
+    for name, rows in (("both", counts), ("tokens", {})):
+        folder = tmp_path / name
+        folder.mkdir()
+        given = LossWeights(every.tokens, rows).tensors()
+        (folder / WEIGHTS_NAME).write_bytes(safetensors.torch.save(given))
+        refine_model(
+            model, inputs, TrellisGPTQ(), folder, seed=0, on_unit=lambda *_: None, blocks=1
+        )
+        block = SavedBlock(folder, model.plan, 0)
+        codes.append({one.name: block.packed(one.name) for one in model.plan.block_linears(0)})
+    for name, both in codes[0].items():
+        W, of_tokens = weight_of(model.linears(model.load_block(0), 0)[name]), codes[1][name]
+        errors = [(one.dequantize() - W).square().sum(1) for one in (both, of_tokens)]
+        assert counts[name] @ errors[0] < 0.8 * counts[name] @ errors[1], name
