@@ -11,15 +11,17 @@
 Every product is timed inside a CUDA graph of 40 calls, its weights rotated through copies that
 exceed the L2 cache several times; the median of 7 replays counts. Prefill and its fp16 twin are
 replayed in turn, so both see the same clocks. The activation prologue is part of every time.
-Results go to benchmarks/results/ (or --out) as JSON and markdown with the versions. A kernel that
-fails the check is not timed, and the exit code is 1. A peer is not timed where its product fails or
-is wrong, and is named with the reason under `absent`.
+Results go to benchmarks/results/ (or --out) as JSON and markdown with the versions, after every
+case. A kernel that fails the check is not timed, and the exit code is 1. A peer is not timed where
+its product fails, is wrong or cannot run in a graph, and is named with the reason under `absent`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -344,6 +346,7 @@ def half_product(N: int, K: int, T: int) -> Callable[[int], object]:
     return lambda i: torch.nn.functional.linear(x, weights[i % len(weights)])
 
 
+@functools.cache
 def time_half(N: int, K: int, T: int) -> float:
     return microseconds(half_product(N, K, T))[0]
 
@@ -355,109 +358,101 @@ def time_decoder(decoders: list[Product], N: int, K: int, T: int) -> float:
 
 
 def decode_rows(
-    names: list[str],
+    name: str,
     kinds: list[str],
     failed: set[str],
     token_counts: list[int],
     *,
     every_shape: bool,
 ) -> list[dict[str, object]]:
-    """Products of few tokens: by the shape that a linear would take, or by every one.
+    """A case's products of few tokens: by the shape that a linear would take, or by every one.
 
     Every one is run with conversion in a launch of its own too, where its blocks would convert.
     """
     cuda = "cuda" in kinds and cuda_library.available(DEVICE)
     rows: list[dict[str, object]] = []
-    half: dict[tuple[int, int, int], float] = {}
-    for name in names:
-        weights = copies(case_runtime(name))
-        N, K = weights[0].N, weights[0].K
-        built: dict[tuple[int, DecodeShape], list[CudaDecoder]] = {}
-        for T in token_counts:
-            key = (N, K, T)
-            half[key] = half.get(key) or time_half(*key)
-            bucket = bucket_of(T)
-            shapes = SHAPES[bucket] if every_shape else (best_shape(weights[0], bucket),)
-            kernels: dict[str, tuple[list[Product], dict[str, object]]] = {}
-            for shape in shapes if cuda else ():
-                ways = [shape, dataclasses.replace(shape, fused=False)] if every_shape else [shape]
-                for way in ways:
-                    if shape_name(way) in failed:
-                        break
-                    decoders = built.get((bucket, way))
-                    if decoders is None:
-                        found = [decoder_or_none(weight, way, T) for weight in weights]
-                        decoders = [decoder for decoder in found if decoder is not None]
-                        built[bucket, way] = decoders
-                    if not decoders:
-                        break
-                    converts = decoders[0].converts(T)
-                    launch = dataclasses.astuple(way)[:3]
-                    kernels[shape_name(way)] = decoders, {"shape": launch, "converts": converts}
-                    if not converts:
-                        break
-            if "triton" in kinds and T <= 16:
-                kernels["triton"] = [triton_decoder(weight) for weight in weights], {}
-            for kernel, (decoders, launch) in kernels.items():
-                if kernel not in failed:
-                    time = time_decoder(decoders, N, K, T)
-                    rows.append(row(name, T, kernel, time, half[key], weights[0]) | launch)
-                    print(*list(rows[-1].values())[:8], flush=True)
+    weights = copies(case_runtime(name))
+    N, K = weights[0].N, weights[0].K
+    built: dict[tuple[int, DecodeShape], list[CudaDecoder]] = {}
+    for T in token_counts:
+        half = time_half(N, K, T)
+        bucket = bucket_of(T)
+        shapes = SHAPES[bucket] if every_shape else (best_shape(weights[0], bucket),)
+        kernels: dict[str, tuple[list[Product], dict[str, object]]] = {}
+        for shape in shapes if cuda else ():
+            ways = [shape, dataclasses.replace(shape, fused=False)] if every_shape else [shape]
+            for way in ways:
+                if shape_name(way) in failed:
+                    break
+                decoders = built.get((bucket, way))
+                if decoders is None:
+                    found = [decoder_or_none(weight, way, T) for weight in weights]
+                    decoders = [decoder for decoder in found if decoder is not None]
+                    built[bucket, way] = decoders
+                if not decoders:
+                    break
+                converts = decoders[0].converts(T)
+                launch = dataclasses.astuple(way)[:3]
+                kernels[shape_name(way)] = decoders, {"shape": launch, "converts": converts}
+                if not converts:
+                    break
+        if "triton" in kinds and T <= 16:
+            kernels["triton"] = [triton_decoder(weight) for weight in weights], {}
+        for kernel, (decoders, launch) in kernels.items():
+            if kernel not in failed:
+                time = time_decoder(decoders, N, K, T)
+                rows.append(row(name, T, kernel, time, half, weights[0]) | launch)
+                print(*list(rows[-1].values())[:8], flush=True)
     return rows
 
 
 def batch_rows(
-    names: list[str],
+    name: str,
     failed: set[str],
     token_counts: list[int],
     *,
     every_shape: bool,
     with_peers: bool,
 ) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-    """Products of many tokens beside fp16, all of one case replayed in turn, and absent peers.
+    """A case's products of many tokens beside fp16, replayed in turn, and absent peers.
 
     Beside a mix stand peers of its average width, or of its widths where a peer has mixes.
     """
     rows: list[dict[str, object]] = []
     absent: list[dict[str, object]] = []
+    N, K, pattern = ASKED_CASES[name]
+    peers: list[matmul_peers.Peer] = []
+    faults: dict[str, dict[int, str]] = {}
     if with_peers:
-        cases = [ASKED_CASES[name] for name in names]
-        shapes = [(N, K, average(widths)) for N, K, widths in cases]
-        matmul_peers.prepare(shapes, token_counts)
-    for name in names:
-        N, K, pattern = ASKED_CASES[name]
-        peers: list[matmul_peers.Peer] = []
-        faults: dict[str, dict[int, str]] = {}
-        if with_peers:
-            bits, widths = average(pattern), spread(pattern, K)
-            peers, missing = matmul_peers.peers(N, K, bits, widths, ROTATION_BYTES)
-            faults = {peer.name: matmul_peers.faults(peer, K, token_counts) for peer in peers}
-            absent += absent_rows(name, missing, faults)
-        packed = random_packed(N, K, spread(pattern, K))
-        weights = copies(build_runtime([packed], DEVICE))
-        linears = [] if every_shape else [MixedLinear([packed], DEVICE) for _ in weights]
-        for T in token_counts:
-            x = torch.randn(T, K, device=DEVICE, dtype=torch.float16)
-            y = torch.empty(T, N, device=DEVICE, dtype=torch.float16)
-            kernels = batch_products(weights, T) if every_shape else {}
-            kernels = {kernel: found for kernel, found in kernels.items() if kernel not in failed}
-            calls = [
-                lambda i, found=found, x=x, y=y: found[i % len(found)](x, None, y)
-                for found in kernels.values()
-            ]
-            if linears:
-                calls.append(lambda i, x=x, linears=linears: linears[i % len(linears)](x))
-            timed = [peer for peer in peers if peer.most_tokens >= T and T not in faults[peer.name]]
-            inputs = {peer.dtype: x.to(peer.dtype) for peer in timed}
-            calls += [
-                lambda i, peer=peer, x=inputs[peer.dtype]: peer.calls[i % len(peer.calls)](x)
-                for peer in timed
-            ]
-            labels = [*kernels, *["linear"][: len(linears)], *(peer.name for peer in timed)]
-            half, *times = microseconds(half_product(N, K, T), *calls)
-            for kernel, time in zip(labels, times, strict=True):
-                rows.append(row(name, T, kernel, time, half, weights[0]))
-                print(*list(rows[-1].values())[:6], flush=True)
+        bits, widths = average(pattern), spread(pattern, K)
+        peers, missing = matmul_peers.peers(N, K, bits, widths, ROTATION_BYTES)
+        faults = {peer.name: matmul_peers.faults(peer, K, token_counts) for peer in peers}
+        absent += absent_rows(name, missing, faults)
+    packed = random_packed(N, K, spread(pattern, K))
+    weights = copies(build_runtime([packed], DEVICE))
+    linears = [] if every_shape else [MixedLinear([packed], DEVICE) for _ in weights]
+    for T in token_counts:
+        x = torch.randn(T, K, device=DEVICE, dtype=torch.float16)
+        y = torch.empty(T, N, device=DEVICE, dtype=torch.float16)
+        kernels = batch_products(weights, T) if every_shape else {}
+        kernels = {kernel: found for kernel, found in kernels.items() if kernel not in failed}
+        calls = [
+            lambda i, found=found, x=x, y=y: found[i % len(found)](x, None, y)
+            for found in kernels.values()
+        ]
+        if linears:
+            calls.append(lambda i, x=x, linears=linears: linears[i % len(linears)](x))
+        timed = [peer for peer in peers if peer.most_tokens >= T and T not in faults[peer.name]]
+        inputs = {peer.dtype: x.to(peer.dtype) for peer in timed}
+        calls += [
+            lambda i, peer=peer, x=inputs[peer.dtype]: peer.calls[i % len(peer.calls)](x)
+            for peer in timed
+        ]
+        labels = [*kernels, *["linear"][: len(linears)], *(peer.name for peer in timed)]
+        half, *times = microseconds(half_product(N, K, T), *calls)
+        for kernel, time in zip(labels, times, strict=True):
+            rows.append(row(name, T, kernel, time, half, weights[0]))
+            print(*list(rows[-1].values())[:6], flush=True)
     return rows, absent
 
 
@@ -511,31 +506,28 @@ def row(
     }
 
 
-def prefill_rows() -> list[dict[str, object]]:
-    rows = []
-    for N, K in PREFILL:
-        for pattern in PREFILL_PATTERNS:
-            packed = random_packed(N, K, spread(pattern, K))
-            size = sum(tensor.nbytes for tensor in packed.tensors.values())
-            linears = [MixedLinear([packed], DEVICE) for _ in range(ROTATION_BYTES // size + 2)]
-            for T in (128, 2048):
-                x = torch.randn(T, K, device=DEVICE, dtype=torch.float16)
-                half, time = microseconds(
-                    half_product(N, K, T),
-                    lambda i, x=x, linears=linears: linears[i % len(linears)](x),
-                )
-                name = "mix 3" if len(pattern) > 1 else f"{pattern[0]}-bit"
-                rows.append(
-                    {
-                        "case": f"{N}x{K} {name}",
-                        "tokens": T,
-                        "microseconds": round(time, 1),
-                        "fp16_microseconds": round(half, 1),
-                        "speedup": round(half / time, 3),
-                        "target": 0.85 if T == 2048 else None,
-                    }
-                )
-                print(*rows[-1].values(), flush=True)
+def prefill_rows(N: int, K: int, pattern: tuple[int, ...]) -> list[dict[str, object]]:
+    packed = random_packed(N, K, spread(pattern, K))
+    size = sum(tensor.nbytes for tensor in packed.tensors.values())
+    linears = [MixedLinear([packed], DEVICE) for _ in range(ROTATION_BYTES // size + 2)]
+    rows: list[dict[str, object]] = []
+    for T in (128, 2048):
+        x = torch.randn(T, K, device=DEVICE, dtype=torch.float16)
+        half, time = microseconds(
+            half_product(N, K, T), lambda i, x=x: linears[i % len(linears)](x)
+        )
+        name = "mix 3" if len(pattern) > 1 else f"{pattern[0]}-bit"
+        rows.append(
+            {
+                "case": f"{N}x{K} {name}",
+                "tokens": T,
+                "microseconds": round(time, 1),
+                "fp16_microseconds": round(half, 1),
+                "speedup": round(half / time, 3),
+                "target": 0.85 if T == 2048 else None,
+            }
+        )
+        print(*rows[-1].values(), flush=True)
     return rows
 
 
@@ -613,33 +605,50 @@ def main() -> int:
     cases = list(usual) if options.cases is None else options.cases
     if not {"cuda", "triton"} & set(options.kernels):
         cases = []
+    kinds = "" if len(options.kernels) == 3 else f"{options.kernels[0]}-"
+    name = f"matmul-{'sweep-' if options.sweep else kinds}{result['provenance']['gpu']}"
+    file = options.out / name.replace(" ", "-").lower()
     swept = [T for T in options.tokens or TOKENS_SWEPT if TOKEN_BUCKETS[-1] >= T]
     few = swept if options.sweep else TOKENS_TIMED
-    result["decode"] = decode_rows(cases, options.kernels, failed, few, every_shape=options.sweep)
+    result["decode"] = []
+    for case in cases:
+        rows = decode_rows(case, options.kernels, failed, few, every_shape=options.sweep)
+        result["decode"] += rows
+        write(result, file)
     if options.sweep:
         gpu = result["provenance"]["gpu"]
         result["settings"] = {"decode_cuda": fastest_shapes(result["decode"], gpu)}
     if "batch" in options.kernels:
-        result["batch"], result["absent"] = batch_rows(
-            options.batch,
-            failed,
-            options.tokens or BATCHES,
-            every_shape=options.sweep,
-            with_peers=options.peers,
-        )
+        tokens = options.tokens or BATCHES
+        if options.peers:
+            matrices = [ASKED_CASES[case] for case in options.batch]
+            matmul_peers.prepare([(N, K, average(own)) for N, K, own in matrices], tokens)
+        result["batch"], result["absent"] = [], []
+        for case in options.batch:
+            rows, absent = batch_rows(
+                case, failed, tokens, every_shape=options.sweep, with_peers=options.peers
+            )
+            result["batch"] += rows
+            result["absent"] += absent
+            write(result, file)
     if "prefill" in options.kernels and "prefill" not in failed:
-        result["prefill"] = prefill_rows()
+        result["prefill"] = []
+        for (N, K), pattern in itertools.product(PREFILL, PREFILL_PATTERNS):
+            result["prefill"] += prefill_rows(N, K, pattern)
+            write(result, file)
     if options.write:
         matmul_tiles.merge(result["settings"])
-    options.out.mkdir(parents=True, exist_ok=True)
-    kinds = "" if len(options.kernels) == 3 else f"{options.kernels[0]}-"
-    name = f"matmul-{'sweep-' if options.sweep else kinds}{result['provenance']['gpu']}"
-    file = options.out / name.replace(" ", "-").lower()
+    print(write(result, file))
+    return 1 if failed else 0
+
+
+def write(result: dict[str, object], file: Path) -> str:
+    """Put what there is into the file's JSON and markdown; the latter."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     text = markdown(result)
     file.with_suffix(".md").write_text(text + "\n")
-    print(text)
-    return 1 if failed else 0
+    return text
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@
   BITMILL_EXL3_LIBRARY), trellis codes of one rate with rotations of 128, its blocks chosen by its
   own timing. It multiplies packed codes for up to 144 tokens.
 
-Peers of a width that are not there, fail or are wrong come back with the reason.
+Peers of a width that are not there, fail, are wrong or cannot run in a CUDA graph come back with
+the reason.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import marlin_kernels
 import torch
 from export_readers.exl2_layout import weight as exl2_weight
 from torch import Tensor
+from trial_graph import replayed
 
 DEVICE = torch.device("cuda")
 GROUP = 128
@@ -125,8 +127,16 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def faults(peer: Peer, K: int, token_counts: Iterable[int]) -> dict[int, str]:
-    """Token counts, of those that it is timed for, where it fails or is wrong, and how."""
+def faults(
+    peer: Peer,
+    K: int,
+    token_counts: Iterable[int],
+    run: Callable[[Callable[[], Tensor]], Tensor] = replayed,
+) -> dict[int, str]:
+    """Token counts, of those that it is timed for, where it fails or is wrong, and how.
+
+    run: gives a call's product. The product of a graph is checked, as graphs are timed.
+    """
     tokens = [T for T in token_counts if peer.most_tokens >= T]
     if not tokens:
         return {}
@@ -135,7 +145,7 @@ def faults(peer: Peer, K: int, token_counts: Iterable[int]) -> dict[int, str]:
     found: dict[int, str] = {}
     for T in tokens:
         try:
-            y = peer.calls[0](x[:T]).double()
+            y = run(functools.partial(peer.calls[0], x[:T])).double()
         except Exception as error:  # noqa: BLE001  (foreign code may raise anything)
             found[T] = reason(error)
             continue

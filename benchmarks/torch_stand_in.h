@@ -85,11 +85,13 @@ public:
     Tensor(const void* data, ScalarType type, std::vector<int64_t> sizes)
         : data_(const_cast<void*>(data), [](void*) {}), type_(type), sizes_(std::move(sizes)) {}
 
-    // Of its own memory.
+    // Of its own memory, which an empty one has none of: a stream that is being captured allows no
+    // cudaFree, of null neither.
     Tensor(ScalarType type, std::vector<int64_t> sizes) : type_(type), sizes_(std::move(sizes))
     {
+        if (!nbytes()) return;
         void* data = nullptr;
-        if (nbytes() && cudaMalloc(&data, nbytes()) != cudaSuccess) c10::refuse("no memory left");
+        if (cudaMalloc(&data, nbytes()) != cudaSuccess) c10::refuse("no memory left");
         data_ = std::shared_ptr<void>(data, cudaFree);
     }
 

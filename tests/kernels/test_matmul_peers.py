@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -39,6 +41,11 @@ def on_cpu(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return peers
 
 
+def plain(call: Callable[[], Tensor]) -> Tensor:
+    """In place of a graph, where there is no GPU."""
+    return call()
+
+
 def test_products_that_fail_or_are_wrong_are_named_by_their_tokens(on_cpu: ModuleType) -> None:
     weight = torch.randn(48, 64)
 
@@ -49,17 +56,33 @@ def test_products_that_fail_or_are_wrong_are_named_by_their_tokens(on_cpu: Modul
         return y.add(1) if len(x) >= 32 else y
 
     peer = on_cpu.Peer("one", [product], lambda: weight, most_tokens=100)
-    found = on_cpu.faults(peer, 64, [1, 8, 32, 64, 128])
+    found = on_cpu.faults(peer, 64, [1, 8, 32, 64, 128], plain)
     assert found.keys() == {8, 32, 64}
     assert found[8] == "TypeError: no kernel of 8 tokens"
     assert found[32].startswith("relative error ")
-    assert on_cpu.faults(peer, 64, [128]) == {}
+    assert on_cpu.faults(peer, 64, [128], plain) == {}
 
 
 def test_a_product_of_not_a_number_is_wrong(on_cpu: ModuleType) -> None:
     weight = torch.randn(48, 64)
     peer = on_cpu.Peer("one", [lambda x: (x @ weight.half().T) * torch.nan], lambda: weight)
-    assert on_cpu.faults(peer, 64, [4]).keys() == {4}
+    assert on_cpu.faults(peer, 64, [4], plain).keys() == {4}
+
+
+def test_what_a_graph_writes_is_checked_and_why_there_is_none_is_named(on_cpu: ModuleType) -> None:
+    weight = torch.randn(48, 64)
+
+    def left_out_or_refused(call: Callable[[], Tensor]) -> Tensor:
+        y = call().fill_(torch.nan)
+        if len(y) == 8:
+            raise RuntimeError("in a CUDA graph: not permitted (900)")
+        return y
+
+    peer = on_cpu.Peer("one", [lambda x: x @ weight.half().T], lambda: weight)
+    assert on_cpu.faults(peer, 64, [4, 8], plain) == {}
+    found = on_cpu.faults(peer, 64, [4, 8], left_out_or_refused)
+    assert found[4].startswith("relative error nan")
+    assert found[8] == "RuntimeError: in a CUDA graph: not permitted (900)"
 
 
 @pytest.mark.parametrize(("bits", "without"), [(4, set()), (3, {"gemlite", "marlin"})])
@@ -87,6 +110,17 @@ def test_absent_peers_are_rows_of_the_result(peers: ModuleType) -> None:
     ]
     text = matmul.markdown({"provenance": {"gpu": "one"}, "batch": [], "absent": rows})
     assert "| 4-bit | three | 8 | wrong |" in text
+
+
+def test_what_there_is_of_a_result_is_written(peers: ModuleType, tmp_path: Path) -> None:
+    matmul = importlib.import_module("matmul")
+    result = {"provenance": {"gpu": "one"}, "batch": []}
+    for case in ("first", "second"):
+        result["batch"].append({"case": case})
+        text = matmul.write(result, tmp_path / "made" / "matmul-one")
+        assert json.loads((tmp_path / "made" / "matmul-one.json").read_text()) == result
+        assert f"| {case} |" in text
+        assert (tmp_path / "made" / "matmul-one.md").read_text() == text + "\n"
 
 
 def test_scales_and_zero_points_lie_in_marlins_order(peers: ModuleType) -> None:
@@ -144,6 +178,57 @@ def test_what_a_check_said_is_raised_and_sources_that_do_not_compile_are_refused
     (tmp_path / "one.cu").write_text("nonsense")
     with pytest.raises(RuntimeError, match=r"one\.cu"):
         library.compiled(tmp_path / "two.so", [tmp_path / "one.cu"], library.STAND_IN, [])
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="compiled by nvcc: not on this machine")
+def test_empty_tensors_of_the_stand_in_free_nothing(tmp_path: Path, peers: ModuleType) -> None:
+    library = importlib.import_module("peer_library")
+    (tmp_path / "one.cu").write_text(
+        "#include <cuda_runtime.h>\n"
+        "#include <cstdlib>\n"
+        "static int frees;\n"
+        "static cudaError_t on_host(void** at, size_t n) { *at = malloc(n); return cudaSuccess; }\n"
+        "static cudaError_t counted(void* at) { frees++; free(at); return cudaSuccess; }\n"
+        "#define cudaMalloc on_host\n"
+        "#define cudaFree counted\n"
+        "#include <ATen/ATen.h>\n"
+        'extern "C" int freed(int K) { { at::Tensor made = at::empty({K}); } return frees; }\n'
+    )
+    made = library.compiled(tmp_path / "one.so", [tmp_path / "one.cu"], library.STAND_IN, [])
+    freed = ctypes.CDLL(str(made)).freed
+    assert [freed(0), freed(3), freed(0)] == [0, 1, 1]
+
+
+@pytest.mark.gpu
+def test_a_call_that_is_none_for_a_graph_is_refused_and_harms_no_later_one(
+    peers: ModuleType,
+) -> None:
+    trial = importlib.import_module("trial_graph")
+    x = torch.randn(64, 64, device="cuda")
+
+    def waits() -> Tensor:
+        y = x @ x
+        torch.cuda.synchronize()
+        return y
+
+    def elsewhere() -> Tensor:
+        y = torch.empty_like(x)
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            return y.copy_(x)
+
+    before = torch.cuda.current_stream()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="captur"):
+            trial.replayed(waits)
+        assert torch.cuda.current_stream() == before
+        assert trial.replayed(elsewhere).isnan().all()
+        torch.testing.assert_close(trial.replayed(lambda: x @ x), x @ x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.rand_like(x) + 1
+    graph.replay()
+    assert (y >= 1).all()
+    assert torch.rand_like(x).isfinite().all()
 
 
 @pytest.mark.gpu
