@@ -2,8 +2,8 @@
 # AMD Quark 0.13: `Uint8PerChannelSpec(ch_axis=0)`, as it is set by default, turns every negative weight into zero.
 #
 # Its default is `symmetric=True`. The observer then takes the largest size for scale and zero for zero point, as for
-# signed codes, but unsigned ones begin at zero. Half of the weights are gone, 0.496 of the energy of Gaussian ones,
-# where `symmetric=False` costs 0.00004. All other unsigned specs do the same where `symmetric=True` is asked for, as
+# signed codes, but unsigned ones begin at zero: half of the weights are gone, and half of their energy, where
+# `symmetric=False` costs 0.00004 of it. All other unsigned specs do the same where `symmetric=True` is asked for, as
 # the example in Uint4PerChannelSpec's own docstring does; with a zero point in the middle these would be the codes of
 # the signed specs. `FP8E5M3PerTensorSpec`, a type without a sign and without that setting, does it, too. Outputs are
 # finite, `freeze` goes through, nothing is said. Fails if that changes. Needs a C++ compiler, as importing Quark does.
