@@ -278,12 +278,21 @@ class _Measurement:
         if len(found) < count:
             gradients.run(
                 observer,
-                resume=self._saved.gradient(),
+                resume=self._resume(found),
                 on_block=done,
                 on_forward=lambda i: report(i + 1),
             )
         self._saved.drop_gradients()
         return [found[i] for i in range(count)]
+
+    def _resume(self, found: Mapping[int, SensitivityProfile]) -> tuple[int, Tensor] | None:
+        """Where the pass goes on: at a saved gradient, unless a block that it has left behind is to
+        be measured again, because its weights are gone."""
+        saved = self._saved.gradient()
+        if saved is None or all(i in found for i in range(saved[0], self._plan.block_count)):
+            return saved
+        self._saved.drop_gradients()
+        return None
 
     def _load(self, i: int) -> SensitivityProfile | None:
         """A finished block, whose weights for refinement are there too where they are wanted."""

@@ -18,6 +18,7 @@ from bitmill.io.atomic import write_json
 from bitmill.models.streamed import weight_of
 from bitmill.refinement.model import WEIGHTS_NAME, RefineInputs, refine_model
 from bitmill.refinement.store import SavedBlock
+from bitmill.sensitivity import checkpoint
 from bitmill.sensitivity.fisher import profile_knapsack
 from learning import tiny
 
@@ -98,7 +99,13 @@ def assert_equal(found: LossWeights, expected: LossWeights) -> None:
     assert all(torch.equal(own[name], other[name]) for name in other)
 
 
-def test_a_profile_leaves_the_weights_that_a_pass_of_their_own_finds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
+def test_a_profile_leaves_the_weights_that_a_pass_of_their_own_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """Also one that was killed and goes on behind its saved gradient, or from the top where the
+    weights of blocks that were finished are gone."""
+    monkeypatch.setattr(checkpoint, "GRADIENT_SECONDS", 0.0)
     model, expected = tiny().model, loss_weights(tiny().model, TOKENS)
     kept = KeptWeights(tmp_path / "weights", "these windows")
 
@@ -117,7 +124,11 @@ def test_a_profile_leaves_the_weights_that_a_pass_of_their_own_finds(tmp_path: P
     with pytest.raises(Killed):
         profile(on_block=stop)
     assert kept.load(model.block_count) is None
+    assert list((tmp_path / "profile").glob("gradient-*"))
+    if lost:
+        kept.remove()
     profile()
+    assert not list((tmp_path / "profile").glob("gradient-*"))
     found = kept.load(model.block_count)
     assert found is not None
     assert_equal(found, expected)
