@@ -13,6 +13,7 @@ other stages are the first rank's while the others wait (`runtime/ranks.py`).
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,6 +66,7 @@ from bitmill.pipeline.stages.refine import Inputs as Refining
 from bitmill.pipeline.stages.refine import Refined
 from bitmill.pipeline.work_folder import (
     BLOCKS_FOLDER,
+    FORMER_WEIGHTS_FOLDER,
     WEIGHTS_FOLDER,
     is_of_a_workspace,
     is_of_shared_stages,
@@ -134,6 +136,11 @@ class Job:
         here = Room.here(self.space.device, self.space.root, self.output or self.space.root)
         room = Room.of_ranks(self.space.group.gather(here))
         check_room(self.admission.plan, self.config, room, gguf=self.admission.gguf)
+
+    def drop_former(self) -> None:
+        """Remove what an earlier version left in the work folder and this one does not read."""
+        if self.space.group.first:
+            shutil.rmtree(self.space.root / FORMER_WEIGHTS_FOLDER, ignore_errors=True)
 
     def raise_out_of_memory(self, error: BaseException) -> None:
         """Raise `ResourceError` (code `out_of_memory`) where memory was refused, saying what would
@@ -454,6 +461,7 @@ def _run(job: Job, stages: Callable[[Job], T]) -> T:
         with computing(threads):
             job.check_folders()
             job.check_machine()
+            job.drop_former()
             return stages(job)
     except STOPS:
         raise

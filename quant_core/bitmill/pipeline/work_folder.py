@@ -24,6 +24,8 @@ STAGE_FILE = "stage.json"
 """The record of a stage in its folder, which bears its name, behind `HIDDEN` while it is made."""
 WEIGHTS_FOLDER = "loss-weights"
 """Where a profile leaves the weights of tokens and rows for refinement."""
+FORMER_WEIGHTS_FOLDER = "token-weights"
+"""Its name in earlier versions, whose jobs may go on; what lies there is not read."""
 BLOCKS_FOLDER = "refined-blocks"
 """Where a search for the map leaves its blocks for refinement."""
 HIDDEN = ".partial-"
@@ -32,7 +34,8 @@ LOCK = ".lock-"
 
 def is_of_a_workspace(name: str) -> bool:
     """Whether a folder of finished stages has entries of this name."""
-    return name.removeprefix(HIDDEN) in STAGES or name in (WEIGHTS_FOLDER, BLOCKS_FOLDER)
+    kept = (WEIGHTS_FOLDER, FORMER_WEIGHTS_FOLDER, BLOCKS_FOLDER)
+    return name.removeprefix(HIDDEN) in STAGES or name in kept
 
 
 def is_of_shared_stages(name: str) -> bool:

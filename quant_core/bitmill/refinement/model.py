@@ -69,6 +69,8 @@ from bitmill.transforms.transform import made_of
 TUNED_NAME = "tuned"
 TUNING_NAME = "tuning.json"
 WEIGHTS_NAME = "loss-weights.safetensors"
+FORMER_WEIGHTS_NAME = "token-weights.safetensors"
+"""Of a run that an earlier version began; it is not read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,6 +300,7 @@ def _loss_weights(
             }
             found = LossWeights(joined, known.rows)
             storage.write_bytes(path, safetensors.torch.save(found.tensors()))
+            (folder / FORMER_WEIGHTS_NAME).unlink(missing_ok=True)
         group.barrier()
     count, found = len(tokens), LossWeights.of_tensors(safetensors.torch.load_file(path))
     own = {

@@ -16,7 +16,12 @@ from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.methods import GPTQ, TrellisGPTQ
 from bitmill.io.atomic import write_json
 from bitmill.models.streamed import weight_of
-from bitmill.refinement.model import WEIGHTS_NAME, RefineInputs, refine_model
+from bitmill.refinement.model import (
+    FORMER_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    RefineInputs,
+    refine_model,
+)
 from bitmill.refinement.store import SavedBlock
 from bitmill.sensitivity import checkpoint
 from bitmill.sensitivity.fisher import profile_knapsack
@@ -193,9 +198,12 @@ def test_methods_that_ask_for_them_keep_them_for_a_run_that_goes_on(
         return LossWeights({}, {})
 
     monkeypatch.setattr("bitmill.refinement.model.loss_weights", of_held_out)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / FORMER_WEIGHTS_NAME).write_bytes(b"of an earlier version")
     assert reports(tmp_path / "b", Weighted(**quick), kept) == whole
     monkeypatch.setattr("bitmill.refinement.model.loss_weights", of_no_window)
     reports(tmp_path / "c", Weighted(**quick, asymmetric=False), kept)
+    assert not (tmp_path / "b" / FORMER_WEIGHTS_NAME).exists()
     (tmp_path / "a" / "block-00001.json").unlink()
     monkeypatch.setattr(
         "bitmill.refinement.model.loss_weights", lambda *_, **__: pytest.fail("made again")

@@ -25,12 +25,13 @@ from bitmill.formats.accounting import footprint
 from bitmill.formats.codec import open_checkpoint
 from bitmill.formats.format import FORMATS
 from bitmill.inference.trellis import TrellisLinear
+from bitmill.io.atomic import beside
 from bitmill.io.manifest import check_folder
 from bitmill.pipeline.admission import admit
 from bitmill.pipeline.job import run_job
-from bitmill.pipeline.work_folder import WEIGHTS_FOLDER
+from bitmill.pipeline.work_folder import FORMER_WEIGHTS_FOLDER, WEIGHTS_FOLDER, work_folder
 from bitmill.plan.model_plan import make_plan, plan_for_map
-from tiny import save_tiny, tiny_llama, tiny_opt
+from tiny import save_tiny, tinier_llama, tiny_llama, tiny_opt
 from tiny_architectures import COVERED, tiny_config
 
 pytestmark = pytest.mark.e2e
@@ -261,3 +262,21 @@ def test_one_backward_pass_serves_profile_and_refinement(tmp_path, monkeypatch):
         assert not (work / WEIGHTS_FOLDER).exists()
     assert packed[0] == packed[1]
     assert windows == [2, 4, 2]  # held out alone, where the profile's pass was the job's own
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "beside"])
+def test_a_job_goes_on_where_an_earlier_version_left_its_weights(tmp_path, named):
+    source, out = tinier_llama(tmp_path / "source"), tmp_path / "out"
+    work = tmp_path / "work" if named else beside(out, ".bitmill-work")
+    left = work / FORMER_WEIGHTS_FOLDER
+    left.mkdir(parents=True)
+    (left / "key.json").write_text("{}")
+    asked = spec(
+        budget={"code_bits": 4},
+        allocation={"method": "uniform", "order": "natural"},
+        refinement={"method": "rtn"},
+    )
+    with work_folder(out, work if named else None) as folder:
+        assert folder == work
+        run_job(asked, source, folder, out)
+        assert not left.exists()
