@@ -50,16 +50,32 @@ def test_json_map_is_stored_once_under_its_content(http: httpx2.Client) -> None:
     assert http.get(f"/v1/bit-width-maps/{stored['id']}").json() == MAP
 
 
-def test_what_a_map_was_made_for_is_kept_beside_its_content(http: httpx2.Client) -> None:
-    made_for = {"shape": "d" * 64, "weights": "e" * 64, "model": "org/base"}
+def test_the_same_widths_for_another_model_are_another_map(http: httpx2.Client) -> None:
     content = MAP | {"linears": {"model.layers.0.mlp.up_proj": "43"}}
-    told = http.post("/v1/bit-width-maps", json=content | {"made_for": made_for}).json()
-    assert (told["shape"], told["weights"], told["name"]) == (*["d" * 64, "e" * 64], "org/base")
-    assert http.post("/v1/bit-width-maps", json=content).json()["id"] == told["id"]
-    stored = http.get(f"/v1/bit-width-maps/{told['id']}").json()
-    assert stored == content | {"made_for": made_for}
-    other = upload(http, json.dumps(stored).encode(), shape="f" * 64).json()
-    assert (other["id"], other["shape"]) == (told["id"], "f" * 64)
+    base = {"shape": "d" * 64, "weights": "e" * 64, "model": "org/base"}
+    tuned = base | {"weights": "f" * 64, "model": "org/tuned"}
+    given = (
+        content,
+        *(content | {"made_for": made} for made in (base, tuned, {"model": "org/named"})),
+    )
+    ids = [http.post("/v1/bit-width-maps", json=one).json()["id"] for one in given]
+    assert len(set(ids)) == len(given)
+    for map_id, one in zip(ids, given, strict=True):
+        told = http.get(f"/v1/bit-width-maps/{map_id}").json()
+        assert BitWidthMap.model_validate(told).made_for == BitWidthMap.model_validate(one).made_for
+        again = http.post("/v1/bit-width-maps", json=one).json()
+        made = one.get("made_for", {})
+        assert (again["id"], again["name"]) == (map_id, made.get("model"))
+        assert (again["shape"], again["weights"]) == (made.get("shape"), made.get("weights"))
+    for weights, found in (("e", ids[1]), ("f", ids[2])):
+        listed = http.get("/v1/bit-width-maps", params={"model": weights * 64}).json()["maps"]
+        assert [one["id"] for one in listed] == [found]
+    body = json.dumps(given[1]).encode()
+    same = upload(http, body, shape="d" * 64, weights="e" * 64).json()
+    other = upload(http, body, shape="d" * 64).json()
+    assert same["id"] == ids[1]
+    assert other["id"] not in ids
+    assert (other["shape"], other["weights"]) == ("d" * 64, None)
 
 
 def test_published_slim_llm_file_becomes_a_map(http: httpx2.Client) -> None:

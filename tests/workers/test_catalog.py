@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
+from bitmill.config.made_for import MadeFor
 from bitmill_workers.store.catalog import Catalog
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.leases import LeaseStore
-from bitmill_workers.store.tables import workers
+from bitmill_workers.store.tables import holdings, workers
 from stores import QUEUES, spec
 
 pytestmark = pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
@@ -33,6 +34,24 @@ def test_map_id_is_the_hash_of_its_content(catalog: Catalog) -> None:
     assert two.id != one.id
     assert sorted(m.id for m in catalog.maps()) == sorted([one.id, two.id])
     assert [m.id for m in catalog.maps(after=min(one.id, two.id))] == [max(one.id, two.id)]
+
+
+def test_a_map_stored_before_ids_told_models_apart_stays_what_it_was(
+    catalog: Catalog, database: Database
+) -> None:
+    content = {"linears": {"a": "33"}}
+    first = MadeFor(shape="a" * 64, weights="b" * 64, model="org/base")
+    second = MadeFor(shape="a" * 64, weights="c" * 64, model="org/tuned")
+    old = catalog.add_map(content, name="org/base")
+    told = {"shape": first.shape, "weights": first.weights}
+    with database.write() as conn:
+        conn.execute(sa.update(holdings).where(holdings.c.id == old.id).values(told))
+    other = catalog.add_map(content, name="org/tuned", model=second)
+    assert other.id != old.id
+    assert other.parsed().made_for == second
+    kept = catalog.map(old.id)
+    assert kept is not None
+    assert kept.parsed().made_for == first
 
 
 def test_worker_is_live_for_a_minute_and_shows_its_job(

@@ -67,14 +67,19 @@ class Catalog:
         tenant: str = LOCAL,
         model: MadeFor | None = None,
     ) -> MapRecord:
-        """Store a bit-width map under the hash of its content; model: that it is of."""
-        map_id = sha256_json(content)[:32]
-        self._insert_once(bit_width_maps, {"id": map_id, "name": name, "map": content}, tenant)
-        if model is not None and model.shape is not None:
+        """Store a bit-width map under the hash of its content and of the model that it is of.
+
+        content: without `made_for`, which is what model says.
+        """
+        told = {} if model is None else model.model_dump(mode="json", exclude_none=True)
+        stored = content | {"made_for": told} if told else content
+        map_id = sha256_json(stored)[:32]
+        self._insert_once(bit_width_maps, {"id": map_id, "name": name, "map": stored}, tenant)
+        fingerprint = {half: told[half] for half in ("shape", "weights") if half in told}
+        if fingerprint:
             mine = (holdings.c.kind == "map", holdings.c.id == map_id, holdings.c.tenant == tenant)
             with self.database.write() as conn:
-                told = model.model_dump(include={"shape", "weights"}, exclude_none=True)
-                conn.execute(sa.update(holdings).where(*mine).values(told))
+                conn.execute(sa.update(holdings).where(*mine).values(fingerprint))
         record = self.map(map_id, tenant=tenant)
         assert record is not None
         return record

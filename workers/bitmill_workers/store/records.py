@@ -240,8 +240,9 @@ class ProfileRecord:
 
 @dataclass(frozen=True, slots=True)
 class MapRecord:
-    """A stored bit-width map; `id` is the hash of its content. shape, weights: of the model that it
-    is of (`bitmill.plan.fingerprint`), where that is known."""
+    """A stored bit-width map; `id` is the hash of `map`, which says what it was made for where that
+    is known. shape, weights: of that model (`bitmill.plan.fingerprint`); older rows have these
+    two alone."""
 
     id: str
     name: str | None
@@ -252,8 +253,11 @@ class MapRecord:
 
     def parsed(self) -> BitWidthMap:
         """The map, with what it was made for where that is known."""
-        known = MadeFor(shape=self.shape, weights=self.weights, model=self.name)
-        return BitWidthMap.model_validate(self.map).of(known if self.shape else None)
+        found = BitWidthMap.model_validate(self.map)
+        known = found.made_for or MadeFor(shape=self.shape, weights=self.weights)
+        if known == MadeFor():
+            return found
+        return found.of(known if known.model else known.model_copy(update={"model": self.name}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,8 @@ async def upload_map(
     shape: _Hash = None,
     weights: _Hash = None,
 ) -> MapView:
-    """Store a map under the hash of its content; the same content gives the same id.
+    """Store a map under the hash of its content; the same content of the same model gives the same
+    id.
 
     A SliM-LLM file (`torch.save` of a dict) is read without executing anything in it. shape and
     weights are the fingerprint of the model that it is of, by default what `made_for` of the map
@@ -69,7 +70,9 @@ async def upload_map(
     content = found.of(None).model_dump(mode="json")
     if weights is not None and shape is None:
         raise InputError("weights without shape: give both, or shape alone", param="shape")
-    model = found.made_for if shape is None else MadeFor(shape=shape, weights=weights)
+    model = found.made_for
+    if shape is not None and (model is None or (model.shape, model.weights) != (shape, weights)):
+        model = MadeFor(shape=shape, weights=weights)
     if name is None and model is not None and model.model:
         name = model.model[:200]
     record = await run_in_threadpool(
