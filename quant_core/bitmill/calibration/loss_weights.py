@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from bitmill.calibration.gradients import GradientPass, PassSettings
+from bitmill.calibration.undersampled_experts import fill_squares
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import Plan
 from bitmill.runtime.ranks import SINGLE, Ranks
@@ -42,8 +43,8 @@ class LossWeights(NamedTuple):
     """tokens: a f32 [S, T] of mean 1, by the first of linears that read one input. rows: q f32 [N]
     by linear. Both on the CPU.
 
-    Routed experts, which see some of the tokens, have none of `tokens`, and linears without any
-    gradient none of both.
+    Routed experts, which see some of the tokens, have none of `tokens`, and of those that saw too
+    few `rows` are filled up (`undersampled_experts.py`). Linears without any gradient have none.
     """
 
     tokens: Mapping[str, Tensor]
@@ -73,6 +74,13 @@ class _Seen:
     rows: Tensor | float = 0.0
 
 
+class _Reached(NamedTuple):
+    """A linear's tokens and columns."""
+
+    tokens: int
+    columns: int
+
+
 class GradientEnergies:
     """Powers of the gradients at the outputs of one block's linears, batch by batch."""
 
@@ -96,20 +104,28 @@ class GradientEnergies:
             for name, found in self._found.items()
         }
         parts = group.gather(own)
-        tokens, rows = {}, {}
+        sizes: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
+        reached: dict[str, _Reached] = {}
+        for linear in plan.block_linears(block):
+            name = linear.name
+            none = torch.empty(0), torch.zeros(linear.rows, dtype=torch.float64)
+            found = [part[name] for part in parts if name in part]
+            of_tokens, of_rows = zip(none, *found, strict=True)
+            sizes[name], sums[name] = torch.cat(of_tokens), torch.stack(of_rows).sum(0)
+            reached[name] = _Reached(len(sizes[name]), linear.columns)
+        rows = {
+            name: (total / max(1, reached[name].tokens)).float()
+            for name, total in fill_squares(sums, reached).items()
+            if float(total.sum()) > TINY
+        }
+        tokens = {}
         for names in plan.siblings(block):
-            alike = []
-            for name in names:
-                seen = [part[name] for part in parts if name in part]
-                if not seen:
-                    continue
-                sizes = torch.cat([of_tokens for of_tokens, _ in seen])
-                if not float(sizes.mean()) > TINY:
-                    continue
-                of_rows = torch.stack([sums for _, sums in seen]).sum(0) / len(sizes)
-                rows[name] = of_rows.float()
-                if not plan.by_name[name].routed:
-                    alike.append(sizes.view(-1, length) / sizes.mean())
+            alike = [
+                sizes[name].view(-1, length) / sizes[name].mean()
+                for name in names
+                if not plan.by_name[name].routed and float(sizes[name].mean()) > TINY
+            ]
             if alike:
                 tokens[names[0]] = torch.stack(alike).mean(0)
         return LossWeights(tokens, rows)

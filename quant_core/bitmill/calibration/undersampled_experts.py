@@ -10,15 +10,16 @@ experts read the layer's own input, so H_layer is that input's. down_proj reads 
 the expert's own, so only their size carries over: H_layer = (mean of diag H) I, which is plain
 rounding with clip search where the expert saw nothing. A layer that no token reached has H = I.
 
-The loss gradients behind a row weight q_n (`sensitivity/fisher.py`) are filled up alike, but how
-often the
-expert is chosen is known: q_n is per token of the whole text, and an expert without tokens counts
-as if one had reached it.
+The loss gradients behind a row weight q_n (`sensitivity/fisher.py`, `loss_weights.py`) are filled
+up alike, or the rows that one token happens to need would take the bits of the others. How often
+the expert is chosen is known: q_n of a profile is per token of the whole text, and an expert
+without tokens counts as if one had reached it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,16 @@ from torch import Tensor
 from bitmill.calibration.hessian import HessianAccumulator
 
 _OWN_INPUTS = "down_proj"
+
+
+class Seen(Protocol):
+    """What reached a linear: how many tokens, of how many values each."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def columns(self) -> int: ...
 
 
 def expert_part(name: str) -> tuple[str, str] | None:
@@ -81,9 +92,7 @@ def _even(H: Tensor) -> Tensor:
     return torch.eye(len(H), device=H.device) * H.diagonal().mean()
 
 
-def fill_squares(
-    squares: Mapping[str, Tensor], inputs: Mapping[str, HessianAccumulator]
-) -> dict[str, Tensor]:
+def fill_squares(squares: Mapping[str, Tensor], inputs: Mapping[str, Seen]) -> dict[str, Tensor]:
     """Squared gradients summed over tokens, f64 [N] per linear; those of starved experts filled."""
     filled = dict(squares)
     for names in _layers(squares):

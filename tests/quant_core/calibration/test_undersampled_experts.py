@@ -12,6 +12,7 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 
 from bitmill.allocation.allocator import allocate
 from bitmill.calibration.hessian import HessianAccumulator
+from bitmill.calibration.loss_weights import GradientEnergies
 from bitmill.calibration.statistics import BlockState, Stream, collect
 from bitmill.calibration.undersampled_experts import fill_squares, filled_means, is_starved
 from bitmill.calibration.windows import CalibrationSet
@@ -128,6 +129,25 @@ def test_gradients_are_filled_up_and_count_as_often_as_the_expert_was_chosen() -
     filled = [(4 + 6 * per_token) / 8 * 2, 6 * per_token / 8 * 2]
     assert found[names[1]].tolist() == pytest.approx(filled)
     assert torch.equal(found[names[2]], squares[2])
+
+
+def test_rows_of_starved_experts_count_nearly_alike(model: Any) -> None:
+    """One token says little of how the loss feels each row, and none says nothing."""
+    streamed, _ = model
+    draw = torch.Generator().manual_seed(0)
+    energies, names = GradientEnergies(), [f"{LAYER}.{e}.up_proj" for e in range(3)]
+    gradients = [torch.randn(n, 96, generator=draw) for n in (0, 1, 80)]
+    for name, gradient in zip(names[1:], gradients[1:], strict=True):
+        energies.seen(name, torch.zeros(len(gradient), 64), gradient)
+    found = energies.weights(streamed.plan, 0, 40)
+    own = [(g.square() / g.norm(dim=1, keepdim=True)).sum(0).double() for g in gradients]
+    mean = float(sum(own).mean()) / 81
+    assert set(found.rows) == {f"{LAYER}.{e}.up_proj" for e in range(5)}
+    assert found.rows[names[0]].tolist() == pytest.approx([mean] * 96)
+    filled = ((own[1] + 63 * mean) / 64).float()
+    torch.testing.assert_close(found.rows[names[1]], filled)
+    torch.testing.assert_close(found.rows[names[2]], (own[2] / 80).float())
+    assert not found.tokens
 
 
 def test_refinement_counts_tokens_and_says_which_expert_starved(model: Any, tmp_path: Path) -> None:
