@@ -24,6 +24,10 @@ class ArtifactStore(Protocol):
     def prepare(self) -> None:
         """Create what must exist before the first attempt; repeating it changes nothing."""
 
+    def check(self) -> None:
+        """Raise `StorageUnavailable` where files elsewhere cannot be reached; takes seconds at most
+        and may be called often."""
+
     def attempt_folder(self, job_id: str, token: int) -> Path:
         """Local folder that the runner fills; the same on every call."""
 

@@ -21,6 +21,9 @@ class LocalArtifacts:
         """Create the folder."""
         self.root.mkdir(parents=True, exist_ok=True)
 
+    def check(self) -> None:
+        """Nothing is elsewhere."""
+
     def attempt_folder(self, job_id: str, token: int) -> Path:
         """`<root>/<job id>/<token>`; the runner's output is already in its final place."""
         return self.root / job_id / str(token)

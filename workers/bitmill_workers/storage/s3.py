@@ -8,8 +8,11 @@ garbage, so it is looked for rarely.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +30,13 @@ from bitmill_workers.storage.artifacts import PROFILES, UPLOADS
 from bitmill_workers.storage.listing import listed_files
 from bitmill_workers.store.records import Artifact
 
+CHECK_CONNECT_S, CHECK_ANSWER_S = 1, 2
+"""`check` lets the object store take so long, once: to be reached, and to answer."""
+CHECK_KEEP_S = 5.0
+"""What `check` found holds for so long."""
+
 _PART = 16 << 20
+_log = logging.getLogger(__name__)
 _FAILURES = (BotoCoreError, ClientError, boto3.exceptions.S3UploadFailedError)
 
 
@@ -50,6 +59,16 @@ class S3Artifacts:
         self._client = _client(settings, settings.s3_endpoint)
         public = settings.s3_public_endpoint
         self._signer = _client(settings, public) if public else self._client
+        self._checker = _client(
+            settings,
+            settings.s3_endpoint,
+            retries={"total_max_attempts": 1},
+            connect_timeout=CHECK_CONNECT_S,
+            read_timeout=CHECK_ANSWER_S,
+        )
+        self._check_lock = threading.Lock()
+        self._checked_at: float | None = None
+        self._check_found: StorageUnavailable | None = None
         self._transfer = TransferConfig(
             multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=4
         )
@@ -62,6 +81,17 @@ class S3Artifacts:
             return
         except _FAILURES as error:
             raise _unavailable(f"bucket {self._bucket} cannot be created", error) from error
+
+    def check(self) -> None:
+        """List one object, which every use of the bucket needs to be allowed; callers at the same
+        time share one answer, and one line of the log."""
+        with self._check_lock:
+            now = time.monotonic()
+            if self._checked_at is None or now - self._checked_at > CHECK_KEEP_S:
+                self._check_found = self._ask()
+                self._checked_at = time.monotonic()
+            if self._check_found is not None:
+                raise StorageUnavailable(self._check_found.message)
 
     def attempt_folder(self, job_id: str, token: int) -> Path:
         """A local folder; what it holds is uploaded by `publish`."""
@@ -217,6 +247,15 @@ class S3Artifacts:
         except _FAILURES as error:
             raise _unavailable(f"{kind}/{name} cannot be removed", error) from error
 
+    def _ask(self) -> StorageUnavailable | None:
+        try:
+            self._checker.list_objects_v2(Bucket=self._bucket, Prefix=f"{self._prefix}/", MaxKeys=1)
+        except _FAILURES as error:
+            away = _unavailable(f"bucket {self._bucket} cannot be listed", error)
+            _log.warning("%s", away.message)
+            return away
+        return None
+
     def _delete(self, prefix: str) -> None:
         for page in self._pages(Prefix=prefix):
             objects = [{"Key": item["Key"]} for item in page.get("Contents", [])]
@@ -246,7 +285,14 @@ class S3Artifacts:
                 yield entry["Prefix"]
 
 
-def _client(settings: Settings, endpoint: str | None) -> Any:
+_PATIENCE: dict[str, Any] = {
+    "retries": {"mode": "standard", "max_attempts": 5},
+    "connect_timeout": 5,
+    "read_timeout": 60,
+}
+
+
+def _client(settings: Settings, endpoint: str | None, **patience: Any) -> Any:
     secret = settings.s3_secret_key
     return boto3.client(
         "s3",
@@ -255,14 +301,15 @@ def _client(settings: Settings, endpoint: str | None) -> Any:
         aws_access_key_id=settings.s3_access_key,
         aws_secret_access_key=secret.get_secret_value() if secret else None,
         config=Config(
-            retries={"mode": "standard", "max_attempts": 5},
-            connect_timeout=5,
-            read_timeout=60,
             signature_version="s3v4",
             s3={"addressing_style": "path"},
+            **(_PATIENCE | patience),
         ),
     )
 
 
 def _unavailable(problem: str, error: Exception) -> StorageUnavailable:
-    return StorageUnavailable(f"{problem}: the object store answered {type(error).__name__}")
+    answer = type(error).__name__
+    if isinstance(error, ClientError):
+        answer = error.response.get("Error", {}).get("Code", answer)
+    return StorageUnavailable(f"{problem}: the object store answered {answer}")

@@ -37,9 +37,12 @@ async def healthz() -> Health:
 
 @router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
 def readyz(context: ContextDep) -> Response:
-    """200 where jobs can be taken: a database of the right version that answers, and room in the
-    data folder. Each check that failed says why. Workers are reported only."""
+    """200 where jobs can be taken: a database of the right version that answers, room in the data
+    folder, and an object store that answers where one is configured. Each check that failed says
+    why. Workers are reported only."""
     needed = {"database": _database(context), "disk": _disk(context.settings.data)}
+    if context.settings.s3_bucket is not None:
+        needed["storage"] = _storage(context)
     ready = set(needed.values()) == {"ok"}
     workers = _workers(context) if needed["database"] == "ok" else "unknown"
     body = Readiness(ready=ready, checks=needed | {"workers": workers})
@@ -71,6 +74,14 @@ def _disk(data: Path) -> str:
         )
     if not os.access(folder, os.W_OK):
         return "the data folder cannot be written to"
+    return "ok"
+
+
+def _storage(context: Context) -> str:
+    try:
+        context.artifacts.check()
+    except BitmillError:
+        return "the object store does not answer, or refuses; the service's log says more"
     return "ok"
 
 
