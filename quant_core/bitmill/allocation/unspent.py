@@ -22,18 +22,20 @@ def unspent_warning(plan: Plan, config: QuantizationConfig, chosen: BitWidthMap)
     budget = config.budget
     if budget.max_loss_increase is not None:
         return None
-    most = limit(plan, budget)
-    taken = measure_map(plan, chosen, budget.kind)
+    beside = beside_weights(plan, budget)
+    most = limit(plan, budget) + beside
+    taken = measure_map(plan, chosen, budget.kind) + beside
     if taken >= (1 - UNSPENT_SHARE) * most:
         return None
     unit = " bytes" if budget.in_bytes else ""
+    tokens = f" with {budget.batch} x {budget.context} tokens and workspace" if beside else ""
     asked = f"{budget.value:,}" if budget.in_bytes else f"{budget.value}"
-    spent, reason = footprint(plan, chosen), _reason(plan, config, most)
+    spent, reason = footprint(plan, chosen), _reason(plan, config, most - beside)
     return (
         f"budget {budget.kind} = {asked}{unit}: the map takes "
-        f"{describe(plan, budget.kind, taken)}, {100 * (most - taken) // most} % stays unspent; "
-        f"{reason}. It has {spent.code_bits:.3f} code_bits, which with scales, zero points and "
-        f"orders are {spent.bits:.3f} bits"
+        f"{describe(plan, budget.kind, taken)}{tokens}, {100 * (most - taken) // most} % stays "
+        f"unspent; {reason}. It has {spent.code_bits:.3f} code_bits, which with scales, zero "
+        f"points and orders are {spent.bits:.3f} bits"
     )
 
 

@@ -11,6 +11,8 @@ from bitmill.allocation.allocator import allocate
 from bitmill.allocation.unspent import unspent_warning
 from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.formats.accounting import footprint, measure
+from bitmill.plan.attention_cache import CacheLayer
+from bitmill.plan.serving_memory import beside_weights
 from plans import llama_plan, random_profile
 
 PLAN = llama_plan()
@@ -78,3 +80,16 @@ def test_bits_and_code_bits_explain_each_other() -> None:
     assert said is not None
     assert f"{spent.code_bits:.3f} code_bits" in said
     assert f"{spent.bits:.3f} bits" in said
+
+
+def test_memory_counts_tokens_and_workspace_as_taken() -> None:
+    budget = {"memory": 2**30, "context": 64}
+    plan = PLAN.model_copy(update={"cache": (CacheLayer(values=192),) * 3})
+    config = job(budget, method="knapsack")
+    chosen = allocate(plan, config, PROFILE)
+    said, beside = unspent_warning(plan, config, chosen), beside_weights(plan, config.budget)
+    taken = footprint(plan, chosen).size + beside
+    assert said is not None
+    assert beside > 0
+    assert f"the map takes {taken:,} bytes with 1 x 64 tokens and workspace" in said
+    assert f" {100 * (2**30 - taken) // 2**30} % stays unspent" in said

@@ -2,7 +2,8 @@
 
 The profile predicts how the loss falls with size; what it is, is measured. A step takes the
 smallest map whose predicted loss is within an aim, refines it as the job will and measures its KL
-on the held-out windows; the next aim follows from how far that was off (a secant in logarithms).
+on the held-out windows; the next aim follows from how far that was off the map's own prediction,
+which the smallest map of all may have far below the aim (a secant in logarithms).
 Where few windows were profiled the first prediction may be several times too low, so the first map
 is looked at behind a third of its blocks and, if it is far off, replaced.
 What counts is the upper end of the 95 % interval over windows. Of the maps within the target the
@@ -53,9 +54,9 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Point:
-    """aim: the predicted loss that a map was allowed; upper: end of the interval of its KL."""
+    """predicted: a map's loss by the profile; upper: end of the interval of its measured KL."""
 
-    aim: float
+    predicted: float
     upper: float
 
 
@@ -78,7 +79,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         found = allocator.within_loss(aim)
         if any(step.bit_widths == found for step in steps):
             break
-        steps.append(_measured(inputs, run, folder, steps, aim, found))
+        steps.append(_measured(inputs, run, folder, steps, found))
         if CLOSE_ENOUGH * inputs.target <= steps[-1].upper <= inputs.target:
             break
         aim = next_aim([*given_up, *steps], inputs.target)
@@ -90,7 +91,7 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         write_json(folder / NOTE_NAME, {"note": _note(best, steps, inputs.target)})
 
 
-STAGE = Stage("allocate", work, version=3, shared=True, travels=True)
+STAGE = Stage("allocate", work, version=4, shared=True, travels=True)
 
 
 def load(folder: Path) -> tuple[Allocated, str]:
@@ -109,19 +110,19 @@ def _given_up(inputs: Inputs, run: Run, folder: Path, allocator: Allocator) -> l
     record = folder / LOOK_NAME
     if run.group.broadcast(record.is_file()):
         return [Point(*point) for point in read_json(record)]
-    aim, scratch = inputs.target * MARGIN, _scratch(folder, 0)
-    found = allocator.within_loss(aim)
+    scratch = _scratch(folder, 0)
+    found = allocator.within_loss(inputs.target * MARGIN)
     first = {name: own for name, own in found.linears.items() if plan.by_name[name].block < count}
     part, whole = map(inputs.profile.predicted_loss, (first, found.linears))
     if not part:
         return []
     kl, kl_se = first_loss(inputs.refining, found, run, scratch, count)
     expected = (kl + CONFIDENCE * kl_se) * whole / part
-    points = [Point(aim, expected)] if expected > HOPELESS * inputs.target else []
+    points = [Point(whole, expected)] if expected > HOPELESS * inputs.target else []
     if run.group.first:
         if points:
             shutil.rmtree(scratch)
-        write_json(record, [[point.aim, point.upper] for point in points])
+        write_json(record, [[point.predicted, point.upper] for point in points])
     run.group.barrier()
     return points
 
@@ -131,13 +132,14 @@ def _scratch(folder: Path, step: int) -> Path:
 
 
 def _measured(
-    inputs: Inputs, run: Run, folder: Path, steps: Sequence[Step], aim: float, found: BitWidthMap
+    inputs: Inputs, run: Run, folder: Path, steps: Sequence[Step], found: BitWidthMap
 ) -> Step:
     """The next step, behind which the blocks of the best one are kept."""
     spent = footprint(inputs.refining.plan, found)
+    predicted = inputs.profile.predicted_loss(found.linears)
 
     def step_of(kl: float, kl_se: float) -> Step:
-        return Step(aim, kl + CONFIDENCE * kl_se, found, spent, kl)
+        return Step(predicted, kl + CONFIDENCE * kl_se, found, spent, kl)
 
     def is_best(kl: float, kl_se: float) -> bool:
         step = step_of(kl, kl_se)
@@ -154,14 +156,17 @@ def _best(steps: Sequence[Step], target: float) -> Step | None:
 
 
 def next_aim(steps: Sequence[Point], target: float) -> float:
-    """The predicted loss to allow next: where ln(upper), linear in ln(aim), meets the target."""
+    """The predicted loss to allow next: where ln(upper), linear in ln(predicted), meets the target.
+
+    Below that of a map beyond the target, so the same map is not found again where another is left.
+    """
     last = steps[-1]
     slope = 1.0
-    if len(steps) > 1 and steps[-2].aim != last.aim and steps[-2].upper != last.upper:
+    if len(steps) > 1 and steps[-2].predicted != last.predicted and steps[-2].upper != last.upper:
         before = steps[-2]
-        slope = math.log(last.upper / before.upper) / math.log(last.aim / before.aim)
+        slope = math.log(last.upper / before.upper) / math.log(last.predicted / before.predicted)
     wanted = MARGIN * target / max(last.upper, 1e-9)
-    return float(last.aim * wanted ** (1 / min(2.0, max(0.5, slope))))
+    return float(last.predicted * wanted ** (1 / min(2.0, max(0.5, slope))))
 
 
 def _note(best: Step, steps: Sequence[Step], target: float) -> str:
@@ -178,6 +183,7 @@ def _out_of_reach(steps: Sequence[Step], target: float) -> BudgetError:
     return BudgetError(
         f"budget max_loss_increase = {target:g} cannot be met: the nearest of {len(steps)} measured"
         f" maps takes {spent.bits:.3f} bits ({spent.size:,} bytes) and has a KL of up to "
-        f"{nearest.upper:.4g}; raise the budget, or allow larger widths or more effort",
+        f"{nearest.upper:.4g}",
         param="budget.max_loss_increase",
+        hint="Allow a greater loss, larger widths or more effort.",
     )
