@@ -62,7 +62,7 @@ OUTLIERS = 0.002
 
 MEMORY_SAMPLES_PER_SECOND = 20
 
-WEIGHTS = "token weights"
+WEIGHTS = "loss weights"
 """Units of the passes before refinement's first block, which no block's times hold."""
 
 
@@ -402,8 +402,8 @@ def seconds_of(
 def pass_of_weights(
     refine: dict[str, Any], units: list[Unit], options: argparse.Namespace, shape: Shape
 ) -> None:
-    """Adds the passes over all blocks for the tokens' weights; all but the head's part of them
-    grows with the blocks. What else refinement begins with, once, counts as it was."""
+    """Adds the passes over all blocks for weights of tokens and rows; all but the head's part of
+    them grows with the blocks. What else refinement begins with, once, counts as it was."""
     parts = added([unit.seconds for unit in units if unit.stage == WEIGHTS])
     start = sum(unit.total for unit in units if unit.stage == "refine start")
     whole = sum(parts.values())

@@ -121,9 +121,10 @@ __device__ __forceinline__ void forward(const uint32_t* from, uint32_t* to,
   }
 }
 
-// block f32 [M][columns]; steps [M]; emphasis [M], halves of a word in f32; upper f32 [columns][stride] and inverses [columns of tiles][16]
-// [16], or neither; missed [M][columns]; rows: numbers of `count` rows of tiles; history: words
-// [pairs][kHistory]; circles [count][columns of tiles][bytes].
+// block f32 [M][columns]; steps [M]; emphasis [M], halves of a word in f32; upper f32
+// [columns][stride] and inverses [columns of tiles][16][16], or neither; missed [M][columns]; rows:
+// numbers of `count` rows of tiles; history: words [pairs][kHistory]; circles [count][columns of
+// tiles][bytes].
 template <int B, int V, int P>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     encode(float* block, const float* steps, const float* emphasis, const float* upper,

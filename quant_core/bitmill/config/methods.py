@@ -24,7 +24,7 @@ from bitmill_kernels.trellis.layout import TILE
 Statistic = Literal["hessian", "shift", "gradient"]
 """What may be collected for a solver: mean x x^T of a linear's inputs, with it what its outputs
 lack for the already quantized prefix, on calibration and on held-out windows, and weights by which
-tokens count in both (`calibration/loss_weights.py`)."""
+tokens count in both and rows in a search (`calibration/loss_weights.py`)."""
 
 
 @dataclass(frozen=True)

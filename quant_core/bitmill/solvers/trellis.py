@@ -91,10 +91,8 @@ class TrellisSolver:
         upper = None if curvature is None else curvature.factor.upper
         widths = [linear.widths for linear in linears]
         with timed("solve"):
-            targets, importance = (
-                [g.target for g in goals],
-                [linear.importance for linear in linears],
-            )
+            targets = [goal.target for goal in goals]
+            importance = [linear.importance for linear in linears]
             found = encode_siblings(targets, upper, widths, ranks, importance)
         final = found
         if self.refit:
