@@ -93,8 +93,9 @@ class GradientEnergies:
         found = self._found.setdefault(name, _Seen())
         norms = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
         found.tokens.append(norms.pow(self._power))
-        counted = norms.clamp(min=TINY).pow(self._power - 2)
-        found.rows = found.rows + (gradient.float().square() * counted[:, None]).sum(0).double()
+        # Memory of the pass has room for one such copy, not for squares beside it.
+        scaled = gradient * norms.clamp(min=TINY).pow(self._power / 2 - 1)[:, None]
+        found.rows = found.rows + torch.linalg.vector_norm(scaled, dim=0).double().square()
 
     def weights(self, plan: Plan, block: int, length: int, group: Ranks = SINGLE) -> LossWeights:
         """The weights, with length T. group: ranks that saw other windows of the S; each gets the
