@@ -156,6 +156,39 @@ def with_weights(
     return StreamedLogits(model.with_matrices(matrices), replace=replace)
 
 
+class WindowCount:
+    """Windows that models have finished, of `total`: those under way by the share of their pass
+    that is done, rounded down."""
+
+    def __init__(self, on_unit: Callable[[int, int, str, str], None], total: int) -> None:
+        self._on_unit, self._total, self._finished = on_unit, total, 0
+
+    def passed(self, windows: int, message: str, done: int, steps: int) -> None:
+        """So many windows are done with `done` of `steps` equal steps; the last ends their pass."""
+        at = self._finished + windows * done // steps
+        self._on_unit(at, self._total, "window", message)
+        if done == steps:
+            self._finished = at
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A candidate's way through the windows of a text: its blocks, and as one more step of the same
+    size the comparison, which goes window by window."""
+
+    count: WindowCount
+    windows: int
+    message: str
+    blocks: int
+
+    def block(self, done: int, _: int) -> None:
+        self.count.passed(self.windows, self.message, done, self.blocks + 1)
+
+    def window(self, done: int, _: int) -> None:
+        before, steps = self.windows * self.blocks, self.windows * (self.blocks + 1)
+        self.count.passed(self.windows, self.message, before + done, steps)
+
+
 def measure(
     model: StreamedModel,
     texts: Mapping[str, Tensor],
@@ -166,21 +199,24 @@ def measure(
 ) -> list[QualityRow]:
     """Rows of the source and of every candidate on every text: windows int64 [S, T] by name.
 
-    group: ranks that divide the windows; each gets all rows. known: the source's outputs of its
-    last block [S, T, D] for this rank's windows, by text, where they have been computed before.
+    on_unit: told after every block and every window how many windows are finished, of those of
+    all texts times the models that read them. group: ranks that divide the windows; each gets all
+    rows. known: the source's outputs of its last block [S, T, D] for this rank's windows, by text,
+    where they have been computed before.
     """
     found: dict[str, dict[str, TextQuality]] = {name: {} for name in ("source", *candidates)}
+    shards = {text: group.shard(windows) for text, windows in texts.items()}
+    passes = len(candidates) + (known is None)
+    count = WindowCount(on_unit, passes * sum(len(own) for own in shards.values()))
     for text, windows in texts.items():
-        own = group.shard(windows)
+        own = shards[text]
         outputs = None if known is None else (own, known[text])
-        reference = StreamedLogits(model, remember=True, known=outputs)
+        on_block = partial(count.passed, len(own), f"source on {text}")
+        reference = StreamedLogits(model, remember=True, known=outputs, on_block=on_block)
         for name, candidate in candidates.items():
-            message = f"{name} on {text}"
+            told = _Pass(count, len(own), f"{name} on {text}", model.block_count)
             measured = perplexity_and_kl(
-                reference,
-                candidate.logits,
-                own,
-                on_window=partial(_report_window, on_unit, message),
+                reference, candidate.logits.watched(told.block), own, on_window=told.window
             ).gathered(group, len(windows))
             found[name][text] = measured.candidate()
             found["source"][text] = measured.source()
@@ -205,12 +241,6 @@ def _gap(texts: Sequence[TextQuality]) -> float | None:
     if len(texts) < 2 or texts[0].loss_increase <= 0:
         return None
     return texts[-1].loss_increase / texts[0].loss_increase
-
-
-def _report_window(
-    on_unit: Callable[[int, int, str, str], None], message: str, done: int, total: int
-) -> None:
-    on_unit(done, total, "window", message)
 
 
 def _as_packed(folder: Path, source: Path, scratch: Path) -> Path:

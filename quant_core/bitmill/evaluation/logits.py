@@ -68,6 +68,16 @@ class StreamedLogits:
         self._remember = remember
         self._last = known
 
+    def watched(self, on_block: Callable[[int, int], None]) -> StreamedLogits:
+        """The same model, which tells of its blocks."""
+        return StreamedLogits(
+            self._model,
+            replace=self._replace,
+            on_block=on_block,
+            remember=self._remember,
+            known=self._last,
+        )
+
     def last_block(self, tokens: Tensor) -> Tensor:
         """Its outputs [S, T, D] for windows i64 [S, T], on the CPU."""
         if self._last is not None and torch.equal(self._last[0], tokens):

@@ -153,6 +153,40 @@ def test_a_map_outside_the_profile_has_no_prediction(source: Path) -> None:
     assert rows[1].texts[WIKI].loss_increase == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("is_known", [False, True])
+def test_progress_moves_with_the_blocks_over_all_texts_and_models(
+    source: Path, is_known: bool
+) -> None:
+    same = BitWidthMap(linears={"model.layers.0.mlp.up_proj": (3, 3)})
+    _, plan = plan_for_map(source, same)
+    model = StreamedModel(source, plan, device=torch.device("cpu"), dtype=torch.float32)
+    sizes = {"a": 6, "b": 3}
+    texts = {name: torch.arange(size * 8).reshape(size, 8) % 50 for name, size in sizes.items()}
+    outputs = {name: StreamedLogits(model).last_block(text) for name, text in texts.items()}
+    candidates = {name: Candidate(same, StreamedLogits(model), plan) for name in ("one", "two")}
+    told: list[tuple[int, int, str, str]] = []
+    measure(
+        model, texts, candidates, lambda *now: told.append(now), known=outputs if is_known else None
+    )
+    blocks = model.block_count
+    passes = [] if is_known else ["source"]
+    assert {now[1:3] for now in told} == {((len(passes) + 2) * 9, "window")}
+    counts = [now[0] for now in told]
+    assert counts == sorted(counts)
+    assert counts[-1] == told[-1][1]
+    before = 0
+    for text, size in sizes.items():
+        for name in (*passes, "one", "two"):
+            steps = blocks if name == "source" else blocks + 1
+            compared = 0 if name == "source" else size
+            expected = [size * i // steps for i in range(1, blocks + 1)] + [
+                (size * blocks + i) // steps for i in range(1, compared + 1)
+            ]
+            of_pass = [now[0] - before for now in told if now[3] == f"{name} on {text}"]
+            assert of_pass == expected
+            before += size
+
+
 def test_the_published_folder_reports_its_profile(job: Result, tmp_path: Path) -> None:
     assert "profile_summary.json" in read_manifest(job.folder).files
     summary = ProfileSummary.load(job.folder / "profile_summary.json")

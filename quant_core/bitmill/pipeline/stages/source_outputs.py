@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bitmill.evaluation.compare import WindowCount
 from bitmill.evaluation.logits import StreamedLogits
 from bitmill.pipeline.source import Model
 from bitmill.pipeline.stage import Environment, Run, Stage
@@ -33,10 +35,11 @@ class Inputs:
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
     """Every rank writes a file."""
     model = run.open_model(inputs.model.folder, inputs.plan)
-    outputs = {}
-    for done, (text, windows) in enumerate(inputs.windows.items()):
-        run.on_unit(done, len(inputs.windows), "text", f"source on {text}")
-        outputs[text] = StreamedLogits(model).last_block(run.group.shard(windows))
+    outputs, own = {}, {text: run.group.shard(all_) for text, all_ in inputs.windows.items()}
+    count = WindowCount(run.on_unit, sum(len(windows) for windows in own.values()))
+    for text, windows in own.items():
+        on_block = partial(count.passed, len(windows), f"source on {text}")
+        outputs[text] = StreamedLogits(model, on_block=on_block).last_block(windows)
     save_file(outputs, _file(folder, run.group))
 
 
