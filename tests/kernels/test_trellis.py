@@ -214,13 +214,14 @@ def test_emphasis_has_a_product_of_1_in_pairs_and_bounds():
 
 @pytest.mark.parametrize("encode", [*CAPABILITIES, "usual", "plain"])
 @pytest.mark.parametrize("rate", [3, 8])
-def test_targets_far_from_all_values_get_the_nearest(rate, encode, without_halves):
+@pytest.mark.parametrize("emphasis", [None, emphasized(2)], ids=["alike", "emphasized"])
+def test_targets_far_from_all_values_get_the_nearest(rate, emphasis, encode, without_halves):
     """No cost of theirs overflows, nor spoils what comes behind."""
     if encode in CAPABILITIES:
         without_halves(encode)
     wanted = targets(rate, 2)
     wanted[:, [0, 7, 100, 255]] *= 1e4
-    circles = (encode_reference if encode == "plain" else encode_tiles)(wanted, rate)
+    circles = (encode_reference if encode == "plain" else encode_tiles)(wanted, rate, emphasis)
     found = in_sequence(decode_tiles(circles, rate)).float()
     far = wanted.abs() > 100
     assert (found[far] * wanted[far].sign() > 1.5).all()
