@@ -16,6 +16,7 @@ from starlette.responses import StreamingResponse
 
 from bitmill.errors import InputError, VerificationError
 from bitmill.io.atomic import sha256_file
+from bitmill.io.manifest import write_manifest
 from bitmill_service.api.files import StoredFile, file_response
 from bitmill_service.client.download import Download, download_files, safe_target, select
 from bitmill_service.client.errors import ServiceError, Unreachable
@@ -136,15 +137,36 @@ def test_part_with_wrong_bytes_is_thrown_away(
     assert (out / "model.bin").read_bytes() == b"right" * 1000
 
 
-def test_changed_file_is_fetched_again(
+def test_changed_file_of_an_earlier_result_is_fetched_again(
     server: Unreliable, http: httpx2.Client, tmp_path: Path
 ) -> None:
-    file = server.add("model.bin", b"new" * 100)
+    file = server.add("sub/model.bin", b"new" * 100)
+    out = tmp_path / "out"
+    (out / "sub").mkdir(parents=True)
+    (out / "sub/model.bin").write_bytes(b"old" * 100)
+    write_manifest(out)
+    assert fetch(http, [file], out).fetched == ("sub/model.bin",)
+    assert (out / "sub/model.bin").read_bytes() == b"new" * 100
+
+
+@pytest.mark.parametrize("beside", ["nothing", "a result without it", "no manifest of ours"])
+def test_a_file_of_the_users_is_never_replaced(
+    server: Unreliable, http: httpx2.Client, tmp_path: Path, beside: str
+) -> None:
+    files = [server.add("a.bin", b"a"), server.add("sub/config.json", b"{}")]
     out = tmp_path / "out"
     out.mkdir()
-    (out / "model.bin").write_bytes(b"old" * 100)
-    assert fetch(http, [file], out).fetched == ("model.bin",)
-    assert (out / "model.bin").read_bytes() == b"new" * 100
+    if beside == "a result without it":
+        write_manifest(out)
+    elif beside == "no manifest of ours":
+        (out / "MANIFEST.json").write_text("sub/config.json")
+    (out / "sub").mkdir()
+    (out / "sub/config.json").write_text("mine")
+    with pytest.raises(InputError, match=r"config\.json is not replaced.*another folder") as error:
+        fetch(http, files, out)
+    assert error.value.code == "output_exists"
+    assert (out / "sub/config.json").read_text() == "mine"
+    assert not (out / "a.bin").exists()
 
 
 def test_bytes_that_never_match_the_manifest_are_refused(

@@ -27,11 +27,10 @@ def check_result(target: Path, *, param: str = "out") -> None:
     entries = sorted(path for path in target.rglob("*") if path.is_symlink() or not path.is_dir())
     if not entries and not any(target.iterdir()):
         return
-    try:
-        known = {*read_manifest(target).files, MANIFEST_NAME, SUMS_NAME}
-    except FormatError:
+    known = result_names(target)
+    if not known:
         first = next(iter(sorted(target.iterdir())))
-        raise _occupied(target, first.name, param) from None
+        raise _occupied(target, first.name, param)
     for path in entries:
         name = path.relative_to(target).as_posix()
         if path.is_symlink() or name not in known:
@@ -40,6 +39,14 @@ def check_result(target: Path, *, param: str = "out") -> None:
         name = folder.relative_to(target).as_posix()
         if not any(file.startswith(f"{name}/") for file in known):
             raise _occupied(target, f"{name}/", param)
+
+
+def result_names(folder: Path) -> frozenset[str]:
+    """Paths of the files of an earlier result in `folder`; empty where no manifest lists them."""
+    try:
+        return frozenset({*read_manifest(folder).files, MANIFEST_NAME, SUMS_NAME})
+    except FormatError:
+        return frozenset()
 
 
 def check_kept(target: Path, is_own: Callable[[str], bool], *, param: str) -> None:

@@ -59,6 +59,13 @@ class UploadRecord:
     created_by: str | None
     expires_at: float
 
+    def missing(self, came: Mapping[str, Sequence[int]]) -> int:
+        """Bytes that have not come. came: numbers of the parts that have, by path."""
+        if self.state == "complete":
+            return 0
+        sent = (file.part_size(n) for file in self.files for n in came.get(file.path, ()))
+        return self.size - sum(sent)
+
     def file(self, path: str) -> UploadFile | None:
         """The announced file of this exact path, or None."""
         return next((file for file in self.files if file.path == path), None)
@@ -69,6 +76,13 @@ class UploadStore:
 
     def __init__(self, database: Database) -> None:
         self.database = database
+
+    def find(self, files: Sequence[UploadFile], *, tenant: str) -> UploadRecord | None:
+        """The tenant's upload of these files, or None."""
+        same = (uploads.c.tenant == tenant, uploads.c.digest == sha256_json(_told(files)))
+        with self.database.read() as conn:
+            row = conn.execute(sa.select(uploads).where(*same)).one_or_none()
+        return None if row is None else _record(row)
 
     def announce(
         self,
@@ -83,7 +97,7 @@ class UploadStore:
 
         Raises `QuotaExceeded` (code `quota_bytes`) where the tenant would keep more than it may.
         """
-        told = [[f.path, f.size, f.sha256] for f in sorted(files, key=lambda f: f.path)]
+        told = _told(files)
         digest, size = sha256_json(told), sum(f.size for f in files)
         same = (uploads.c.tenant == tenant, uploads.c.digest == digest)
         values = {
@@ -216,6 +230,10 @@ class UploadStore:
                 if not dry_run:
                     conn.execute(sa.delete(uploads).where(gone))
         return tuple(over)
+
+
+def _told(files: Sequence[UploadFile]) -> list[list[Any]]:
+    return [[f.path, f.size, f.sha256] for f in sorted(files, key=lambda f: f.path)]
 
 
 def _row(

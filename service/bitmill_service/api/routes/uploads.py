@@ -22,6 +22,7 @@ from bitmill_service.http.problems import ProblemError
 from bitmill_service.schemas import UploadList, UploadRequest, UploadView
 from bitmill_workers.errors import UploadNotFound
 from bitmill_workers.execution.fetch import check_names
+from bitmill_workers.settings import Settings
 from bitmill_workers.storage.artifacts import UPLOADS
 from bitmill_workers.storage.uploads import UploadFolder, reopen_lost
 from bitmill_workers.store.uploads import UploadFile, UploadRecord
@@ -47,18 +48,15 @@ _BYTES = {
 def create_upload(request: UploadRequest, context: ContextDep, caller: PrincipalDep) -> UploadView:
     """Announce files. The same files give the same upload again, with the parts it has.
 
-    A complete one whose files are gone on the server is open again.
+    A complete one whose files are gone on the server is open again. 507 where what has not come
+    does not fit on the disk.
     """
     files = [UploadFile(file.path, file.size, file.sha256) for file in request.files]
     _check_paths([file.path for file in files])
     quota, settings = quota_of(context, caller), context.settings
-    settings.data.mkdir(parents=True, exist_ok=True)
-    size, free = sum(file.size for file in files), shutil.disk_usage(settings.data).free
-    if size * 1.1 > free:
-        raise ResourceError(
-            f"the upload has {size:,} bytes and {free:,} are free: ask the service's operator",
-            code="disk_full",
-        )
+    is_new = context.uploads.find(files, tenant=caller.tenant) is None
+    if is_new:  # before it is written down
+        _check_room(settings, sum(file.size for file in files))
     record = context.uploads.announce(
         files,
         tenant=caller.tenant,
@@ -67,7 +65,10 @@ def create_upload(request: UploadRequest, context: ContextDep, caller: Principal
         most_bytes=None if quota is None else quota.bytes,
     )
     record = reopen_lost(settings, context.artifacts, context.uploads, record)
-    return upload_view(record, context.uploads.received(record.id))
+    came = context.uploads.received(record.id)
+    if not is_new:
+        _check_room(settings, record.missing(came))
+    return upload_view(record, came)
 
 
 @router.get("", response_model=UploadList)
@@ -200,6 +201,18 @@ def _settle(context: Context, folder: UploadFolder, record: UploadRecord) -> Non
 def _remove(context: Context, upload_id: str) -> None:
     context.artifacts.remove_folder(UPLOADS, upload_id)
     UploadFolder(context.settings, upload_id).remove()
+
+
+def _check_room(settings: Settings, missing: int) -> None:
+    """Raise `ResourceError` where so many bytes, and a tenth of them, are not free."""
+    settings.data.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(settings.data).free
+    if missing * 1.1 > free:
+        raise ResourceError(
+            f"{missing:,} bytes of the upload are to come and {free:,} are free: ask the service's "
+            "operator",
+            code="disk_full",
+        )
 
 
 def _check_paths(paths: list[str]) -> None:
