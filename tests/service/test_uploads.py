@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import struct
+import subprocess
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -281,6 +282,42 @@ def test_announcements_that_break_a_rule_are_refused(
 def test_more_than_the_disk_holds_is_refused(http: httpx2.Client) -> None:
     answer = announce(http, {"model.safetensors": b"x"}, size=2**49)
     assert (answer.status_code, code(answer)) == (507, "disk_full")
+
+
+def test_only_what_has_not_come_has_to_fit_on_the_disk(
+    small_disk: Path, files: dict[str, bytes]
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
+    app = create_app(ServiceSettings(data=small_disk))
+    upgrade(app.state.context.database)
+    weights, filler = files["model.safetensors"], small_disk / "filler"
+
+    def fill() -> None:
+        filler.unlink(missing_ok=True)
+        filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - (4 << 20)))
+
+    with serve(app) as url, httpx2.Client(base_url=url, timeout=60) as http:
+        upload = announce(http, files).json()["id"]
+        assert put(http, upload, "model.safetensors", weights[:PART_BYTES]).status_code == 204
+        fill()
+        others = announce(http, {"model.safetensors": weights})
+        assert (others.status_code, code(others)) == (507, "disk_full")
+        assert [one["id"] for one in http.get("/v1/uploads").json()["uploads"]] == [upload]
+        assert announce(http, files).json()["id"] == upload
+        assert put(http, upload, "config.json", b"{}").status_code == 204
+        rest = put(http, upload, "model.safetensors", weights[PART_BYTES:], part=1)
+        assert rest.status_code == 204
+        for state in ("open", "complete"):
+            told = announce(http, files)
+            assert (told.status_code, told.json()["state"]) == (201, state)
+            assert http.post(f"/v1/uploads/{upload}/complete").status_code == 200
+        (small_disk / "uploads" / upload / "model.safetensors").unlink()
+        fill()
+        lost = announce(http, files)
+        assert (lost.status_code, code(lost)) == (507, "disk_full")
+        assert lost.json()["detail"].startswith(f"{len(weights):,} bytes of the upload are to come")
+        filler.unlink()
+        assert announce(http, files).json()["state"] == "open"
 
 
 def test_parts_that_are_not_what_they_say_are_refused_and_change_nothing(

@@ -1,8 +1,10 @@
 """Download a finished job's files: verified, resumable across runs, in parallel.
 
 A file is written to `.<name>.<first 12 digits of its SHA-256>.part`, checked against the manifest's
-size and SHA-256 and renamed; what is already there and matches is not fetched again. A part is
-continued with `Range` and `If-Range`, where the entity tag is the file's SHA-256.
+size and SHA-256 and renamed; what is already there and matches is not fetched again. What is there
+and differs is replaced where a manifest beside it lists it, as one of an earlier result; anything
+else is the user's. A part is continued with `Range` and `If-Range`, where the entity tag is the
+file's SHA-256.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import httpx2
 
 from bitmill.errors import InputError, VerificationError, reason
 from bitmill.io.atomic import disk_errors, sha256_file
+from bitmill.io.targets import result_names
 from bitmill_service.client.errors import ServiceError, Unreachable, raise_for_problem
 from bitmill_service.client.retries import RETRY_STATUS, Retries, Waiting, retry_after
 from bitmill_service.schemas import FileView
@@ -345,8 +348,9 @@ def download_files(
 ) -> Download:
     """Bring every file into `folder`, `parallel` at a time.
 
-    Raises what the first failing file raised; files that were finished stay and are skipped the
-    next time. `on_bytes` may be called from several threads.
+    Raises `InputError` before anything is fetched where a file would replace one of the user's, and
+    what the first failing file raised; files that were finished stay and are skipped the next time.
+    `on_bytes` may be called from several threads.
     """
     check_folder(folder)
     targets = [(file, safe_target(folder, file.path)) for file in files]
@@ -356,7 +360,19 @@ def download_files(
                 raise _in_the_way(target)
     with _file_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        # Before they are compared: another download may bring a file meanwhile.
+        there = [(file.path, target) for file, target in targets if target.exists()]
         skipped = [file.path for file, target in targets if is_complete(file, target)]
+        own = result_names(folder)
+    for path, target in there:
+        if path not in own and path not in skipped:
+            raise InputError(
+                f"{target} is not replaced: it differs from the file to download, and no manifest "
+                "beside it lists it as one of an earlier result; choose another folder, or move it "
+                "away",
+                code="output_exists",
+                param=str(target),
+            )
     stop = threading.Event()
     # Its own client, because the service's credentials are not for the object store.
     with (
