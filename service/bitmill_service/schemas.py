@@ -337,13 +337,14 @@ class PlanView(View):
 class ProfileView(View):
     """A stored sensitivity profile; `id` is the hash of what it was made from.
 
-    widths, linears and groups are counted when one profile is asked for, not in lists.
+    model, settings: of the caller's own job that made the same, null where that is unknown. widths,
+    linears and groups are counted when one profile is asked for, not in lists.
     """
 
     id: str
     created_at: datetime
-    model: str
-    settings: dict[str, Any]
+    model: str | None = None
+    settings: dict[str, Any] | None = None
     widths: tuple[int, ...] | None = None
     linears: int | None = None
     groups: int | None = None
@@ -397,6 +398,7 @@ class AllocationView(View):
 class MapView(View):
     """A stored bit-width map; `id` is its content hash, `histogram` counts groups per width.
 
+    name: what the caller calls it, whatever others call the same.
     shape, weights: fingerprint of the model that it is of, where that is known.
     """
 

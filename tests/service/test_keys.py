@@ -17,6 +17,8 @@ from typing import Any
 import httpx2
 import pytest
 
+from bitmill.allocation.profiled import ProfiledModel
+from bitmill.config.made_for import MadeFor
 from bitmill.errors import InputError
 from bitmill_service.client.client import Client
 from bitmill_service.client.credentials import find_key, keep_key
@@ -30,6 +32,7 @@ from bitmill_workers.store.db import Database
 from bitmill_workers.store.keys import KeyStore
 from bitmill_workers.store.migrate import upgrade
 from finished import Stack, spec_json
+from plans import llama_plan, random_profile
 from servers import free_port, listens
 from serving import serve
 
@@ -204,6 +207,61 @@ def test_maps_of_others_are_not_there(guarded: Guarded) -> None:
         assert http.post("/v1/bit-width-maps", json=content).json()["id"] == made
     with guarded.http(guarded.reader) as http:
         assert http.get(f"/v1/bit-width-maps/{made}").status_code == 200
+
+
+def two_tenants(guarded: Guarded) -> tuple[str, str]:
+    """Keys of alice and bob, each of a tenant of its own."""
+    make = guarded.context.keys.store.create
+    alice, bob = (make(name, scopes=["read", "submit"])[0] for name in ("alice", "bob"))
+    return alice, bob
+
+
+def test_who_stores_the_same_map_reads_its_own_name(guarded: Guarded) -> None:
+    content = {"linears": {"shared": "334"}}
+    alice, bob = two_tenants(guarded)
+    told = {}
+    for key, params in ((alice, {"name": "secret label of alice"}), (bob, {})):
+        with guarded.http(key) as http:
+            told[key] = http.post("/v1/bit-width-maps", json=content, params=params).json()
+    assert told[bob]["id"] == told[alice]["id"]
+    assert (told[alice]["name"], told[bob]["name"]) == ("secret label of alice", None)
+    assert told[bob]["created_at"] > told[alice]["created_at"]
+    with guarded.http(bob) as http:
+        named = http.post("/v1/bit-width-maps", json=content, params={"name": "of bob"}).json()
+        assert named == told[bob] | {"name": "of bob"}
+        assert http.get("/v1/bit-width-maps").json()["maps"] == [named]
+    with guarded.http(alice) as http:
+        assert http.get("/v1/bit-width-maps").json()["maps"] == [told[alice]]
+    with guarded.http(guarded.admin) as http:
+        maps = http.get("/v1/bit-width-maps").json()["maps"]
+        assert [one for one in maps if one["id"] == named["id"]] == [told[alice]]
+    with guarded.http(alice) as http:
+        assert http.delete(f"/v1/bit-width-maps/{named['id']}").status_code == 204
+    with guarded.http(guarded.admin) as http:
+        maps = http.get("/v1/bit-width-maps").json()["maps"]
+        assert [one for one in maps if one["id"] == named["id"]] == [named]
+
+
+def test_who_makes_the_same_profile_reads_its_own_words(guarded: Guarded) -> None:
+    plan = llama_plan(blocks=1)
+    profile = random_profile(plan, widths=(2, 3, 4))
+    folder = guarded.context.settings.profiles_folder / profile.key
+    made_for = MadeFor(shape="a" * 64, weights="b" * 64, model="alice/secret")
+    ProfiledModel(profile, plan, made_for).save(folder)
+    add = guarded.context.catalog.add_profile
+    for tenant, model in (("alice", "alice/secret"), ("bob", "bob/own")):
+        add(profile.key, model=model, settings={"model": model}, path=profile.key, tenant=tenant)
+    for key, model in zip(two_tenants(guarded), ("alice/secret", "bob/own"), strict=True):
+        with guarded.http(key) as http:
+            one = http.get(f"/v1/profiles/{profile.key}").json()
+            assert (one["model"], one["settings"]) == (model, {"model": model})
+            (listed,) = http.get("/v1/profiles").json()["profiles"]
+            assert (listed["model"], listed["settings"]) == (model, {"model": model})
+            body = {"budget": {"code_bits": 3}}
+            made = http.post(f"/v1/profiles/{profile.key}/allocate", json=body).json()["map"]
+            assert made["made_for"] == made_for.model_dump() | {"model": model}
+            page = http.get(f"/ui/profiles/{profile.key}").text
+            assert model in page
 
 
 def test_the_same_idempotency_key_of_two_tenants_makes_two_jobs(guarded: Guarded) -> None:

@@ -10,6 +10,7 @@ from alembic.migration import MigrationContext
 from bitmill.errors import ModelError
 from bitmill_workers.errors import StoreUnavailable
 from bitmill_workers.settings import Settings
+from bitmill_workers.store.catalog import Catalog
 from bitmill_workers.store.db import Database
 from bitmill_workers.store.jobs import JobStore
 from bitmill_workers.store.leases import LeaseStore
@@ -58,6 +59,47 @@ def test_failed_job_of_the_first_version_is_still_read(database: Database) -> No
         "param": "model",
         "hint": None,
     }
+
+
+def test_words_of_a_shared_row_stay_with_a_sole_holder_alone(database: Database) -> None:
+    catalog = Catalog(database)
+    spoken = {"model": "alice/secret", "settings": {"seed": 1}}
+    for tenants in (["alice"], ["alice", "bob"]):
+        last = tenants[-1]
+        for tenant in tenants:
+            catalog.add_map({"linears": {last: "3"}}, name="secret", tenant=tenant)
+            catalog.add_profile(last, path=last, tenant=tenant, **spoken)
+    before = {tenant: catalog.maps(tenant=tenant) for tenant in ("alice", "bob")}
+    downgrade(database, "0012")
+    for table, name in (("bit_width_maps", "name"), ("profiles", "model")):
+        with database.read() as conn:
+            rows = conn.execute(sa.text(f"SELECT {name}, created_at FROM {table}")).all()
+        assert all(row.created_at > 0 for row in rows)
+        assert sorted("secret" in str(row) for row in rows) == [False, True]  # of the sole holder
+    # as 0012 stored it: words of the first for all who have the same
+    with database.write() as conn:
+        conn.execute(sa.text("UPDATE bit_width_maps SET name = 'secret'"))
+        conn.execute(sa.text("UPDATE profiles SET model = 'alice/secret'"))
+    upgrade(database)
+    for tenant, held in before.items():
+        for old in held:
+            new = catalog.map(old.id, tenant=tenant)
+            assert new is not None
+            assert new.created_at > 0
+            assert new.name == ("secret" if old.map == {"linears": {"alice": "3"}} else None)
+    alone, alices, bobs = (
+        catalog.profile(profile, tenant=tenant)
+        for profile, tenant in (("alice", "alice"), ("bob", "alice"), ("bob", "bob"))
+    )
+    assert alone is not None
+    assert (alone.model, alone.settings) == ("alice/secret", {"seed": 1})
+    for unknown in (alices, bobs):
+        assert unknown is not None
+        assert (unknown.model, unknown.settings) == (None, None)
+    catalog.add_profile("bob", model="bob/own", settings={"seed": 2}, path="bob", tenant="bob")
+    again = catalog.profile("bob", tenant="bob")
+    assert again is not None
+    assert (again.model, again.settings) == ("bob/own", {"seed": 2})
 
 
 def test_wrong_schema_is_refused(settings: Settings) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitmill.allocation.allocator import Allocator
 from bitmill.allocation.profiled import ProfiledModel
@@ -38,13 +38,18 @@ def find_profile(context: Context, caller: Principal, profile_id: str) -> Profil
 def open_profile(context: Context, caller: Principal, profile_id: str) -> StoredProfile:
     """Fetch a profile where it lies elsewhere, and read it.
 
-    Raises as `find_profile` does, and `FormatError` where it is damaged.
+    Its model is called what the caller's job calls it; the files have the name of whoever was
+    first. Raises as `find_profile` does, and `FormatError` where it is damaged.
     """
     record = find_profile(context, caller, profile_id)
     root = context.settings.profiles_folder
     root.mkdir(parents=True, exist_ok=True)
     context.artifacts.fetch_folder(PROFILES, record.id, root / record.id)
-    return StoredProfile(record, ProfiledModel.load(root / record.path))
+    model = ProfiledModel.load(root / record.path)
+    if model.made_for is not None:
+        named = model.made_for.model_copy(update={"model": record.model})
+        model = replace(model, made_for=named)
+    return StoredProfile(record, model)
 
 
 def reallocate(stored: StoredProfile, request: schemas.AllocationRequest) -> schemas.AllocationView:

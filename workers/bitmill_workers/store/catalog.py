@@ -26,6 +26,7 @@ LOCAL = "local"
 """The tenant of a service without keys."""
 
 _KINDS: dict[str, Literal["profile", "map"]] = {"profiles": "profile", "bit_width_maps": "map"}
+_OF_MAPS = ("name", "shape", "weights")
 
 
 class Catalog:
@@ -43,20 +44,27 @@ class Catalog:
         path: str,
         tenant: str = LOCAL,
     ) -> None:
-        """Register a profile; one with the same content is already there and stays."""
-        row = {"id": profile_id, "model": model, "settings": settings, "path": path}
-        self._insert_once(profiles, row, tenant)
+        """Register a profile, which is stored once by content.
+
+        model, settings: what the tenant's job calls it; what its holding says already stays.
+        """
+        said = {"model": model, "settings": settings}
+        self._insert_once(profiles, {"id": profile_id, "path": path}, tenant, said)
 
     def profile(self, profile_id: str, *, tenant: str | None = None) -> ProfileRecord | None:
         """One profile, or None, also where it is another tenant's."""
-        row = self._one(profiles, profile_id, tenant)
+        query = _held(profiles, tenant, "model", "settings").where(profiles.c.id == profile_id)
+        with self.database.read() as conn:
+            row = conn.execute(query).one_or_none()
         return None if row is None else ProfileRecord(**row._mapping)
 
     def profiles(
         self, *, tenant: str | None = None, limit: int = 50, after: str | None = None
     ) -> tuple[ProfileRecord, ...]:
         """Profiles by id; `after` is the last id of a former page."""
-        rows = self._page(profiles, tenant, limit, after)
+        query = _page(_held(profiles, tenant, "model", "settings"), profiles, limit, after)
+        with self.database.read() as conn:
+            rows = conn.execute(query).all()
         return tuple(ProfileRecord(**row._mapping) for row in rows)
 
     def add_map(
@@ -69,24 +77,21 @@ class Catalog:
     ) -> MapRecord:
         """Store a bit-width map under the hash of its content and of the model that it is of.
 
-        content: without `made_for`, which is what model says.
+        content: without `made_for`, which is what model says. name: what this tenant calls it; a
+        name that its holding has already stays.
         """
         told = {} if model is None else model.model_dump(mode="json", exclude_none=True)
         stored = content | {"made_for": told} if told else content
         map_id = sha256_json(stored)[:32]
-        self._insert_once(bit_width_maps, {"id": map_id, "name": name, "map": stored}, tenant)
-        fingerprint = {half: told[half] for half in ("shape", "weights") if half in told}
-        if fingerprint:
-            mine = (holdings.c.kind == "map", holdings.c.id == map_id, holdings.c.tenant == tenant)
-            with self.database.write() as conn:
-                conn.execute(sa.update(holdings).where(*mine).values(fingerprint))
+        said = {"name": name, "shape": told.get("shape"), "weights": told.get("weights")}
+        self._insert_once(bit_width_maps, {"id": map_id, "map": stored}, tenant, said)
         record = self.map(map_id, tenant=tenant)
         assert record is not None
         return record
 
     def map(self, map_id: str, *, tenant: str | None = None) -> MapRecord | None:
         """One stored map, or None, also where it is another tenant's."""
-        query = _maps(tenant).where(bit_width_maps.c.id == map_id)
+        query = _held(bit_width_maps, tenant, *_OF_MAPS).where(bit_width_maps.c.id == map_id)
         with self.database.read() as conn:
             row = conn.execute(query).one_or_none()
         return None if row is None else MapRecord(**row._mapping)
@@ -101,15 +106,10 @@ class Catalog:
     ) -> tuple[MapRecord, ...]:
         """Stored maps by id; `after` is the last id of a former page. model: one half of the
         fingerprint of the model that they are to be of."""
-        query = _maps(tenant).order_by(bit_width_maps.c.id).limit(max(1, min(limit, 200)))
-        if after is not None:
-            query = query.where(bit_width_maps.c.id > after)
+        held = _held(bit_width_maps, tenant, *_OF_MAPS)
+        query = _page(held, bit_width_maps, limit, after)
         if model is not None:
-            query = query.having(
-                sa.or_(
-                    sa.func.max(holdings.c.shape) == model, sa.func.max(holdings.c.weights) == model
-                )
-            )
+            query = query.where(sa.or_(holdings.c.shape == model, holdings.c.weights == model))
         with self.database.read() as conn:
             rows = conn.execute(query).all()
         return tuple(MapRecord(**row._mapping) for row in rows)
@@ -194,25 +194,19 @@ class Catalog:
         with self.database.read() as conn:
             return read_workers(conn, LIVE_WORKERS if live else ALL_WORKERS)
 
-    def _insert_once(self, table: sa.Table, values: dict[str, Any], tenant: str) -> None:
-        owner = {"tenant": tenant, "kind": _KINDS[table.name], "id": values["id"]}
+    def _insert_once(
+        self, table: sa.Table, row: dict[str, Any], tenant: str, said: dict[str, Any]
+    ) -> None:
+        """Insert the shared row where there is none, and what this tenant says into its holding,
+        where that says nothing yet."""
+        owner = {"tenant": tenant, "kind": _KINDS[table.name], "id": row["id"]}
+        held = self.database.insert(holdings).values(owner | said | {"created_at": db_now()})
+        kept = {name: sa.func.coalesce(holdings.c[name], held.excluded[name]) for name in said}
         with self.database.write() as conn:
-            for target, row in ((table, values | {"created_at": db_now()}), (holdings, owner)):
-                conn.execute(self.database.insert(target).values(row).on_conflict_do_nothing())
-
-    def _one(self, table: sa.Table, row_id: str, tenant: str | None) -> sa.Row[Any] | None:
-        query = _held_by(sa.select(table).where(table.c.id == row_id), table, tenant)
-        with self.database.read() as conn:
-            return conn.execute(query).one_or_none()
-
-    def _page(
-        self, table: sa.Table, tenant: str | None, limit: int, after: str | None
-    ) -> list[sa.Row[Any]]:
-        query = sa.select(table).order_by(table.c.id).limit(max(1, min(limit, 200)))
-        if after is not None:
-            query = query.where(table.c.id > after)
-        with self.database.read() as conn:
-            return list(conn.execute(_held_by(query, table, tenant)).all())
+            conn.execute(self.database.insert(table).values(row).on_conflict_do_nothing())
+            conn.execute(
+                held.on_conflict_do_update(index_elements=["tenant", "kind", "id"], set_=kept)
+            )
 
 
 def _refuse_worked_with(conn: sa.Connection, profile_id: str, tenant: str | None) -> None:
@@ -222,22 +216,24 @@ def _refuse_worked_with(conn: sa.Connection, profile_id: str, tenant: str | None
         raise in_use("profile", profile_id, User(row.id, row.tenant), tenant)
 
 
-def _maps(tenant: str | None) -> sa.Select[Any]:
-    """Maps that this tenant holds, or any, with what is known of their models."""
-    held = sa.and_(holdings.c.kind == "map", holdings.c.id == bit_width_maps.c.id)
-    if tenant is not None:
-        held = sa.and_(held, holdings.c.tenant == tenant)
-    known = (sa.func.max(holdings.c[name]).label(name) for name in ("shape", "weights"))
-    return (
-        sa.select(bit_width_maps, *known)
-        .select_from(bit_width_maps.join(holdings, held))
-        .group_by(bit_width_maps.c.id)
-    )
+def _held(table: sa.Table, tenant: str | None, *said: str) -> sa.Select[Any]:
+    """Rows that this tenant holds with what its holding says in these columns.
 
-
-def _held_by(query: sa.Select[Any], table: sa.Table, tenant: str | None) -> sa.Select[Any]:
-    """The query, of what this tenant holds; of everything where it is None."""
+    tenant: None for everybody's, with what the holding that is first says.
+    """
+    kind = _KINDS[table.name]
+    holder: Any = tenant
     if tenant is None:
-        return query
-    mine = (holdings.c.tenant == tenant, holdings.c.kind == _KINDS[table.name])
-    return query.where(sa.exists().where(*mine, holdings.c.id == table.c.id))
+        others = holdings.alias()
+        first = sa.select(others.c.tenant).where(others.c.kind == kind, others.c.id == table.c.id)
+        first = first.order_by(others.c.created_at, others.c.tenant).limit(1)
+        holder = first.scalar_subquery()
+    columns = (holdings.c[name] for name in ("created_at", *said))
+    mine = (holdings.c.kind == kind, holdings.c.id == table.c.id, holdings.c.tenant == holder)
+    return sa.select(table, *columns).where(*mine)
+
+
+def _page(query: sa.Select[Any], table: sa.Table, limit: int, after: str | None) -> sa.Select[Any]:
+    """At most limit rows by id, from the one behind `after`."""
+    query = query.order_by(table.c.id).limit(max(1, min(limit, 200)))
+    return query if after is None else query.where(table.c.id > after)

@@ -229,11 +229,14 @@ class CellEnd:
 
 @dataclass(frozen=True, slots=True)
 class ProfileRecord:
-    """A kept sensitivity profile; `id` is the hash of what it was made from, `path` its folder."""
+    """A kept sensitivity profile; `id` is the hash of what it was made from, `path` its folder.
+
+    model, settings: of its holder's job, None where that is unknown.
+    """
 
     id: str
-    model: str
-    settings: dict[str, Any]
+    model: str | None
+    settings: dict[str, Any] | None
     path: str
     created_at: float
 
@@ -241,8 +244,11 @@ class ProfileRecord:
 @dataclass(frozen=True, slots=True)
 class MapRecord:
     """A stored bit-width map; `id` is the hash of `map`, which says what it was made for where that
-    is known. shape, weights: of that model (`bitmill.plan.fingerprint`); older rows have these
-    two alone."""
+    is known.
+
+    name: what its holder calls it. shape, weights: of that model (`bitmill.plan.fingerprint`);
+    older rows have these two alone.
+    """
 
     id: str
     name: str | None

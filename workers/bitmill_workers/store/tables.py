@@ -177,19 +177,14 @@ profiles = sa.Table(
     "profiles",
     metadata,
     sa.Column("id", sa.String(64), primary_key=True),
-    sa.Column("model", sa.String(4200), nullable=False),
-    sa.Column("settings", sa.JSON(none_as_null=True), nullable=False),
     sa.Column("path", sa.String(1200), nullable=False),
-    sa.Column("created_at", sa.Double, nullable=False),
 )
 
 bit_width_maps = sa.Table(
     "bit_width_maps",
     metadata,
     sa.Column("id", sa.String(64), primary_key=True),
-    sa.Column("name", sa.String(200)),
     sa.Column("map", sa.JSON(none_as_null=True), nullable=False),
-    sa.Column("created_at", sa.Double, nullable=False),
 )
 
 workers = sa.Table(
@@ -230,9 +225,14 @@ holdings = sa.Table(
     sa.Column("id", sa.String(64), primary_key=True),
     sa.Column("shape", sa.String(64)),
     sa.Column("weights", sa.String(64)),
+    sa.Column("name", sa.String(200)),
+    sa.Column("model", sa.String(4200)),
+    sa.Column("settings", sa.JSON(none_as_null=True)),
+    sa.Column("created_at", sa.Double, nullable=False),
 )
-"""Whose a profile or a map is, both of which are stored once however many have the same; of a map,
-the fingerprint of the model that its holder has it from."""
+"""Whose a profile or a map is, both of which are stored once however many have the same, and all
+that one tenant says of it and no other may read. Of a map: its name and the fingerprint of the
+model that its holder has it from. Of a profile: model and settings of its holder's job."""
 sa.Index("ix_holdings_shape", holdings.c.shape)
 sa.Index("ix_holdings_weights", holdings.c.weights)
 sa.Index("ix_holdings_kind_id", holdings.c.kind, holdings.c.id)
