@@ -200,6 +200,7 @@ def test_empty_tensors_of_the_stand_in_free_nothing(tmp_path: Path, peers: Modul
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_call_that_is_none_for_a_graph_is_refused_and_harms_no_later_one(
     peers: ModuleType,
 ) -> None:
@@ -232,6 +233,7 @@ def test_a_call_that_is_none_for_a_graph_is_refused_and_harms_no_later_one(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_peers_that_are_there_are_right(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
