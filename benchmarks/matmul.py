@@ -36,7 +36,13 @@ from bitmill_kernels.hopper.schedule import WarpgroupShape
 from bitmill_kernels.layout import WIDTHS, code_tensor_shapes, zero_tensor_shapes
 from bitmill_kernels.matmul import batch_cuda, cuda_library, tiles
 from bitmill_kernels.matmul.batch_cuda import CudaBatch
-from bitmill_kernels.matmul.decode_cuda import SHAPES, TOKEN_BUCKETS, CudaDecoder, DecodeShape
+from bitmill_kernels.matmul.decode_cuda import (
+    MAX_FUSED_TOKENS,
+    SHAPES,
+    TOKEN_BUCKETS,
+    CudaDecoder,
+    DecodeShape,
+)
 from bitmill_kernels.matmul.decode_triton import TritonDecoder
 from bitmill_kernels.matmul.linear import MixedLinear
 from bitmill_kernels.matmul.runtime import (
@@ -163,7 +169,7 @@ def products_of(weight: RuntimeWeight, kinds: list[str], T: int) -> Products:
             if decoder is not None:
                 found[shape_name(shape)] = decoder
             if decoder is not None and decoder.converts(T):
-                apart = dataclasses.replace(shape, fused=False)
+                apart = dataclasses.replace(shape, fused=0)
                 found[shape_name(apart)] = CudaDecoder(weight, {bucket_of(T): apart})
     if "batch" in kinds and cuda_library.available(DEVICE):
         for tile, batch_shapes in batch_cuda.SHAPES.items():
@@ -195,7 +201,9 @@ def triton_decoder(weight: RuntimeWeight) -> TritonDecoder:
 
 def shape_name(shape: DecodeShape) -> str:
     name = f"cuda {shape.warps}w {shape.row_tiles}r {shape.blocks}b"
-    return name if shape.fused else f"{name} prologue"
+    if shape.fused == MAX_FUSED_TOKENS:
+        return name
+    return f"{name} converts {shape.fused}" if shape.fused else f"{name} prologue"
 
 
 def decoder_or_none(weight: RuntimeWeight, shape: DecodeShape, T: int) -> CudaDecoder | None:
@@ -380,7 +388,7 @@ def decode_rows(
         shapes = SHAPES[bucket] if every_shape else (best_shape(weights[0], bucket),)
         kernels: dict[str, tuple[list[Product], dict[str, object]]] = {}
         for shape in shapes if cuda else ():
-            ways = [shape, dataclasses.replace(shape, fused=False)] if every_shape else [shape]
+            ways = [shape, dataclasses.replace(shape, fused=0)] if every_shape else [shape]
             for way in ways:
                 if shape_name(way) in failed:
                     break
@@ -558,8 +566,8 @@ def markdown(result: dict[str, object]) -> str:
 def fastest_shapes(rows: list[dict[str, object]], gpu: str) -> list[dict[str, object]]:
     """Entries of tiles.json: of every case and bucket the shape whose tokens take least together.
 
-    A shape counts with conversion by its blocks, where they convert, and without. Where several
-    cases are one for the table, the fastest of any counts.
+    A shape counts with conversion by its blocks, where they convert, up to each number of tokens,
+    and not at all. Where several cases are one for the table, the fastest of any counts.
     """
     times: dict[tuple, dict[tuple, dict[int, dict[bool, float]]]] = {}
     for r in rows:
@@ -571,11 +579,12 @@ def fastest_shapes(rows: list[dict[str, object]], gpu: str) -> list[dict[str, ob
     for (N, K, widths, bucket), shapes in sorted(times.items()):
         sums = {}
         for (_, *shape), by_tokens in shapes.items():
-            for fused in (True, False):
-                own = [found.get(fused, found.get(False)) for found in by_tokens.values()]
+            for fused in (MAX_FUSED_TOKENS, 0, *by_tokens):
+                own = [found.get(fused >= T, found.get(False)) for T, found in by_tokens.items()]
                 if None not in own:
-                    way = (sum(own), not fused, tuple(shape))
-                    sums[way] = {"shape": shape} | ({} if fused else {"fused": False})
+                    way = (sum(own), -fused, tuple(shape))
+                    usual = fused == MAX_FUSED_TOKENS
+                    sums[way] = {"shape": shape} | ({} if usual else {"fused": fused})
         case = {"gpu": gpu, "N": N, "K": K, "widths": widths, "tokens": bucket}
         entries.append(case | sums[min(sums)])
     return entries

@@ -78,12 +78,12 @@ def test_a_measured_tile_that_does_not_suit_a_stack_gives_way_to_the_rule(shape,
 
 def test_blocks_may_be_kept_from_converting(weight, tmp_path):
     entries = [
-        CASE | {"tokens": 2, "shape": [4, 1, 4], "fused": False},
+        CASE | {"tokens": 2, "shape": [4, 1, 4], "fused": 1},
         CASE | {"tokens": 8, "shape": [4, 1, 4]},
     ]
     found = tiles.block_shapes(weight, CARD, SHARED, table_of(tmp_path, decode_cuda=entries))
-    assert found[2] == DecodeShape(4, 1, 4, fused=False)
-    assert found[8] == DecodeShape(4, 1, 4, fused=True)
+    assert found[2] == DecodeShape(4, 1, 4, fused=1)
+    assert found[8] == DecodeShape(4, 1, 4)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,7 @@ def test_blocks_may_be_kept_from_converting(weight, tmp_path):
         ("decode_triton", {"tokens": 16, "shape": [64, 0, 4, 3]}, "split must be 1 or more"),
         ("decode_triton", {"tokens": 16, "shape": [64, 1, 4, 9]}, "stages 1 to 8"),
         ("decode_triton", {"tokens": 16, "shape": [64, 1, 4, 0]}, "stages 1 to 8"),
+        ("decode_cuda", {"tokens": 2, "shape": [4, 1, 4], "fused": 9}, "0 to 8 tokens"),
         ("decode_triton", {"tokens": 24, "shape": [64, 1, 4, 3]}, "tokens must be one of"),
         ("decode_triton", {"tokens": 16, "shape": [64, 1, 4]}, "not enough values"),
         ("dequantize_triton", {"shape": [256, 4]}, "rows must be one of"),
@@ -168,16 +169,17 @@ ONE, TWO = (8, 2, 1), (4, 1, 4)
     ("rows", "expected"),
     [
         ([(ONE, 1, True, 9), (ONE, 1, False, 8), (TWO, 1, True, 9), (TWO, 1, False, 7)], (TWO, 0)),
-        ([(ONE, 1, True, 7), (ONE, 1, False, 8), (TWO, 1, False, 7.5)], (ONE, 1)),
-        ([(ONE, 1, False, 8), (TWO, 1, False, 7)], (TWO, 1)),
+        ([(ONE, 1, True, 7), (ONE, 1, False, 8), (TWO, 1, False, 7.5)], (ONE, None)),
+        ([(ONE, 1, False, 8), (TWO, 1, False, 7)], (TWO, None)),
         # the tokens of a bucket count together, those that no block converts for both ways
-        ([(ONE, 1, True, 5), (ONE, 1, False, 6), (ONE, 2, True, 9), (ONE, 2, False, 7)], (ONE, 0)),
+        ([(ONE, 1, True, 5), (ONE, 1, False, 6), (ONE, 2, True, 9), (ONE, 2, False, 7)], (ONE, 1)),
+        ([(ONE, 1, True, 7), (ONE, 1, False, 6), (ONE, 2, True, 9), (ONE, 2, False, 7)], (ONE, 0)),
         (
             [
                 *((ONE, 3, True, 9), (ONE, 3, False, 7), (ONE, 8, False, 7)),
                 *((TWO, 3, False, 8), (TWO, 8, False, 5)),
             ],
-            (TWO, 1),
+            (TWO, None),
         ),
     ],
 )
@@ -186,7 +188,7 @@ def test_the_fastest_shape_of_a_sweep_says_whether_blocks_convert(rows, expected
     shape, fused = expected
     case = {"gpu": CARD, "N": 4096, "K": 4096, "widths": "4"}
     case |= {"tokens": 2 if rows[0][1] <= 2 else 8, "shape": list(shape)}
-    assert found == [case | ({} if fused else {"fused": False})]
+    assert found == [case | ({} if fused is None else {"fused": fused})]
 
 
 def test_of_cases_that_are_one_to_the_table_the_fastest_counts(benchmark):

@@ -39,9 +39,10 @@ UNIT_COST_IN_WIDTHS = 1.0
 
 @dataclass(frozen=True)
 class DecodeShape(BlockShape):
-    """fused: blocks convert activations for themselves where `FUSED_CHUNKS` lets them."""
+    """fused: of up to so many tokens blocks convert activations for themselves, where
+    `FUSED_CHUNKS` lets them."""
 
-    fused: bool = True
+    fused: int = MAX_FUSED_TOKENS
 
 
 _NARROW = (DecodeShape(8, 2, 1), DecodeShape(4, 2, 3), DecodeShape(4, 1, 4))
@@ -176,9 +177,8 @@ class _Launch:
         self._partial = workspace("decode partial", self.block_count * 2 * cells * 4, device)
         shared = properties.shared_memory_per_multiprocessor
         self._chunks = schedule.chunks
-        self.fused_tokens = 0
-        if shape.fused:
-            self.fused_tokens = fused_tokens(fused, tokens, self._chunks, shape.blocks)
+        allowed = fused_tokens(fused, tokens, self._chunks, shape.blocks)
+        self.fused_tokens = min(shape.fused, allowed)
         self._fused: SharedPlan | None = None
         if self.fused_tokens:
             self._fused = plan_shared(weight, shape, self.fused_tokens, self._chunks, shared)

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from bitmill_kernels.hopper.schedule import WarpgroupShape
 from bitmill_kernels.layout import WIDTHS
 from bitmill_kernels.matmul import batch_cuda, dequantize_triton
-from bitmill_kernels.matmul.decode_cuda import SHAPES, DecodeShape, plan_shared
+from bitmill_kernels.matmul.decode_cuda import MAX_FUSED_TOKENS, SHAPES, DecodeShape, plan_shared
 from bitmill_kernels.matmul.decode_triton import TOKEN_TILES, Tile
 from bitmill_kernels.matmul.dequantize_triton import DequantizeTile
 from bitmill_kernels.matmul.runtime import RuntimeWeight
@@ -166,7 +166,10 @@ def _compiled_shape(entry: dict[str, Any]) -> DecodeShape:
             f"the shapes compiled for {entry['tokens']} tokens are "
             f"{[[one.warps, one.row_tiles, one.blocks] for one in compiled]}"
         )
-    return DecodeShape(warps, row_tiles, blocks, fused=bool(entry.get("fused", True)))
+    fused = entry.get("fused", MAX_FUSED_TOKENS)
+    if fused not in range(MAX_FUSED_TOKENS + 1):
+        raise ValueError(f"fused is {fused!r}: it must be 0 to {MAX_FUSED_TOKENS} tokens")
+    return DecodeShape(warps, row_tiles, blocks, fused)
 
 
 def _decode_tile(entry: dict[str, Any]) -> Tile:
