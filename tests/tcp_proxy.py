@@ -26,6 +26,12 @@ class TcpProxy:
         self._lock = threading.Lock()
         threading.Thread(target=self._accept, daemon=True).start()
 
+    @property
+    def links(self) -> int:
+        """Sockets of connections that were made and not cut."""
+        with self._lock:
+            return len(self._links)
+
     def freeze(self) -> None:
         """Deliver nothing from now on; connecting still works."""
         self._flowing.clear()

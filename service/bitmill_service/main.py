@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 from fastapi import Depends, FastAPI
@@ -33,6 +34,7 @@ from bitmill_service.api.routes import (
 )
 from bitmill_service.http import problems
 from bitmill_service.http.access import PAGES, Access, KeyRing
+from bitmill_service.http.connections import STOPPING
 from bitmill_service.http.fair_use import FairUse, RateLimiter
 from bitmill_service.http.media_type import require_json
 from bitmill_service.http.metrics import new_registry
@@ -61,8 +63,11 @@ Errors are `application/problem+json` (RFC 9457) with a stable `code`, the `para
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Refuse a database of another version; send wake-ups and reconcile while the app runs."""
+async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+    """Refuse a database of another version; send wake-ups and reconcile while the app runs.
+
+    Gives the server what `GuardedProtocol` sets when it stops.
+    """
     context: Context = app.state.context
     await run_in_threadpool(require_head, context.database)
     dispatcher = Dispatcher(context.settings, context.jobs.mark_sent)
@@ -74,12 +79,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     # takes longer than the request.
     gc.collect()
     gc.freeze()
-    yield
+    yield {STOPPING: context.stopping}
     gc.unfreeze()
     if metrics is not None:
         await run_in_threadpool(metrics.shutdown)
         metrics.server_close()
     context.stopping.set()
+    context.artifacts.stop()
     await run_in_threadpool(reconciler.stop)
     await run_in_threadpool(dispatcher.close)
     context.database.close()
@@ -104,7 +110,7 @@ def make_context(settings: ServiceSettings) -> Context:
         database=database,
         jobs=store,
         catalog=catalog,
-        artifacts=open_artifacts(settings),
+        artifacts=open_artifacts(settings, for_clients=True),
         uploads=UploadStore(database),
         sweeps=SweepStore(database),
         keys=KeyRing(KeyStore(database), settings),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +16,11 @@ import httpx2
 import pytest
 from pydantic import SecretStr
 
-from bitmill_service.main import create_app
+from bitmill_service.main import create_app, make_context
 from bitmill_service.settings import ServiceSettings
 from bitmill_workers.storage import s3
 from bitmill_workers.store.migrate import upgrade
+from finished import Stack
 from servers import free_port
 from serving import serve
 from stores import wait_for
@@ -53,7 +59,6 @@ def http(tmp_path: Path, proxy: TcpProxy) -> Iterator[httpx2.Client]:
     app.state.context.artifacts.prepare()
     with serve(app) as url, httpx2.Client(base_url=url, timeout=60) as client:
         yield client
-        proxy.thaw()  # the reconciler may be listing the bucket
 
 
 def storage(http: httpx2.Client) -> str:
@@ -106,3 +111,51 @@ def test_a_bucket_that_is_not_there_is_not_ready(
     with serve(app) as url, httpx2.Client(base_url=url, timeout=60) as client:
         assert "refuses" in storage(client)
     assert "bucket absent cannot be listed: the object store answered NoSuchBucket" in caplog.text
+
+
+STOPS_WITHIN_S = 15.0
+"""What a stop takes where requests wait that nobody answers: 10 s for them, and the rest."""
+
+
+def test_a_service_stops_while_the_store_hangs(tmp_path: Path, proxy: TcpProxy) -> None:
+    """As a program, which ends only when none of its threads waits any more."""
+    chosen = settings(tmp_path, proxy, "results")
+    context = make_context(chosen)
+    upgrade(context.database)
+    context.artifacts.prepare()
+    job = Stack("", context).succeeded()
+    context.database.close()
+    proxy.cut()
+    proxy.freeze()
+    command = [sys.executable, "-P", "-m", "bitmill_service.cli.main", "serve", "--no-worker"]
+    command += ["--data", str(tmp_path), "--port", "0", "--json"]
+    program = subprocess.Popen(
+        command,
+        env=os.environ
+        | {
+            "BITMILL_S3_BUCKET": "results",
+            "BITMILL_S3_ENDPOINT": f"http://127.0.0.1:{proxy.port}",
+            "BITMILL_S3_ACCESS_KEY": "key",
+            "BITMILL_S3_SECRET_KEY": "not-a-default",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert program.stdout is not None
+        url = json.loads("".join(iter(program.stdout.readline, "}\n")) + "}")["url"]
+        wait_for(lambda: proxy.links >= 1, "the reconciler to ask")
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(httpx2.get, f"{url}/v1/jobs/{job.id}/bit-width-map", timeout=60)
+            wait_for(lambda: proxy.links >= 2, "the request to ask")
+            began = time.monotonic()
+            program.send_signal(signal.SIGTERM)
+            assert program.wait(60) == 0
+            assert time.monotonic() - began < STOPS_WITHIN_S
+            refused = asked.result()
+            assert (refused.status_code, refused.json()["code"]) == (503, "stopping")
+    finally:
+        program.kill()
+        _, log = program.communicate()
+    assert "Traceback" not in log

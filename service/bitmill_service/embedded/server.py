@@ -19,7 +19,6 @@ from typing import Self
 import uvicorn
 
 from bitmill.errors import InputError
-from bitmill_service.api.context import Context
 from bitmill_service.embedded.data_lock import FileLock
 from bitmill_service.embedded.worker_process import WorkerProcess
 from bitmill_service.http.access import is_loopback
@@ -41,18 +40,6 @@ class ServeError(InputError):
     code = "cannot_serve"
 
 
-class _Server(uvicorn.Server):
-    """Tells event streams to end before waiting for open connections."""
-
-    def __init__(self, config: uvicorn.Config, context: Context) -> None:
-        super().__init__(config)
-        self._context = context
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._context.stopping.set()
-        await super().shutdown(sockets)
-
-
 class EmbeddedService:
     """The whole service in this process and its children.
 
@@ -66,7 +53,7 @@ class EmbeddedService:
         self._lock = FileLock(settings.data / "lock", what="the data folder")
         self.worker = WorkerProcess(settings) if worker else None
         self._listener: socket.socket | None = None
-        self._server: _Server | None = None
+        self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -142,7 +129,7 @@ class EmbeddedService:
             param="host",
         )
 
-    def _make_server(self) -> _Server:
+    def _make_server(self) -> uvicorn.Server:
         app = create_app(self.settings)
         config = uvicorn.Config(
             app,
@@ -153,10 +140,10 @@ class EmbeddedService:
             timeout_graceful_shutdown=_DRAIN_S,
             server_header=False,
         )
-        self._server = _Server(config, app.state.context)
+        self._server = uvicorn.Server(config)
         return self._server
 
-    def _await_start(self, server: _Server) -> None:
+    def _await_start(self, server: uvicorn.Server) -> None:
         assert self._thread is not None
         for _ in range(int(_START_S / 0.02)):
             if server.started:

@@ -9,7 +9,9 @@ longest for its client is closed instead. Only where all work on an answer a new
 limit = (open files that the process may have - 128) / 2, because a download holds a socket and a
 file, at most 8192.
 
-uvicorn counts waiting connections as work and has no deadlines but that of an idle connection.
+uvicorn counts waiting connections as work and has no deadlines but that of an idle connection. When
+it stops, it waits for event streams as for any answer; they end because the event `STOPPING` of the
+application's lifespan is set.
 Given to it as its HTTP protocol: `--http bitmill_service.http.connections:GuardedProtocol`.
 """
 
@@ -31,6 +33,9 @@ from bitmill_service.http.zero_copy import ZeroCopy
 
 BACKLOG = 128
 """Connections that the kernel holds for `accept`, which takes all of them at once."""
+
+STOPPING = "stopping"
+"""Name of an `asyncio.Event` in the state that an application's lifespan gives the server."""
 
 _OTHER_FILES = 128
 _MOST = 8192
@@ -85,6 +90,13 @@ class GuardedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._leave()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """The server stops: no stream goes on."""
+        stopping = self.app_state.get(STOPPING)
+        if isinstance(stopping, asyncio.Event):
+            stopping.set()
+        super().shutdown()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

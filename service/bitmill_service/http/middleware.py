@@ -17,11 +17,14 @@ from contextlib import suppress
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bitmill_service.http.problems import ProblemError, problem_response
 from bitmill_workers.logs import ACCESS, AUDIT, log_fields
 from bitmill_workers.store.uploads import PART_BYTES
 
+_log = logging.getLogger(__name__)
 _access, _audit = logging.getLogger(ACCESS), logging.getLogger(AUDIT)
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -60,12 +63,12 @@ class RequestContext:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        started, status, sent = time.perf_counter(), 500, 0
+        started, status, sent, began = time.perf_counter(), 500, 0, False
 
         async def observe(message: Message) -> None:
-            nonlocal status, sent
+            nonlocal status, sent, began
             if message["type"] == "http.response.start":
-                status = message["status"]
+                began, status = True, message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 for name, value in _SAFE.items():
@@ -78,6 +81,16 @@ class RequestContext:
             with log_fields(request_id=request_id):
                 await self.app(scope, receive, observe)
                 _log_access(scope, status)
+        except asyncio.CancelledError:
+            # By the server, at the end of the time that requests have when it stops.
+            _log.warning("stopped before an answer: %s %s", scope["method"], scope["path"])
+            if not began:
+                refusal = ProblemError(
+                    "stopping",
+                    "the service stops and has no answer yet",
+                    headers={"Retry-After": "5"},
+                )
+                await problem_response(Request(scope), refusal)(scope, receive, observe)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             elapsed = time.perf_counter() - started

@@ -69,6 +69,7 @@ CODES: Mapping[str, tuple[int, str]] = {
     "idempotency_deleted": (409, "Use a new Idempotency-Key."),
     "store_unavailable": (503, "Try again soon; the server's log says what is wrong."),
     "storage_unavailable": (503, "Try again soon; the object store does not answer."),
+    "stopping": (503, "Try again soon, when the service has started again."),
     "no_such_file": (404, "List the job's files with GET /v1/jobs/{id}/files."),
     "file_missing": (410, "The stored file is gone or damaged: retry the job."),
     "files_discarded": (410, "Retry the job; pin jobs whose files are to stay."),

@@ -21,6 +21,7 @@ from bitmill_workers.settings import TIERS, Settings
 
 TASK = "bitmill.run"
 _MAX_WAITING = 1000
+_STOP_S = 3.0
 _EXCHANGE = Exchange("bitmill", type="direct")
 _log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class Dispatcher:
         """Send what is waiting, if the broker takes it, and stop."""
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=1)
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=_STOP_S)
         self._celery.close()
 
     def _run(self) -> None:

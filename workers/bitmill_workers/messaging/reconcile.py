@@ -42,6 +42,7 @@ from bitmill_workers.store.uploads import UploadStore
 
 _log = logging.getLogger(__name__)
 _BATCH = 100
+_STOP_S = 3.0
 _LOCK = 0x6269746E
 
 
@@ -66,10 +67,16 @@ class Reconciler:
             self._threads[-1].start()
 
     def stop(self) -> None:
-        """End the loop after the current round."""
+        """End the loops within `_STOP_S`, without waiting for an object store.
+
+        A round that waits longer for a database, a broker or a receiver of webhooks is left alone
+        and ends with the process: whatever it leaves undone the next round of any process does.
+        """
         self._stop.set()
+        self.artifacts.stop()
+        deadline = time.monotonic() + _STOP_S
         for thread in self._threads:
-            thread.join(timeout=30)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def run_once(self, *, collect: bool = True) -> None:
         """One round; `collect` includes the removal of garbage files."""
@@ -187,7 +194,8 @@ class Reconciler:
                         self.run_once(collect=collect)
                 collected = time.monotonic() if collect else collected
             except Exception as error:  # noqa: BLE001  (jobs need this thread to go on)
-                _log.warning("reconciling failed, will try again: %s", error)
+                if not self._stop.is_set():
+                    _log.warning("reconciling failed, will try again: %s", error)
             self._stop.wait(self.settings.reconcile_s)
 
     def _deliver(self) -> None:

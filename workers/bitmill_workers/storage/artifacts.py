@@ -71,3 +71,6 @@ class ArtifactStore(Protocol):
 
     def remove_folder(self, kind: str, name: str) -> None:
         """Delete what other processes could reach; local folders are the caller's."""
+
+    def stop(self) -> None:
+        """Whoever waits for files elsewhere, now or later, gets `StorageUnavailable` at once."""

@@ -95,3 +95,6 @@ class LocalArtifacts:
 
     def remove_folder(self, kind: str, name: str) -> None:
         """Nothing: the local folder is the only one."""
+
+    def stop(self) -> None:
+        """Nothing is elsewhere."""

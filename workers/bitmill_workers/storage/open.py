@@ -7,10 +7,10 @@ from bitmill_workers.storage.artifacts import ArtifactStore
 from bitmill_workers.storage.local import LocalArtifacts
 
 
-def open_artifacts(settings: Settings) -> ArtifactStore:
-    """The artifact store that the settings name."""
+def open_artifacts(settings: Settings, *, for_clients: bool = False) -> ArtifactStore:
+    """The artifact store that the settings name; `for_clients` as in `S3Artifacts`."""
     if settings.s3_bucket is None:
         return LocalArtifacts(settings.artifacts_folder)
     from bitmill_workers.storage.s3 import S3Artifacts
 
-    return S3Artifacts(settings)
+    return S3Artifacts(settings, for_clients=for_clients)

@@ -4,6 +4,9 @@ The runner writes to a local folder; the supervisor uploads it (in parts where f
 then makes it visible in the database. Downloads go straight to the storage by presigned addresses,
 which are good for starting a download for `presign_s`. Given up: listing is the only way to find
 garbage, so it is looked for rarely.
+
+A store that hangs is waited for in threads of which none holds up the end of the process: `stop`
+ends the waiting of all callers at once.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import boto3
@@ -37,6 +41,7 @@ CHECK_KEEP_S = 5.0
 
 _PART = 16 << 20
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 _FAILURES = (BotoCoreError, ClientError, boto3.exceptions.S3UploadFailedError)
 
 
@@ -48,15 +53,21 @@ class StorageUnavailable(ResourceError):
 
 
 class S3Artifacts:
-    """A bucket of an S3-compatible object store."""
+    """A bucket of an S3-compatible object store.
 
-    def __init__(self, settings: Settings) -> None:
+    for_clients: whether somebody waits for the answers. A store that hangs is then given up within
+    half a minute, where workers wait for minutes; files of any size are carried patiently by both.
+    """
+
+    def __init__(self, settings: Settings, *, for_clients: bool = False) -> None:
         assert settings.s3_bucket is not None
         self._bucket = settings.s3_bucket
         self._prefix = settings.s3_prefix.strip("/")
         self._presign_s = settings.presign_s
         self._staging = settings.artifacts_folder
-        self._client = _client(settings, settings.s3_endpoint)
+        self._carrier = _client(settings, settings.s3_endpoint)
+        hurry = _HURRY if for_clients else {}
+        self._client = _client(settings, settings.s3_endpoint, **hurry)
         public = settings.s3_public_endpoint
         self._signer = _client(settings, public) if public else self._client
         self._checker = _client(
@@ -69,18 +80,20 @@ class S3Artifacts:
         self._check_lock = threading.Lock()
         self._checked_at: float | None = None
         self._check_found: StorageUnavailable | None = None
+        self._answers: set[Future[Any]] | None = set()
+        self._answers_lock = threading.Lock()
         self._transfer = TransferConfig(
             multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=4
         )
 
     def prepare(self) -> None:
         """Create the bucket unless it exists."""
-        try:
-            self._client.create_bucket(Bucket=self._bucket)
-        except self._client.exceptions.BucketAlreadyOwnedByYou:
-            return
-        except _FAILURES as error:
-            raise _unavailable(f"bucket {self._bucket} cannot be created", error) from error
+
+        def create() -> None:
+            with suppress(self._client.exceptions.BucketAlreadyOwnedByYou):
+                self._client.create_bucket(Bucket=self._bucket)
+
+        self._ask(f"bucket {self._bucket} cannot be created", create)
 
     def check(self) -> None:
         """List one object, which every use of the bucket needs to be allowed; callers at the same
@@ -88,7 +101,7 @@ class S3Artifacts:
         with self._check_lock:
             now = time.monotonic()
             if self._checked_at is None or now - self._checked_at > CHECK_KEEP_S:
-                self._check_found = self._ask()
+                self._check_found = self._look()
                 self._checked_at = time.monotonic()
             if self._check_found is not None:
                 raise StorageUnavailable(self._check_found.message)
@@ -138,30 +151,21 @@ class S3Artifacts:
 
     def read(self, artifact: Artifact) -> bytes:
         """The object's content."""
-        try:
-            key = self._key(artifact.storage_key)
-            answer = self._client.get_object(Bucket=self._bucket, Key=key)
-            return bytes(answer["Body"].read())
-        except _FAILURES as error:
-            raise _unavailable(f"{artifact.path} cannot be read", error) from error
+        return self._get(artifact)
 
     def read_part(self, artifact: Artifact, start: int, end: int) -> bytes:
         """A part of the object's content."""
-        asked = {"Bucket": self._bucket, "Key": self._key(artifact.storage_key)}
-        try:
-            answer = self._client.get_object(**asked, Range=f"bytes={start}-{end - 1}")
-            return bytes(answer["Body"].read())
-        except _FAILURES as error:
-            raise _unavailable(f"{artifact.path} cannot be read", error) from error
+        return self._get(artifact, Range=f"bytes={start}-{end - 1}")
 
     def fetch(self, artifact: Artifact, target: Path) -> None:
         """Download the object. Raises `StorageUnavailable`."""
-        try:
-            self._client.download_file(
-                self._bucket, self._key(artifact.storage_key), str(target), Config=self._transfer
-            )
-        except _FAILURES as error:
-            raise _unavailable(f"{artifact.path} cannot be read", error) from error
+        key = self._key(artifact.storage_key)
+        self._ask(
+            f"{artifact.path} cannot be read",
+            lambda: self._carrier.download_file(
+                self._bucket, key, str(target), Config=self._transfer
+            ),
+        )
 
     def attempts(self) -> Iterator[tuple[str, int]]:
         """Every `<job id>/<token>` prefix of the bucket and every local staging folder."""
@@ -170,29 +174,27 @@ class S3Artifacts:
             for place in self._staging.glob("*/*")
             if place.name.isdigit()
         }
-        try:
-            for job in self._folders(f"{self._prefix}/"):
-                job_id = job.rsplit("/", 2)[-2]
-                attempts = () if job_id in (PROFILES, UPLOADS) else self._folders(job)
-                tokens = (attempt.rsplit("/", 2)[-2] for attempt in attempts)
-                found |= {(job_id, int(token)) for token in tokens if token.isdecimal()}
-        except _FAILURES as error:
-            raise _unavailable("stored attempts cannot be listed", error) from error
+        for job in self._folders(f"{self._prefix}/"):
+            job_id = job.rsplit("/", 2)[-2]
+            attempts = () if job_id in (PROFILES, UPLOADS) else self._folders(job)
+            tokens = (attempt.rsplit("/", 2)[-2] for attempt in attempts)
+            found |= {(job_id, int(token)) for token in tokens if token.isdecimal()}
         yield from sorted(found)
 
     def remove(self, job_id: str, token: int) -> None:
         """Delete the attempt's objects, its unfinished uploads and its local folder."""
         self.drop_local(job_id, token)
         prefix = self._key(f"{job_id}/{token}/")
-        try:
+
+        def remove() -> None:
             uploads = self._client.list_multipart_uploads(Bucket=self._bucket, Prefix=prefix)
             for upload in uploads.get("Uploads", []):
                 self._client.abort_multipart_upload(
                     Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                 )
             self._delete(prefix)
-        except _FAILURES as error:
-            raise _unavailable(f"attempt {job_id}/{token} cannot be removed", error) from error
+
+        self._ask(f"attempt {job_id}/{token} cannot be removed", remove)
 
     def drop_local(self, job_id: str, token: int) -> None:
         """Delete the attempt's local folder, and the job's when it was the last."""
@@ -216,14 +218,15 @@ class S3Artifacts:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
             arriving = Path(scratch, folder.name)
-            try:
+
+            def fetch() -> None:
                 for page in self._pages(Prefix=prefix):
                     for item in page.get("Contents", []):
                         target = arriving / item["Key"].removeprefix(prefix)
                         target.parent.mkdir(parents=True, exist_ok=True)
-                        self._client.download_file(self._bucket, item["Key"], str(target))
-            except _FAILURES as error:
-                raise _unavailable(f"{kind}/{name} cannot be read", error) from error
+                        self._carrier.download_file(self._bucket, item["Key"], str(target))
+
+            self._ask(f"{kind}/{name} cannot be read", fetch)
             if arriving.is_dir():
                 # Another thread may have brought the same content in the meantime.
                 with suppress(OSError):
@@ -233,25 +236,64 @@ class S3Artifacts:
     def shared_files(self, kind: str, name: str, folder: Path) -> dict[str, int]:
         """The folder's objects. Raises `StorageUnavailable`."""
         prefix = self._key(f"{kind}/{name}/")
-        try:
-            pages = list(self._pages(Prefix=prefix))
-        except _FAILURES as error:
-            raise _unavailable(f"{kind}/{name} cannot be listed", error) from error
+        pages = self._ask(
+            f"{kind}/{name} cannot be listed", lambda: list(self._pages(Prefix=prefix))
+        )
         items = [item for page in pages for item in page.get("Contents", [])]
         return {item["Key"].removeprefix(prefix): item["Size"] for item in items}
 
     def remove_folder(self, kind: str, name: str) -> None:
         """Delete the folder's objects."""
-        try:
-            self._delete(self._key(f"{kind}/{name}/"))
-        except _FAILURES as error:
-            raise _unavailable(f"{kind}/{name} cannot be removed", error) from error
+        prefix = self._key(f"{kind}/{name}/")
+        self._ask(f"{kind}/{name} cannot be removed", lambda: self._delete(prefix))
 
-    def _ask(self) -> StorageUnavailable | None:
+    def stop(self) -> None:
+        """Whoever waits for the store, now or later, gets `StorageUnavailable` at once."""
+        with self._answers_lock:
+            answers, self._answers = self._answers or (), None
+        for answer in answers:
+            with suppress(InvalidStateError):
+                answer.set_exception(_stopped())
+
+    def _ask(self, problem: str, call: Callable[[], T]) -> T:
+        """What `call` gets from the store; `StorageUnavailable` where it fails or `stop` is called.
+
+        problem: what is then not done, for the message.
+        """
+        answer: Future[T] = Future()
+        with self._answers_lock:
+            if self._answers is None:
+                raise _stopped()
+            self._answers.add(answer)
+
+        def work() -> None:
+            try:
+                found = call()
+            except BaseException as error:  # noqa: BLE001  (the caller raises it)
+                with suppress(InvalidStateError):
+                    answer.set_exception(error)
+            else:
+                with suppress(InvalidStateError):
+                    answer.set_result(found)
+
         try:
-            self._checker.list_objects_v2(Bucket=self._bucket, Prefix=f"{self._prefix}/", MaxKeys=1)
+            threading.Thread(target=work, name="object-store", daemon=True).start()
+            return answer.result()
         except _FAILURES as error:
-            away = _unavailable(f"bucket {self._bucket} cannot be listed", error)
+            raise _unavailable(problem, error) from error
+        finally:
+            with self._answers_lock:
+                if self._answers is not None:
+                    self._answers.discard(answer)
+
+    def _look(self) -> StorageUnavailable | None:
+        asked = {"Bucket": self._bucket, "Prefix": f"{self._prefix}/"}
+        try:
+            self._ask(
+                f"bucket {self._bucket} cannot be listed",
+                lambda: self._checker.list_objects_v2(**asked, MaxKeys=1),
+            )
+        except StorageUnavailable as away:
             _log.warning("%s", away.message)
             return away
         return None
@@ -262,16 +304,24 @@ class S3Artifacts:
             if objects:
                 self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": objects})
 
+    def _get(self, artifact: Artifact, **part: str) -> bytes:
+        place = {"Bucket": self._bucket, "Key": self._key(artifact.storage_key)}
+        return self._ask(
+            f"{artifact.path} cannot be read",
+            lambda: bytes(self._client.get_object(**place, **part)["Body"].read()),
+        )
+
     def _key(self, storage_key: str) -> str:
         return f"{self._prefix}/{storage_key}"
 
     def _upload(self, file: Path, key: str, size: int, on_part: Callable[[int], None]) -> None:
         place = {"Bucket": self._bucket, "Key": self._key(key)}
-        try:
-            self._client.upload_file(str(file), **place, Callback=on_part, Config=self._transfer)
-            stored = self._client.head_object(**place)["ContentLength"]
-        except _FAILURES as error:
-            raise _unavailable(f"{file.name} cannot be uploaded", error) from error
+
+        def upload() -> int:
+            self._carrier.upload_file(str(file), **place, Callback=on_part, Config=self._transfer)
+            return int(self._client.head_object(**place)["ContentLength"])
+
+        stored = self._ask(f"{file.name} cannot be uploaded", upload)
         if stored != size:
             raise StorageUnavailable(f"{file.name} was stored with {stored} bytes, not {size}")
 
@@ -279,16 +329,23 @@ class S3Artifacts:
         listing = self._client.get_paginator("list_objects_v2")
         yield from listing.paginate(Bucket=self._bucket, **query)
 
-    def _folders(self, prefix: str) -> Iterator[str]:
-        for page in self._pages(Prefix=prefix, Delimiter="/"):
-            for entry in page.get("CommonPrefixes", []):
-                yield entry["Prefix"]
+    def _folders(self, prefix: str) -> list[str]:
+        pages = self._ask(
+            "stored attempts cannot be listed",
+            lambda: list(self._pages(Prefix=prefix, Delimiter="/")),
+        )
+        return [entry["Prefix"] for page in pages for entry in page.get("CommonPrefixes", [])]
 
 
 _PATIENCE: dict[str, Any] = {
     "retries": {"mode": "standard", "max_attempts": 5},
     "connect_timeout": 5,
     "read_timeout": 60,
+}
+_HURRY: dict[str, Any] = {
+    "retries": {"mode": "standard", "total_max_attempts": 2},
+    "connect_timeout": 2,
+    "read_timeout": 10,
 }
 
 
@@ -306,6 +363,10 @@ def _client(settings: Settings, endpoint: str | None, **patience: Any) -> Any:
             **(_PATIENCE | patience),
         ),
     )
+
+
+def _stopped() -> StorageUnavailable:
+    return StorageUnavailable("the service is stopping")
 
 
 def _unavailable(problem: str, error: Exception) -> StorageUnavailable:
