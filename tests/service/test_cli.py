@@ -55,6 +55,23 @@ def test_submit_status_list_cancel_retry_delete(bitmill: Any) -> None:
     assert (code, err.splitlines()) == (2, [gone])
 
 
+def test_nothing_is_asked_for_that_cannot_be_downloaded_to_its_folder(
+    bitmill: Any, stack: Stack, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("mine")
+    made = stack.succeeded().id
+    before = stack.context.jobs.list()
+    for words in (
+        [*SUBMIT, "--download", str(tmp_path)],
+        ["export", made, "--format", "dequantized", "--out", str(tmp_path)],
+    ):
+        code, out, err = bitmill(*words)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: {tmp_path / 'config.json'} is not replaced")
+    assert stack.context.jobs.list() == before
+    assert (tmp_path / "config.json").read_text() == "mine"
+
+
 def test_a_job_whose_export_waits_is_not_deleted(bitmill: Any, stack: Stack) -> None:
     job = stack.succeeded()
     spec = ExportSpec(format="gptq", model=PathModel(path="models/tiny"), job_id=job.id)

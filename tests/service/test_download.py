@@ -18,7 +18,13 @@ from bitmill.errors import InputError, VerificationError
 from bitmill.io.atomic import sha256_file
 from bitmill.io.manifest import write_manifest
 from bitmill_service.api.files import StoredFile, file_response
-from bitmill_service.client.download import Download, download_files, safe_target, select
+from bitmill_service.client.download import (
+    Download,
+    check_free,
+    download_files,
+    safe_target,
+    select,
+)
 from bitmill_service.client.errors import ServiceError, Unreachable
 from bitmill_service.client.retries import Retries
 from bitmill_service.schemas import FileView
@@ -167,6 +173,54 @@ def test_a_file_of_the_users_is_never_replaced(
     assert error.value.code == "output_exists"
     assert (out / "sub/config.json").read_text() == "mine"
     assert not (out / "a.bin").exists()
+
+
+def test_a_broken_download_is_gone_on_with_by_its_manifest(
+    server: Unreliable, http: httpx2.Client, tmp_path: Path
+) -> None:
+    files = [server.add("config.json", b"{}"), server.add("model.safetensors", b"x" * 9000)]
+    write_manifest(server.folder)
+    manifest = server.add("MANIFEST.json", (server.folder / "MANIFEST.json").read_bytes())
+    out = tmp_path / "out"
+    server.cuts = [len((server.folder / "MANIFEST.json").read_bytes())] + [0] * 50
+    with pytest.raises(Unreachable):
+        fetch(http, [*files, manifest], out)
+    assert [place.name for place in out.iterdir()] == ["MANIFEST.json"]
+    (out / "config.json").write_text("older")
+    check_free(out)
+    server.cuts.clear()
+    assert len(fetch(http, [*files, manifest], out).fetched) == 2
+
+
+NAMES = ["config.json", "MANIFEST.json", "weights.safetensors", "model.gguf", "tokenizer.json"]
+NAMES += ["LICENSE", "additional_chat_templates/tools.jinja"]
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_a_file_in_the_way_of_a_result_is_named_before_there_is_one(
+    tmp_path: Path, path: str
+) -> None:
+    place = tmp_path / path
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("mine")
+    with pytest.raises(InputError, match=r"is not replaced.*another folder") as error:
+        check_free(tmp_path)
+    assert (error.value.code, error.value.param) == ("output_exists", str(place))
+    place.unlink()
+    place.mkdir()
+    with pytest.raises(InputError, match="a folder, and a file has to be there") as error:
+        check_free(tmp_path)
+    assert error.value.code == "path_in_the_way"
+
+
+def test_a_folder_of_other_things_and_of_an_earlier_result_is_free(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    write_manifest(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "config.json").write_text("mine")
+    check_free(tmp_path)
+    check_free(tmp_path / "absent")
 
 
 def test_bytes_that_never_match_the_manifest_are_refused(

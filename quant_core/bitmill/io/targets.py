@@ -16,7 +16,23 @@ from pathlib import Path
 
 from bitmill.errors import FormatError, InputError
 from bitmill.io.atomic import is_temporary
+from bitmill.io.companions import is_companion
 from bitmill.io.manifest import MANIFEST_NAME, SUMS_NAME, read_manifest
+
+_RESULT_FILES = frozenset(
+    {
+        MANIFEST_NAME,
+        SUMS_NAME,
+        "bit_width_map.json",
+        "config.json",
+        "learned_parameters.json",
+        "made_for.json",
+        "model.safetensors.index.json",
+        "profile_summary.json",
+        "quality.json",
+    }
+)
+"""What results hold beside weights and what came with the source."""
 
 
 def check_result(target: Path, *, param: str = "out") -> None:
@@ -47,6 +63,12 @@ def result_names(folder: Path) -> frozenset[str]:
         return frozenset({*read_manifest(folder).files, MANIFEST_NAME, SUMS_NAME})
     except FormatError:
         return frozenset()
+
+
+def may_be_of_result(path: str) -> bool:
+    """Whether a result or an export of the library's own formats may hold a file of this path."""
+    weights = "/" not in path and path.endswith((".safetensors", ".gguf"))
+    return weights or path in _RESULT_FILES or is_companion(path)
 
 
 def check_kept(target: Path, is_own: Callable[[str], bool], *, param: str) -> None:

@@ -31,7 +31,7 @@ from bitmill_service.cli.progress import JobWatch
 from bitmill_service.cli.report_table import parse_rows, print_report
 from bitmill_service.cli.spec import Given, build_spec, local_folder, model_reference
 from bitmill_service.client.client import Client
-from bitmill_service.client.download import check_folder
+from bitmill_service.client.download import check_free
 from bitmill_service.schemas import EmbeddingsView, JobView, PlanView
 
 
@@ -66,7 +66,7 @@ def submit(
     Example: bitmill submit HuggingFaceTB/SmolLM2-135M --bits 3 --wait
     """
     if download is not None:
-        check_folder(download)
+        check_free(download)
     with open_client(url) as client:
         built = build_spec(_model(client, model, quiet=json), spec, given)
         if validate_only:

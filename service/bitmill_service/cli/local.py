@@ -43,6 +43,7 @@ from bitmill_service.cli.output import JsonFlag, RunFailed, UrlOption, open_clie
 from bitmill_service.cli.progress import JobWatch
 from bitmill_service.cli.report_table import parse_rows, print_quality, print_report
 from bitmill_service.cli.spec import Given, build_spec, comma_separated
+from bitmill_service.client.download import check_free
 from bitmill_workers.job_spec import PushTarget
 
 FolderArgument = Annotated[
@@ -389,6 +390,8 @@ def _export_job(
     quiet: bool,
 ) -> dict[str, Any]:
     """Have the service write a job's result; what it takes, and which job writes it."""
+    if out is not None and not dry_run:
+        check_free(out)
     with open_client(url) as client:
         told = client.plan_export(job_id, target).model_dump(mode="json")
         if dry_run:

@@ -26,7 +26,8 @@ import httpx2
 
 from bitmill.errors import InputError, VerificationError, reason
 from bitmill.io.atomic import disk_errors, sha256_file
-from bitmill.io.targets import result_names
+from bitmill.io.manifest import MANIFEST_NAME
+from bitmill.io.targets import may_be_of_result, result_names
 from bitmill_service.client.errors import ServiceError, Unreachable, raise_for_problem
 from bitmill_service.client.retries import RETRY_STATUS, Retries, Waiting, retry_after
 from bitmill_service.schemas import FileView
@@ -132,6 +133,33 @@ def check_folder(folder: Path) -> None:
             raise _in_the_way(folder / "manifest.json")
         if not os.access(place, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder where the result of a job that is not there yet may find a file of the
+    user's in its way; makes nothing. Raises `InputError` as `download_files` would later.
+
+    What another package's format writes is not known here: only the download meets it.
+    """
+    check_folder(folder)
+    with _file_errors(folder):
+        own = result_names(folder)
+        for place in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+            path = place.relative_to(folder).as_posix()
+            if not may_be_of_result(path) or path in own:
+                continue
+            raise _not_replaced(place, "the job may make a file of this name")
+
+
+def _not_replaced(target: Path, why: str) -> InputError:
+    if not target.is_file():
+        return _in_the_way(target)
+    return InputError(
+        f"{target} is not replaced: {why}, and no manifest beside it lists it as one of an earlier "
+        "result; choose another folder, or move it away",
+        code="output_exists",
+        param=str(target),
+    )
 
 
 def _is_there(place: Path) -> bool:
@@ -366,13 +394,7 @@ def download_files(
         own = result_names(folder)
     for path, target in there:
         if path not in own and path not in skipped:
-            raise InputError(
-                f"{target} is not replaced: it differs from the file to download, and no manifest "
-                "beside it lists it as one of an earlier result; choose another folder, or move it "
-                "away",
-                code="output_exists",
-                param=str(target),
-            )
+            raise _not_replaced(target, "it differs from the file to download")
     stop = threading.Event()
     # Its own client, because the service's credentials are not for the object store.
     with (
@@ -384,7 +406,11 @@ def download_files(
             for file, target in targets
             if file.path not in skipped
         ]
-        futures = [pool.submit(one.run) for one in missing]
+        # First, so that what comes after is known as a result's own, wherever this download ends.
+        for one in missing:
+            if one.file.path == MANIFEST_NAME:
+                one.run()
+        futures = [pool.submit(one.run) for one in missing if one.file.path != MANIFEST_NAME]
         try:
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()

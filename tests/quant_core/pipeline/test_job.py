@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.errors import BudgetError, CalibrationError, Cancelled, ModelError
 from bitmill.io.manifest import check_folder
+from bitmill.io.targets import may_be_of_result
 from bitmill.pipeline.job import run_job
 from bitmill.sensitivity.measure import make_profile
 from rank_function import in_process
@@ -52,6 +53,7 @@ def test_a_job_is_published_whole_and_its_stages_are_skipped_the_second_time(lla
     asked = spec(evaluation=spec().evaluation.model_dump() | {"baselines": ["uniform"]})
     first = run_job(asked, llama, tmp_path / "work", tmp_path / "out", on_progress=events.append)
     assert check_folder(tmp_path / "out") == first.manifest
+    assert all(map(may_be_of_result, first.manifest.files))
     assert [row.method for row in first.quality.rows] == [
         "source",
         "uniform gptq",
