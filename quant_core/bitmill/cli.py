@@ -16,7 +16,7 @@ from typing import Any
 from bitmill.config.quantization import parse_part
 from bitmill.errors import STOPS, BitmillError
 from bitmill.evaluation.tasks import check_harness
-from bitmill.formats.format import FORMATS
+from bitmill.formats.format import parse_format
 from bitmill.io.atomic import read_json
 from bitmill.pipeline.progress import Progress
 from bitmill.pipeline.requests import (
@@ -110,7 +110,7 @@ def _export(file: Path, tell: Tell) -> dict[str, Any]:
     asked = parse_part(ExportRequest, read_json(file))
     from bitmill.pipeline.export import Export
 
-    export = Export.of(asked.folder, parse_part(FORMATS[asked.format], asked.settings))
+    export = Export.of(asked.folder, parse_format(asked.format, asked.settings))
     if asked.dry_run or asked.out is None:
         return export.report().model_dump(mode="json")
     written = export.write(

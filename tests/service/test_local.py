@@ -468,7 +468,10 @@ def test_export_says_its_size_writes_it_and_lists_formats(packed: Path, tmp_path
     ("arguments", "problem"),
     [
         (["--format", "nothing"], "'nothing' is unknown"),
-        (["--format", "dequantized", "--settings", '{"dtype": "int8"}'], "dtype"),
+        (
+            ["--format", "dequantized", "--settings", '{"dtype": "int8"}'],
+            "setting 'dtype' of format 'dequantized' cannot be 'int8': Input should be",
+        ),
         (["--format", "dequantized", "--settings", "[1]"], "no JSON object"),
         ([], "give DIR or JOB, --format and for a folder --out"),
     ],

@@ -16,9 +16,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from bitmill.config.closed import Closed
 from bitmill.config.codes import AUTO, DEFAULT_WIDTHS
-from bitmill.config.quantization import ORDER, BaseAllocation, FormatName, parse_part
+from bitmill.config.quantization import ORDER, BaseAllocation, FormatName
 from bitmill.errors import SpecError
-from bitmill.formats.format import FORMATS, Contents, Facts, Format, check_supported
+from bitmill.formats.format import Contents, Facts, Format, check_supported, parse_format
 from bitmill.formats.headers import Headers
 from bitmill.io.atomic import read_json
 from bitmill.io.safetensors import TensorInfo
@@ -46,7 +46,7 @@ class ExportTarget(Closed):
     @property
     def chosen(self) -> Format:
         """The format with these settings. Raises `SpecError` naming an unknown one."""
-        return parse_part(FORMATS[self.format], self.settings)
+        return parse_format(self.format, self.settings)
 
 
 class ExportReport(Closed):

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
+from pydantic import ValidationError
+
 from bitmill.config.bit_width_map import (
     WIDTHS,
     BitWidthMap,
@@ -23,13 +25,14 @@ from bitmill.config.bit_width_map import (
 )
 from bitmill.config.closed import Closed
 from bitmill.config.transforms import transform_of
-from bitmill.errors import SpecError
+from bitmill.errors import SpecError, first_problem
 from bitmill.formats.loading import Runtime
 from bitmill.io.safetensors import TensorInfo, checkpoint_bytes
 from bitmill.plan.architectures import architecture
 from bitmill.plan.model_plan import Plan, PlannedLinear
 from bitmill.registry import Registry
 
+_LONGEST_VALUE = 100
 Order = Literal["natural", "activation"]
 Widths = Mapping[str, Sequence[int]]
 Outliers = Mapping[str, int]
@@ -261,6 +264,36 @@ FORMATS: Registry[type[Format]] = Registry(
         "w8a8": "bitmill.formats.w8a8.format:W8A8",
     },
 )
+
+
+def parse_format(name: str, settings: Mapping[str, Any]) -> Format:
+    """The format of this name with these settings, as anybody may have written them.
+
+    Raises `SpecError` for an unknown name (`unknown_name`), and for a setting that the format does
+    not have or take, with its value and the settings that there are.
+    """
+    kind = FORMATS[name]
+    try:
+        return kind.model_validate(dict(settings))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        wrong = str(first["loc"][0]) if first["loc"] else ", ".join(settings)
+        raise SpecError(_misfit(kind, name, wrong, settings, error), param=wrong) from error
+
+
+def _misfit(
+    kind: type[Format], name: str, wrong: str, settings: Mapping[str, Any], error: ValidationError
+) -> str:
+    value = repr(settings.get(wrong))[:_LONGEST_VALUE]
+    known = ", ".join(
+        f"{key} (default {field.default!r})" for key, field in kind.model_fields.items()
+    )
+    if not known:
+        return f"format {name!r} takes no settings, but {wrong} = {value} is given: leave it out"
+    if wrong not in kind.model_fields and wrong in settings:
+        return f"format {name!r} has no setting {wrong!r}, given as {value}: it has {known}"
+    _, problem = first_problem(error)
+    return f"setting {wrong!r} of format {name!r} cannot be {value}: {problem}; it has {known}"
 
 
 def format_of(plan: Plan) -> Format:
