@@ -60,6 +60,9 @@ STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 """What ends a process because it is to end."""
 
 
+_REFERRING = ("as the message says.", "as `detail` says.")
+
+
 class BitmillError(Exception):
     """Base of all deliberate errors.
 
@@ -312,6 +315,11 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     told = first["msg"].removeprefix("Value error, ")
     return ".".join(str(part) for part in first["loc"]), told
+
+
+def advice(hint: str | None) -> str | None:
+    """A hint for people, who read it behind the message: None where it only refers to that."""
+    return None if hint is not None and hint.endswith(_REFERRING) else hint
 
 
 def printable(text: str) -> str:

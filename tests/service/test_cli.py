@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from bitmill import __version__
-from bitmill.errors import InputError, ModelError
+from bitmill.errors import BudgetError, InputError
 from bitmill_service.cli.docs import commands, help_of
 from bitmill_service.cli.progress import JobWatch
 from bitmill_service.schemas import EventView
@@ -211,6 +211,35 @@ def test_refused_input_exits_with_2(bitmill: Any, arguments: list[str]) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        (("--code-bits", "1.5"), "code_bits = 1.5 cannot be met: the smallest that fits the"),
+        (("--bits", "1"), "bits = 1.0 cannot be met: the smallest that fits the constraints is"),
+        (("--size", "10kB"), "size = 10,000 bytes cannot be met: the smallest that fits the"),
+        (("--memory", "10kB", "--context", "64"), "memory = 10,000 bytes cannot be met: the"),
+    ],
+)
+def test_what_to_do_about_a_budget_is_said_once(
+    bitmill: Any, budget: tuple[str, ...], told: str
+) -> None:
+    code, _, err = bitmill("submit", "path:models/tiny", *budget)
+    assert code == 2
+    assert err.startswith(f"error: budget {told}")
+    assert err.endswith(". Raise the budget, allow a smaller width or quantize fewer linears.\n")
+    assert err.lower().count("raise the budget") == 1
+
+
+def test_a_hint_that_only_refers_to_the_message_is_not_printed(bitmill: Any) -> None:
+    code, _, err = bitmill("submit", "path:models/tiny", "--size", "huge")
+    assert (code, err) == (
+        2,
+        "error: 'huge' is no size: give bytes, or a number with kB, MB, GB, TB, MiB or GiB\n",
+    )
+    _, _, err = bitmill("submit", "path:models/tiny", "--size", "huge", "--json")
+    assert json.loads(err)["error"]["hint"] == "Correct the request as the message says."
+
+
 def test_errors_are_json_where_json_was_asked_for(bitmill: Any) -> None:
     _, out, err = bitmill("submit", "path:models/tiny", "--code-bits", "1.5", "--json")
     assert out == ""
@@ -227,7 +256,7 @@ def test_wait_exits_by_how_the_job_ended(bitmill: Any, stack: Stack) -> None:
     assert bitmill("wait", queued)[0] == 4
     code, out, err = bitmill("wait", stack.failed().id)
     assert (code, "it is broken" in err) == (3, True)
-    assert err.splitlines()[-1].endswith(f" failed: it is broken. {ModelError.hint}")
+    assert err.splitlines()[-1].endswith(" failed: it is broken")
     assert out.splitlines()[-1] == "job failed"
     assert bitmill("wait", stack.succeeded().id)[0] == 0
 
@@ -235,7 +264,12 @@ def test_wait_exits_by_how_the_job_ended(bitmill: Any, stack: Stack) -> None:
 def test_status_of_a_failed_job_says_what_to_do(bitmill: Any, stack: Stack) -> None:
     _, out, _ = bitmill("status", stack.failed().id)
     assert "invalid_model: it is broken" in out
-    assert str(ModelError.hint) in out
+    assert "what to do" not in out
+    job = stack.running()
+    assert stack.leases.fail(job.id, job.token, BudgetError("it is too small"))
+    _, out, _ = bitmill("status", job.id)
+    assert "impossible_budget: it is too small" in out
+    assert f"what to do:     {BudgetError.hint}" in out
 
 
 def test_download_log_and_map(bitmill: Any, stack: Stack, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from bitmill.errors import advice
 from bitmill.io.manifest import check_folder
 from bitmill.pipeline.progress import STAGES
 from stores import wait_for
@@ -153,7 +154,9 @@ def test_what_needs_no_torch_is_refused_at_once(
     assert error["code"] == (code or "invalid_format")
     status, out, err = command("quantize", *words)
     assert (status, out) == (2, "")
-    assert err.splitlines() == [f"error: {error['message'].rstrip('.')}. {error['hint']}"]
+    more = advice(error["hint"])
+    told = error["message"] if more is None else f"{error['message'].rstrip('.')}. {more}"
+    assert err.splitlines() == [f"error: {told}"]
     assert not (tmp_path / "out").exists()
 
 

@@ -373,6 +373,8 @@ def test_what_is_wrong_with_a_form_is_said_and_what_was_typed_stays(
     before = stack.context.jobs.counts()
     answer = pages.post("/ui/jobs", data=filled(label="kept", **fields))
     assert answer.status_code == 422
+    assert "as the message says" not in answer.text
+    assert answer.text.lower().count("raise the budget") == (problem == "cannot be met")
     assert problem in answer.text
     assert 'value="kept"' in answer.text
     assert stack.context.jobs.counts() == before

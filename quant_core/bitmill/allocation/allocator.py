@@ -351,7 +351,6 @@ def _too_small(plan: Plan, budget: Budget, smallest: int, what: str = "") -> Bud
     if beside:
         reason += f", {beside:,} of them for {budget.batch} x {budget.context} tokens and workspace"
     return BudgetError(
-        f"budget {budget.kind} = {given} cannot be met: {reason}; raise the budget or allow "
-        "smaller widths",
+        f"budget {budget.kind} = {given} cannot be met: {reason}",
         param=f"budget.{budget.kind}",
     )

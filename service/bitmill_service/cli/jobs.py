@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from bitmill.config.quantization import Budget
-from bitmill.errors import InputError
+from bitmill.errors import InputError, advice
 from bitmill.pipeline.estimate import Estimate
 from bitmill_service.cli.options import COMMON, JOB, SERVICE_RESULTS, SpecFile, takes
 from bitmill_service.cli.output import (
@@ -356,7 +356,8 @@ def _show_job(job: JobView) -> None:
         rows.append(("finishes about", format_time(job.eta)))
     if job.error is not None:
         rows.append(("error", f"{job.error.code}: {job.error.message}"))
-        rows += [("what to do", job.error.hint)] if job.error.hint else []
+        more = advice(job.error.hint)
+        rows += [] if more is None else [("what to do", more)]
     for name, value in rows:
         typer.echo(f"{name + ':':<16}{value}")
     if job.result and job.result.get("rows"):

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bitmill.errors import BitmillError, Cancelled, InputError
+from bitmill.errors import BitmillError, Cancelled, InputError, advice
 from bitmill_service.client.client import Client
 from bitmill_service.client.errors import (
     JobCancelled,
@@ -133,5 +133,6 @@ def print_error(error: BitmillError, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"error": error.to_dict()}), err=True)
         return
-    advice = f". {error.hint}" if error.hint else ""
-    typer.echo(f"error: {error.message.rstrip('.') if advice else error.message}{advice}", err=True)
+    more = advice(error.hint)
+    text = error.message if more is None else f"{error.message.rstrip('.')}. {more}"
+    typer.echo(f"error: {text}", err=True)

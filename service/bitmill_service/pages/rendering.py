@@ -14,6 +14,7 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from bitmill.errors import advice
 from bitmill.results import with_error
 from bitmill_service.http.access import Principal
 from bitmill_service.pages.static_files import static
@@ -128,7 +129,7 @@ def _environment() -> Environment:
     environment.tests["contains"] = lambda several, one: one in several
     environment.globals |= {"static": static, "pages": NAVIGATION, "with_error": with_error}
     environment.filters["size"] = format_size
-    for filter in (duration, moment, target, model, share):
+    for filter in (advice, duration, moment, target, model, share):
         environment.filters[filter.__name__] = filter
     return environment
 

@@ -18,7 +18,7 @@ from fastapi.responses import RedirectResponse
 from bitmill.config.codes import CodeName
 from bitmill.config.effort import Effort
 from bitmill.config.quantization import KINDS
-from bitmill.errors import BitmillError, InputError
+from bitmill.errors import BitmillError, InputError, advice
 from bitmill.io import bounded_json
 from bitmill.io.atomic import sha256_json
 from bitmill_service.api.admission import admit, plan_view
@@ -250,7 +250,7 @@ def _form(
     if isinstance(error, ProblemError):
         problem = {"detail": error.detail, "hint": error.hint, "param": error.param}
     elif error is not None:
-        hint = status_and_hint(error)[1]
+        hint = advice(status_and_hint(error)[1])
         problem = {"detail": error.message, "hint": hint, "param": error.param}
     return render(
         request,
