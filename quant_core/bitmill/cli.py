@@ -85,10 +85,14 @@ def _quantize(file: Path, tell: Tell) -> dict[str, Any]:
     return {}
 
 
-def _evaluate(file: Path, _: Tell) -> dict[str, Any]:
+def _evaluate(file: Path, tell: Tell) -> dict[str, Any]:
     asked = parse_part(EvaluateRequest, read_json(file))
     check_harness(asked.tasks)
     from bitmill.evaluation.compare import evaluate_folder
+
+    def on_unit(done: int, total: int, unit: str, message: str) -> None:
+        told = {"done": done, "total": total, "unit": unit, "message": message}
+        tell(progress={"kind": "progress", "stage": "evaluate"} | told)
 
     rows = evaluate_folder(
         asked.folder,
@@ -102,6 +106,7 @@ def _evaluate(file: Path, _: Tell) -> dict[str, Any]:
         tasks=asked.tasks,
         task_folder=asked.task_folder,
         baselines=asked.baselines,
+        on_unit=on_unit,
     )
     return {"rows": [row.model_dump(mode="json") for row in rows]}
 

@@ -93,6 +93,7 @@ def test_options_reach_the_report(model: Path, tmp_path: Path) -> None:
 def test_evaluate_measures_what_the_job_measured(packed: Path, model: Path) -> None:
     short = ["--texts", "wiki_evaluation", "--sequences", "1", "--length", "64"]
     measured = bitmill("evaluate", packed, "--source", model, *short, "--json")
+    assert re.search(r"^evaluate: (\d+)/\1 window$", measured.stderr, re.MULTILINE)
     rows = json.loads(measured.stdout)["rows"]
     report = json.loads((packed / "quality.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["source", "packed"]

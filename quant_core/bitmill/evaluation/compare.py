@@ -23,6 +23,7 @@ from bitmill.config.quantization import Budget, Evaluation, Framing, Quantizatio
 from bitmill.config.rounded import Rounded
 from bitmill.config.transforms import transform_of
 from bitmill.errors import SpecError
+from bitmill.evaluation.count import Count, OnUnit, windows_read
 from bitmill.evaluation.logits import StreamedLogits, perplexity_and_kl
 from bitmill.evaluation.origin import check_made_from, foldable
 from bitmill.evaluation.rounded import NO_COLUMNS, Change, observing, rounding, rule_of
@@ -156,65 +157,49 @@ def with_weights(
     return StreamedLogits(model.with_matrices(matrices), replace=replace)
 
 
-class WindowCount:
-    """Windows that models have finished, of `total`: those under way by the share of their pass
-    that is done, rounded down."""
-
-    def __init__(self, on_unit: Callable[[int, int, str, str], None], total: int) -> None:
-        self._on_unit, self._total, self._finished = on_unit, total, 0
-
-    def passed(self, windows: int, message: str, done: int, steps: int) -> None:
-        """So many windows are done with `done` of `steps` equal steps; the last ends their pass."""
-        at = self._finished + windows * done // steps
-        self._on_unit(at, self._total, "window", message)
-        if done == steps:
-            self._finished = at
-
-
 @dataclass(frozen=True)
 class _Pass:
     """A candidate's way through the windows of a text: its blocks, and as one more step of the same
     size the comparison, which goes window by window."""
 
-    count: WindowCount
+    passed: Callable[[int, int], None]
     windows: int
-    message: str
     blocks: int
 
     def block(self, done: int, _: int) -> None:
-        self.count.passed(self.windows, self.message, done, self.blocks + 1)
+        self.passed(done, self.blocks + 1)
 
     def window(self, done: int, _: int) -> None:
-        before, steps = self.windows * self.blocks, self.windows * (self.blocks + 1)
-        self.count.passed(self.windows, self.message, before + done, steps)
+        self.passed(self.windows * self.blocks + done, self.windows * (self.blocks + 1))
 
 
 def measure(
     model: StreamedModel,
     texts: Mapping[str, Tensor],
     candidates: Mapping[str, Candidate],
-    on_unit: Callable[[int, int, str, str], None],
+    count: Count,
     group: Ranks = SINGLE,
     known: Mapping[str, Tensor] | None = None,
 ) -> list[QualityRow]:
     """Rows of the source and of every candidate on every text: windows int64 [S, T] by name.
 
-    on_unit: told after every block and every window how many windows are finished, of those of
-    all texts times the models that read them. group: ranks that divide the windows; each gets all
-    rows. known: the source's outputs of its last block [S, T, D] for this rank's windows, by text,
-    where they have been computed before.
+    count: has, for the windows of all texts, as many units as models read them, and is told after
+    every block and every window. group: ranks that divide the windows; each gets all rows. known:
+    the source's outputs of its last block [S, T, D] for this rank's windows, by text, where they
+    have been computed before.
     """
     found: dict[str, dict[str, TextQuality]] = {name: {} for name in ("source", *candidates)}
     shards = {text: group.shard(windows) for text, windows in texts.items()}
-    passes = len(candidates) + (known is None)
-    count = WindowCount(on_unit, passes * sum(len(own) for own in shards.values()))
     for text, windows in texts.items():
         own = shards[text]
-        outputs = None if known is None else (own, known[text])
-        on_block = partial(count.passed, len(own), f"source on {text}")
-        reference = StreamedLogits(model, remember=True, known=outputs, on_block=on_block)
+        if known is None:
+            on_block = count.part(len(own), f"source on {text}")
+            reference = StreamedLogits(model, remember=True, on_block=on_block)
+        else:
+            reference = StreamedLogits(model, remember=True, known=(own, known[text]))
         for name, candidate in candidates.items():
-            told = _Pass(count, len(own), f"{name} on {text}", model.block_count)
+            part = count.part(len(own), f"{name} on {text}")
+            told = _Pass(part, len(own), model.block_count)
             measured = perplexity_and_kl(
                 reference, candidate.logits.watched(told.block), own, on_window=told.window
             ).gathered(group, len(windows))
@@ -266,11 +251,12 @@ def measure_tasks(
     dtype: torch.dtype,
     seed: int,
     chat: bool,
-    on_unit: Callable[[int, int, str, str], None],
+    count: Count,
 ) -> list[QualityRow]:
     """The rows, those of `folders` (by method) with their tasks' scores; one model at a time.
 
     packed: the method whose folder is a packed one; the others are plain transformers folders.
+    count: has one unit for each task of each folder.
     """
     scores = {}
     for method, folder in folders.items():
@@ -283,7 +269,7 @@ def measure_tasks(
         scores[method] = suite.measure(
             model.eval(),
             load_tokenizer(folder),
-            on_task=partial(_report_task, on_unit, method),
+            on_task=partial(_report_task, count, method),
             seed=seed,
             chat=chat,
         )
@@ -291,10 +277,8 @@ def measure_tasks(
     return [row.model_copy(update={"tasks": scores.get(row.method, {})}) for row in rows]
 
 
-def _report_task(
-    on_unit: Callable[[int, int, str, str], None], method: str, done: int, total: int, name: str
-) -> None:
-    on_unit(done, total, "task", f"{name} of {method}")
+def _report_task(count: Count, method: str, name: str) -> None:
+    count.part(1, f"{name} of {method}")(1, 1)
 
 
 def evaluate_folder(
@@ -309,7 +293,7 @@ def evaluate_folder(
     tasks: tuple[str, ...] = (),
     task_folder: Path | None = None,
     seed: int = 0,
-    on_unit: Callable[[int, int, str, str], None] = lambda *_: None,
+    on_unit: OnUnit = lambda *_: None,
     framing: Framing = "tokenizer",
     baselines: tuple[str, ...] = (),
 ) -> list[QualityRow]:
@@ -358,7 +342,10 @@ def evaluate_folder(
             logits = rounded_packed(model, folder, one)
             candidates[f"packed, {one}"] = Candidate(bit_widths, logits, planned)
         windows = evaluation_windows(asked, source_folder, rows=planned.vocab_size)
-        rows = measure(model, windows, candidates, on_unit)
+        tasks_run = 2 * len(asked.tasks)
+        total = windows_read(windows, len(candidates) + 1) + tasks_run
+        count = Count(on_unit, total, "step" if tasks_run else "window")
+        rows = measure(model, windows, candidates, count)
         if suite is None:
             return rows
         return measure_tasks(
@@ -370,5 +357,5 @@ def evaluate_folder(
             dtype=model.dtype,
             seed=seed,
             chat=framing == "chat",
-            on_unit=on_unit,
+            count=count,
         )

@@ -79,14 +79,14 @@ class TaskSuite:
         model: Any,
         tokenizer: Any,
         *,
-        on_task: Callable[[int, int, str], None],
+        on_task: Callable[[str], None],
         seed: int = 0,
         chat: bool = False,
     ) -> dict[str, TaskQuality]:
         """Scores of a transformers causal language model, on the device it lies on.
 
-        A name that stands for several tasks gives one entry for each. on_task: told the number of
-        finished names, their total and the name. chat: questions are put into the tokenizer's chat
+        A name that stands for several tasks gives one entry for each. on_task: told each name when
+        it is finished. chat: questions are put into the tokenizer's chat
         template.
         """
         from lm_eval import simple_evaluate
@@ -96,7 +96,7 @@ class TaskSuite:
             pretrained=model, tokenizer=tokenizer, batch_size=BATCH, softmax_dtype="float32"
         )
         found: dict[str, TaskQuality] = {}
-        for done, name in enumerate(self.names, 1):
+        for name in self.names:
             scored = simple_evaluate(
                 model=runner,
                 tasks=[name],
@@ -112,7 +112,7 @@ class TaskSuite:
                 task: _quality(scored, task, samples["effective"])
                 for task, samples in scored["n-samples"].items()
             }
-            on_task(done, len(self.names), name)
+            on_task(name)
         return found
 
 

@@ -218,7 +218,10 @@ def evaluate(
             "device": device,
         },
     )
-    found = run_library("evaluate", request)
+    with JobWatch(Console(stderr=True, highlight=False)) as watch:
+        found = run_library(
+            "evaluate", request, lambda told: watch.show("progress", told["progress"])
+        )
     if json:
         print_json(found)
     else:

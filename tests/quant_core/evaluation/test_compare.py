@@ -16,7 +16,8 @@ from bitmill.allocation.profile import SensitivityProfile
 from bitmill.calibration.windows import evaluation_tokens, evaluation_windows
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.quantization import Evaluation, parse_config
-from bitmill.evaluation.compare import Candidate, measure
+from bitmill.evaluation.compare import Candidate, measure, measure_tasks
+from bitmill.evaluation.count import Count, windows_read
 from bitmill.evaluation.logits import StreamedLogits
 from bitmill.inference.load import load
 from bitmill.io.manifest import read_manifest
@@ -147,7 +148,10 @@ def test_a_map_outside_the_profile_has_no_prediction(source: Path) -> None:
     same = BitWidthMap(linears={"model.layers.0.mlp.up_proj": (3, 3)})
     windows = evaluation_windows(asked, source)
     rows = measure(
-        model, windows, {"same": Candidate(same, StreamedLogits(model), plan)}, lambda *_: None
+        model,
+        windows,
+        {"same": Candidate(same, StreamedLogits(model), plan)},
+        Count(lambda *_: None, 1),
     )
     assert (rows[1].predicted_loss, rows[1].code_bits) == (None, 3.0)
     assert rows[1].texts[WIKI].loss_increase == pytest.approx(0, abs=1e-9)
@@ -165,11 +169,10 @@ def test_progress_moves_with_the_blocks_over_all_texts_and_models(
     outputs = {name: StreamedLogits(model).last_block(text) for name, text in texts.items()}
     candidates = {name: Candidate(same, StreamedLogits(model), plan) for name in ("one", "two")}
     told: list[tuple[int, int, str, str]] = []
-    measure(
-        model, texts, candidates, lambda *now: told.append(now), known=outputs if is_known else None
-    )
-    blocks = model.block_count
     passes = [] if is_known else ["source"]
+    count = Count(lambda *now: told.append(now), windows_read(texts, len(passes) + 2))
+    measure(model, texts, candidates, count, known=outputs if is_known else None)
+    blocks = model.block_count
     assert {now[1:3] for now in told} == {((len(passes) + 2) * 9, "window")}
     counts = [now[0] for now in told]
     assert counts == sorted(counts)
@@ -185,6 +188,38 @@ def test_progress_moves_with_the_blocks_over_all_texts_and_models(
             of_pass = [now[0] - before for now in told if now[3] == f"{name} on {text}"]
             assert of_pass == expected
             before += size
+
+
+class Suite:
+    """Tasks without a harness."""
+
+    def measure(self, model: Any, tokenizer: Any, *, on_task: Any, **_: Any) -> dict[str, Any]:
+        for name in ("piqa", "boolq"):
+            on_task(name)
+        return {}
+
+
+def test_tasks_are_counted_behind_the_windows(source: Path, job: Result) -> None:
+    told: list[tuple[int, int, str, str]] = []
+    count = Count(lambda *now: told.append(now), 9, "step")
+    count.part(5, "windows")(5, 5)
+    measure_tasks(
+        Suite(),  # type: ignore[arg-type]
+        [],
+        {"source": source, "packed": job.folder},
+        packed="packed",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        seed=0,
+        chat=False,
+        count=count,
+    )
+    assert [(done, message) for done, _, _, message in told[1:]] == [
+        (6, "piqa of source"),
+        (7, "boolq of source"),
+        (8, "piqa of packed"),
+        (9, "boolq of packed"),
+    ]
 
 
 def test_the_published_folder_reports_its_profile(job: Result, tmp_path: Path) -> None:

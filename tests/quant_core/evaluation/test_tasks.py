@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -140,6 +141,11 @@ def test_a_job_and_evaluate_measure_a_task_of_one_s_own(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     measured = {row["method"]: row["tasks"] for row in json.loads(again.stdout)["rows"]}
     assert measured["packed"]["letters"] == by_method["uniform rtn"]
+    for said in (made.stderr, again.stderr):
+        counts = re.findall(r"^evaluate: (\d+)/(\d+) step", said, re.MULTILINE)
+        done, totals = [int(one) for one, _ in counts], {int(total) for _, total in counts}
+        assert done == sorted(done)
+        assert totals == {done[-1]}
 
 
 @installed

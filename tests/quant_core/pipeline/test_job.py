@@ -59,6 +59,15 @@ def test_a_job_is_published_whole_and_its_stages_are_skipped_the_second_time(lla
         "uniform gptq",
         "uniform 3-bit gptq",
     ]
+    evaluated = [e for e in events if e.stage == "evaluate" and e.kind == "progress"]
+    counts = [e.done for e in evaluated]
+    assert counts == sorted(counts)
+    assert {(e.total, e.unit) for e in evaluated} == {(counts[-1], "step")}
+    assert {e.message.partition(" on ")[0] for e in evaluated} >= {
+        "uniform 3-bit baseline",
+        "uniform 3-bit gptq",
+        "source",
+    }
     ours = first.quality.row("uniform gptq")
     on_disk = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
     assert (ours.code_bits, ours.size) == (3.0, on_disk)

@@ -27,6 +27,7 @@ from bitmill.evaluation.compare import (
     rounded_packed,
     with_weights,
 )
+from bitmill.evaluation.count import Count, windows_read
 from bitmill.formats.accounting import footprint
 from bitmill.io.atomic import write_bytes
 from bitmill.models.streamed import StreamedModel
@@ -195,6 +196,7 @@ class Inputs:
 def work(inputs: Inputs, run: Run, folder: Path) -> None:
     """The first rank writes the report."""
     model = run.open_model(inputs.model.folder, inputs.plan)
+    count = _count(inputs, model, run)
     predicted = predicted_loss(inputs.profile, inputs.bit_widths)
     packed = from_packed(model, inputs.packed)
     candidates = {inputs.method: Candidate(inputs.bit_widths, packed, inputs.plan, predicted)}
@@ -209,18 +211,28 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
         candidates[f"{inputs.method}, {asked}"] = candidate
     if inputs.baselines is not None:
         for width in inputs.baselines.widths:
-            baseline = _baseline(inputs, model, width, folder, run)
+            baseline = _baseline(inputs, model, width, folder, run, count)
             candidates[f"uniform {width}-bit {inputs.baselines.method.name}"] = baseline
     known = None if inputs.outputs is None else source_outputs.load(inputs.outputs, run.group)
-    rows = measure(model, inputs.windows, candidates, run.on_unit, group=run.group, known=known)
+    rows = measure(model, inputs.windows, candidates, count, group=run.group, known=known)
     if not run.group.first:
         return
-    _write_report(inputs, _with_tasks(inputs, rows, model, run), run, folder)
+    _write_report(inputs, _with_tasks(inputs, rows, model, run, count), run, folder)
     for baseline_folder in folder.glob("baseline-*"):
         shutil.rmtree(baseline_folder)
 
 
 STAGE = Stage("evaluate", work, shared=True)
+
+
+def _count(inputs: Inputs, model: StreamedModel, run: Run) -> Count:
+    """One over the baselines' blocks, the windows that all models read, and the tasks."""
+    widths = () if inputs.baselines is None else inputs.baselines.widths
+    models = 1 + (inputs.embeddings is not None) + len(inputs.rounded.asked) + len(widths)
+    windows = windows_read(inputs.windows, models + (inputs.outputs is None), run.group)
+    tasks = () if inputs.tasks is None else inputs.tasks.tasks.names
+    others = model.block_count * len(widths) + 2 * len(tasks)
+    return Count(run.on_unit, windows + others, "step" if others else "window")
 
 
 def load(folder: Path) -> QualityReport:
@@ -253,7 +265,7 @@ def _notes(config: QuantizationConfig, plan: Plan, allocated: Allocated) -> tupl
 
 
 def _with_tasks(
-    inputs: Inputs, rows: list[QualityRow], model: StreamedModel, run: Run
+    inputs: Inputs, rows: list[QualityRow], model: StreamedModel, run: Run, count: Count
 ) -> list[QualityRow]:
     suite = inputs.tasks.tasks.suite() if inputs.tasks else None
     if inputs.tasks is None or suite is None:
@@ -267,7 +279,7 @@ def _with_tasks(
         dtype=model.dtype,
         seed=inputs.tasks.seed,
         chat=inputs.tasks.chat,
-        on_unit=run.on_unit,
+        count=count,
     )
 
 
@@ -309,20 +321,21 @@ def _with_packed_embeddings(
 
 
 def _baseline(
-    inputs: Inputs, model: StreamedModel, width: int, scratch: Path, run: Run
+    inputs: Inputs, model: StreamedModel, width: int, scratch: Path, run: Run, count: Count
 ) -> Candidate:
     assert inputs.baselines is not None
     asked = inputs.baselines
     uniform = BitWidthMap.uniform(model.plan.shapes, width)
     folder = scratch / f"baseline-{width}"
     folder.mkdir(exist_ok=True)  # any rank may come first
+    passed = count.part(model.block_count, f"uniform {width}-bit baseline")
     refine_model(
         model,
         RefineInputs(asked.calibration, uniform, {}),
         asked.method,
         folder,
         seed=asked.seed,
-        on_unit=lambda done, total, unit, _: run.on_unit(done, total, unit, "baseline"),
+        on_unit=lambda done, total, *_: passed(done, total),
         group=run.group,
     )
     refined = RefinedModel(folder, model.plan)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.evaluation.compare import Candidate, measure, with_weights
+from bitmill.evaluation.count import Count, windows_read
 from bitmill.io.atomic import read_json, write_json
 from bitmill.pipeline.stage import Run
 from bitmill.pipeline.stages import refine
@@ -73,7 +74,8 @@ def _loss(
     )
     candidates = {"map": Candidate(refining.bit_widths, logits, plan)}
     windows = {"held_out": refining.calibration.held_out}
-    rows = measure(model, windows, candidates, run.on_unit, group=run.group)
+    told = Count(run.on_unit, windows_read(windows, 2, run.group))
+    rows = measure(model, windows, candidates, told, group=run.group)
     quality = rows[1].texts["held_out"]
     run.group.barrier()
     return quality.kl, quality.kl_se

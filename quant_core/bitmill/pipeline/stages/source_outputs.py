@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitmill.evaluation.compare import WindowCount
+from bitmill.evaluation.count import Count
 from bitmill.evaluation.logits import StreamedLogits
 from bitmill.pipeline.source import Model
 from bitmill.pipeline.stage import Environment, Run, Stage
@@ -36,9 +35,9 @@ def work(inputs: Inputs, run: Run, folder: Path) -> None:
     """Every rank writes a file."""
     model = run.open_model(inputs.model.folder, inputs.plan)
     outputs, own = {}, {text: run.group.shard(all_) for text, all_ in inputs.windows.items()}
-    count = WindowCount(run.on_unit, sum(len(windows) for windows in own.values()))
+    count = Count(run.on_unit, sum(len(windows) for windows in own.values()))
     for text, windows in own.items():
-        on_block = partial(count.passed, len(windows), f"source on {text}")
+        on_block = count.part(len(windows), f"source on {text}")
         outputs[text] = StreamedLogits(model, on_block=on_block).last_block(windows)
     save_file(outputs, _file(folder, run.group))
 
