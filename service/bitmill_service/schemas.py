@@ -337,11 +337,14 @@ class PlanView(View):
 class ProfileView(View):
     """A stored sensitivity profile; `id` is the hash of what it was made from.
 
-    model, settings: of the caller's own job that made the same, null where that is unknown. widths,
-    linears and groups are counted when one profile is asked for, not in lists.
+    model, settings: of the caller's own job that made the same, null where that is unknown. tenant:
+    whose words these are, the caller's own; an administrator, who sees everybody's, reads those of
+    the tenant that was first. widths, linears and groups are counted when one profile is asked for,
+    not in lists.
     """
 
     id: str
+    tenant: str
     created_at: datetime
     model: str | None = None
     settings: dict[str, Any] | None = None
@@ -398,11 +401,13 @@ class AllocationView(View):
 class MapView(View):
     """A stored bit-width map; `id` is its content hash, `histogram` counts groups per width.
 
-    name: what the caller calls it, whatever others call the same.
+    name: what the caller calls it, whatever others call the same. tenant: who calls it so; an
+    administrator, who sees everybody's, reads the name of the tenant that was first.
     shape, weights: fingerprint of the model that it is of, where that is known.
     """
 
     id: str
+    tenant: str
     created_at: datetime
     linears: int
     groups: int

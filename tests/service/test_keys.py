@@ -225,16 +225,20 @@ def test_who_stores_the_same_map_reads_its_own_name(guarded: Guarded) -> None:
             told[key] = http.post("/v1/bit-width-maps", json=content, params=params).json()
     assert told[bob]["id"] == told[alice]["id"]
     assert (told[alice]["name"], told[bob]["name"]) == ("secret label of alice", None)
+    assert (told[alice]["tenant"], told[bob]["tenant"]) == ("alice", "bob")
     assert told[bob]["created_at"] > told[alice]["created_at"]
     with guarded.http(bob) as http:
         named = http.post("/v1/bit-width-maps", json=content, params={"name": "of bob"}).json()
         assert named == told[bob] | {"name": "of bob"}
         assert http.get("/v1/bit-width-maps").json()["maps"] == [named]
+        assert "Tenant" not in http.get("/ui/bit-width-maps").text
     with guarded.http(alice) as http:
         assert http.get("/v1/bit-width-maps").json()["maps"] == [told[alice]]
     with guarded.http(guarded.admin) as http:
         maps = http.get("/v1/bit-width-maps").json()["maps"]
         assert [one for one in maps if one["id"] == named["id"]] == [told[alice]]
+        page = http.get("/ui/bit-width-maps").text
+        assert "<td>alice</td><td>secret label of alice</td>" in page
     with guarded.http(alice) as http:
         assert http.delete(f"/v1/bit-width-maps/{named['id']}").status_code == 204
     with guarded.http(guarded.admin) as http:
@@ -262,6 +266,10 @@ def test_who_makes_the_same_profile_reads_its_own_words(guarded: Guarded) -> Non
             assert made["made_for"] == made_for.model_dump() | {"model": model}
             page = http.get(f"/ui/profiles/{profile.key}").text
             assert model in page
+    with guarded.http(guarded.admin) as http:
+        (listed,) = http.get("/v1/profiles").json()["profiles"]
+        assert (listed["tenant"], listed["model"]) == ("alice", "alice/secret")
+        assert "<td>alice</td><td>alice/secret</td>" in http.get("/ui/profiles").text
 
 
 def test_the_same_idempotency_key_of_two_tenants_makes_two_jobs(guarded: Guarded) -> None:

@@ -232,6 +232,7 @@ def map_view(record: MapRecord) -> schemas.MapView:
     histogram = Counter(width for groups in widths for width in groups)
     return schemas.MapView(
         id=record.id,
+        tenant=record.tenant,
         created_at=_moment(record.created_at),
         linears=len(widths),
         groups=sum(histogram.values()),
@@ -248,6 +249,7 @@ def profile_view(
     """A stored profile; widths and counts where the profile itself was read."""
     return schemas.ProfileView(
         id=record.id,
+        tenant=record.tenant,
         created_at=_moment(record.created_at),
         model=record.model,
         settings=record.settings,

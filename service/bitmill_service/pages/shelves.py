@@ -11,12 +11,17 @@ from bitmill_service.api.context import ContextDep, HashCursor, PrincipalDep
 from bitmill_service.api.routes import maps as maps_api
 from bitmill_service.api.routes import profiles as profiles_api
 from bitmill_service.api.routes import uploads as uploads_api
-from bitmill_service.http.access import PAGES
+from bitmill_service.http.access import PAGES, Principal
 from bitmill_service.pages.rendering import render
 
 router = APIRouter()
 
 After = Annotated[HashCursor | None, Query()]
+
+
+def _told_of_holders(caller: Principal) -> bool:
+    """Whether whose words a list has is shown: to who sees several tenants' things."""
+    return caller.sees is None and caller.key_id is not None
 
 
 @router.get("/profiles")
@@ -25,7 +30,7 @@ def show_profiles(
 ) -> Response:
     """Stored profiles."""
     page = profiles_api.list_profiles(context, caller, after=after)
-    return render(request, "profiles.html", page=page)
+    return render(request, "profiles.html", page=page, holders=_told_of_holders(caller))
 
 
 @router.post("/profiles/{profile_id}/delete")
@@ -41,7 +46,7 @@ def show_maps(
 ) -> Response:
     """Uploaded maps."""
     page = maps_api.list_maps(context, caller, after=after)
-    return render(request, "maps.html", page=page)
+    return render(request, "maps.html", page=page, holders=_told_of_holders(caller))
 
 
 @router.post("/bit-width-maps/{map_id}/delete")

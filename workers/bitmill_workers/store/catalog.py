@@ -228,7 +228,7 @@ def _held(table: sa.Table, tenant: str | None, *said: str) -> sa.Select[Any]:
         first = sa.select(others.c.tenant).where(others.c.kind == kind, others.c.id == table.c.id)
         first = first.order_by(others.c.created_at, others.c.tenant).limit(1)
         holder = first.scalar_subquery()
-    columns = (holdings.c[name] for name in ("created_at", *said))
+    columns = (holdings.c[name] for name in ("created_at", "tenant", *said))
     mine = (holdings.c.kind == kind, holdings.c.id == table.c.id, holdings.c.tenant == holder)
     return sa.select(table, *columns).where(*mine)
 

@@ -231,10 +231,11 @@ class CellEnd:
 class ProfileRecord:
     """A kept sensitivity profile; `id` is the hash of what it was made from, `path` its folder.
 
-    model, settings: of its holder's job, None where that is unknown.
+    model, settings: of its holder's job, None where that is unknown. tenant: the holder.
     """
 
     id: str
+    tenant: str
     model: str | None
     settings: dict[str, Any] | None
     path: str
@@ -246,11 +247,12 @@ class MapRecord:
     """A stored bit-width map; `id` is the hash of `map`, which says what it was made for where that
     is known.
 
-    name: what its holder calls it. shape, weights: of that model (`bitmill.plan.fingerprint`);
-    older rows have these two alone.
+    name: what its holder calls it. tenant: the holder. shape, weights: of that model
+    (`bitmill.plan.fingerprint`); older rows have these two alone.
     """
 
     id: str
+    tenant: str
     name: str | None
     map: dict[str, Any]
     created_at: float
