@@ -11,9 +11,9 @@ SmolLM2-135M loses 1 to 10 % of error, mostly 2.
 Rows whose errors raise the loss more get more of the bits of their tile: an error counts by its
 row's importance times its scale squared (`bitmill_kernels/trellis/encode.py`).
 
-A weight's scale is that of its row times that of its group. Rows' scales are fitted to the target
-before the loop, and by least squares in the metric of H after it; a group's scale is fitted when
-the loop reaches it, to the weights as they are by then.
+A weight's scale is that of its row times that of its group (`solvers/trellis_scales.py`). Rows'
+scales are fitted to the target before the loop, and by least squares in the metric of H after it; a
+group's scale is fitted when the loop reaches it, to the weights as they are by then.
 
 Ranks take whole rows of tiles, which are independent but for scales of groups. These follow from
 sums over all rows, taken in float64 and added up over ranks, whose rounding no scale in fp16 shows.
@@ -30,7 +30,6 @@ from torch.nn import functional
 
 from bitmill.config.methods import GPTQ, RTN
 from bitmill.quant.codes import group_slices, row_errors, row_slices
-from bitmill.quant.grid import FP16_MAX
 from bitmill.quant.trellis import TrellisTensor
 from bitmill.results import LinearResult
 from bitmill.runtime.ranks import SINGLE, Ranks
@@ -41,15 +40,13 @@ from bitmill.solvers.gptq.curvature import Curvature
 from bitmill.solvers.gptq.settings import GptqSettings
 from bitmill.solvers.polish import rounded_step
 from bitmill.solvers.solver import Linear, Solved
+from bitmill.solvers.trellis_scales import Sized, group_scales, row_scales, sizes_of, stored
 from bitmill_kernels.layout import GROUP_SIZE
-from bitmill_kernels.trellis.code import DEVIATION
 from bitmill_kernels.trellis.group import Feedback, emphases, encode_group
 from bitmill_kernels.trellis.layout import TILE
 
 SUPER_BLOCK = 4
 """Groups whose errors reach the columns behind them in one product."""
-BALANCING = 4
-"""Rounds in which scales of rows and groups are fitted to each other."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +140,16 @@ def encode_siblings(
     """
     filled = [functional.pad(W, (0, 0, 0, -len(W) % TILE)) for W in targets]
     rows, work = row_slices(filled), torch.cat(filled)
-    scales = _row_scales(targets, ranks)
     inverses = None if upper is None else tile_inverses(upper)
-    steps = torch.cat([whole_tiles(s.float()) for s in scales])
-    pairs = zip(scales, importance or [None] * len(scales), strict=True)
-    counts = [
-        torch.ones_like(s).float() if own is None else own * s.float().square() for s, own in pairs
+    carried = None if inverses is None else _carried(inverses, work.shape[1])
+    sized = [
+        Sized(sizes_of(W), own, rates)
+        for W, own, rates in zip(targets, importance or [None] * len(targets), widths, strict=True)
     ]
+    scales = row_scales(sized, carried, ranks)
+    own_steps = [scale.float() for scale in scales]
+    steps = torch.cat([whole_tiles(step) for step in own_steps])
+    counts = [one.counts(step) for one, step in zip(sized, own_steps, strict=True)]
     emphasis = emphases(torch.cat([whole_tiles(one) for one in counts]))
     circles: list[list[Tensor]] = [[] for _ in targets]
     of_groups: list[list[Tensor]] = [[] for _ in targets]
@@ -162,9 +162,14 @@ def encode_siblings(
         if upper is not None and pending:
             block = block - error[:, :pending] @ upper[first : part.start, part]
         rates = [own[group] for own in widths]
-        level = _group_scales(block, steps, rows, rates, ranks)
+        size = sizes_of(block)
+        now = [
+            Sized(size[mine][: len(step)], one.importance, (rate,))
+            for one, mine, step, rate in zip(sized, rows, own_steps, rates, strict=True)
+        ]
+        level = [stored(scale) for scale in group_scales(now, own_steps, ranks)]
         for levels, scale in zip(of_groups, level, strict=True):
-            levels.append(scale)
+            levels.append(scale[0])
         spread = [s.float().expand(m.stop - m.start) for s, m in zip(level, rows, strict=True)]
         own = None
         if upper is not None and inverses is not None:
@@ -200,46 +205,11 @@ def tile_inverses(upper: Tensor) -> list[Tensor]:
     return list(inverse.split(GROUP_SIZE // TILE))
 
 
-def _row_scales(targets: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
-    """f16 [N] of each: of the best product r_n s_g for the sizes of W f32 [N, K] in its groups.
-
-    The geometric mean of the s_g is 1.
-    """
-    powers = [
-        torch.stack([W[:, part].square().mean(1) for _, part in group_slices(W.shape[1])])
-        for W in targets
-    ]
-    tiny = torch.finfo(torch.float32).tiny
-    of_rows = [power.mean(0).clamp(min=tiny) for power in powers]
-    for _ in range(BALANCING):
-        pairs = list(zip(powers, of_rows, strict=True))
-        sums = [(power / rows).sum(1, dtype=torch.float64) for power, rows in pairs]
-        ranks.all_reduce(*sums)
-        for i, (power, total) in enumerate(zip(powers, sums, strict=True)):
-            of_groups = total.float().clamp(min=tiny)
-            of_groups = of_groups / of_groups.log().mean().exp()
-            of_rows[i] = (power / of_groups[:, None]).mean(0).clamp(min=tiny)
-    return [_stored(rows.sqrt()) for rows in of_rows]
-
-
-def _group_scales(
-    block: Tensor, step: Tensor, rows: Sequence[slice], rates: Sequence[int], ranks: Ranks
-) -> list[Tensor]:
-    """f16 [] of each linear: what brings its rows of w / r, of block f32 [M, c] and r f32 [M], to
-    the code's deviation."""
-    live = step > 0
-    power = torch.where(live, block.square().mean(1) / step.square(), 0.0)
-    both = torch.stack([power, live.float()])
-    sums = [both[:, mine].sum(1, dtype=torch.float64) for mine in rows]
-    ranks.all_reduce(*sums)
-    return [
-        _stored((total / count.clamp(min=1)).sqrt() / DEVIATION[rate])
-        for (total, count), rate in zip(sums, rates, strict=True)
-    ]
-
-
-def _stored(scales: Tensor) -> Tensor:
-    return scales.clamp(max=FP16_MAX).to(torch.float16)
+def _carried(inverses: Sequence[Tensor], K: int) -> Tensor:
+    """f32 [G], what a squared error in a group counts behind feedback: |U_bb^-1|^2 of its tiles."""
+    sums = torch.stack([own.square().sum() for own in inverses])
+    sums[-1] -= -K % TILE
+    return sums
 
 
 def refitted(codes: TrellisTensor, target: Tensor, H: Tensor) -> TrellisTensor:

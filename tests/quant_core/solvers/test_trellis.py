@@ -6,6 +6,7 @@ from bitmill.quant.rotation import Rotation
 from bitmill.runtime.ranks import SINGLE
 from bitmill.solvers.solver import Correction, Linear
 from bitmill.solvers.trellis import TrellisSolver, encode_siblings, refitted
+from bitmill_kernels.trellis.code import DISTORTION
 from solving import quantize_gptq
 
 
@@ -52,7 +53,7 @@ def test_feedback_lowers_the_error_and_refitting_too():
     assert result.scale_refit_gain >= 0
 
 
-@pytest.mark.parametrize("N", [24, 32])
+@pytest.mark.parametrize("N", [88, 96])
 def test_rows_that_count_more_end_nearer(N):
     """What the loss loses falls, also in a last tile that is filled up by rows of no account."""
     W, H = layer(N=N)
@@ -67,6 +68,17 @@ def test_rows_that_count_more_end_nearer(N):
         R = (inner - weight.packed_values()).double()
         lost.append(importance.double() @ ((R @ metric.double()) * R).sum(1))
     assert lost[1] < 0.85 * lost[0]
+
+
+@pytest.mark.parametrize("rate", [2, 4])
+def test_a_row_with_one_large_group_is_not_cut_off(rate):
+    """Sixteen times the size of its other groups is beyond the code's largest at their scale."""
+    draw = torch.Generator().manual_seed(0)
+    W = torch.randn(64, 512, generator=draw)
+    W[5, 128:256] *= 16
+    [codes] = encode_siblings([W], None, [(rate,) * 4], importance=[torch.ones(64)])
+    lost = (W - codes.packed_values()).square().mean()
+    assert lost < 1.7 * DISTORTION[rate]
 
 
 def test_siblings_of_several_rates_are_what_each_is_alone():
@@ -93,12 +105,14 @@ def test_refitted_scales_are_the_best_of_each_row():
 
 
 def test_rows_and_groups_of_zeros_stay_zero():
-    W, _ = layer(K=256)
-    W[3], W[:, 128:] = 0, 0
-    [codes] = encode_siblings([W], None, [(2, 2)])
+    """The others do not lose by them."""
+    W, _ = layer(K=1024)
+    W[3], W[:, 128:896] = 0, 0
+    [codes] = encode_siblings([W], None, [(2,) * 8])
     values = codes.packed_values()
     assert not values[3].any()
-    assert not values[:, 128:].any()
+    assert not values[:, 128:896].any()
+    assert (W - values).square().sum() < 1.1 * DISTORTION[2] * W.square().sum()
 
 
 def test_a_correction_that_wins_moves_the_target():
