@@ -28,6 +28,7 @@ class GPTQCheckpoint(OneWidthFormat):
     """GPTQ safetensors (GPTQModel, vLLM), one width of 2, 3, 4 or 8 bits per linear.
 
     version: of the checkpoint; 1 cannot hold a zero point of 0, so it takes symmetric ones alone.
+        onnxruntime-genai 0.18.0 reads 2 as if it were 1, all zero points one too high.
     symmetric: what vLLM needs.
     """
 
