@@ -51,7 +51,7 @@ alone = switched_on({"quant_cfg": [off, *mtq.FP8_KV_CFG["quant_cfg"]], "algorith
 weights = switched_on(mtq.FP8_DEFAULT_CFG)
 for name, found in {"FP8_KV_CFG": cache, "the same behind an entry that switches off": alone, "FP8_DEFAULT_CFG": weights}.items():
     print(f"FOUND {name}:", {place: dict(kinds) for place, kinds in found.items()})
-assert cache["weight_quantizer"] == Counter(INT8=14) and "head" in cache and "embedding" in cache, "only the cache is rounded now"
+assert cache.get("weight_quantizer") == Counter(INT8=14) and "head" in cache and "embedding" in cache, "only the cache is rounded now"
 assert cache["k_bmm_quantizer"] == cache["v_bmm_quantizer"] == Counter(FP8=2)
 assert set(alone) == {"k_bmm_quantizer", "v_bmm_quantizer"}
 assert "head" not in weights and "embedding" not in weights
