@@ -296,7 +296,7 @@ def absent(path: Path) -> str:
     """That a file is not there, in words; of the folders above it only the last is named."""
     folder = path.parent
     if folder.is_dir():
-        return f"{folder.name or folder} holds no {path.name}"
+        return f"{folder.name or 'this folder'} holds no {path.name}"
     return f"there is no folder {folder.name or folder}, and so no {path.name} in it"
 
 

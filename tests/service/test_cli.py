@@ -240,6 +240,65 @@ def test_a_hint_that_only_refers_to_the_message_is_not_printed(bitmill: Any) -> 
     assert json.loads(err)["error"]["hint"] == "Correct the request as the message says."
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["quantize", "FILE"], "FILE is no folder: give the folder of the model"),
+        (["quantize", "m.gguf"], "m.gguf is a file: give its folder, ., and --file m.gguf"),
+        (["quantize", "org/name"], "there is no folder org/name: quantize reads local models;"),
+        (["quantize", ".", "--spec", "none"], "none cannot be read as JSON: No such file or dir"),
+        (["quantize", ".", "--map", "m.json", "--method", "map"], "this folder holds no m.json"),
+        (["sweep", "none.yaml"], "none.yaml cannot be read as YAML: No such file or directory"),
+        (["sweep", "."], ". cannot be read as YAML: Is a directory"),
+        (["map", "picture", "m.gguf", "--out", "m.png"], "m.png would hold SVG, whatever its"),
+        (["serve", "--data", "FILE"], "FILE is no folder: --data and BITMILL_DATA name one"),
+        (["worker", "--data", "FILE"], "FILE is no folder: --data and BITMILL_DATA name one"),
+        (["db", "upgrade", "--data", "FILE"], "FILE is no folder: --data and BITMILL_DATA name"),
+    ],
+)
+def test_a_file_or_folder_that_is_none_is_told_in_words(
+    bitmill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    (tmp_path / "m.gguf").write_text(json.dumps(MAP))
+    if words[0] == "quantize":
+        words = [*words, "--out", "out", *([] if "--map" in words else ["--bits", "3"])]
+    code, out, err = bitmill(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {told}")
+
+
+@pytest.mark.parametrize(
+    "words", [["report"], ["map", "show"], ["export", "--format", "gguf"], ["map", "diff", "FILE"]]
+)
+def test_a_mistyped_folder_is_not_told_as_a_job_alone(
+    bitmill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text(json.dumps(MAP))
+    code, _, err = bitmill(*words, "pakced")
+    assert code == 2
+    assert "there is no job 'pakced'; and there is no folder pakced here" in err
+    code, _, err = bitmill(*words, "pakced", "--url", f"http://127.0.0.1:{free_port()}")
+    assert code == 1
+    assert "no answer from " in err
+    assert "and there is no folder pakced here" in err
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_closed_stream_is_no_crash_and_no_file_takes_its_place(
+    tmp_path: Path, closed: int
+) -> None:
+    file = tmp_path / "map.json"
+    file.write_text(json.dumps(MAP))
+    program = [sys.executable, "-P", "-m", "bitmill_service.cli.main", "map", "show", str(file)]
+    line = f"exec {shlex.join(program)} {closed}>&-"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) == (closed != 1)
+
+
 def test_errors_are_json_where_json_was_asked_for(bitmill: Any) -> None:
     _, out, err = bitmill("submit", "path:models/tiny", "--code-bits", "1.5", "--json")
     assert out == ""

@@ -185,6 +185,7 @@ def test_folders_that_are_not_there_are_told_before_torch_loads(
         (["quantize", "MODEL", "--code-bits", "1.5", "--out", "OUT"], 2, "impossible_budget"),
         (["quantize", "MODEL", "--bits", "4", "--devices", "64", "--out", "OUT"], 3, None),
         (["generate", "PACKED", ""], 2, "invalid_input"),
+        (["generate", "EMPTY", "A"], 2, "invalid_model"),
         (["generate", "PACKED", "A", "--device", "cuda:99"], 3, "no_such_device"),
         (
             ["quantize", "MODEL", "--bits", "4", "--device", "cuda:99", "--out", "OUT"],
@@ -196,11 +197,25 @@ def test_folders_that_are_not_there_are_told_before_torch_loads(
 def test_what_the_child_refuses_is_told_in_one_line(
     packed: Path, model: Path, tmp_path: Path, line: list[str], status: int, code: str | None
 ) -> None:
-    places = {"MODEL": model, "PACKED": packed, "OUT": tmp_path / "out"}
+    empty = packed.parent / "empty"
+    empty.mkdir(exist_ok=True)
+    places = {"MODEL": model, "PACKED": packed, "OUT": tmp_path / "out", "EMPTY": empty}
     done = bitmill(*(places.get(word, word) for word in line), "--json")
     assert (done.returncode, done.stdout) == (status, "")
     assert json.loads(done.stderr.splitlines()[-1])["error"]["code"] == (code or "too_few_devices")
     assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "problem"), [("none.txt", "is not there"), ("", "is no file")])
+def test_a_calibration_text_that_is_none_is_told_before_any_stage(
+    model: Path, tmp_path: Path, name: str, problem: str
+) -> None:
+    line = ("quantize", model, "--bits", "4", "--out", tmp_path / "out")
+    done = bitmill(*line, "--calibration-text", tmp_path / name)
+    assert done.returncode == 2
+    (told,) = done.stderr.splitlines()
+    assert told.startswith(f"error: calibration text {(tmp_path / name).name} {problem}")
     assert not list(tmp_path.iterdir())
 
 

@@ -100,6 +100,17 @@ def _refuse_json(name: str, text: str) -> None:
             )
 
 
+def check_text_file(source: FileText) -> None:
+    """Raise `CalibrationError` where there is no such file, before anything is done for it."""
+    path = Path(source.path)
+    if not path.is_file():
+        problem = "is no file" if path.exists() else "is not there"
+        raise CalibrationError(
+            f"calibration text {path.name} {problem}: give a text or .jsonl file",
+            param="calibration.text.path",
+        )
+
+
 def _file_text(source: FileText) -> str:
     path = Path(source.path)
     try:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from bitmill.calibration.windows import check_token_ids
-from bitmill.errors import InputError
+from bitmill.errors import InputError, ModelError, absent
 from bitmill.inference.load import is_packed, load, load_plain
 from bitmill.inference.positions import check_positions
 from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.tokenizer import load_tokenizer
+from bitmill.plan.config_json import CONFIG_FILE
 from bitmill.runtime.device import device_of
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -59,6 +60,8 @@ def stream(
         if gguf is not None:
             convert_gguf(folder / gguf, Path(scratch, "model"))
             folder = Path(scratch, "model")
+        if not (folder / CONFIG_FILE).is_file():
+            raise ModelError(f"{absent(folder / CONFIG_FILE)}: give the folder of a model")
         tokenizer = load_tokenizer(folder)
         tokens = _encode(tokenizer, prompt, chat)
         ready = load if is_packed(folder) else load_plain

@@ -33,9 +33,7 @@ def disk_errors(what: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise disk_full(
-                f"no space left while writing {_final(what)}: free some disk space and run again"
-            ) from error
+            raise disk_full(f"no space is left while {_final(what)} is written") from error
         raise
 
 

@@ -26,10 +26,11 @@ from torch import Tensor
 from bitmill.allocation.profile import ProfileOrigin, SensitivityProfile, is_of_profiles
 from bitmill.allocation.profiled import ProfiledModel
 from bitmill.calibration.kept_weights import KeptWeights
+from bitmill.calibration.texts import check_text_file
 from bitmill.calibration.windows import CalibrationSet, calibration_tokens, evaluation_windows
 from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.made_for import MadeFor, foreign_map
-from bitmill.config.quantization import QuantizationConfig
+from bitmill.config.quantization import FileText, QuantizationConfig
 from bitmill.errors import (
     STOPS,
     SpecError,
@@ -460,6 +461,8 @@ def _run(job: Job, stages: Callable[[Job], T]) -> T:
     try:
         with computing(threads):
             job.check_folders()
+            if isinstance(job.config.calibration.text, FileText):
+                check_text_file(job.config.calibration.text)
             job.check_machine()
             job.drop_former()
             return stages(job)

@@ -106,7 +106,7 @@ def check_room(plan: Plan, config: QuantizationConfig, room: Room, *, gguf: bool
     for name, value, smaller in _smaller(config):
         if name not in fitting and not any(_lacking(plan, smaller, room, gguf)):
             fitting[name] = f"{name} {json.dumps(value)}"
-    advice = "no smaller calibration would fit: take a smaller model or a larger machine"
+    advice = "no smaller calibration would fit"
     if fitting:
         advice = f"what would fit: {', or '.join(fitting.values())}"
     raise ResourceError(

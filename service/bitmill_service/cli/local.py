@@ -39,7 +39,14 @@ from bitmill.reporting.learning import learning_summary
 from bitmill.results import QUALITY_NAME, QualityReport
 from bitmill.runtime.child import run_child
 from bitmill_service.cli.options import COMMON, LOCAL_RESULTS, SpecFile, json_object, takes
-from bitmill_service.cli.output import JsonFlag, RunFailed, UrlOption, open_client, print_json
+from bitmill_service.cli.output import (
+    JsonFlag,
+    RunFailed,
+    UrlOption,
+    maybe_folder,
+    open_client,
+    print_json,
+)
 from bitmill_service.cli.progress import JobWatch
 from bitmill_service.cli.report_table import parse_rows, print_quality, print_report
 from bitmill_service.cli.spec import Given, build_spec, comma_separated
@@ -130,7 +137,7 @@ def quantize(
         raise InputError("quantize reads local folders; submit a job for other models")
     folder, config = Path(asked.model.path), asked.config()
     if not folder.is_dir():
-        raise ModelError(f"there is no folder {folder}", code="model_not_found", param="model")
+        raise ModelError(_no_folder(folder), code="model_not_found", param="model")
     files = folder / (asked.model.file or "")
     check_apart({"the source": files, "the output": out, "the work folder": work})
     with (
@@ -162,6 +169,17 @@ def quantize(
         print_json(shown)
     else:
         print_quality(quality.model_dump(mode="json"))
+
+
+def _no_folder(place: Path) -> str:
+    if place.suffix == ".gguf" and place.is_file():
+        return f"{place} is a file: give its folder, {place.parent}, and --file {place.name}"
+    if place.exists():
+        return f"{place} is no folder: give the folder of the model"
+    return (
+        f"there is no folder {place}: quantize reads local models; fetch one of the Hub with "
+        "`hf download`, or have a service do all of it with `bitmill submit`"
+    )
 
 
 def evaluate(
@@ -395,7 +413,7 @@ def _export_job(
     """Have the service write a job's result; what it takes, and which job writes it."""
     if out is not None and not dry_run:
         check_free(out)
-    with open_client(url) as client:
+    with maybe_folder(job_id), open_client(url) as client:
         told = client.plan_export(job_id, target).model_dump(mode="json")
         if dry_run:
             return told
@@ -442,7 +460,7 @@ def push(
         found = push_folder(Path(target), token=token, **dict(wanted)).model_dump(mode="json")
         told = f"{found['files']} files, {found['bytes']:,} bytes: {found['url']}"
     else:
-        with open_client(url) as client:
+        with maybe_folder(target), open_client(url) as client:
             job = client.push(target, wanted, token)
             job = client.wait(job.id) if wait else job
         found, told = job.model_dump(mode="json"), f"job {job.id} {job.state}"
@@ -496,7 +514,7 @@ def report(
     if Path(target).is_dir():
         found = QualityReport.load(Path(target) / QUALITY_NAME).model_dump(mode="json")
     else:
-        with open_client(url) as client:
+        with maybe_folder(target), open_client(url) as client:
             found = client.report(target)
     if json:
         print_json(found)

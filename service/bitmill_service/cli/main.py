@@ -6,6 +6,7 @@ Every command takes `--json`; exit codes are those of `output.py`.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -62,6 +63,7 @@ app.add_typer(service.db, name="db")
 def main() -> None:
     """Run the command line; errors become one line and an exit code, never a stack trace."""
     as_json = "--json" in sys.argv
+    _open_closed_streams()
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="bitmill", standalone_mode=False))
     except BitmillError as error:
@@ -77,6 +79,17 @@ def main() -> None:
         sys.exit(130)
     print_error(failure, as_json=as_json)
     sys.exit(exit_code(failure))
+
+
+def _open_closed_streams() -> None:
+    """Give a program that was started without some of its three streams empty ones, which no file
+    that it opens can take the place of."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from bitmill_service.cli.output import (
     JsonFlag,
     UrlOption,
     format_size,
+    maybe_folder,
     open_client,
     print_json,
     print_table,
@@ -60,7 +61,7 @@ def load_map(target: str, url: str | None) -> BitWidthMap:
     path = Path(target)
     if path.exists() or path.suffix in (".json", ".pt"):
         return read_map(path)
-    with open_client(url) as client:
+    with maybe_folder(target), open_client(url) as client:
         return client.bit_width_map(target)
 
 
@@ -102,6 +103,11 @@ def picture(
     Example: bitmill map picture packed --out map.svg
     """
     drawing = map_svg(load_map(target, url)).encode()
+    if out.suffix.lower() not in ("", ".svg"):
+        raise InputError(
+            f"{out} would hold SVG, whatever its name says: give a name that ends in .svg",
+            param="out",
+        )
     check_file(out, is_map_svg, param="out")
     write_bytes(out, drawing)
     if json:

@@ -25,6 +25,7 @@ from bitmill_service.client.errors import (
     JobFailed,
     ServiceError,
     Unauthorized,
+    Unreachable,
     WaitTimeout,
 )
 from bitmill_service.units import format_size as format_size
@@ -63,6 +64,17 @@ def open_client(url: str | None) -> Client:
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     typer.echo(json.dumps(value, indent=2, default=str))
+
+
+@contextmanager
+def maybe_folder(target: str) -> Iterator[None]:
+    """A job is asked for that may have been meant as a folder: who finds no such job is told."""
+    try:
+        yield
+    except BitmillError as error:
+        if isinstance(error, Unreachable) or error.code == "job_not_found":
+            error.add(f"and there is no folder {target} here")
+        raise
 
 
 def print_table(

@@ -36,12 +36,21 @@ def make_settings(**given: Any) -> ServiceSettings:
     from bitmill_service.settings import ServiceSettings
 
     try:
-        return ServiceSettings(**{key: value for key, value in given.items() if value is not None})
+        settings = ServiceSettings(
+            **{key: value for key, value in given.items() if value is not None}
+        )
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         name = f"BITMILL_{first['loc'][0]}".upper() if first["loc"] else "settings"
         problem = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{name}: {problem}", code="invalid_settings", param=name) from error
+    if settings.data.exists() and not settings.data.is_dir():
+        raise InputError(
+            f"{settings.data} is no folder: --data and BITMILL_DATA name one",
+            code="invalid_settings",
+            param="BITMILL_DATA",
+        )
+    return settings
 
 
 def model_roots(given: list[str] | None) -> dict[str, Path] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.config.references import read_map
-from bitmill.errors import SpecError
+from bitmill.errors import SpecError, reason
 from bitmill.io import bounded_json
 from bitmill_workers.job_spec import JobSpec, parse_spec
 
@@ -63,7 +63,9 @@ def read_spec(file: str | None) -> dict[str, Any]:
             sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         )
     except (OSError, ValueError) as error:
-        raise SpecError(f"{file} cannot be read as JSON: {error}", param="--spec") from error
+        raise SpecError(
+            f"{file} cannot be read as JSON: {reason(error)}", param="--spec"
+        ) from error
     if not isinstance(loaded, dict):
         raise SpecError(f"{file} holds no JSON object", param="--spec")
     return loaded

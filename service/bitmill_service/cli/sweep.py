@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from bitmill.config.quantization import parse_part
-from bitmill.errors import STOPS, BitmillError, InputError, ModelError, SpecError
+from bitmill.errors import STOPS, BitmillError, InputError, ModelError, SpecError, reason
 from bitmill.io.atomic import read_json, sha256_json, write_bytes, write_json
 from bitmill.io.targets import check_file, check_kept
 from bitmill.pipeline.admission import admit
@@ -209,7 +209,7 @@ def read_sweep(file: Path) -> SweepSpec:
     except RecursionError as error:
         raise SpecError(f"{file} is nested too deeply", param="FILE") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
-        told = " ".join(str(error).split())
+        told = " ".join(reason(error).split())
         raise SpecError(f"{file} cannot be read as YAML: {told}", param="FILE") from error
     try:
         jsonlib.dumps(loaded)

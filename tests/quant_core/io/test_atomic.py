@@ -35,7 +35,7 @@ def test_a_failed_folder_leaves_nothing(tmp_path):
 
 def test_a_full_disk_is_told_by_the_name_that_the_folder_would_have(tmp_path):
     with (
-        pytest.raises(ResourceError, match="while writing out: free"),
+        pytest.raises(ResourceError, match="no space is left while out is written"),
         atomic_folder(tmp_path / "out") as folder,
         disk_errors(folder),
     ):

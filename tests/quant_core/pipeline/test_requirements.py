@@ -120,7 +120,7 @@ def test_each_rank_needs_host_memory_and_fewer_devices_are_proposed() -> None:
 def test_what_no_setting_helps_is_said() -> None:
     error = refusal(spec(), replace(AMPLE, accelerator=2 * GB))
     assert error.param == "model"
-    assert error.message.endswith("take a smaller model or a larger machine")
+    assert error.message.endswith("no smaller calibration would fit")
 
 
 def test_a_source_that_must_be_converted_needs_more() -> None:

@@ -182,6 +182,6 @@ def refine_on_a_full_disk(source: str, folder: str) -> None:
 def test_a_full_disk_ends_the_refinement_at_its_block(model: StreamedModel, tmp_path: Path) -> None:
     done = in_process(refine_on_a_full_disk, model.source.folder, tmp_path / "refine")
     assert done.stdout.startswith(
-        "disk_full [] no space left while writing block-00000.safetensors"
+        "disk_full [] no space is left while block-00000.safetensors is written"
     ), done.stdout
     assert names_in(tmp_path / "refine") == []

@@ -300,7 +300,7 @@ def _check_space(size: int, cache: Path) -> None:
     free = shutil.disk_usage(cache).free
     if size * 1.1 > free:
         raise ResourceError(
-            f"the model needs {size:,} bytes and {free:,} are free: free some disk space",
+            f"the model needs {size:,} bytes and {free:,} are free",
             code="disk_full",
         )
 
