@@ -126,6 +126,18 @@ def test_what_is_no_map_is_refused(http: httpx2.Client, content: bytes) -> None:
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_format")
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"", "is empty"), (b"[]", "is JSON, but no object"), (b"null", "is JSON, but no object")],
+)
+def test_what_is_json_is_not_told_as_a_damaged_pickle(
+    http: httpx2.Client, content: bytes, told: str
+) -> None:
+    answer = upload(http, content)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_format")
+    assert told in answer.json()["detail"]
+
+
 def test_job_may_name_a_stored_map_and_must_name_one_that_fits(http: httpx2.Client) -> None:
     map_id = http.post("/v1/bit-width-maps", json=MAP).json()["id"]
     allocation = {"method": "map", "order": "natural", "map": {"source": "upload"}}

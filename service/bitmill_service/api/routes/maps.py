@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.made_for import MadeFor
 from bitmill.config.slim_llm import read_slim_map
 from bitmill.errors import FormatError, InputError, first_problem
+from bitmill.io import bounded_json
 from bitmill_service.api.context import ContextDep, HashCursor, PrincipalDep
 from bitmill_service.api.views import map_view
 from bitmill_service.http.openapi import CHANGES, refusals
@@ -128,6 +130,11 @@ def parse_map(body: bytes, prefix: str) -> BitWidthMap:
             raise FormatError(
                 f"the body is not a bit-width map: {where}: {problem}", param=where
             ) from error
+    if not body:
+        raise FormatError("the body is empty: send a bit-width map", param="body")
+    with suppress(ValueError):
+        bounded_json.loads(body)
+        raise FormatError("the body is JSON, but no object, as a bit-width map is", param="body")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "body")  # errors name it
         file.write_bytes(body)
