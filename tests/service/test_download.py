@@ -261,6 +261,11 @@ def test_select_keeps_files_that_match_any_pattern(server: Unreliable) -> None:
     assert [f.path for f in select(files, ())] == ["a.json", "b.safetensors", "sub/c.json"]
     assert [f.path for f in select(files, ("*.json",))] == ["a.json", "sub/c.json"]
     assert [f.path for f in select(files, ("b.*", "a*"))] == ["a.json", "b.safetensors"]
+    with pytest.raises(
+        InputError, match=r"no file matches '\*\.jsn': there are a\.json, b\."
+    ) as no:
+        select(files, ("a*", "*.jsn"))
+    assert no.value.code == "no_such_file"
 
 
 class Store:

@@ -420,8 +420,8 @@ class Client:
 
         Files that are already there and match are skipped; broken downloads are continued, also
         by a later call. Several calls may bring files into one folder at once. `include`: glob
-        patterns of paths. Raises `InputError` where something stands in a file's way, or
-        differs from it and is none of an earlier result.
+        patterns of paths. Raises `InputError` where a pattern matches nothing, and where
+        something stands in a file's way, or differs from it and is none of an earlier result.
         """
         listed = self._get(FileList, f"/v1/jobs/{job_id}/files", self._retries.patience)
         return download_files(

@@ -67,9 +67,19 @@ class _Stopped(Exception):
 
 
 def select(files: Sequence[FileView], include: Sequence[str]) -> list[FileView]:
-    """Files whose path matches any of the glob patterns; all where there is none."""
+    """Files whose path matches any of the glob patterns; all where there is none.
+
+    Raises `InputError` for a pattern that matches nothing.
+    """
     if not include:
         return list(files)
+    for pattern in include:
+        if not any(fnmatch.fnmatchcase(f.path, pattern) for f in files):
+            raise InputError(
+                f"no file matches {pattern!r}: there are {', '.join(f.path for f in files)}",
+                code="no_such_file",
+                param="include",
+            )
     return [f for f in files if any(fnmatch.fnmatchcase(f.path, p) for p in include)]
 
 
