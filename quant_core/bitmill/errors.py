@@ -60,7 +60,7 @@ STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 """What ends a process because it is to end."""
 
 
-_REFERRING = ("as the message says.", "as `detail` says.")
+_REFERRING = ("as the message says.", "as `detail` says.", "/docs lists every parameter.")
 
 
 class BitmillError(Exception):

@@ -238,6 +238,9 @@ def test_a_hint_that_only_refers_to_the_message_is_not_printed(bitmill: Any) -> 
     )
     _, _, err = bitmill("submit", "path:models/tiny", "--size", "huge", "--json")
     assert json.loads(err)["error"]["hint"] == "Correct the request as the message says."
+    _, _, err = bitmill("list", "--state", "nope")
+    assert err.startswith("error: state: Input should be 'queued', 'running', ")
+    assert err.endswith(" or 'cancelled'\n")
 
 
 @pytest.mark.parametrize(
