@@ -43,6 +43,11 @@ ERRORS = (
 """Mean squared errors there over the square of `DEVIATION`, of rates 1 to 8."""
 
 
+def best_sizes(rates: Sequence[int], device: torch.device) -> Tensor:
+    """`DEVIATION` of each rate, f32 [G]."""
+    return _tables(tuple(rates), device)[1]
+
+
 def expected_errors(sizes: Tensor, rates: Sequence[int]) -> Tensor:
     """Mean squared error f32 [..., G] of numbers of deviations `sizes` f32 [..., G].
 

@@ -15,6 +15,7 @@ the weights as they are by then.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,15 +24,14 @@ from torch import Tensor
 from bitmill.quant.codes import group_slices
 from bitmill.quant.grid import FP16_MAX
 from bitmill.runtime.ranks import Ranks
-from bitmill_kernels.trellis.code import DEVIATION
-from bitmill_kernels.trellis.errors import expected_errors
+from bitmill_kernels.trellis.errors import best_sizes, expected_errors
 
 BALANCING = 4
 """Rounds in which sizes of rows and groups are fitted to each other."""
 ROUNDS = 3
 """Rounds in which scales of rows and groups are then chosen by what is lost."""
-ROW_RATIOS = sorted((step / 10 for step in range(-5, 17)), key=abs)
-GROUP_RATIOS = sorted((step / 20 for step in range(-8, 17)), key=abs)
+ROW_RATIOS = tuple(sorted((step / 10 for step in range(-5, 17)), key=abs))
+GROUP_RATIOS = tuple(sorted((step / 20 for step in range(-8, 17)), key=abs))
 """Multiples of a scale that are tried, as natural logarithms; of equals the first is taken."""
 AT_ONCE = 1 << 22
 """Errors that are worked out at a time."""
@@ -84,7 +84,7 @@ def group_scales(linears: Sequence[Sized], rows: Sequence[Tensor], ranks: Ranks)
     live = [(r > 0).sum(dtype=torch.float64) for r in rows]
     ranks.all_reduce(*powers, *live)
     first = [
-        (power / count.clamp(min=1)).sqrt().float() / _deviations(one.rates, power.device)
+        (power / count.clamp(min=1)).sqrt().float() / best_sizes(one.rates, power.device)
         for one, power, count in zip(linears, powers, live, strict=True)
     ]
     losses = []
@@ -146,12 +146,9 @@ def _rows_at_once(sizes: Tensor, ratios: Tensor) -> int:
     return max(1, AT_ONCE // (len(ratios) * sizes.shape[1]))
 
 
-def _multiples(logarithms: Sequence[float], device: torch.device) -> Tensor:
+@cache
+def _multiples(logarithms: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(logarithms, device=device).exp()
-
-
-def _deviations(rates: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([DEVIATION[rate] for rate in rates], device=device)
 
 
 def _geometric_mean(values: Tensor) -> Tensor:
