@@ -42,6 +42,7 @@ from bitmill.config.bit_width_map import BitWidthMap
 from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.config.rounded import rounded_baselines
 from bitmill.evaluation.compare import Candidate, measure, with_weights
+from bitmill.evaluation.count import Count
 from bitmill.evaluation.logits import StreamedLogits
 from bitmill.evaluation.rounded import NO_COLUMNS, rounding
 from bitmill.formats.accounting import footprint
@@ -212,7 +213,9 @@ class Bench:
         candidate = Candidate(BitWidthMap.uniform(model.plan.shapes, 8), logits, model.plan)
         texts = {text: windows for text, (windows, _) in self.windows.items()}
         known = {text: outputs for text, (_, outputs) in self.windows.items()}
-        whole, measured = measure(model, texts, {name: candidate}, lambda *_: None, known=known)
+        whole, measured = measure(
+            model, texts, {name: candidate}, Count(lambda *_: None, 0), known=known
+        )
         entry = {} if found is None else dict(found.spent)
         entry["source"] = {t: q.model_dump(mode="json") for t, q in whole.texts.items()}
         entry["texts"] = {t: q.model_dump(mode="json") for t, q in measured.texts.items()}

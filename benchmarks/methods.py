@@ -56,6 +56,7 @@ from bitmill.calibration.windows import CalibrationSet, calibration_tokens, eval
 from bitmill.config.bit_width_map import MAP_NAME, BitWidthMap
 from bitmill.config.quantization import Calibration, QuantizationConfig, parse_config
 from bitmill.evaluation.compare import Candidate, measure, with_weights
+from bitmill.evaluation.count import Count
 from bitmill.evaluation.logits import StreamedLogits
 from bitmill.formats.accounting import footprint
 from bitmill.io.atomic import read_json, write_json
@@ -295,7 +296,9 @@ class Bench:
         """Perplexity and KL on each text."""
         model = float_model(self, source)
         windows, known = source_outputs(self, source)
-        whole, found = measure(model, windows, {"row": candidate}, lambda *_: None, known=known)
+        whole, found = measure(
+            model, windows, {"row": candidate}, Count(lambda *_: None, 0), known=known
+        )
         texts = {}
         for name in TEXTS:
             own = found.texts[name].model_dump(mode="json")

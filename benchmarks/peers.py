@@ -39,6 +39,7 @@ from bitmill.calibration.windows import calibration_tokens, evaluation_windows
 from bitmill.config.bit_width_map import GROUP_SIZE, BitWidthMap
 from bitmill.config.quantization import Budget, Calibration, Evaluation, QuantizationConfig
 from bitmill.evaluation.compare import Candidate, measure, with_weights
+from bitmill.evaluation.count import Count
 from bitmill.io.atomic import write_bytes, write_json
 from bitmill.models.dtypes import compute_dtype
 from bitmill.models.streamed import StreamedModel
@@ -155,7 +156,7 @@ class Bench:
             with_weights(model, lambda name: made.weights[name]),
             self.plan,
         )
-        source, ours = measure(model, self.windows, {"peer": candidate}, lambda *_: None)
+        source, ours = measure(model, self.windows, {"peer": candidate}, Count(lambda *_: None, 0))
         return row_of_texts(source, ours)
 
 

@@ -45,6 +45,7 @@ from bitmill.calibration.windows import calibration_tokens, evaluation_windows
 from bitmill.config.methods import GPTQ, MethodConfig, Statistic, TrellisGPTQ, TrellisOmniQuant
 from bitmill.config.quantization import parse_config
 from bitmill.evaluation.compare import Candidate, measure, with_weights
+from bitmill.evaluation.count import Count
 from bitmill.io.atomic import write_bytes, write_json
 from bitmill.models.dtypes import compute_dtype
 from bitmill.models.streamed import StreamedModel
@@ -151,9 +152,9 @@ def _measured(options: argparse.Namespace, folder: Path) -> None:
     def quality(weights: Mapping[str, Quantized], vectors: Mapping[str, Tensor]) -> dict[str, Any]:
         logits = with_weights(model, lambda name: weights[name].dequantize(), vectors)
         candidate = Candidate(bit_widths, logits, plan)
-        first, ours = measure(model, windows, {"made": candidate}, lambda *_: None)
+        first, ours = measure(model, windows, {"made": candidate}, Count(lambda *_: None, 0))
         held_out = {HELD_OUT: tokens.held_out}
-        _, there = measure(model, held_out, {"made": candidate}, lambda *_: None)
+        _, there = measure(model, held_out, {"made": candidate}, Count(lambda *_: None, 0))
         found = there.texts[HELD_OUT]
         return {
             "true_bits": ours.bits,
