@@ -35,7 +35,7 @@ from bitmill_kernels.backend import interpreted
 from bitmill_kernels.matmul import tiles
 from bitmill_kernels.matmul.decode_triton import TOKEN_TILES, Tile, TritonDecoder
 from bitmill_kernels.matmul.dequantize_triton import RULE, Dequantizer, DequantizeTile
-from bitmill_kernels.matmul.linear import DEQUANTIZE_ABOVE, SCRATCH_ELEMENTS
+from bitmill_kernels.matmul.linear import DEQUANTIZE_ABOVE, rows_of_a_run
 from bitmill_kernels.matmul.runtime import RuntimeWeight, dequantize_runtime
 from bitmill_kernels.matmul.units import divides_rows
 
@@ -92,7 +92,7 @@ class Dequantize:
         x: torch.Tensor | None = None,
     ) -> None:
         N, K, device = weights[0].N, weights[0].K, weights[0].planes.device
-        rows = -(-N // -(-N * K // SCRATCH_ELEMENTS))
+        rows = rows_of_a_run(N, K)
         self.x, self.launch = x, tile
         self.y = None if x is None else x.new_empty(len(x), N)
         self._dequantizers = [Dequantizer(weight, rows, tile) for weight in weights]

@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 DEQUANTIZE_ABOVE = 64
 SCRATCH_ELEMENTS = 1 << 26
+RUN_ROWS = 4096
+"""Rows that are dequantized at a time, where they are no more than `SCRATCH_ELEMENTS`: of 4096
+columns they are still in an H200's cache when they are multiplied."""
 
 _LOG = logging.getLogger(__name__)
 _LINEARS: WeakValueDictionary[str, MixedLinear] = WeakValueDictionary()
@@ -255,8 +258,7 @@ class _AcceleratedProduct:
                 }
             self._narrow = decode_cuda.CudaDecoder(weight, shapes) if shapes else None
         _say_choice(str(device), compiled)
-        runs = -(-weight.N * weight.K // SCRATCH_ELEMENTS)
-        rows = -(-weight.N // runs)
+        rows = rows_of_a_run(weight.N, weight.K)
         self._dequantizer = (
             dequantize_cuda.CudaDequantizer(weight, rows)
             if compiled
@@ -308,6 +310,12 @@ class _AcceleratedProduct:
                 torch.mm(inputs, weight, out=out)
             else:
                 torch.addmm(bias[run.first : run.first + run.rows], inputs, weight, out=out)
+
+
+def rows_of_a_run(N: int, K: int) -> int:
+    """Rows of [N, K] that are dequantized at a time: all in runs of nearly equal length."""
+    most = min(RUN_ROWS, max(1, SCRATCH_ELEMENTS // K))
+    return -(-N // -(-N // most))
 
 
 @cache
