@@ -27,7 +27,7 @@ from torch.nn import functional
 from bitmill.allocation.profile import FloatArray
 from bitmill.quant.codes import group_slices
 from bitmill.quant.rewrites import Rewrites
-from bitmill.solvers.trellis import tile_inverses, whole_tiles
+from bitmill.solvers.trellis import tile_inverses, tile_losses, whole_tiles
 from bitmill_kernels.trellis.code import DISTORTION
 from bitmill_kernels.trellis.group import emphases
 from bitmill_kernels.trellis.layout import TILE
@@ -64,10 +64,8 @@ def carried_on(upper: Tensor) -> tuple[Tensor, Tensor]:
     """|U_bb^-1|^2 of every tile's columns b, f64 [T], and the mean over columns k of b of
     |U_cc^-1 U_ck|^2 for all tiles c before b, f64 [T, T]."""
     K = len(upper)
-    inverse = torch.cat(tile_inverses(upper))
-    loss = inverse.square().sum((1, 2)).double()
-    if K % TILE:
-        loss[-1] -= TILE - K % TILE
+    inverses = tile_inverses(upper)
+    loss, inverse = tile_losses(inverses, K).double(), torch.cat(inverses)
     rows = functional.pad(upper, (0, -K % TILE, 0, -K % TILE)).view(len(inverse), TILE, -1)
     reach = (inverse @ rows).square().sum(1)
     return loss, _by_tile(reach, K).double().triu(1)

@@ -41,7 +41,7 @@ from bitmill.solvers.gptq.settings import GptqSettings
 from bitmill.solvers.polish import rounded_step
 from bitmill.solvers.solver import Linear, Solved
 from bitmill.solvers.trellis_scales import Sized, group_scales, row_scales, sizes_of, stored
-from bitmill_kernels.layout import GROUP_SIZE
+from bitmill_kernels.layout import GROUP_SIZE, group_columns
 from bitmill_kernels.trellis.group import Feedback, emphases, encode_group
 from bitmill_kernels.trellis.layout import TILE
 
@@ -141,7 +141,7 @@ def encode_siblings(
     filled = [functional.pad(W, (0, 0, 0, -len(W) % TILE)) for W in targets]
     rows, work = row_slices(filled), torch.cat(filled)
     inverses = None if upper is None else tile_inverses(upper)
-    carried = None if inverses is None else _carried(inverses, work.shape[1])
+    carried = _carried(inverses, work)
     sized = [
         Sized(sizes_of(W), own, rates)
         for W, own, rates in zip(targets, importance or [None] * len(targets), widths, strict=True)
@@ -205,11 +205,20 @@ def tile_inverses(upper: Tensor) -> list[Tensor]:
     return list(inverse.split(GROUP_SIZE // TILE))
 
 
-def _carried(inverses: Sequence[Tensor], K: int) -> Tensor:
-    """f32 [G], what a squared error in a group counts behind feedback: |U_bb^-1|^2 of its tiles."""
-    sums = torch.stack([own.square().sum() for own in inverses])
-    sums[-1] -= -K % TILE
-    return sums
+def tile_losses(inverses: Sequence[Tensor], K: int) -> Tensor:
+    """|U_bb^-1|^2 of the columns of every tile, f32 [tile columns], without what fills up a tile."""
+    squares = torch.cat(list(inverses)).square()
+    squares[-1, (K - 1) % TILE + 1 :] = 0.0
+    return squares.sum((1, 2))
+
+
+def _carried(inverses: Sequence[Tensor] | None, W: Tensor) -> Tensor:
+    """f32 [G], what a mean squared error in a group of columns of W [N, K] counts: |U_bb^-1|^2 of
+    its tiles, which is the number of its columns where there is no feedback."""
+    if inverses is None:
+        return torch.tensor(group_columns(W.shape[1]), dtype=W.dtype, device=W.device)
+    losses = tile_losses(inverses, W.shape[1]).split(GROUP_SIZE // TILE)
+    return torch.stack([own.sum() for own in losses])
 
 
 def refitted(codes: TrellisTensor, target: Tensor, H: Tensor) -> TrellisTensor:

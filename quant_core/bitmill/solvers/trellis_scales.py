@@ -51,8 +51,8 @@ class Sized(NamedTuple):
     rates: Sequence[int]
 
     def counts(self, rows: Tensor) -> Tensor:
-        """q_n r_n^2, f32 [N], of row scales r f32 [N]."""
-        return torch.ones_like(rows) if self.importance is None else self.importance * rows**2
+        """q_n r_n^2, f32 [N], of row scales r f32 [N]; 0 where these are."""
+        return (rows > 0).float() if self.importance is None else self.importance * rows**2
 
 
 def sizes_of(W: Tensor) -> Tensor:
@@ -61,10 +61,10 @@ def sizes_of(W: Tensor) -> Tensor:
     return torch.stack(parts, 1).sqrt()
 
 
-def row_scales(linears: Sequence[Sized], carried: Tensor | None, ranks: Ranks) -> list[Tensor]:
+def row_scales(linears: Sequence[Sized], carried: Tensor, ranks: Ranks) -> list[Tensor]:
     """r f16 [N] of each; the s_g that belong to them, zeros left out, have a geometric mean of 1.
 
-    carried: m f32 [G]; None for ones. ranks: those with other rows of the same linears.
+    carried: m f32 [G]. ranks: those with other rows of the same linears.
     """
     rows = _balanced([one.sizes for one in linears], ranks)
     for _ in range(ROUNDS):
@@ -109,7 +109,7 @@ def stored(scales: Tensor) -> Tensor:
 
 
 def _balanced(sizes: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
-    """r f32 [N] of the best product r_n s_g for each sigma [N, G]."""
+    """r f32 [N] of the best product r_n s_g for each sigma [N, G]; 0 for rows of zeros."""
     powers = [size.square() for size in sizes]
     rows = [power.mean(1).clamp(min=_TINY) for power in powers]
     for _ in range(BALANCING):
@@ -122,15 +122,17 @@ def _balanced(sizes: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
             groups = total.float() / _geometric_mean(total.float())
             relative = torch.where(groups > 0, power / groups.clamp(min=_TINY), 0.0)
             rows[i] = (relative.sum(1) / (groups > 0).sum().clamp(min=1)).clamp(min=_TINY)
-    return [own.sqrt() for own in rows]
+    return [
+        torch.where(size.amax(1) > 0, own.sqrt(), 0.0)
+        for size, own in zip(sizes, rows, strict=True)
+    ]
 
 
-def _best_rows(one: Sized, rows: Tensor, steps: Tensor, carried: Tensor | None) -> Tensor:
+def _best_rows(one: Sized, rows: Tensor, steps: Tensor, carried: Tensor) -> Tensor:
     """Of each row the best multiple of r f32 [N], beside s f32 [G]."""
     ratios = _multiples(ROW_RATIOS, rows.device)
-    weights = torch.ones_like(steps) if carried is None else carried
     parts = _errors(one.sizes, rows[:, None] * steps, ratios, one.rates)
-    losses = torch.cat([errors @ weights for errors in parts], 1)
+    losses = torch.cat([(own * carried).sum(2, dtype=torch.float64) for own in parts], 1)
     return rows * ratios[losses.argmin(0)]
 
 

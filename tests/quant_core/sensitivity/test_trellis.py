@@ -48,3 +48,11 @@ def test_errors_carried_on_are_those_of_single_tiles(K):
     reach = torch.linalg.inv(upper[:16, :16]) @ upper[:16, last]
     assert float(carried[0, -1]) == pytest.approx(float(reach.square().sum(0).mean()))
     assert not carried.tril().any()
+
+
+def test_small_inputs_leave_costs_of_a_tile_that_is_not_whole():
+    """They are those of larger ones in another unit."""
+    _, H = layer(K=40)
+    whole, _ = carried_on(factor(H).upper)
+    small, _ = carried_on(factor(H * 2.0**-40).upper)
+    assert (small * 2.0**40).tolist() == pytest.approx(whole.tolist())

@@ -4,6 +4,7 @@ import torch
 from bitmill.quant.rewrites import ColumnOrder, Rewrites
 from bitmill.quant.rotation import Rotation
 from bitmill.runtime.ranks import SINGLE
+from bitmill.solvers.factor import factor
 from bitmill.solvers.solver import Correction, Linear
 from bitmill.solvers.trellis import TrellisSolver, encode_siblings, refitted
 from bitmill_kernels.trellis.code import DISTORTION
@@ -113,6 +114,35 @@ def test_rows_and_groups_of_zeros_stay_zero():
     assert not values[3].any()
     assert not values[:, 128:896].any()
     assert (W - values).square().sum() < 1.1 * DISTORTION[2] * W.square().sum()
+
+
+def test_rows_of_zeros_take_nothing_from_the_others():
+    """These get the scales that they have alone."""
+    W, _ = layer(N=32, K=400)
+    [alone] = encode_siblings([W], None, [(4,) * 4])
+    [among] = encode_siblings([torch.cat([W, torch.zeros(368, 400)])], None, [(4,) * 4])
+    assert torch.equal(among.row_scales[:32], alone.row_scales)
+    assert torch.equal(among.group_scales, alone.group_scales)
+
+
+def test_a_last_group_of_few_columns_counts_as_so_many():
+    """Rows are not scaled for it at the others' expense."""
+    W, _ = layer(N=64, K=400)
+    W[::4, 384:] *= 8
+    [codes] = encode_siblings([W], None, [(2,) * 4])
+    lost = (W - codes.packed_values()).square().sum()
+    assert lost < 1.4 * DISTORTION[2] * W.square().sum()
+
+
+def test_what_inputs_are_measured_in_changes_nothing():
+    """K fills no whole tile."""
+    W, H = layer(K=136)
+    found = []
+    for unit in (1.0, 2.0**-40):
+        [codes] = encode_siblings([W], factor(H * unit).upper, [(2, 2)])
+        found.append(codes)
+    assert torch.equal(found[0].row_scales, found[1].row_scales)
+    assert torch.equal(found[0].codes, found[1].codes)
 
 
 def test_a_correction_that_wins_moves_the_target():
