@@ -206,7 +206,7 @@ def tile_inverses(upper: Tensor) -> list[Tensor]:
 
 
 def tile_losses(inverses: Sequence[Tensor], K: int) -> Tensor:
-    """|U_bb^-1|^2 of the columns of every tile, f32 [tile columns], without what fills up a tile."""
+    """|U_bb^-1|^2 of the columns of every tile, f32 [tile columns], those that fill it left out."""
     squares = torch.cat(list(inverses)).square()
     squares[-1, (K - 1) % TILE + 1 :] = 0.0
     return squares.sum((1, 2))

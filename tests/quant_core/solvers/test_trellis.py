@@ -100,8 +100,8 @@ def test_refitted_scales_are_the_best_of_each_row():
     [codes] = encode_siblings([W * 1.2], None, [(2,)])
     best = refitted(codes, W, H)
     least = ((W - best.packed_values()) @ H * (W - best.packed_values())).sum(1)
-    for factor in (0.98, 1.02):
-        R = W - best.packed_values() * factor
+    for moved in (0.98, 1.02):
+        R = W - best.packed_values() * moved
         assert (((R @ H) * R).sum(1) > least).all()
 
 
