@@ -8,6 +8,10 @@ what feedback makes of errors in a group. Where the sizes of weights are a produ
 groups, scales by size are the best. Where one row has one group far above its others, its values
 would end beyond the code's largest there, so its scale or that of the group has to be larger.
 
+sigma^4 is a third of the mean fourth power, as of Gaussian numbers, for what lies beyond the code's
+largest value decides. One weight far above all others becomes numbers of one magnitude in the
+rotation of its group: they have no tails, and squares would take them to be larger than they count.
+
 Rows' scales are fitted before the solver's loop; a group's is fitted when the loop reaches it, to
 the weights as they are by then.
 """
@@ -56,9 +60,9 @@ class Sized(NamedTuple):
 
 
 def sizes_of(W: Tensor) -> Tensor:
-    """Deviations f32 [N, G] of the rows of W f32 [N, K] in their groups."""
-    parts = [W[:, part].square().mean(1) for _, part in group_slices(W.shape[1])]
-    return torch.stack(parts, 1).sqrt()
+    """Deviations f32 [N, G] of the rows of W f32 [N, K] in their groups, by fourth powers."""
+    parts = [W[:, part].square().square().mean(1) for _, part in group_slices(W.shape[1])]
+    return torch.stack(parts, 1).div(3).pow(0.25)
 
 
 def row_scales(linears: Sequence[Sized], carried: Tensor, ranks: Ranks) -> list[Tensor]:

@@ -82,6 +82,17 @@ def test_a_row_with_one_large_group_is_not_cut_off(rate):
     assert lost < 1.7 * DISTORTION[rate]
 
 
+@pytest.mark.parametrize("rate", [3, 4])
+def test_weights_far_above_all_others_are_not_taken_for_tails(rate):
+    """The rotation spreads each of them evenly over its group."""
+    W, _ = layer(N=64, K=512)
+    W[torch.arange(0, 64, 8), torch.arange(0, 512, 64)] = 50
+    inner = Rotation().weights(W)
+    [codes] = encode_siblings([inner], None, [(rate,) * 4])
+    lost = (inner - codes.packed_values()).square().sum()
+    assert lost < 1.3 * DISTORTION[rate] * W.square().sum()
+
+
 def test_siblings_of_several_rates_are_what_each_is_alone():
     W, H = layer(N=40, K=272)
     upper = torch.linalg.cholesky(torch.linalg.inv(H + H.diagonal().mean() * torch.eye(272))).mT
