@@ -28,6 +28,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ from bitmill.evaluation.logits import perplexity_and_kl
 from bitmill.models.convert_gguf import convert_gguf
 from bitmill.models.streamed import StreamedModel, set_weight, weight_of
 from bitmill.plan.model_plan import make_plan
+from bitmill.quant.tensors import Quantized, affine
 from bitmill.refinement.block import RefineSettings, refine_block
 from bitmill.refinement.omniquant.block import BlockData, learn_block
 from bitmill.refinement.omniquant.end_to_end import TuneSettings, tune_scales
@@ -196,15 +198,16 @@ def run_row(args: argparse.Namespace, row: Row) -> dict[str, Any]:
     if row.scales:
         settings = TuneSettings(steps=row.scales, batch=row.tune_batch, scale_rate=row.tune_rate)
         tokens, held_out = bench.calibration.tokens, bench.calibration.held_out
-        tuned, report = tune_scales(bench.model, weights, tokens, held_out, settings, seed=0)
-        result["scales"] = evaluate(bench, tuned) | {"tuning": report.model_dump(mode="json")}
+        tuned = tune_scales(bench.model, weights, tokens, held_out, settings, seed=0)
+        tuning = tuned.report.model_dump(mode="json")
+        result["scales"] = evaluate(bench, tuned.weights) | {"tuning": tuning}
         print(row.name, "scales", json.dumps(result["scales"]), flush=True)
     return result
 
 
 def quantize(
     bench: Bench, row: Row, widths: dict[str, tuple[int, ...]], profile: Any
-) -> tuple[dict[str, Any], list[Any]]:
+) -> tuple[dict[str, Quantized], list[Any]]:
     """GPTQ (or rounding) and learning, block by block."""
     model, calibration, settings = bench.model, bench.calibration, row.settings()
     tokens = torch.cat([calibration.tokens, calibration.held_out])
@@ -213,7 +216,7 @@ def quantize(
     source = hidden.clone()
     fisher = row.learn and settings.block_error == "fisher"
     moments = bench.moments() if fisher else []
-    weights: dict[str, Any] = {}
+    weights: dict[str, Quantized] = {}
     reports = []
     orders = {}
     if row.order == "activation":
@@ -240,6 +243,7 @@ def quantize(
             refine,
             held_out=Stream(hidden[count:], before[count:]) if asymmetric else None,
         )
+        weights |= starts
         refined = time.perf_counter()
         line = f"{row.name} block {index}: start {refined - began:.1f}s"
         if row.learn:
@@ -248,22 +252,21 @@ def quantize(
             if fisher:
                 metric = fisher_metric(moments[index].to(bench.device), settings.shrink)
             learned = learn_block(
-                model, index, block, starts, data, settings, seed=0, metric=metric
+                model, index, block, affine(starts), data, settings, seed=0, metric=metric
             )
-            starts = learned.weights
             report = learned.report
             reports.append(report.model_dump(mode="json"))
             line += (
                 f", learned {report.loss_before:.4g} -> {report.loss_after:.4g} at "
                 f"{report.best_step}/{report.steps} in {report.seconds:.1f}s"
             )
+            weights |= learned.weights
         print(line, flush=True)
-        weights |= starts
         hidden = run_windows(model, index, block, hidden, batch=8)
     return weights, reports
 
 
-def evaluate(bench: Bench, weights: dict[str, Any]) -> dict[str, Any]:
+def evaluate(bench: Bench, weights: Mapping[str, Quantized]) -> dict[str, Any]:
     """Perplexity and KL on both texts."""
 
     def replace(index: int, block: torch.nn.Module) -> None:
@@ -306,7 +309,9 @@ class DeviceLogits:
 def run_all(args: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
     """Every row in a process of its own, `jobs` at a time, until the time limit."""
     deadline = time.monotonic() + args.limit
-    waiting, running, results = list(zip(rows, args.rows, strict=True)), {}, {}
+    waiting = list(zip(rows, args.rows, strict=True))
+    running: dict[str, tuple[subprocess.Popen[bytes], Path, int]] = {}
+    results: dict[str, Any] = {}
     common = [a for a in sys.argv[1:] if a not in args.rows]
     while waiting or running:
         while waiting and len(running) < args.jobs:

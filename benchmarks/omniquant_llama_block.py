@@ -21,13 +21,16 @@ import transformers
 
 from bitmill.calibration.hooks import run_windows
 from bitmill.calibration.statistics import Stream
+from bitmill.config.methods import GPTQ
 from bitmill.config.quantization import parse_config
 from bitmill.models.streamed import StreamedModel
 from bitmill.plan.model_plan import make_plan
-from bitmill.refinement.block import refine_block
+from bitmill.quant.tensors import affine
+from bitmill.refinement.block import RefineSettings, refine_block
 from bitmill.refinement.omniquant.block import BlockData, learn_block
 from bitmill.refinement.omniquant.metric import fisher_metric
 from bitmill.refinement.omniquant.settings import LearningSettings
+from bitmill.solvers.solver import solver_of
 
 BLOCKS = 32
 SPEC = {"budget": {"code_bits": 3}}
@@ -77,8 +80,10 @@ def main() -> None:
     widths = {
         linear.name: tuple(2 + g % 2 for g in range(linear.shape.groups)) for linear in plan.linears
     }
+    refine = RefineSettings(solver_of(GPTQ(asymmetric=False)))
     began = time.perf_counter()
-    starts, _ = refine_block(model, 0, block, Stream(hidden[:count]), widths)
+    found, _ = refine_block(model, 0, block, Stream(hidden[:count]), widths, refine)
+    starts = affine(found)
     refined = time.perf_counter()
     data = BlockData(hidden[:count], targets[:count], hidden[count:], targets[count:])
     settings = LearningSettings(epochs=args.epochs)
