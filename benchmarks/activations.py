@@ -141,7 +141,7 @@ class Bench:
             return self._package()
         base, _, kind = name.rpartition("-")
         if kind in ("int8", "fp8"):
-            before, codec = self.weights(base), codec_of(W8A8(dtype=kind))
+            before, codec = self.weights(base), codec_of(W8A8.model_validate({"dtype": kind}))
             return Weights(
                 lambda linear: codec.kept(before.linear(linear)),
                 before.vectors,

@@ -39,9 +39,10 @@ def main() -> None:
             allocator = Allocator(plan, Allocation(), profile)
             taken = footprint(plan, allocator.knapsack(Budget(code_bits=3.1)))
             amount = getattr(taken, kind)
-            times = []
+            times: list[float] = []
             for share in np.linspace(1.0, 1.2, 6):
-                budget = Budget(**{kind: int(amount * share) if kind == "size" else amount * share})
+                asked = int(amount * share) if kind == "size" else amount * share
+                budget = Budget.model_validate({kind: asked})
                 fresh = allocator if times else Allocator(plan, Allocation(), profile)
                 begin = time.process_time()
                 found = fresh.knapsack(budget)

@@ -186,7 +186,7 @@ def ask(folder: Path, options: argparse.Namespace, scope: str | None) -> Answers
     admin, _ = keys.create("admin", scopes=["admin"])
     given = admin if scope == "admin" else keys.create("reader", scopes=["read"])[0]
     database.close()
-    shown = () if scope is None else ("--header", f"Authorization: Bearer {given}")
+    shown: tuple[str, ...] = () if scope is None else ("--header", f"Authorization: Bearer {given}")
     shown += ("--max-examples", str(options.examples))
     with (
         serving(hub),

@@ -15,7 +15,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,11 @@ class Checks:
     def solve(self, chosen: BitWidthMap) -> list[dict[str, Tensor]]:
         """Dequantized weights of every block, on the float model's inputs."""
         bench = self.bench
-        orders = {n: torch.from_numpy(self.order(n)).long() for n in bench.plan.by_name}
+        orders = {
+            linear.name: torch.from_numpy(self.profile.orders[linear.order]).long()
+            for linear in self.profile.linears
+            if linear.order is not None
+        }
         settings = replace(QUICK, transforms=(ColumnOrders(orders),))
         stream, result = bench.embed(bench.tokens.tokens[: self.windows]), []
         for i, original in enumerate(bench.blocks):
@@ -79,10 +83,6 @@ class Checks:
             result.append({name: weight.dequantize() for name, weight in found.items()})
             stream = run_windows(bench.model, i, original, stream, batch=BATCH)
         return result
-
-    def order(self, name: str) -> Any:
-        linear = self.profile.linear(name)
-        return self.profile.orders[linear.order]
 
     def block(self, i: int, weights: Mapping[str, Tensor]) -> nn.Module:
         block = copy.deepcopy(self.bench.blocks[i])
@@ -100,9 +100,9 @@ class Checks:
         found = perplexity_and_kl(Windows(model, source), Windows(model, hidden), tokens)
         return float(found.kl.mean())
 
-    def alone(self, solved: list[dict[str, Tensor]], names: Callable[[str], bool]) -> float:
+    def alone(self, solved: list[dict[str, Tensor]], names: Collection[str]) -> float:
         """KL with these linears alone quantized, on the few windows."""
-        parts = [{n: w for n, w in weights.items() if names(n)} for weights in solved]
+        parts = [{n: w for n, w in weights.items() if n in names} for weights in solved]
         first = next(i for i, part in enumerate(parts) if part)
         hidden = self.states[first]
         for i in range(first, len(parts)):
@@ -149,20 +149,21 @@ def study(checks: Checks, bits: float, refine: list[str]) -> dict[str, Any]:
             continue
         predicted = {n: profile.predicted_loss({n: maps[tag].linears[n]}) for n in names}
         started = time.perf_counter()
-        alone = {n: checks.alone(solved, lambda m, n=n: m == n) for n in names}
+        alone = {n: checks.alone(solved, {n}) for n in names}
         print(f"linears alone {time.perf_counter() - started:.0f} s", flush=True)
         factors["linear"] = {n: alone[n] / predicted[n] for n in names}
         result["linears"] = {n: [predicted[n], alone[n]] for n in names}
-        for what, key in (("block", lambda n: str(plan.by_name[n].block)), ("kind", kind)):
-            parts = sorted({key(n) for n in names})
-            found = {p: checks.alone(solved, lambda m, p=p, key=key: key(m) == p) for p in parts}
-            share = {p: sum(predicted[n] for n in names if key(n) == p) for p in parts}
-            factors[what] = {n: found[key(n)] / share[key(n)] for n in names}
+        blocks = {n: str(plan.by_name[n].block) for n in names}
+        for what, part in (("block", blocks), ("kind", {n: kind(n) for n in names})):
+            parts = {p: {n for n in names if part[n] == p} for p in sorted(set(part.values()))}
+            found = {p: checks.alone(solved, own) for p, own in parts.items()}
+            share = {p: sum(predicted[n] for n in own) for p, own in parts.items()}
+            factors[what] = {n: found[part[n]] / share[part[n]] for n in names}
             result[what + "s"] = {p: [share[p], found[p]] for p in parts}
         factors["both"] = {n: factors["block"][n] * factors["kind"][n] for n in names}
         factors["root"] = {n: factors["linear"][n] ** 0.5 for n in names}
-    for what, found in factors.items():
-        limited = {n: min(8.0, max(1 / 8, f)) for n, f in found.items()}
+    for what, own in factors.items():
+        limited = {n: min(8.0, max(1 / 8, f)) for n, f in own.items()}
         maps[what] = checks.map(bits, corrected(profile, limited))
         measure(what)
     for tag in refine:
@@ -176,13 +177,13 @@ def study(checks: Checks, bits: float, refine: list[str]) -> dict[str, Any]:
                 other = replace(solver.settings, damping=(float(damping), 0.1, 0.5))
                 solver = replace(solver, settings=other)
                 variant = replace(variant, refine=replace(variant.refine, solver=solver))
-            blocks, _ = refined(checks.bench, variant, maps[tag])
-            texts = measured(checks.bench, blocks)
+            modules, _ = refined(checks.bench, variant, maps[tag])
+            texts = measured(checks.bench, modules)
             held = checks._kl(
-                checks.reference, checks.bench.run(blocks, checks.judged), checks.judged
+                checks.reference, checks.bench.run(modules, checks.judged), checks.judged
             )
-            found = {"texts": texts, "held_kl": held, "damping": damping}
-            result["maps"][tag].setdefault("refined", []).append(found)
+            entry = {"texts": texts, "held_kl": held, "damping": damping}
+            result["maps"][tag].setdefault("refined", []).append(entry)
             print(
                 bits, tag, damping, f"{time.perf_counter() - started:.0f} s held {held}", flush=True
             )

@@ -203,18 +203,18 @@ def check_glue(shape: Shape, step: int, batch: int = 2) -> None:
     q, k, v = (part.transpose(1, 2) for part in parts)
     here = slice(place, place + step)
     q, k = rotate(q, cosine[here], sine[here]), rotate(k, cosine[here], sine[here])
-    attended = [keys.clone(), values.clone()]
-    attended[0][:, :, here], attended[1][:, :, here] = k, v
+    all_keys, all_values = keys.clone(), values.clone()
+    all_keys[:, :, here], all_values[:, :, here] = k, v
     seen = torch.ones(step, shape.cache, device=DEVICE, dtype=torch.bool)
     seen[:, here] = seen[:, here].tril()
-    mixed = scaled_dot_product_attention(q, *attended, attn_mask=seen, enable_gqa=True)
+    mixed = scaled_dot_product_attention(q, all_keys, all_values, attn_mask=seen, enable_gqa=True)
     found = glue.attend(qkv, keys, values, cosine, sine, torch.tensor([place], device=DEVICE))
     pairs = {
         "sum": (hidden, expected),
         "norm": (norm, expected_norm),
         "gate": (glue.gate(gate_up), gated(gate_up)),
-        "keys": (keys, attended[0]),
-        "values": (values, attended[1]),
+        "keys": (keys, all_keys),
+        "values": (values, all_values),
         "attention": (found, mixed.transpose(1, 2).reshape(rows, -1)),
     }
     for name, (got, wanted) in pairs.items():
@@ -223,7 +223,7 @@ def check_glue(shape: Shape, step: int, batch: int = 2) -> None:
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -137,7 +137,7 @@ def in_original_basis(W: Tensor, suh: Tensor, svh: Tensor) -> Tensor:
     while len(hadamard) < BLOCK:
         top = torch.cat([hadamard, hadamard], 1)
         hadamard = torch.cat([top, torch.cat([hadamard, -hadamard], 1)])
-    R = hadamard / BLOCK**0.5
+    R: Tensor = hadamard / BLOCK**0.5
     K, N = W.shape
     left = (R @ W.view(K // BLOCK, BLOCK, N)).view(K, N // BLOCK, BLOCK)
     return suh[:, None] * (left @ R).view(K, N) * svh

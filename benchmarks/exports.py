@@ -156,7 +156,7 @@ class Reference:
 
     def compare(self, found: Path) -> dict[str, Any]:
         """Columns of the table for what a reader left."""
-        rows = {}
+        rows: dict[str, Any] = {}
         if (found / "tokens.json").exists():
             tokens = json.loads((found / "tokens.json").read_text())
             rows["tokens"] = [_equal(*pair) for pair in zip(tokens, self.steps, strict=True)]
@@ -243,9 +243,12 @@ def _reason(lines: Sequence[str]) -> str:
     return " ".join(line.replace("[rank0]:", "").strip() for line in found)[:300]
 
 
-def rows_of(packed: Path, options: argparse.Namespace, reference: Reference) -> list[Any]:
+def rows_of(
+    packed: Path, options: argparse.Namespace, reference: Reference
+) -> list[dict[str, Any]]:
     """One row for each target and reader."""
-    places, rows = dict(one.split("=", 1) for one in options.reader), []
+    places = dict(one.split("=", 1) for one in options.reader)
+    rows: list[dict[str, Any]] = []
     for target in TARGETS:
         if not fnmatch(target.name, options.only):
             continue

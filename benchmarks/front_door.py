@@ -32,8 +32,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -369,8 +370,8 @@ def polls(place: Path, options: argparse.Namespace) -> dict[str, Any]:
                 fetch(url, key, until, 20e6)
 
         pool = open_.enter_context(ThreadPoolExecutor(32))
-        streams = [pool.submit(listen, number) for number in range(20)]
-        loads = [pool.submit(load, number) for number in range(2)]
+        running: list[Future[Any]] = [pool.submit(listen, number) for number in range(20)]
+        running += [pool.submit(load, number) for number in range(2)]
         http = open_.enter_context(client(service.url, key))
         times, memory, late, cpu = [], [], 0, service.cpu()
         started = due = time.monotonic()
@@ -384,7 +385,7 @@ def polls(place: Path, options: argparse.Namespace) -> dict[str, Any]:
         cpu = (service.cpu() - cpu) / (time.monotonic() - started)
         stop.set()
         http.post(f"/v1/jobs/{waiting}/cancel").raise_for_status()
-        for one in [*streams, *loads]:
+        for one in running:
             one.result()
     return in_ms(times) | {
         "minutes": options.minutes,
@@ -461,7 +462,7 @@ def restarts(place: Path, options: argparse.Namespace) -> dict[str, Any]:
             running = [pool.submit(get, number) for number in range(8)]
             for _ in range(3):
                 enough = _bytes_below(place) + (64 << 20)
-                wait_for(lambda least=enough: _bytes_below(place) > least, "downloads", 120)
+                wait_for(partial(_has_more, place, enough), "downloads", 120)
                 killed_at.append(_bytes_below(place))
                 service.kill_and_start(1.0)
             right = sum(one.result() == wanted.hexdigest() for one in running)
@@ -472,6 +473,11 @@ def restarts(place: Path, options: argparse.Namespace) -> dict[str, Any]:
             "bytes_when_killed": killed_at,
             "seconds": round(time.monotonic() - started, 1),
         }
+
+
+def _has_more(place: Path, least: int) -> bool:
+    """Whether more than `least` bytes have been fetched."""
+    return _bytes_below(place) > least
 
 
 def _bytes_below(place: Path) -> int:

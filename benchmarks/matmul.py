@@ -24,8 +24,9 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matmul_peers
 import matmul_tiles
@@ -55,6 +56,7 @@ from bitmill_kernels.matmul.runtime import (
 Product = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], None]
 """(x, bias, y) -> None"""
 Products = dict[str, Product]
+Row = dict[str, Any]
 
 DEVICE = torch.device("cuda")
 ROTATION_BYTES = 220 << 20
@@ -147,7 +149,7 @@ def case_runtime(name: str) -> RuntimeWeight:
 
 
 def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((y.double() - exact).norm() / exact.norm()).item()
+    return float((y.double() - exact).norm() / exact.norm())
 
 
 def exact_product(
@@ -220,6 +222,7 @@ def check(kinds: list[str]) -> set[str]:
     if not {"cuda", "triton", "batch"} & set(kinds):
         return set()
     compiled = {"cuda", "batch"} & set(kinds)
+    cases: list[tuple[tuple[int, ...], int, int, bool]]
     cases = [((width,) * 4, 320, 512, False) for width in WIDTHS if compiled]
     cases += [
         ((3, 2, 4, 4, 2, 3, 3, 2, 3), 1000, 1100, True),
@@ -345,6 +348,11 @@ def copies(weight: RuntimeWeight) -> list[RuntimeWeight]:
     ]
 
 
+def in_turn(products: Sequence[Callable[..., object]], *given: object) -> Callable[[int], object]:
+    """A call of products of copies of one weight, given the number of the copy."""
+    return lambda i: products[i % len(products)](*given)
+
+
 def half_product(N: int, K: int, T: int) -> Callable[[int], object]:
     weights = [
         torch.randn(N, K, device=DEVICE, dtype=torch.float16)
@@ -359,26 +367,26 @@ def time_half(N: int, K: int, T: int) -> float:
     return microseconds(half_product(N, K, T))[0]
 
 
-def time_decoder(decoders: list[Product], N: int, K: int, T: int) -> float:
+def time_decoder(decoders: Sequence[Product], N: int, K: int, T: int) -> float:
     x = torch.randn(T, K, device=DEVICE, dtype=torch.float16)
     y = torch.empty(T, N, device=DEVICE, dtype=torch.float16)
-    return microseconds(lambda i: decoders[i % len(decoders)](x, None, y))[0]
+    return microseconds(in_turn(decoders, x, None, y))[0]
 
 
 def decode_rows(
     name: str,
     kinds: list[str],
     failed: set[str],
-    token_counts: list[int],
+    token_counts: Sequence[int],
     *,
     every_shape: bool,
-) -> list[dict[str, object]]:
+) -> list[Row]:
     """A case's products of few tokens: by the shape that a linear would take, or by every one.
 
     Every one is run with conversion in a launch of its own too, where its blocks would convert.
     """
     cuda = "cuda" in kinds and cuda_library.available(DEVICE)
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     weights = copies(case_runtime(name))
     N, K = weights[0].N, weights[0].K
     built: dict[tuple[int, DecodeShape], list[CudaDecoder]] = {}
@@ -386,7 +394,7 @@ def decode_rows(
         half = time_half(N, K, T)
         bucket = bucket_of(T)
         shapes = SHAPES[bucket] if every_shape else (best_shape(weights[0], bucket),)
-        kernels: dict[str, tuple[list[Product], dict[str, object]]] = {}
+        kernels: dict[str, tuple[Sequence[Product], Row]] = {}
         for shape in shapes if cuda else ():
             ways = [shape, dataclasses.replace(shape, fused=0)] if every_shape else [shape]
             for way in ways:
@@ -406,10 +414,10 @@ def decode_rows(
                     break
         if "triton" in kinds and T <= 16:
             kernels["triton"] = [triton_decoder(weight) for weight in weights], {}
-        for kernel, (decoders, launch) in kernels.items():
+        for kernel, (products, settings) in kernels.items():
             if kernel not in failed:
-                time = time_decoder(decoders, N, K, T)
-                rows.append(row(name, T, kernel, time, half, weights[0]) | launch)
+                time = time_decoder(products, N, K, T)
+                rows.append(row(name, T, kernel, time, half, weights[0]) | settings)
                 print(*list(rows[-1].values())[:8], flush=True)
     return rows
 
@@ -417,17 +425,17 @@ def decode_rows(
 def batch_rows(
     name: str,
     failed: set[str],
-    token_counts: list[int],
+    token_counts: Sequence[int],
     *,
     every_shape: bool,
     with_peers: bool,
-) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+) -> tuple[list[Row], list[Row]]:
     """A case's products of many tokens beside fp16, replayed in turn, and absent peers.
 
     Beside a mix stand peers of its average width, or of its widths where a peer has mixes.
     """
-    rows: list[dict[str, object]] = []
-    absent: list[dict[str, object]] = []
+    rows: list[Row] = []
+    absent: list[Row] = []
     N, K, pattern = ASKED_CASES[name]
     peers: list[matmul_peers.Peer] = []
     faults: dict[str, dict[int, str]] = {}
@@ -444,18 +452,12 @@ def batch_rows(
         y = torch.empty(T, N, device=DEVICE, dtype=torch.float16)
         kernels = batch_products(weights, T) if every_shape else {}
         kernels = {kernel: found for kernel, found in kernels.items() if kernel not in failed}
-        calls = [
-            lambda i, found=found, x=x, y=y: found[i % len(found)](x, None, y)
-            for found in kernels.values()
-        ]
+        calls = [in_turn(found, x, None, y) for found in kernels.values()]
         if linears:
-            calls.append(lambda i, x=x, linears=linears: linears[i % len(linears)](x))
+            calls.append(in_turn(linears, x))
         timed = [peer for peer in peers if peer.most_tokens >= T and T not in faults[peer.name]]
         inputs = {peer.dtype: x.to(peer.dtype) for peer in timed}
-        calls += [
-            lambda i, peer=peer, x=inputs[peer.dtype]: peer.calls[i % len(peer.calls)](x)
-            for peer in timed
-        ]
+        calls += [in_turn(peer.calls, inputs[peer.dtype]) for peer in timed]
         labels = [*kernels, *["linear"][: len(linears)], *(peer.name for peer in timed)]
         half, *times = microseconds(half_product(N, K, T), *calls)
         for kernel, time in zip(labels, times, strict=True):
@@ -464,9 +466,7 @@ def batch_rows(
     return rows, absent
 
 
-def absent_rows(
-    case: str, missing: dict[str, str], faults: dict[str, dict[int, str]]
-) -> list[dict[str, object]]:
+def absent_rows(case: str, missing: dict[str, str], faults: dict[str, dict[int, str]]) -> list[Row]:
     """missing: why a peer has no product at all; faults: why not one of so many tokens."""
     whole = [(peer, "all", reason) for peer, reason in missing.items()]
     parts = [(peer, T, reason) for peer, own in faults.items() for T, reason in own.items()]
@@ -495,9 +495,7 @@ def batch_products(weights: list[RuntimeWeight], T: int) -> dict[str, list[Produ
     return {kernel: own for kernel, own in found.items() if launches.get(kernel, wanted) == wanted}
 
 
-def row(
-    case: str, T: int, kernel: str, time: float, half: float, weight: RuntimeWeight
-) -> dict[str, object]:
+def row(case: str, T: int, kernel: str, time: float, half: float, weight: RuntimeWeight) -> Row:
     target = TARGETS.get(case)
     return {
         "case": case,
@@ -514,16 +512,14 @@ def row(
     }
 
 
-def prefill_rows(N: int, K: int, pattern: tuple[int, ...]) -> list[dict[str, object]]:
+def prefill_rows(N: int, K: int, pattern: tuple[int, ...]) -> list[Row]:
     packed = random_packed(N, K, spread(pattern, K))
     size = sum(tensor.nbytes for tensor in packed.tensors.values())
     linears = [MixedLinear([packed], DEVICE) for _ in range(ROTATION_BYTES // size + 2)]
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     for T in (128, 2048):
         x = torch.randn(T, K, device=DEVICE, dtype=torch.float16)
-        half, time = microseconds(
-            half_product(N, K, T), lambda i, x=x: linears[i % len(linears)](x)
-        )
+        half, time = microseconds(half_product(N, K, T), in_turn(linears, x))
         name = "mix 3" if len(pattern) > 1 else f"{pattern[0]}-bit"
         rows.append(
             {
@@ -539,7 +535,7 @@ def prefill_rows(N: int, K: int, pattern: tuple[int, ...]) -> list[dict[str, obj
     return rows
 
 
-def provenance() -> dict[str, object]:
+def provenance() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(DEVICE)
     return {
         "gpu": properties.name,
@@ -551,7 +547,7 @@ def provenance() -> dict[str, object]:
     }
 
 
-def markdown(result: dict[str, object]) -> str:
+def markdown(result: dict[str, Any]) -> str:
     lines = [f"# {result['provenance']['gpu']}", "", f"`{json.dumps(result['provenance'])}`", ""]
     for part in ("decode", "batch", "absent", "prefill"):
         rows = result.get(part)
@@ -563,13 +559,13 @@ def markdown(result: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def fastest_shapes(rows: list[dict[str, object]], gpu: str) -> list[dict[str, object]]:
+def fastest_shapes(rows: list[Row], gpu: str) -> list[dict[str, Any]]:
     """Entries of tiles.json: of every case and bucket the shape whose tokens take least together.
 
     A shape counts with conversion by its blocks, where they convert, up to each number of tokens,
     and not at all. Where several cases are one for the table, the fastest of any counts.
     """
-    times: dict[tuple, dict[tuple, dict[int, dict[bool, float]]]] = {}
+    times: dict[tuple[Any, ...], dict[tuple[Any, ...], dict[int, dict[bool, float]]]] = {}
     for r in rows:
         if "shape" in r:
             key = (r["N"], r["K"], r["widths"], bucket_of(r["tokens"]))
@@ -581,8 +577,9 @@ def fastest_shapes(rows: list[dict[str, object]], gpu: str) -> list[dict[str, ob
         for (_, *shape), by_tokens in shapes.items():
             for fused in (MAX_FUSED_TOKENS, 0, *by_tokens):
                 own = [found.get(fused >= T, found.get(False)) for T, found in by_tokens.items()]
-                if None not in own:
-                    way = (sum(own), -fused, tuple(shape))
+                known = [time for time in own if time is not None]
+                if len(known) == len(own):
+                    way = (sum(known), -fused, tuple(shape))
                     usual = fused == MAX_FUSED_TOKENS
                     sums[way] = {"shape": shape} | ({} if usual else {"fused": fused})
         case = {"gpu": gpu, "N": N, "K": K, "widths": widths, "tokens": bucket}
@@ -607,7 +604,7 @@ def main() -> int:
     if "prefill" in options.kernels and not check_prefill():
         failed.add("prefill")
     print(f"check done, failed: {sorted(failed) or 'none'}", flush=True)
-    result: dict[str, object] = {"provenance": provenance(), "failed": sorted(failed)}
+    result: dict[str, Any] = {"provenance": provenance(), "failed": sorted(failed)}
     if options.peers:
         result["provenance"]["peers"] = matmul_peers.versions()
     usual = SWEPT if options.sweep else CASES
@@ -651,7 +648,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def write(result: dict[str, object], file: Path) -> str:
+def write(result: dict[str, Any], file: Path) -> str:
     """Put what there is into the file's JSON and markdown; the latter."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")

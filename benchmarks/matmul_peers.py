@@ -49,7 +49,7 @@ class Peer(NamedTuple):
     """calls: y [T, N] of x [T, K] of `dtype`, one for each copy of a weight f32 [N, K]."""
 
     name: str
-    calls: list[Callable[[Tensor], Tensor]]
+    calls: Sequence[Callable[[Tensor], Tensor]]
     weight: Callable[[], Tensor]
     most_tokens: int = 1 << 30
     dtype: torch.dtype = torch.float16

@@ -108,7 +108,7 @@ class Dequantize:
         for run in dequantizer.runs:
             rows = self._scratch[: run.rows]
             dequantizer(run, rows)
-            if self.x is not None:
+            if self.x is not None and self.y is not None:
                 torch.mm(self.x, rows.t(), out=self.y[:, run.first : run.first + run.rows])
             yield run, rows
 
@@ -271,11 +271,11 @@ def tune_case(
         swept += timings(name, asked[0], found)
     many = [T for T in token_counts if T > DEQUANTIZE_ABOVE]
     if many:
-        best, found = tune_dequantize(weights, timer)
-        launches |= dict.fromkeys(many, (RULE if RULE in found else None, best))
-        shape = None if best == RULE else dataclasses.astuple(best)
+        tile, times = tune_dequantize(weights, timer)
+        launches |= dict.fromkeys(many, (RULE if RULE in times else None, tile))
+        shape = None if tile == RULE else dataclasses.astuple(tile)
         settings["dequantize_triton"].append(case | {"shape": shape})
-        swept += timings(name, None, found)
+        swept += timings(name, None, times)
     rows = [table_row(name, weights, T, *launches[T], timer) for T in token_counts]
     return rows, settings, swept
 
@@ -361,7 +361,12 @@ def main() -> None:
     provenance = matmul.provenance()
     gpu, processors = provenance["gpu"], provenance["multiprocessors"]
     settings: dict[str, list[dict[str, Any]]] = {}
-    result = {"provenance": provenance, "rows": [], "settings": settings, "swept": []}
+    result: dict[str, Any] = {
+        "provenance": provenance,
+        "rows": [],
+        "settings": settings,
+        "swept": [],
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"matmul-triton-sweep-{gpu}".replace(" ", "-").lower()
     for name in options.cases:

@@ -247,7 +247,7 @@ class Bench:
                 check=True,
                 env=os.environ | {"PYTHONPATH": path},
             )
-        made = read_json(folder / MADE)
+        made: Entry = read_json(folder / MADE)
         weights = safe_open(folder / "model.safetensors", framework="pt")
         plan, model = plan_of(source), float_model(self, source)
         vectors = {

@@ -17,9 +17,11 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -47,6 +49,12 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def parameter(module: nn.Module, name: str) -> torch.Tensor:
+    """Data of what llm-compressor has added to a module."""
+    found: torch.Tensor = getattr(module, name)
+    return found.data
+
+
 def group_of(model: nn.Module) -> int:
     """128 where every linear's columns are a multiple, else 64."""
     return 64 if any(linear.in_features % 128 for linear in linears(model).values()) else 128
@@ -67,7 +75,7 @@ def hqq(model: nn.Module, options: argparse.Namespace) -> float:
         )
         values = Quantizer.dequantize(codes, meta)
         linear.weight.data = values.float().reshape(linear.weight.shape)
-    return options.bits + 32 / 64
+    return float(options.bits + 32 / 64)
 
 
 def run_llmcompressor(model: nn.Module, recipe: list[Any], options: argparse.Namespace) -> None:
@@ -79,16 +87,22 @@ def run_llmcompressor(model: nn.Module, recipe: list[Any], options: argparse.Nam
     wanted = Calibration(sequences=count, length=length, held_out=0)
     tokens = calibration_tokens(wanted, options.source, seed=0).tokens
     rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
-    if not torch.cuda.is_available():  # it pins host memory even where there is no accelerator
-        torch.Tensor.pin_memory = lambda tensor, *_: tensor
-    oneshot(
-        model=model,
-        dataset=Dataset.from_dict(rows),
-        recipe=recipe,
-        max_seq_length=length,
-        num_calibration_samples=count,
-        pipeline="sequential",
-    )
+    with pinning():
+        oneshot(
+            model=model,
+            dataset=Dataset.from_dict(rows),
+            recipe=recipe,
+            max_seq_length=length,
+            num_calibration_samples=count,
+            pipeline="sequential",
+        )
+
+
+def pinning() -> AbstractContextManager[object]:
+    """llm-compressor pins host memory even where there is no accelerator to pin it for."""
+    if torch.cuda.is_available():
+        return nullcontext()
+    return patch.object(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)
 
 
 def smoothquant(model: nn.Module, options: argparse.Namespace) -> float:
@@ -105,7 +119,7 @@ def smoothquant(model: nn.Module, options: argparse.Namespace) -> float:
     run_llmcompressor(model, [smooth, scheme], options)
     own = linears(model).values()
     for linear in own:
-        scale = linear.weight_scale.data.float()
+        scale = parameter(linear, "weight_scale").float()
         codes = (linear.weight.data.float() / scale).round().clamp(-128, 127)
         linear.weight.data = codes * scale
     return 8 + 32 * sum(one.out_features for one in own) / sum(one.weight.numel() for one in own)
@@ -134,11 +148,11 @@ def llmcompressor(model: nn.Module, options: argparse.Namespace) -> float:
     least, most = -(2 ** (options.bits - 1)), 2 ** (options.bits - 1) - 1
     for linear in linears(model).values():
         grouped = linear.weight.data.float().unflatten(1, (-1, group))
-        scale = linear.weight_scale.data.half().float()[..., None]
-        zero = linear.weight_zero_point.data.float()[..., None]
+        scale = parameter(linear, "weight_scale").half().float()[..., None]
+        zero = parameter(linear, "weight_zero_point").float()[..., None]
         codes = (grouped / scale + zero).round().clamp(least, most)
         linear.weight.data = (scale * (codes - zero)).flatten(1)
-    return options.bits + (16 + options.bits) / group
+    return float(options.bits + (16 + options.bits) / group)
 
 
 MAKERS = {

@@ -85,7 +85,7 @@ def fill(data: Path, count: int) -> str:
 def cpu(server: psutil.Process) -> float:
     """CPU seconds of a process so far."""
     used = server.cpu_times()
-    return used.user + used.system
+    return float(used.user + used.system)
 
 
 def calls(http: httpx2.Client, server: psutil.Process, path: str) -> str:

@@ -70,7 +70,7 @@ def autoround(
     from torch.utils.data import DataLoader
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    windows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
+    windows: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
     quantizer = AutoRound(
         model,
         load_tokenizer(source),
@@ -95,7 +95,8 @@ def autoround(
 
 def _weight(model: nn.Module, name: str) -> Tensor:
     linear: Any = model.get_submodule(name)
-    return linear.weight.detach().float().cpu()
+    weight: Tensor = linear.weight.detach().float().cpu()
+    return weight
 
 
 def check_widths(weight: Tensor, width: int, name: str) -> None:

@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -42,7 +43,7 @@ from bitmill.calibration.block_inputs import (
     least_inputs,
 )
 from bitmill.calibration.gradients import PassSettings, input_room
-from bitmill.calibration.loss_weights import LossWeights
+from bitmill.calibration.loss_weights import LossWeights, loss_weights
 from bitmill.calibration.windows import CalibrationSet
 from bitmill.config.quantization import QuantizationConfig, parse_config
 from bitmill.pipeline.estimate import Machine, estimate
@@ -124,7 +125,7 @@ def write_model(folder: Path, shape: Shape, blocks: int, tokens: int, device: st
             "lm_head.weight": normal(shape.vocabulary, shape.hidden),
         }
     }
-    places = {}
+    places: dict[str, str] = {}
     for i in range(-1, blocks):
         name = "outside" if i < 0 else f"block-{i:05}"
         if i >= 0:
@@ -226,19 +227,15 @@ class Watch:
 @contextmanager
 def passes_of_weights(watch: Watch) -> Iterator[None]:
     """Refinement's passes over all blocks for weights of tokens and rows are units of their own."""
-    run = refinement.loss_weights
 
     def watched(*given: Any, **named: Any) -> LossWeights:
         watch.split("refine start")
-        found = run(*given, **named)
+        found = loss_weights(*given, **named)
         watch.split(WEIGHTS)
         return found
 
-    refinement.loss_weights = watched
-    try:
+    with patch.object(refinement, "loss_weights", watched):
         yield
-    finally:
-        refinement.loss_weights = run
 
 
 def run(options: argparse.Namespace, group: Ranks, device: torch.device) -> dict[str, Any]:

@@ -83,9 +83,13 @@ def sums(
     """See above; f32 [2^L, V]."""
     h = hashed(L, multiplier)
     if V == 1:
-        return as_halves(h).sum(1, keepdims=True)
-    moved = sum(((h >> np.uint32(8 * b)) & 255) << np.uint32(8 * i) for i, b in enumerate(order))
-    return as_halves(h) + as_halves(moved.astype(np.uint32))
+        both: np.ndarray = as_halves(h).sum(1, keepdims=True)
+        return both
+    moved = np.zeros_like(h)
+    for i, b in enumerate(order):
+        moved |= ((h >> np.uint32(8 * b)) & 255) << np.uint32(8 * i)
+    summed: np.ndarray = as_halves(h) + as_halves(moved)
+    return summed
 
 
 def cubic(L: int, multiplier: int, a: float, b: float, c: float) -> np.ndarray:

@@ -46,7 +46,7 @@ def quantized(source: Path, code: str, bits: float, place: Path) -> dict[str, An
     """One job: wall seconds, and what its report says."""
     out, spec = place / code, place / f"{code}.json"
     write_json(spec, WINDOWS | {"code": code, "budget": {"bits": bits}})
-    command = [sys.executable, "-P", "-m", "bitmill_service.cli.main", "quantize", source]
+    command = [sys.executable, "-P", "-m", "bitmill_service.cli.main", "quantize", str(source)]
     began = time.perf_counter()
     subprocess.run([*command, "--spec", spec, "--out", out], check=True)
     seconds = round(time.perf_counter() - began, 1)

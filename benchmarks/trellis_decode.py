@@ -16,7 +16,7 @@ Where EXL3 is not there, fails or is wrong, a line says why.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 
@@ -42,10 +42,10 @@ BLOCKS = {
 """Rows and columns of linears that share an input."""
 MIXES = {"2343": (2, 3, 4, 3), "2": (2,), "3": (3,), "4": (4,)}
 CALLS, ROTATED = 20, 220e6
-Products = list[Callable[[Tensor], Tensor]]
+Products = Sequence[Callable[[Tensor], Tensor]]
 
 
-def graph_of(calls: list[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph:
+def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     """A graph of these calls."""
     for call in calls:
         call()
@@ -78,8 +78,8 @@ def weight(N: int, K: int, rates: tuple[int, ...]) -> TrellisWeight:
         key: torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         for key, shape in circle_shapes(N, K, rates).items()
     }
-    scales = (torch.ones(n, dtype=torch.float16, device=device) for n in (N, len(rates)))
-    return TrellisWeight(circles, *scales, rates)
+    rows, groups = (torch.ones(n, dtype=torch.float16, device=device) for n in (N, len(rates)))
+    return TrellisWeight(circles, rows, groups, rates)
 
 
 def product(weights: list[TrellisWeight], K: int, order: Tensor) -> CudaTrellisProduct:
@@ -138,9 +138,9 @@ def products(linears: list[CudaTrellisProduct], tokens: int, every: bool) -> dic
             found[f"{shape.rows} rows"] = [one.decode(shape) for one in linears]
         return found
     tile = next((one for one in batch_cuda.SHAPES if one >= tokens), max(batch_cuda.SHAPES))
-    for shape in batch_cuda.SHAPES[tile]:
-        name = f"{shape.groups}g {tile}t"
-        found[name] = [one.batch({tile: shape}) for one in linears]
+    for wide in batch_cuda.SHAPES[tile]:
+        name = f"{wide.groups}g {tile}t"
+        found[name] = [one.batch({tile: wide}) for one in linears]
     found["decoded rows"] = [one.by_decoded_rows for one in linears]
     return found
 

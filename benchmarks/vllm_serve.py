@@ -32,7 +32,7 @@ import torch
 
 import bitmill
 from bitmill.calibration.windows import evaluation_tokens
-from bitmill.formats.format import FORMATS
+from bitmill.formats.dequantized.format import Dequantized
 from bitmill.pipeline.export import Export
 
 MORE, NEW = 48, 24
@@ -128,9 +128,7 @@ def main() -> None:
     prompts = evaluation_tokens("wiki_evaluation", packed, length=32, sequences=4).tolist()
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        Export.of(packed, FORMATS["dequantized"](dtype="float32")).write(
-            scratch / "dense", lambda *_: None
-        )
+        Export.of(packed, Dequantized(dtype="float32")).write(scratch / "dense", lambda *_: None)
         servers = {}
         for kind, folder in (("packed", packed), ("dense", scratch / "dense")):
             for dtype in DTYPES:
