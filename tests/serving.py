@@ -15,8 +15,8 @@ import uvicorn
 def serve(app: Callable[..., Any], **options: Any) -> Iterator[str]:
     """Serve `app` in a thread until the block ends; yields its URL. options: of uvicorn."""
     listener = socket.create_server(("127.0.0.1", 0))
-    options = {"log_level": "critical", "timeout_graceful_shutdown": 2} | options
-    config = uvicorn.Config(app, **options)
+    usual: dict[str, Any] = {"log_level": "critical", "timeout_graceful_shutdown": 2}
+    config = uvicorn.Config(app, **usual | options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
