@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitmill.quant.grid import FP16_MAX
 from bitmill.quant.tensors import QuantizedWeight
 from bitmill.refinement.omniquant.rows import BlockRows
 from bitmill.refinement.straight import straight
@@ -116,8 +117,8 @@ def straight_round(x: Tensor) -> Tensor:
 
 
 def straight_half(x: Tensor) -> Tensor:
-    """x rounded through fp16, with the gradient of x."""
-    return straight(x, x.half().float())
+    """x >= 0 rounded to the nearest that fp16 has, 65504 at most, with the gradient of x."""
+    return straight(x, x.clamp(max=FP16_MAX).half().float())
 
 
 def straight_zero(zero: Tensor, rows: BlockRows) -> Tensor:

@@ -143,6 +143,15 @@ def test_weights_are_those_that_are_stored() -> None:
         assert not torch.equal(stored[name].row_scales, codes[name].row_scales)
 
 
+def test_scales_that_grow_at_the_end_of_fp16_stay_in_it() -> None:
+    code = coded(16, 128, torch.Generator().manual_seed(0))
+    largest = replace(code, row_scales=torch.full_like(code.row_scales, 65504.0))
+    learned = TrellisScales({"a": largest}, torch.device("cpu"))
+    with torch.no_grad():
+        learned.row_ratio.fill_(1.01)
+    assert torch.equal(learned.export()["a"].row_scales, largest.row_scales)
+
+
 def test_vectors_pass_through_the_type_they_are_stored_in() -> None:
     model, _ = source("bfloat16")
     block = model.load_block(0)
