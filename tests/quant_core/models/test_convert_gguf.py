@@ -526,7 +526,7 @@ def test_full_disk_is_a_resource_error(tmp_path: Path) -> None:
     old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old_limit[1]))
     try:
-        with pytest.raises(ResourceError, match="no space left"):
+        with pytest.raises(ResourceError, match="no space is left"):
             convert_gguf(path, tmp_path / "converted")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)

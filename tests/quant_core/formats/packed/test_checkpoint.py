@@ -159,7 +159,7 @@ def test_a_file_that_cannot_be_flushed_while_it_is_written_is_an_error(
 
     monkeypatch.setattr(safetensors_module, "Flusher", partial(Flusher, 1))
     monkeypatch.setattr(storage, "os", SimpleNamespace(fsync=fsync))
-    with pytest.raises(ResourceError, match="no space left"):
+    with pytest.raises(ResourceError, match="no space is left"):
         pack_model(source, tmp_path)
 
 
