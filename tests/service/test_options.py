@@ -361,7 +361,10 @@ def test_options_go_over_the_file_and_replace_references_whole(parsed: Any, tmp_
         ("m --bits 3 --held-out -1", "calibration.held_out"),
         ("m --bits 3 --exports nowhere", "exports.0: .*'nowhere' is unknown"),
         ("m --bits 3 --exports [1", "no JSON"),
-        ('m --bits 3 --exports \'[{"format": "gptq", "settings": {"x": 1}}]\'', "x: Extra"),
+        (
+            'm --bits 3 --exports \'[{"format": "gptq", "settings": {"x": 1}}]\'',
+            "gptq' has no setting 'x', given as 1",
+        ),
         ("m --bits 3 --resume-parameters j", "give method 'omniquant'"),
         ("m --bits 3 --map job:j1", "method 'knapsack' with map given"),
         ("m --bits 3 --method map --map nowhere.json", "nowhere.json"),
