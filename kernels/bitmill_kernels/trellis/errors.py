@@ -14,8 +14,9 @@ from torch import Tensor
 
 from bitmill_kernels.trellis.code import DEVIATION
 
-SIZES = tuple(2 ** (step / 4) for step in range(-8, 13))
-"""Deviations over `DEVIATION` that were measured."""
+STEPS = range(-8, 13)
+SIZES = tuple(2 ** (step / 4) for step in STEPS)
+"""Deviations over `DEVIATION` that were measured, four an octave."""
 
 ERRORS = (
     (0.09297, 0.02697, 0.007477, 0.002139, 5.531e-4, 1.554e-4, 4.400e-5, 1.167e-5),
@@ -55,7 +56,7 @@ def expected_errors(sizes: Tensor, rates: Sequence[int]) -> Tensor:
     below the smallest the error stays what it is there.
     """
     logarithms, deviations, row = _tables(tuple(rates), sizes.device)
-    place = ((sizes / deviations).log2() * 4 + 8).clamp(min=0)
+    place = ((sizes / deviations).log2() * 4 - STEPS.start).clamp(min=0)
     left = place.floor().clamp(max=len(SIZES) - 2)
     index = left.long() + row
     low, high = logarithms[index], logarithms[index + 1]
