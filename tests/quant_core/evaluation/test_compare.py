@@ -204,7 +204,7 @@ def test_tasks_are_counted_behind_the_windows(source: Path, job: Result) -> None
     count = Count(lambda *now: told.append(now), 9, "step")
     count.part(5, "windows")(5, 5)
     measure_tasks(
-        Suite(),  # type: ignore[arg-type]
+        Suite(),
         [],
         {"source": source, "packed": job.folder},
         packed="packed",
